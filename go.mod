@@ -1,0 +1,3 @@
+module artifactapi
+
+go 1.26

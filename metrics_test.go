@@ -1,0 +1,261 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+var (
+	metaLine   = regexp.MustCompile(`^# (HELP|TYPE) ([a-zA-Z_:][a-zA-Z0-9_:]*) (.+)$`)
+	sampleLine = regexp.MustCompile(`^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{[a-z_]+="(?:[^"\\]|\\["\\n])*"(?:,[a-z_]+="(?:[^"\\]|\\["\\n])*")*\})? (\S+)$`)
+)
+
+// scrape writes m and reads the text as strictly as Prometheus does.
+func scrape(t *testing.T, m *metrics, g gauges) map[string]float64 {
+	t.Helper()
+	var b bytes.Buffer
+	if err := m.write(&b, g); err != nil {
+		t.Fatal(err)
+	}
+	return readExposition(t, b.String())
+}
+
+// readExposition returns values by series. A family is announced once, by HELP
+// and then TYPE, and its samples stand together behind them.
+func readExposition(t *testing.T, text string) map[string]float64 {
+	t.Helper()
+	if !strings.HasSuffix(text, "\n") {
+		t.Error("no line feed at the end")
+	}
+	series, seen, current := map[string]float64{}, map[string]int{}, ""
+	for line := range strings.SplitSeq(strings.TrimSuffix(text, "\n"), "\n") {
+		if k := metaLine.FindStringSubmatch(line); k != nil {
+			seen[k[1]+k[2]]++
+			if seen[k[1]+k[2]] > 1 || k[1] == "TYPE" && current != k[2] {
+				t.Errorf("%s of %s is not there once, HELP first", k[1], k[2])
+			}
+			current = k[2]
+			continue
+		}
+		k := sampleLine.FindStringSubmatch(line)
+		if k == nil {
+			t.Errorf("not a line of the format: %q", line)
+			continue
+		}
+		v, err := strconv.ParseFloat(k[3], 64)
+		if err != nil {
+			t.Errorf("bad value in %q", line)
+		}
+		if _, twice := series[k[1]+k[2]]; twice {
+			t.Errorf("series %s%s is there twice", k[1], k[2])
+		}
+		series[k[1]+k[2]] = v
+		if suffix, of := strings.CutPrefix(k[1], current); !of || suffix != "" && suffix != "_bucket" && suffix != "_sum" && suffix != "_count" {
+			t.Errorf("%s stands below %s", k[1], current)
+		}
+	}
+	return series
+}
+
+func wantSeries(t *testing.T, got, want map[string]float64) {
+	t.Helper()
+	for name, v := range want {
+		if g, ok := got[name]; !ok || g != v {
+			t.Errorf("%s: want %v, got %v (there: %t)", name, v, g, ok)
+		}
+	}
+}
+
+func TestMetricsCount(t *testing.T) {
+	t.Parallel()
+	m := newMetrics()
+	m.served("alpine", "hit", 200, 10, 300*time.Microsecond)
+	m.served("alpine", "hit", 206, 5, 2*time.Millisecond)
+	m.served("alpine", "miss", 502, 7, 90*time.Second)
+	m.served("", "none", 404, 1, time.Hour)
+	m.served("alpine", "surprise", 999, 0, 0)
+	m.fetched("alpine", 100)
+	m.upstreamFailed("alpine", "timeout")
+	m.upstreamFailed("alpine", "surprise")
+	m.storeFailed("redis")
+	m.storeFailed("surprise")
+	m.filling("alpine", 3)
+	m.filling("alpine", -1)
+	got := scrape(t, m, gauges{
+		version:  "1.2.3",
+		started:  time.UnixMilli(1_700_000_000_250),
+		backends: map[string]bool{"storage": true, "redis": false},
+		stored:   map[string]stock{"alpine": {Files: 2, Bytes: 1 << 40}},
+	})
+	wantSeries(t, got, map[string]float64{
+		`artifactapi_requests_total{remote="alpine",result="hit",status_class="2xx"}`:     2,
+		`artifactapi_requests_total{remote="alpine",result="miss",status_class="5xx"}`:    1,
+		`artifactapi_requests_total{remote="",result="none",status_class="4xx"}`:          1,
+		`artifactapi_requests_total{remote="alpine",result="other",status_class="other"}`: 1,
+		`artifactapi_served_bytes_total{remote="alpine"}`:                                 22,
+		`artifactapi_fetched_bytes_total{remote="alpine"}`:                                100,
+		`artifactapi_upstream_errors_total{remote="alpine",kind="timeout"}`:               1,
+		`artifactapi_upstream_errors_total{remote="alpine",kind="refused"}`:               0,
+		`artifactapi_upstream_errors_total{remote="alpine",kind="other"}`:                 1,
+		`artifactapi_store_errors_total{store="redis"}`:                                   1,
+		`artifactapi_store_errors_total{store="spool"}`:                                   0,
+		`artifactapi_store_errors_total{store="other"}`:                                   1,
+		`artifactapi_fills_in_flight{remote="alpine"}`:                                    2,
+		`artifactapi_backend_up{backend="storage"}`:                                       1,
+		`artifactapi_backend_up{backend="redis"}`:                                         0,
+		`artifactapi_stored_files{remote="alpine"}`:                                       2,
+		`artifactapi_stored_bytes{remote="alpine"}`:                                       1 << 40,
+		`process_start_time_seconds`:                                                      1_700_000_000.25,
+		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.0005"}`:           1,
+		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.001"}`:            1,
+		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.005"}`:            2,
+		`artifactapi_request_duration_seconds_bucket{result="hit",le="+Inf"}`:             2,
+		`artifactapi_request_duration_seconds_count{result="hit"}`:                        2,
+		`artifactapi_request_duration_seconds_sum{result="hit"}`:                          0.0023,
+		`artifactapi_request_duration_seconds_bucket{result="miss",le="60"}`:              0,
+		`artifactapi_request_duration_seconds_bucket{result="miss",le="600"}`:             1,
+		`artifactapi_request_duration_seconds_bucket{result="none",le="600"}`:             0,
+		`artifactapi_request_duration_seconds_bucket{result="none",le="+Inf"}`:            1,
+	})
+	if got["go_goroutines"] < 1 {
+		t.Error("no goroutines?")
+	}
+}
+
+func TestMetricsAreTheSameSeriesEachTime(t *testing.T) {
+	t.Parallel()
+	m := newMetrics()
+	m.served("a", "hit", 200, 1, 0)
+	m.served("b", "hit", 200, 1, 0)
+	before := scrape(t, m, gauges{})
+	for range 100 {
+		m.served("a", "hit", 200, 1, time.Minute)
+	}
+	after := scrape(t, m, gauges{})
+	for name := range maps.Keys(after) {
+		if _, ok := before[name]; !ok {
+			t.Errorf("%s is new", name)
+		}
+	}
+}
+
+func TestMetricsLabelsAreBounded(t *testing.T) {
+	t.Parallel()
+	m := newMetrics()
+	for i := range 3 * maxRemotes {
+		m.fetched(fmt.Sprintf("r%d", i), 1)
+	}
+	got := scrape(t, m, gauges{})
+	var names int
+	var sum float64
+	for name, v := range got {
+		if strings.HasPrefix(name, "artifactapi_fetched_bytes_total") {
+			names, sum = names+1, sum+v
+		}
+	}
+	if names != maxRemotes+1 || sum != 3*maxRemotes {
+		t.Errorf("want %d remotes and all %d bytes counted, got %d and %v", maxRemotes+1, 3*maxRemotes, names, sum)
+	}
+	wantSeries(t, got, map[string]float64{`artifactapi_fetched_bytes_total{remote="other"}`: 2 * maxRemotes})
+}
+
+func TestMetricsEscapeLabels(t *testing.T) {
+	t.Parallel()
+	m := newMetrics()
+	m.fetched("a\"b\\c\nd", 1)
+	m.fetched("bad\xff", 1)
+	m.fetched("bad\xfe", 1) // the same label: one series
+	wantSeries(t, scrape(t, m, gauges{}), map[string]float64{
+		`artifactapi_fetched_bytes_total{remote="a\"b\\c\nd"}`:          1,
+		`artifactapi_fetched_bytes_total{remote="bad` + "\uFFFD" + `"}`: 2,
+	})
+}
+
+func TestMetricsOnNil(t *testing.T) {
+	t.Parallel()
+	var m *metrics
+	m.served("a", "hit", 200, 1, 0)
+	m.fetched("a", 1)
+	m.upstreamFailed("a", "timeout")
+	m.storeFailed("redis")
+	m.filling("a", 1)
+	got := scrape(t, m, gauges{backends: map[string]bool{"storage": true}})
+	wantSeries(t, got, map[string]float64{`artifactapi_backend_up{backend="storage"}`: 1})
+}
+
+func TestMetricsReportAFailedWrite(t *testing.T) {
+	t.Parallel()
+	gone := errors.New("gone")
+	r, w := io.Pipe()
+	r.CloseWithError(gone)
+	if err := newMetrics().write(w, gauges{}); !errors.Is(err, gone) {
+		t.Errorf("want %v, got %v", gone, err)
+	}
+}
+
+func TestMetricsLoseNothingUnderConcurrency(t *testing.T) {
+	t.Parallel()
+	const workers, each = 8, 500
+	m := newMetrics()
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for i := range each {
+				m.served(fmt.Sprintf("r%d", i%50), "hit", 200, 1, time.Second)
+				if i%100 == 0 {
+					_ = m.write(io.Discard, gauges{})
+				}
+			}
+		})
+	}
+	wg.Wait()
+	got := scrape(t, m, gauges{})
+	wantSeries(t, got, map[string]float64{
+		`artifactapi_request_duration_seconds_count{result="hit"}`:                workers * each,
+		`artifactapi_request_duration_seconds_sum{result="hit"}`:                  workers * each,
+		`artifactapi_requests_total{remote="r7",result="hit",status_class="2xx"}`: workers * each / 50,
+	})
+}
+
+func TestMetricsCountWithoutAllocating(t *testing.T) {
+	m := newMetrics()
+	m.served("alpine", "hit", 200, 1, 0)
+	if n := testing.AllocsPerRun(100, func() { countOne(m) }); n != 0 {
+		t.Errorf("a request counted: want 0 allocations, got %v", n)
+	}
+}
+
+func countOne(m *metrics) {
+	m.served("alpine", "hit", 200, 4096, 80*time.Microsecond)
+	m.fetched("alpine", 4096)
+}
+
+func BenchmarkMetrics(b *testing.B) {
+	m := newMetrics()
+	for i := range 50 {
+		m.fetched(fmt.Sprintf("remote%d", i), 1)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		countOne(m)
+	}
+}
+
+func BenchmarkMetricsParallel(b *testing.B) {
+	m := newMetrics()
+	b.ReportAllocs()
+	b.RunParallel(func(p *testing.PB) {
+		for p.Next() {
+			countOne(m)
+		}
+	})
+}

@@ -1,0 +1,457 @@
+// respond.go: how a handler's error becomes an answer, how a body is sent, and
+// how an answer becomes a log line. Handlers return errors; responder alone
+// writes them.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math"
+	"net"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// The error kinds that all layers share. A richer error wraps one of them;
+// "not there" is fs.ErrNotExist in every layer.
+var (
+	errBadRequest   = errors.New("bad request")
+	errUnauthorized = errors.New("a token is needed")
+	errDenied       = errors.New("denied")
+	errTooLong      = errors.New("path too long")
+	errUnreachable  = errors.New("upstream unreachable") // dial, DNS, TLS, reset before headers
+	errTimeout      = errors.New("upstream timed out")
+	errBadUpstream  = errors.New("bad upstream answer") // one that cannot be used
+	errStoreDown    = errors.New("store is not usable")
+	errNoSpace      = errors.New("no space left to store")
+	errBusy         = errors.New("too many requests") // Retry-After is sent
+	errClientGone   = errors.New("the client left")
+)
+
+// statusClientGone is logged for a client that left before its answer; it is
+// never on the wire (nginx's number).
+const statusClientGone = 499
+
+// problem is an error with all that its answer needs. detail reaches the
+// client and so never holds a secret or a query; cause reaches the log only.
+type problem struct {
+	status     int
+	detail     string
+	retryAfter time.Duration // 0: no Retry-After
+	allow      string        // Allow, with 405
+	challenge  string        // WWW-Authenticate, with 401
+	cause      error         // what errors.Is sees; may be nil
+}
+
+func (p *problem) Error() string {
+	if p.cause == nil {
+		return p.detail
+	}
+	return p.detail + ": " + p.cause.Error()
+}
+
+func (p *problem) Unwrap() error { return p.cause }
+
+// refuse makes a problem of a status and a text for the client.
+func refuse(status int, format string, args ...any) *problem {
+	return &problem{status: status, detail: fmt.Sprintf(format, args...)}
+}
+
+// kinds is the one table from an error to the status and text of its answer.
+// The first match counts; an error of no kind is 500 and explains itself in
+// the log only.
+var kinds = []struct {
+	err    error
+	status int
+	detail string
+}{
+	{context.Canceled, statusClientGone, "the client left"},
+	{errClientGone, statusClientGone, "the client left"},
+	{errBadRequest, http.StatusBadRequest, "bad request"},
+	{errUnauthorized, http.StatusUnauthorized, "a token is needed"},
+	{errDenied, http.StatusForbidden, "this path may not be fetched: no pattern of the remote allows it"},
+	{errTooLong, http.StatusRequestURITooLong, "the path is longer than 1024 bytes"},
+	{fs.ErrNotExist, http.StatusNotFound, "not found"},
+	{errBusy, http.StatusServiceUnavailable, "too many requests, try again later"},
+	{errNoSpace, http.StatusInsufficientStorage, "no space left to store this"},
+	{errStoreDown, http.StatusServiceUnavailable, "the store cannot be used right now"},
+	{errTimeout, http.StatusGatewayTimeout, "the upstream did not answer in time"},
+	{errUnreachable, http.StatusBadGateway, "the upstream cannot be reached"},
+	{errBadUpstream, http.StatusBadGateway, "the upstream's answer cannot be used"},
+}
+
+// describe is the status and the text for the client of err.
+func describe(err error) (status int, detail string) {
+	if p, ok := errors.AsType[*problem](err); ok {
+		return p.status, p.detail
+	}
+	for _, k := range kinds {
+		if errors.Is(err, k.err) {
+			return k.status, k.detail
+		}
+	}
+	return http.StatusInternalServerError, "internal error"
+}
+
+// secret is a string that never prints: not through fmt, slog or JSON.
+type secret string
+
+func (s secret) String() string {
+	if s == "" {
+		return ""
+	}
+	return "***"
+}
+
+// GoString, LogValue and MarshalJSON close the other ways out.
+func (s secret) GoString() string             { return s.String() }
+func (s secret) LogValue() slog.Value         { return slog.StringValue(s.String()) }
+func (s secret) MarshalJSON() ([]byte, error) { return json.Marshal(s.String()) }
+
+// handler serves one request. An error it returns is answered by the
+// responder, unless the answer has begun: then the connection is aborted.
+type handler func(w *response, r *http.Request) error
+
+// responder turns handlers into http.Handlers: it recovers, answers errors,
+// logs one line and counts.
+type responder struct {
+	now     func() time.Time
+	log     *slog.Logger
+	metrics interface {
+		served(remote, result string, status int, bytes int64, d time.Duration)
+	}
+}
+
+// errorWriter writes the answer for an error in the format of its API.
+type errorWriter func(w http.ResponseWriter, status int, detail string, err error)
+
+// serve runs h for one request.
+func (s *responder) serve(w http.ResponseWriter, r *http.Request, h handler, fail errorWriter) {
+	began := s.now()
+	res := &response{ResponseWriter: w, rc: http.NewResponseController(w), now: s.now, head: r.Method == http.MethodHead}
+	if r.ProtoMajor == 1 && r.TLS == nil {
+		res.sendfile = true
+	}
+	err := s.run(res, r, h)
+	abort := false
+	if err != nil {
+		abort = s.fail(res, r, err, fail)
+	}
+	s.account(res, r, err, s.now().Sub(began))
+	if abort {
+		panic(http.ErrAbortHandler)
+	}
+	if !res.pushed.IsZero() {
+		// The deadline belongs to this answer, not to the connection's next.
+		_ = res.rc.SetWriteDeadline(time.Time{})
+	}
+}
+
+// run calls h and turns a panic into an error; net/http's own abort too, so
+// that an aborted answer is logged like any other.
+func (s *responder) run(w *response, r *http.Request, h handler) (err error) {
+	defer func() {
+		switch p := recover(); {
+		case p == nil:
+		case p == any(http.ErrAbortHandler):
+			err = http.ErrAbortHandler
+		default:
+			err = fmt.Errorf("panic: %v", p)
+			s.log.Error("handler panicked", "panic", p, "stack", string(debug.Stack()))
+		}
+	}()
+	if err := h(w, r); err != nil {
+		return err
+	}
+	if w.srcErr != nil {
+		return fmt.Errorf("sending the body: %w", w.srcErr)
+	}
+	return w.gone
+}
+
+// fail answers err, or says that the connection must be aborted because an
+// answer has begun.
+func (s *responder) fail(w *response, r *http.Request, err error, write errorWriter) (abort bool) {
+	if w.status != 0 {
+		return true
+	}
+	status, detail := describe(err)
+	if status == statusClientGone || errors.Is(err, http.ErrAbortHandler) {
+		w.status = status
+		return true
+	}
+	h := w.Header()
+	clear(h)
+	if p, ok := errors.AsType[*problem](err); ok {
+		if p.retryAfter > 0 {
+			h.Set("Retry-After", strconv.Itoa(int(math.Ceil(p.retryAfter.Seconds()))))
+		}
+		if p.allow != "" {
+			h.Set("Allow", p.allow)
+		}
+		if p.challenge != "" {
+			h.Set("WWW-Authenticate", p.challenge)
+		}
+	}
+	h.Set("X-Content-Type-Options", "nosniff")
+	if r.ProtoMajor == 1 && r.ProtoMinor == 1 {
+		h.Set("Connection", "keep-alive")
+	}
+	write(w, status, detail, err)
+	return false
+}
+
+// account writes the one log line of a request and counts it.
+func (s *responder) account(w *response, r *http.Request, err error, took time.Duration) {
+	if w.status == 0 {
+		w.status = http.StatusOK // nothing was written: net/http sends this
+	}
+	if errors.Is(err, errClientGone) {
+		w.status = statusClientGone
+	}
+	s.metrics.served(w.remote, strings.ToLower(w.result), w.status, w.bytes, took)
+	level, msg := slog.LevelInfo, "Request"
+	switch {
+	case w.result != "":
+		msg = "Cache " + w.result
+	case w.quiet:
+		level = slog.LevelDebug
+	}
+	if !s.log.Enabled(r.Context(), level) {
+		return
+	}
+	path := w.path
+	if path == "" {
+		path = r.URL.Path
+	}
+	client, _, splitErr := net.SplitHostPort(r.RemoteAddr)
+	if splitErr != nil {
+		client = r.RemoteAddr
+	}
+	attrs := []slog.Attr{slog.String("method", r.Method), slog.String("remote", w.remote), slog.String("path", path),
+		slog.Int("status", w.status), slog.Int64("bytes", w.bytes), slog.Duration("duration", took), slog.String("client", client)}
+	if err != nil && !errors.Is(err, http.ErrAbortHandler) {
+		attrs = append(attrs, slog.String("error", err.Error()))
+	}
+	s.log.LogAttrs(r.Context(), level, msg, attrs...)
+}
+
+// writeJSONError is the errorWriter of everything but the registry.
+func writeJSONError(w http.ResponseWriter, status int, detail string, _ error) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(map[string]string{"detail": detail})
+}
+
+// writeJSON answers 200 with v.
+func writeJSON(w http.ResponseWriter, v any) error {
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encoding the answer: %w", err)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(b)+1))
+	_, _ = w.Write(append(b, '\n'))
+	return nil
+}
+
+// source is a body that can hand out the file its bytes are in, so that the
+// kernel sends them (sendfile).
+type source interface {
+	io.Reader
+	// next waits until bytes can be read where the source stands and returns a
+	// file that stands there with how many of its bytes are ready, at most max.
+	// A nil file means: use Read. io.EOF ends the source.
+	next(max int64) (f *os.File, n int64, err error)
+	// skip says that n bytes were read from next's file.
+	skip(n int64)
+}
+
+const (
+	// sendStep is how much is handed to the kernel at once: large enough that
+	// the deadline's cost vanishes, small enough that a fill's watermark and a
+	// client's departure are noticed.
+	sendStep = 4 << 20
+	// patience is how long a client may take no byte at all before it counts
+	// as dead. TCP shows a reader of some bytes a second only now and then,
+	// when its window reopens, so this is long.
+	patience = 5 * time.Minute
+	copySize = 64 << 10
+)
+
+// response is the http.ResponseWriter of all handlers: it counts, pushes the
+// write deadline forward while the client takes bytes, and sends files by
+// sendfile. ServeContent's copy lands in ReadFrom.
+type response struct {
+	http.ResponseWriter
+	rc       *http.ResponseController
+	now      func() time.Time
+	head     bool
+	sendfile bool      // plain HTTP/1: net/http hands files to the kernel
+	pushed   time.Time // when the write deadline was last set
+
+	status int
+	bytes  int64
+	srcErr error // reading a body failed: the answer must not end cleanly
+	gone   error // writing to the client failed
+
+	// For the log line and the counters, set by handlers.
+	remote, path, result string
+	quiet                bool // not worth a line unless debugging
+}
+
+// Unwrap lets http.ResponseController reach the connection.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// WriteHeader notes the status. Informational ones are not the answer.
+func (w *response) WriteHeader(status int) {
+	if status >= 200 && w.status == 0 {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(p []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	w.push()
+	n, err := w.ResponseWriter.Write(p)
+	w.bytes += int64(n)
+	return n, w.left(err)
+}
+
+// left notes a write that failed: the client is gone.
+func (w *response) left(err error) error {
+	if err != nil && w.gone == nil && !errors.Is(err, http.ErrBodyNotAllowed) {
+		w.gone = fmt.Errorf("%w: %w", errClientGone, err)
+	}
+	return err
+}
+
+// push moves the write deadline. Setting a timer for each small write would
+// cost more than the write, hence the quarter.
+func (w *response) push() {
+	now := w.now()
+	if now.Sub(w.pushed) < patience/4 && !w.pushed.IsZero() {
+		return
+	}
+	w.pushed = now
+	_ = w.rc.SetWriteDeadline(now.Add(patience)) // a recorder in tests has none
+}
+
+// ReadFrom sends src, through the kernel where it is a source on a plain
+// connection. A failing src is noted in srcErr, because http.ServeContent
+// drops what its copy returns.
+func (w *response) ReadFrom(src io.Reader) (int64, error) {
+	limit, body := int64(math.MaxInt64), src
+	if l, ok := src.(*io.LimitedReader); ok {
+		limit, body = l.N, l.R
+	}
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	if s, ok := body.(source); ok && w.sendfile {
+		return w.sendFiles(s, limit)
+	}
+	return w.copyFrom(src, limit)
+}
+
+// sendFiles sends limit bytes of s, or all.
+func (w *response) sendFiles(s source, limit int64) (sent int64, err error) {
+	for sent < limit {
+		f, n, err := s.next(min(limit-sent, sendStep))
+		if err != nil {
+			return sent, w.ended(err, sent, limit)
+		}
+		if f == nil {
+			n, err := w.copyFrom(&io.LimitedReader{R: s, N: limit - sent}, limit-sent)
+			return sent + n, err
+		}
+		k, err := w.sendFile(f, n)
+		s.skip(k)
+		sent += k
+		if err != nil {
+			return sent, err
+		}
+	}
+	return sent, nil
+}
+
+// sendFile sends n bytes of f from where it stands. A deadline that passes
+// while bytes still flow only means that the step was long for this client.
+func (w *response) sendFile(f *os.File, n int64) (sent int64, err error) {
+	rf, ok := w.ResponseWriter.(io.ReaderFrom)
+	for sent < n {
+		w.pushed = time.Time{}
+		w.push()
+		var k int64
+		src := &io.LimitedReader{R: f, N: n - sent}
+		if ok {
+			k, err = rf.ReadFrom(src)
+		} else {
+			k, err = io.Copy(w.ResponseWriter, src)
+		}
+		sent += k
+		w.bytes += k
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded) && k > 0:
+		case err != nil:
+			return sent, w.left(err)
+		case k == 0: // the file is shorter than its record says
+			w.srcErr = io.ErrUnexpectedEOF
+			return sent, w.srcErr
+		}
+	}
+	return sent, nil
+}
+
+var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
+
+// copyFrom sends what cannot be sent by the kernel: memory, TLS, streams.
+func (w *response) copyFrom(src io.Reader, limit int64) (sent int64, err error) {
+	buf := copyBuffers.Get().(*[copySize]byte)
+	defer copyBuffers.Put(buf)
+	for {
+		n, err := src.Read(buf[:])
+		if n > 0 {
+			k, werr := w.Write(buf[:n])
+			sent += int64(k)
+			if werr != nil {
+				return sent, werr
+			}
+		}
+		if err != nil {
+			return sent, w.ended(err, sent, limit)
+		}
+	}
+}
+
+// ended judges the end of a source: clean only at EOF and, where a length was
+// promised, only behind it.
+func (w *response) ended(err error, sent, limit int64) error {
+	if err == io.EOF && (limit == math.MaxInt64 || sent == limit) {
+		return nil
+	}
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	w.srcErr = err
+	return err
+}
+
+// statusOf is describe's status alone.
+func statusOf(err error) int {
+	status, _ := describe(err)
+	return status
+}
