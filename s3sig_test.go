@@ -1,0 +1,1035 @@
+// s3sig_test.go: the published signatures, the client against the fake server
+// and its faults, and one suite for it and, with
+// TEST_S3=http://KEY:SECRET@host:port/bucket, a real server.
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// vector is an example of Amazon's "Authenticating Requests".
+type vector struct {
+	method, path string
+	query        url.Values
+	header       http.Header
+	body         string
+	want         string
+}
+
+func vectors() map[string]vector {
+	return map[string]vector{
+		"get with a range": {method: "GET", path: "/test.txt", header: http.Header{"Range": {"bytes=0-9"}},
+			want: "f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41"},
+		"put with an odd name": {method: "PUT", path: "/test$file.text", body: "Welcome to Amazon S3.",
+			header: http.Header{"Date": {"Fri, 24 May 2013 00:00:00 GMT"}, "X-Amz-Storage-Class": {"REDUCED_REDUNDANCY"}},
+			want:   "98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd"},
+		"query without value": {method: "GET", path: "/", query: url.Values{"lifecycle": {""}},
+			want: "fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543"},
+		"list": {method: "GET", path: "/", query: url.Values{"prefix": {"J"}, "max-keys": {"2"}},
+			want: "34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7"},
+	}
+}
+
+const (
+	vectorKey    = "AKIAIOSFODNN7EXAMPLE"
+	vectorSecret = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
+)
+
+func (v vector) request() *http.Request {
+	u := &url.URL{Scheme: "https", Host: "examplebucket.s3.amazonaws.com", Path: v.path, RawPath: uriEncode(v.path, true), RawQuery: encodeQuery(v.query)}
+	h := maps.Clone(v.header)
+	if h == nil {
+		h = http.Header{}
+	}
+	return &http.Request{Method: v.method, URL: u, Header: h}
+}
+
+func TestSignVectors(t *testing.T) {
+	t.Parallel()
+	at := time.Date(2013, 5, 24, 0, 0, 0, 0, time.UTC)
+	for name, v := range vectors() {
+		req := v.request()
+		req.Header.Set("Accept-Encoding", "identity") // never part of a signature
+		newDayKey(vectorSecret, "20130524", "us-east-1").sign(req, vectorKey, sha256Hex([]byte(v.body)), at)
+		auth := req.Header.Get("Authorization")
+		if !strings.HasSuffix(auth, "Signature="+v.want) || strings.Contains(auth, "accept-encoding") {
+			t.Errorf("%s: %s, want signature %s", name, auth, v.want)
+		}
+	}
+}
+
+func TestDayKeyFollowsDayAndRegion(t *testing.T) {
+	t.Parallel()
+	c := &s3client{cfg: s3config{secretKey: "s"}}
+	at := time.Date(2026, 1, 1, 23, 59, 59, 0, time.UTC)
+	a := c.dayKey("r", at)
+	if c.dayKey("r", at) != a {
+		t.Error("the key was derived again for the same day")
+	}
+	if k := c.dayKey("r", at.Add(time.Second)); k.day != "20260102" || bytes.Equal(k.key, a.key) {
+		t.Error("the key outlived its day")
+	}
+	if k := c.dayKey("q", at); k.region != "q" || bytes.Equal(k.key, a.key) {
+		t.Error("the key left its region")
+	}
+}
+
+func BenchmarkSign(b *testing.B) {
+	v := vectors()["get with a range"]
+	c := &s3client{cfg: s3config{accessKey: vectorKey, secretKey: vectorSecret}}
+	at := time.Date(2013, 5, 24, 0, 0, 0, 0, time.UTC)
+	b.ReportAllocs()
+	for b.Loop() {
+		c.dayKey("us-east-1", at).sign(v.request(), vectorKey, emptySHA256, at)
+	}
+}
+
+func TestURIEncode(t *testing.T) {
+	t.Parallel()
+	for in, want := range map[string]string{
+		"":                   "",
+		"AZaz09-._~":         "AZaz09-._~",
+		"a b":                "a%20b",
+		"a+b":                "a%2Bb",
+		"a%2fb":              "a%252fb",
+		"!'()*;:@&=$,?#[]\"": "%21%27%28%29%2A%3B%3A%40%26%3D%24%2C%3F%23%5B%5D%22",
+		"ä/\u6f22":           "%C3%A4/%E6%BC%A2",
+		"\x00\xff":           "%00%FF",
+		"//x":                "//x",
+	} {
+		if got := uriEncode(in, true); got != want {
+			t.Errorf("uriEncode(%q) = %q, want %q", in, got, want)
+		}
+	}
+	if got := uriEncode("a/b", false); got != "a%2Fb" {
+		t.Errorf("a slash in a query became %q", got)
+	}
+}
+
+func TestEncodeQuerySortsByEncodedName(t *testing.T) {
+	t.Parallel()
+	q := url.Values{"a": {"2", "10"}, "a-b": {""}, "ä": {"1"}, "z": {"+ ~"}}
+	if got, want := encodeQuery(q), "%C3%A4=1&a=10&a=2&a-b=&z=%2B%20~"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func FuzzURIEncode(f *testing.F) {
+	for _, s := range []string{"", "a b+c~d%e", "ä/ö", "\x00\xff", "../.."} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		enc := uriEncode(s, true)
+		if back, err := url.PathUnescape(enc); err != nil || back != s {
+			t.Fatalf("%q became %q and then %q, %v", s, enc, back, err)
+		}
+		if enc != fakeEncode(s, "/") {
+			t.Fatalf("%q is spelled %q", s, enc)
+		}
+		u := url.URL{Path: "/" + s, RawPath: "/" + enc}
+		if u.EscapedPath() != "/"+enc {
+			t.Fatalf("net/url would put %q on the wire, not %q", u.EscapedPath(), enc)
+		}
+	})
+}
+
+// FuzzS3Answer feeds servers' answers to the parsers; nothing may crash, and
+// what comes out fits a log line.
+func FuzzS3Answer(f *testing.F) {
+	f.Add(500, "<Error><Code>InternalError</Code><Message>m\nn</Message><Region>eu</Region></Error>")
+	f.Add(200, "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>")
+	f.Add(502, "<html>Bad Gateway")
+	f.Fuzz(func(t *testing.T, status int, body string) {
+		resp := &http.Response{StatusCode: status, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(body))}
+		text := refusal(resp, s3place{}, time.Time{}).Error()
+		if len(text) > 4*s3TextLimit || strings.ContainsAny(text, "\r\n\x00") {
+			t.Fatalf("error text %q", text)
+		}
+		resp.Body = io.NopCloser(strings.NewReader(body))
+		_ = readXML(resp, &s3page{}, s3place{}, time.Time{})
+	})
+}
+
+func TestNewS3Refuses(t *testing.T) {
+	t.Parallel()
+	good := s3config{host: "h:9000", bucket: "b", accessKey: "a", secretKey: "s3cr3t", now: time.Now}
+	if _, err := newS3(good); err != nil {
+		t.Fatal(err)
+	}
+	for name, spoil := range map[string]func(*s3config){
+		"url as host":    func(c *s3config) { c.host = "http://h" },
+		"no host":        func(c *s3config) { c.host = "" },
+		"bucket path":    func(c *s3config) { c.bucket = "a/b" },
+		"no secret":      func(c *s3config) { c.secretKey = "" },
+		"no access key":  func(c *s3config) { c.accessKey = "" },
+		"nobody's clock": func(c *s3config) { c.now = nil },
+	} {
+		cfg := good
+		spoil(&cfg)
+		if _, err := newS3(cfg); err == nil || strings.Contains(err.Error(), "s3cr3t") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if s := fmt.Sprintf("%v %+v", good, good); strings.Contains(s, "s3cr3t") {
+		t.Errorf("the configuration prints as %s", s)
+	}
+}
+
+// client makes a client of a fake server.
+func (f *fakeS3) client(change ...func(*s3config)) *s3client {
+	cfg := f.config()
+	for _, ch := range change {
+		ch(&cfg)
+	}
+	c, err := newS3(cfg)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return c
+}
+
+// putOf is an object of that content, with metadata that is its own.
+func putOf(data []byte) s3put {
+	return s3put{body: bytes.NewReader(data), size: int64(len(data)), sha256: sha256Hex(data), contentType: "text/plain",
+		meta: map[string]string{"record": `{"s":"` + sha256Hex(data) + `"}`}}
+}
+
+// pattern is n bytes that differ from one part to the next.
+func pattern(n int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = byte(i>>16 ^ i>>8 ^ i*7)
+	}
+	return b
+}
+
+func wantObject(t *testing.T, c *s3client, key string, data []byte) *s3object {
+	t.Helper()
+	o, err := c.get(t.Context(), key, s3get{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.body.Close()
+	got, err := io.ReadAll(o.body)
+	if err != nil || !bytes.Equal(got, data) || o.size != int64(len(data)) {
+		t.Fatalf("%q: read %d of %d bytes (size %d), right: %v, error %v", key, len(got), len(data), o.size, bytes.Equal(got, data), err)
+	}
+	return o
+}
+
+func mustPut(t *testing.T, c *s3client, key string, p s3put) string {
+	t.Helper()
+	etag, err := c.put(t.Context(), key, p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return etag
+}
+
+// testS3 is what every server must do for the client.
+func testS3(t *testing.T, c *s3client, partSize int) {
+	t.Run("bucket", func(t *testing.T) { testS3Bucket(t, c) })
+	t.Run("keys", func(t *testing.T) { testS3Keys(t, c) })
+	t.Run("ranges", func(t *testing.T) { testS3Ranges(t, c) })
+	t.Run("conditions", func(t *testing.T) { testS3Conditions(t, c) })
+	t.Run("metadata", func(t *testing.T) { testS3Metadata(t, c) })
+	t.Run("parts", func(t *testing.T) { testS3Parts(t, c, partSize) })
+	t.Run("sweep", func(t *testing.T) { testS3Sweep(t, c) })
+	t.Run("missing", func(t *testing.T) { testS3Missing(t, c) })
+	t.Run("cancelled", func(t *testing.T) { testS3Cancelled(t, c) })
+	t.Run("corrected", func(t *testing.T) { testS3Corrected(t, c) })
+}
+
+func testS3Bucket(t *testing.T, c *s3client) {
+	var wg sync.WaitGroup
+	for range 4 { // replicas that start together
+		wg.Go(func() {
+			if err := c.ready(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if err := c.createBucket(t.Context()); err != nil {
+		t.Errorf("creating it again: %v", err)
+	}
+}
+
+// oddKeys are names that servers and clients spell differently.
+func oddKeys() []string {
+	return []string{"k/plain", "k/a b", "k/a+b", "k/a~b", "k/a%2Fb", "k/a%b", "k/ä漢", "k/!'()*;:@&=$,?#[]", "k/" + strings.Repeat("x", 200)}
+}
+
+func testS3Keys(t *testing.T, c *s3client) {
+	keys := oddKeys()
+	for _, key := range keys {
+		mustPut(t, c, key, putOf([]byte(key)))
+		wantObject(t, c, key, []byte(key))
+	}
+	var listed []string
+	err := c.list(t.Context(), "k/", func(i s3item) error {
+		if i.size != int64(len(i.key)) || i.etag == "" || i.modified.IsZero() {
+			t.Errorf("listed as %+v", i)
+		}
+		listed = append(listed, i.key)
+		return nil
+	})
+	slices.Sort(keys)
+	slices.Sort(listed)
+	if err != nil || !slices.Equal(listed, keys) {
+		t.Errorf("listed %q, %v, want %q", listed, err, keys)
+	}
+	stop := errors.New("enough")
+	if err := c.list(t.Context(), "k/", func(s3item) error { return stop }); !errors.Is(err, stop) {
+		t.Errorf("the callback's error came back as %v", err)
+	}
+	for _, key := range keys {
+		if err := cmp.Or(c.delete(t.Context(), key), c.delete(t.Context(), key)); err != nil {
+			t.Errorf("deleting %q twice: %v", key, err)
+		}
+	}
+	if err := c.list(t.Context(), "k/", func(i s3item) error { t.Errorf("left: %q", i.key); return nil }); err != nil {
+		t.Error(err)
+	}
+}
+
+func testS3Ranges(t *testing.T, c *s3client) {
+	data := pattern(1000)
+	mustPut(t, c, "range", putOf(data))
+	for _, g := range []s3get{{}, {off: 1}, {off: 999}, {n: 1}, {off: 10, n: 20}, {off: 990, n: 100}} {
+		o, err := c.get(t.Context(), "range", g)
+		if err != nil {
+			t.Fatalf("%+v: %v", g, err)
+		}
+		got, err := io.ReadAll(o.body)
+		o.body.Close()
+		end := int64(1000)
+		if g.n > 0 {
+			end = min(end, g.off+g.n)
+		}
+		if err != nil || !bytes.Equal(got, data[g.off:end]) || o.size != 1000 || o.meta["record"] == "" {
+			t.Errorf("%+v: %d bytes, size %d, meta %v, error %v", g, len(got), o.size, o.meta, err)
+		}
+	}
+	var e *s3Error
+	if _, err := c.get(t.Context(), "range", s3get{off: 1000}); !errors.As(err, &e) || e.status != 416 {
+		t.Errorf("beyond the end: %v", err)
+	}
+	mustPut(t, c, "empty", putOf(nil))
+	wantObject(t, c, "empty", nil)
+}
+
+func testS3Conditions(t *testing.T, c *s3client) {
+	old := mustPut(t, c, "cond", putOf([]byte("old")))
+	if o := wantObject(t, c, "cond", []byte("old")); o.etag != old {
+		t.Errorf("put said ETag %s, get %s", old, o.etag)
+	}
+	if _, err := c.get(t.Context(), "cond", s3get{ifNoneMatch: old}); !errors.Is(err, errS3Same) {
+		t.Errorf("If-None-Match with the same: %v", err)
+	}
+	mustPut(t, c, "cond", putOf([]byte("new!")))
+	if _, err := c.get(t.Context(), "cond", s3get{off: 1, ifMatch: old}); !errors.Is(err, errS3Changed) {
+		t.Errorf("If-Match with the old: %v", err)
+	}
+	o, err := c.get(t.Context(), "cond", s3get{off: 1, ifNoneMatch: old})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.body.Close()
+}
+
+// testS3PutConditions is apart: not every server has it.
+func testS3PutConditions(t *testing.T, c *s3client, size int) {
+	p := putOf(pattern(size))
+	p.ifNoneMatch = "*"
+	etag := mustPut(t, c, "once", p)
+	if _, err := c.put(t.Context(), "once", p); !errors.Is(err, errS3Changed) {
+		t.Errorf("replaced against If-None-Match: %v", err)
+	}
+	p.ifNoneMatch, p.ifMatch = "", etag
+	mustPut(t, c, "once", p)
+	if err := c.delete(t.Context(), "once"); err != nil {
+		t.Error(err)
+	}
+}
+
+func testS3Metadata(t *testing.T, c *s3client) {
+	p := putOf([]byte("x"))
+	p.meta = map[string]string{"record": `{"p":"a  b, c","q":"\\u00e4"}` + strings.Repeat("y", 1900)}
+	mustPut(t, c, "meta", p)
+	o, err := c.head(t.Context(), "meta")
+	if err != nil || o.meta["record"] != p.meta["record"] || o.size != 1 || o.modified.IsZero() {
+		t.Fatalf("head: %+v, %v", o, err)
+	}
+	p.meta["record"] += strings.Repeat("y", 9000)
+	if _, err := c.put(t.Context(), "meta", p); err == nil {
+		t.Error("metadata beyond the limit was taken")
+	}
+	for _, v := range []string{"ä", " x", "x ", "a\nb", "a\x00"} {
+		p.meta["record"] = v
+		if _, err := c.put(t.Context(), "meta", p); !errors.Is(err, errS3Metadata) {
+			t.Errorf("metadata %q: %v", v, err)
+		}
+	}
+}
+
+func testS3Parts(t *testing.T, c *s3client, partSize int) {
+	for _, n := range []int{partSize, partSize + 1, 2 * partSize, 5*partSize + 3} {
+		key := fmt.Sprintf("parts/a +%d", n)
+		p := putOf(pattern(n))
+		etag := mustPut(t, c, key, p)
+		o := wantObject(t, c, key, pattern(n))
+		if o.etag != etag || o.meta["record"] != p.meta["record"] {
+			t.Errorf("%d bytes: ETag %s then %s, meta %v", n, etag, o.etag, o.meta)
+		}
+		if err := c.delete(t.Context(), key); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func testS3Sweep(t *testing.T, c *s3client) {
+	const key = "sweep/a +b"
+	for range 3 {
+		if _, err := c.begin(t.Context(), key, s3put{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n, err := c.sweep(t.Context(), key, time.Hour); n != 0 || err != nil {
+		t.Errorf("young uploads: %d swept, %v", n, err)
+	}
+	if n, err := c.sweep(t.Context(), key, -time.Hour); n != 3 || err != nil {
+		t.Errorf("old uploads: %d swept, %v", n, err)
+	}
+	if n, err := c.sweep(t.Context(), key, -time.Hour); n != 0 || err != nil {
+		t.Errorf("again: %d swept, %v", n, err)
+	}
+}
+
+func testS3Missing(t *testing.T, c *s3client) {
+	if _, err := c.get(t.Context(), "nobody/here", s3get{off: 5}); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("get: %v", err)
+	}
+	if _, err := c.head(t.Context(), "nobody/here"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("head: %v", err)
+	}
+	if err := c.abort(t.Context(), "nobody/here", "bm9uZQ"); err != nil {
+		t.Errorf("aborting what is not there: %v", err)
+	}
+}
+
+func testS3Cancelled(t *testing.T, c *s3client) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.get(ctx, "x", s3get{}); !errors.Is(err, context.Canceled) {
+		t.Errorf("get: %v", err)
+	}
+	if _, err := c.put(ctx, "x", putOf([]byte("x"))); !errors.Is(err, context.Canceled) {
+		t.Errorf("put: %v", err)
+	}
+}
+
+// testS3Corrected: a wrong clock and a wrong region are got over, by each
+// operation as the first of a client.
+func testS3Corrected(t *testing.T, c *s3client) {
+	for name, spoil := range map[string]func(*s3config){
+		"clock ahead":  func(cfg *s3config) { cfg.now = func() time.Time { return time.Now().Add(6 * time.Hour) } },
+		"clock behind": func(cfg *s3config) { cfg.now = func() time.Time { return time.Now().Add(-60 * 24 * time.Hour) } },
+		"region":       func(cfg *s3config) { cfg.region = "no-where-1" },
+	} {
+		for op, do := range map[string]func(*s3client) error{
+			"put":   func(c *s3client) error { _, err := c.put(t.Context(), "fix", putOf([]byte("x"))); return err },
+			"parts": func(c *s3client) error { _, err := c.begin(t.Context(), "fix", s3put{}); return err },
+			"ready": func(c *s3client) error { return c.ready(t.Context()) },
+			"head":  func(c *s3client) error { _, err := c.head(t.Context(), "fix"); return notMissing(err) },
+			"get": func(c *s3client) error {
+				_, err := c.get(t.Context(), "nobody/here", s3get{})
+				return notMissing(err)
+			},
+		} {
+			cfg := c.cfg
+			spoil(&cfg)
+			wrong, err := newS3(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := do(wrong); err != nil {
+				t.Errorf("%s, %s: %v", name, op, err)
+			}
+		}
+	}
+	if _, err := c.sweep(t.Context(), "fix", -time.Hour); err != nil {
+		t.Error(err)
+	}
+}
+
+func notMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+func TestS3Fake(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(*fakeS3, *s3config){
+		"path style":     func(*fakeS3, *s3config) {},
+		"virtual host":   func(_ *fakeS3, c *s3config) { c.virtualHost, c.host = true, "s3.test:80" },
+		"another region": func(f *fakeS3, c *s3config) { f.region = "eu-test-1" },
+		"small pages":    func(f *fakeS3, c *s3config) { f.pageSize = 2 },
+		"clock ahead":    func(f *fakeS3, c *s3config) { f.now = func() time.Time { return time.Now().Add(-3 * time.Hour) } },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFakeS3(t)
+			f.drop("")
+			c := f.client(func(cfg *s3config) { change(f, cfg) })
+			testS3(t, c, 64<<10)
+			testS3PutConditions(t, c, 10)
+			testS3PutConditions(t, c, 200<<10)
+		})
+	}
+}
+
+// TestS3Real runs the suite against TEST_S3. put conditions are asked for with
+// TEST_S3_CONDITIONS, since not every server has them.
+func TestS3Real(t *testing.T) {
+	c := realS3(t, 5<<20)
+	testS3(t, c, 5<<20)
+	cfg := c.cfg
+	cfg.secretKey = "not-the-secret"
+	wrong, err := newS3(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := wrong.ready(t.Context()); !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), cfg.secretKey) {
+		t.Errorf("wrong credentials: %v", err)
+	}
+	if os.Getenv("TEST_S3_CONDITIONS") != "" {
+		testS3PutConditions(t, c, 10)
+		testS3PutConditions(t, c, 6<<20)
+	}
+}
+
+func realS3(t testing.TB, partSize int64) *s3client {
+	u, err := url.Parse(os.Getenv("TEST_S3"))
+	if err != nil || u.Host == "" {
+		t.Skip("TEST_S3 is not set")
+	}
+	secret, _ := u.User.Password()
+	c, err := newS3(s3config{host: u.Host, secure: u.Scheme == "https", bucket: strings.Trim(u.Path, "/"), accessKey: u.User.Username(),
+		secretKey: secret, partSize: partSize, now: time.Now, transport: s3transport()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.cfg.transport.(*http.Transport).CloseIdleConnections)
+	return c
+}
+
+func TestS3LargePartsAreEqual(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	f.largeParts = true
+	c := f.client(func(cfg *s3config) { cfg.partSize = 5 << 20 })
+	data := pattern(11 << 20)
+	if etag := mustPut(t, c, "large", putOf(data)); !strings.HasSuffix(etag, `-3"`) {
+		t.Errorf("ETag %s", etag)
+	}
+	wantObject(t, c, "large", data)
+	for _, tt := range []struct{ size, want int64 }{
+		{1, s3PartSize}, {s3PartSize * s3MaxParts, s3PartSize}, {s3PartSize*s3MaxParts + 1, s3PartSize + 1<<20}, {5 << 40, 525 << 20},
+	} {
+		if got := partSize(tt.size, s3PartSize); got != tt.want || (tt.size+got-1)/got > s3MaxParts {
+			t.Errorf("partSize(%d) = %d, want %d", tt.size, got, tt.want)
+		}
+	}
+}
+
+// TestS3FaultsPass lists what a put, small or in parts, gets over: each fault
+// once before and once after it took effect.
+func TestS3FaultsPass(t *testing.T) {
+	t.Parallel()
+	faults := map[string]fakeFault{
+		"slow down":      {status: 503, code: "SlowDown"},
+		"internal error": {status: 500, code: "InternalError"},
+		"bad gateway":    {status: 502},
+		"time-out":       {status: 400, code: "RequestTimeout"},
+		"error in a 200": {status: 200, code: "InternalError"},
+		"reset":          {},
+		"cut answer":     {cut: 40},
+	}
+	sizes := map[string]int{"PutObject": 1000, "CreateMultipartUpload": 300 << 10, "UploadPart": 300 << 10, "CompleteMultipartUpload": 300 << 10}
+	for op, size := range sizes {
+		for name, fault := range faults {
+			for _, applied := range []bool{false, true} {
+				inside := op == "PutObject" || op == "UploadPart" // their answers have no body
+				if inside && (fault.status == 200 || fault.cut > 0) {
+					continue
+				}
+				t.Run(fmt.Sprintf("%s %s applied %v", op, name, applied), func(t *testing.T) {
+					t.Parallel()
+					f := newFakeS3(t)
+					c := f.client()
+					f.failOnce(op, 2, applied, fault)
+					mustPut(t, c, "k", putOf(pattern(size)))
+					wantObject(t, c, "k", pattern(size))
+				})
+			}
+		}
+	}
+}
+
+// TestS3FaultsStay lists what ends a put: the old object stays, the upload is
+// gone, and a refusal is not asked for again.
+func TestS3FaultsStay(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		op     string
+		fault  fakeFault
+		tries  int
+		target error
+	}{
+		"denied":          {"PutObject", fakeFault{status: 403, code: "AccessDenied"}, 1, fs.ErrPermission},
+		"denied begin":    {"CreateMultipartUpload", fakeFault{status: 403, code: "AccessDenied"}, 1, fs.ErrPermission},
+		"denied complete": {"CompleteMultipartUpload", fakeFault{status: 200, code: "AccessDenied"}, 1, fs.ErrPermission},
+		"too large":       {"PutObject", fakeFault{status: 400, code: "EntityTooLarge"}, 1, nil},
+		"down":            {"PutObject", fakeFault{status: 503, code: "SlowDown"}, s3WriteTries, nil},
+		"down in parts":   {"CompleteMultipartUpload", fakeFault{status: 500, code: "InternalError"}, s3WriteTries, nil},
+		"resets":          {"CompleteMultipartUpload", fakeFault{}, s3WriteTries, nil},
+		"not S3":          {"PutObject", fakeFault{status: 404}, 1, nil},
+		"not built":       {"PutObject", fakeFault{status: 501, code: "NotImplemented"}, 1, nil},
+		"odd redirect":    {"PutObject", fakeFault{status: 301, code: "PermanentRedirect"}, 1, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFakeS3(t)
+			c := f.client()
+			old := pattern(10)
+			mustPut(t, c, "k", putOf(old))
+			f.count("")
+			f.failOnce(tt.op, 100, false, tt.fault)
+			size := 300 << 10
+			if tt.op == "PutObject" {
+				size = 1000
+			}
+			_, err := c.put(t.Context(), "k", putOf(pattern(size)))
+			if err == nil || tt.target != nil && !errors.Is(err, tt.target) || errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("error %v, want %v", err, tt.target)
+			}
+			if n := f.count(tt.op); n != tt.tries {
+				t.Errorf("%d attempts, want %d", n, tt.tries)
+			}
+			wantObject(t, c, "k", old)
+			if f.pending() > 0 {
+				t.Error("the upload was not aborted")
+			}
+		})
+	}
+}
+
+// TestS3LostAcknowledgement: every answer to complete is lost, yet the object
+// is there.
+func TestS3LostAcknowledgement(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	c := f.client()
+	for name, fault := range map[string]fakeFault{"reset": {}, "500": {status: 500, code: "InternalError"}} {
+		f.failOnce("CompleteMultipartUpload", 100, true, fault)
+		p := putOf(pattern(200 << 10))
+		if etag := mustPut(t, c, name, p); etag != f.object(name).etag {
+			t.Errorf("%s: ETag %s", name, etag)
+		}
+		wantObject(t, c, name, pattern(200<<10))
+	}
+	// The same size with other metadata is another object.
+	f.failOnce("CompleteMultipartUpload", 100, false, fakeFault{})
+	p := putOf(pattern(200 << 10))
+	p.meta["record"] = "another"
+	if _, err := c.put(t.Context(), "reset", p); err == nil {
+		t.Error("an old object was taken for the new one")
+	}
+}
+
+func TestS3ConditionalPutWithLostAnswer(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	c := f.client()
+	p := putOf([]byte("first"))
+	p.ifNoneMatch = "*"
+	f.failOnce("PutObject", 1, true, fakeFault{})
+	mustPut(t, c, "k", p)
+	other := putOf([]byte("later"))
+	other.ifNoneMatch = "*"
+	f.failOnce("PutObject", 1, false, fakeFault{})
+	if _, err := c.put(t.Context(), "k", other); !errors.Is(err, errS3Changed) {
+		t.Errorf("replaced against the condition: %v", err)
+	}
+}
+
+func TestS3AbortsWhenTheCallerLeaves(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	c := f.client()
+	ctx, cancel := context.WithCancel(t.Context())
+	f.fail(func(op, _ string) (bool, *fakeFault) {
+		if op == "UploadPart" {
+			cancel()
+			return false, &fakeFault{hang: true}
+		}
+		return true, nil
+	})
+	if _, err := c.put(ctx, "k", putOf(pattern(400<<10))); !errors.Is(err, context.Canceled) {
+		t.Errorf("put: %v", err)
+	}
+	if f.count("AbortMultipartUpload") != 1 || f.pending() > 0 {
+		t.Error("the upload was not aborted")
+	}
+}
+
+func TestS3AbortThatFailsIsSwept(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	c := f.client()
+	f.fail(func(op, _ string) (bool, *fakeFault) {
+		return false, map[string]*fakeFault{"UploadPart": {status: 403, code: "AccessDenied"}, "AbortMultipartUpload": {status: 503, code: "SlowDown"}}[op]
+	})
+	if _, err := c.put(t.Context(), "k", putOf(pattern(400<<10))); !errors.Is(err, fs.ErrPermission) {
+		t.Errorf("put: %v", err)
+	}
+	f.fail(nil)
+	if n, err := c.sweep(t.Context(), "", -time.Minute); n != 1 || err != nil || f.pending() > 0 {
+		t.Errorf("%d swept, %v", n, err)
+	}
+}
+
+func TestS3ReadsPassFaults(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	c := f.client()
+	mustPut(t, c, "k", putOf(pattern(1000)))
+	for _, fault := range []fakeFault{{}, {status: 503, code: "SlowDown"}} {
+		f.failOnce("GetObject", 2, true, fault)
+		wantObject(t, c, "k", pattern(1000))
+		f.failOnce("ListObjectsV2", 2, true, fault)
+		if err := c.list(t.Context(), "", func(s3item) error { return nil }); err != nil {
+			t.Error(err)
+		}
+		f.failOnce("DeleteObject", 1, true, fault)
+		if err := c.delete(t.Context(), "x"); err != nil {
+			t.Error(err)
+		}
+	}
+	f.failOnce("ListObjectsV2", 2, true, fakeFault{cut: 60})
+	if err := c.list(t.Context(), "", func(s3item) error { return nil }); err != nil {
+		t.Errorf("a page that was cut: %v", err)
+	}
+}
+
+func TestS3CutBodyIsNoCleanEnd(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	c := f.client()
+	mustPut(t, c, "k", putOf(pattern(1000)))
+	f.failOnce("GetObject", 1, true, fakeFault{cut: 500})
+	o, err := c.get(t.Context(), "k", s3get{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.body.Close()
+	got, err := io.ReadAll(o.body)
+	if len(got) != 500 || !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+}
+
+func TestS3LearnsTheRegion(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	f.region = "eu-test-1"
+	c := f.client()
+	mustPut(t, c, "k", putOf(pattern(10)))
+	if n := f.count("PutObject"); n != 2 {
+		t.Errorf("%d attempts, want 2", n)
+	}
+	mustPut(t, c, "k", putOf(pattern(10)))
+	if n := f.count("PutObject"); n != 1 {
+		t.Errorf("%d attempts once it is known, want 1", n)
+	}
+	g := newFakeS3(t)
+	g.region = "eu-test-2"
+	c = g.client()
+	g.failOnce("GetObject", 1, false, fakeFault{status: 301, code: "PermanentRedirect", region: "eu-test-2"})
+	if _, err := c.get(t.Context(), "k", s3get{}); !errors.Is(err, fs.ErrNotExist) || g.count("GetObject") != 2 {
+		t.Errorf("after a redirect: %v", err)
+	}
+}
+
+func TestRegionHost(t *testing.T) {
+	t.Parallel()
+	for _, tt := range [][4]string{
+		{"s3.amazonaws.com", "us-east-1", "eu-west-1", "s3.eu-west-1.amazonaws.com"},
+		{"s3.us-west-2.amazonaws.com", "us-west-2", "eu-west-1", "s3.eu-west-1.amazonaws.com"},
+		{"minio:9000", "us-east-1", "eu-west-1", "minio:9000"},
+	} {
+		if got := regionHost(s3place{tt[0], tt[1]}, tt[2]); got != tt[3] {
+			t.Errorf("%s for %s: %s, want %s", tt[0], tt[2], got, tt[3])
+		}
+	}
+}
+
+func TestS3CorrectsTheClock(t *testing.T) {
+	t.Parallel()
+	for _, ahead := range []time.Duration{-time.Hour, time.Hour, -48 * time.Hour} {
+		f := newFakeS3(t)
+		f.now = func() time.Time { return time.Now().Add(ahead) }
+		c := f.client()
+		// A HEAD's refusal says no more than 403.
+		if _, err := c.head(t.Context(), "k"); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("head: %v", err)
+		}
+		mustPut(t, f.client(), "k", putOf(pattern(10)))
+		mustPut(t, c, "k", putOf(pattern(10)))
+		if n := f.count("PutObject"); n != 3 {
+			t.Errorf("%v: %d attempts, want 2 and 1", ahead, n)
+		}
+	}
+}
+
+func TestS3Bucket(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	c := f.client()
+	f.drop("")
+	if _, err := c.get(t.Context(), "k", s3get{}); !errors.Is(err, errS3NoBucket) || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("get without a bucket: %v", err)
+	}
+	mustPut(t, c, "k", putOf(pattern(10)))
+	f.drop("")
+	mustPut(t, c, "k", putOf(pattern(200<<10)))
+	wantObject(t, c, "k", pattern(200<<10))
+	f.drop("")
+	f.foreign = true
+	if err := c.ready(t.Context()); err == nil {
+		t.Error("somebody else's bucket is ready")
+	}
+	if _, err := c.put(t.Context(), "k", putOf(pattern(10))); !errors.Is(err, errS3NoBucket) {
+		t.Errorf("put into somebody else's: %v", err)
+	}
+}
+
+func TestS3ReadOnlyBucket(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	c := f.client()
+	mustPut(t, c, "k", putOf(pattern(10)))
+	f.readOnly = true
+	for _, size := range []int{10, 200 << 10} {
+		if _, err := c.put(t.Context(), "k", putOf(pattern(size))); !errors.Is(err, fs.ErrPermission) {
+			t.Errorf("put: %v", err)
+		}
+	}
+	wantObject(t, c, "k", pattern(10))
+}
+
+func TestS3WrongCredentials(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	f.badSignature = true
+	for _, change := range []func(*s3config){
+		func(c *s3config) { c.accessKey = "nobody" }, func(c *s3config) { c.secretKey = "wrong-secret" },
+	} {
+		_, err := f.client(change).get(t.Context(), "k", s3get{})
+		if !errors.Is(err, fs.ErrPermission) || f.count("") != 1 {
+			t.Errorf("get: %v", err)
+		}
+		if s := err.Error(); strings.Contains(s, "wrong-secret") || strings.Contains(s, "AKID") || !strings.Contains(s, "REQ1") {
+			t.Errorf("the error says %s", s)
+		}
+	}
+}
+
+func TestS3AnswersThatMakeNoSense(t *testing.T) {
+	t.Parallel()
+	for name, answer := range map[string]*http.Response{
+		"range ignored": {StatusCode: 200, ContentLength: 10},
+		"other range":   {StatusCode: 206, ContentLength: 5, Header: http.Header{"Content-Range": {"bytes 0-4/10"}}},
+		"other length":  {StatusCode: 206, ContentLength: 4, Header: http.Header{"Content-Range": {"bytes 5-9/10"}}},
+		"size unknown":  {StatusCode: 206, ContentLength: 5, Header: http.Header{"Content-Range": {"bytes 5-9/*"}}},
+		"no length":     {StatusCode: 206, ContentLength: -1, Header: http.Header{"Content-Range": {"bytes 5-9/10"}}},
+		"beyond size":   {StatusCode: 206, ContentLength: 5, Header: http.Header{"Content-Range": {"bytes 5-9/9"}}},
+	} {
+		c := &s3client{cfg: s3config{now: time.Now, transport: roundTrip(func(*http.Request) (*http.Response, error) {
+			answer.Body = io.NopCloser(strings.NewReader("0123456789"))
+			return answer, nil
+		})}}
+		c.place.Store(&s3place{"h", "r"})
+		if _, err := c.get(t.Context(), "k", s3get{off: 5}); !errors.Is(err, errS3Answer) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// roundTrip is a transport without a network, as synctest wants it.
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+func timedClient(t *testing.T, rt roundTrip) *s3client {
+	c, err := newS3(s3config{host: "h", bucket: "b", accessKey: "a", secretKey: "s", now: time.Now, transport: rt})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func TestS3HangIsGivenUp(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		n := 0
+		c := timedClient(t, func(r *http.Request) (*http.Response, error) {
+			n++
+			<-r.Context().Done()
+			return nil, r.Context().Err()
+		})
+		begin := time.Now()
+		_, err := c.get(t.Context(), "k", s3get{})
+		if took := time.Since(begin); !errors.Is(err, errS3Idle) || n != 2 || took > 3*s3ReadWait {
+			t.Errorf("%d attempts in %v: %v", n, took, err)
+		}
+	})
+}
+
+// TestS3SlowIsNotHung: an hour for a body is fine as long as bytes arrive, and
+// so is a caller who takes his time between reads.
+func TestS3SlowIsNotHung(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		body := &slowBody{n: 100, pause: 50 * time.Second}
+		c := timedClient(t, func(r *http.Request) (*http.Response, error) {
+			body.ctx = r.Context()
+			return &http.Response{StatusCode: 200, ContentLength: 101, Body: body}, nil
+		})
+		o, err := c.get(t.Context(), "k", s3get{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer o.body.Close()
+		time.Sleep(time.Hour)
+		if b, err := io.ReadAll(io.LimitReader(o.body, 100)); len(b) != 100 || err != nil {
+			t.Errorf("%d bytes, %v", len(b), err)
+		}
+		body.pause = 70 * time.Second
+		if _, err := o.body.Read(make([]byte, 1)); !errors.Is(err, errS3Idle) {
+			t.Errorf("silence of 70 s: %v", err)
+		}
+	})
+}
+
+// slowBody sends a byte at a time with a pause before it.
+type slowBody struct {
+	ctx   context.Context
+	n     int
+	pause time.Duration
+}
+
+func (b *slowBody) Read(p []byte) (int, error) {
+	if err := s3pause(b.ctx, b.pause); err != nil {
+		return 0, err
+	}
+	return min(1, len(p)), nil
+}
+
+func (b *slowBody) Close() error { return nil }
+
+// TestS3SlowUpload: a part may take any time while the transport reads it.
+func TestS3SlowUpload(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := timedClient(t, func(r *http.Request) (*http.Response, error) {
+			for p := make([]byte, 1); ; {
+				if err := s3pause(r.Context(), 50*time.Second); err != nil {
+					return nil, err
+				}
+				if _, err := r.Body.Read(p); err == io.EOF {
+					return &http.Response{StatusCode: 200, Header: http.Header{"Etag": {`"e"`}}, Body: http.NoBody}, nil
+				}
+			}
+		})
+		if _, err := c.put(t.Context(), "k", putOf(pattern(200))); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestS3BacksOff(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var stamps []string
+		c := timedClient(t, func(r *http.Request) (*http.Response, error) {
+			if r.Method == "PUT" { // and not the look at the end
+				stamps = append(stamps, r.Header.Get("Authorization"))
+			}
+			return nil, io.ErrUnexpectedEOF
+		})
+		begin := time.Now()
+		c.cfg.now = func() time.Time { return begin.Add(time.Duration(len(stamps)) * time.Second) }
+		if _, err := c.put(t.Context(), "k", putOf(pattern(10))); err == nil || len(stamps) != s3WriteTries {
+			t.Errorf("%d attempts: %v", len(stamps), err)
+		}
+		if took := time.Since(begin); took < 5*time.Second || took > 12*time.Second {
+			t.Errorf("the attempts took %v", took)
+		}
+		if stamps[0] == stamps[len(stamps)-1] {
+			t.Error("an attempt was not signed anew")
+		}
+	})
+	for n := range 70 {
+		if d := backoff(n + 1); d < 50*time.Millisecond || d > 5*time.Second {
+			t.Errorf("backoff(%d) = %v", n+1, d)
+		}
+	}
+}
+
+// TestS3PartsOverlap: several parts are under way at once, none beyond the
+// limit.
+func TestS3PartsOverlap(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var now, most atomic.Int64
+		c := timedClient(t, func(r *http.Request) (*http.Response, error) {
+			body := "<R><UploadId>u</UploadId><ETag>e</ETag></R>"
+			if r.Method == "PUT" {
+				most.Store(max(most.Load(), now.Add(1)))
+				time.Sleep(time.Second)
+				now.Add(-1)
+				body = ""
+			}
+			return &http.Response{StatusCode: 200, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(body))}, nil
+		})
+		c.cfg.partSize = 10
+		begin := time.Now()
+		if _, err := c.put(t.Context(), "k", putOf(pattern(200))); err != nil {
+			t.Error(err)
+		}
+		if most.Load() != s3Parallel || time.Since(begin) != 20/s3Parallel*time.Second {
+			t.Errorf("%d parts at once, %v in all", most.Load(), time.Since(begin))
+		}
+	})
+}
