@@ -1,0 +1,1824 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httptrace"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// asker is an upstream under test with one remote.
+type asker struct {
+	*testing.T
+	u   *upstream
+	r   *remote
+	log *bytes.Buffer
+}
+
+// newAsker asks the given base_url and mirrors over real sockets; a mirror
+// written "auth URL" is marked auth.
+func newAsker(t *testing.T, origins ...string) *asker {
+	t.Helper()
+	return newAskerOver(t, nil, origins...)
+}
+
+// newAskerOver asks over a fake transport.
+func newAskerOver(t *testing.T, rt roundTrip, origins ...string) *asker {
+	t.Helper()
+	a := &asker{T: t, log: new(bytes.Buffer), r: &remote{name: "r", pkg: "generic", timeout: 5 * time.Second}}
+	a.u = newUpstream(func(strict bool) http.RoundTripper {
+		if rt != nil {
+			return rt
+		}
+		return newTransport(strict)
+	}, time.Now, slog.New(slog.NewTextHandler(a.log, nil)), newMetrics())
+	a.u.proxy = func(*http.Request) (*url.URL, error) { return nil, nil }
+	a.u.version = "test"
+	for i, s := range origins {
+		s, auth := strings.CutPrefix(s, "auth ")
+		a.r.origins = append(a.r.origins, origin{mustURL(t, s), auth || i == 0})
+	}
+	t.Cleanup(a.u.close)
+	return a
+}
+
+func mustURL(t testing.TB, s string) *url.URL {
+	t.Helper()
+	u, err := url.Parse(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u
+}
+
+// get asks for wire and reads the whole answer.
+func (a *asker) get(wire string) *told {
+	return a.ask(question{remote: a.r, method: "GET", wire: wire})
+}
+
+func (a *asker) ask(q question) *told { return a.askUnder(context.Background(), q) }
+
+func (a *asker) askUnder(ctx context.Context, q question) *told {
+	a.Helper()
+	q.remote = a.r
+	if q.method == "" {
+		q.method = "GET"
+	}
+	ans, err := a.u.ask(ctx, q)
+	if err != nil {
+		if ans != nil {
+			a.Error("an answer beside an error")
+		}
+		return &told{T: a.T, err: err}
+	}
+	defer ans.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(ans.Body, 1<<20))
+	return &told{T: a.T, answer: ans, text: string(text), bodyErr: err}
+}
+
+// told is what came of a question.
+type told struct {
+	*testing.T
+	*answer
+	text    string
+	bodyErr error
+	err     error
+}
+
+func (r *told) want(status int, text string) *told {
+	r.Helper()
+	switch {
+	case r.err != nil:
+		r.Fatalf("got error %v; want status %d", r.err, status)
+	case r.bodyErr != nil:
+		r.Fatalf("reading the body: %v", r.bodyErr)
+	case r.StatusCode != status || r.text != text:
+		r.Fatalf("got %d %q; want %d %q", r.StatusCode, r.text, status, text)
+	}
+	return r
+}
+
+func (r *told) wantErr(kind error, texts ...string) {
+	r.Helper()
+	if !errors.Is(r.err, kind) {
+		r.Fatalf("got error %v; want %v", r.err, kind)
+	}
+	for _, s := range texts {
+		if !strings.Contains(r.err.Error(), s) {
+			r.Errorf("error %q lacks %q", r.err, s)
+		}
+	}
+	if strings.Contains(r.err.Error(), "SECRET") {
+		r.Errorf("error %q shows a secret", r.err)
+	}
+}
+
+// site is a real server that records its requests.
+type site struct {
+	*httptest.Server
+	mu   sync.Mutex // guards seen
+	seen []*http.Request
+}
+
+func newSite(t *testing.T, h http.HandlerFunc) *site {
+	t.Helper()
+	s := new(site)
+	s.Server = httptest.NewServer(s.record(h))
+	t.Cleanup(s.Close)
+	return s
+}
+
+func (s *site) record(h http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		s.mu.Lock()
+		s.seen = append(s.seen, r)
+		s.mu.Unlock()
+		h(w, r)
+	}
+}
+
+func (s *site) requests() []*http.Request {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.seen)
+}
+
+// says answers all with one status and text.
+func says(status int, text string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(status)
+		io.WriteString(w, text)
+	}
+}
+
+// sends answers all with a redirect.
+func sends(status int, to string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Location", to)
+		w.WriteHeader(status)
+	}
+}
+
+// closedPort is the URL of a port where nobody listens.
+func closedPort(t *testing.T) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return "http://" + l.Addr().String()
+}
+
+func TestAskGoesUpstreamAsOurs(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, says(200, "x"))
+	a := newAsker(t, s.URL+"/base/p%2Fq")
+	a.ask(question{wire: "f?q=1", header: http.Header{"Range": {"bytes=5-"}}}).want(200, "x")
+	h := s.requests()[0].Header
+	for name, want := range map[string]string{
+		"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "Range": "bytes=5-",
+	} {
+		if got := h.Get(name); got != want {
+			t.Errorf("%s: %q; want %q", name, got, want)
+		}
+	}
+	if len(h) != 3 {
+		t.Errorf("more headers than ours went out: %v", h)
+	}
+}
+
+func TestAskKeepsWireBytes(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, says(200, ""))
+	for base, path := range map[string]string{"": "", "/b%2Fc": "/b%2Fc"} {
+		a := newAsker(t, s.URL+base)
+		for _, wire := range []string{
+			"a%2Fb", "a/b", "a%3Fb", "a?b", "a?", "a%2Bb%20c~.-_", "dir/", "", "x?a=b&c=%2f+%zz",
+			"library/nginx/manifests/latest", "blobs/sha256:abcd", "u/%C3%A9",
+		} {
+			a.get(wire).want(200, "")
+			seen := s.requests()
+			if got, want := seen[len(seen)-1].RequestURI, path+"/"+wire; got != want {
+				t.Errorf("%q went out as %q", want, got)
+			}
+		}
+	}
+}
+
+func TestMirrorsAnswerForABrokenBase(t *testing.T) {
+	t.Parallel()
+	good := newSite(t, says(200, "good"))
+	for name, base := range map[string]string{
+		"unreachable": closedPort(t),
+		"500":         newSite(t, says(500, "")).URL,
+		"503":         newSite(t, says(503, "")).URL,
+	} {
+		lacking := newSite(t, says(404, "none"))
+		a := newAsker(t, base, lacking.URL, good.URL)
+		if r := a.get("f").want(200, "good"); r.origin != 2 {
+			t.Errorf("%s: origin %d answered; want 2", name, r.origin)
+		}
+		if n := len(lacking.requests()); n != 1 {
+			t.Errorf("%s: first mirror was asked %d times; want 1", name, n)
+		}
+	}
+}
+
+func TestBasesOwn4xxIsTheAnswer(t *testing.T) {
+	t.Parallel()
+	mirror := newSite(t, says(200, "mirror"))
+	a := newAsker(t, newSite(t, says(404, "none")).URL, mirror.URL)
+	a.get("f").want(404, "none")
+	if len(mirror.requests()) != 0 {
+		t.Error("the mirror was asked though base_url had answered")
+	}
+}
+
+func TestMirrors4xxNeverCounts(t *testing.T) {
+	t.Parallel()
+	mirror := newSite(t, says(404, "mirror lacks it")).URL
+	a := newAsker(t, newSite(t, says(500, "base")).URL, mirror)
+	a.get("f").want(500, "base")
+	b := newAsker(t, closedPort(t), mirror)
+	b.ask(question{wire: "f", hasCopy: true}).wantErr(errUnreachable, `remote "r"`, "127.0.0.1", "refused")
+}
+
+func TestResumeAsksTheNamedOriginFirst(t *testing.T) {
+	t.Parallel()
+	base, m1, m2 := newSite(t, says(200, "base")), newSite(t, says(200, "m1")), newSite(t, says(404, ""))
+	a := newAsker(t, base.URL, m1.URL, m2.URL)
+	a.ask(question{wire: "f", first: 1}).want(200, "m1")
+	a.ask(question{wire: "f", first: 2}).want(200, "base")
+	a.ask(question{wire: "f", first: 9}).want(200, "base")
+	if len(m2.requests()) != 1 {
+		t.Error("the second mirror was not asked first")
+	}
+}
+
+// script answers its requests one after the other, and logs them.
+type script struct {
+	mu    sync.Mutex // guards all below
+	lines []string
+	at    []time.Time
+	reqs  []*http.Request
+	do    func(n int, r *http.Request) (*http.Response, error)
+}
+
+func (s *script) rt(r *http.Request) (*http.Response, error) {
+	s.mu.Lock()
+	n := len(s.lines)
+	s.lines = append(s.lines, r.URL.Host+r.URL.Path)
+	s.at = append(s.at, time.Now())
+	s.reqs = append(s.reqs, r)
+	s.mu.Unlock()
+	return s.do(n, r)
+}
+
+// fake makes a response; headers are "Name: value".
+func fake(status int, text string, headers ...string) *http.Response {
+	h := http.Header{}
+	for _, s := range headers {
+		name, value, _ := strings.Cut(s, ": ")
+		h.Add(name, value)
+	}
+	return &http.Response{StatusCode: status, Header: h, ContentLength: int64(len(text)), Body: io.NopCloser(strings.NewReader(text))}
+}
+
+// hang waits as an upstream does that says nothing.
+func hang(r *http.Request) (*http.Response, error) {
+	<-r.Context().Done()
+	return nil, context.Cause(r.Context())
+}
+
+var errDial = &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
+
+func TestRetries(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		q       question
+		do      func(n int, r *http.Request) (*http.Response, error)
+		want    string // hosts asked
+		status  int
+		err     error
+		elapsed time.Duration
+		base    []string
+	}{
+		"503 until it works": {
+			do: func(n int, _ *http.Request) (*http.Response, error) {
+				return fake([]int{503, 502, 200}[n], ""), nil
+			},
+			want: "b b b", status: 200, elapsed: time.Second,
+		},
+		"504 for ever": {
+			do:   func(int, *http.Request) (*http.Response, error) { return fake(504, ""), nil },
+			want: "b b b", status: 504, elapsed: time.Second,
+		},
+		"refused for ever": {
+			do:   func(int, *http.Request) (*http.Response, error) { return nil, errDial },
+			want: "b b b", err: errUnreachable, elapsed: time.Second,
+		},
+		"refused, then 503": {
+			do: func(n int, _ *http.Request) (*http.Response, error) {
+				if n < 2 {
+					return nil, errDial
+				}
+				return fake(503, ""), nil
+			},
+			want: "b b b", status: 503, elapsed: time.Second,
+		},
+		"503, then refused": {
+			do: func(n int, _ *http.Request) (*http.Response, error) {
+				if n < 2 {
+					return fake(503, ""), nil
+				}
+				return nil, errDial
+			},
+			want: "b b b", err: errUnreachable, elapsed: time.Second,
+		},
+		"500 is no passing failure": {
+			do:   func(int, *http.Request) (*http.Response, error) { return fake(500, ""), nil },
+			want: "b", status: 500,
+		},
+		"404 is an answer": {
+			do:   func(int, *http.Request) (*http.Response, error) { return fake(404, ""), nil },
+			want: "b", status: 404,
+		},
+		"never for HEAD": {
+			q:    question{method: "HEAD"},
+			do:   func(int, *http.Request) (*http.Response, error) { return fake(503, ""), nil },
+			want: "b", status: 503,
+		},
+		"never with a copy": {
+			q:    question{hasCopy: true},
+			do:   func(int, *http.Request) (*http.Response, error) { return nil, errDial },
+			want: "b", err: errUnreachable,
+		},
+		"never after a timeout": {
+			do:   func(_ int, r *http.Request) (*http.Response, error) { return hang(r) },
+			want: "b", err: errTimeout, elapsed: 5 * time.Second,
+		},
+		"never after a mirror's timeout": {
+			do: func(_ int, r *http.Request) (*http.Response, error) {
+				if r.URL.Host == "m" {
+					return hang(r)
+				}
+				return nil, errDial
+			},
+			want: "b m", err: errUnreachable, elapsed: 5 * time.Second, base: []string{"http://m"},
+		},
+		"all mirrors before any retry": {
+			do: func(n int, _ *http.Request) (*http.Response, error) {
+				if n == 4 {
+					return fake(200, ""), nil
+				}
+				return nil, errDial
+			},
+			want: "b m n b m", status: 200, elapsed: 200 * time.Millisecond, base: []string{"http://m", "http://n"},
+		},
+		"a mirror's 4xx between": {
+			do: func(n int, r *http.Request) (*http.Response, error) {
+				if r.URL.Host == "m" {
+					return fake(403, ""), nil
+				}
+				return nil, errDial
+			},
+			want: "b m b m b m", err: errUnreachable, elapsed: time.Second, base: []string{"http://m"},
+		},
+		"a mirror after base_url's timeout": {
+			do: func(_ int, r *http.Request) (*http.Response, error) {
+				if r.URL.Host == "m" {
+					return fake(200, ""), nil
+				}
+				return hang(r)
+			},
+			want: "b m", status: 200, elapsed: 5 * time.Second, base: []string{"http://m"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := &script{do: c.do}
+				a := newAskerOver(t, s.rt, append([]string{"http://b"}, c.base...)...)
+				began := time.Now()
+				r := a.ask(c.q)
+				if c.err != nil {
+					r.wantErr(c.err)
+				} else {
+					r.want(c.status, "")
+				}
+				if d := time.Since(began); d != c.elapsed {
+					t.Errorf("took %v; want %v", d, c.elapsed)
+				}
+				if got := strings.ReplaceAll(strings.Join(s.lines, " "), "/", ""); got != c.want {
+					t.Errorf("asked %s; want %s", got, c.want)
+				}
+			})
+		})
+	}
+}
+
+func TestPauseEndsWithTheQuestion(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{do: func(int, *http.Request) (*http.Response, error) { return nil, errDial }}
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		newAskerOver(t, s.rt, "http://b").askUnder(ctx, question{}).wantErr(context.DeadlineExceeded)
+		if len(s.lines) != 1 {
+			t.Errorf("asked %d times; want 1", len(s.lines))
+		}
+	})
+}
+
+// TestTimeoutIsPerHop has each of two hops take 4 s of 5: fine for a fill, too
+// much in sum where a copy may take 5 in all.
+func TestTimeoutIsPerHop(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{do: func(n int, r *http.Request) (*http.Response, error) {
+			select {
+			case <-time.After(4 * time.Second):
+			case <-r.Context().Done():
+				return nil, context.Cause(r.Context())
+			}
+			if r.URL.Path == "/f" {
+				return fake(302, "", "Location: /g"), nil
+			}
+			return fake(200, "x"), nil
+		}}
+		a := newAskerOver(t, s.rt, "http://b")
+		a.get("f").want(200, "x")
+		began := time.Now()
+		a.ask(question{wire: "f", hasCopy: true}).wantErr(errTimeout, `remote "r"`)
+		if d := time.Since(began); d != 5*time.Second {
+			t.Errorf("gave up after %v; want 5s", d)
+		}
+		a.r.timeout = time.Minute
+		a.ask(question{wire: "f", hasCopy: true}).want(200, "x")
+	})
+}
+
+// TestAnswerOfTheLastMoment has a transport that returns in spite of the
+// timeout, as one does that was about to.
+func TestAnswerOfTheLastMoment(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{do: func(int, *http.Request) (*http.Response, error) {
+			time.Sleep(6 * time.Second)
+			return fake(200, "x"), nil
+		}}
+		newAskerOver(t, s.rt, "http://b").get("f").wantErr(errTimeout)
+	})
+}
+
+func TestUnwritablePathIsRefused(t *testing.T) {
+	t.Parallel()
+	newAsker(t, "http://b").get("a%zz").wantErr(errBadRequest)
+}
+
+func TestTransportSpeaksHTTP2(t *testing.T) {
+	t.Parallel()
+	plain := newSite(t, says(200, "x"))
+	s := httptest.NewUnstartedServer(sends(302, plain.URL+"/f?SECRET"))
+	s.EnableHTTP2 = true
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	a := newAsker(t, s.URL)
+	a.u.anyhow.(*http.Transport).TLSClientConfig.RootCAs = s.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
+	a.get("f").wantErr(errBadUpstream, "https to http")
+	if len(plain.requests()) != 0 {
+		t.Error("it went from https to http")
+	}
+	s.Config.Handler = says(200, "x")
+	if r := a.get("f").want(200, "x"); r.ProtoMajor != 2 {
+		t.Errorf("spoke %s", r.Proto)
+	}
+}
+
+func TestWithACopyTenSecondsAreEnough(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{do: func(_ int, r *http.Request) (*http.Response, error) { return hang(r) }}
+		a := newAskerOver(t, s.rt, "http://b")
+		for timeout, want := range map[time.Duration][2]time.Duration{
+			time.Minute:     {10 * time.Second, time.Minute},
+			3 * time.Second: {3 * time.Second, 3 * time.Second},
+			0:               {10 * time.Second, 30 * time.Second},
+		} {
+			a.r.timeout = timeout
+			for i, hasCopy := range []bool{true, false} {
+				began := time.Now()
+				a.ask(question{hasCopy: hasCopy}).wantErr(errTimeout)
+				if d := time.Since(began); d != want[i] {
+					t.Errorf("timeout %v, copy %v: gave up after %v; want %v", timeout, hasCopy, d, want[i])
+				}
+			}
+		}
+	})
+}
+
+// dripping is a body that sends a byte after each of its pauses.
+type dripping struct {
+	ctx    context.Context
+	pauses []time.Duration
+}
+
+func (d *dripping) Read(p []byte) (int, error) {
+	if len(d.pauses) == 0 {
+		return 0, io.EOF
+	}
+	select {
+	case <-time.After(d.pauses[0]):
+	case <-d.ctx.Done():
+		return 0, context.Cause(d.ctx)
+	}
+	d.pauses = d.pauses[1:]
+	p[0] = '.'
+	return 1, nil
+}
+
+func (d *dripping) Close() error { return nil }
+
+func drip(pauses ...time.Duration) func(int, *http.Request) (*http.Response, error) {
+	return func(_ int, r *http.Request) (*http.Response, error) {
+		resp := fake(200, "")
+		resp.ContentLength, resp.Body = -1, &dripping{r.Context(), pauses}
+		return resp, nil
+	}
+}
+
+func TestBodyMayBeSlowButNotSilent(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{do: drip(59*time.Second, 59*time.Second, 59*time.Second)}
+		newAskerOver(t, s.rt, "http://b").ask(question{hasCopy: true}).want(200, "...")
+
+		s = &script{do: drip(59*time.Second, 61*time.Second)}
+		r := newAskerOver(t, s.rt, "http://b").get("f")
+		if !errors.Is(r.bodyErr, errTimeout) || r.text != "." {
+			t.Errorf("got %q, %v; want one byte and errTimeout", r.text, r.bodyErr)
+		}
+	})
+}
+
+func TestSlowReaderIsNoSilentUpstream(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{do: drip(time.Second, time.Second)}
+		a := newAskerOver(t, s.rt, "http://b")
+		ans, err := a.u.ask(t.Context(), question{remote: a.r, method: "GET"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ans.Body.Close()
+		for _, want := range []error{nil, nil, io.EOF} {
+			time.Sleep(time.Hour)
+			if _, err := ans.Body.Read(make([]byte, 10)); err != want {
+				t.Fatalf("read: %v; want %v", err, want)
+			}
+		}
+	})
+}
+
+// foreign is a context that package context must watch with a goroutine, so
+// that a bubble tells when what was derived from it is not released.
+type foreign struct {
+	context.Context
+	done chan struct{}
+}
+
+func (f foreign) Done() <-chan struct{} { return f.done }
+
+func TestCloseReleasesTheRequest(t *testing.T) {
+	t.Parallel()
+	for _, hasCopy := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			s := &script{do: func(n int, _ *http.Request) (*http.Response, error) {
+				return []*http.Response{fake(302, "", "Location: /g"), fake(200, "x")}[n], nil
+			}}
+			a := newAskerOver(t, s.rt, "http://b")
+			ctx := foreign{t.Context(), make(chan struct{})}
+			ans, err := a.u.ask(ctx, question{remote: a.r, method: "GET", hasCopy: hasCopy})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if s.reqs[0].Context().Err() == nil {
+				t.Error("the redirect's request was not released")
+			}
+			if s.reqs[1].Context().Err() != nil {
+				t.Error("the body's request ended before Close")
+			}
+			ans.Body.Close()
+			if s.reqs[1].Context().Err() == nil {
+				t.Error("Close did not release the request")
+			}
+		})
+	}
+}
+
+func TestDiscardedAnswersAreReleased(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{do: func(n int, _ *http.Request) (*http.Response, error) {
+			return fake([]int{503, 404, 503, 404, 500, 200}[n], "text"), nil
+		}}
+		a := newAskerOver(t, s.rt, "http://b", "http://m")
+		ans, err := a.u.ask(t.Context(), question{remote: a.r, method: "GET"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ans.Body.Close()
+		for i, r := range s.reqs {
+			if ended := r.Context().Err() != nil; ended != (i < 5) {
+				t.Errorf("request %d released: %v", i, ended)
+			}
+		}
+	})
+}
+
+func TestClientsEndIsItsOwnError(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{do: func(_ int, r *http.Request) (*http.Response, error) { return hang(r) }}
+		a := newAskerOver(t, s.rt, "http://b", "http://m")
+		ctx, cancel := context.WithCancel(t.Context())
+		time.AfterFunc(time.Second, cancel)
+		a.askUnder(ctx, question{}).wantErr(context.Canceled)
+		if len(s.lines) != 1 {
+			t.Error("the mirror was asked for a client that had left")
+		}
+		if _, err := a.u.attempt(ctx, question{remote: a.r}, 0); err != context.Canceled {
+			t.Errorf("one attempt: %v; want context.Canceled", err)
+		}
+
+		s.do = func(_ int, r *http.Request) (*http.Response, error) {
+			if r.URL.Host == "m" {
+				return hang(r)
+			}
+			return nil, errDial
+		}
+		ctx, cancel = context.WithCancel(t.Context())
+		time.AfterFunc(time.Second, cancel)
+		a.askUnder(ctx, question{hasCopy: true}).wantErr(context.Canceled)
+
+		s.do = drip(time.Second, time.Hour)
+		ctx, cancel = context.WithCancel(t.Context())
+		time.AfterFunc(2*time.Second, cancel)
+		if r := a.askUnder(ctx, question{}); !errors.Is(r.bodyErr, context.Canceled) {
+			t.Errorf("body: %v; want context.Canceled", r.bodyErr)
+		}
+	})
+}
+
+func TestRedirectsAreFollowed(t *testing.T) {
+	t.Parallel()
+	header := http.Header{"Range": {"bytes=1-"}, "If-Range": {`"e"`}, "If-None-Match": {`"e"`}, "Accept": {"a/b"}}
+	for _, status := range []int{301, 302, 303, 307, 308} {
+		for _, method := range []string{"GET", "HEAD"} {
+			s := &script{do: func(n int, _ *http.Request) (*http.Response, error) {
+				return []*http.Response{fake(status, "moved", "Location: ../x%2Fy?sig=a%2Fb c#frag"), fake(206, "")}[n], nil
+			}}
+			a := newAskerOver(t, s.rt, "http://b/p")
+			a.ask(question{method: method, wire: "q/f", header: header}).want(206, "")
+			to := s.reqs[1]
+			if to.Method != method || to.URL.String() != "http://b/p/x%2Fy?sig=a%2Fb%20c" {
+				t.Errorf("%d: went to %s %s", status, to.Method, to.URL)
+			}
+			for name, v := range header {
+				if to.Header.Get(name) != v[0] {
+					t.Errorf("%s was lost", name)
+				}
+			}
+		}
+	}
+	for _, status := range []int{300, 304, 305} {
+		s := &script{do: func(int, *http.Request) (*http.Response, error) { return fake(status, "", "Location: /y"), nil }}
+		newAskerOver(t, s.rt, "http://b").get("f").want(status, "")
+	}
+}
+
+func TestRedirectsHaveAnEnd(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		length int
+		err    error
+	}{{10, nil}, {11, errBadUpstream}} {
+		s := &script{do: func(n int, _ *http.Request) (*http.Response, error) {
+			if n < c.length {
+				return fake(302, "", fmt.Sprintf("Location: /%d?SECRET", n)), nil
+			}
+			return fake(200, ""), nil
+		}}
+		r := newAskerOver(t, s.rt, "http://b").get("f")
+		if c.err == nil {
+			r.want(200, "")
+		} else {
+			r.wantErr(c.err, "redirect loop")
+		}
+	}
+}
+
+func TestBadRedirectsAreRefused(t *testing.T) {
+	t.Parallel()
+	for location, reason := range map[string]string{
+		"http://b/f?SECRET":         "https to http",
+		"http://other/f?SECRET":     "https to http",
+		"ftp://b/f?SECRET":          "something else",
+		"mailto:SECRET":             "something else",
+		"https:///f?SECRET":         "something else",
+		"":                          "without Location",
+		"https://b/%zz?SECRET":      "malformed",
+		"https://SECRET:x@b:port/f": "malformed",
+	} {
+		s := &script{do: func(int, *http.Request) (*http.Response, error) {
+			resp := fake(302, "")
+			if location != "" {
+				resp.Header.Set("Location", location)
+			}
+			return resp, nil
+		}}
+		a := newAskerOver(t, s.rt, "https://b", "https://m")
+		r := a.get("f")
+		r.wantErr(errBadUpstream, reason)
+		if statusOf(r.err) != 502 {
+			t.Errorf("%s: status %d; want 502", location, statusOf(r.err))
+		}
+		if len(s.lines) != 1 {
+			t.Errorf("%s: asked %v", location, s.lines)
+		}
+	}
+}
+
+func TestSecretsOfRedirectsNeverShow(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, sends(302, closedPort(t)+"/f?X-Amz-Signature=SECRET"))
+	a := newAsker(t, s.URL)
+	a.get("f").wantErr(errUnreachable, "refused")
+	if strings.Contains(a.log.String(), "SECRET") {
+		t.Errorf("log: %s", a.log)
+	}
+}
+
+// TestCredentialsStayHome walks each chain and wants credentials at the hosts
+// marked with a star, and nowhere else.
+func TestCredentialsStayHome(t *testing.T) {
+	t.Parallel()
+	for _, chain := range []string{
+		"https://b.test/f*",
+		"https://b.test/f* https://b.test:443/g*",
+		"https://b.test/f* https://B.TEST/g*",
+		"https://b.test/f* https://b.test:8443/g",
+		"https://b.test/f* https://cdn.b.test/g https://b.test/h*",
+		"https://b.test/f* https://evil.test/g",
+		"https://b.test/f* https://user:pw@evil.test/g",
+		"https://b.test/f* https://auth.test/g*",
+		"https://b.test/f* https://plain.test/g https://auth.test:443/h*",
+	} {
+		hops := strings.Fields(chain)
+		s := &script{do: func(n int, r *http.Request) (*http.Response, error) {
+			want := strings.HasSuffix(hops[n], "*")
+			user, pw, _ := r.BasicAuth()
+			if got := user == "u" && pw == "p"; got != want || r.URL.User != nil || (r.Header.Get("X-Key") == "k") != want ||
+				!want && r.Header.Get("Authorization") != "" {
+				t.Errorf("%s: hop %d had %v", chain, n, r.Header)
+			}
+			if n+1 < len(hops) {
+				return fake(302, "", "Location: "+strings.TrimSuffix(hops[n+1], "*")), nil
+			}
+			return fake(200, ""), nil
+		}}
+		a := newAskerOver(t, s.rt, "https://b.test", "https://plain.test", "auth https://auth.test")
+		a.r.username, a.r.password, a.r.headers = "u", "p", http.Header{"X-Key": {"k"}}
+		a.get("f").want(200, "")
+		if len(s.lines) != len(hops) {
+			t.Errorf("%s: went %v", chain, s.lines)
+		}
+	}
+}
+
+func TestMirrorsGetCredentialsOnlyWhenMarked(t *testing.T) {
+	t.Parallel()
+	s := &script{do: func(_ int, r *http.Request) (*http.Response, error) {
+		_, _, got := r.BasicAuth()
+		if want := r.URL.Host != "plain"; got != want || (r.Header.Get("X-Key") != "") != want {
+			t.Errorf("%s had %v", r.URL.Host, r.Header)
+		}
+		return fake(500, ""), nil
+	}}
+	a := newAskerOver(t, s.rt, "https://b", "https://plain", "auth https://auth")
+	a.r.username, a.r.headers = "u", http.Header{"X-Key": {"k"}}
+	a.get("f").want(500, "")
+	if len(s.lines) != 3 {
+		t.Errorf("asked %v", s.lines)
+	}
+}
+
+func TestConfiguredHeadersCannotBreakAnswers(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, says(200, ""))
+	a := newAsker(t, s.URL)
+	a.r.headers = http.Header{"Accept-Encoding": {"gzip"}, "User-Agent": {"mine"}, "Host": {"vhost"}, "Accept": {"x"}}
+	a.ask(question{wire: "f", header: http.Header{"Accept": {"y"}}}).want(200, "")
+	r := s.requests()[0]
+	if h := r.Header; h.Get("Accept-Encoding") != "identity" || h.Get("User-Agent") != "mine" || h.Get("Accept") != "y" || r.Host != "vhost" {
+		t.Errorf("went out: Host %s, %v", r.Host, h)
+	}
+	if len(a.r.headers) != 4 || a.r.headers.Get("Accept-Encoding") != "gzip" {
+		t.Error("the remote was changed")
+	}
+}
+
+func TestCodedBodyStaysCoded(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Encoding", "gzip")
+		io.WriteString(w, "\x1f\x8bnot really")
+	})
+	r := newAsker(t, s.URL).get("f").want(200, "\x1f\x8bnot really")
+	if r.Header.Get("Content-Encoding") != "gzip" || r.Uncompressed {
+		t.Error("the coding was taken off")
+	}
+}
+
+// elsewhere is s under another host name: localhost instead of 127.0.0.1.
+func elsewhere(s *site) string { return strings.Replace(s.URL, "127.0.0.1", "localhost", 1) }
+
+func TestRedirectMayNotLeadInside(t *testing.T) {
+	t.Parallel()
+	inside := newSite(t, says(200, "inside"))
+	base := newSite(t, sends(302, elsewhere(inside)+"/f?SECRET"))
+	a := newAsker(t, base.URL)
+	a.get("f").want(200, "inside") // base_url is inside itself
+	byName := newSite(t, sends(302, inside.URL))
+	newAsker(t, elsewhere(byName)).get("f").want(200, "inside") // as its connection tells
+
+	a = newAsker(t, base.URL)
+	a.u.private = func(netip.Addr) bool { return false } // base_url counts as public
+	r := a.get("f")
+	r.wantErr(errBadUpstream, "private address", "localhost")
+	if statusOf(r.err) != 502 {
+		t.Errorf("status %d; want 502", statusOf(r.err))
+	}
+	if n := len(inside.requests()); n != 2 {
+		t.Errorf("the inside was asked %d times; want 2", n)
+	}
+
+	home := newSite(t, nil)
+	home.Config.Handler = home.record(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/f" {
+			http.Redirect(w, r, "/g", http.StatusFound)
+		}
+	})
+	a = newAsker(t, elsewhere(home))
+	a.u.private = func(netip.Addr) bool { return false }
+	a.get("f").want(200, "") // its own host is where base_url said
+}
+
+func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Host == "base.test" {
+			w.Header().Set("Location", "http://10.1.2.3/g")
+			w.WriteHeader(302)
+		}
+	})
+	a := newAsker(t, "http://base.test")
+	a.u.proxy = http.ProxyURL(mustURL(t, s.URL))
+	for _, rt := range []http.RoundTripper{a.u.anyhow, a.u.strict} {
+		rt.(*http.Transport).Proxy = a.u.proxy
+	}
+	a.get("f").want(200, "")
+	if n := len(s.requests()); n != 2 {
+		t.Errorf("the proxy saw %d requests; want 2", n)
+	}
+
+	// A proxy near us does not make the origin a neighbour.
+	inside := newSite(t, says(200, "inside"))
+	s.Config.Handler = sends(302, inside.URL+"/f")
+	for _, rt := range []http.RoundTripper{a.u.anyhow, a.u.strict} {
+		rt.(*http.Transport).Proxy = func(r *http.Request) (*url.URL, error) { return a.u.proxy(r) }
+	}
+	a.u.proxy = func(r *http.Request) (*url.URL, error) {
+		if r.URL.Host == "base.test" {
+			return mustURL(t, s.URL), nil
+		}
+		return nil, nil
+	}
+	a.get("f").wantErr(errBadUpstream, "private address")
+}
+
+func TestPrivateAddresses(t *testing.T) {
+	t.Parallel()
+	for s, want := range map[string]bool{
+		"127.0.0.1": true, "127.9.9.9": true, "::1": true, "::ffff:127.0.0.1": true, "0.0.0.0": true, "::": true,
+		"10.0.0.1": true, "172.16.0.1": true, "172.31.255.255": true, "192.168.1.1": true, "169.254.169.254": true,
+		"fe80::1": true, "fe80::1%eth0": true, "fd00::1": true, "::ffff:0.0.0.0": true, "fc00::1": true, "::ffff:10.0.0.1": true,
+		"172.32.0.1": false, "8.8.8.8": false, "2606:4700::1111": false, "::ffff:8.8.8.8": false,
+	} {
+		a := netip.MustParseAddr(s)
+		if privateAddr(a) != want {
+			t.Errorf("%s private: %v; want %v", s, !want, want)
+		}
+		err := refusePrivate(context.Background(), "tcp", netip.AddrPortFrom(a, 443).String(), nil)
+		if (err != nil) != want {
+			t.Errorf("dialling %s: %v", s, err)
+		}
+	}
+}
+
+func TestUnreachableInAllItsKinds(t *testing.T) {
+	t.Parallel()
+	tlsSite := httptest.NewUnstartedServer(says(200, ""))
+	tlsSite.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
+	tlsSite.StartTLS()
+	t.Cleanup(tlsSite.Close)
+	raw := func(text string) string {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for c, err := l.Accept(); err == nil; c, err = l.Accept() {
+				c.Read(make([]byte, 4096))
+				io.WriteString(c, text)
+				c.Close()
+			}
+		}()
+		return "http://" + l.Addr().String()
+	}
+	for name, base := range map[string]string{
+		"refused":             closedPort(t),
+		"untrusted":           tlsSite.URL,
+		"no TLS":              strings.Replace(raw("x"), "http", "https", 1),
+		"closed unanswered":   raw(""),
+		"no HTTP":             raw("220 mail.test ESMTP\r\n"),
+		"cut in the header":   raw("HTTP/1.1 200 OK\r\nContent-Le"),
+		"malformed in header": raw("HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n"),
+	} {
+		r := newAsker(t, base).ask(question{wire: "f?SECRET", hasCopy: true})
+		if !errors.Is(r.err, errUnreachable) || statusOf(r.err) != 502 {
+			t.Errorf("%s: %v", name, r.err)
+			continue
+		}
+		r.wantErr(errUnreachable, `remote "r"`, "127.0.0.1")
+		p, _ := errors.AsType[*problem](r.err)
+		if p == nil || strings.Contains(p.detail, "dial") {
+			t.Errorf("%s: the client's detail is %v", name, p)
+		}
+	}
+	s := &script{do: func(int, *http.Request) (*http.Response, error) {
+		return nil, &net.DNSError{Err: "no such host " + strings.Repeat("é", 1000), Name: "b"}
+	}}
+	r := newAskerOver(t, s.rt, "http://b").ask(question{hasCopy: true})
+	r.wantErr(errUnreachable, "no such host")
+	if len(r.err.Error()) > 500 {
+		t.Errorf("error of %d bytes", len(r.err.Error()))
+	}
+}
+
+func TestBrokenBodyIsAnError(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", "100")
+		io.WriteString(w, "half")
+	})
+	r := newAsker(t, s.URL).get("f")
+	if !errors.Is(r.bodyErr, errUnreachable) || r.text != "half" {
+		t.Errorf("got %q, %v", r.text, r.bodyErr)
+	}
+}
+
+func TestDiscardedBodiesAreBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{}
+		s.do = func(n int, r *http.Request) (*http.Response, error) {
+			if n > 0 {
+				return fake(200, "x"), nil
+			}
+			resp, _ := drip(time.Hour, time.Hour)(n, r)
+			resp.StatusCode = 302
+			resp.Header.Set("Location", "/g")
+			return resp, nil
+		}
+		began := time.Now()
+		newAskerOver(t, s.rt, "http://b").get("f").want(200, "x")
+		if d := time.Since(began); d > time.Second {
+			t.Errorf("a redirect's endless body was read for %v", d)
+		}
+	})
+}
+
+// answersAs is a fake upstream of the breaker tests: how says what happens now.
+type answersAs struct{ how string }
+
+func (s *answersAs) rt(r *http.Request) (*http.Response, error) {
+	switch s.how {
+	case "refuses":
+		return nil, errDial
+	case "resets":
+		return nil, syscall.ECONNRESET
+	case "hangs":
+		return hang(r)
+	case "garbles": // over a connection that came about
+		c, _ := net.Pipe()
+		httptrace.ContextClientTrace(r.Context()).GotConn(httptrace.GotConnInfo{Conn: c})
+		return nil, errors.New("malformed HTTP response")
+	case "moved":
+		if r.URL.Host != "b" {
+			return nil, errDial
+		}
+		return fake(302, "", "Location: http://elsewhere/"), nil
+	case "mirror":
+		if r.URL.Host == "b" {
+			return nil, errDial
+		}
+		return fake(404, ""), nil
+	}
+	return fake(404, ""), nil
+}
+
+// TestDown asks once in each way and looks whether the remote counts as down.
+func TestDown(t *testing.T) {
+	t.Parallel()
+	for how, want := range map[string]bool{
+		"answers": false, "refuses": true, "resets": true, "hangs": true, "moved": false, "mirror": false,
+	} {
+		t.Run(how, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := newAskerOver(t, (&answersAs{how}).rt, "http://b", "http://m")
+				a.ask(question{hasCopy: true})
+				if got := a.u.down(a.r); got != want {
+					t.Errorf("down: %v; want %v", got, want)
+				}
+			})
+		})
+	}
+}
+
+func TestDownLastsTenSecondsThenOneProbes(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &answersAs{"refuses"}
+		a := newAskerOver(t, s.rt, "http://b")
+		down := func(want ...bool) {
+			t.Helper()
+			for i, w := range want {
+				// A reload makes a new remote of the same name.
+				if got := a.u.down(&remote{name: "r"}); got != w {
+					t.Errorf("caller %d: down is %v; want %v", i, got, w)
+				}
+			}
+		}
+		down(false, false)
+		a.ask(question{hasCopy: true}).wantErr(errUnreachable)
+		down(true, true)
+		time.Sleep(10*time.Second - time.Nanosecond)
+		down(true)
+		time.Sleep(time.Nanosecond)
+		down(false, true, true) // the first is the probe
+
+		a.ask(question{hasCopy: true}).wantErr(errUnreachable) // its verdict: still down
+		down(true)
+		time.Sleep(10 * time.Second)
+		down(false, true)
+
+		s.how = "hangs" // a probe that ends without verdict frees the place
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		a.askUnder(ctx, question{hasCopy: true}).wantErr(context.DeadlineExceeded)
+		down(false, true)
+
+		time.Sleep(probeTime) // so does one that never asked
+		down(false, true)
+
+		s.how = "answers" // any status will do
+		a.ask(question{hasCopy: true}).want(404, "")
+		down(false, false, false)
+	})
+}
+
+// TestSilenceOfOneFileIsNoOutage lets a question fail in each way while another
+// one is answered, or not.
+func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		how       string
+		answered  bool
+		wantsDown bool
+	}{{"hangs", true, false}, {"hangs", false, true}, {"resets", true, false}, {"resets", false, true}, {"refuses", true, true}, {"garbles", true, false}, {"garbles", false, true}} {
+		t.Run(fmt.Sprintf("%s answered=%v", c.how, c.answered), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := newAskerOver(t, func(r *http.Request) (*http.Response, error) {
+					if r.URL.Path == "/good" {
+						return fake(200, ""), nil
+					}
+					select {
+					case <-time.After(4 * time.Second):
+					case <-r.Context().Done():
+						return nil, context.Cause(r.Context())
+					}
+					return (&answersAs{c.how}).rt(r)
+				}, "http://b")
+				a.get("good").want(200, "") // before: does not count
+				var wg sync.WaitGroup
+				wg.Go(func() { a.ask(question{wire: "bad", hasCopy: true}) })
+				time.Sleep(2 * time.Second)
+				if c.answered {
+					a.get("good").want(200, "")
+				}
+				wg.Wait()
+				if got := a.u.down(a.r); got != c.wantsDown {
+					t.Errorf("down: %v; want %v", got, c.wantsDown)
+				}
+			})
+		})
+	}
+}
+
+func TestBreakerIsBounded(t *testing.T) {
+	t.Parallel()
+	b := breaker{remotes: map[string]*health{}}
+	for i := range 2*maxRemembered + 1 {
+		b.answers(fmt.Sprint(i))
+	}
+	if n := len(b.remotes); n > maxRemembered {
+		t.Errorf("%d remotes are remembered", n)
+	}
+}
+
+// registry is a fake registry with its token service, each on its own host.
+type registrySite struct {
+	*script
+	*asker
+	challenge string
+	tokens    func(w http.ResponseWriter, r *http.Request)
+	accepts   func(auth string) bool
+	exchanges []*http.Request // guarded by script.mu
+}
+
+// newRegistry has the registry at registry.test.test and its token service at
+// auth.test.test, which gives the tokens t1, t2 ...; the last one is accepted.
+func newRegistry(t *testing.T, origins ...string) *registrySite {
+	g := &registrySite{challenge: `Bearer realm="https://auth.test.test/token",service="svc",scope="ignored"`}
+	g.tokens = func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprintf(w, `{"token":"t%d","expires_in":300}`, g.exchanged())
+	}
+	g.accepts = func(auth string) bool { return auth == fmt.Sprintf("Bearer t%d", g.exchanged()) }
+	g.script = &script{do: func(_ int, r *http.Request) (*http.Response, error) {
+		w := httptest.NewRecorder()
+		switch {
+		case strings.HasPrefix(r.URL.Path, "/token"):
+			g.mu.Lock()
+			g.exchanges = append(g.exchanges, r)
+			g.mu.Unlock()
+			g.tokens(w, r)
+		case strings.HasPrefix(r.URL.Host, "blobs."):
+			if r.Header.Get("Authorization") != "" {
+				t.Errorf("blob storage got %v", r.Header)
+			}
+			io.WriteString(w, "blob")
+		case !g.accepts(r.Header.Get("Authorization")):
+			w.Header().Set("WWW-Authenticate", g.challenge)
+			w.WriteHeader(401)
+		case strings.Contains(r.URL.Path, "/blobs/"):
+			w.Header().Set("Location", "https://blobs.test.test/x?SECRET")
+			w.WriteHeader(307)
+		default:
+			io.WriteString(w, "manifest")
+		}
+		return w.Result(), nil
+	}}
+	if len(origins) == 0 {
+		origins = []string{"https://registry.test.test/v2"}
+	}
+	g.asker = newAskerOver(t, g.rt, origins...)
+	g.r.pkg = "docker"
+	return g
+}
+
+func (g *registrySite) exchanged() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.exchanges)
+}
+
+func (g *registrySite) pull() *told {
+	g.Helper()
+	return g.asker.ask(question{wire: "i/manifests/x", scope: "repository:i:pull"})
+}
+
+// wantTraffic checks how many requests and exchanges there were so far.
+func (g *registrySite) wantTraffic(requests, exchanges int) {
+	g.Helper()
+	if n, x := len(g.lines), len(g.exchanges); n != requests || x != exchanges {
+		g.Errorf("%d requests, of them %d exchanges; want %d and %d: %v", n, x, requests, exchanges, g.lines)
+	}
+}
+
+func TestTokenIsExchangedAndKept(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t)
+	g.pull().want(200, "manifest")
+	g.wantTraffic(3, 1)
+	x := g.exchanges[0]
+	if x.URL.String() != "https://auth.test.test/token?scope=repository%3Ai%3Apull&service=svc" ||
+		x.Header.Get("Authorization") != "" || x.Header.Get("Accept") != "application/json" {
+		t.Errorf("exchanged at %s with %v", x.URL, x.Header)
+	}
+	g.pull().want(200, "manifest")
+	g.wantTraffic(4, 1)
+
+	other := question{wire: "j/manifests/x", scope: "repository:j:pull"}
+	g.ask(other).want(200, "manifest") // another scope, another token
+	g.wantTraffic(7, 2)
+}
+
+func TestTokenGoesNotToBlobStorage(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t)
+	g.r.username, g.r.headers = "u", http.Header{"X-Key": {"k"}}
+	g.ask(question{wire: "i/blobs/x", scope: "s"}).want(200, "blob") // the fake checks
+	for _, r := range g.reqs {
+		if got, want := r.Header.Get("X-Key") != "", r.URL.Host == "registry.test.test"; got != want {
+			t.Errorf("%s: configured header sent: %v", r.URL.Host, got)
+		}
+	}
+	// Nor is blob storage's own 401 taken for the registry's.
+	do := g.do
+	g.do = func(n int, r *http.Request) (*http.Response, error) {
+		if r.URL.Host == "blobs.test.test" {
+			return fake(401, "", `WWW-Authenticate: Bearer realm="https://auth.test.test/token"`), nil
+		}
+		return do(n, r)
+	}
+	n := g.exchanged()
+	g.ask(question{wire: "i/blobs/x", scope: "s"}).want(401, "")
+	if g.exchanged() != n {
+		t.Error("a token was asked for blob storage")
+	}
+}
+
+func TestOneExchangeForMany(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := newRegistry(t)
+		give := g.tokens
+		g.tokens = func(w http.ResponseWriter, r *http.Request) {
+			time.Sleep(time.Second)
+			give(w, r)
+		}
+		var wg sync.WaitGroup
+		for range 50 {
+			wg.Go(func() { g.pull().want(200, "manifest") })
+		}
+		wg.Wait()
+		g.wantTraffic(50+1+50, 1)
+	})
+}
+
+func TestWaitersShareAFailureButNotAnAbandonedExchange(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := newRegistry(t)
+		g.tokens = func(w http.ResponseWriter, _ *http.Request) {
+			time.Sleep(time.Second)
+			w.WriteHeader(500)
+		}
+		var wg sync.WaitGroup
+		for range 10 {
+			wg.Go(func() { g.asker.ask(question{hasCopy: true, scope: "s"}).wantErr(errUnreachable) })
+		}
+		wg.Wait()
+		g.wantTraffic(10+1, 1)
+
+		g = newRegistry(t)
+		do := g.do
+		g.do = func(n int, r *http.Request) (*http.Response, error) {
+			if r.URL.Path == "/token" && g.exchanged() == 0 {
+				g.mu.Lock()
+				g.exchanges = append(g.exchanges, r)
+				g.mu.Unlock()
+				return hang(r)
+			}
+			return do(n, r)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		wg.Go(func() { g.askUnder(ctx, question{scope: "s"}).wantErr(context.Canceled) })
+		synctest.Wait()
+		for range 10 {
+			wg.Go(func() { g.asker.ask(question{scope: "s"}).want(200, "manifest") })
+		}
+		short, stop := context.WithTimeout(t.Context(), time.Second)
+		defer stop()
+		wg.Go(func() { g.askUnder(short, question{scope: "s"}).wantErr(context.DeadlineExceeded) })
+		time.Sleep(2 * time.Second)
+		cancel()
+		wg.Wait()
+		if n := g.exchanged(); n != 2 {
+			t.Errorf("%d exchanges; want 2", n)
+		}
+	})
+}
+
+func TestTokenLife(t *testing.T) {
+	t.Parallel()
+	date := time.Date(2000, 1, 2, 3, 4, 0, 0, time.UTC) // the bubble's day, another clock
+	for answer, life := range map[string]time.Duration{
+		`{"token":"t"}`:                                                     54 * time.Second,
+		`{"access_token":"t"}`:                                              54 * time.Second,
+		`{"token":"t","expires_in":300}`:                                    270 * time.Second,
+		`{"token":"t","expires_in":"300"}`:                                  270 * time.Second,
+		`{"token":"t","expires_in":0}`:                                      54 * time.Second,
+		`{"token":"t","expires_in":-5,"issued_at":7}`:                       54 * time.Second,
+		`{"token":"t","expires_in":null,"issued_at":null}`:                  54 * time.Second,
+		`{"token":"t","expires_in":1e300}`:                                  maxTokenLife * 9 / 10,
+		`{"token":"t","expires_in":300,"issued_at":"2000-01-02T03:02:00Z"}`: 162 * time.Second,
+		`{"token":"t","expires_in":300,"issued_at":"2000-01-02T03:05:00Z"}`: 270 * time.Second,
+		`{"token":"t","expires_in":300,"issued_at":"1999-01-02T03:05:00Z"}`: 0,
+		`{"token":"t","expires_in":300,"issued_at":"soon"}`:                 270 * time.Second,
+	} {
+		t.Run(answer, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := newRegistry(t)
+				g.accepts = func(auth string) bool { return auth == "Bearer t" }
+				g.tokens = func(w http.ResponseWriter, _ *http.Request) {
+					w.Header().Set("Date", date.Format(http.TimeFormat))
+					io.WriteString(w, answer)
+				}
+				g.pull().want(200, "manifest")
+				if life > 0 {
+					time.Sleep(life - time.Nanosecond)
+					g.pull().want(200, "manifest")
+					g.wantTraffic(4, 1)
+					time.Sleep(time.Nanosecond)
+				}
+				before := len(g.lines)
+				g.pull().want(200, "manifest")
+				g.wantTraffic(before+3, 2)
+			})
+		})
+	}
+}
+
+func TestRefusedTokenIsRenewedOnce(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t)
+	g.pull().want(200, "manifest")
+	g.accepts = func(auth string) bool { return auth == "Bearer t2" }
+	g.pull().want(200, "manifest") // t1 was revoked
+	g.wantTraffic(6, 2)
+
+	g.accepts = func(string) bool { return false }
+	g.pull().want(401, "") // t2 and the fresh t3 refused
+	g.wantTraffic(9, 3)
+
+	// A token that was there already is no fresh one.
+	g.accepts = func(auth string) bool { return auth == "Bearer t4" }
+	clear(g.u.tokens.asked)
+	g.pull().want(200, "manifest")
+	g.wantTraffic(13, 4)
+}
+
+// TestRefusedTokensComeToAnEnd has others bring a new token again and again.
+func TestRefusedTokensComeToAnEnd(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t)
+	g.accepts = func(string) bool {
+		k := tokenKey{"r", "https://auth.test.test/token", "svc", "repository:i:pull", ""}
+		g.u.tokens.live[k] = token{fmt.Sprint(len(g.lines)), time.Now().Add(time.Hour)}
+		return false
+	}
+	g.pull().want(401, "")
+	g.wantTraffic(3, 0)
+}
+
+func TestTokenServiceFailures(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		answer http.HandlerFunc
+		status int
+		err    error
+	}{
+		"401":          {says(401, ""), 403, errCredentials},
+		"403":          {says(403, ""), 403, errCredentials},
+		"404":          {says(404, ""), 502, errUnreachable},
+		"500":          {says(500, ""), 502, errUnreachable},
+		"no JSON":      {says(200, "<html>"), 502, errUnreachable},
+		"no object":    {says(200, "[]"), 502, errUnreachable},
+		"no token":     {says(200, `{"token":""}`), 502, errUnreachable},
+		"header split": {says(200, `{"token":"a\r\nX: y"}`), 502, errUnreachable},
+		"endless":      {says(200, `{"token":"`+strings.Repeat("a", maxTokenBytes)+`"}`), 502, errUnreachable},
+	} {
+		g := newRegistry(t)
+		g.r.username, g.r.password = "u", "SECRET"
+		g.tokens = c.answer
+		r := g.asker.ask(question{scope: "s", hasCopy: true})
+		r.wantErr(c.err, `remote "r"`, "auth.test.test")
+		if statusOf(r.err) != c.status {
+			t.Errorf("%s: status %d; want %d", name, statusOf(r.err), c.status)
+		}
+		if g.u.down(g.r) {
+			t.Errorf("%s: the remote counts as down though it answers", name)
+		}
+	}
+}
+
+func TestTokenServiceUnreachableCountsForTheRemote(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		refuse := func(*http.Request) (*http.Response, error) { return nil, errDial }
+		// Many times, since two ends of waiting come at one instant.
+		for i := range 20 {
+			fails := []func(*http.Request) (*http.Response, error){refuse, hang}[i%2]
+			g := newRegistry(t)
+			do := g.do
+			g.do = func(n int, r *http.Request) (*http.Response, error) {
+				if r.URL.Path == "/token" {
+					return fails(r)
+				}
+				return do(n, r)
+			}
+			r := g.asker.ask(question{scope: "s", hasCopy: true})
+			if !errors.Is(r.err, errUnreachable) && !errors.Is(r.err, errTimeout) {
+				t.Errorf("got %v", r.err)
+			}
+			if !g.u.down(g.r) {
+				t.Error("not down")
+			}
+		}
+	})
+}
+
+func TestTokenMayNotTrickle(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := newRegistry(t)
+		do := g.do
+		g.do = func(n int, r *http.Request) (*http.Response, error) {
+			if r.URL.Path == "/token" {
+				return drip(slices.Repeat([]time.Duration{2 * time.Second}, 1000)...)(n, r)
+			}
+			return do(n, r)
+		}
+		began := time.Now()
+		g.pull().wantErr(errTimeout)
+		if d := time.Since(began); d != g.r.timeout {
+			t.Errorf("gave up after %v; want %v", d, g.r.timeout)
+		}
+	})
+}
+
+func TestTokenServices429IsTheAnswer(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t)
+	g.tokens = func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Retry-After", "7")
+		w.WriteHeader(429)
+	}
+	r := g.pull().want(429, "")
+	if r.Header.Get("Retry-After") != "7" {
+		t.Error("Retry-After was lost")
+	}
+}
+
+func TestCredentialsGoToTheRealm(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t)
+	g.r.username, g.r.password = "u", "p"
+	g.pull().want(200, "manifest")
+	for _, r := range g.reqs {
+		user, pw, _ := r.BasicAuth()
+		if got, want := user == "u" && pw == "p", r.URL.Path == "/token"; got != want {
+			t.Errorf("%s: password sent: %v", r.URL, got)
+		}
+	}
+	g.r = &remote{name: "r", pkg: "docker", origins: g.r.origins, username: "u", password: "changed"}
+	g.pull().want(200, "manifest") // after a reload with another password
+	g.wantTraffic(6, 2)
+}
+
+func TestForeignRealmIsNotAsked(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t)
+	g.challenge = `Bearer realm="https://evil.example/token?SECRET"`
+	g.r.username, g.r.password = "u", "SECRET"
+	r := g.pull()
+	r.wantErr(errBadUpstream, "token_realm", "https://evil.example/token", `remote "r"`)
+	if statusOf(r.err) != 502 {
+		t.Errorf("status %d; want 502", statusOf(r.err))
+	}
+	g.wantTraffic(1, 0)
+
+	g.r.tokenRealm = mustURL(t, "https://evil.example/token")
+	g.pull().want(200, "manifest")
+
+	g = newRegistry(t) // without credentials anyone may be asked
+	g.challenge = `Bearer realm="https://evil.example/token"`
+	g.pull().want(200, "manifest")
+
+	g = newRegistry(t)
+	g.challenge = `Bearer realm="/token"`
+	g.pull().wantErr(errBadUpstream, "realm")
+}
+
+func TestRealmTrust(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		base, realm string
+		want        bool
+	}{
+		{"https://registry-1.docker.io/v2", "https://auth.docker.io/token", true},
+		{"https://registry-1.docker.io/v2", "https://docker.io/token", true},
+		{"https://registry-1.docker.io/v2", "https://a.b.DOCKER.io:8443/token", true},
+		{"https://registry-1.docker.io/v2", "http://auth.docker.io/token", false},
+		{"https://registry-1.docker.io/v2", "https://notdocker.io/token", false},
+		{"https://registry-1.docker.io/v2", "https://docker.io.evil.example/token", false},
+		{"https://registry.gitlab.com/v2", "https://gitlab.com/jwt/auth", true},
+		{"https://ghcr.io/v2", "https://ghcr.io/token", true},
+		{"https://ghcr.io/v2", "https://evil.io/token", false},
+		{"https://r.co.uk/v2", "https://evil.co.uk/token", false},
+		{"https://r.example.co.uk/v2", "https://auth.example.co.uk/token", true},
+		{"https://me.github.io/v2", "https://you.github.io/token", false},
+		{"https://mine.azurecr.io/v2", "https://mine.azurecr.io/oauth2/token", true},
+		{"https://mine.azurecr.io/v2", "https://yours.azurecr.io/oauth2/token", false},
+		{"http://r.corp.test/v2", "http://auth.corp.test/token", true},
+		{"http://r.corp.test/v2", "https://auth.corp.test/token", true},
+		{"https://10.0.0.1:5000/v2", "https://10.0.0.1/token", true},
+		{"https://10.0.0.1/v2", "https://9.0.0.1/token", false},
+		{"https://10.0.0.1/v2", "https://0.0.1/token", false},
+		{"https://[fd00::1]/v2", "https://[fd00::1]:5001/token", true},
+		{"https://[fd00::1]/v2", "https://[fd00::2]/token", false},
+		{"https://localhost/v2", "https://localhost/token", true},
+		{"https://a.0.0.1/v2", "https://10.0.0.1/token", false},
+		{"https://r.example.com./v2", "https://auth.example.com/token", true},
+		{"https://plain.example/v2", "https://configured.example/token", true},
+		{"https://plain.example/v2", "https://configured.example:443/token?x", true},
+		{"https://plain.example/v2", "http://configured.example/token", false},
+		{"https://plain.example/v2", "https://configured.example/other", false},
+	} {
+		r := &remote{origins: []origin{{url: mustURL(t, c.base)}}, tokenRealm: mustURL(t, "https://configured.example/token")}
+		if got := r.trusts(mustURL(t, c.realm)); got != c.want {
+			t.Errorf("%s trusts %s: %v; want %v", c.base, c.realm, got, c.want)
+		}
+	}
+}
+
+func TestRealmMayNotLeadInside(t *testing.T) {
+	t.Parallel()
+	service := newSite(t, says(200, `{"token":"t"}`))
+	base := newSite(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "Bearer t" {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="`+elsewhere(service)+`/token"`)
+			w.WriteHeader(401)
+		}
+	})
+	for name, c := range map[string]struct {
+		public bool
+		realm  *url.URL
+		ok     bool
+	}{
+		"a registry inside":          {false, nil, true},
+		"a public registry":          {true, nil, false},
+		"where token_realm names it": {true, mustURL(t, elsewhere(service)+"/token"), true},
+	} {
+		a := newAsker(t, base.URL)
+		a.r.pkg, a.r.tokenRealm = "docker", c.realm
+		if c.public {
+			a.u.private = func(netip.Addr) bool { return false }
+		}
+		if r := a.ask(question{scope: "s"}); c.ok {
+			r.want(200, "")
+		} else {
+			r.wantErr(errBadUpstream, "private address")
+			t.Log(name, r.err)
+		}
+	}
+}
+
+func TestTokenRequestsRedirectKeepsThePassword(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t)
+	g.r.username, g.r.password = "u", "p"
+	g.tokens = func(w http.ResponseWriter, r *http.Request) {
+		_, _, basic := r.BasicAuth()
+		if r.URL.Host == "evil.example" {
+			if basic {
+				t.Error("the password went along a redirect")
+			}
+			w.WriteHeader(401)
+			return
+		}
+		w.Header().Set("Location", "https://evil.example/token")
+		w.WriteHeader(302)
+	}
+	g.pull().wantErr(errCredentials)
+}
+
+func TestBasicRegistry(t *testing.T) {
+	t.Parallel()
+	for _, scope := range []string{"", "repository:i:pull"} {
+		g := newRegistry(t)
+		g.challenge = `Negotiate abc==, BASIC realm="x"`
+		g.r.username, g.r.password = "u", "p"
+		g.accepts = func(auth string) bool { return auth == "Basic dTpw" }
+		q := question{wire: "f", scope: scope}
+		g.ask(q).want(200, "manifest")
+		g.ask(q).want(200, "manifest") // remembered
+		g.wantTraffic(3, 0)
+		g.accepts = func(string) bool { return false }
+		g.ask(q).want(401, "") // wrong password: no use in trying it twice
+		g.wantTraffic(4, 0)
+
+		for _, g.challenge = range []string{`Basic realm="x"`, `Bearer service="s"`, `Digest realm="x"`, ``} {
+			g.r = &remote{name: "r", pkg: "docker", origins: g.r.origins}
+			before := len(g.lines)
+			g.ask(q).want(401, "") // nothing to offer
+			g.wantTraffic(before+1, 0)
+		}
+	}
+}
+
+// TestUnmarkedMirrorGetsNoBoughtToken has a mirror name base_url's own realm.
+func TestUnmarkedMirrorGetsNoBoughtToken(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t, "https://registry.test.test", "https://mirror.example", "auth https://second.test.test")
+	g.r.username, g.r.password = "u", "p"
+	g.tokens = func(w http.ResponseWriter, r *http.Request) {
+		_, _, basic := r.BasicAuth()
+		fmt.Fprintf(w, `{"token":"bought-%v"}`, basic)
+	}
+	g.accepts = func(auth string) bool { return strings.HasPrefix(auth, "Bearer bought") }
+	for i, want := range []string{"Bearer bought-true", "Bearer bought-false", "Bearer bought-true"} {
+		g.asker.ask(question{wire: "f", scope: "s", first: i}).want(200, "manifest")
+		if got := g.reqs[len(g.reqs)-1].Header.Get("Authorization"); got != want {
+			t.Errorf("origin %d got %q; want %q", i, got, want)
+		}
+	}
+}
+
+func TestMirrorsTokenTroubleNeverCounts(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t, "https://registry.test.test", "https://mirror.example")
+	do := g.do
+	g.do = func(n int, r *http.Request) (*http.Response, error) {
+		if r.URL.Host == "registry.test.test" {
+			return fake(500, "base"), nil
+		}
+		return do(n, r)
+	}
+	g.tokens = says(403, "")
+	g.pull().want(500, "base")
+	g.tokens = says(429, "")
+	g.pull().want(500, "base")
+}
+
+func TestTokenTablesAreBounded(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t)
+	g.accepts = func(auth string) bool { return auth != "" }
+	for i := range maxRemembered + 10 {
+		s := fmt.Sprint(i)
+		g.u.tokens.remember(registryKey{place: s}, challenge{})
+		_, x, _ := g.u.tokens.join(tokenKey{scope: s}, "", time.Now())
+		x.token = token{s, time.Now().Add(time.Hour)}
+		g.u.tokens.settle(tokenKey{scope: s}, x, time.Now)
+	}
+	if ts := &g.u.tokens; len(ts.live) > maxRemembered || len(ts.asked) > maxRemembered || len(ts.flights) != 0 {
+		t.Errorf("kept %d tokens, %d challenges, %d flights", len(ts.live), len(ts.asked), len(ts.flights))
+	}
+}
+
+func TestParseChallenges(t *testing.T) {
+	t.Parallel()
+	for header, want := range map[string]string{
+		``:      ``,
+		`Basic`: `basic`,
+		`Bearer realm="https://a/t",service="s",scope="repository:a:pull,push"`: `bearer realm="https://a/t" scope="repository:a:pull,push" service="s"`,
+		`bEaReR REALM = "x" , Service=y`:                                        `bearer realm="x" service="y"`,
+		`Basic realm="a", Bearer realm="b"`:                                     `basic realm="a"; bearer realm="b"`,
+		`Negotiate, Basic realm="a"`:                                            `negotiate; basic realm="a"`,
+		`Negotiate YII/+a==, Basic realm="a"`:                                   `negotiate; basic realm="a"`,
+		`, ,Basic realm="a\"b\\c",, Digest`:                                     `basic realm="a\"b\\c"; digest`,
+		`Bearer realm=https://a/t?x=y,service=s`:                                `bearer realm="https://a/t?x=y" service="s"`,
+		`Bearer realm="a",realm="b"`:                                            `bearer realm="a"`,
+		`Bearer realm="unfinished`:                                              `bearer`,
+		`Bearer service="s",realm="unfinished\`:                                 `bearer service="s"`,
+		`"quoted" Basic`:                                                        ``,
+		`Basic realm=""`:                                                        `basic realm=""`,
+	} {
+		if got := render(parseChallenges([]string{header}), " ", "; "); got != want {
+			t.Errorf("%s: %s; want %s", header, got, want)
+		}
+	}
+	if got := parseChallenges([]string{`Basic realm="a"`, `Bearer realm="b"`}); len(got) != 2 {
+		t.Errorf("two headers: %v", got)
+	}
+}
+
+// render writes challenges with all values quoted.
+func render(cs []challenge, between, after string) string {
+	var all []string
+	for _, c := range cs {
+		var params []string
+		for _, name := range slices.Sorted(maps.Keys(c.params)) {
+			value := strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(c.params[name])
+			params = append(params, name+`="`+value+`"`)
+		}
+		all = append(all, strings.TrimSpace(c.scheme+" "+strings.Join(params, between)))
+	}
+	return strings.Join(all, after)
+}
+
+func FuzzChallenges(f *testing.F) {
+	f.Add(`Bearer realm="https://a/t",service="s",scope="repository:a:pull,push"`)
+	f.Add(`Negotiate YII/+a==, Basic realm="a\"b", , x y = z`)
+	f.Fuzz(func(t *testing.T, header string) {
+		cs := parseChallenges([]string{header})
+		text := render(cs, ", ", ", ")
+		if again := parseChallenges([]string{text}); render(again, ", ", ", ") != text || len(again) != len(cs) {
+			t.Errorf("%q became %q, then %v", header, text, again)
+		}
+	})
+}
+
+func TestRetryAfter(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for s, want := range map[string]time.Duration{
+		"": 0, "0": 0, "7": 7 * time.Second, " 7 ": 7 * time.Second, "-7": 0, "1.5": 0, "soon": 0,
+		"99999": time.Hour, "18446744073709551615": time.Hour, "18446744073709551616": 0,
+		now.Add(time.Minute).Format(http.TimeFormat):                  time.Minute,
+		now.Add(-time.Minute).Format(http.TimeFormat):                 0,
+		now.Add(1000 * time.Hour).Format(http.TimeFormat):             time.Hour,
+		now.AddDate(7000, 0, 0).Format(http.TimeFormat):               time.Hour,
+		now.Add(time.Minute).Format("Monday, 02-Jan-06 15:04:05 GMT"): time.Minute,
+	} {
+		if got := retryAfter(http.Header{"Retry-After": {s}}, now); got != want {
+			t.Errorf("%q: %v; want %v", s, got, want)
+		}
+	}
+}
+
+func FuzzRetryAfter(f *testing.F) {
+	f.Add("7", int64(0))
+	f.Add("Fri, 02 Jan 2026 03:04:05 GMT", int64(1767323045))
+	f.Fuzz(func(t *testing.T, s string, now int64) {
+		if d := retryAfter(http.Header{"Retry-After": {s}}, time.Unix(now, 0)); d < 0 || d > maxRetryAfter {
+			t.Errorf("%q: %v", s, d)
+		}
+	})
+}
+
+func TestContentRange(t *testing.T) {
+	t.Parallel()
+	for s, want := range map[string]string{
+		"bytes 0-9/100": "0 9 100", "Bytes 5-5/6": "5 5 6", "bytes 5-9/*": "5 9 -1", " bytes  5-9/10 ": "5 9 10",
+		"bytes 0-9223372036854775806/9223372036854775807": "0 9223372036854775806 9223372036854775807",
+		"": "", "bytes": "", "bytes */100": "", "bytes 9-5/100": "", "bytes 0-9/9": "", "bytes 0-9": "",
+		"bytes -9/100": "", "bytes 0-/100": "", "bytes +0-9/100": "", "items 0-9/100": "", "bytes=0-9/100": "",
+		"bytes 0-9223372036854775808/*": "", "bytes 0-9/100/1": "",
+	} {
+		got := ""
+		if first, last, size, ok := contentRange(s); ok {
+			got = fmt.Sprint(first, last, size)
+		}
+		if got != want {
+			t.Errorf("%q: %q; want %q", s, got, want)
+		}
+	}
+}
+
+func FuzzContentRange(f *testing.F) {
+	f.Add("bytes 0-9/100")
+	f.Add("bytes 5-9/*")
+	f.Fuzz(func(t *testing.T, s string) {
+		first, last, size, ok := contentRange(s)
+		if !ok {
+			return
+		}
+		if first < 0 || last < first || size < -1 || size >= 0 && last >= size {
+			t.Fatalf("%q: %d-%d/%d", s, first, last, size)
+		}
+		again := fmt.Sprintf("bytes %d-%d/%d", first, last, size)
+		if a, b, c, ok := contentRange(strings.Replace(again, "/-1", "/*", 1)); !ok || a != first || b != last || c != size {
+			t.Errorf("%q: not the same as %q", s, again)
+		}
+	})
+}
