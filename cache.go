@@ -1,0 +1,940 @@
+// cache.go: the decision for one file: serve what is stored, ask whether it is
+// still good, fill, or serve it stale. The fill itself is in fill.go.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"mime"
+	"net/http"
+	"os"
+	"path"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// record describes one stored body and is stored with it. Key and source URL
+// are derived, not stored (DESIGN.md, "What is kept").
+type record struct {
+	Remote       string    `json:"r"`
+	Path         string    `json:"p"` // upstream spelling, with its query
+	Size         int64     `json:"n"`
+	SHA256       string    `json:"s"` // hex
+	Class        class     `json:"c"`
+	ContentType  string    `json:"t,omitempty"` // as upstream said
+	Encoding     string    `json:"e,omitempty"` // Content-Encoding
+	ETag         string    `json:"g,omitempty"` // upstream's, for revalidation
+	LastModified string    `json:"m,omitempty"` // upstream's, for revalidation
+	Modified     time.Time `json:"u"`           // what clients see: the same for every refill of the same bytes
+	Fetched      time.Time `json:"f"`
+	Digest       string    `json:"d,omitempty"` // Docker-Content-Digest
+	Link         string    `json:"l,omitempty"` // below /v2/
+	Filters      string    `json:"o,omitempty"` // OCI-Filters-Applied
+}
+
+// object is a stored record and, unless only the record was asked for, its
+// body. The holder closes body.
+type object struct {
+	rec  *record // shared: never changed
+	body io.ReadSeekCloser
+}
+
+// objects keeps bodies with their records, by key.
+type objects interface {
+	// put stores the spool's bytes (complete and verified, rec.Size long) under
+	// key and replaces what was there. On return all is durable, or an error
+	// says that the old state still holds. The spool's name may be moved away;
+	// its descriptor stays usable and belongs to the caller.
+	put(ctx context.Context, key string, rec *record, spool *os.File) error
+	// open returns key's object; reading will begin at off. off < 0 asks for
+	// the record alone (body is nil). A miss, damage included, is
+	// fs.ErrNotExist; a store that cannot be asked is errStoreDown.
+	open(ctx context.Context, key string, off int64) (*object, error)
+	// delete removes key; fs.ErrNotExist when nothing was there. Bodies that
+	// are open stay readable.
+	delete(ctx context.Context, key string) error
+	// walk calls f with each stored record of all remotes, in no order, beside
+	// writers. f's error ends it and is returned.
+	walk(ctx context.Context, f func(key string, rec *record) error) error
+}
+
+// row is what the index knows of one object.
+type row struct {
+	Remote, Path, Key, SHA256, ContentType string // Path in upstream spelling
+	Class                                  class
+	Size, Hits                             int64
+	Fetched, LastAccess                    time.Time
+}
+
+// pageQuery asks the index for rows of one remote ("" = all, with oldest).
+type pageQuery struct {
+	remote  string
+	prefix  string         // of the decoded path
+	pattern *regexp.Regexp // searched in the decoded path; nil: all
+	after   string         // a page's next; "" begins
+	limit   int
+	oldest  bool // by last access, oldest first, instead of by decoded path
+}
+
+// page is a part of a listing, in byte order of the decoded path.
+type page struct {
+	rows     []row
+	next     string // "" at the end
+	complete bool   // false while the embedded index is being loaded
+}
+
+// touch counts uses of one key since the last flush.
+type touch struct {
+	remote, key string
+	hits        int64
+	last        time.Time
+}
+
+// total is what one remote has stored.
+type total struct{ Files, Bytes int64 }
+
+// index lists what is stored. It is written after the object and can be
+// rebuilt from it. All methods may be called concurrently.
+type index interface {
+	save(ctx context.Context, r row) error // insert or replace by key, hits kept
+	delete(ctx context.Context, remote, key string) error
+	page(ctx context.Context, q pageQuery) (page, error)
+	touch(ctx context.Context, batch []touch) error // unknown keys are ignored
+	totals(ctx context.Context) (map[string]total, error)
+}
+
+// mark says when a copy was last found good upstream. It counts only for a
+// record with that SHA-256.
+type mark struct {
+	At     time.Time
+	SHA256 string
+}
+
+// freshness keeps marks. It is advisory: losing it costs a revalidation.
+type freshness interface {
+	get(ctx context.Context, key string) (mark, error) // fs.ErrNotExist when unknown
+	set(ctx context.Context, key string, m mark) error
+	delete(ctx context.Context, key string) error
+}
+
+// replicas is what the processes of one cache tell each other. nil on a single
+// machine. No failure of it is ever a reason for a client's error.
+type replicas interface {
+	// lease makes this process the only one that fills key, until release; a
+	// heartbeat keeps it. If another process has it, other says who, and
+	// release is nil.
+	lease(ctx context.Context, key string) (token string, release func(), other *filler, err error)
+	// announce tells the others that key was replaced or removed.
+	announce(ctx context.Context, key string) error
+	// watch calls changed for each announcement of another process, and reset
+	// whenever some may have been missed (a new connection), until ctx ends.
+	watch(ctx context.Context, changed func(key string), reset func())
+	// online says whether announcements arrive at the moment.
+	online() bool
+}
+
+// filler is the process that holds a lease: where it can be asked for the
+// growing file, and the lease's random token, which the request carries.
+type filler struct{ addr, token string }
+
+// spooler makes the temporary files that bodies grow in.
+type spooler interface {
+	// spool returns a new empty file that objects.put can take; the caller
+	// closes it and removes what is left of its name. errNoSpace and
+	// errStoreDown say why there is none.
+	spool() (*os.File, error)
+	// room is nil while n more bytes may be written and MIN_FREE stays free;
+	// errNoSpace otherwise.
+	room(n int64) error
+}
+
+// cache serves files of remotes: from the store, or by filling it. It is safe
+// for concurrent use; close ends its fills.
+type cache struct {
+	objects objects
+	index   index
+	fresh   freshness
+	spools  spooler
+	up      *upstream
+	now     func() time.Time
+	log     *slog.Logger
+	metrics *metrics
+
+	// Of several replicas; nil on a single machine. Set before the first request.
+	replicas replicas
+	peers    *http.Client
+
+	ctx    context.Context // of all fills
+	cancel context.CancelFunc
+	fills  sync.WaitGroup
+	ended  atomic.Int64 // flights that have ended: a lookup before may be out of date
+
+	mu      sync.Mutex // guards what follows; never held across I/O
+	flights map[string]*flight
+	slots   map[string]chan struct{} // by remote name: fills that run
+	noHEAD  map[string]time.Time     // by remote name: HEAD is refused until then
+	writing map[string]*keyLock      // keys of local files being changed
+
+	negative negatives
+	uses     uses
+}
+
+// newCache wires a cache; its caller closes it before the stores.
+func newCache(o objects, ix index, f freshness, s spooler, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &cache{
+		objects: o, index: ix, fresh: f, spools: s, up: up, now: now, log: log, metrics: m,
+		ctx: ctx, cancel: cancel,
+		flights: map[string]*flight{}, slots: map[string]chan struct{}{},
+		noHEAD: map[string]time.Time{}, writing: map[string]*keyLock{}, peers: newPeerClient(),
+	}
+}
+
+// want is a file to serve and what is known about it beforehand.
+type want struct {
+	target
+	accept string // Accept sent upstream
+	scope  string // registry token scope
+	digest string // the body must have it ("sha256:HEX"); "" unknown
+	limit  int64  // most bytes of a body; 0: any
+	// whole: answered only when complete and checked, and HEAD fetches as GET
+	// does (manifests).
+	whole bool
+	// staleOn429: a 429 serves the expired copy even without stale_if_error.
+	staleOn429 bool
+	// check sees a complete body before it is stored and may add to its
+	// record; its error keeps it from being stored and answered. nil: none.
+	check func(ctx context.Context, rec *record, body io.ReaderAt) error
+	// dress changes the headers of an answer; nil: a download's.
+	dress func(h http.Header, rec *record)
+}
+
+// reply is an answer that is ready to be sent.
+type reply struct {
+	rec     *record
+	size    int64 // of the whole body; -1: not known yet
+	body    io.ReadSeekCloser
+	at      time.Time // when the copy was last found good; zero: just fetched
+	remote  bool      // X-Artifact-Source: remote
+	sum     bool      // rec.SHA256 is known and will be what was sent
+	status  string    // Cache-Status, behind the name
+	outcome string    // HIT, MISS, STALE, REVALIDATED: for log and counters
+}
+
+// asked is what of a client's request matters before the answer: the method
+// and a single range, which says where reading will begin.
+type asked struct {
+	head     bool
+	from, to int64 // of a single Range with a known beginning; to is -1 for "to the end"
+	suffix   int64 // of a single suffix Range
+}
+
+// maxRanges is how many ranges a request may ask for at once: ServeContent
+// takes seconds for 200,000. zchunk asks for 256.
+const maxRanges = 1000
+
+// serve answers GET and HEAD for q.
+func (c *cache) serve(w *response, r *http.Request, q want) error {
+	w.remote, w.path = q.remote.name, q.path
+	if strings.Count(r.Header.Get("Range"), ",") >= maxRanges {
+		r.Header.Del("Range")
+	}
+	rep, err := c.get(r.Context(), q, askedOf(r))
+	if err != nil {
+		w.result = outcomeOf(err)
+		return err
+	}
+	defer rep.body.Close()
+	w.result = rep.outcome
+	c.send(w, r, q, rep)
+	return nil
+}
+
+// outcomeOf names a request that failed: one that went upstream was a miss.
+func outcomeOf(err error) string {
+	if status, _ := describe(err); status == http.StatusForbidden || status == http.StatusBadRequest {
+		return ""
+	}
+	return "MISS"
+}
+
+// askedOf reads what get needs to know of r. ServeContent judges the Range
+// again and is what answers it.
+func askedOf(r *http.Request) asked {
+	a := asked{head: r.Method == http.MethodHead, to: -1}
+	spec, ok := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
+	if !ok || strings.Contains(spec, ",") {
+		return a
+	}
+	first, last, ok := strings.Cut(strings.TrimSpace(spec), "-")
+	if !ok {
+		return a
+	}
+	if first == "" {
+		a.suffix, _ = strconv.ParseInt(last, 10, 64)
+		return a
+	}
+	from, err := strconv.ParseInt(first, 10, 64)
+	if err != nil || from < 0 {
+		return a
+	}
+	a.from = from
+	if to, err := strconv.ParseInt(last, 10, 64); err == nil && to >= from {
+		a.to = to
+	}
+	return a
+}
+
+// stored is a copy found in the store and how good it still is.
+type stored struct {
+	*object
+	at      time.Time     // when it was last found good
+	ttl     time.Duration // what is left; negative: expired
+	forever bool
+}
+
+func (s *stored) fresh() bool { return s.forever || s.ttl > 0 }
+
+// lookAgains bounds how often a request may find that the store has the file
+// after all and then not find it there.
+const lookAgains = 3
+
+// get finds or fetches q and returns what to send; the caller closes its body.
+func (c *cache) get(ctx context.Context, q want, a asked) (*reply, error) {
+	key := q.key()
+	// A flight may end between a lookup that misses and the next flight: then
+	// the store has the file after all, and the flight looks again.
+	for n := 0; ; n++ {
+		ended := c.ended.Load()
+		cp, storeErr := c.lookup(ctx, key, q, a)
+		if storeErr != nil && !errors.Is(storeErr, fs.ErrNotExist) {
+			c.storeFailed("storage", "opening", key, storeErr)
+		}
+		if cp != nil && cp.fresh() {
+			c.used(q.remote.name, key)
+			return c.hit(cp, ""), nil
+		}
+		if q.remote.local {
+			return nil, storeErr
+		}
+		rep, again, err := c.absent(ctx, key, q, a, cp, ended)
+		if again && n < lookAgains {
+			continue
+		}
+		if again {
+			err = errors.Join(errStoreDown, storeErr)
+		}
+		return rep, joinStoreDown(err, storeErr)
+	}
+}
+
+// joinStoreDown: with neither the store nor the upstream there is nothing to
+// answer with, and it is not the upstream alone that is to blame.
+func joinStoreDown(err, storeErr error) error {
+	if err == nil || !errors.Is(storeErr, errStoreDown) {
+		return err
+	}
+	if errors.Is(err, errUnreachable) || errors.Is(err, errTimeout) {
+		return &problem{status: http.StatusServiceUnavailable, cause: errors.Join(err, storeErr),
+			detail: "neither the store nor the upstream can be reached"}
+	}
+	return err
+}
+
+// absent answers when the store has no fresh copy; cp is the expired one or
+// nil. again says that the store has one now.
+func (c *cache) absent(ctx context.Context, key string, q want, a asked, cp *stored, ended int64) (rep *reply, again bool, err error) {
+	if cp == nil {
+		if err := c.negative.get(key, c.now()); err != nil {
+			return nil, false, err
+		}
+		if a.head && !q.whole && !c.flying(key) {
+			rep, err := c.headUpstream(ctx, q)
+			return rep, false, err
+		}
+	} else if c.up.down(q.remote) {
+		c.used(q.remote.name, key)
+		return c.stale(cp, "unreachable"), false, nil
+	}
+	f, lead := c.join(key, q, cp, ended)
+	rep, err = c.await(ctx, f, lead, a, cp)
+	if errors.Is(err, errLookAgain) {
+		return nil, true, nil
+	}
+	return rep, false, err
+}
+
+// lookup finds key's copy and judges it. A miss is a nil copy; the error says
+// why.
+func (c *cache) lookup(ctx context.Context, key string, q want, a asked) (*stored, error) {
+	off := a.from
+	if a.head {
+		off = -1
+	}
+	obj, err := c.objects.open(ctx, key, off)
+	if err != nil {
+		return nil, err
+	}
+	if obj.body == nil {
+		obj.body = unread(obj.rec.Size)
+	}
+	if obj.rec.Path != q.spelling || obj.rec.Remote != q.remote.name {
+		obj.body.Close()
+		return nil, fmt.Errorf("key %s holds another path: %w", key, fs.ErrNotExist)
+	}
+	return c.judge(ctx, key, q, obj), nil
+}
+
+// judge tells how fresh obj is.
+func (c *cache) judge(ctx context.Context, key string, q want, obj *object) *stored {
+	s := &stored{object: obj, at: obj.rec.Fetched}
+	ttl, forever := q.remote.ttl(q.class)
+	if forever {
+		s.forever = true
+		return s
+	}
+	m, err := c.fresh.get(ctx, key)
+	switch {
+	case err == nil && m.SHA256 == obj.rec.SHA256 && m.At.After(s.at):
+		s.at = m.At
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		c.storeFailed("redis", "reading freshness of", key, err)
+	}
+	s.ttl = ttl - c.now().Sub(s.at)
+	return s
+}
+
+// hit answers with a stored copy.
+func (c *cache) hit(s *stored, extra string) *reply {
+	status := "hit"
+	if !s.forever {
+		status += "; ttl=" + strconv.FormatInt(int64(s.ttl/time.Second), 10)
+	}
+	return &reply{rec: s.rec, size: s.rec.Size, body: s.body, at: s.at, sum: true, status: status + extra, outcome: "HIT"}
+}
+
+// stale answers with an expired copy; why goes into Cache-Status.
+func (c *cache) stale(s *stored, why string) *reply {
+	s.ttl = min(s.ttl, -time.Second) // never the 0 of a copy that is fresh
+	rep := c.hit(s, "; detail="+why)
+	rep.outcome = "STALE"
+	return rep
+}
+
+// headUpstream answers HEAD for a file that is not stored; nothing is stored.
+// Where HEAD is refused, a GET is asked and its body not read.
+func (c *cache) headUpstream(ctx context.Context, q want) (*reply, error) {
+	ask := q.question(http.MethodHead, nil)
+	ans, err := c.up.ask(ctx, ask)
+	if err != nil {
+		return nil, err
+	}
+	if headRefused(ans.StatusCode) {
+		ans.Body.Close()
+		ask.method = http.MethodGet
+		if ans, err = c.up.ask(ctx, ask); err != nil {
+			return nil, err
+		}
+	}
+	defer ans.Body.Close()
+	if err := c.refused(q, ans); err != nil {
+		return nil, err
+	}
+	rec := c.newRecord(q, ans.Header)
+	return &reply{rec: rec, size: ans.ContentLength, body: unread(ans.ContentLength), remote: true, status: "fwd=miss", outcome: "MISS"}, nil
+}
+
+// headRefused: presigned and CDN origins refuse HEAD in all these ways.
+func headRefused(status int) bool {
+	switch status {
+	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotImplemented:
+		return true
+	}
+	return false
+}
+
+// question is what is asked upstream for q.
+func (q want) question(method string, header http.Header) question {
+	h := http.Header{}
+	for k, v := range header {
+		h[k] = v
+	}
+	if q.accept != "" {
+		h.Set("Accept", q.accept)
+	}
+	return question{remote: q.remote, method: method, wire: q.wire, header: h, scope: q.scope}
+}
+
+// refused turns an upstream's status other than 200 into the error a client
+// gets (SPEC.md section 4, Responses); nil for 200.
+func (c *cache) refused(q want, ans *answer) error {
+	p := &problem{status: ans.StatusCode, cause: &upstreamStatus{ans.StatusCode}}
+	name := q.remote.name
+	switch code := ans.StatusCode; {
+	case code == http.StatusOK:
+		return nil
+	case code == http.StatusNotFound, code == http.StatusGone:
+		p.detail = fmt.Sprintf("not found: the upstream of remote %q answered %d", name, code)
+		c.negative.put(q.key(), p, c.now(), q.remote.negativeTTL)
+	case code == http.StatusUnauthorized:
+		p.status = http.StatusBadGateway
+		p.detail = fmt.Sprintf("the upstream of remote %q wants credentials: its username or password is missing or wrong", name)
+	case code == http.StatusForbidden:
+		p.detail = fmt.Sprintf("the upstream of remote %q answered 403 Forbidden", name)
+	case code == http.StatusTooManyRequests:
+		p.status = http.StatusServiceUnavailable
+		p.retryAfter = max(time.Second, retryAfter(ans.Header, c.now()))
+		p.detail = fmt.Sprintf("the upstream of remote %q limits its requests (429)", name)
+	case code >= 400 && code < 500:
+		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)
+	default:
+		p.status = http.StatusBadGateway
+		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)
+	}
+	return p
+}
+
+// upstreamStatus is the cause of a problem that an upstream's status made.
+type upstreamStatus struct{ code int }
+
+func (e *upstreamStatus) Error() string { return "upstream status " + strconv.Itoa(e.code) }
+
+// Is: a 404 or 410 upstream is a file that is not there.
+func (e *upstreamStatus) Is(target error) bool {
+	return target == fs.ErrNotExist && e.gone()
+}
+
+func (e *upstreamStatus) gone() bool {
+	return e.code == http.StatusNotFound || e.code == http.StatusGone
+}
+
+// maxHeaderValue bounds what is kept of an upstream's header: a record must
+// fit S3's 2 KB of metadata.
+const maxHeaderValue = 128
+
+// newRecord begins the record of a body that is about to be fetched.
+func (c *cache) newRecord(q want, h http.Header) *record {
+	now := c.now().UTC()
+	rec := &record{
+		Remote: q.remote.name, Path: q.spelling, Class: q.class, Fetched: now, Modified: now.Truncate(time.Second),
+		ContentType: bounded(h.Get("Content-Type")), Encoding: bounded(h.Get("Content-Encoding")),
+		ETag: bounded(h.Get("ETag")), LastModified: bounded(h.Get("Last-Modified")),
+		Digest: bounded(h.Get("Docker-Content-Digest")),
+	}
+	if t, err := http.ParseTime(rec.LastModified); err == nil {
+		rec.Modified = t.UTC()
+	} else {
+		rec.LastModified = ""
+	}
+	return rec
+}
+
+func bounded(v string) string {
+	if len(v) > maxHeaderValue {
+		return ""
+	}
+	return v
+}
+
+// send writes headers and body. http.ServeContent judges ranges and
+// conditions; where the length is not known yet the body goes out in full.
+func (c *cache) send(w *response, r *http.Request, q want, rep *reply) {
+	c.headers(w.Header(), r, q, rep)
+	if rep.size >= 0 {
+		if rep.rec.Encoding != "" {
+			// ServeContent leaves it out for coded bodies, fearing a wrapper.
+			w.Header().Set("Content-Length", strconv.FormatInt(rep.size, 10))
+		}
+		http.ServeContent(w, r, "", rep.rec.Modified, rep.body)
+		return
+	}
+	w.Header().Set("Last-Modified", rep.rec.Modified.Format(http.TimeFormat))
+	w.WriteHeader(http.StatusOK)
+	if r.Method != http.MethodHead {
+		_, _ = io.Copy(w, rep.body) // its failures are noted in w
+	}
+}
+
+// headers sets all headers of an answer but those ServeContent sets.
+func (c *cache) headers(h http.Header, r *http.Request, q want, rep *reply) {
+	h["Cache-Status"] = []string{"artifactapi; " + rep.status}
+	h["X-Artifact-Source"] = sourceCache
+	if rep.remote {
+		h["X-Artifact-Source"] = sourceRemote
+	}
+	if !rep.at.IsZero() {
+		h["Age"] = []string{strconv.FormatInt(max(0, int64(c.now().Sub(rep.at)/time.Second)), 10)}
+	}
+	if rep.size >= 0 {
+		h["Accept-Ranges"] = acceptRanges
+	}
+	if rep.sum {
+		h["Etag"] = []string{`"sha256-` + rep.rec.SHA256 + `"`}
+	}
+	if rep.rec.Encoding != "" {
+		h["Content-Encoding"] = []string{rep.rec.Encoding}
+	}
+	h["X-Content-Type-Options"] = noSniff
+	h["Content-Security-Policy"] = sandbox
+	if r.ProtoMajor == 1 && r.ProtoMinor == 1 {
+		h["Connection"] = keepAlive // apk reuses a connection only then
+	}
+	if q.dress != nil {
+		q.dress(h, rep.rec)
+		return
+	}
+	h["Content-Type"] = []string{contentType(q.path, rep.rec.ContentType)}
+	h["Content-Disposition"] = []string{disposition(path.Base(q.path))}
+}
+
+// Header values that never change, shared by all answers.
+var (
+	sourceCache  = []string{"cache"}
+	sourceRemote = []string{"remote"}
+	acceptRanges = []string{"bytes"}
+	noSniff      = []string{"nosniff"}
+	sandbox      = []string{"sandbox"} // cached HTML must not script our page
+	keepAlive    = []string{"keep-alive"}
+)
+
+// disposition names the file to save (RFC 6266).
+func disposition(name string) string {
+	return mime.FormatMediaType("attachment", map[string]string{"filename": name})
+}
+
+// types are the content types by file name, longest suffix first where one
+// ends in another. A scratch image has no mime.types to ask.
+var types = map[string]string{
+	".7z": "application/x-7z-compressed", ".apk": "application/vnd.android.package-archive",
+	".asc": "application/pgp-signature", ".bz2": "application/x-bzip2", ".crate": "application/gzip",
+	".css": "text/css; charset=utf-8", ".deb": "application/vnd.debian.binary-package",
+	".dmg": "application/x-apple-diskimage", ".exe": "application/vnd.microsoft.portable-executable",
+	".gem": "application/octet-stream", ".gz": "application/gzip", ".html": "text/html; charset=utf-8",
+	".iso": "application/x-iso9660-image", ".jar": "application/java-archive",
+	".js": "text/javascript; charset=utf-8", ".json": "application/json", ".md": "text/markdown; charset=utf-8",
+	".msi": "application/x-msi", ".pdf": "application/pdf", ".png": "image/png",
+	".pom": "application/xml", ".rpm": "application/x-rpm", ".sig": "application/pgp-signature",
+	".svg": "image/svg+xml", ".tar": "application/x-tar", ".tbz2": "application/x-bzip2",
+	".tgz": "application/gzip", ".txt": "text/plain; charset=utf-8", ".txz": "application/x-xz",
+	".war": "application/java-archive", ".wasm": "application/wasm", ".whl": "application/zip",
+	".xml": "application/xml", ".xz": "application/x-xz", ".yaml": "application/yaml", ".yml": "application/yaml",
+	".zip": "application/zip", ".zst": "application/zstd",
+}
+
+// contentType is the type of a file by its name; upstream's for JSON and XML
+// metadata (npm and others have types of their own) and where the name says
+// nothing.
+func contentType(name, upstream string) string {
+	ext := strings.ToLower(path.Ext(name))
+	t := types[ext]
+	metadata := ext == ".json" || ext == ".xml"
+	switch {
+	case upstream != "" && (t == "" || metadata):
+		return upstream
+	case t != "":
+		return t
+	}
+	return "application/octet-stream"
+}
+
+// unread is the body of an answer to HEAD: its size is all that is asked of it.
+type unread int64
+
+func (unread) Read([]byte) (int, error) { return 0, io.EOF }
+func (unread) Close() error             { return nil }
+func (u unread) Seek(off int64, whence int) (int64, error) {
+	if whence == io.SeekEnd {
+		off += int64(u)
+	}
+	return off, nil
+}
+
+// storeFailed logs and counts a failure of a store that the request survives.
+func (c *cache) storeFailed(what, doing, key string, err error) {
+	c.metrics.storeFailed(what)
+	c.log.Warn("store failed, going on without it", "store", what, "doing", doing, "key", key, "error", err)
+}
+
+// used counts an answer from the store; flush writes the counts.
+func (c *cache) used(remote, key string) { c.uses.add(remote, key, c.now()) }
+
+// flush writes the uses that have gathered to the index.
+func (c *cache) flush(ctx context.Context) {
+	batch := c.uses.take()
+	if len(batch) == 0 {
+		return
+	}
+	if err := c.index.touch(ctx, batch); err != nil {
+		c.storeFailed("database", "counting uses of", batch[0].key, err)
+	}
+}
+
+// uses gathers how often keys were served, so that the index is written every
+// few seconds and not with every hit.
+type uses struct {
+	mu sync.Mutex // guards m; held for a map write only
+	m  map[string]*touch
+}
+
+// maxUses bounds the map where the index cannot be written for long.
+const maxUses = 100_000
+
+func (u *uses) add(remote, key string, now time.Time) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	t := u.m[key]
+	if t == nil {
+		if u.m == nil {
+			u.m = map[string]*touch{}
+		}
+		if len(u.m) >= maxUses {
+			return
+		}
+		t = &touch{remote: remote, key: key}
+		u.m[key] = t
+	}
+	t.hits++
+	t.last = now
+}
+
+func (u *uses) take() []touch {
+	u.mu.Lock()
+	m := u.m
+	u.m = nil
+	u.mu.Unlock()
+	batch := make([]touch, 0, len(m))
+	for _, t := range m {
+		batch = append(batch, *t)
+	}
+	return batch
+}
+
+// negatives remembers files that upstream does not have (negative_ttl).
+type negatives struct {
+	mu sync.Mutex // guards m
+	m  map[string]negative
+}
+
+type negative struct {
+	err   *problem
+	until time.Time
+}
+
+// maxNegatives bounds what a crawler of missing files can pile up.
+const maxNegatives = 100_000
+
+func (n *negatives) get(key string, now time.Time) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	v, ok := n.m[key]
+	if !ok {
+		return nil
+	}
+	if !now.Before(v.until) {
+		delete(n.m, key)
+		return nil
+	}
+	return v.err
+}
+
+func (n *negatives) put(key string, err *problem, now time.Time, ttl time.Duration) {
+	if ttl <= 0 {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.m == nil {
+		n.m = map[string]negative{}
+	}
+	for k := range n.m { // any one makes room
+		if len(n.m) < maxNegatives {
+			break
+		}
+		delete(n.m, k)
+	}
+	n.m[key] = negative{err, now.Add(ttl)}
+}
+
+func (n *negatives) delete(key string) {
+	n.mu.Lock()
+	delete(n.m, key)
+	n.mu.Unlock()
+}
+
+// keyLock lets one writer at a time change a key of a local repository; refs
+// counts who holds or waits for it.
+type keyLock struct {
+	mu   sync.Mutex
+	refs int
+}
+
+// lockKey makes the caller key's only writer until unlock is called.
+func (c *cache) lockKey(key string) (unlock func()) {
+	c.mu.Lock()
+	l := c.writing[key]
+	if l == nil {
+		l = &keyLock{}
+		c.writing[key] = l
+	}
+	l.refs++
+	c.mu.Unlock()
+	l.mu.Lock()
+	return func() {
+		l.mu.Unlock()
+		c.mu.Lock()
+		if l.refs--; l.refs == 0 {
+			delete(c.writing, key)
+		}
+		c.mu.Unlock()
+	}
+}
+
+// upload is the body of a PUT to a local repository and what it must be.
+type upload struct {
+	body   io.Reader
+	size   int64  // -1: not known
+	sha256 string // hex; "" any
+	create bool   // If-None-Match: *
+}
+
+// errExists: create found a file; errChecksum: the body is another.
+var (
+	errExists   = &problem{status: http.StatusPreconditionFailed, detail: "the file exists already"}
+	errChecksum = &problem{status: http.StatusUnprocessableEntity, detail: "the body does not have the checksum that was sent with it"}
+)
+
+// put stores an upload; created says that there was no such file. When it
+// returns nil the file is durable; otherwise the old one is still there.
+func (c *cache) put(ctx context.Context, q want, u upload) (created bool, err error) {
+	spool, err := c.spools.spool()
+	if err != nil {
+		return false, err
+	}
+	defer spool.Close()
+	defer os.Remove(spool.Name())
+	rec := c.newRecord(q, http.Header{})
+	if err := c.receive(spool, u, rec); err != nil {
+		return false, err
+	}
+	key := q.key()
+	defer c.lockKey(key)()
+	_, err = c.objects.open(ctx, key, -1)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	if created = err != nil; !created && u.create {
+		return false, errExists
+	}
+	return created, c.store(ctx, key, rec, spool)
+}
+
+// receive spools an upload and completes its record.
+func (c *cache) receive(spool *os.File, u upload, rec *record) error {
+	if err := c.spools.room(max(0, u.size)); err != nil {
+		return err
+	}
+	sums, buf := newSums(""), make([]byte, copySize)
+	for {
+		n, err := u.body.Read(buf)
+		if rec.Size/roomEvery != (rec.Size+int64(n))/roomEvery {
+			if err := c.spools.room(0); err != nil {
+				return err
+			}
+		}
+		if _, err := spool.Write(buf[:n]); err != nil {
+			return fmt.Errorf("%w: %w", errNoSpace, err)
+		}
+		sums.write(buf[:n])
+		rec.Size += int64(n)
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("%w: reading the upload: %w", errBadRequest, err)
+		}
+	}
+	rec.SHA256 = sums.hex()
+	if u.sha256 != "" && u.sha256 != rec.SHA256 {
+		return errChecksum
+	}
+	return nil
+}
+
+// purge removes key from the store; fs.ErrNotExist when nothing was there. A
+// fill of it in progress serves its clients and is not stored.
+func (c *cache) purge(ctx context.Context, remote, key string) error {
+	defer c.lockKey(key)()
+	if f := c.ground(key); f != nil {
+		if err := f.neverStore(ctx); err != nil {
+			return err
+		}
+	}
+	return c.remove(ctx, remote, key)
+}
+
+// ground takes key's flight out of the table, so that later requests begin
+// another.
+func (c *cache) ground(key string) *flight {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f := c.flights[key]
+	if f != nil {
+		c.land(f)
+	}
+	return f
+}
+
+// remove deletes key everywhere.
+func (c *cache) remove(ctx context.Context, remote, key string) error {
+	c.negative.delete(key)
+	err := c.objects.delete(ctx, key)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if ierr := c.index.delete(ctx, remote, key); ierr != nil && !errors.Is(ierr, fs.ErrNotExist) {
+		c.storeFailed("database", "deleting", key, ierr)
+	}
+	if ferr := c.fresh.delete(ctx, key); ferr != nil && !errors.Is(ferr, fs.ErrNotExist) {
+		c.storeFailed("redis", "deleting", key, ferr)
+	}
+	return err
+}
+
+// close ends all fills, after at most the patience of ctx, and writes what is
+// left of the accounting.
+func (c *cache) close(ctx context.Context) {
+	idle := make(chan struct{})
+	go func() {
+		c.fills.Wait()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+	case <-ctx.Done():
+		c.cancel()
+		<-idle
+	}
+	c.cancel()
+	c.flush(context.WithoutCancel(ctx))
+}
+
+// expires is when a listed file stops being fresh.
+func (c *cache) expires(ctx context.Context, rem *remote, r row) (until time.Time, forever bool) {
+	ttl, forever := rem.ttl(r.Class)
+	if forever {
+		return time.Time{}, true
+	}
+	at := r.Fetched
+	if m, err := c.fresh.get(ctx, r.Key); err == nil && m.SHA256 == r.SHA256 && m.At.After(at) {
+		at = m.At
+	}
+	return at.Add(ttl).UTC(), false
+}

@@ -1,0 +1,332 @@
+// fill_peer.go: one fetch of a file across replicas. The replica that holds
+// the lease fills; the others follow its growing spool over plain HTTP, and
+// take over by Range when it dies. No failure here reaches a client.
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/subtle"
+	"crypto/tls"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+)
+
+const (
+	// peerPath is where a replica is asked for a fill of its own. No remote's
+	// name begins with a dot.
+	peerPath = "/.fill/"
+	// leaseHeader carries the lease's token, there and back: a request with
+	// another one is for another program or another time.
+	leaseHeader = "Artifactapi-Lease"
+	// peerBeat is how often a filling replica shows that it lives while it has
+	// nothing to send; peerSilence is when it is given up.
+	peerBeat    = 2 * time.Second
+	peerSilence = 5 * time.Second
+	// maxPeerFrame bounds what is read for one frame.
+	maxPeerFrame = 1 << 20
+)
+
+// errPeer is a filling replica that cannot be followed any further.
+var errPeer = errors.New("the filling replica is gone")
+
+// The frames of a followed fill: one byte of kind, four of length, payload.
+const (
+	frameBeat byte = 'b' // nothing, but alive
+	frameHead byte = 'h' // peerHead: upstream's headers are there
+	frameData byte = 'd' // a piece of the body
+	frameEnd  byte = 'e' // record: the body is whole and verified
+	frameOver byte = 'o' // peerVerdict: there will be no body
+)
+
+// peerHead is what clients of a follower need before the body.
+type peerHead struct {
+	Record    *record
+	Total     int64
+	Validator string
+	Origin    int
+}
+
+// peerVerdict is how a fill ended without a body.
+type peerVerdict struct {
+	Kind   string // unchanged, again, unreachable, timeout, broken, self, or "" with the rest
+	Status int    // for the client
+	Detail string
+	Code   int // upstream's
+	Retry  time.Duration
+}
+
+// newPeerClient makes the client for other replicas: never through a proxy,
+// and not verifying a certificate, which names the outside and not the address
+// that replicas know each other by; the token is what they trust.
+func newPeerClient() *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		DialContext:           (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
+		TLSClientConfig:       &tls.Config{InsecureSkipVerify: true},
+		ResponseHeaderTimeout: peerSilence,
+		DisableCompression:    true,
+		MaxIdleConnsPerHost:   16,
+		IdleConnTimeout:       time.Minute,
+	}}
+}
+
+// takeLease makes this process the one that fills f's key. other is the
+// process that does already. Without Redis there is no lease, and everyone
+// fills for himself.
+func (f *flight) takeLease() (other *filler) {
+	if f.c.replicas == nil {
+		return nil
+	}
+	token, release, other, err := f.c.replicas.lease(f.ctx, f.key)
+	if err != nil {
+		f.c.storeFailed("redis", "leasing", f.key, err)
+		return nil
+	}
+	if other != nil {
+		return other
+	}
+	f.mu.Lock()
+	f.token, f.release = token, release
+	f.mu.Unlock()
+	return nil
+}
+
+// follow brings the body from the replica p into f's own spool. errPeer says
+// that p can do no more and what it sent, if anything, is in the spool.
+func (f *flight) follow(p *filler) error {
+	if err := f.openSpool(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(f.ctx)
+	defer cancel()
+	silence := time.AfterFunc(peerSilence, cancel)
+	defer silence.Stop()
+	body, err := f.c.askPeer(ctx, p, f.key)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errPeer, err)
+	}
+	defer body.Close()
+	r := bufio.NewReaderSize(body, pumpSize)
+	var payload []byte
+	for {
+		kind, data, err := readFrame(r, payload)
+		if err != nil {
+			return fmt.Errorf("%w: %w", errPeer, err)
+		}
+		payload = data
+		silence.Reset(peerSilence)
+		if done, err := f.take(kind, data); done || err != nil {
+			return err
+		}
+	}
+}
+
+// take applies one frame; done says that it was the last.
+func (f *flight) take(kind byte, data []byte) (done bool, err error) {
+	switch kind {
+	case frameHead:
+		var h peerHead
+		if err := json.Unmarshal(data, &h); err != nil || h.Record == nil {
+			return false, fmt.Errorf("%w: its head cannot be read", errPeer)
+		}
+		f.show(h.Record, h.Total, h.Origin, h.Validator, false)
+	case frameData:
+		if f.rec == nil {
+			return false, fmt.Errorf("%w: data before its head", errPeer)
+		}
+		return false, f.append(data)
+	case frameEnd:
+		var rec record
+		if err := json.Unmarshal(data, &rec); err != nil || rec.Size != f.written || rec.SHA256 != f.sums.hex() {
+			return false, fmt.Errorf("%w: %w: the body is not what it says", errPeer, errDigest)
+		}
+		f.present(&rec)
+		return true, nil
+	case frameOver:
+		var v peerVerdict
+		if err := json.Unmarshal(data, &v); err != nil {
+			return false, fmt.Errorf("%w: its verdict cannot be read", errPeer)
+		}
+		return true, v.err()
+	}
+	return false, nil
+}
+
+// askPeer opens the stream of p's fill of key.
+func (c *cache) askPeer(ctx context.Context, p *filler, key string) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.addr+peerPath+key, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set(leaseHeader, p.token)
+	res, err := c.peers.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if res.StatusCode != http.StatusOK || res.Header.Get(leaseHeader) != p.token {
+		res.Body.Close()
+		return nil, fmt.Errorf("%s answered %d and not with the lease's token", p.addr, res.StatusCode)
+	}
+	return res.Body, nil
+}
+
+// readFrame reads one frame; its payload lives in buf until the next call.
+func readFrame(r io.Reader, buf []byte) (kind byte, payload []byte, err error) {
+	var head [5]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return 0, buf, err
+	}
+	n := binary.BigEndian.Uint32(head[1:])
+	if n > maxPeerFrame {
+		return 0, buf, fmt.Errorf("a frame of %d bytes", n)
+	}
+	if cap(buf) < int(n) {
+		buf = make([]byte, n)
+	}
+	payload = buf[:n]
+	_, err = io.ReadFull(r, payload)
+	return head[0], payload, err
+}
+
+func writeFrame(w io.Writer, kind byte, payload []byte) error {
+	var head [5]byte
+	head[0] = kind
+	binary.BigEndian.PutUint32(head[1:], uint32(len(payload)))
+	if _, err := w.Write(head[:]); err != nil {
+		return err
+	}
+	_, err := w.Write(payload)
+	return err
+}
+
+func writeJSONFrame(w io.Writer, kind byte, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return writeFrame(w, kind, b)
+}
+
+// verdictOf turns the end of a flight into what followers are told.
+func verdictOf(err error) peerVerdict {
+	p, _ := errors.AsType[*problem](err)
+	status, _ := errors.AsType[*upstreamStatus](err)
+	v := peerVerdict{Kind: "self"} // what is this replica's own trouble, another may not have
+	switch {
+	case errors.Is(err, errUnchanged):
+		v.Kind = "unchanged"
+	case errors.Is(err, errLookAgain):
+		v.Kind = "again"
+	case errors.Is(err, errUnreachable):
+		v.Kind = "unreachable"
+	case errors.Is(err, errTimeout):
+		v.Kind = "timeout"
+	case p != nil && status != nil:
+		v = peerVerdict{Status: p.status, Detail: p.detail, Code: status.code, Retry: p.retryAfter}
+	}
+	return v
+}
+
+// err is verdictOf's inverse.
+func (v peerVerdict) err() error {
+	const found = "as the filling replica found"
+	switch v.Kind {
+	case "":
+		return &problem{status: v.Status, detail: v.Detail, retryAfter: v.Retry, cause: &upstreamStatus{v.Code}}
+	case "unchanged":
+		return errUnchanged
+	case "again":
+		return errLookAgain
+	case "unreachable":
+		return fmt.Errorf("%w, %s", errUnreachable, found)
+	case "timeout":
+		return fmt.Errorf("%w, %s", errTimeout, found)
+	}
+	return fmt.Errorf("%w: it could not fill", errPeer)
+}
+
+// servePeer streams this replica's fill of key to another, which shows by the
+// token that it read the lease. The caller has routed peerPath here.
+func (c *cache) servePeer(w *response, r *http.Request, key string) error {
+	w.quiet = true
+	token := r.Header.Get(leaseHeader)
+	f := c.leading(key, token)
+	if f == nil {
+		return refuse(http.StatusNotFound, "no such fill")
+	}
+	defer f.leave()
+	w.Header().Set(leaseHeader, token)
+	w.Header().Set("Content-Type", "application/octet-stream")
+	w.WriteHeader(http.StatusOK)
+	return f.stream(r.Context(), w)
+}
+
+// leading joins the flight of key if it holds the lease with that token.
+func (c *cache) leading(key, token string) *flight {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f := c.flights[key]
+	if f == nil {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if token == "" || subtle.ConstantTimeCompare([]byte(f.token), []byte(token)) != 1 {
+		return nil
+	}
+	f.waiters++
+	return f
+}
+
+// stream writes the flight's frames until it ends.
+func (f *flight) stream(ctx context.Context, w *response) error {
+	beat := time.NewTicker(peerBeat)
+	defer beat.Stop()
+	var off int64
+	headed := false
+	buf := pumpBuffers.Get().(*[pumpSize]byte)
+	defer pumpBuffers.Put(buf)
+	for {
+		f.mu.Lock()
+		rec, written, complete, done, ended, changed := f.rec, f.written, f.complete, f.done, f.err, f.changed
+		head := peerHead{rec, f.total, f.validator, f.origin}
+		f.mu.Unlock()
+		var err error
+		switch {
+		case rec != nil && !headed:
+			headed = true
+			err = writeJSONFrame(w, frameHead, head)
+		case off < written:
+			n := min(written-off, pumpSize)
+			if _, err := f.spool.ReadAt(buf[:n], off); err != nil {
+				return fmt.Errorf("reading the spool: %w", err)
+			}
+			off += n
+			err = writeFrame(w, frameData, buf[:n])
+		case complete:
+			return writeJSONFrame(w, frameEnd, rec)
+		case done:
+			return writeJSONFrame(w, frameOver, verdictOf(ended))
+		default:
+			if err := w.rc.Flush(); err != nil {
+				return fmt.Errorf("%w: %w", errClientGone, err)
+			}
+			select {
+			case <-changed:
+			case <-beat.C:
+				err = writeFrame(w, frameBeat, nil)
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
