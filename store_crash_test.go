@@ -1,0 +1,975 @@
+package main
+
+// What damage, failures and crashes leave behind.
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// diskTester is a disk store, and the files below it, under test.
+type diskTester struct {
+	*storeTester
+	d   *diskStore
+	log *bytes.Buffer
+}
+
+func newDiskTester(t *testing.T) *diskTester {
+	d := newTestDisk(t)
+	log := new(bytes.Buffer)
+	d.log = slog.New(slog.NewTextHandler(log, nil))
+	return &diskTester{&storeTester{t, d, t.TempDir()}, d, log}
+}
+
+// reopen is the store after a restart.
+func (s *diskTester) reopen() {
+	fresh := newDiskStore(s.d.dir, s.d.now, s.d.log)
+	s.d, s.objects = fresh, fresh
+}
+
+func (s *diskTester) file(spelling, name string) string {
+	return s.d.folder(testKey(spelling)) + "/" + name
+}
+func (s *diskTester) body(spelling string) string { return s.d.path(testKey(spelling)) }
+
+// wantFiles checks what is in a file's directory.
+func (s *diskTester) wantFiles(spelling string, want ...string) {
+	s.t.Helper()
+	var got []string
+	entries, _ := os.ReadDir(s.d.folder(testKey(spelling)))
+	for _, e := range entries {
+		got = append(got, e.Name())
+	}
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		s.t.Errorf("files of %s: %q, want %q", spelling, got, want)
+	}
+}
+
+func must(t testing.TB, errs ...error) {
+	t.Helper()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func readFile(t testing.TB, name string) []byte {
+	t.Helper()
+	data, err := os.ReadFile(name)
+	must(t, err)
+	return data
+}
+
+// change rewrites a file in place.
+func change(t testing.TB, name string, f func([]byte) []byte) {
+	t.Helper()
+	data := f(slices.Clone(readFile(t, name)))
+	must(t, os.WriteFile(name, data, 0o600))
+}
+
+// restore makes name another file with the same bytes, as a backup does.
+func restore(t testing.TB, name string) {
+	t.Helper()
+	data := readFile(t, name)
+	must(t, os.WriteFile(name+"~", data, 0o600), os.Rename(name+"~", name),
+		os.Chtimes(name, testDay, testDay))
+}
+
+// seal frames changed JSON as a record.
+func seal(body []byte) []byte {
+	return fmt.Appendf(nil, "%s%08x\n%s\n", recordMagic, crc32.Checksum(body, castagnoli), body)
+}
+
+// editRecord changes one member of a record, leaving it sound.
+func editRecord(t testing.TB, name, member string, value any) {
+	t.Helper()
+	change(t, name, func(data []byte) []byte {
+		_, body, _ := bytes.Cut(data, []byte("\n"))
+		var m map[string]any
+		must(t, json.Unmarshal(body, &m))
+		m[member] = value
+		body, err := json.Marshal(m)
+		must(t, err)
+		return seal(body)
+	})
+}
+
+func TestDiskDamage(t *testing.T) {
+	t.Parallel()
+	const rec, next = recordFile, recordNext
+	type damage struct {
+		hit  bool
+		keep bool // a miss that leaves the files
+		do   func(s *diskTester)
+	}
+	onRecord := func(f func([]byte) []byte) func(s *diskTester) {
+		return func(s *diskTester) { change(s.t, s.file("f", rec), f) }
+	}
+	for name, c := range map[string]damage{
+		"body truncated": {do: func(s *diskTester) { must(s.t, os.Truncate(s.body("f"), 3)) }},
+		"body emptied":   {do: func(s *diskTester) { must(s.t, os.Truncate(s.body("f"), 0)) }},
+		"body extended": {do: func(s *diskTester) {
+			change(s.t, s.body("f"), func(b []byte) []byte { return append(b, 'x') })
+		}},
+		"body changed in place": {do: func(s *diskTester) {
+			change(s.t, s.body("f"), func(b []byte) []byte { b[2] ^= 1; return b })
+			must(s.t, os.Chtimes(s.body("f"), testDay, testDay))
+		}},
+		"body swapped": {do: func(s *diskTester) {
+			s.mustPut("other", strings.Repeat("z", len(readFile(s.t, s.body("f")))))
+			must(s.t, os.Rename(s.body("other"), s.body("f")))
+		}},
+		"body restored":             {hit: true, do: func(s *diskTester) { restore(s.t, s.body("f")) }},
+		"body touched":              {hit: true, do: func(s *diskTester) { must(s.t, os.Chtimes(s.body("f"), testDay, testDay)) }},
+		"body and record restored":  {hit: true, do: func(s *diskTester) { restore(s.t, s.body("f")); restore(s.t, s.file("f", rec)) }},
+		"body gone":                 {keep: true, do: func(s *diskTester) { must(s.t, os.Remove(s.body("f"))) }},
+		"body is a directory":       {keep: true, do: func(s *diskTester) { must(s.t, os.Remove(s.body("f")), os.Mkdir(s.body("f"), 0o755)) }},
+		"record gone":               {do: func(s *diskTester) { must(s.t, os.Remove(s.file("f", rec))) }},
+		"record empty":              {do: onRecord(func([]byte) []byte { return nil })},
+		"record short":              {do: onRecord(func(b []byte) []byte { return b[:len(b)-9] })},
+		"record without its end":    {do: onRecord(func(b []byte) []byte { return b[:len(b)-1] })},
+		"record long":               {do: onRecord(func(b []byte) []byte { return append(b, '\n') })},
+		"record huge":               {do: onRecord(func(b []byte) []byte { return append(b, make([]byte, 1<<20)...) })},
+		"record of zeros":           {do: onRecord(func(b []byte) []byte { clear(b); return b })},
+		"record with a flipped bit": {do: onRecord(func(b []byte) []byte { b[len(b)-20] ^= 4; return b })},
+		"record without JSON":       {do: onRecord(func([]byte) []byte { return seal([]byte("nothing")) })},
+		"record of another version": {keep: true, do: onRecord(func(b []byte) []byte {
+			return bytes.Replace(b, []byte("record 1"), []byte("record 2"), 1)
+		})},
+		"record of another path":   {do: func(s *diskTester) { editRecord(s.t, s.file("f", rec), "p", "g") }},
+		"record of another remote": {do: func(s *diskTester) { editRecord(s.t, s.file("f", rec), "r", "q") }},
+		"record with no sha256":    {do: func(s *diskTester) { editRecord(s.t, s.file("f", rec), "s", "") }},
+		"record with another size": {do: func(s *diskTester) { editRecord(s.t, s.file("f", rec), "n", 5) }},
+		"records swapped": {do: func(s *diskTester) {
+			s.mustPut("other", "x")
+			must(s.t, os.Rename(s.file("other", rec), s.file("f", rec)))
+		}},
+		"a damaged next record beside": {hit: true, do: func(s *diskTester) {
+			must(s.t, os.WriteFile(s.file("f", next), []byte("artifactapi"), 0o600))
+		}},
+		"the record is the next one": {hit: true, do: func(s *diskTester) {
+			must(s.t, os.Rename(s.file("f", rec), s.file("f", next)))
+		}},
+		"the record is the next one and the body restored": {hit: true, do: func(s *diskTester) {
+			must(s.t, os.Rename(s.file("f", rec), s.file("f", next)))
+			restore(s.t, s.body("f"))
+		}},
+		"a damaged record and a sound next one": {hit: true, do: func(s *diskTester) {
+			must(s.t, os.Rename(s.file("f", rec), s.file("f", next)))
+			must(s.t, os.WriteFile(s.file("f", rec), nil, 0o600))
+		}},
+	} {
+		for _, content := range []string{"hello, small content", bigContent(maxSmall + 1000)} {
+			for _, warm := range []bool{true, false} {
+				t.Run(fmt.Sprintf("%s, %d bytes, warm %v", name, len(content), warm), func(t *testing.T) {
+					t.Parallel()
+					s := newDiskTester(t)
+					s.mustPut("f", content)
+					s.wantHit("f", content)
+					c.do(s)
+					if !warm {
+						s.reopen()
+					}
+					if c.hit {
+						s.wantHit("f", content)
+						s.wantHit("f", content)
+						s.reopen()
+						s.wantHit("f", content)
+						s.mustPut("f", "new")
+					} else if warm && strings.HasPrefix(name, "record") {
+						s.wantHit("f", content) // memory has the sound one
+					} else if s.wantMiss("f"); !c.keep {
+						s.wantFiles("f")
+						if !strings.Contains(s.log.String(), "dropped") {
+							t.Errorf("no reason was logged: %s", s.log)
+						}
+					}
+					if fi, err := os.Stat(s.body("f")); err == nil && fi.IsDir() {
+						return // rename cannot replace that; verify tells
+					}
+					s.mustPut("f", "new")
+					s.wantHit("f", "new")
+					s.wantFiles("f", "f", rec)
+				})
+			}
+		}
+	}
+}
+
+func TestDiskRepairHashesOnce(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	s.mustPut("f", bigContent(1<<20))
+	restore(t, s.body("f"))
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			o, err := s.open(t.Context(), testKey("f"), 0)
+			if err != nil {
+				t.Errorf("open: %v", err)
+				return
+			}
+			wantWhole(t, o)
+			o.body.Close()
+		})
+	}
+	wg.Wait()
+	if n := strings.Count(s.log.String(), "put in order"); n != 1 {
+		t.Errorf("repaired %d times: %s", n, s.log)
+	}
+}
+
+// A failure of any one fsync is a failure of put, and what is stored then is
+// the old copy or, once it is in place, the new one.
+func TestDiskSyncFailure(t *testing.T) {
+	t.Parallel()
+	for _, old := range []string{"", "old"} {
+		for failing := 0; ; failing++ {
+			s := newDiskTester(t)
+			if old != "" {
+				s.mustPut("f", old)
+			}
+			calls, moved := 0, false
+			s.d.fsync = func(f *os.File) error {
+				if calls++; calls-1 == failing {
+					return &fs.PathError{Op: "sync", Path: f.Name(), Err: syscall.EIO}
+				}
+				return nil
+			}
+			s.d.step = func(step string) { moved = moved || step == "body moved" }
+			err := s.put("f", "new")
+			s.d.fsync, s.d.step = (*os.File).Sync, nil
+			if failing == calls {
+				must(t, err)
+				break
+			}
+			if !errors.Is(err, errStoreDown) || errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("fsync %d: %v, want errStoreDown", failing, err)
+			}
+			switch {
+			case moved:
+				s.wantHit("f", "new")
+			case old != "":
+				s.wantHit("f", old)
+				s.wantFiles("f", "f", recordFile)
+			default:
+				s.wantMiss("f")
+				s.wantFiles("f")
+			}
+			s.mustPut("f", "again")
+			s.wantHit("f", "again")
+			s.wantFiles("f", "f", recordFile)
+		}
+	}
+}
+
+func TestStoreErrorKinds(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ err, kind error }{
+		{syscall.ENOSPC, errNoSpace}, {syscall.EDQUOT, errNoSpace}, {syscall.EFBIG, errNoSpace},
+		{syscall.EIO, errStoreDown}, {syscall.EACCES, errStoreDown}, {syscall.EROFS, errStoreDown},
+		{fs.ErrNotExist, errStoreDown}, {context.Canceled, context.Canceled}, {errNoSpace, errNoSpace},
+	} {
+		err := storeError("doing", fmt.Errorf("wrapped: %w", c.err))
+		if !errors.Is(err, c.kind) || errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%v became %v, want %v", c.err, err, c.kind)
+		}
+	}
+	if err := storeError("doing", nil); err != nil {
+		t.Errorf("nil became %v", err)
+	}
+}
+
+func TestDiskUnusable(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	ctx := t.Context()
+	blocker := filepath.Join(t.TempDir(), "file")
+	must(t, os.WriteFile(blocker, nil, 0o600))
+	s.d.dir = blocker + "/data" // as good as unwritable, for root too
+	if _, err := s.open(ctx, testKey("f"), 0); !errors.Is(err, errStoreDown) {
+		t.Errorf("open: %v", err)
+	}
+	_, spoolErr := s.d.spool()
+	_, lockErr := s.d.lockData()
+	for name, err := range map[string]error{"put": s.put("f", "x"), "spool": spoolErr, "lock": lockErr, "ping": s.d.ping(ctx),
+		"walk": s.walk(ctx, nil), "delete": s.delete(ctx, testKey("f"))} {
+		if !errors.Is(err, errStoreDown) || errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v, want errStoreDown", name, err)
+		}
+	}
+	must(t, os.Remove(blocker))
+	must(t, s.d.ping(ctx))
+	s.mustPut("f", "x")
+	s.wantHit("f", "x")
+}
+
+func TestDiskCopiesWhatItCannotRename(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	for i, content := range []string{"old", bigContent(200_000), ""} {
+		spool := tempSpool(t, s.dir, content)
+		must(t, os.Remove(spool.Name()))
+		if i == 1 { // somebody else's file has the name by now
+			must(t, os.WriteFile(spool.Name(), []byte("wrong"), 0o600))
+		}
+		must(t, s.objects.put(t.Context(), testKey("f"), testRecord("f", content), spool))
+		s.wantHit("f", content)
+		s.wantFiles("f", "f", recordFile)
+	}
+	other, err := os.MkdirTemp("/dev/shm", "artifactapi")
+	if err != nil {
+		t.Skip("no second file system")
+	}
+	t.Cleanup(func() { os.RemoveAll(other) })
+	s.dir = other
+	s.mustPut("f", "from elsewhere")
+	s.wantHit("f", "from elsewhere")
+	s.wantFiles("f", "f", recordFile)
+}
+
+// Two stores on one directory are two processes to each other.
+func TestDiskTwoProcesses(t *testing.T) {
+	t.Parallel()
+	a := newDiskTester(t)
+	b := &storeTester{t, newDiskStore(a.d.dir, time.Now, a.d.log), a.dir}
+	var wg sync.WaitGroup
+	for _, s := range []*storeTester{a.storeTester, b} {
+		for i := range 2 {
+			wg.Go(func() {
+				for range 20 {
+					if err := s.put("f", strings.Repeat("x", 1+i)); err != nil {
+						t.Errorf("put: %v", err)
+					}
+					if err := s.delete(t.Context(), testKey("f")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+						t.Errorf("delete: %v", err)
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+	a.mustPut("f", "one")
+	b.wantHit("f", "one")
+	b.mustPut("f", "two")
+	a.wantHit("f", "two")
+	a.wantFiles("f", "f", recordFile)
+	must(t, b.delete(t.Context(), testKey("f")))
+	a.wantMiss("f")
+}
+
+func TestDiskOwner(t *testing.T) {
+	t.Parallel()
+	a, b := newTestDisk(t), newTestDisk(t)
+	b.dir = a.dir
+	for _, c := range []struct {
+		d    *diskStore
+		held bool
+	}{{a, true}, {b, false}, {a, true}} {
+		if held, err := c.d.lockData(); held != c.held || err != nil {
+			t.Errorf("held %v, %v; want %v", held, err, c.held)
+		}
+	}
+	must(t, a.close())
+	if held, err := b.lockData(); !held || err != nil {
+		t.Errorf("after close: held %v, %v", held, err)
+	}
+}
+
+func TestDiskSpace(t *testing.T) {
+	t.Parallel()
+	d := newTestDisk(t)
+	free, size, err := d.free()
+	if err != nil || free == 0 || free > size {
+		t.Errorf("free %d of %d, %v", free, size, err)
+	}
+	for size, want := range map[uint64]uint64{0: 0, 1 << 30: 1 << 30 / 20, 20 << 30: 1 << 30, 1 << 40: 1 << 30} {
+		if got := defaultMinFree(size); got != want {
+			t.Errorf("of %d bytes %d are kept, want %d", size, got, want)
+		}
+	}
+}
+
+func TestHotCacheIsBounded(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	s.d.hot = newHotCache(16 * (entryCost + 1000))
+	for i := range 100 {
+		s.mustPut(fmt.Sprint(i), fmt.Sprint(i))
+		s.wantHit(fmt.Sprint(i), fmt.Sprint(i))
+	}
+	s.mustPut("larger", bigContent(5000)) // than any shard
+	s.wantHit("larger", bigContent(5000))
+	entries := 0
+	for i := range s.d.hot.shards {
+		sh := &s.d.hot.shards[i]
+		if sh.room < 0 || sh.order.Len() != len(sh.byKey) {
+			t.Errorf("shard %d: room %d, %d entries of %d", i, sh.room, sh.order.Len(), len(sh.byKey))
+		}
+		entries += len(sh.byKey)
+	}
+	if entries == 0 || entries > 16 {
+		t.Errorf("%d entries", entries)
+	}
+	for i := range 100 {
+		s.wantHit(fmt.Sprint(i), fmt.Sprint(i))
+	}
+}
+
+func TestDiskSweep(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	inUse, err := s.d.spool()
+	must(t, err)
+	defer inUse.Close()
+	spools := s.d.dir + "/" + spoolDir
+	must(t, os.WriteFile(spools+"/crashed", nil, 0o600), s.d.sweep(t.Context(), false))
+	if _, err := os.Stat(spools + "/crashed"); err != nil {
+		t.Errorf("a young spool was swept while others may own it: %v", err)
+	}
+	must(t, s.d.sweep(t.Context(), true))
+	if _, err := os.Stat(spools + "/crashed"); err == nil {
+		t.Error("a crashed spool was left")
+	}
+	if _, err := os.Stat(inUse.Name()); err != nil {
+		t.Errorf("a spool in use was swept: %v", err)
+	}
+}
+
+func TestDiskSweepOrphans(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	spellings := []string{"good", "no-record", "no-body", "next-beside", "next-alone", "empty", "temps", "restored"}
+	for _, spelling := range spellings {
+		s.mustPut(spelling, "content")
+	}
+	foreign := s.d.dir + "/lost+found/deep/file"
+	must(t,
+		os.Remove(s.file("no-record", recordFile)),
+		os.Remove(s.body("no-body")),
+		os.WriteFile(s.file("next-beside", recordNext), []byte("cut"), 0o600),
+		os.Rename(s.file("next-alone", recordFile), s.file("next-alone", recordNext)),
+		os.Remove(s.body("empty")), os.Remove(s.file("empty", recordFile)),
+		os.WriteFile(s.file("temps", bodyNext), nil, 0o600),
+		os.WriteFile(s.file("temps", recordFile+tempSuffix), nil, 0o600),
+		os.MkdirAll(filepath.Dir(foreign), 0o755), os.WriteFile(foreign, nil, 0o600),
+	)
+	restore(t, s.body("restored"))
+	must(t, s.d.sweep(t.Context(), true))
+	s.wantFiles("no-record", "no-record") // may be a restore that goes on
+
+	s.d.now = func() time.Time { return time.Now().Add(25 * time.Hour) }
+	must(t, s.d.sweep(t.Context(), false))
+	for _, spelling := range []string{"good", "next-beside", "next-alone", "temps", "restored"} {
+		s.wantFiles(spelling, spelling, recordFile)
+		s.wantHit(spelling, "content")
+	}
+	for _, spelling := range []string{"no-record", "no-body", "empty"} {
+		if _, err := os.Stat(s.d.folder(testKey(spelling))); err == nil {
+			t.Errorf("%s: the directory was left", spelling)
+		}
+	}
+	if _, err := os.Stat(foreign); err != nil {
+		t.Errorf("a file that is not ours was touched: %v", err)
+	}
+}
+
+func TestDiskVerify(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	for _, spelling := range []string{"good", "rotten", "restored", "cut", "no-record", "no-body"} {
+		s.mustPut(spelling, "content of a file")
+	}
+	rot(t, s.body("rotten"))
+	s.reopen()
+	s.mustOpen("rotten", 0) // the hit path cannot see it
+	restore(t, s.body("restored"))
+	must(t, os.Truncate(s.body("cut"), 1), os.Remove(s.file("no-record", recordFile)), os.Remove(s.body("no-body")),
+		os.WriteFile(s.d.dir+"/r/stray", nil, 0o600))
+	reported := map[string]bool{}
+	checked, dropped, err := s.d.verify(t.Context(), func(key string, err error) { reported[key] = true })
+	must(t, err)
+	if checked != 5 || dropped != 4 || len(reported) != 4 || reported[testKey("restored")] {
+		t.Errorf("checked %d, dropped %d, reported %v", checked, dropped, reported)
+	}
+	for _, spelling := range []string{"rotten", "cut", "no-record", "no-body"} {
+		s.wantMiss(spelling)
+		s.wantFiles(spelling)
+	}
+	s.wantHit("good", "content of a file")
+	s.wantHit("restored", "content of a file")
+	checked, dropped, err = s.d.verify(t.Context(), func(key string, err error) { t.Errorf("%s: %v", key, err) })
+	if checked != 2 || dropped != 0 || err != nil {
+		t.Errorf("second run: checked %d, dropped %d, %v", checked, dropped, err)
+	}
+}
+
+// rot flips a bit and leaves size and time as they were.
+func rot(t testing.TB, name string) {
+	t.Helper()
+	fi, err := os.Stat(name)
+	must(t, err)
+	f, err := os.OpenFile(name, os.O_WRONLY, 0)
+	must(t, err)
+	_, err = f.WriteAt([]byte("X"), 1)
+	must(t, err, f.Close(), os.Chtimes(name, fi.ModTime(), fi.ModTime()))
+}
+
+func TestDiskVerifyLeavesTheReplaced(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	s.mustPut("f", "old")
+	fi, err := os.Stat(s.body("f"))
+	must(t, err)
+	s.mustPut("f", "new")
+	must(t, s.d.dropIf(t.Context(), testKey("f"), identityOf(fi), "test"))
+	s.wantHit("f", "new")
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, _, err := s.d.verify(ctx, func(string, error) {}); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	s.wantHit("f", "new")
+}
+
+// crashScenes are the operations that are killed at each of their steps. want
+// are the contents that may be there afterwards, "" for none.
+var crashScenes = map[string]struct {
+	prepare, act func(s *diskTester)
+	want         []string
+}{
+	"first commit": {func(s *diskTester) {}, crashPut, []string{"", "new"}},
+	"replacement":  {func(s *diskTester) { s.mustPut("f", "old") }, crashPut, []string{"old", "new"}},
+	"replacement by copying": {func(s *diskTester) { s.mustPut("f", "old") }, func(s *diskTester) {
+		spool := tempSpool(s.t, s.dir, "new")
+		os.Remove(spool.Name())
+		s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool)
+	}, []string{"old", "new"}},
+	"replacement after a crash and a restore": {func(s *diskTester) {
+		s.mustPut("f", "old")
+		must(s.t, os.Rename(s.file("f", recordFile), s.file("f", recordNext)))
+		restore(s.t, s.body("f"))
+	}, crashPut, []string{"old", "new"}},
+	"deletion": {func(s *diskTester) { s.mustPut("f", "old") }, func(s *diskTester) {
+		s.delete(s.t.Context(), testKey("f"))
+	}, []string{"old", ""}},
+	"repair": {func(s *diskTester) { s.mustPut("f", "old"); restore(s.t, s.body("f")) }, func(s *diskTester) {
+		s.open(s.t.Context(), testKey("f"), 0)
+	}, []string{"old"}},
+}
+
+func crashPut(s *diskTester) {
+	spool, err := s.d.spool()
+	must(s.t, err)
+	io.WriteString(spool, "new")
+	s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool)
+}
+
+// crashVar tells the child what to do: scene|number of the step|directory.
+const crashVar = "ARTIFACTAPI_TEST_CRASH"
+
+// TestCrashChild is the process that is killed; it does nothing by itself.
+func TestCrashChild(t *testing.T) {
+	parts := strings.Split(os.Getenv(crashVar), "|")
+	if len(parts) != 3 {
+		t.Skip("run by TestDiskCrash")
+	}
+	s := newDiskTester(t)
+	s.d.dir = parts[2]
+	n := 0
+	s.d.step = func(string) {
+		if fmt.Sprint(n) == parts[1] {
+			syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		}
+		n++
+	}
+	crashScenes[parts[0]].act(s)
+}
+
+func TestDiskCrash(t *testing.T) {
+	t.Parallel()
+	for name, scene := range crashScenes {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newDiskTester(t)
+			scene.prepare(s)
+			var steps []string
+			s.d.step = func(step string) { steps = append(steps, step) }
+			scene.act(s)
+			if len(steps) == 0 {
+				t.Fatal("no steps")
+			}
+			for n, step := range steps {
+				s := newDiskTester(t)
+				scene.prepare(s)
+				crash(t, name, n, s.d.dir)
+				wantAfterCrash(t, step, s, scene.want)
+			}
+		})
+	}
+}
+
+// crash runs a scene in a child that kills itself at step n.
+func crash(t *testing.T, scene string, n int, dir string) {
+	t.Helper()
+	cmd := exec.Command(os.Args[0], "-test.run=^TestCrashChild$")
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s|%d|%s", crashVar, scene, n, dir))
+	out, err := cmd.CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+		t.Fatalf("child was not killed: %v\n%s", err, out)
+	}
+}
+
+func wantAfterCrash(t *testing.T, step string, s *diskTester, want []string) {
+	t.Helper()
+	s.reopen()
+	o, err := s.open(t.Context(), testKey("f"), 0)
+	got := ""
+	if err == nil {
+		body, err := io.ReadAll(o.body)
+		must(t, err, o.body.Close())
+		got = string(body)
+		wantRecord(t, o.rec, testRecord("f", got))
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after %q: %v", step, err)
+	}
+	if !slices.Contains(want, got) {
+		t.Errorf("after %q: %q, want one of %q", step, got, want)
+	}
+	s.d.now = func() time.Time { return time.Now().Add(25 * time.Hour) }
+	must(t, s.d.sweep(t.Context(), true))
+	if got == "" {
+		s.wantMiss("f")
+		s.wantFiles("f")
+	} else {
+		s.wantHit("f", got)
+		s.wantFiles("f", "f", recordFile)
+	}
+	if left, _ := os.ReadDir(s.d.dir + "/" + spoolDir); len(left) > 0 {
+		t.Errorf("after %q: spool %s was left", step, left[0].Name())
+	}
+	s.mustPut("f", "next")
+	s.wantHit("f", "next")
+}
+
+// TestDiskFileTooLarge runs in a process of its own, since the limit on the
+// size of files is one of a process.
+func TestDiskFileTooLarge(t *testing.T) {
+	if os.Getenv(crashVar) != "limit" {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestDiskFileTooLarge$")
+		cmd.Env = append(os.Environ(), crashVar+"=limit")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		return
+	}
+	s := newDiskTester(t)
+	s.mustPut("f", "old")
+	spool := tempSpool(t, s.dir, bigContent(100_000))
+	must(t, os.Remove(spool.Name())) // so that it is copied
+	must(t, syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: 50_000, Max: 50_000}))
+	err := s.objects.put(t.Context(), testKey("f"), testRecord("f", bigContent(100_000)), spool)
+	if !errors.Is(err, errNoSpace) {
+		t.Errorf("put: %v, want errNoSpace", err)
+	}
+	s.wantHit("f", "old")
+	s.wantFiles("f", "f", recordFile)
+}
+
+// walker is an objects of which only walk works.
+type walker struct {
+	objects
+	f func(f func(key string, rec *record) error) error
+}
+
+func (w walker) walk(_ context.Context, f func(key string, rec *record) error) error { return w.f(f) }
+
+func TestIndexSurvivesRestart(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	x := newTestIndex(t, s.d.dir, s.d)
+	for _, spelling := range []string{"a", "b%20c", "d?q=1", "lost"} {
+		s.mustPut(spelling, spelling)
+		must(t, x.save(t.Context(), rowOf(testKey(spelling), testRecord(spelling, spelling))))
+		must(t, x.touch(t.Context(), []touch{{"r", testKey(spelling), 3, testDay.Add(time.Hour)}}))
+	}
+	before, err := x.page(t.Context(), pageQuery{remote: "r", limit: 3})
+	must(t, err, x.close(), s.delete(t.Context(), testKey("lost")))
+	s.mustPut("unknown", "12345")
+
+	it := &indexTester{t, newTestIndex(t, s.d.dir, s.d)}
+	it.wantPaths(pageQuery{remote: "r", limit: 9}, "a", "b%20c", "d?q=1", "unknown")
+	for _, r := range before.rows {
+		it.wantRow(r)
+	}
+	it.wantRow(rowOf(testKey("unknown"), testRecord("unknown", "12345")))
+}
+
+func TestIndexIgnoresDamagedSnapshot(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	x := newTestIndex(t, s.d.dir, s.d)
+	for i := range 50 {
+		spelling := fmt.Sprint("f", i)
+		s.mustPut(spelling, "x")
+		must(t, x.save(t.Context(), rowOf(testKey(spelling), testRecord(spelling, "x"))))
+	}
+	must(t, x.close())
+	name := s.d.dir + "/" + indexFile
+	sound := readFile(t, name)
+	for _, damaged := range [][]byte{
+		nil, sound[:5], sound[:len(sound)/2], append(slices.Clone(sound), 1, 2, 3), bytes.Repeat([]byte{255}, 100),
+		bytes.Replace(sound, []byte("index 1"), []byte("index 2"), 1), bytes.Replace(sound, []byte("f7"), []byte("g7"), 1),
+	} {
+		must(t, os.WriteFile(name, damaged, 0o600))
+		log := new(bytes.Buffer)
+		x := newEmbeddedIndex(s.d.dir, slog.New(slog.NewTextHandler(log, nil)))
+		must(t, x.load(t.Context(), s.d))
+		if n := len((&indexTester{t, x}).paths(pageQuery{remote: "r", limit: 100})); n != 50 {
+			t.Errorf("%d rows from a snapshot of %d bytes", n, len(damaged))
+		}
+		if strings.Count(log.String(), "\n") != 1 {
+			t.Errorf("log: %s", log)
+		}
+	}
+}
+
+// What happens while the index is loaded is not undone by what the walk read
+// before it happened.
+func TestIndexLoadsBesideWriters(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	rec := func(spelling string) *record { return testRecord(spelling, "old") }
+	x := newTestIndex(t, dir, walker{f: func(f func(string, *record) error) error {
+		return errors.Join(f(testKey("kept"), rec("kept")), f(testKey("gone"), rec("gone")), f(testKey("vanished"), rec("vanished")))
+	}})
+	must(t, x.touch(t.Context(), []touch{{"r", testKey("kept"), 4, testDay}}), x.close())
+
+	x = newEmbeddedIndex(dir, slog.New(slog.DiscardHandler))
+	ctx := t.Context()
+	newer := rowOf(testKey("kept"), testRecord("kept", "newer"))
+	down := walker{f: func(func(string, *record) error) error { return errStoreDown }}
+	if err := x.load(ctx, down); !errors.Is(err, errStoreDown) {
+		t.Errorf("load: %v", err)
+	}
+	if p, err := x.page(ctx, pageQuery{remote: "r", limit: 9}); err != nil || p.complete || len(p.rows) != 3 {
+		t.Errorf("while the store is down: %+v, %v", p, err)
+	}
+	must(t, x.load(ctx, walker{f: func(f func(string, *record) error) error {
+		must(t, x.save(ctx, newer), x.delete(ctx, "r", testKey("gone")))
+		must(t, x.save(ctx, rowOf(testKey("came"), rec("came"))), x.flush())
+		must(t, x.touch(ctx, []touch{{"r", testKey("late"), 2, testDay}}))
+		return errors.Join(f(testKey("gone"), rec("gone")), f(testKey("kept"), rec("kept")), f(testKey("late"), rec("late")))
+	}}))
+	it := &indexTester{t, x}
+	it.wantPaths(pageQuery{remote: "r", limit: 9}, "came", "kept", "late")
+	newer.Hits, newer.LastAccess = 4, testDay
+	it.wantRow(newer)
+	late := rowOf(testKey("late"), rec("late"))
+	late.Hits, late.LastAccess = 2, testDay
+	it.wantRow(late)
+}
+
+// It is not parallel: it looks at the memory of the process.
+func TestIndexMemory(t *testing.T) {
+	x := newTestIndex(t, t.TempDir(), newTestDisk(t))
+	const rows = 50_000
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	for i := range rows {
+		must(t, x.save(t.Context(), testRow("r", fmt.Sprintf("pool/main/p/package/package_%d_amd64.deb", i))))
+	}
+	if per := (heap() - before) / rows; per > 300 {
+		t.Errorf("%d bytes a row", per)
+	} else {
+		t.Logf("%d bytes a row", per)
+	}
+	runtime.KeepAlive(x)
+}
+
+func TestFreshnessSurvivesRestart(t *testing.T) {
+	t.Parallel()
+	dir, log := t.TempDir(), slog.New(slog.DiscardHandler)
+	// None of these is closed: a killed process closes nothing.
+	f := newLocalFreshness(dir, time.Now, log)
+	a, b := mark{testDay, "aa"}, mark{testDay.Add(time.Hour), "bb"}
+	must(t, f.set(t.Context(), "a", b), f.set(t.Context(), "a", a), f.set(t.Context(), "b", b),
+		f.set(t.Context(), "c", b), f.delete(t.Context(), "c"))
+	f = newLocalFreshness(dir, time.Now, log)
+	wantMark(t, f, "a", a)
+	wantMark(t, f, "b", b)
+	wantNoMark(t, f, "c")
+	must(t, f.set(t.Context(), "c", a))
+
+	change(t, f.path(), func(data []byte) []byte { return data[:len(data)-3] })
+	f = newLocalFreshness(dir, time.Now, log)
+	wantMark(t, f, "b", b)
+	wantNoMark(t, f, "c")
+	must(t, f.set(t.Context(), "d", a)) // behind the damage it would be lost
+	f = newLocalFreshness(dir, time.Now, log)
+	wantMark(t, f, "a", a)
+	wantMark(t, f, "d", a)
+}
+
+func TestFreshnessLogIsCompacted(t *testing.T) {
+	t.Parallel()
+	f := newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
+	for i := range 5 * deadMarks {
+		must(t, f.set(t.Context(), "k", mark{testDay.Add(time.Duration(i)), "s"}))
+	}
+	if fi, err := os.Stat(f.path()); err != nil || fi.Size() > 50*deadMarks {
+		t.Errorf("log of %d bytes, %v", fi.Size(), err)
+	}
+	must(t, f.close())
+	f = newLocalFreshness(f.dir, time.Now, f.log)
+	wantMark(t, f, "k", mark{testDay.Add(5*deadMarks - 1), "s"})
+}
+
+func TestFreshnessWithoutDisk(t *testing.T) {
+	t.Parallel()
+	blocker := filepath.Join(t.TempDir(), "file")
+	must(t, os.WriteFile(blocker, nil, 0o600))
+	log, now := new(bytes.Buffer), testDay
+	f := newLocalFreshness(blocker+"/data", func() time.Time { return now }, slog.New(slog.NewTextHandler(log, nil)))
+	m := mark{testDay, "s"}
+	for range 3 {
+		must(t, f.set(t.Context(), "k", m))
+		wantMark(t, f, "k", m)
+		now = now.Add(2 * freshRetry)
+	}
+	if n := strings.Count(log.String(), "memory alone"); n != 1 {
+		t.Errorf("said %d times: %s", n, log)
+	}
+	must(t, os.Remove(blocker), f.set(t.Context(), "l", m))
+	f = newLocalFreshness(f.dir, time.Now, f.log)
+	wantMark(t, f, "k", m)
+	wantMark(t, f, "l", m)
+}
+
+func FuzzRecord(f *testing.F) {
+	sound, err := encodeRecord(testRecord("f", "x"), identity{1, 2, 3})
+	must(f, err)
+	f.Add(sound)
+	f.Add([]byte(recordMagic + "00000000\n{}\n"))
+	f.Add(seal([]byte(`{"s":"` + strings.Repeat("0", 64) + `","f":"0000-01-01T00:00:00Z"}`)))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		for _, data := range [][]byte{data, seal(data)} {
+			e, err := decodeRecord(data)
+			if err != nil {
+				if e != nil || !errors.Is(err, errDamaged) && !errors.Is(err, errVersion) {
+					t.Fatalf("%v, %v", e, err)
+				}
+				continue
+			}
+			again, err := encodeRecord(&e.record, e.identity())
+			if err != nil {
+				continue // escaping made it too long
+			}
+			f, err := decodeRecord(again)
+			if err != nil || f.identity() != e.identity() {
+				t.Fatalf("%+v came back as %+v, %v", e, f, err)
+			}
+			wantRecord(t, &f.record, &e.record)
+		}
+	})
+}
+
+func FuzzFrames(f *testing.F) {
+	e, err := newEntry(testRow("r", "a%20b?c"))
+	must(f, err)
+	f.Add(e.append(nil, "r"), []byte("x"))
+	f.Fuzz(func(t *testing.T, payload, tail []byte) {
+		if remote, e := decodeEntry(payload); e != nil {
+			if again, f := decodeEntry(e.append(nil, remote)); f == nil || again != remote || f.row(again) != e.row(remote) {
+				t.Fatalf("%+v came back as %+v", e, f)
+			}
+		}
+		whole := appendFrame(appendFrame(nil, []byte("magic")), payload)
+		n := 0
+		err := readFrames(bytes.NewReader(append(whole, tail...)), "magic", func(p []byte) error {
+			if n++; n == 1 && !bytes.Equal(p, payload) {
+				t.Fatalf("%q, want %q", p, payload)
+			}
+			return nil
+		})
+		if len(payload) <= maxFrame && n == 0 || len(tail) == 0 && err != nil {
+			t.Fatalf("%d frames, %v", n, err)
+		}
+	})
+}
+
+func BenchmarkDiskOpen(b *testing.B) {
+	for name, size := range map[string]int{"Small": 4 << 10, "Large": 1 << 20} {
+		b.Run(name, func(b *testing.B) {
+			d := newTestDisk(b)
+			content := bigContent(size)
+			key := testKey("dir/f")
+			must(b, d.put(b.Context(), key, testRecord("dir/f", content), tempSpool(b, b.TempDir(), content)))
+			b.ReportAllocs()
+			for b.Loop() {
+				o, err := d.open(b.Context(), key, 0)
+				if err != nil {
+					b.Fatal(err)
+				}
+				o.body.Close()
+			}
+		})
+	}
+}
+
+func BenchmarkDiskPut(b *testing.B) {
+	d, dir := newTestDisk(b), b.TempDir()
+	content := bigContent(4 << 10)
+	rec := testRecord("f", content)
+	for b.Loop() {
+		spool := tempSpool(b, dir, content)
+		must(b, d.put(b.Context(), testKey("f"), rec, spool))
+		spool.Close()
+	}
+}
+
+func BenchmarkIndexPage(b *testing.B) {
+	x := newTestIndex(b, b.TempDir(), newTestDisk(b))
+	for i := range 100_000 {
+		must(b, x.save(b.Context(), testRow("r", fmt.Sprintf("dir%d/file%d", i%100, i))))
+	}
+	for name, q := range map[string]pageQuery{
+		"Prefix":  {remote: "r", prefix: "dir50/", limit: 1000},
+		"Pattern": {remote: "r", pattern: regexp.MustCompile(`99999$`), limit: 1000},
+		"Oldest":  {oldest: true, limit: 1000},
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := x.page(b.Context(), q); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
