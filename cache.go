@@ -908,6 +908,60 @@ func (c *cache) remove(ctx context.Context, remote, key string) error {
 	return err
 }
 
+// evict makes room: the least recently used files of a remote above its
+// cache.max_size, and of all above most (CACHE_MAX_SIZE; 0: none), go until 90 %
+// is left. Files of local repositories stay.
+func (c *cache) evict(ctx context.Context, cfg *config, most int64) {
+	c.flush(ctx) // the order is by last access
+	totals, err := c.index.totals(ctx)
+	if err != nil {
+		c.storeFailed("database", "adding up", "", err)
+		return
+	}
+	var all int64
+	for name, t := range totals {
+		all += t.Bytes
+		if rem := cfg.remotes[name]; rem != nil && rem.maxSize > 0 && t.Bytes > rem.maxSize {
+			all -= c.evictOldest(ctx, name, t.Bytes-rem.maxSize/10*9)
+		}
+	}
+	if most > 0 && all > most {
+		c.evictOldest(ctx, "", all-most/10*9)
+	}
+}
+
+// evictOldest removes files of one remote ("" is all) until bytes are freed.
+func (c *cache) evictOldest(ctx context.Context, remote string, bytes int64) (freed int64) {
+	q := pageQuery{remote: remote, oldest: true, limit: 1000}
+	files := 0
+	for freed < bytes {
+		p, err := c.index.page(ctx, q)
+		if err != nil {
+			c.storeFailed("database", "listing for eviction", "", err)
+			return freed
+		}
+		for _, r := range p.rows {
+			if freed >= bytes {
+				break
+			}
+			if r.Class == local || c.flying(r.Key) {
+				continue
+			}
+			if err := c.purge(ctx, r.Remote, r.Key); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				c.storeFailed("storage", "evicting", r.Key, err)
+				return freed
+			}
+			freed += r.Size
+			files++
+		}
+		if q.after = p.next; q.after == "" {
+			break
+		}
+	}
+	c.log.Info("evicted least recently used files", "remote", remote, "files", files, "bytes", freed)
+	return freed
+}
+
 // close ends all fills, after at most the patience of ctx, and writes what is
 // left of the accounting.
 func (c *cache) close(ctx context.Context) {

@@ -18,6 +18,7 @@
 //	LISTEN_ADDR (:8000)         where to listen
 //	DATA_DIR (data)             where files, index and spools are
 //	MIN_FREE (1GiB or 5 %)      free space that storing leaves alone
+//	CACHE_MAX_SIZE              least recently used files go above it
 //	API_TOKEN                   allows PUT, DELETE and purging
 //	TLS_CERT_FILE, TLS_KEY_FILE serve HTTPS; read again when they change
 //	DRAIN_DELAY (0s)            how long /health says 503 before the end
@@ -168,12 +169,14 @@ func healthcheck(ctx context.Context, set *settings) error {
 // verify hashes what is stored, beside a running server too.
 func verify(ctx context.Context, set *settings, stdout io.Writer) error {
 	disk := newDiskStore(set.dataDir, time.Now, slog.New(slog.DiscardHandler))
+	reported := 0
 	checked, dropped, err := disk.verify(ctx, func(key string, err error) {
+		reported++
 		fmt.Fprintf(stdout, "%s: %v\n", key, err)
 	})
 	fmt.Fprintf(stdout, "%d checked, %d dropped\n", checked, dropped)
-	if err == nil && dropped > 0 {
-		err = fmt.Errorf("%d files did not match their records and were dropped; they are fetched again when asked for", dropped)
+	if err == nil && reported > 0 {
+		err = fmt.Errorf("%d files were dropped or could not be read; what was dropped is fetched again when it is asked for", reported)
 	}
 	return err
 }
@@ -299,16 +302,15 @@ func (s *server) closeStores() {
 	if err := s.fresh.close(); err != nil {
 		s.log.Warn("saving the freshness", "error", err)
 	}
+	if err := s.disk.close(); err != nil {
+		s.log.Warn("closing DATA_DIR", "error", err)
+	}
 }
 
 // background starts the loops: each is a ticker around one step.
 func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 	s.checkStorage()
-	loops.Go(func() {
-		if err := s.index.load(ctx, s.disk); err != nil && ctx.Err() == nil {
-			s.log.Warn("loading the index", "error", err)
-		}
-	})
+	loops.Go(func() { s.loadIndex(ctx) })
 	every := func(d time.Duration, step func()) {
 		loops.Go(func() {
 			t := time.NewTicker(d)
@@ -325,6 +327,7 @@ func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 	}
 	every(500*time.Millisecond, s.checkStorage)
 	every(2*time.Second, func() { s.cache.flush(ctx) })
+	every(5*time.Second, func() { s.cache.evict(ctx, s.config.Load(), s.set.maxSize) })
 	every(5*time.Minute, func() {
 		if err := s.index.flush(); err != nil {
 			s.log.Warn("saving the index", "error", err)
@@ -332,6 +335,22 @@ func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 	})
 	every(time.Hour, func() { s.openData(ctx); s.sweep(ctx, false) })
 	loops.Go(func() { s.watchFiles(ctx) })
+}
+
+// loadIndex reads what is stored into the embedded index; a disk that cannot
+// be read yet is tried again.
+func (s *server) loadIndex(ctx context.Context) {
+	for {
+		err := s.index.load(ctx, s.disk)
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		s.log.Warn("loading the index, will try again", "error", err)
+		select {
+		case <-time.After(10 * time.Second):
+		case <-ctx.Done():
+		}
+	}
 }
 
 // openData takes DATA_DIR for us, so that what an earlier process left behind
@@ -501,6 +520,7 @@ type lookup = func(string) (string, bool)
 type settings struct {
 	configPath, listen, dataDir string
 	minFree                     int64 // -1: by the disk's size
+	maxSize                     int64 // CACHE_MAX_SIZE; 0: none
 	apiToken                    secret
 	tlsCert, tlsKey             string
 	drainDelay                  time.Duration
@@ -518,7 +538,7 @@ var groups = [][]string{
 
 // unbuilt are variables of parts that this version does not have: silently
 // ignoring one would lose data that its user believes shared.
-var unbuilt = []string{"MINIO_ENDPOINT", "DBHOST", "REDIS_URL", "ADVERTISE_URL", "CACHE_MAX_SIZE"}
+var unbuilt = []string{"MINIO_ENDPOINT", "DBHOST", "REDIS_URL", "ADVERTISE_URL"}
 
 // parseSettings reads the environment. Its error is one line naming the first
 // variable that is missing or wrong.
@@ -530,6 +550,7 @@ func parseSettings(env lookup) (*settings, error) {
 		listen:     p.text("LISTEN_ADDR", ":8000"),
 		dataDir:    p.text("DATA_DIR", "data"),
 		minFree:    p.size("MIN_FREE", -1),
+		maxSize:    p.size("CACHE_MAX_SIZE", 0),
 		apiToken:   secret(p.text("API_TOKEN", "")),
 		tlsCert:    p.text("TLS_CERT_FILE", ""),
 		tlsKey:     p.text("TLS_KEY_FILE", ""),
@@ -619,7 +640,6 @@ func (p *envReader) groups() {
 // backends judges the variables of S3, PostgreSQL and Redis.
 func (p *envReader) backends() {
 	p.size("HOT_CACHE_SIZE", 0)
-	p.size("CACHE_MAX_SIZE", 0)
 	p.endpoint()
 	if port := p.text("DBPORT", "5432"); p.err == nil {
 		if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
