@@ -315,6 +315,9 @@ func (c *cache) get(ctx context.Context, q want, a asked) (*reply, error) {
 	for n := 0; ; n++ {
 		ended := c.ended.Load()
 		cp, storeErr := c.lookup(ctx, key, q, a)
+		if err := context.Cause(ctx); err != nil && storeErr != nil {
+			return nil, err
+		}
 		if storeErr != nil && !errors.Is(storeErr, fs.ErrNotExist) {
 			c.storeFailed("storage", "opening", key, storeErr)
 		}
