@@ -208,8 +208,19 @@ type want struct {
 	// whole: answered only when complete and checked, and HEAD fetches as GET
 	// does (manifests).
 	whole bool
-	// staleOn429: a 429 serves the expired copy even without stale_if_error.
-	staleOn429 bool
+	// staleOn429: a 429 serves the expired copy even without stale_if_error;
+	// staleOn5xx: a 5xx does.
+	staleOn429, staleOn5xx bool
+	// shared: requests of other wires have this key too (a blob of several
+	// images), so the upstream's refusal of one says nothing about another.
+	shared bool
+	// size answers HEAD while the file is not stored; 0: ask upstream.
+	size int64
+	// ask replaces the question for the body; the want is never revalidated
+	// then, only asked again. nil: upstream.ask.
+	ask func(ctx context.Context, ask question) (*answer, error)
+	// note keeps more of an answer's headers in the record. nil: none.
+	note func(rec *record, h http.Header)
 	// check sees a complete body before it is stored and may add to its
 	// record; its error keeps it from being stored and answered. nil: none.
 	check func(ctx context.Context, rec *record, body io.ReaderAt) error
@@ -360,6 +371,9 @@ func (c *cache) absent(ctx context.Context, key string, q want, a asked, cp *sto
 			return nil, false, err
 		}
 		if a.head && !q.whole && !c.flying(key) {
+			if q.size > 0 {
+				return c.known(q), false, nil
+			}
 			rep, err := c.headUpstream(ctx, q)
 			return rep, false, err
 		}
@@ -369,10 +383,25 @@ func (c *cache) absent(ctx context.Context, key string, q want, a asked, cp *sto
 	}
 	f, lead := c.join(key, q, cp, ended)
 	rep, err = c.await(ctx, f, lead, a, cp)
-	if errors.Is(err, errLookAgain) {
+	if errors.Is(err, errLookAgain) || f.want.wire != q.wire && saidNo(err) {
 		return nil, true, nil
 	}
 	return rep, false, err
+}
+
+// saidNo: the upstream refused one way to a file. Who joined the flight of
+// another way to it (want.shared) asks in his own.
+func saidNo(err error) bool {
+	_, status := errors.AsType[*upstreamStatus](err)
+	return status || errors.Is(err, errCredentials)
+}
+
+// known answers HEAD from what is known of q beforehand.
+func (c *cache) known(q want) *reply {
+	rec := c.newRecord(q, http.Header{})
+	sum, ok := strings.CutPrefix(q.digest, "sha256:")
+	rec.SHA256 = sum
+	return &reply{rec: rec, size: q.size, body: unread(q.size), sum: ok, status: "hit; detail=size-known", outcome: "HIT"}
 }
 
 // lookup finds key's copy and judges it. A miss is a nil copy; the error says
@@ -486,7 +515,9 @@ func (c *cache) refused(q want, ans *answer) error {
 		return nil
 	case code == http.StatusNotFound, code == http.StatusGone:
 		p.detail = fmt.Sprintf("not found: the upstream of remote %q answered %d", name, code)
-		c.negative.put(q.key(), p, c.now(), q.remote.negativeTTL)
+		if !q.shared {
+			c.negative.put(q.key(), p, c.now(), q.remote.negativeTTL)
+		}
 	case code == http.StatusUnauthorized:
 		p.status = http.StatusBadGateway
 		p.detail = fmt.Sprintf("the upstream of remote %q wants credentials: its username or password is missing or wrong", name)
@@ -536,6 +567,9 @@ func (c *cache) newRecord(q want, h http.Header) *record {
 		rec.Modified = t.UTC()
 	} else {
 		rec.LastModified = ""
+	}
+	if q.note != nil {
+		q.note(rec, h)
 	}
 	return rec
 }

@@ -54,6 +54,7 @@ var (
 	errAbandoned = errors.New("nobody waits any more")
 	errBroken    = fmt.Errorf("%w: the body broke off", errBadUpstream)
 	errDigest    = fmt.Errorf("%w: the body does not have its digest", errBadUpstream)
+	errTooLarge  = fmt.Errorf("%w: the body is too large", errBadUpstream)
 )
 
 // flight is one fetch of one key. Its goroutine belongs to the cache; clients
@@ -277,7 +278,10 @@ func (f *flight) storeHasIt() bool {
 // checks says whether an expired copy of q is revalidated rather than fetched
 // again (SPEC.md section 5).
 func (q want) checks() bool {
-	if q.builtin {
+	switch {
+	case q.ask != nil:
+		return false
+	case q.builtin:
 		return q.remote.checkBuiltin
 	}
 	return q.remote.checkMutable
@@ -351,7 +355,7 @@ func (f *flight) fill(validators http.Header) error {
 	}
 	ask := f.want.question(http.MethodGet, validators)
 	ask.hasCopy = f.old != nil
-	ans, err := f.c.up.ask(f.ctx, ask)
+	ans, err := f.c.askBody(f.ctx, f.want, ask)
 	if err != nil {
 		return err
 	}
@@ -386,6 +390,14 @@ func (f *flight) receive(ans *answer, n int) error {
 			return err
 		}
 	}
+}
+
+// askBody asks for q's body, in its own way where it has one.
+func (c *cache) askBody(ctx context.Context, q want, ask question) (*answer, error) {
+	if q.ask != nil {
+		return q.ask(ctx, ask)
+	}
+	return c.up.ask(ctx, ask)
 }
 
 // takeOver fetches the rest of a body whose replica is gone.
@@ -464,7 +476,7 @@ func (f *flight) mayStore(ans *answer) bool {
 }
 
 func (f *flight) tooLarge() error {
-	return &problem{status: http.StatusBadGateway, cause: errBadUpstream,
+	return &problem{status: http.StatusBadGateway, cause: errTooLarge,
 		detail: fmt.Sprintf("the upstream's body is larger than the %d bytes that are allowed here", f.want.limit)}
 }
 
@@ -711,6 +723,30 @@ func (c *cache) store(ctx context.Context, key string, rec *record, spool *os.Fi
 	return nil
 }
 
+// storeAs stores a complete body under a second target too, from a spool of
+// its own: put may take the name of the first one's. The second copy is for
+// later requests alone, so a failure is noted and passed over.
+func (c *cache) storeAs(ctx context.Context, t target, rec *record, body io.ReaderAt) {
+	key := t.key()
+	if old, err := c.objects.open(ctx, key, -1); err == nil && old.rec.Path == t.spelling && old.rec.SHA256 == rec.SHA256 {
+		return
+	}
+	spool, err := c.spools.spool()
+	if err != nil {
+		c.storeFailed("spool", "beginning", key, err)
+		return
+	}
+	defer spool.Close()
+	defer os.Remove(spool.Name())
+	if _, err := io.Copy(spool, io.NewSectionReader(body, 0, rec.Size)); err != nil {
+		c.storeFailed("spool", "growing", key, err)
+		return
+	}
+	second := *rec
+	second.Path, second.Class = t.spelling, t.class
+	_ = c.store(ctx, key, &second, spool) // has noted its failure
+}
+
 func rowOf(key string, rec *record) row {
 	return row{Remote: rec.Remote, Path: rec.Path, Key: key, SHA256: rec.SHA256, ContentType: rec.ContentType,
 		Class: rec.Class, Size: rec.Size, Fetched: rec.Fetched, LastAccess: rec.Fetched}
@@ -882,7 +918,7 @@ func (q want) staleFor(err error) string {
 	case status == nil:
 		return ""
 	case status.code == http.StatusTooManyRequests && (q.staleOn429 || q.remote.staleIfError),
-		status.code >= 500 && q.remote.staleIfError:
+		status.code >= 500 && (q.staleOn5xx || q.remote.staleIfError):
 		return "upstream-" + strconv.Itoa(status.code)
 	}
 	return ""
@@ -1107,7 +1143,7 @@ func (r *spoolReader) Close() error {
 func (c *cache) direct(ctx context.Context, q want, a asked, cp *stored) (*reply, error) {
 	ask := q.question(http.MethodGet, nil)
 	ask.hasCopy = cp != nil
-	ans, err := c.up.ask(ctx, ask)
+	ans, err := c.askBody(ctx, q, ask)
 	if err == nil {
 		if err = c.refused(q, ans); err != nil {
 			ans.Body.Close()
