@@ -1,0 +1,791 @@
+// registry.go: container registries below /v2/ (OCI distribution
+// specification). It says what a registry path means; fetching, storing and
+// expiry are the cache's.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"mime"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+)
+
+const (
+	// maxManifest is twice what the specification makes registries take.
+	maxManifest = 8 << 20
+	// maxList bounds tag lists and referrers: one page may name a great many.
+	maxList = 32 << 20
+	// maxTag is the specification's.
+	maxTag = 128
+	// maxNext bounds the path of a list plus the query of its next page: a
+	// record must fit S3's 2 KB. Dropping the link would cut the list short.
+	maxNext = 1024
+	// maxSizes bounds each of the two tables of blob sizes, some 250 bytes an
+	// entry: the layers of a thousand images or so.
+	maxSizes = 10_000
+)
+
+// Media types of the specification and of Docker before it.
+const (
+	typeIndex      = "application/vnd.oci.image.index.v1+json"
+	typeManifest   = "application/vnd.oci.image.manifest.v1+json"
+	typeDockerList = "application/vnd.docker.distribution.manifest.list.v2+json"
+	typeDocker     = "application/vnd.docker.distribution.manifest.v2+json"
+	typeBinary     = "application/octet-stream"
+	typeJSON       = "application/json"
+)
+
+// acceptManifests is sent for every manifest, whatever the client accepts: one
+// tag is one entry, and what is stored must not depend on who asked first.
+const acceptManifests = typeIndex + ", " + typeManifest + ", " + typeDockerList + ", " + typeDocker + ", */*;q=0.5"
+
+// emptyIndex answers for referrers where the upstream has none.
+const emptyIndex = `{"schemaVersion":2,"mediaType":"` + typeIndex + `","manifests":[]}`
+
+// The error codes of the specification, and two that Docker's registry added.
+const (
+	codeManifestUnknown = "MANIFEST_UNKNOWN"
+	codeManifestInvalid = "MANIFEST_INVALID"
+	codeBlobUnknown     = "BLOB_UNKNOWN"
+	codeNameUnknown     = "NAME_UNKNOWN"
+	codeNameInvalid     = "NAME_INVALID"
+	codeDigestInvalid   = "DIGEST_INVALID"
+	codeDenied          = "DENIED"
+	codeUnsupported     = "UNSUPPORTED"
+	codeTooManyRequests = "TOOMANYREQUESTS"
+	codeUnavailable     = "UNAVAILABLE"
+	codeUnknown         = "UNKNOWN"
+)
+
+// kind is what a registry path asks for.
+type kind string
+
+const (
+	kindPing      kind = ""
+	kindManifest  kind = "manifests"
+	kindBlob      kind = "blobs"
+	kindTags      kind = "tags"
+	kindReferrers kind = "referrers"
+)
+
+// call is one request to the registry, understood.
+type call struct {
+	remote *remote
+	image  string // as upstream names it
+	kind   kind
+	ref    string // tag or digest
+	digest string // ref, if it is one
+	query  string // what goes upstream, normalised
+	ns     string // what the client's ns said
+	path   string // as the client sent it
+}
+
+// registry serves /v2/... and /{remote}/v2/...; its fields do not change.
+type registry struct {
+	cache     *cache
+	config    func() *config // the one in force; a request asks once
+	responder *responder
+	sizes     *sizes
+}
+
+func newRegistry(c *cache, config func() *config, s *responder) *registry {
+	return &registry{cache: c, config: config, responder: s, sizes: &sizes{}}
+}
+
+func (g *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	g.responder.serve(w, r, g.serve, writeRegistryError)
+}
+
+// serve answers one request. Reading is never challenged.
+func (g *registry) serve(w *response, r *http.Request) error {
+	w.Header()["Docker-Distribution-Api-Version"] = apiVersion
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		return &coded{codeUnsupported, nil, &problem{status: http.StatusMethodNotAllowed, allow: "GET, HEAD",
+			detail: "this registry is a mirror: images are pushed to the registry behind it"}}
+	}
+	c, err := parseCall(g.config(), r.URL)
+	if c.remote != nil {
+		w.remote, w.path = c.remote.name, c.image
+	}
+	if err != nil {
+		return err
+	}
+	if c.ns != "" {
+		w.Header()["Oci-Namespace"] = []string{c.ns}
+	}
+	if c.kind == kindPing {
+		return writeJSON(w, struct{}{})
+	}
+	q, err := g.want(c)
+	if err == nil {
+		err = g.cache.serve(w, r, q)
+	}
+	if err != nil {
+		return c.explain(err)
+	}
+	return nil
+}
+
+// Header values that never change, shared by all answers.
+var (
+	apiVersion    = []string{"registry/2.0"}
+	filterApplied = []string{"artifactType"}
+)
+
+// parseCall understands a path in any of the shapes of SPEC.md section 6. Its
+// errors are coded.
+func parseCall(cfg *config, u *url.URL) (call, error) {
+	c := call{path: u.EscapedPath()}
+	var query url.Values
+	if u.RawQuery != "" {
+		query, _ = url.ParseQuery(u.RawQuery) // what is malformed counts as absent
+		c.ns = query.Get("ns")
+		query.Del("ns")
+	}
+	first, rest, _ := strings.Cut(strings.TrimPrefix(u.Path, "/"), "/")
+	var err error
+	if first == "v2" {
+		err = c.within(cfg, rest)
+	} else {
+		_, rest, _ = strings.Cut(rest, "/") // "v2"
+		err = c.below(cfg, first, rest)
+	}
+	if err != nil || c.kind == kindPing {
+		return c, err
+	}
+	if c.remote.registry == "docker.io" && !strings.Contains(c.image, "/") {
+		c.image = "library/" + c.image
+	}
+	c.query = relevant(c.kind, query)
+	return c, c.validate()
+}
+
+// within reads what is behind /v2/.
+func (c *call) within(cfg *config, rest string) error {
+	if rest == "" {
+		return nil
+	}
+	name, ok := c.split(rest)
+	first, image, _ := strings.Cut(name, "/")
+	if !ok {
+		first, image, _ = strings.Cut(rest, "/")
+	}
+	rem := docker(cfg, first)
+	switch {
+	case !ok && rem != nil && (image == "" || image == "v2" || image == "v2/"):
+		c.remote = rem
+		return nil
+	case !ok && rem != nil:
+		c.remote = rem
+		return noRoute()
+	case rem != nil && image != "":
+		// What a client makes of a mirror's URL that has a path.
+		if inner, ok := strings.CutPrefix(image, "v2/"); ok {
+			image = inner
+		}
+	default:
+		if rem = cfg.byRegistry(c.ns); rem == nil || c.ns == "" {
+			return unknownName(cfg, first, c.ns)
+		}
+		image = name
+	}
+	if !ok {
+		return noRoute()
+	}
+	c.remote, c.image = rem, image
+	return nil
+}
+
+// below reads what is behind /{remote}/v2/.
+func (c *call) below(cfg *config, name, rest string) error {
+	if c.remote = docker(cfg, name); c.remote == nil {
+		return unknownName(cfg, name, "")
+	}
+	if rest == "" {
+		return nil
+	}
+	image, ok := c.split(rest)
+	if !ok {
+		return noRoute()
+	}
+	c.image = image
+	return nil
+}
+
+// split takes the operation off the end of a path, because names may hold the
+// words of the routes themselves. What is left is the name.
+func (c *call) split(rest string) (name string, ok bool) {
+	if name, ok := strings.CutSuffix(rest, "/tags/list"); ok {
+		c.kind = kindTags
+		return name, name != ""
+	}
+	i := strings.LastIndexByte(rest, '/')
+	j := strings.LastIndexByte(rest[:max(i, 0)], '/')
+	if j < 1 {
+		return "", false
+	}
+	switch k := kind(rest[j+1 : i]); k {
+	case kindManifest, kindBlob, kindReferrers:
+		c.kind, c.ref = k, rest[i+1:]
+		return rest[:j], true
+	}
+	return "", false
+}
+
+// docker is the registry remote of that name, or nil.
+func docker(cfg *config, name string) *remote {
+	if r := cfg.remotes[name]; r != nil && r.pkg == "docker" {
+		return r
+	}
+	return nil
+}
+
+// relevant is what of a client's query upstream has to know: of a list's all,
+// since the pages of some registries are named by parameters of their own.
+func relevant(k kind, query url.Values) string {
+	switch {
+	case k == kindTags:
+		return query.Encode()
+	case k == kindReferrers && query.Get("artifactType") != "":
+		return "artifactType=" + url.QueryEscape(query.Get("artifactType"))
+	}
+	return ""
+}
+
+// validate refuses what no registry can have, before anyone is asked.
+func (c *call) validate() error {
+	if !validName(c.image) {
+		return fail(codeNameInvalid, http.StatusBadRequest, "%.300q is no name of an image", c.image)
+	}
+	if c.kind == kindTags {
+		return nil
+	}
+	if validDigest(c.ref) {
+		c.digest = c.ref
+		return nil
+	}
+	if c.kind != kindManifest || strings.Contains(c.ref, ":") {
+		return fail(codeDigestInvalid, http.StatusBadRequest, "%.200q is no digest: sha256 and sha512 in lower case are", c.ref)
+	}
+	if !validTag(c.ref) {
+		return fail(codeManifestUnknown, http.StatusNotFound, "%.200q can be no tag", c.ref)
+	}
+	return nil
+}
+
+// validName reports whether s is the name of an image: runs of a-z0-9 with one
+// separator between two of them.
+func validName(s string) bool {
+	for {
+		rest := strings.TrimLeft(s, "abcdefghijklmnopqrstuvwxyz0123456789")
+		if len(rest) == len(s) {
+			return false // empty, or a separator without a run
+		}
+		if rest == "" {
+			return true
+		}
+		n := len(rest) - len(strings.TrimLeft(rest, "._-/"))
+		switch sep := rest[:n]; sep {
+		case ".", "_", "__", "/":
+		default:
+			if strings.Trim(sep, "-") != "" || n == 0 {
+				return false
+			}
+		}
+		s = rest[n:]
+	}
+}
+
+// validTag: a word of letters, digits and ._- that does not begin with . or -.
+func validTag(s string) bool {
+	if s == "" || len(s) > maxTag || s[0] == '.' || s[0] == '-' {
+		return false
+	}
+	for i := range len(s) {
+		if c := s[i]; !(pathPlain[c] && c != '/' && c != '~') {
+			return false
+		}
+	}
+	return true
+}
+
+// validDigest: the algorithms we can verify, in the one spelling they have.
+func validDigest(s string) bool {
+	algorithm, sum, _ := strings.Cut(s, ":")
+	switch algorithm {
+	case "sha256":
+		return len(sum) == 64 && lowerCaseHex(sum)
+	case "sha512":
+		return len(sum) == 128 && lowerCaseHex(sum)
+	}
+	return false
+}
+
+func lowerCaseHex(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return false
+		}
+	}
+	return true
+}
+
+// want is what the cache has to find for c.
+func (g *registry) want(c call) (want, error) {
+	var q want
+	switch c.kind {
+	case kindManifest:
+		q = g.manifest(c)
+	case kindBlob:
+		q = g.blob(c)
+	case kindTags:
+		q = g.tags(c)
+	default:
+		q = g.referrers(c)
+	}
+	q.scope = "repository:" + c.image + ":pull"
+	if len(q.wire) > maxSpelling {
+		return q, tooLong()
+	}
+	var err error
+	q.class, q.builtin, err = c.remote.classify(q.path)
+	return q, err
+}
+
+// target is c's file: path is what patterns see. Registries are asked with ":"
+// as it is (some refuse it escaped), and the record has it so too.
+func (c *call) target(path string) target {
+	t := target{remote: c.remote, path: path, spelling: path}
+	if c.query != "" {
+		t.spelling += "?" + c.query
+	}
+	t.wire = "v2/" + t.spelling
+	return t
+}
+
+// manifest wants a manifest, by tag or by digest.
+func (g *registry) manifest(c call) want {
+	return want{
+		target: c.target(c.image + "/manifests/" + c.ref), accept: acceptManifests, digest: c.digest,
+		limit: maxManifest, whole: true, staleOn429: true,
+		check: func(ctx context.Context, rec *record, body io.ReaderAt) error {
+			return g.checkManifest(ctx, c, rec, body)
+		},
+		dress: c.dress,
+	}
+}
+
+// blob wants a blob: one copy for all images of the remote that have it.
+func (g *registry) blob(c call) want {
+	q := want{target: c.target(c.image + "/blobs/" + c.ref), digest: c.digest, shared: true, dress: c.dress}
+	q.spelling = "blobs/" + c.ref
+	q.size = g.sizes.get(c.sizeKey(c.digest))
+	return q
+}
+
+// tags wants a page of a list of tags.
+func (g *registry) tags(c call) want {
+	return want{target: c.target(c.image + "/tags/list"), accept: typeJSON, limit: maxList, whole: true,
+		staleOn429: true, note: notePages, check: checkTags, dress: c.dress}
+}
+
+// referrers wants the manifests that refer to a digest.
+func (g *registry) referrers(c call) want {
+	return want{target: c.target(c.image + "/referrers/" + c.ref), accept: acceptManifests, limit: maxList, whole: true,
+		staleOn429: true, staleOn5xx: true, note: notePages, check: checkReferrers, dress: c.dress,
+		ask: func(ctx context.Context, ask question) (*answer, error) { return g.askReferrers(ctx, c, ask) }}
+}
+
+// askReferrers asks for referrers: by the API, by the tag that stands in for it
+// at registries without one, or else there are none. Denials, 429 and failures
+// are no such answer.
+func (g *registry) askReferrers(ctx context.Context, c call, ask question) (*answer, error) {
+	ans, err := g.cache.up.ask(ctx, ask)
+	if err != nil || !none(ans.StatusCode) {
+		return ans, err
+	}
+	ans.discard()
+	algorithm, sum, _ := strings.Cut(c.digest, ":")
+	ask.wire = "v2/" + c.image + "/manifests/" + algorithm + "-" + sum[:64]
+	ans, err = g.cache.up.ask(ctx, ask)
+	if err != nil || !none(ans.StatusCode) {
+		return ans, err
+	}
+	ans.discard()
+	return &answer{origin: ans.origin, Response: &http.Response{
+		StatusCode: http.StatusOK, ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{"Content-Type": {typeIndex}},
+		ContentLength: int64(len(emptyIndex)), Body: io.NopCloser(strings.NewReader(emptyIndex)),
+	}}, nil
+}
+
+// none reports whether a registry said that it has no such thing, or no such
+// API.
+func none(status int) bool {
+	switch status {
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests:
+		return false
+	}
+	return status >= 400 && status < 500
+}
+
+// notePages keeps what a list says about itself in its headers.
+func notePages(rec *record, h http.Header) {
+	rec.Link = nextPage(h.Values("Link"))
+	if h.Get("OCI-Filters-Applied") == filterApplied[0] {
+		rec.Filters = filterApplied[0]
+	}
+}
+
+// nextPage is the query of the page that Link headers (RFC 8288) name as the
+// next one, normalised; "" if there is none. Its path is the list's own,
+// however upstream writes it.
+func nextPage(links []string) string {
+	for _, l := range links {
+		for {
+			_, rest, ok := strings.Cut(l, "<")
+			ref, rest, closed := strings.Cut(rest, ">")
+			if !ok || !closed {
+				break
+			}
+			params := rest
+			if i := strings.IndexByte(rest, '<'); i >= 0 {
+				params = rest[:i]
+			}
+			if isNext(params) {
+				return pageQueryOf(ref)
+			}
+			l = rest
+		}
+	}
+	return ""
+}
+
+// isNext looks for rel=next among the parameters of a link.
+func isNext(params string) bool {
+	for p := range strings.FieldsFuncSeq(params, func(r rune) bool { return r == ';' || r == ',' }) {
+		name, value, _ := strings.Cut(strings.TrimSpace(p), "=")
+		if !strings.EqualFold(strings.TrimSpace(name), "rel") {
+			continue
+		}
+		rels := strings.Fields(strings.Trim(strings.TrimSpace(value), `"`))
+		return slices.ContainsFunc(rels, func(rel string) bool { return strings.EqualFold(rel, "next") })
+	}
+	return false
+}
+
+// pageQueryOf is the query of a reference, in our order and without ns, which
+// is between a client and us.
+func pageQueryOf(ref string) string {
+	u, err := url.Parse(ref)
+	if err != nil {
+		return ""
+	}
+	query, _ := url.ParseQuery(u.RawQuery)
+	query.Del("ns")
+	return query.Encode()
+}
+
+// manifest is what is read of a manifest or an index.
+type manifest struct {
+	SchemaVersion json.RawMessage `json:"schemaVersion"`
+	MediaType     string          `json:"mediaType"`
+	Config        *descriptor     `json:"config"`
+	Layers        []descriptor    `json:"layers"`
+	Manifests     json.RawMessage `json:"manifests"`
+}
+
+type descriptor struct {
+	Digest string `json:"digest"`
+	Size   int64  `json:"size"`
+}
+
+// checkManifest looks at a complete manifest: a tag's must be one, since no
+// digest vouches for it. It is stored under its digest as well, before the tag
+// is answered, because that is what clients ask for next.
+func (g *registry) checkManifest(ctx context.Context, c call, rec *record, body io.ReaderAt) error {
+	text, err := contents(rec, body)
+	if err != nil {
+		return err
+	}
+	var m manifest
+	err = json.Unmarshal(text, &m)
+	if _, malformed := errors.AsType[*json.SyntaxError](err); c.digest == "" && (malformed || len(m.SchemaVersion) == 0) {
+		return unusable(c.remote, "a manifest", rec)
+	}
+	rec.ContentType = m.mediaType(rec.ContentType)
+	g.remember(c, &m)
+	if c.digest != "" {
+		rec.Digest = c.digest
+		return nil
+	}
+	rec.Digest = digestOf(text, rec.Digest)
+	t := c.target(c.image + "/manifests/" + rec.Digest)
+	t.class = immutable
+	g.cache.storeAs(ctx, t, rec, body)
+	return nil
+}
+
+// contents is a whole body that want.limit has kept small.
+func contents(rec *record, body io.ReaderAt) ([]byte, error) {
+	text, err := io.ReadAll(io.NewSectionReader(body, 0, rec.Size))
+	if err != nil {
+		return nil, fmt.Errorf("%w: reading the spool: %w", errStoreDown, err)
+	}
+	return text, nil
+}
+
+// unusable says that a body with status 200 is not what was asked for: a login
+// page, as a rule.
+func unusable(r *remote, what string, rec *record) error {
+	return &coded{codeManifestInvalid, nil, &problem{status: http.StatusBadGateway, cause: errBadUpstream,
+		detail: fmt.Sprintf("the upstream of remote %q answered with something else than %s (type %.100q)", r.name, what, rec.ContentType)}}
+}
+
+// mediaType is a manifest's type: upstream's where that says something, else
+// what the manifest calls itself or looks like.
+func (m *manifest) mediaType(upstream string) string {
+	if strings.HasPrefix(upstream, "application/vnd.") {
+		return upstream
+	}
+	if _, _, err := mime.ParseMediaType(m.MediaType); err == nil && bounded(m.MediaType) != "" {
+		return m.MediaType
+	}
+	switch {
+	case len(m.Manifests) > 0:
+		return typeIndex
+	case m.Config != nil:
+		return typeManifest
+	case upstream != "":
+		return upstream
+	}
+	return typeJSON
+}
+
+// digestOf is the digest of a tag's manifest: by SHA-256, unless upstream knows
+// it by its SHA-512. What upstream says otherwise does not count.
+func digestOf(text []byte, upstream string) string {
+	if strings.HasPrefix(upstream, "sha512:") {
+		s := newSums(upstream)
+		s.write(text)
+		if s.verify(upstream) == nil {
+			return upstream
+		}
+	}
+	s := newSums("")
+	s.write(text)
+	return "sha256:" + s.hex()
+}
+
+// remember keeps the sizes of an image's blobs for HEAD.
+func (g *registry) remember(c call, m *manifest) {
+	if m.Config != nil {
+		m.Layers = append(m.Layers, *m.Config)
+	}
+	for _, d := range m.Layers {
+		if validDigest(d.Digest) && d.Size > 0 {
+			g.sizes.put(c.sizeKey(d.Digest), d.Size)
+		}
+	}
+}
+
+// sizeKey names a blob of one image: another image may not have it.
+func (c *call) sizeKey(digest string) string { return c.remote.name + "/" + c.image + "@" + digest }
+
+// sizes remembers what manifests say about the size of blobs, the latest
+// maxSizes at least. After a restart HEAD of a blob that is not stored asks
+// upstream, as it would without.
+type sizes struct {
+	mu         sync.Mutex // guards what follows
+	young, old map[string]int64
+}
+
+func (s *sizes) put(key string, size int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.young == nil || len(s.young) >= maxSizes {
+		s.young, s.old = map[string]int64{}, s.young
+	}
+	s.young[key] = size
+}
+
+// get is the size of a blob, or 0.
+func (s *sizes) get(key string) int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := s.young[key]; n > 0 {
+		return n
+	}
+	return s.old[key]
+}
+
+// checkTags keeps anything but a list of tags out of the store. An empty
+// repository's is null at some registries.
+func checkTags(_ context.Context, rec *record, body io.ReaderAt) error {
+	return checkList(rec, body, "tags")
+}
+
+// checkReferrers: an index without manifests says so itself.
+func checkReferrers(_ context.Context, rec *record, body io.ReaderAt) error {
+	return checkList(rec, body, "manifests")
+}
+
+// checkList wants a JSON object with a member that is an array or null.
+func checkList(rec *record, body io.ReaderAt, member string) error {
+	text, err := contents(rec, body)
+	if err != nil {
+		return err
+	}
+	var o map[string]json.RawMessage
+	err = json.Unmarshal(text, &o)
+	list, ok := o[member]
+	if err != nil || !ok || list[0] != '[' && string(list) != "null" {
+		return fail(codeUnknown, http.StatusBadGateway, "the upstream of remote %q answered with something else than %s (type %.100q)", rec.Remote, member, rec.ContentType)
+	}
+	if len(rec.Link)+len(rec.Path) > maxNext {
+		return fail(codeUnknown, http.StatusBadGateway, "the upstream of remote %q has a link to the next page that is too long", rec.Remote)
+	}
+	return nil
+}
+
+// dress sets the headers of an answer.
+func (c call) dress(h http.Header, rec *record) {
+	t := rec.ContentType
+	switch c.kind {
+	case kindManifest, kindBlob:
+		d := c.digest
+		if d == "" {
+			d = rec.Digest
+		}
+		h["Docker-Content-Digest"] = []string{d}
+		if t == "" {
+			t = typeBinary
+		}
+	case kindTags:
+		if !strings.Contains(t, "json") {
+			t = typeJSON
+		}
+	case kindReferrers:
+		t = typeIndex
+	}
+	h["Content-Type"] = []string{t}
+	if rec.Link != "" {
+		h["Link"] = []string{c.next(rec.Link)}
+	}
+	if rec.Filters != "" {
+		h["Oci-Filters-Applied"] = filterApplied
+	}
+}
+
+// next is the Link to a list's next page, in the shape the client used. It has
+// the whole path because some clients do not resolve references (skopeo).
+func (c *call) next(query string) string {
+	if c.ns != "" {
+		query += "&ns=" + url.QueryEscape(c.ns)
+	}
+	return "<" + c.path + "?" + query + `>; rel="next"`
+}
+
+// coded is an error with its code of the specification.
+type coded struct {
+	code   string
+	detail any // for "detail" of the answer; may be nil
+	err    error
+}
+
+func (e *coded) Error() string { return e.err.Error() }
+func (e *coded) Unwrap() error { return e.err }
+
+// fail makes a coded error.
+func fail(code string, status int, format string, args ...any) error {
+	return &coded{code, nil, refuse(status, format, args...)}
+}
+
+func noRoute() error {
+	return fail(codeUnsupported, http.StatusNotFound, "there is no such path here; images are below /v2/REMOTE/")
+}
+
+// unknownName says that nothing here has that name, and where the remote lives
+// that has it but is no registry.
+func unknownName(cfg *config, name, ns string) error {
+	p := &problem{status: http.StatusNotFound, cause: fs.ErrNotExist}
+	e := &coded{code: codeNameUnknown, err: p}
+	switch r := cfg.remotes[name]; {
+	case r != nil && r.pkg == "docker":
+		p.detail = fmt.Sprintf("name an image behind the remote: /v2/%s/IMAGE/...", name)
+	case r != nil:
+		p.detail = fmt.Sprintf("remote %q is no container registry: it is below %s", name, r.home())
+		e.detail = map[string]string{"location": r.home()}
+	case ns != "":
+		p.detail = fmt.Sprintf("there is neither a registry remote %.100q nor one whose registry is %.100q", name, ns)
+	default:
+		p.detail = fmt.Sprintf("there is no registry remote %.100q", name)
+	}
+	return e
+}
+
+// explain gives an error of the cache its code, and the status that the
+// registry's specification has for it.
+func (c *call) explain(err error) error {
+	if _, ok := errors.AsType[*coded](err); ok {
+		return err
+	}
+	status, detail := describe(err)
+	upstream, _ := errors.AsType[*upstreamStatus](err)
+	e := &coded{code: codeUnknown, err: err}
+	change := status
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		e.code, change = c.unknown(), http.StatusNotFound
+	case upstream != nil && upstream.code == http.StatusUnauthorized, status == http.StatusForbidden:
+		e.code, change = codeDenied, http.StatusForbidden
+	case upstream != nil && upstream.code == http.StatusTooManyRequests, errors.Is(err, errBusy):
+		e.code = codeTooManyRequests
+	case errors.Is(err, errTooLarge) && c.kind == kindManifest:
+		e.code = codeManifestInvalid
+	case errors.Is(err, errTooLong):
+		e.code = codeNameInvalid
+	case status >= 500 && status != http.StatusInternalServerError:
+		e.code = codeUnavailable
+	}
+	if change != status {
+		e.err = &problem{status: change, detail: detail, cause: err}
+	}
+	return e
+}
+
+// unknown is the code for what c asks for where it is not there.
+func (c *call) unknown() string {
+	switch c.kind {
+	case kindManifest:
+		return codeManifestUnknown
+	case kindBlob:
+		return codeBlobUnknown
+	}
+	return codeNameUnknown
+}
+
+// writeRegistryError is the registry's errorWriter.
+func writeRegistryError(w http.ResponseWriter, status int, message string, err error) {
+	type one struct {
+		Code    string `json:"code"`
+		Message string `json:"message"`
+		Detail  any    `json:"detail"`
+	}
+	e := one{Code: codeUnknown, Message: message}
+	if c, ok := errors.AsType[*coded](err); ok {
+		e.Code, e.Detail = c.code, c.detail
+	}
+	h := w.Header()
+	h["Docker-Distribution-Api-Version"] = apiVersion
+	h.Set("Content-Type", typeJSON)
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(map[string][]one{"errors": {e}})
+}
