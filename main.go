@@ -233,7 +233,8 @@ func (s *server) wire() http.Handler {
 	s.cache = newCache(s.disk, s.index, s.fresh, spools, up, time.Now, s.log, metrics)
 	responder := &responder{now: time.Now, log: s.log, metrics: metrics}
 	return &api{cache: s.cache, config: s.config.Load, health: s.health, responder: responder, metrics: metrics,
-		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection()}
+		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
+		registry: newRegistry(s.cache, s.config.Load, responder)}
 }
 
 // run serves until ctx ends, then stops in order: say so on /health, stop
