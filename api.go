@@ -384,11 +384,14 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 	if err := a.authorize(r, ""); err != nil {
 		return err
 	}
-	_, spelling, err := spell(escaped, "")
+	path, spelling, err := spell(escaped, "")
 	if err != nil {
 		return err
 	}
-	w.path = decodedPath(spelling)
+	if rem.pkg == "docker" {
+		spelling = path // registries' paths are not escaped
+	}
+	w.path = path
 	found := false
 	err = a.cache.purge(r.Context(), rem.name, target{remote: rem, spelling: spelling}.key())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
