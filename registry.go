@@ -65,22 +65,22 @@ const (
 	codeUnknown         = "UNKNOWN"
 )
 
-// kind is what a registry path asks for.
-type kind string
+// route is what a registry path asks for.
+type route string
 
 const (
-	kindPing      kind = ""
-	kindManifest  kind = "manifests"
-	kindBlob      kind = "blobs"
-	kindTags      kind = "tags"
-	kindReferrers kind = "referrers"
+	routePing      route = ""
+	routeManifest  route = "manifests"
+	routeBlob      route = "blobs"
+	routeTags      route = "tags"
+	routeReferrers route = "referrers"
 )
 
 // call is one request to the registry, understood.
 type call struct {
 	remote *remote
 	image  string // as upstream names it
-	kind   kind
+	route  route
 	ref    string // tag or digest
 	digest string // ref, if it is one
 	query  string // what goes upstream, normalised
@@ -121,7 +121,7 @@ func (g *registry) serve(w *response, r *http.Request) error {
 	if c.ns != "" {
 		w.Header()["Oci-Namespace"] = []string{c.ns}
 	}
-	if c.kind == kindPing {
+	if c.route == routePing {
 		return writeJSON(w, struct{}{})
 	}
 	q, err := g.want(c)
@@ -158,13 +158,13 @@ func parseCall(cfg *config, u *url.URL) (call, error) {
 		_, rest, _ = strings.Cut(rest, "/") // "v2"
 		err = c.below(cfg, first, rest)
 	}
-	if err != nil || c.kind == kindPing {
+	if err != nil || c.route == routePing {
 		return c, err
 	}
 	if c.remote.registry == "docker.io" && !strings.Contains(c.image, "/") {
 		c.image = "library/" + c.image
 	}
-	c.query = relevant(c.kind, query)
+	c.query = relevant(c.route, query)
 	return c, c.validate()
 }
 
@@ -224,7 +224,7 @@ func (c *call) below(cfg *config, name, rest string) error {
 // words of the routes themselves. What is left is the name.
 func (c *call) split(rest string) (name string, ok bool) {
 	if name, ok := strings.CutSuffix(rest, "/tags/list"); ok {
-		c.kind = kindTags
+		c.route = routeTags
 		return name, name != ""
 	}
 	i := strings.LastIndexByte(rest, '/')
@@ -232,9 +232,9 @@ func (c *call) split(rest string) (name string, ok bool) {
 	if j < 1 {
 		return "", false
 	}
-	switch k := kind(rest[j+1 : i]); k {
-	case kindManifest, kindBlob, kindReferrers:
-		c.kind, c.ref = k, rest[i+1:]
+	switch k := route(rest[j+1 : i]); k {
+	case routeManifest, routeBlob, routeReferrers:
+		c.route, c.ref = k, rest[i+1:]
 		return rest[:j], true
 	}
 	return "", false
@@ -250,11 +250,11 @@ func docker(cfg *config, name string) *remote {
 
 // relevant is what of a client's query upstream has to know: of a list's all,
 // since the pages of some registries are named by parameters of their own.
-func relevant(k kind, query url.Values) string {
+func relevant(k route, query url.Values) string {
 	switch {
-	case k == kindTags:
+	case k == routeTags:
 		return query.Encode()
-	case k == kindReferrers && query.Get("artifactType") != "":
+	case k == routeReferrers && query.Get("artifactType") != "":
 		return "artifactType=" + url.QueryEscape(query.Get("artifactType"))
 	}
 	return ""
@@ -265,14 +265,14 @@ func (c *call) validate() error {
 	if !validName(c.image) {
 		return fail(codeNameInvalid, http.StatusBadRequest, "%.300q is no name of an image", c.image)
 	}
-	if c.kind == kindTags {
+	if c.route == routeTags {
 		return nil
 	}
 	if validDigest(c.ref) {
 		c.digest = c.ref
 		return nil
 	}
-	if c.kind != kindManifest || strings.Contains(c.ref, ":") {
+	if c.route != routeManifest || strings.Contains(c.ref, ":") {
 		return fail(codeDigestInvalid, http.StatusBadRequest, "%.200q is no digest: sha256 and sha512 in lower case are", c.ref)
 	}
 	if !validTag(c.ref) {
@@ -341,12 +341,12 @@ func lowerCaseHex(s string) bool {
 // want is what the cache has to find for c.
 func (g *registry) want(c call) (want, error) {
 	var q want
-	switch c.kind {
-	case kindManifest:
+	switch c.route {
+	case routeManifest:
 		q = g.manifest(c)
-	case kindBlob:
+	case routeBlob:
 		q = g.blob(c)
-	case kindTags:
+	case routeTags:
 		q = g.tags(c)
 	default:
 		q = g.referrers(c)
@@ -375,7 +375,7 @@ func (c *call) target(path string) target {
 func (g *registry) manifest(c call) want {
 	return want{
 		target: c.target(c.image + "/manifests/" + c.ref), accept: acceptManifests, digest: c.digest,
-		limit: maxManifest, whole: true, staleOn429: true,
+		limit: maxManifest, whole: true, staleOn429: true, note: noteDigest,
 		check: func(ctx context.Context, rec *record, body io.ReaderAt) error {
 			return g.checkManifest(ctx, c, rec, body)
 		},
@@ -436,18 +436,25 @@ func none(status int) bool {
 	return status >= 400 && status < 500
 }
 
+// noteDigest keeps a digest that is longer than most headers may be.
+func noteDigest(rec *record, h http.Header) {
+	if rec.Digest = h.Get("Docker-Content-Digest"); !validDigest(rec.Digest) {
+		rec.Digest = ""
+	}
+}
+
 // notePages keeps what a list says about itself in its headers.
 func notePages(rec *record, h http.Header) {
-	rec.Link = nextPage(h.Values("Link"))
+	rec.Link = nextQuery(h.Values("Link"))
 	if h.Get("OCI-Filters-Applied") == filterApplied[0] {
 		rec.Filters = filterApplied[0]
 	}
 }
 
-// nextPage is the query of the page that Link headers (RFC 8288) name as the
+// nextQuery is the query of the page that Link headers (RFC 8288) name as the
 // next one, normalised; "" if there is none. Its path is the list's own,
 // however upstream writes it.
-func nextPage(links []string) string {
+func nextQuery(links []string) string {
 	for _, l := range links {
 		for {
 			_, rest, ok := strings.Cut(l, "<")
@@ -658,8 +665,8 @@ func checkList(rec *record, body io.ReaderAt, member string) error {
 // dress sets the headers of an answer.
 func (c call) dress(h http.Header, rec *record) {
 	t := rec.ContentType
-	switch c.kind {
-	case kindManifest, kindBlob:
+	switch c.route {
+	case routeManifest, routeBlob:
 		d := c.digest
 		if d == "" {
 			d = rec.Digest
@@ -668,11 +675,11 @@ func (c call) dress(h http.Header, rec *record) {
 		if t == "" {
 			t = typeBinary
 		}
-	case kindTags:
+	case routeTags:
 		if !strings.Contains(t, "json") {
 			t = typeJSON
 		}
-	case kindReferrers:
+	case routeReferrers:
 		t = typeIndex
 	}
 	h["Content-Type"] = []string{t}
@@ -748,7 +755,7 @@ func (c *call) explain(err error) error {
 		e.code, change = codeDenied, http.StatusForbidden
 	case upstream != nil && upstream.code == http.StatusTooManyRequests, errors.Is(err, errBusy):
 		e.code = codeTooManyRequests
-	case errors.Is(err, errTooLarge) && c.kind == kindManifest:
+	case errors.Is(err, errTooLarge) && c.route == routeManifest:
 		e.code = codeManifestInvalid
 	case errors.Is(err, errTooLong):
 		e.code = codeNameInvalid
@@ -763,10 +770,10 @@ func (c *call) explain(err error) error {
 
 // unknown is the code for what c asks for where it is not there.
 func (c *call) unknown() string {
-	switch c.kind {
-	case kindManifest:
+	switch c.route {
+	case routeManifest:
 		return codeManifestUnknown
-	case kindBlob:
+	case routeBlob:
 		return codeBlobUnknown
 	}
 	return codeNameUnknown

@@ -1,0 +1,962 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha512"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// hub is a scripted container registry with a token service.
+type hub struct {
+	t    testing.TB
+	addr string
+
+	mu        sync.Mutex // guards what follows
+	srv       *http.Server
+	repos     map[string]*hubRepo
+	seen      []string // "GET /v2/app/manifests/v1"
+	accepts   []string // of manifests
+	tokens    bool     // wants a Bearer token
+	tokenDown bool
+	exchanges int
+	noAPI     bool                                                // knows no referrers
+	noHEAD    int                                                 // the status HEAD gets
+	silent    bool                                                // sends no Docker-Content-Digest
+	script    map[string]func(http.ResponseWriter, *http.Request) // by path
+}
+
+type hubRepo struct {
+	manifests map[string]hubManifest // by digest
+	tags      map[string]string
+	blobs     map[string][]byte
+}
+
+type hubManifest struct {
+	mediaType string
+	body      []byte
+}
+
+func newHub(t testing.TB) *hub {
+	h := &hub{t: t, repos: map[string]*hubRepo{}, script: map[string]func(http.ResponseWriter, *http.Request){}}
+	h.up()
+	t.Cleanup(h.down)
+	return h
+}
+
+// up begins to listen, at the old address if there was one.
+func (h *hub) up() {
+	l, err := net.Listen("tcp", cmp.Or(h.addr, "127.0.0.1:0"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	srv := &http.Server{Handler: h}
+	h.addr, h.srv = l.Addr().String(), srv
+	go srv.Serve(l)
+}
+
+// down refuses connections from now on.
+func (h *hub) down() { h.srv.Close() }
+
+func (h *hub) url() string { return "http://" + h.addr }
+
+func (h *hub) repo(name string) *hubRepo {
+	if h.repos[name] == nil {
+		h.repos[name] = &hubRepo{map[string]hubManifest{}, map[string]string{}, map[string][]byte{}}
+	}
+	return h.repos[name]
+}
+
+func (h *hub) blob(name string, body []byte) string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	d := sha256Of(body)
+	h.repo(name).blobs[d] = body
+	return d
+}
+
+// manifest stores body under digest (its SHA-256 if "") and tags.
+func (h *hub) manifest(name, digest, mediaType string, body []byte, tags ...string) string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	digest = cmp.Or(digest, sha256Of(body))
+	r := h.repo(name)
+	r.manifests[digest] = hubManifest{mediaType, body}
+	for _, tag := range tags {
+		r.tags[tag] = digest
+	}
+	return digest
+}
+
+// hubImage is an image that a hub has.
+type hubImage struct {
+	digest string
+	body   []byte
+	blobs  map[string][]byte
+	order  []string // of blobs: configuration first
+}
+
+// image stores an image with layers of these sizes.
+func (h *hub) image(name, tag string, sizes ...int) *hubImage {
+	im := &hubImage{blobs: map[string][]byte{}}
+	add := func(mediaType string, body []byte) string {
+		d := h.blob(name, body)
+		im.blobs[d] = body
+		im.order = append(im.order, d)
+		return descriptorOf(mediaType, d, len(body))
+	}
+	conf := add("application/vnd.oci.image.config.v1+json", fmt.Appendf(nil, `{"architecture":"amd64","os":"linux","name":%q,"tag":%q}`, name, tag))
+	var layers []string
+	for i, n := range sizes {
+		layers = append(layers, add("application/vnd.oci.image.layer.v1.tar+gzip", noise(name+tag+strconv.Itoa(i), n)))
+	}
+	// Odd white space: whoever writes the manifest anew is found out.
+	im.body = fmt.Appendf(nil, "{ \"schemaVersion\": 2,\n\t\"mediaType\":%q,\"config\":%s,\r\n\"layers\":[%s]}\n", typeManifest, conf, strings.Join(layers, " , "))
+	im.digest = h.manifest(name, "", typeManifest, im.body, tag)
+	return im
+}
+
+func descriptorOf(mediaType, digest string, size int) string {
+	return fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, mediaType, digest, size)
+}
+
+func noise(seed string, n int) []byte {
+	var s [32]byte
+	copy(s[:], seed)
+	b := make([]byte, n)
+	rand.NewChaCha8(s).Read(b)
+	return b
+}
+
+func sha256Of(b []byte) string {
+	s := newSums("")
+	s.write(b)
+	return "sha256:" + s.hex()
+}
+
+func sha512Of(b []byte) string {
+	s := sha512.Sum512(b)
+	return "sha512:" + hex.EncodeToString(s[:])
+}
+
+// on scripts a path; a nil f takes the script back.
+func (h *hub) on(path string, f func(http.ResponseWriter, *http.Request)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.script[path] = f
+}
+
+// answers makes a script that sends this.
+func answers(status int, mediaType, body string) func(http.ResponseWriter, *http.Request) {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", mediaType)
+		w.WriteHeader(status)
+		io.WriteString(w, body)
+	}
+}
+
+// count is how many requests with that method ("" any) and path there were.
+func (h *hub) count(method, path string) (n int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, s := range h.seen {
+		m, p, _ := strings.Cut(s, " ")
+		if (method == "" || m == method) && (path == "" || p == path) {
+			n++
+		}
+	}
+	return n
+}
+
+// forget empties the list of requests.
+func (h *hub) forget() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.seen = nil
+}
+
+func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h.mu.Lock()
+	h.seen = append(h.seen, r.Method+" "+r.URL.RequestURI())
+	script := h.script[r.URL.Path]
+	h.mu.Unlock()
+	switch {
+	case r.URL.Path == "/token":
+		h.serveToken(w, r)
+	case h.challenged(w, r):
+	case script != nil:
+		script(w, r)
+	default:
+		h.serve(w, r)
+	}
+}
+
+func (h *hub) serveToken(w http.ResponseWriter, r *http.Request) {
+	h.mu.Lock()
+	h.exchanges++
+	down := h.tokenDown
+	h.mu.Unlock()
+	if down {
+		panic(http.ErrAbortHandler)
+	}
+	fmt.Fprintf(w, `{"token":%q,"expires_in":60}`, "for-"+r.URL.Query().Get("scope"))
+}
+
+// challenged asks for a token of the repository's own scope.
+func (h *hub) challenged(w http.ResponseWriter, r *http.Request) bool {
+	name, _, _ := hubPath(r.URL.Path)
+	scope := "repository:" + name + ":pull"
+	h.mu.Lock()
+	wants := h.tokens
+	h.mu.Unlock()
+	if !wants || r.Header.Get("Authorization") == "Bearer for-"+scope {
+		return false
+	}
+	w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="hub",scope=%q`, h.url(), scope))
+	w.WriteHeader(http.StatusUnauthorized)
+	return true
+}
+
+// hubPath takes an upstream path apart.
+func hubPath(p string) (name, what, ref string) {
+	p = strings.TrimPrefix(p, "/v2/")
+	if name, ok := strings.CutSuffix(p, "/tags/list"); ok {
+		return name, "tags", ""
+	}
+	e := strings.Split(p, "/")
+	if len(e) < 3 {
+		return "", "", ""
+	}
+	return strings.Join(e[:len(e)-2], "/"), e[len(e)-2], e[len(e)-1]
+}
+
+func (h *hub) serve(w http.ResponseWriter, r *http.Request) {
+	name, what, ref := hubPath(r.URL.Path)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	repo := h.repos[name]
+	if repo == nil {
+		repo = &hubRepo{}
+	}
+	if r.Method == http.MethodHead && h.noHEAD != 0 {
+		w.WriteHeader(h.noHEAD)
+		return
+	}
+	switch what {
+	case "manifests":
+		h.accepts = append(h.accepts, r.Header.Get("Accept"))
+		digest := ref
+		if !strings.Contains(ref, ":") {
+			digest = repo.tags[ref]
+		}
+		m, ok := repo.manifests[digest]
+		h.send(w, r, digest, m.mediaType, m.body, ok)
+	case "blobs":
+		b, ok := repo.blobs[ref]
+		h.send(w, r, ref, typeBinary, b, ok)
+	case "tags":
+		h.sendTags(w, r, name, repo)
+	case "referrers":
+		h.sendReferrers(w, r, repo, ref)
+	default:
+		http.NotFound(w, r)
+	}
+}
+
+func (h *hub) send(w http.ResponseWriter, r *http.Request, digest, mediaType string, body []byte, ok bool) {
+	if !ok {
+		http.Error(w, `{"errors":[{"code":"SAID_BY_UPSTREAM"}]}`, http.StatusNotFound)
+		return
+	}
+	if !h.silent {
+		w.Header().Set("Docker-Content-Digest", digest)
+	}
+	w.Header().Set("Content-Type", mediaType)
+	w.Header().Set("ETag", `"`+digest+`"`)
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
+}
+
+func (h *hub) sendTags(w http.ResponseWriter, r *http.Request, name string, repo *hubRepo) {
+	tags := []string{}
+	for tag := range repo.tags {
+		if tag > r.URL.Query().Get("last") {
+			tags = append(tags, tag)
+		}
+	}
+	slices.Sort(tags)
+	if n, err := strconv.Atoi(r.URL.Query().Get("n")); err == nil && n < len(tags) {
+		tags = tags[:n]
+		w.Header().Set("Link", fmt.Sprintf(`<%s/v2/%s/tags/list?n=%d&last=%s>; rel="next"`, h.url(), name, n, tags[n-1]))
+	}
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	json.NewEncoder(w).Encode(map[string]any{"name": name, "tags": tags})
+}
+
+func (h *hub) sendReferrers(w http.ResponseWriter, r *http.Request, repo *hubRepo, subject string) {
+	if h.noAPI {
+		http.NotFound(w, r)
+		return
+	}
+	wanted, list := r.URL.Query().Get("artifactType"), []string{}
+	for digest, m := range repo.manifests {
+		var v struct {
+			ArtifactType string
+			Subject      struct{ Digest string }
+		}
+		if json.Unmarshal(m.body, &v) == nil && v.Subject.Digest == subject && (wanted == "" || wanted == v.ArtifactType) {
+			list = append(list, descriptorOf(m.mediaType, digest, len(m.body)))
+		}
+	}
+	if wanted != "" {
+		w.Header().Set("OCI-Filters-Applied", "artifactType")
+	}
+	w.Header().Set("Content-Type", typeIndex)
+	fmt.Fprintf(w, `{"schemaVersion":2,"mediaType":%q,"manifests":[%s]}`, typeIndex, strings.Join(list, ","))
+}
+
+// mirror is the registry under test, over a disk store, behind a listener.
+type mirror struct {
+	t      testing.TB
+	dir    string
+	yaml   string
+	cache  *cache
+	disk   *diskStore
+	reg    *registry
+	srv    *httptest.Server
+	client *http.Client
+	ahead  *atomic.Int64 // how far the clock was advanced
+	ends   []func()
+}
+
+// newMirror starts a mirror whose remote "reg" has base_url and these keys.
+func newMirror(t testing.TB, baseURL string, keys ...string) *mirror {
+	t.Helper()
+	return newMirrorOf(t, remoteYAML("reg", "docker", baseURL, keys...))
+}
+
+func remoteYAML(name, pkg, baseURL string, keys ...string) string {
+	y := fmt.Sprintf("  %s:\n    base_url: %q\n    package: %q\n", name, baseURL, pkg)
+	for _, k := range keys {
+		y += "    " + k + "\n"
+	}
+	return y
+}
+
+func newMirrorOf(t testing.TB, remotes ...string) *mirror {
+	t.Helper()
+	m := &mirror{t: t, dir: t.TempDir(), yaml: "remotes:\n" + strings.Join(remotes, ""), ahead: &atomic.Int64{}}
+	m.start()
+	t.Cleanup(m.stop)
+	return m
+}
+
+// start begins with what is in the directory.
+func (m *mirror) start() {
+	m.t.Helper()
+	cfg, err := parseConfig("remotes.yaml", []byte(m.yaml), func(string) (string, bool) { return "", false })
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	began := time.Now()
+	now := func() time.Time { return began.Add(time.Since(began) + time.Duration(m.ahead.Load())) }
+	log, met := slog.New(slog.DiscardHandler), newMetrics()
+	m.disk = newDiskStore(m.dir, now, log)
+	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, now, log, met)
+	m.cache = newCache(m.disk, newEmbeddedIndex(m.dir, now, log), newLocalFreshness(m.dir, log), &diskSpools{disk: m.disk}, up, now, log, met)
+	m.reg = newRegistry(m.cache, func() *config { return cfg }, &responder{now: now, log: log, metrics: met})
+	m.srv = httptest.NewServer(m.reg)
+	m.client = &http.Client{Transport: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 100}}
+	m.ends = append(m.ends, up.close)
+}
+
+func (m *mirror) stop() {
+	m.client.CloseIdleConnections()
+	m.srv.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	m.cache.close(ctx)
+	for _, end := range m.ends {
+		end()
+	}
+	m.ends = nil
+}
+
+// restart is a new process over the same data, with its freshness lost.
+func (m *mirror) restart() {
+	m.stop()
+	m.start()
+}
+
+func (m *mirror) advance(d time.Duration) { m.ahead.Add(int64(d)) }
+
+// told is an answer.
+type told struct {
+	t      testing.TB
+	what   string
+	status int
+	header http.Header
+	body   []byte
+	err    error // of reading the body
+}
+
+// ask sends a request; pairs are headers. Files that have just been sent whole
+// are stored first: who joins such a fill is told "remote".
+func (m *mirror) ask(method, path string, pairs ...string) *told {
+	m.t.Helper()
+	for m.storing() {
+		time.Sleep(time.Millisecond)
+	}
+	req, err := http.NewRequest(method, m.srv.URL+path, nil)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	for i := 0; i+1 < len(pairs); i += 2 {
+		req.Header.Set(pairs[i], pairs[i+1])
+	}
+	a := &told{t: m.t, what: method + " " + path}
+	res, err := m.client.Do(req)
+	if err != nil {
+		a.err = err
+		return a
+	}
+	defer res.Body.Close()
+	a.status, a.header = res.StatusCode, res.Header
+	a.body, a.err = io.ReadAll(res.Body)
+	return a
+}
+
+func (m *mirror) get(path string, pairs ...string) *told {
+	m.t.Helper()
+	return m.ask(http.MethodGet, path, pairs...)
+}
+
+func (m *mirror) head(path string, pairs ...string) *told {
+	m.t.Helper()
+	return m.ask(http.MethodHead, path, pairs...)
+}
+
+func (a *told) want(status int) *told {
+	a.t.Helper()
+	if a.err != nil || a.status != status {
+		a.t.Errorf("%s: status %d, error %v, body %.300s; want status %d", a.what, a.status, a.err, a.body, status)
+	}
+	return a
+}
+
+func (a *told) wantHeader(name, value string) *told {
+	a.t.Helper()
+	if got := a.header.Get(name); got != value {
+		a.t.Errorf("%s: %s is %q, want %q", a.what, name, got, value)
+	}
+	return a
+}
+
+func (a *told) wantBody(body []byte) *told {
+	a.t.Helper()
+	if a.want(http.StatusOK); !bytes.Equal(a.body, body) {
+		a.t.Errorf("%s: a body of %d bytes, want another of %d", a.what, len(a.body), len(body))
+	}
+	return a
+}
+
+// wantManifest wants a whole manifest, with the headers that go with it.
+func (a *told) wantManifest(mediaType, digest string, body []byte) *told {
+	a.t.Helper()
+	return a.wantBody(body).wantHeader("Content-Type", mediaType).wantHeader("Docker-Content-Digest", digest).
+		wantHeader("Content-Length", strconv.Itoa(len(body))).wantHeader("Docker-Distribution-Api-Version", "registry/2.0")
+}
+
+func (a *told) wantFrom(source string) *told {
+	a.t.Helper()
+	return a.wantHeader("X-Artifact-Source", source)
+}
+
+// wantError wants an error of the specification's form.
+func (a *told) wantError(status int, code string) *told {
+	a.t.Helper()
+	a.want(status).wantHeader("Content-Type", "application/json").wantHeader("Docker-Distribution-Api-Version", "registry/2.0")
+	var e struct {
+		Errors []struct{ Code, Message string }
+	}
+	if err := json.Unmarshal(a.body, &e); err != nil || len(e.Errors) != 1 || e.Errors[0].Code != code || e.Errors[0].Message == "" {
+		a.t.Errorf("%s: %s; want the one error %s with a message", a.what, a.body, code)
+	}
+	return a
+}
+
+// wantBroken wants an answer that nobody can take for a whole one.
+func (a *told) wantBroken() *told {
+	a.t.Helper()
+	if a.err == nil && a.status < 500 {
+		a.t.Errorf("%s: a clean answer %d with %d bytes", a.what, a.status, len(a.body))
+	}
+	return a
+}
+
+// wantAsked wants that many requests at the hub so far.
+func (h *hub) wantAsked(n int, method, path string) {
+	h.t.Helper()
+	if got := h.count(method, path); got != n {
+		h.t.Errorf("%d upstream requests %s %s, want %d", got, method, path, n)
+	}
+}
+
+// pull gets an image as clients do: the tag, the manifest, all blobs.
+func (m *mirror) pull(prefix, tag string, im *hubImage) {
+	m.t.Helper()
+	m.head(prefix+"/manifests/"+tag).want(http.StatusOK).wantHeader("Docker-Content-Digest", im.digest)
+	m.get(prefix+"/manifests/"+im.digest).wantManifest(typeManifest, im.digest, im.body)
+	for d, b := range im.blobs {
+		m.get(prefix+"/blobs/"+d).wantBody(b).wantHeader("Docker-Content-Digest", d)
+	}
+}
+
+func TestRegistryPings(t *testing.T) {
+	t.Parallel()
+	m := newMirror(t, "http://127.0.0.1:1", `registry: "docker.io"`) // nobody is asked
+	for _, path := range []string{"/v2", "/v2/", "/v2/reg", "/v2/reg/", "/reg/v2", "/reg/v2/", "/v2/reg/v2/", "/v2/?ns=docker.io", "/v2/reg/?ns=docker.io"} {
+		a := m.get(path).want(http.StatusOK).wantHeader("Docker-Distribution-Api-Version", "registry/2.0").wantHeader("WWW-Authenticate", "")
+		if s := strings.TrimSpace(string(a.body)); s != "{}" {
+			t.Errorf("%s: %q, want {}", path, s)
+		}
+		if a := m.head(path).want(http.StatusOK); len(a.body) != 0 {
+			t.Errorf("HEAD %s has a body", path)
+		}
+	}
+	m.get("/v2/reg/?ns=docker.io").wantHeader("OCI-Namespace", "docker.io")
+}
+
+func TestRegistryPullTwiceAsksUpstreamOnce(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("team/app", "v1", 300_000, 10, 0)
+	m := newMirror(t, h.url())
+	m.pull("/v2/reg/team/app", "v1", im)
+	h.forget()
+	m.pull("/v2/reg/team/app", "v1", im)
+	h.wantAsked(0, "", "")
+	m.get("/v2/reg/team/app/manifests/v1").wantFrom("cache")
+}
+
+func TestRegistryPullWithTheRegistryDown(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("team/app", "v1", 30_000)
+	m := newMirror(t, h.url())
+	m.pull("/v2/reg/team/app", "v1", im)
+	h.down()
+	m.pull("/v2/reg/team/app", "v1", im)
+	m.advance(2 * time.Hour)
+	m.restart()
+	m.pull("/v2/reg/team/app", "v1", im)
+	m.get("/v2/reg/other/manifests/v1").wantError(http.StatusBadGateway, "UNAVAILABLE")
+	m.get("/v2/reg/other/referrers/"+im.digest).wantError(http.StatusBadGateway, "UNAVAILABLE")
+	h.up()
+	m.advance(time.Minute)
+	other := h.image("other", "v1", 10)
+	m.pull("/v2/reg/other", "v1", other)
+}
+
+func TestRegistryStartsWithTheRegistryDown(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 10)
+	h.down()
+	m := newMirror(t, h.url())
+	m.get("/v2/").want(http.StatusOK)
+	m.get("/v2/reg/app/manifests/v1").wantError(http.StatusBadGateway, "UNAVAILABLE")
+	h.up()
+	m.pull("/v2/reg/app", "v1", im)
+}
+
+func TestRegistryTagIsStoredUnderItsDigestToo(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 10)
+	m := newMirror(t, h.url())
+	m.head("/v2/reg/app/manifests/v1").want(http.StatusOK).wantFrom("remote")
+	h.down()
+	m.get("/v2/reg/app/manifests/"+im.digest).wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
+	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
+}
+
+func TestRegistryRKE2Sequence(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("rancher/rke2-runtime", "v1.30.1-rke2r1", 5000)
+	m := newMirrorOf(t, remoteYAML("dockerhub", "docker", h.url(), `registry: "docker.io"`))
+	m.get("/v2/dockerhub/?ns=docker.io").want(http.StatusOK)
+	schema1 := "application/vnd.docker.distribution.manifest.v1+json,application/vnd.docker.distribution.manifest.v1+prettyjws," + typeDocker + "," + typeManifest
+	m.get("/v2/dockerhub/rancher/rke2-runtime/manifests/v1.30.1-rke2r1?ns=docker.io", "Accept", schema1).
+		wantManifest(typeManifest, im.digest, im.body).wantHeader("OCI-Namespace", "docker.io")
+	for d, b := range im.blobs {
+		m.get("/v2/dockerhub/rancher/rke2-runtime/blobs/" + d + "?ns=docker.io").wantBody(b)
+	}
+	if len(h.accepts) != 1 || h.accepts[0] != acceptManifests {
+		t.Errorf("upstream was asked with Accept %q, want our own once", h.accepts)
+	}
+}
+
+func TestRegistryShapesAreOneEntry(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("library/nginx", "1", 1000)
+	for _, tag := range []string{"2", "3"} {
+		h.repos["library/nginx"].tags[tag] = im.digest
+	}
+	m := newMirrorOf(t, remoteYAML("hub", "docker", h.url(), `registry: "docker.io"`))
+	for _, shape := range []string{"/v2/hub/library/nginx/", "/v2/hub/nginx/", "/hub/v2/nginx/", "/v2/hub/v2/nginx/", "/v2/nginx/?ns=docker.io",
+		"/v2/library/nginx/?ns=docker.io", "/v2/hub/nginx/?ns=quay.io", "/hub/v2/library/nginx/?ns=docker.io"} {
+		base, query, asked := strings.Cut(shape, "?")
+		if asked {
+			query = "?" + query
+		}
+		m.get(base+"manifests/1"+query).wantManifest(typeManifest, im.digest, im.body)
+		m.get(base + "blobs/" + im.order[1] + query).wantBody(im.blobs[im.order[1]])
+		page := base + "tags/list" + cmp.Or(query, "?") + "&n=2"
+		a := m.get(page).want(http.StatusOK)
+		link := a.header.Get("Link")
+		target, ok := strings.CutSuffix(link, `>; rel="next"`)
+		if !ok || !strings.HasPrefix(target, "<"+base+"tags/list?") {
+			t.Fatalf("%s: Link %q is not of the client's shape", page, link)
+		}
+		if a := m.get(target[1:]).want(http.StatusOK); !strings.Contains(string(a.body), `"tags":["3"]`) {
+			t.Errorf("%s: the next page is %s", page, a.body)
+		}
+	}
+	h.wantAsked(1, "GET", "/v2/library/nginx/manifests/1")
+	h.wantAsked(1, "GET", "/v2/library/nginx/blobs/"+im.order[1])
+	h.wantAsked(1, "GET", "/v2/library/nginx/tags/list?n=2")
+	h.wantAsked(1, "GET", "/v2/library/nginx/tags/list?last=2&n=2")
+}
+
+func TestRegistryNamespaceIsNeverDialled(t *testing.T) {
+	t.Parallel()
+	h, stranger := newHub(t), newHub(t)
+	m := newMirrorOf(t, remoteYAML("hub", "docker", h.url(), `registry: "docker.io"`))
+	m.get("/v2/app/manifests/v1?ns="+url.QueryEscape(stranger.addr)).wantError(http.StatusNotFound, "NAME_UNKNOWN")
+	m.get("/v2/app/manifests/v1?ns=").wantError(http.StatusNotFound, "NAME_UNKNOWN")
+	stranger.wantAsked(0, "", "")
+	h.wantAsked(0, "", "")
+}
+
+func TestRegistryHundredClientsPullOneColdImage(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("big", "v1", 1<<20, 1<<20, 2<<20)
+	m := newMirror(t, h.url())
+	var clients sync.WaitGroup
+	for range 100 {
+		clients.Go(func() { m.pull("/v2/reg/big", "v1", im) })
+	}
+	clients.Wait()
+	for _, d := range im.order {
+		h.wantAsked(1, "", "/v2/big/blobs/"+d)
+	}
+	h.wantAsked(1, "", "/v2/big/manifests/v1")
+	h.wantAsked(0, "", "/v2/big/manifests/"+im.digest)
+}
+
+func TestRegistryParallelRangesOfAColdBlob(t *testing.T) {
+	t.Parallel()
+	const size, part = 24 << 20, 4 << 20
+	h := newHub(t)
+	body := noise("parallel", size)
+	d := h.blob("app", body)
+	m := newMirror(t, h.url())
+	got := make([]byte, size)
+	var parts sync.WaitGroup
+	for off := 0; off < size; off += part {
+		parts.Go(func() {
+			a := m.get("/v2/reg/app/blobs/"+d, "Range", fmt.Sprintf("bytes=%d-%d", off, off+part-1)).want(http.StatusPartialContent).
+				wantHeader("Content-Range", fmt.Sprintf("bytes %d-%d/%d", off, off+part-1, size))
+			copy(got[off:], a.body)
+		})
+	}
+	parts.Wait()
+	if !bytes.Equal(got, body) {
+		t.Error("the parts do not make the blob")
+	}
+	m.get("/v2/reg/app/blobs/" + d).wantBody(body)
+	m.get("/v2/reg/app/blobs/"+d, "Range", "bytes=-5").want(http.StatusPartialContent)
+	m.get("/v2/reg/app/blobs/"+d, "Range", fmt.Sprintf("bytes=%d-", size)).want(http.StatusRequestedRangeNotSatisfiable)
+}
+
+// A blob's key has no image in it, and neither has its flight.
+func TestRegistryBlobIsStoredOnceForAllImages(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	body := noise("shared", 5000)
+	d := h.blob("one", body)
+	h.blob("two", body)
+	m := newMirror(t, h.url(), "negative_ttl: 60")
+	m.get("/v2/reg/none/blobs/"+d).wantError(http.StatusNotFound, "BLOB_UNKNOWN")
+	m.get("/v2/reg/one/blobs/" + d).wantBody(body)
+	m.get("/v2/reg/two/blobs/" + d).wantBody(body).wantFrom("cache")
+	h.wantAsked(0, "", "/v2/two/blobs/"+d)
+}
+
+func TestRegistryRefusalOfOneImageIsNotAnothers(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	body := noise("flight", 5000)
+	d := h.blob("has", body)
+	asked, hold := make(chan struct{}), make(chan struct{})
+	h.on("/v2/hasnot/blobs/"+d, func(w http.ResponseWriter, r *http.Request) {
+		close(asked)
+		<-hold
+		http.NotFound(w, r)
+	})
+	m := newMirror(t, h.url())
+	var both sync.WaitGroup
+	both.Go(func() { m.get("/v2/reg/hasnot/blobs/"+d).wantError(http.StatusNotFound, "BLOB_UNKNOWN") })
+	<-asked
+	both.Go(func() { m.get("/v2/reg/has/blobs/" + d).wantBody(body) })
+	for m.waiters("blobs/"+d) < 2 {
+		time.Sleep(time.Millisecond)
+	}
+	close(hold)
+	both.Wait()
+}
+
+// storing says whether a fill is at its last step.
+func (m *mirror) storing() bool {
+	m.cache.mu.Lock()
+	defer m.cache.mu.Unlock()
+	for _, f := range m.cache.flights {
+		f.mu.Lock()
+		complete := f.complete
+		f.mu.Unlock()
+		if complete {
+			return true
+		}
+	}
+	return false
+}
+
+// waiters is how many clients wait for a fill.
+func (m *mirror) waiters(spelling string) int {
+	key := target{remote: m.reg.config().remotes["reg"], spelling: spelling}.key()
+	m.cache.mu.Lock()
+	defer m.cache.mu.Unlock()
+	if f := m.cache.flights[key]; f != nil {
+		return f.waiters
+	}
+	return 0
+}
+
+func TestRegistryHEADOfABlobKnowsItsImage(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 4321)
+	h.image("other", "v1", 1)
+	m := newMirror(t, h.url())
+	m.get("/v2/reg/app/manifests/v1").want(http.StatusOK)
+	h.forget()
+	m.head("/v2/reg/app/blobs/"+im.order[1]).want(http.StatusOK).wantHeader("Content-Length", "4321").
+		wantHeader("Docker-Content-Digest", im.order[1]).wantHeader("ETag", `"sha256-`+im.order[1][7:]+`"`)
+	h.wantAsked(0, "", "")
+	m.head("/v2/reg/other/blobs/" + im.order[1]).want(http.StatusNotFound)
+	h.wantAsked(1, "HEAD", "/v2/other/blobs/"+im.order[1])
+	m.restart()
+	m.head("/v2/reg/app/blobs/"+im.order[1]).want(http.StatusOK).wantHeader("Content-Length", "4321")
+	h.noHEAD = http.StatusForbidden
+	m.head("/v2/reg/app/blobs/"+im.order[0]).want(http.StatusOK).wantHeader("Content-Length", strconv.Itoa(len(im.blobs[im.order[0]])))
+}
+
+func TestRegistrySHA512(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	body := noise("512", 200_000)
+	d := sha512Of(body)
+	h.repo("app").blobs[d] = body
+	text := []byte(`{"schemaVersion":2,"mediaType":"` + typeManifest + `","config":` + descriptorOf("a/b", d, len(body)) + `,"layers":[]}`)
+	md := h.manifest("app", sha512Of(text), typeManifest, text, "v1")
+	m := newMirror(t, h.url(), "check_builtin_updates: true")
+	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, md, text)
+	h.forget()
+	m.get("/v2/reg/app/manifests/"+md).wantManifest(typeManifest, md, text).wantFrom("cache")
+	h.wantAsked(0, "", "")
+	m.get("/v2/reg/app/blobs/" + d).wantBody(body)
+	m.get("/v2/reg/app/blobs/" + d).wantBody(body).wantFrom("cache")
+	m.advance(2 * time.Hour)
+	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, md, text).wantFrom("cache")
+	h.wantAsked(1, "HEAD", "/v2/app/manifests/v1")
+	h.wantAsked(0, "GET", "/v2/app/manifests/v1")
+	lie := sha512Of([]byte("another"))
+	h.repo("app").blobs[lie] = body
+	m.get("/v2/reg/app/blobs/" + lie).wantBroken()
+}
+
+func TestRegistryTagRecheckIsAHEAD(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 10)
+	m := newMirror(t, h.url(), "check_builtin_updates: true")
+	m.get("/v2/reg/app/manifests/v1").wantFrom("remote")
+	m.advance(2 * time.Hour)
+	h.forget()
+	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
+	h.wantAsked(1, "HEAD", "")
+	h.wantAsked(0, "GET", "")
+	next := h.image("app", "v1", 11)
+	m.advance(2 * time.Hour)
+	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, next.digest, next.body).wantFrom("remote")
+	m.get("/v2/reg/app/manifests/"+im.digest).wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
+}
+
+func TestRegistryTagThatMoved(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	first := h.image("app", "latest", 10)
+	m := newMirror(t, h.url())
+	m.get("/v2/reg/app/manifests/latest").wantManifest(typeManifest, first.digest, first.body)
+	second := h.image("app", "latest", 20)
+	m.get("/v2/reg/app/manifests/latest").wantManifest(typeManifest, first.digest, first.body)
+	m.advance(2 * time.Hour)
+	m.head("/v2/reg/app/manifests/latest").wantHeader("Docker-Content-Digest", second.digest)
+	// Who pulled before the move finishes his image, who pulls after it the new one.
+	m.pull("/v2/reg/app", "latest", second)
+	m.get("/v2/reg/app/manifests/"+first.digest).wantManifest(typeManifest, first.digest, first.body).wantFrom("cache")
+	for d, b := range first.blobs {
+		m.get("/v2/reg/app/blobs/" + d).wantBody(b)
+	}
+}
+
+func TestRegistryMissingLayerIsFetchedAgain(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 70_000)
+	m := newMirror(t, h.url())
+	m.pull("/v2/reg/app", "v1", im)
+	key := target{remote: m.reg.config().remotes["reg"], spelling: "blobs/" + im.order[1]}.key()
+	if err := os.RemoveAll(filepath.Join(m.dir, filepath.Dir(key))); err != nil {
+		t.Fatal(err)
+	}
+	m.restart()
+	m.pull("/v2/reg/app", "v1", im)
+	h.wantAsked(2, "GET", "/v2/app/blobs/"+im.order[1])
+	h.wantAsked(1, "GET", "/v2/app/blobs/"+im.order[0])
+}
+
+func TestRegistryAllowListIsByImage(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	nginx, redis := h.image("library/nginx", "1", 100), h.image("library/redis", "1", 100)
+	m := newMirror(t, h.url(), `registry: "docker.io"`, `immutable_patterns: ["^library/nginx"]`)
+	m.pull("/v2/reg/nginx", "1", nginx)
+	m.get("/v2/reg/nginx/tags/list").want(http.StatusOK)
+	m.get("/v2/reg/nginx/referrers/" + nginx.digest).want(http.StatusOK)
+	h.forget()
+	for _, path := range []string{"manifests/1", "manifests/" + redis.digest, "blobs/" + redis.order[1], "blobs/" + nginx.order[1], "tags/list", "referrers/" + redis.digest} {
+		m.get("/v2/reg/redis/"+path).wantError(http.StatusForbidden, "DENIED")
+	}
+	h.wantAsked(0, "", "")
+}
+
+func TestRegistryReferrers(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 10)
+	sig := h.manifest("app", "", typeManifest, []byte(`{"schemaVersion":2,"artifactType":"a/sig","subject":`+descriptorOf(typeManifest, im.digest, 1)+`}`))
+	m := newMirror(t, h.url())
+	path := "/v2/reg/app/referrers/" + im.digest
+	for _, source := range []string{"remote", "cache"} {
+		a := m.get(path).want(http.StatusOK).wantHeader("Content-Type", typeIndex).wantHeader("OCI-Filters-Applied", "").wantFrom(source)
+		if !strings.Contains(string(a.body), sig) {
+			t.Errorf("referrers: %s", a.body)
+		}
+		a = m.get(path+"?artifactType=a%2Fother").want(http.StatusOK).wantHeader("OCI-Filters-Applied", "artifactType").wantFrom(source)
+		if strings.Contains(string(a.body), sig) {
+			t.Errorf("filtered referrers: %s", a.body)
+		}
+		m.restart()
+	}
+	h.on("/v2/app/referrers/"+im.digest, answers(http.StatusServiceUnavailable, "text/plain", "tired"))
+	m.advance(2 * time.Hour)
+	m.get(path).want(http.StatusOK).wantFrom("cache")
+	m.get(path+"?artifactType=never-asked").wantError(http.StatusBadGateway, "UNAVAILABLE")
+}
+
+func TestRegistryReferrersWithoutTheAPI(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.noAPI = true
+	im := h.image("app", "v1", 10)
+	none := h.image("app", "v2", 20)
+	index := []byte(`{"schemaVersion":2,"mediaType":"` + typeIndex + `","manifests":[` + descriptorOf(typeManifest, im.digest, 1) + `]}`)
+	h.manifest("app", "", typeIndex, index, strings.Replace(im.digest, ":", "-", 1))
+	m := newMirror(t, h.url(), "check_builtin_updates: true", "negative_ttl: 60")
+	m.get("/v2/reg/app/referrers/"+im.digest).wantBody(index).wantHeader("Content-Type", typeIndex)
+	m.get("/v2/reg/app/referrers/" + none.digest).wantBody([]byte(emptyIndex)).wantFrom("remote")
+	m.get("/v2/reg/app/referrers/" + sha512Of(index)).wantBody([]byte(emptyIndex))
+	m.get("/v2/reg/app/referrers/" + none.digest).wantBody([]byte(emptyIndex)).wantFrom("cache")
+	// Once learned, it holds in an outage.
+	m.advance(2 * time.Hour)
+	h.down()
+	m.get("/v2/reg/app/referrers/" + im.digest).wantBody(index).wantFrom("cache")
+	m.get("/v2/reg/app/referrers/" + none.digest).wantBody([]byte(emptyIndex)).wantFrom("cache")
+	m.get("/v2/reg/app/referrers/"+sha256Of([]byte("new"))).wantError(http.StatusBadGateway, "UNAVAILABLE")
+}
+
+func TestRegistryTypesOfManifests(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	m := newMirror(t, h.url())
+	for i, c := range []struct{ upstream, body, want string }{
+		{typeDocker, `{"schemaVersion":2}`, typeDocker},
+		{"", `{"schemaVersion":2,"mediaType":"` + typeDocker + `"}`, typeDocker},
+		{"application/octet-stream", `{"schemaVersion":2,"mediaType":"` + typeDockerList + `"}`, typeDockerList},
+		{"text/plain; charset=utf-8", `{"schemaVersion":2,"manifests":[]}`, typeIndex},
+		{"application/json", `{"schemaVersion":2,"config":{}}`, typeManifest},
+		{"application/json", `{"schemaVersion":2,"mediaType":"no type\u0000"}`, "application/json"},
+		{"", `{ "schemaVersion":2}`, typeJSON},
+	} {
+		tag := "t" + strconv.Itoa(i)
+		h.on("/v2/app/manifests/"+tag, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header()["Content-Type"] = []string{c.upstream}
+			if c.upstream == "" {
+				w.Header()["Content-Type"] = nil
+			}
+			w.Header().Set("Content-Length", strconv.Itoa(len(c.body)))
+			io.WriteString(w, c.body)
+		})
+		m.get("/v2/reg/app/manifests/"+tag).wantManifest(c.want, sha256Of([]byte(c.body)), []byte(c.body))
+		m.get("/v2/reg/app/manifests/"+sha256Of([]byte(c.body))).wantManifest(c.want, sha256Of([]byte(c.body)), []byte(c.body))
+	}
+}
+
+func TestRegistryTokens(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.tokens = true
+	im := h.image("team/app", "v1", 500, 600)
+	m := newMirror(t, h.url())
+	m.pull("/v2/reg/team/app", "v1", im)
+	if h.exchanges != 1 {
+		t.Errorf("%d exchanges for one image, want 1", h.exchanges)
+	}
+	h.tokenDown = true
+	m.advance(2 * time.Hour)
+	m.pull("/v2/reg/team/app", "v1", im)
+	m.get("/v2/reg/team/app/manifests/v2").wantError(http.StatusBadGateway, "UNAVAILABLE")
+}
