@@ -406,7 +406,17 @@ func (m *mirror) restart() {
 	m.start()
 }
 
-func (m *mirror) advance(d time.Duration) { m.ahead.Add(int64(d)) }
+func (m *mirror) advance(d time.Duration) {
+	m.settle()
+	m.ahead.Add(int64(d))
+}
+
+// settle waits until what was sent whole is stored.
+func (m *mirror) settle() {
+	for m.storing() {
+		time.Sleep(time.Millisecond)
+	}
+}
 
 // told is an answer.
 type told struct {
@@ -418,13 +428,11 @@ type told struct {
 	err    error // of reading the body
 }
 
-// ask sends a request; pairs are headers. Files that have just been sent whole
-// are stored first: who joins such a fill is told "remote".
+// ask sends a request; pairs are headers. Who joins a fill at its last step is
+// told "remote", so that is waited for.
 func (m *mirror) ask(method, path string, pairs ...string) *told {
 	m.t.Helper()
-	for m.storing() {
-		time.Sleep(time.Millisecond)
-	}
+	m.settle()
 	req, err := http.NewRequest(method, m.srv.URL+path, nil)
 	if err != nil {
 		m.t.Fatal(err)
@@ -848,6 +856,7 @@ func TestRegistryMissingLayerIsFetchedAgain(t *testing.T) {
 	im := h.image("app", "v1", 70_000)
 	m := newMirror(t, h.url())
 	m.pull("/v2/reg/app", "v1", im)
+	m.settle()
 	key := target{remote: m.reg.config().remotes["reg"], spelling: "blobs/" + im.order[1]}.key()
 	if err := os.RemoveAll(filepath.Join(m.dir, filepath.Dir(key))); err != nil {
 		t.Fatal(err)

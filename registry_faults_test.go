@@ -1,0 +1,339 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// cut makes a script that sends n bytes of body and breaks off, as often as
+// told; ranges of the rest are then served.
+func cut(body []byte, n, times int) func(http.ResponseWriter, *http.Request) {
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("ETag", `"cut"`)
+		if r.Method != http.MethodGet || times <= 0 {
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
+			return
+		}
+		times--
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		w.Write(body[:n])
+		w.(http.Flusher).Flush()
+		panic(http.ErrAbortHandler)
+	}
+}
+
+func TestRegistryWrongDigestIsNeverCompleted(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	m := newMirror(t, h.url())
+	small, large := noise("small", 1000), noise("large", 1<<20)
+	for _, good := range [][]byte{small, large} {
+		bad := bytes.Clone(good)
+		bad[len(bad)-1]++
+		d := h.blob("app", good)
+		h.on("/v2/app/blobs/"+d, answers(http.StatusOK, typeBinary, string(bad)))
+		a := m.get("/v2/reg/app/blobs/" + d).wantBroken()
+		if len(a.body) > len(good)-holdBack && a.status == http.StatusOK {
+			t.Errorf("%d of %d wrong bytes were sent", len(a.body), len(good))
+		}
+		m.get("/v2/reg/app/blobs/"+d, "Range", "bytes=-10").wantBroken()
+		h.on("/v2/app/blobs/"+d, nil)
+		m.get("/v2/reg/app/blobs/" + d).wantBody(good).wantFrom("remote")
+	}
+	im := h.image("app", "v1", 10)
+	h.on("/v2/app/manifests/"+im.digest, answers(http.StatusOK, typeManifest, strings.ToUpper(string(im.body))))
+	m.get("/v2/reg/app/manifests/"+im.digest).wantError(http.StatusBadGateway, "UNAVAILABLE")
+	m.head("/v2/reg/app/manifests/" + im.digest).want(http.StatusBadGateway)
+	h.on("/v2/app/manifests/"+im.digest, nil)
+	m.get("/v2/reg/app/manifests/"+im.digest).wantManifest(typeManifest, im.digest, im.body)
+}
+
+func TestRegistryLoginPagesAreNotStored(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 10)
+	m := newMirror(t, h.url())
+	paths := []string{"manifests/v1", "tags/list", "referrers/" + im.digest}
+	for _, page := range []string{"<html>please log in</html>", `{"message":"log in"}`, `["tags"]`, `{"tags":{},"manifests":1}`, `{"schemaVersion":2`, ""} {
+		for _, p := range paths {
+			h.on("/v2/app/"+p, answers(http.StatusOK, "text/html", page))
+			a := m.get("/v2/reg/app/" + p).want(http.StatusBadGateway)
+			if strings.Contains(string(a.body), "log in") {
+				t.Errorf("%s: upstream's page was passed on", p)
+			}
+		}
+	}
+	for _, p := range paths {
+		h.on("/v2/app/"+p, nil)
+		m.get("/v2/reg/app/" + p).want(http.StatusOK).wantFrom("remote")
+	}
+	for i, empty := range []string{`{"name":"e","tags":null}`, `{"name":"e","tags":[]}`} {
+		h.on(fmt.Sprintf("/v2/e%d/tags/list", i), answers(http.StatusOK, "", empty))
+		m.get(fmt.Sprintf("/v2/reg/e%d/tags/list", i)).wantBody([]byte(empty)).wantHeader("Content-Type", typeJSON)
+	}
+}
+
+func TestRegistryResumesALayer(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	body := noise("cut", 3<<20)
+	d := h.blob("app", body)
+	m := newMirror(t, h.url())
+	h.on("/v2/app/blobs/"+d, cut(body, 1<<20, 1))
+	m.get("/v2/reg/app/blobs/" + d).wantBody(body)
+	m.get("/v2/reg/app/blobs/" + d).wantBody(body).wantFrom("cache")
+}
+
+func TestRegistryLayerThatCannotBeResumed(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	body := noise("cut for good", 1<<20)
+	d := h.blob("app", body)
+	m := newMirror(t, h.url())
+	h.on("/v2/app/blobs/"+d, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		w.Write(body[:500_000])
+		w.(http.Flusher).Flush()
+		panic(http.ErrAbortHandler)
+	})
+	m.get("/v2/reg/app/blobs/" + d).wantBroken()
+	h.on("/v2/app/blobs/"+d, nil)
+	m.get("/v2/reg/app/blobs/" + d).wantBody(body).wantFrom("remote")
+}
+
+// containerd goes on with a Range where its own connection broke.
+func TestRegistryClientResumes(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	body := noise("resume", 5<<20)
+	d := h.blob("app", body)
+	m := newMirror(t, h.url())
+	res, err := m.client.Get(m.srv.URL + "/v2/reg/app/blobs/" + d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(res.Body, make([]byte, 100_000)); err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	a := m.get("/v2/reg/app/blobs/"+d, "Range", "bytes=100000-").want(http.StatusPartialContent)
+	if !bytes.Equal(a.body, body[100_000:]) {
+		t.Error("the rest is not the blob's")
+	}
+	h.wantAsked(1, "GET", "/v2/app/blobs/"+d)
+}
+
+func TestRegistryTooManyRequestsUpstream(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 10)
+	m := newMirror(t, h.url())
+	paths := []string{"manifests/v1", "tags/list", "referrers/" + im.digest}
+	for _, p := range paths {
+		m.get("/v2/reg/app/" + p).want(http.StatusOK)
+	}
+	m.advance(2 * time.Hour)
+	busy := func(after string) func(http.ResponseWriter, *http.Request) {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			if after != "" {
+				w.Header().Set("Retry-After", after)
+			}
+			w.WriteHeader(http.StatusTooManyRequests)
+		}
+	}
+	for _, p := range paths {
+		h.on("/v2/app/"+p, busy("7"))
+		m.get("/v2/reg/app/" + p).want(http.StatusOK).wantFrom("cache")
+	}
+	h.on("/v2/app/manifests/new", busy("7"))
+	m.get("/v2/reg/app/manifests/new").wantError(http.StatusServiceUnavailable, "TOOMANYREQUESTS").wantHeader("Retry-After", "7")
+	h.on("/v2/app/blobs/"+im.order[1], busy(""))
+	if a := m.get("/v2/reg/app/blobs/"+im.order[1]).wantError(http.StatusServiceUnavailable, "TOOMANYREQUESTS"); a.header.Get("Retry-After") == "" {
+		t.Error("a 503 without Retry-After")
+	}
+}
+
+func TestRegistryManifestOverTheCap(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	m := newMirror(t, h.url())
+	text := func(n int) []byte {
+		return append(append([]byte(`{"schemaVersion":2,"x":"`), bytes.Repeat([]byte("x"), n-26)...), `"}`...)
+	}
+	large, over := text(maxManifest), text(maxManifest+1)
+	d := h.manifest("app", "", typeIndex, large, "large")
+	m.get("/v2/reg/app/manifests/large").wantManifest(typeIndex, d, large)
+	d = h.manifest("app", "", typeIndex, over, "over")
+	m.get("/v2/reg/app/manifests/over").wantError(http.StatusBadGateway, "MANIFEST_INVALID")
+	m.get("/v2/reg/app/manifests/"+d).wantError(http.StatusBadGateway, "MANIFEST_INVALID")
+	h.on("/v2/app/manifests/chunked", func(w http.ResponseWriter, _ *http.Request) {
+		w.(http.Flusher).Flush()
+		w.Write(over)
+	})
+	m.get("/v2/reg/app/manifests/chunked").wantError(http.StatusBadGateway, "MANIFEST_INVALID")
+}
+
+func TestRegistryErrors(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.image("app", "v1", 10)
+	m := newMirrorOf(t, remoteYAML("reg", "docker", h.url()), remoteYAML("files", "generic", h.url()), remoteYAML("dead", "docker", "http://127.0.0.1:1"))
+	zeros := strings.Repeat("0", 64)
+	for name, c := range map[string]struct {
+		path   string
+		status int
+		code   string
+		asks   bool
+	}{
+		"unknown remote":            {"/v2/nosuch/app/manifests/v1", 404, "NAME_UNKNOWN", false},
+		"unknown remote in front":   {"/nosuch/v2/app/manifests/v1", 404, "NAME_UNKNOWN", false},
+		"unknown namespace":         {"/v2/app/manifests/v1?ns=nosuch.example", 404, "NAME_UNKNOWN", false},
+		"remote without image":      {"/v2/reg/manifests/v1", 404, "NAME_UNKNOWN", false},
+		"files":                     {"/v2/files/app/manifests/v1", 404, "NAME_UNKNOWN", false},
+		"files in front":            {"/files/v2/app/manifests/v1", 404, "NAME_UNKNOWN", false},
+		"catalog":                   {"/v2/_catalog", 404, "NAME_UNKNOWN", false},
+		"catalog of a remote":       {"/v2/reg/_catalog", 404, "UNSUPPORTED", false},
+		"no route":                  {"/v2/reg/app/nosuch/thing", 404, "UNSUPPORTED", false},
+		"no route in front":         {"/reg/v2/app/nosuch/thing", 404, "UNSUPPORTED", false},
+		"missing tag":               {"/v2/reg/app/manifests/nosuch", 404, "MANIFEST_UNKNOWN", true},
+		"missing digest":            {"/v2/reg/app/manifests/sha256:" + zeros, 404, "MANIFEST_UNKNOWN", true},
+		"missing blob":              {"/v2/reg/app/blobs/sha256:" + zeros, 404, "BLOB_UNKNOWN", true},
+		"bad digest":                {"/v2/reg/app/blobs/sha256:bad", 400, "DIGEST_INVALID", false},
+		"bad digest of a manifest":  {"/v2/reg/app/manifests/sha256:bad", 400, "DIGEST_INVALID", false},
+		"bad digest of referrers":   {"/v2/reg/app/referrers/v1", 400, "DIGEST_INVALID", false},
+		"digest in capitals":        {"/v2/reg/app/blobs/sha256:" + strings.Repeat("A", 64), 400, "DIGEST_INVALID", false},
+		"md5":                       {"/v2/reg/app/blobs/md5:" + zeros[:32], 400, "DIGEST_INVALID", false},
+		"capitals":                  {"/v2/reg/App/manifests/v1", 400, "NAME_INVALID", false},
+		"dots":                      {"/v2/reg/..%2fapp/manifests/v1", 400, "NAME_INVALID", false},
+		"empty element":             {"/v2/reg/app//x/manifests/v1", 400, "NAME_INVALID", false},
+		"empty tag":                 {"/v2/reg/app/manifests/", 404, "MANIFEST_UNKNOWN", false},
+		"long tag":                  {"/v2/reg/app/manifests/" + strings.Repeat("t", 129), 404, "MANIFEST_UNKNOWN", false},
+		"odd tag":                   {"/v2/reg/app/manifests/%00", 404, "MANIFEST_UNKNOWN", false},
+		"long name":                 {"/v2/reg/" + strings.Repeat("a/", 600) + "b/manifests/v1", 414, "NAME_INVALID", false},
+		"a registry that is down":   {"/v2/dead/app/manifests/v1", 502, "UNAVAILABLE", false},
+		"a layer that is not there": {"/v2/dead/app/blobs/sha256:" + zeros, 502, "UNAVAILABLE", false},
+	} {
+		h.forget()
+		m.get(c.path).wantError(c.status, c.code)
+		if a := m.head(c.path).want(c.status); len(a.body) != 0 {
+			t.Errorf("%s: HEAD has a body", name)
+		}
+		if n := h.count("", ""); (n > 0) != c.asks {
+			t.Errorf("%s: %d upstream requests", name, n)
+		}
+	}
+	for _, p := range []string{"/v2/files/app/manifests/v1", "/files/v2/app/manifests/v1"} {
+		if a := m.get(p); !strings.Contains(string(a.body), `"location":"/api/files/"`) {
+			t.Errorf("%s does not say where the files are: %s", p, a.body)
+		}
+	}
+}
+
+func TestRegistryStatusesOfTheUpstream(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	m := newMirror(t, h.url())
+	d := sha256Of([]byte("any"))
+	for _, c := range []struct {
+		upstream, status int
+		code             string
+	}{
+		{401, 403, "DENIED"}, {403, 403, "DENIED"}, {410, 404, ""}, {400, 400, "UNKNOWN"},
+		{500, 502, "UNAVAILABLE"}, {501, 502, "UNAVAILABLE"}, {204, 502, "UNAVAILABLE"},
+	} {
+		for path, missing := range map[string]string{"manifests/v1": "MANIFEST_UNKNOWN", "blobs/" + d: "BLOB_UNKNOWN", "tags/list": "NAME_UNKNOWN"} {
+			h.on("/v2/app/"+path, answers(c.upstream, "text/html", ""))
+			code := c.code
+			if code == "" {
+				code = missing
+			}
+			a := m.get("/v2/reg/app/"+path).wantError(c.status, code)
+			if c.code == "DENIED" && !strings.Contains(string(a.body), `\"reg\"`) {
+				t.Errorf("%d: %s does not name the remote", c.upstream, a.body)
+			}
+		}
+	}
+	for status, want := range map[int]int{401: 403, 403: 403, 400: 200, 404: 200, 405: 200, 500: 502} {
+		subject := sha256Of(strconv.AppendInt(nil, int64(status), 10))
+		h.on("/v2/app/referrers/"+subject, answers(status, "text/plain", ""))
+		m.get("/v2/reg/app/referrers/" + subject).want(want)
+	}
+}
+
+func TestRegistryIsReadOnly(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	m := newMirror(t, h.url())
+	for _, c := range [][2]string{{"POST", "/v2/reg/app/blobs/uploads/"}, {"PUT", "/v2/reg/app/manifests/v1"}, {"PATCH", "/reg/v2/app/blobs/uploads/x"}, {"DELETE", "/v2/nosuch/app/manifests/v1"}} {
+		m.ask(c[0], c[1]).wantError(http.StatusMethodNotAllowed, "UNSUPPORTED").wantHeader("Allow", "GET, HEAD")
+	}
+	h.wantAsked(0, "", "")
+}
+
+// A disk that takes nothing any more still lets images through, checked.
+func TestRegistryWithoutASpool(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 300_000)
+	m := newMirror(t, h.url())
+	m.cache.spools = noSpools{}
+	for range 2 {
+		m.pull("/v2/reg/app", "v1", im)
+	}
+	m.get("/v2/reg/app/referrers/" + im.digest).want(http.StatusOK)
+	h.on("/v2/app/manifests/page", answers(http.StatusOK, "text/html", "<html>"))
+	m.get("/v2/reg/app/manifests/page").wantError(http.StatusBadGateway, "MANIFEST_INVALID")
+}
+
+// noSpools is a full disk.
+type noSpools struct{}
+
+func (noSpools) spool() (*os.File, error) { return nil, errNoSpace }
+func (noSpools) room(int64) error         { return errNoSpace }
+
+// The link of a list is cut off with its tags, or not at all.
+func TestRegistryLinkThatCannotBeKept(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	m := newMirror(t, h.url())
+	send := func(token string) func(http.ResponseWriter, *http.Request) {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Link", `</v2/app/tags/list?page=`+token+`>; rel="next"`)
+			io.WriteString(w, `{"tags":["a"]}`)
+		}
+	}
+	h.on("/v2/app/tags/list", send(strings.Repeat("p", 2000)))
+	m.get("/v2/reg/app/tags/list").wantError(http.StatusBadGateway, "UNKNOWN")
+	long := strings.Repeat("p", 500)
+	h.on("/v2/app/tags/list", send(long))
+	for range 2 {
+		m.get("/v2/reg/app/tags/list").want(http.StatusOK).wantHeader("Link", `</v2/reg/app/tags/list?page=`+long+`>; rel="next"`)
+		m.restart()
+	}
+}
+
+func TestRegistryPurgeByListedPath(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 10)
+	m := newMirror(t, h.url())
+	m.pull("/v2/reg/app", "v1", im)
+	a := &api{cache: m.cache, config: m.reg.config, responder: m.reg.responder, metrics: m.cache.metrics, now: m.cache.now, token: "t",
+		origin: http.NewCrossOriginProtection(), registry: m.reg}
+	m.srv.Config.Handler = a
+	for _, path := range []string{"blobs/" + im.order[1], "app/manifests/" + im.digest, "app/manifests/v1"} {
+		m.ask(http.MethodDelete, "/artifacts/reg/"+path, "Authorization", "Bearer t").want(http.StatusNoContent)
+		m.ask(http.MethodDelete, "/artifacts/reg/"+path, "Authorization", "Bearer t").want(http.StatusNotFound)
+	}
+	h.forget()
+	m.pull("/v2/reg/app", "v1", im)
+	h.wantAsked(1, "GET", "/v2/app/blobs/"+im.order[1])
+	h.wantAsked(1, "GET", "/v2/app/manifests/v1")
+}
