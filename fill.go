@@ -954,6 +954,7 @@ func (f *flight) reader(ctx context.Context, a asked) io.ReadSeekCloser {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	single := a.from > 0 || a.suffix > 0
+	r.size = f.total
 	r.jump = single && !f.complete && (f.validator != "" || f.want.digest != "")
 	return r
 }
@@ -963,6 +964,7 @@ func (f *flight) reader(ctx context.Context, a asked) io.ReadSeekCloser {
 type spoolReader struct {
 	f    *flight
 	ctx  context.Context
+	size int64    // of the whole body as it was known in the beginning; -1: not known
 	own  *os.File // nil: read through the flight's descriptor
 	off  int64
 	to   int64       // last byte that was asked for, -1: the end
@@ -1085,7 +1087,7 @@ func (r *spoolReader) Read(p []byte) (int, error) {
 // readRest reads beyond the spool. What a far range cannot give, the fill will.
 func (r *spoolReader) readRest(p []byte) (int, error) {
 	if r.slot && r.f.want.digest != "" {
-		held := r.f.total - holdBack - r.off
+		held := r.size - holdBack - r.off
 		if held <= 0 {
 			r.land()
 			return 0, nil
@@ -1121,7 +1123,7 @@ func (r *spoolReader) skip(n int64) { r.off += n }
 func (r *spoolReader) Seek(off int64, whence int) (int64, error) {
 	switch whence {
 	case io.SeekEnd:
-		off += r.f.total
+		off += r.size
 	case io.SeekCurrent:
 		off += r.off
 	}
