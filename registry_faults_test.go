@@ -33,12 +33,12 @@ func TestRegistryWrongDigestIsNeverCompleted(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
 	m := newMirror(t, h.url())
-	small, large := noise("small", 1000), noise("large", 1<<20)
+	small, large := layerOf("small", 1000), layerOf("large", 1<<20)
 	for _, good := range [][]byte{small, large} {
 		bad := bytes.Clone(good)
 		bad[len(bad)-1]++
 		d := h.blob("app", good)
-		h.on("/v2/app/blobs/"+d, answers(http.StatusOK, typeBinary, string(bad)))
+		h.on("/v2/app/blobs/"+d, regAnswers(http.StatusOK, typeBinary, string(bad)))
 		a := m.get("/v2/reg/app/blobs/" + d).wantBroken()
 		if len(a.body) > len(good)-holdBack && a.status == http.StatusOK {
 			t.Errorf("%d of %d wrong bytes were sent", len(a.body), len(good))
@@ -48,7 +48,7 @@ func TestRegistryWrongDigestIsNeverCompleted(t *testing.T) {
 		m.get("/v2/reg/app/blobs/" + d).wantBody(good).wantFrom("remote")
 	}
 	im := h.image("app", "v1", 10)
-	h.on("/v2/app/manifests/"+im.digest, answers(http.StatusOK, typeManifest, strings.ToUpper(string(im.body))))
+	h.on("/v2/app/manifests/"+im.digest, regAnswers(http.StatusOK, typeManifest, strings.ToUpper(string(im.body))))
 	m.get("/v2/reg/app/manifests/"+im.digest).wantError(http.StatusBadGateway, "UNAVAILABLE")
 	m.head("/v2/reg/app/manifests/" + im.digest).want(http.StatusBadGateway)
 	h.on("/v2/app/manifests/"+im.digest, nil)
@@ -63,7 +63,7 @@ func TestRegistryLoginPagesAreNotStored(t *testing.T) {
 	paths := []string{"manifests/v1", "tags/list", "referrers/" + im.digest}
 	for _, page := range []string{"<html>please log in</html>", `{"message":"log in"}`, `["tags"]`, `{"tags":{},"manifests":1}`, `{"schemaVersion":2`, ""} {
 		for _, p := range paths {
-			h.on("/v2/app/"+p, answers(http.StatusOK, "text/html", page))
+			h.on("/v2/app/"+p, regAnswers(http.StatusOK, "text/html", page))
 			a := m.get("/v2/reg/app/" + p).want(http.StatusBadGateway)
 			if strings.Contains(string(a.body), "log in") {
 				t.Errorf("%s: upstream's page was passed on", p)
@@ -75,7 +75,7 @@ func TestRegistryLoginPagesAreNotStored(t *testing.T) {
 		m.get("/v2/reg/app/" + p).want(http.StatusOK).wantFrom("remote")
 	}
 	for i, empty := range []string{`{"name":"e","tags":null}`, `{"name":"e","tags":[]}`} {
-		h.on(fmt.Sprintf("/v2/e%d/tags/list", i), answers(http.StatusOK, "", empty))
+		h.on(fmt.Sprintf("/v2/e%d/tags/list", i), regAnswers(http.StatusOK, "", empty))
 		m.get(fmt.Sprintf("/v2/reg/e%d/tags/list", i)).wantBody([]byte(empty)).wantHeader("Content-Type", typeJSON)
 	}
 }
@@ -83,7 +83,7 @@ func TestRegistryLoginPagesAreNotStored(t *testing.T) {
 func TestRegistryResumesALayer(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
-	body := noise("cut", 3<<20)
+	body := layerOf("cut", 3<<20)
 	d := h.blob("app", body)
 	m := newMirror(t, h.url())
 	h.on("/v2/app/blobs/"+d, cut(body, 1<<20, 1))
@@ -94,7 +94,7 @@ func TestRegistryResumesALayer(t *testing.T) {
 func TestRegistryLayerThatCannotBeResumed(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
-	body := noise("cut for good", 1<<20)
+	body := layerOf("cut for good", 1<<20)
 	d := h.blob("app", body)
 	m := newMirror(t, h.url())
 	h.on("/v2/app/blobs/"+d, func(w http.ResponseWriter, _ *http.Request) {
@@ -112,7 +112,7 @@ func TestRegistryLayerThatCannotBeResumed(t *testing.T) {
 func TestRegistryClientResumes(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
-	body := noise("resume", 5<<20)
+	body := layerOf("resume", 5<<20)
 	d := h.blob("app", body)
 	m := newMirror(t, h.url())
 	res, err := m.client.Get(m.srv.URL + "/v2/reg/app/blobs/" + d)
@@ -184,7 +184,7 @@ func TestRegistryErrors(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
 	h.image("app", "v1", 10)
-	m := newMirrorOf(t, remoteYAML("reg", "docker", h.url()), remoteYAML("files", "generic", h.url()), remoteYAML("dead", "docker", "http://127.0.0.1:1"))
+	m := newMirrorOf(t, registryYAML("reg", "docker", h.url()), registryYAML("files", "generic", h.url()), registryYAML("dead", "docker", "http://127.0.0.1:1"))
 	zeros := strings.Repeat("0", 64)
 	for name, c := range map[string]struct {
 		path   string
@@ -249,7 +249,7 @@ func TestRegistryStatusesOfTheUpstream(t *testing.T) {
 		{500, 502, "UNAVAILABLE"}, {501, 502, "UNAVAILABLE"}, {204, 502, "UNAVAILABLE"},
 	} {
 		for path, missing := range map[string]string{"manifests/v1": "MANIFEST_UNKNOWN", "blobs/" + d: "BLOB_UNKNOWN", "tags/list": "NAME_UNKNOWN"} {
-			h.on("/v2/app/"+path, answers(c.upstream, "text/html", ""))
+			h.on("/v2/app/"+path, regAnswers(c.upstream, "text/html", ""))
 			code := c.code
 			if code == "" {
 				code = missing
@@ -262,7 +262,7 @@ func TestRegistryStatusesOfTheUpstream(t *testing.T) {
 	}
 	for status, want := range map[int]int{401: 403, 403: 403, 400: 200, 404: 200, 405: 200, 500: 502} {
 		subject := sha256Of(strconv.AppendInt(nil, int64(status), 10))
-		h.on("/v2/app/referrers/"+subject, answers(status, "text/plain", ""))
+		h.on("/v2/app/referrers/"+subject, regAnswers(status, "text/plain", ""))
 		m.get("/v2/reg/app/referrers/" + subject).want(want)
 	}
 }
@@ -288,7 +288,7 @@ func TestRegistryWithoutASpool(t *testing.T) {
 		m.pull("/v2/reg/app", "v1", im)
 	}
 	m.get("/v2/reg/app/referrers/" + im.digest).want(http.StatusOK)
-	h.on("/v2/app/manifests/page", answers(http.StatusOK, "text/html", "<html>"))
+	h.on("/v2/app/manifests/page", regAnswers(http.StatusOK, "text/html", "<html>"))
 	m.get("/v2/reg/app/manifests/page").wantError(http.StatusBadGateway, "MANIFEST_INVALID")
 }
 

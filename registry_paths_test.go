@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-func TestRegistryNames(t *testing.T) {
+func TestRegistryImageNames(t *testing.T) {
 	t.Parallel()
 	for name, want := range map[string]bool{
 		"app": true, "a/b/c/d/e/f/g/h/i/j": true, "a.b_c__d-e/f--g": true, "0": true, "tags": true,
@@ -65,7 +65,7 @@ func TestRegistryPathsAreReadFromTheRight(t *testing.T) {
 }
 
 func registryConfig(t testing.TB) *config {
-	y := "remotes:\n" + remoteYAML("reg", "docker", "https://reg.example") + remoteYAML("hub", "docker", "https://registry-1.docker.io") + remoteYAML("files", "generic", "https://files.example")
+	y := "remotes:\n" + registryYAML("reg", "docker", "https://reg.example") + registryYAML("hub", "docker", "https://registry-1.docker.io") + registryYAML("files", "generic", "https://files.example")
 	cfg, err := parseConfig("remotes.yaml", []byte(y), func(string) (string, bool) { return "", false })
 	if err != nil {
 		t.Fatal(err)

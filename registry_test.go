@@ -127,7 +127,7 @@ func (h *hub) image(name, tag string, sizes ...int) *hubImage {
 	conf := add("application/vnd.oci.image.config.v1+json", fmt.Appendf(nil, `{"architecture":"amd64","os":"linux","name":%q,"tag":%q}`, name, tag))
 	var layers []string
 	for i, n := range sizes {
-		layers = append(layers, add("application/vnd.oci.image.layer.v1.tar+gzip", noise(name+tag+strconv.Itoa(i), n)))
+		layers = append(layers, add("application/vnd.oci.image.layer.v1.tar+gzip", layerOf(name+tag+strconv.Itoa(i), n)))
 	}
 	// Odd white space: whoever writes the manifest anew is found out.
 	im.body = fmt.Appendf(nil, "{ \"schemaVersion\": 2,\n\t\"mediaType\":%q,\"config\":%s,\r\n\"layers\":[%s]}\n", typeManifest, conf, strings.Join(layers, " , "))
@@ -139,7 +139,7 @@ func descriptorOf(mediaType, digest string, size int) string {
 	return fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, mediaType, digest, size)
 }
 
-func noise(seed string, n int) []byte {
+func layerOf(seed string, n int) []byte {
 	var s [32]byte
 	copy(s[:], seed)
 	b := make([]byte, n)
@@ -165,8 +165,8 @@ func (h *hub) on(path string, f func(http.ResponseWriter, *http.Request)) {
 	h.script[path] = f
 }
 
-// answers makes a script that sends this.
-func answers(status int, mediaType, body string) func(http.ResponseWriter, *http.Request) {
+// regAnswers makes a script that sends this.
+func regAnswers(status int, mediaType, body string) func(http.ResponseWriter, *http.Request) {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", mediaType)
 		w.WriteHeader(status)
@@ -350,10 +350,10 @@ type mirror struct {
 // newMirror starts a mirror whose remote "reg" has base_url and these keys.
 func newMirror(t testing.TB, baseURL string, keys ...string) *mirror {
 	t.Helper()
-	return newMirrorOf(t, remoteYAML("reg", "docker", baseURL, keys...))
+	return newMirrorOf(t, registryYAML("reg", "docker", baseURL, keys...))
 }
 
-func remoteYAML(name, pkg, baseURL string, keys ...string) string {
+func registryYAML(name, pkg, baseURL string, keys ...string) string {
 	y := fmt.Sprintf("  %s:\n    base_url: %q\n    package: %q\n", name, baseURL, pkg)
 	for _, k := range keys {
 		y += "    " + k + "\n"
@@ -381,7 +381,7 @@ func (m *mirror) start() {
 	log, met := slog.New(slog.DiscardHandler), newMetrics()
 	m.disk = newDiskStore(m.dir, now, log)
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, now, log, met)
-	m.cache = newCache(m.disk, newEmbeddedIndex(m.dir, now, log), newLocalFreshness(m.dir, log), &diskSpools{disk: m.disk}, up, now, log, met)
+	m.cache = newCache(m.disk, newEmbeddedIndex(m.dir, log), newLocalFreshness(m.dir, now, log), &diskSpools{disk: m.disk}, up, now, log, met)
 	m.reg = newRegistry(m.cache, func() *config { return cfg }, &responder{now: now, log: log, metrics: met})
 	m.srv = httptest.NewServer(m.reg)
 	m.client = &http.Client{Transport: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 100}}
@@ -418,8 +418,8 @@ func (m *mirror) settle() {
 	}
 }
 
-// told is an answer.
-type told struct {
+// regTold is an answer.
+type regTold struct {
 	t      testing.TB
 	what   string
 	status int
@@ -430,7 +430,7 @@ type told struct {
 
 // ask sends a request; pairs are headers. Who joins a fill at its last step is
 // told "remote", so that is waited for.
-func (m *mirror) ask(method, path string, pairs ...string) *told {
+func (m *mirror) ask(method, path string, pairs ...string) *regTold {
 	m.t.Helper()
 	m.settle()
 	req, err := http.NewRequest(method, m.srv.URL+path, nil)
@@ -440,7 +440,7 @@ func (m *mirror) ask(method, path string, pairs ...string) *told {
 	for i := 0; i+1 < len(pairs); i += 2 {
 		req.Header.Set(pairs[i], pairs[i+1])
 	}
-	a := &told{t: m.t, what: method + " " + path}
+	a := &regTold{t: m.t, what: method + " " + path}
 	res, err := m.client.Do(req)
 	if err != nil {
 		a.err = err
@@ -452,17 +452,17 @@ func (m *mirror) ask(method, path string, pairs ...string) *told {
 	return a
 }
 
-func (m *mirror) get(path string, pairs ...string) *told {
+func (m *mirror) get(path string, pairs ...string) *regTold {
 	m.t.Helper()
 	return m.ask(http.MethodGet, path, pairs...)
 }
 
-func (m *mirror) head(path string, pairs ...string) *told {
+func (m *mirror) head(path string, pairs ...string) *regTold {
 	m.t.Helper()
 	return m.ask(http.MethodHead, path, pairs...)
 }
 
-func (a *told) want(status int) *told {
+func (a *regTold) want(status int) *regTold {
 	a.t.Helper()
 	if a.err != nil || a.status != status {
 		a.t.Errorf("%s: status %d, error %v, body %.300s; want status %d", a.what, a.status, a.err, a.body, status)
@@ -470,7 +470,7 @@ func (a *told) want(status int) *told {
 	return a
 }
 
-func (a *told) wantHeader(name, value string) *told {
+func (a *regTold) wantHeader(name, value string) *regTold {
 	a.t.Helper()
 	if got := a.header.Get(name); got != value {
 		a.t.Errorf("%s: %s is %q, want %q", a.what, name, got, value)
@@ -478,7 +478,7 @@ func (a *told) wantHeader(name, value string) *told {
 	return a
 }
 
-func (a *told) wantBody(body []byte) *told {
+func (a *regTold) wantBody(body []byte) *regTold {
 	a.t.Helper()
 	if a.want(http.StatusOK); !bytes.Equal(a.body, body) {
 		a.t.Errorf("%s: a body of %d bytes, want another of %d", a.what, len(a.body), len(body))
@@ -487,19 +487,19 @@ func (a *told) wantBody(body []byte) *told {
 }
 
 // wantManifest wants a whole manifest, with the headers that go with it.
-func (a *told) wantManifest(mediaType, digest string, body []byte) *told {
+func (a *regTold) wantManifest(mediaType, digest string, body []byte) *regTold {
 	a.t.Helper()
 	return a.wantBody(body).wantHeader("Content-Type", mediaType).wantHeader("Docker-Content-Digest", digest).
 		wantHeader("Content-Length", strconv.Itoa(len(body))).wantHeader("Docker-Distribution-Api-Version", "registry/2.0")
 }
 
-func (a *told) wantFrom(source string) *told {
+func (a *regTold) wantFrom(source string) *regTold {
 	a.t.Helper()
 	return a.wantHeader("X-Artifact-Source", source)
 }
 
 // wantError wants an error of the specification's form.
-func (a *told) wantError(status int, code string) *told {
+func (a *regTold) wantError(status int, code string) *regTold {
 	a.t.Helper()
 	a.want(status).wantHeader("Content-Type", "application/json").wantHeader("Docker-Distribution-Api-Version", "registry/2.0")
 	var e struct {
@@ -512,7 +512,7 @@ func (a *told) wantError(status int, code string) *told {
 }
 
 // wantBroken wants an answer that nobody can take for a whole one.
-func (a *told) wantBroken() *told {
+func (a *regTold) wantBroken() *regTold {
 	a.t.Helper()
 	if a.err == nil && a.status < 500 {
 		a.t.Errorf("%s: a clean answer %d with %d bytes", a.what, a.status, len(a.body))
@@ -611,7 +611,7 @@ func TestRegistryRKE2Sequence(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
 	im := h.image("rancher/rke2-runtime", "v1.30.1-rke2r1", 5000)
-	m := newMirrorOf(t, remoteYAML("dockerhub", "docker", h.url(), `registry: "docker.io"`))
+	m := newMirrorOf(t, registryYAML("dockerhub", "docker", h.url(), `registry: "docker.io"`))
 	m.get("/v2/dockerhub/?ns=docker.io").want(http.StatusOK)
 	schema1 := "application/vnd.docker.distribution.manifest.v1+json,application/vnd.docker.distribution.manifest.v1+prettyjws," + typeDocker + "," + typeManifest
 	m.get("/v2/dockerhub/rancher/rke2-runtime/manifests/v1.30.1-rke2r1?ns=docker.io", "Accept", schema1).
@@ -631,7 +631,7 @@ func TestRegistryShapesAreOneEntry(t *testing.T) {
 	for _, tag := range []string{"2", "3"} {
 		h.repos["library/nginx"].tags[tag] = im.digest
 	}
-	m := newMirrorOf(t, remoteYAML("hub", "docker", h.url(), `registry: "docker.io"`))
+	m := newMirrorOf(t, registryYAML("hub", "docker", h.url(), `registry: "docker.io"`))
 	for _, shape := range []string{"/v2/hub/library/nginx/", "/v2/hub/nginx/", "/hub/v2/nginx/", "/v2/hub/v2/nginx/", "/v2/nginx/?ns=docker.io",
 		"/v2/library/nginx/?ns=docker.io", "/v2/hub/nginx/?ns=quay.io", "/hub/v2/library/nginx/?ns=docker.io"} {
 		base, query, asked := strings.Cut(shape, "?")
@@ -657,10 +657,10 @@ func TestRegistryShapesAreOneEntry(t *testing.T) {
 	h.wantAsked(1, "GET", "/v2/library/nginx/tags/list?last=2&n=2")
 }
 
-func TestRegistryNamespaceIsNeverDialled(t *testing.T) {
+func TestRegistryImageNamespaceIsNeverDialled(t *testing.T) {
 	t.Parallel()
 	h, stranger := newHub(t), newHub(t)
-	m := newMirrorOf(t, remoteYAML("hub", "docker", h.url(), `registry: "docker.io"`))
+	m := newMirrorOf(t, registryYAML("hub", "docker", h.url(), `registry: "docker.io"`))
 	m.get("/v2/app/manifests/v1?ns="+url.QueryEscape(stranger.addr)).wantError(http.StatusNotFound, "NAME_UNKNOWN")
 	m.get("/v2/app/manifests/v1?ns=").wantError(http.StatusNotFound, "NAME_UNKNOWN")
 	stranger.wantAsked(0, "", "")
@@ -688,7 +688,7 @@ func TestRegistryParallelRangesOfAColdBlob(t *testing.T) {
 	t.Parallel()
 	const size, part = 24 << 20, 4 << 20
 	h := newHub(t)
-	body := noise("parallel", size)
+	body := layerOf("parallel", size)
 	d := h.blob("app", body)
 	m := newMirror(t, h.url())
 	got := make([]byte, size)
@@ -713,7 +713,7 @@ func TestRegistryParallelRangesOfAColdBlob(t *testing.T) {
 func TestRegistryBlobIsStoredOnceForAllImages(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
-	body := noise("shared", 5000)
+	body := layerOf("shared", 5000)
 	d := h.blob("one", body)
 	h.blob("two", body)
 	m := newMirror(t, h.url(), "negative_ttl: 60")
@@ -726,7 +726,7 @@ func TestRegistryBlobIsStoredOnceForAllImages(t *testing.T) {
 func TestRegistryRefusalOfOneImageIsNotAnothers(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
-	body := noise("flight", 5000)
+	body := layerOf("flight", 5000)
 	d := h.blob("has", body)
 	asked, hold := make(chan struct{}), make(chan struct{})
 	h.on("/v2/hasnot/blobs/"+d, func(w http.ResponseWriter, r *http.Request) {
@@ -794,7 +794,7 @@ func TestRegistryHEADOfABlobKnowsItsImage(t *testing.T) {
 func TestRegistrySHA512(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
-	body := noise("512", 200_000)
+	body := layerOf("512", 200_000)
 	d := sha512Of(body)
 	h.repo("app").blobs[d] = body
 	text := []byte(`{"schemaVersion":2,"mediaType":"` + typeManifest + `","config":` + descriptorOf("a/b", d, len(body)) + `,"layers":[]}`)
@@ -900,7 +900,7 @@ func TestRegistryReferrers(t *testing.T) {
 		}
 		m.restart()
 	}
-	h.on("/v2/app/referrers/"+im.digest, answers(http.StatusServiceUnavailable, "text/plain", "tired"))
+	h.on("/v2/app/referrers/"+im.digest, regAnswers(http.StatusServiceUnavailable, "text/plain", "tired"))
 	m.advance(2 * time.Hour)
 	m.get(path).want(http.StatusOK).wantFrom("cache")
 	m.get(path+"?artifactType=never-asked").wantError(http.StatusBadGateway, "UNAVAILABLE")

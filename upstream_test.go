@@ -1173,9 +1173,9 @@ type registrySite struct {
 	exchanges []*http.Request // guarded by script.mu
 }
 
-// newRegistry has the registry at registry.test.test and its token service at
+// newTokenRegistry has the registry at registry.test.test and its token service at
 // auth.test.test, which gives the tokens t1, t2 ...; the last one is accepted.
-func newRegistry(t *testing.T, origins ...string) *registrySite {
+func newTokenRegistry(t *testing.T, origins ...string) *registrySite {
 	g := &registrySite{challenge: `Bearer realm="https://auth.test.test/token",service="svc",scope="ignored"`}
 	g.tokens = func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintf(w, `{"token":"t%d","expires_in":300}`, g.exchanged())
@@ -1234,7 +1234,7 @@ func (g *registrySite) wantTraffic(requests, exchanges int) {
 
 func TestTokenIsExchangedAndKept(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t)
+	g := newTokenRegistry(t)
 	g.pull().want(200, "manifest")
 	g.wantTraffic(3, 1)
 	x := g.exchanges[0]
@@ -1252,7 +1252,7 @@ func TestTokenIsExchangedAndKept(t *testing.T) {
 
 func TestTokenGoesNotToBlobStorage(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t)
+	g := newTokenRegistry(t)
 	g.r.username, g.r.headers = "u", http.Header{"X-Key": {"k"}}
 	g.ask(question{wire: "i/blobs/x", scope: "s"}).want(200, "blob") // the fake checks
 	for _, r := range g.reqs {
@@ -1278,7 +1278,7 @@ func TestTokenGoesNotToBlobStorage(t *testing.T) {
 func TestOneExchangeForMany(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := newRegistry(t)
+		g := newTokenRegistry(t)
 		give := g.tokens
 		g.tokens = func(w http.ResponseWriter, r *http.Request) {
 			time.Sleep(time.Second)
@@ -1296,7 +1296,7 @@ func TestOneExchangeForMany(t *testing.T) {
 func TestWaitersShareAFailureButNotAnAbandonedExchange(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := newRegistry(t)
+		g := newTokenRegistry(t)
 		g.tokens = func(w http.ResponseWriter, _ *http.Request) {
 			time.Sleep(time.Second)
 			w.WriteHeader(500)
@@ -1308,7 +1308,7 @@ func TestWaitersShareAFailureButNotAnAbandonedExchange(t *testing.T) {
 		wg.Wait()
 		g.wantTraffic(10+1, 1)
 
-		g = newRegistry(t)
+		g = newTokenRegistry(t)
 		do := g.do
 		g.do = func(n int, r *http.Request) (*http.Response, error) {
 			if r.URL.Path == "/token" && g.exchanged() == 0 {
@@ -1356,7 +1356,7 @@ func TestTokenLife(t *testing.T) {
 	} {
 		t.Run(answer, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				g := newRegistry(t)
+				g := newTokenRegistry(t)
 				g.accepts = func(auth string) bool { return auth == "Bearer t" }
 				g.tokens = func(w http.ResponseWriter, _ *http.Request) {
 					w.Header().Set("Date", date.Format(http.TimeFormat))
@@ -1379,7 +1379,7 @@ func TestTokenLife(t *testing.T) {
 
 func TestRefusedTokenIsRenewedOnce(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t)
+	g := newTokenRegistry(t)
 	g.pull().want(200, "manifest")
 	g.accepts = func(auth string) bool { return auth == "Bearer t2" }
 	g.pull().want(200, "manifest") // t1 was revoked
@@ -1399,7 +1399,7 @@ func TestRefusedTokenIsRenewedOnce(t *testing.T) {
 // TestRefusedTokensComeToAnEnd has others bring a new token again and again.
 func TestRefusedTokensComeToAnEnd(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t)
+	g := newTokenRegistry(t)
 	g.accepts = func(string) bool {
 		k := tokenKey{"r", "https://auth.test.test/token", "svc", "repository:i:pull", ""}
 		g.u.tokens.live[k] = token{fmt.Sprint(len(g.lines)), time.Now().Add(time.Hour)}
@@ -1426,7 +1426,7 @@ func TestTokenServiceFailures(t *testing.T) {
 		"header split": {says(200, `{"token":"a\r\nX: y"}`), 502, errUnreachable},
 		"endless":      {says(200, `{"token":"`+strings.Repeat("a", maxTokenBytes)+`"}`), 502, errUnreachable},
 	} {
-		g := newRegistry(t)
+		g := newTokenRegistry(t)
 		g.r.username, g.r.password = "u", "SECRET"
 		g.tokens = c.answer
 		r := g.asker.ask(question{scope: "s", hasCopy: true})
@@ -1447,7 +1447,7 @@ func TestTokenServiceUnreachableCountsForTheRemote(t *testing.T) {
 		// Many times, since two ends of waiting come at one instant.
 		for i := range 20 {
 			fails := []func(*http.Request) (*http.Response, error){refuse, hang}[i%2]
-			g := newRegistry(t)
+			g := newTokenRegistry(t)
 			do := g.do
 			g.do = func(n int, r *http.Request) (*http.Response, error) {
 				if r.URL.Path == "/token" {
@@ -1469,7 +1469,7 @@ func TestTokenServiceUnreachableCountsForTheRemote(t *testing.T) {
 func TestTokenMayNotTrickle(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		g := newRegistry(t)
+		g := newTokenRegistry(t)
 		do := g.do
 		g.do = func(n int, r *http.Request) (*http.Response, error) {
 			if r.URL.Path == "/token" {
@@ -1487,7 +1487,7 @@ func TestTokenMayNotTrickle(t *testing.T) {
 
 func TestTokenServices429IsTheAnswer(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t)
+	g := newTokenRegistry(t)
 	g.tokens = func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Retry-After", "7")
 		w.WriteHeader(429)
@@ -1500,7 +1500,7 @@ func TestTokenServices429IsTheAnswer(t *testing.T) {
 
 func TestCredentialsGoToTheRealm(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t)
+	g := newTokenRegistry(t)
 	g.r.username, g.r.password = "u", "p"
 	g.pull().want(200, "manifest")
 	for _, r := range g.reqs {
@@ -1516,7 +1516,7 @@ func TestCredentialsGoToTheRealm(t *testing.T) {
 
 func TestForeignRealmIsNotAsked(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t)
+	g := newTokenRegistry(t)
 	g.challenge = `Bearer realm="https://evil.example/token?SECRET"`
 	g.r.username, g.r.password = "u", "SECRET"
 	r := g.pull()
@@ -1529,11 +1529,11 @@ func TestForeignRealmIsNotAsked(t *testing.T) {
 	g.r.tokenRealm = mustURL(t, "https://evil.example/token")
 	g.pull().want(200, "manifest")
 
-	g = newRegistry(t) // without credentials anyone may be asked
+	g = newTokenRegistry(t) // without credentials anyone may be asked
 	g.challenge = `Bearer realm="https://evil.example/token"`
 	g.pull().want(200, "manifest")
 
-	g = newRegistry(t)
+	g = newTokenRegistry(t)
 	g.challenge = `Bearer realm="/token"`
 	g.pull().wantErr(errBadUpstream, "realm")
 }
@@ -1614,7 +1614,7 @@ func TestRealmMayNotLeadInside(t *testing.T) {
 
 func TestTokenRequestsRedirectKeepsThePassword(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t)
+	g := newTokenRegistry(t)
 	g.r.username, g.r.password = "u", "p"
 	g.tokens = func(w http.ResponseWriter, r *http.Request) {
 		_, _, basic := r.BasicAuth()
@@ -1634,7 +1634,7 @@ func TestTokenRequestsRedirectKeepsThePassword(t *testing.T) {
 func TestBasicRegistry(t *testing.T) {
 	t.Parallel()
 	for _, scope := range []string{"", "repository:i:pull"} {
-		g := newRegistry(t)
+		g := newTokenRegistry(t)
 		g.challenge = `Negotiate abc==, BASIC realm="x"`
 		g.r.username, g.r.password = "u", "p"
 		g.accepts = func(auth string) bool { return auth == "Basic dTpw" }
@@ -1658,7 +1658,7 @@ func TestBasicRegistry(t *testing.T) {
 // TestUnmarkedMirrorGetsNoBoughtToken has a mirror name base_url's own realm.
 func TestUnmarkedMirrorGetsNoBoughtToken(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t, "https://registry.test.test", "https://mirror.example", "auth https://second.test.test")
+	g := newTokenRegistry(t, "https://registry.test.test", "https://mirror.example", "auth https://second.test.test")
 	g.r.username, g.r.password = "u", "p"
 	g.tokens = func(w http.ResponseWriter, r *http.Request) {
 		_, _, basic := r.BasicAuth()
@@ -1675,7 +1675,7 @@ func TestUnmarkedMirrorGetsNoBoughtToken(t *testing.T) {
 
 func TestMirrorsTokenTroubleNeverCounts(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t, "https://registry.test.test", "https://mirror.example")
+	g := newTokenRegistry(t, "https://registry.test.test", "https://mirror.example")
 	do := g.do
 	g.do = func(n int, r *http.Request) (*http.Response, error) {
 		if r.URL.Host == "registry.test.test" {
@@ -1691,7 +1691,7 @@ func TestMirrorsTokenTroubleNeverCounts(t *testing.T) {
 
 func TestTokenTablesAreBounded(t *testing.T) {
 	t.Parallel()
-	g := newRegistry(t)
+	g := newTokenRegistry(t)
 	g.accepts = func(auth string) bool { return auth != "" }
 	for i := range maxRemembered + 10 {
 		s := fmt.Sprint(i)
