@@ -1120,6 +1120,15 @@ func (r *spoolReader) next(limit int64) (*os.File, int64, error) {
 
 func (r *spoolReader) skip(n int64) { r.off += n }
 
+// ready makes it live.
+func (r *spoolReader) ready() bool {
+	if r.rest != nil {
+		return false
+	}
+	n, _, err := r.f.state(r.off)
+	return n > 0 || err != nil
+}
+
 func (r *spoolReader) Seek(off int64, whence int) (int64, error) {
 	switch whence {
 	case io.SeekEnd:
@@ -1143,11 +1152,12 @@ func (r *spoolReader) Close() error {
 // direct answers when there is no spool: straight from upstream, for this
 // client alone.
 func (c *cache) direct(ctx context.Context, q want, a asked, cp *stored) (*reply, error) {
-	ask := q.question(http.MethodGet, nil)
+	ask := q.question(http.MethodGet, a.header(q))
 	ask.hasCopy = cp != nil
 	ans, err := c.askBody(ctx, q, ask)
+	var at, size int64
 	if err == nil {
-		if err = c.refused(q, ans); err != nil {
+		if at, size, err = c.part(q, ans, ask.header.Get("Range") != ""); err != nil {
 			ans.Body.Close()
 		}
 	}
@@ -1158,16 +1168,40 @@ func (c *cache) direct(ctx context.Context, q want, a asked, cp *stored) (*reply
 		return nil, err
 	}
 	rec := c.newRecord(q, ans.Header)
-	rep := &reply{rec: rec, size: ans.ContentLength, remote: true, outcome: "MISS", status: "fwd=miss"}
+	rep := &reply{rec: rec, size: size, remote: true, outcome: "MISS", status: "fwd=miss"}
 	if q.whole {
 		return rep, c.inMemory(ctx, q, rep, ans)
 	}
-	body := &remoteBody{c: c, ctx: ctx, ans: ans, part: rest{want: q, validator: rangeValidator(ans), size: ans.ContentLength, to: a.to, origin: ans.origin}}
+	body := &remoteBody{c: c, ctx: ctx, ans: ans, at: at, part: rest{want: q, validator: rangeValidator(ans), size: size, to: a.to, origin: ans.origin}}
 	if q.digest != "" {
 		body.sums = newSums(q.digest)
 	}
 	rep.body = body
 	return rep, nil
+}
+
+// header asks for the single range that a client wants. A body with a digest is
+// asked for as a whole, since only that can be verified.
+func (a asked) header(q want) http.Header {
+	switch {
+	case q.whole || q.digest != "" || a.from == 0 && a.to < 0 && a.suffix == 0:
+		return nil
+	case a.suffix > 0:
+		return http.Header{"Range": {"bytes=-" + strconv.FormatInt(a.suffix, 10)}}
+	case a.to >= 0:
+		return http.Header{"Range": {fmt.Sprintf("bytes=%d-%d", a.from, a.to)}}
+	}
+	return http.Header{"Range": {fmt.Sprintf("bytes=%d-", a.from)}}
+}
+
+// part judges the answer to a question that may have asked for a range: where
+// its body begins, and the size of the whole (-1: not known).
+func (c *cache) part(q want, ans *answer, ranged bool) (at, size int64, err error) {
+	first, _, size, ok := contentRange(ans.Header.Get("Content-Range"))
+	if ranged && ans.StatusCode == http.StatusPartialContent && ok && size >= 0 {
+		return first, size, nil
+	}
+	return 0, ans.ContentLength, c.refused(q, ans)
 }
 
 // inMemory makes rep of a small body that must be whole before it is answered.
@@ -1249,6 +1283,9 @@ func (b *remoteBody) readHeld(p []byte) (int, error) {
 	b.off += int64(n)
 	return n, nil
 }
+
+// ready makes it live.
+func (b *remoteBody) ready() bool { return b.done }
 
 func (b *remoteBody) read(p []byte) (int, error) { return b.readAt(p, b.off) }
 

@@ -277,6 +277,13 @@ type source interface {
 	skip(n int64)
 }
 
+// live is a body that may have to be waited for: what was sent before must
+// not sit in a buffer meanwhile.
+type live interface {
+	// ready says that reading on will not wait.
+	ready() bool
+}
+
 const (
 	// sendStep is how much is handed to the kernel at once: large enough that
 	// the deadline's cost vanishes, small enough that a fill's watermark and a
@@ -364,18 +371,27 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	if s, ok := body.(source); ok && w.sendfile {
 		return w.sendFiles(s, limit)
 	}
-	return w.copyFrom(src, limit)
+	return w.copyFrom(body, limit)
+}
+
+// flushBefore sends what is buffered, the headers above all, if body would
+// keep the client waiting for more.
+func (w *response) flushBefore(body any) {
+	if l, ok := body.(live); ok && !l.ready() {
+		_ = w.rc.Flush() // a client that has left shows at the next write
+	}
 }
 
 // sendFiles sends limit bytes of s, or all.
 func (w *response) sendFiles(s source, limit int64) (sent int64, err error) {
 	for sent < limit {
+		w.flushBefore(s)
 		f, n, err := s.next(min(limit-sent, sendStep))
 		if err != nil {
 			return sent, w.ended(err, sent, limit)
 		}
 		if f == nil {
-			n, err := w.copyFrom(&io.LimitedReader{R: s, N: limit - sent}, limit-sent)
+			n, err := w.copyFrom(s, limit-sent)
 			return sent + n, err
 		}
 		k, err := w.sendFile(f, n)
@@ -418,12 +434,14 @@ func (w *response) sendFile(f *os.File, n int64) (sent int64, err error) {
 
 var copyBuffers = sync.Pool{New: func() any { return new([copySize]byte) }}
 
-// copyFrom sends what cannot be sent by the kernel: memory, TLS, streams.
-func (w *response) copyFrom(src io.Reader, limit int64) (sent int64, err error) {
+// copyFrom sends limit bytes of what cannot be sent by the kernel: memory, TLS,
+// streams.
+func (w *response) copyFrom(body io.Reader, limit int64) (sent int64, err error) {
 	buf := copyBuffers.Get().(*[copySize]byte)
 	defer copyBuffers.Put(buf)
-	for {
-		n, err := src.Read(buf[:])
+	for sent < limit {
+		w.flushBefore(body)
+		n, err := body.Read(buf[:min(copySize, limit-sent)])
 		if n > 0 {
 			k, werr := w.Write(buf[:n])
 			sent += int64(k)
@@ -435,6 +453,7 @@ func (w *response) copyFrom(src io.Reader, limit int64) (sent int64, err error) 
 			return sent, w.ended(err, sent, limit)
 		}
 	}
+	return sent, nil
 }
 
 // ended judges the end of a source: clean only at EOF and, where a length was
