@@ -350,8 +350,13 @@ func strong(etag string) bool { return strings.HasPrefix(etag, `"`) }
 
 // fill gets the body; with validators conditionally.
 func (f *flight) fill(validators http.Header) error {
-	if err := f.openSpool(); err != nil {
-		return err
+	// Without a spool, upstream need not be asked on behalf of all. With a copy
+	// in hand the disk, which may be busy, is not to delay the answer that
+	// upstream is gone.
+	if f.old == nil {
+		if err := f.openSpool(); err != nil {
+			return err
+		}
 	}
 	ask := f.want.question(http.MethodGet, validators)
 	ask.hasCopy = f.old != nil
@@ -436,6 +441,9 @@ func (f *flight) begin(ans *answer) error {
 	q, c := f.want, f.c
 	if q.limit > 0 && ans.ContentLength > q.limit {
 		return f.tooLarge()
+	}
+	if err := f.openSpool(); err != nil {
+		return err
 	}
 	if err := c.spools.room(max(0, ans.ContentLength)); err != nil {
 		c.storeFailed("spool", "beginning", f.key, err)
