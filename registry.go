@@ -142,8 +142,8 @@ var (
 
 // parseCall understands a path in any of the shapes of SPEC.md section 6. Its
 // errors are coded.
-func parseCall(cfg *config, u *url.URL) (call, error) {
-	c := call{path: u.EscapedPath()}
+func parseCall(cfg *config, u *url.URL) (*call, error) {
+	c := &call{path: u.EscapedPath()}
 	var query url.Values
 	if u.RawQuery != "" {
 		query, _ = url.ParseQuery(u.RawQuery) // what is malformed counts as absent
@@ -339,7 +339,7 @@ func lowerCaseHex(s string) bool {
 }
 
 // want is what the cache has to find for c.
-func (g *registry) want(c call) (want, error) {
+func (g *registry) want(c *call) (want, error) {
 	var q want
 	switch c.route {
 	case routeManifest:
@@ -372,7 +372,7 @@ func (c *call) target(path string) target {
 }
 
 // manifest wants a manifest, by tag or by digest.
-func (g *registry) manifest(c call) want {
+func (g *registry) manifest(c *call) want {
 	return want{
 		target: c.target(c.image + "/manifests/" + c.ref), accept: acceptManifests, digest: c.digest,
 		limit: maxManifest, whole: true, staleOn429: true, note: noteDigest,
@@ -384,7 +384,7 @@ func (g *registry) manifest(c call) want {
 }
 
 // blob wants a blob: one copy for all images of the remote that have it.
-func (g *registry) blob(c call) want {
+func (g *registry) blob(c *call) want {
 	q := want{target: c.target(c.image + "/blobs/" + c.ref), digest: c.digest, shared: true, dress: c.dress}
 	q.spelling = "blobs/" + c.ref
 	q.size = g.sizes.get(c.sizeKey(c.digest))
@@ -392,13 +392,13 @@ func (g *registry) blob(c call) want {
 }
 
 // tags wants a page of a list of tags.
-func (g *registry) tags(c call) want {
+func (g *registry) tags(c *call) want {
 	return want{target: c.target(c.image + "/tags/list"), accept: typeJSON, limit: maxList, whole: true,
 		staleOn429: true, note: notePages, check: checkTags, dress: c.dress}
 }
 
 // referrers wants the manifests that refer to a digest.
-func (g *registry) referrers(c call) want {
+func (g *registry) referrers(c *call) want {
 	return want{target: c.target(c.image + "/referrers/" + c.ref), accept: acceptManifests, limit: maxList, whole: true,
 		staleOn429: true, staleOn5xx: true, note: notePages, check: checkReferrers, dress: c.dress,
 		ask: func(ctx context.Context, ask question) (*answer, error) { return g.askReferrers(ctx, c, ask) }}
@@ -407,7 +407,7 @@ func (g *registry) referrers(c call) want {
 // askReferrers asks for referrers: by the API, by the tag that stands in for it
 // at registries without one, or else there are none. Denials, 429 and failures
 // are no such answer.
-func (g *registry) askReferrers(ctx context.Context, c call, ask question) (*answer, error) {
+func (g *registry) askReferrers(ctx context.Context, c *call, ask question) (*answer, error) {
 	ans, err := g.cache.up.ask(ctx, ask)
 	if err != nil || !none(ans.StatusCode) {
 		return ans, err
@@ -517,7 +517,7 @@ type descriptor struct {
 // checkManifest looks at a complete manifest: a tag's must be one, since no
 // digest vouches for it. It is stored under its digest as well, before the tag
 // is answered, because that is what clients ask for next.
-func (g *registry) checkManifest(ctx context.Context, c call, rec *record, body io.ReaderAt) error {
+func (g *registry) checkManifest(ctx context.Context, c *call, rec *record, body io.ReaderAt) error {
 	text, err := contents(rec, body)
 	if err != nil {
 		return err
@@ -592,7 +592,7 @@ func digestOf(text []byte, upstream string) string {
 }
 
 // remember keeps the sizes of an image's blobs for HEAD.
-func (g *registry) remember(c call, m *manifest) {
+func (g *registry) remember(c *call, m *manifest) {
 	if m.Config != nil {
 		m.Layers = append(m.Layers, *m.Config)
 	}
@@ -663,7 +663,7 @@ func checkList(rec *record, body io.ReaderAt, member string) error {
 }
 
 // dress sets the headers of an answer.
-func (c call) dress(h http.Header, rec *record) {
+func (c *call) dress(h http.Header, rec *record) {
 	t := rec.ContentType
 	switch c.route {
 	case routeManifest, routeBlob:
