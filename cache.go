@@ -66,6 +66,15 @@ type objects interface {
 	walk(ctx context.Context, f func(key string, rec *record) error) error
 }
 
+// forgetter is an objects that keeps copies of what is elsewhere.
+type forgetter interface {
+	// forget drops what is kept of key: another process replaced or removed it.
+	forget(key string)
+	// forgetAll has everything looked at again before it is used: something may
+	// have been missed.
+	forgetAll()
+}
+
 // row is what the index knows of one object.
 type row struct {
 	Remote, Path, Key, SHA256, ContentType string // Path in upstream spelling
@@ -310,6 +319,8 @@ type stored struct {
 	at      time.Time     // when it was last found good
 	ttl     time.Duration // what is left; negative: expired
 	forever bool
+	// outdated: a later version was stored, if this one is a copy of a copy.
+	outdated bool
 }
 
 func (s *stored) fresh() bool { return s.forever || s.ttl > 0 }
@@ -411,6 +422,17 @@ func (c *cache) lookup(ctx context.Context, key string, q want, a asked) (*store
 	if a.head {
 		off = -1
 	}
+	s, err := c.look(ctx, key, q, off)
+	if f, ok := c.objects.(forgetter); ok && err == nil && s.outdated {
+		// Once: an older version in the store itself is all there is.
+		s.body.Close()
+		f.forget(key)
+		return c.look(ctx, key, q, off)
+	}
+	return s, err
+}
+
+func (c *cache) look(ctx context.Context, key string, q want, off int64) (*stored, error) {
 	obj, err := c.objects.open(ctx, key, off)
 	if err != nil {
 		return nil, err
@@ -435,8 +457,10 @@ func (c *cache) judge(ctx context.Context, key string, q want, obj *object) *sto
 	}
 	m, err := c.fresh.get(ctx, key)
 	switch {
-	case err == nil && m.SHA256 == obj.rec.SHA256 && m.At.After(s.at):
-		s.at = m.At
+	case err == nil && m.At.After(s.at):
+		if s.outdated = m.SHA256 != obj.rec.SHA256; !s.outdated {
+			s.at = m.At
+		}
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		c.storeFailed("redis", "reading freshness of", key, err)
 	}
