@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"mime"
 	"net/http"
 	"os"
@@ -191,6 +192,7 @@ type cache struct {
 	slots   map[string]chan struct{} // by remote name: fills that run
 	noHEAD  map[string]time.Time     // by remote name: HEAD is refused until then
 	writing map[string]*keyLock      // keys of local files being changed
+	untold  map[string]bool          // keys whose change is still to be announced
 
 	negative negatives
 	uses     uses
@@ -203,7 +205,7 @@ func newCache(o objects, ix index, f freshness, s spooler, up *upstream, now fun
 		objects: o, index: ix, fresh: f, spools: s, up: up, now: now, log: log, metrics: m,
 		ctx: ctx, cancel: cancel,
 		flights: map[string]*flight{}, slots: map[string]chan struct{}{},
-		noHEAD: map[string]time.Time{}, writing: map[string]*keyLock{}, peers: newPeerClient(),
+		noHEAD: map[string]time.Time{}, writing: map[string]*keyLock{}, untold: map[string]bool{}, peers: newPeerClient(),
 	}
 }
 
@@ -729,6 +731,7 @@ func (c *cache) used(remote, key string) { c.uses.add(remote, key, c.now()) }
 
 // flush writes the uses that have gathered to the index.
 func (c *cache) flush(ctx context.Context) {
+	c.tell(ctx)
 	batch := c.uses.take()
 	if len(batch) == 0 {
 		return
@@ -960,6 +963,7 @@ func (c *cache) remove(ctx context.Context, remote, key string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
+	c.announce(ctx, key)
 	if ierr := c.index.delete(ctx, remote, key); ierr != nil && !errors.Is(ierr, fs.ErrNotExist) {
 		c.storeFailed("database", "deleting", key, ierr)
 	}
@@ -1021,6 +1025,47 @@ func (c *cache) evictOldest(ctx context.Context, remote string, bytes int64) (fr
 	}
 	c.log.Info("evicted least recently used files", "remote", remote, "files", files, "bytes", freed)
 	return freed
+}
+
+// maxUntold bounds the announcements that wait for Redis.
+const maxUntold = 100_000
+
+// announce tells the other replicas to drop what they keep of key. They may
+// hear each other while we cannot be heard: what fails is told by flush later.
+func (c *cache) announce(ctx context.Context, key string) {
+	if c.replicas == nil {
+		return
+	}
+	err := c.replicas.announce(ctx, key)
+	if err == nil {
+		return
+	}
+	c.storeFailed("redis", "announcing", key, err)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.untold) < maxUntold {
+		c.untold[key] = true
+	}
+}
+
+// tell makes up for announcements that failed.
+func (c *cache) tell(ctx context.Context) {
+	if c.replicas == nil || !c.replicas.online() {
+		return
+	}
+	c.mu.Lock()
+	untold := c.untold
+	c.untold = map[string]bool{}
+	c.mu.Unlock()
+	for key := range untold {
+		if c.replicas.announce(ctx, key) != nil {
+			break
+		}
+		delete(untold, key)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	maps.Copy(c.untold, untold)
 }
 
 // close ends all fills, after at most the patience of ctx, and writes what is

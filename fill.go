@@ -721,6 +721,7 @@ func (c *cache) store(ctx context.Context, key string, rec *record, spool *os.Fi
 		c.storeFailed("storage", "storing", key, err)
 		return err
 	}
+	c.announce(ctx, key)
 	c.negative.delete(key)
 	if err := c.index.save(ctx, rowOf(key, rec)); err != nil {
 		c.storeFailed("database", "indexing", key, err)
