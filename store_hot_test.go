@@ -1,0 +1,508 @@
+// store_hot_test.go: local copies in front of S3: when they are made, when
+// they are believed, and when they go.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// hotBench is a tier in front of an s3Bench.
+type hotBench struct {
+	*s3Bench
+	tier *tiered
+	disk *diskStore
+}
+
+const hotTestLimit = 16 << 20
+
+func newHotBench(t *testing.T) *hotBench { return newHotBenchAt(t, newFakeS3(t), hotTestLimit) }
+
+// newHotBenchAt makes one more replica at a server.
+func newHotBenchAt(t *testing.T, f *fakeS3, limit int64) *hotBench {
+	b := &hotBench{s3Bench: newS3BenchAt(t, f)}
+	b.restart(newTestDisk(t), limit)
+	return b
+}
+
+// restart makes a new tier of what is on disk.
+func (b *hotBench) restart(disk *diskStore, limit int64) {
+	b.disk = disk
+	b.tier = newTiered(b.store, disk, limit, nil)
+	b.t.Cleanup(b.tier.close)
+	b.objects = b.tier
+	if err := b.tier.load(b.t.Context()); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// read reads a whole body and waits for the copy that is made of it.
+func (b *hotBench) read(spelling, content string) {
+	b.t.Helper()
+	wantBody(b.t, b.mustOpen(spelling, 0).body, content)
+	b.tier.wg.Wait()
+}
+
+// wantHot checks that a file is served without a request.
+func (b *hotBench) wantHot(spelling, content string) {
+	b.t.Helper()
+	b.fake.count("")
+	b.wantHit(spelling, content)
+	b.wantRequests()
+}
+
+// wantCold checks that there is no copy of a file, and never opens it.
+func (b *hotBench) wantCold(spelling string) {
+	b.t.Helper()
+	b.tier.wg.Wait()
+	if b.tier.files.has(testKey(spelling)) {
+		b.t.Errorf("there is a copy of %s", spelling)
+	}
+	if o, err := b.disk.open(b.t.Context(), testKey(spelling), -1); !errors.Is(err, fs.ErrNotExist) {
+		b.t.Errorf("on disk is %s: %v, %v", spelling, o, err)
+	}
+}
+
+func TestTieredObjects(t *testing.T) {
+	t.Parallel()
+	testObjects(t, func(t *testing.T) objects { return newHotBench(t).tier })
+}
+
+func TestTieredObjectsWithoutCopies(t *testing.T) {
+	t.Parallel()
+	testObjects(t, func(t *testing.T) objects { return newHotBenchAt(t, newFakeS3(t), 0).tier })
+}
+
+func TestTieredObjectsReal(t *testing.T) {
+	t.Parallel()
+	testObjects(t, func(t *testing.T) objects {
+		s := newTiered(newS3Store(realBucket(t), func() bool { return true }), newTestDisk(t), hotTestLimit, nil)
+		t.Cleanup(s.close)
+		return s
+	})
+}
+
+func TestHotIsNoRequest(t *testing.T) {
+	t.Parallel()
+	b := newHotBench(t)
+	small, large := "small", bigContent(1_000_000)
+	b.mustPut("small", small)
+	b.mustPut("large", large)
+	b.wantHot("small", small)
+	b.wantHot("large", large)
+	if _, ok := b.mustOpen("small", 0).body.(*memBody); !ok {
+		t.Error("a small body is not served from memory")
+	}
+	if _, ok := b.mustOpen("large", 0).body.(*fileBody); !ok {
+		t.Error("a large body is not served from its file")
+	}
+}
+
+func TestHotIsWhatWasReadToItsEnd(t *testing.T) {
+	t.Parallel()
+	content := bigContent(300_000)
+	for name, c := range map[string]struct {
+		read func(o *object)
+		hot  bool
+	}{
+		"all of it":     {func(o *object) { io.Copy(io.Discard, o.body) }, true},
+		"by its size":   {func(o *object) { io.CopyN(io.Discard, o.body, 300_000) }, true},
+		"nothing":       {func(o *object) {}, false},
+		"all but one":   {func(o *object) { io.CopyN(io.Discard, o.body, 299_999) }, false},
+		"twice a part":  {func(o *object) { readFrom(o, 0, 1000); readFrom(o, 0, 300_000) }, false},
+		"all but a gap": {func(o *object) { readFrom(o, 0, 1000); readFrom(o, 1001, 298_999) }, false},
+		"measured first": {func(o *object) {
+			o.body.Seek(0, io.SeekEnd)
+			readFrom(o, 0, 300_000)
+		}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := newHotBench(t)
+			a.mustPut("f", content)
+			b := newHotBenchAt(t, a.fake, hotTestLimit)
+			b.fake.count("")
+			o := b.mustOpen("f", 0)
+			c.read(o)
+			o.body.Close()
+			b.tier.wg.Wait()
+			if c.hot {
+				b.wantRequests("GetObject", 1)
+				b.wantHot("f", content)
+				return
+			}
+			b.wantCold("f")
+		})
+	}
+}
+
+func readFrom(o *object, off, n int64) {
+	o.body.Seek(off, io.SeekStart)
+	io.CopyN(io.Discard, o.body, n)
+}
+
+func TestRangesAreNotCopied(t *testing.T) {
+	t.Parallel()
+	a := newHotBench(t)
+	a.mustPut("f", "content")
+	b := newHotBenchAt(t, a.fake, hotTestLimit)
+	wantBody(t, b.mustOpen("f", 1).body, "ontent")
+	b.wantCold("f")
+}
+
+func TestCopiesAreVerified(t *testing.T) {
+	t.Parallel()
+	a := newHotBench(t)
+	a.mustPut("f", "content")
+	a.fake.object(testKey("f")).data[2] ^= 1
+	b := newHotBenchAt(t, a.fake, hotTestLimit)
+	io.Copy(io.Discard, b.mustOpen("f", 0).body)
+	b.wantCold("f")
+	if b.log.count("run verify") != 1 {
+		t.Errorf("the log does not say so: %s", b.log.b.String())
+	}
+}
+
+// TestFastClientsAreNotSlowed has a disk that does not begin before the client
+// has everything: the rest of the copy is then fetched on its own.
+func TestFastClientsAreNotSlowed(t *testing.T) {
+	t.Parallel()
+	content := bigContent(3 * hotAhead * copySize / 2)
+	a := newHotBench(t)
+	a.mustPut("f", content)
+	for name, change := range map[string]func(){
+		"the object stays":       func() {},
+		"the object is replaced": func() { a.mustPut("f", "other") },
+	} {
+		b := newHotBenchAt(t, a.fake, hotTestLimit)
+		gate := make(chan struct{})
+		b.tier.room = func(int64) error { <-gate; return nil }
+		wantBody(t, b.mustOpen("f", 0).body, content)
+		change()
+		close(gate)
+		b.tier.wg.Wait()
+		if name == "the object stays" {
+			b.wantHot("f", content)
+			continue
+		}
+		b.wantCold("f")
+		if b.log.count("no local copy") > 0 {
+			t.Error("a replacement was logged as a failure")
+		}
+		return
+	}
+}
+
+func TestCopiesLeaveRoom(t *testing.T) {
+	t.Parallel()
+	a := newHotBench(t)
+	a.mustPut("f", "content")
+	b := newHotBenchAt(t, a.fake, hotTestLimit)
+	b.tier.room = func(int64) error { return errNoSpace }
+	b.read("f", "content")
+	b.wantCold("f")
+}
+
+func TestOneCopyOfManyReaders(t *testing.T) {
+	t.Parallel()
+	a := newHotBench(t)
+	content := bigContent(300_000)
+	a.mustPut("f", content)
+	b := newHotBenchAt(t, a.fake, hotTestLimit)
+	made := 0
+	gate := make(chan struct{})
+	b.tier.room = func(int64) error { made++; <-gate; return nil }
+	for range 5 {
+		wantBody(t, b.mustOpen("f", 0).body, content)
+	}
+	close(gate)
+	b.tier.wg.Wait()
+	if made != 1 {
+		t.Errorf("%d copies were made", made)
+	}
+	b.wantHot("f", content)
+}
+
+func TestEviction(t *testing.T) {
+	t.Parallel()
+	const size, limit = 100_000, 1_000_000
+	b := newHotBenchAt(t, newFakeS3(t), limit)
+	content := func(i int) string { return fmt.Sprint(i, strings.Repeat("x", size)) }
+	for i := range 30 {
+		b.mustPut(fmt.Sprint(i), content(i))
+		b.mustOpen("0", 0) // used all the time
+		var bytes int64
+		b.disk.walk(t.Context(), func(_ string, rec *record) error { bytes += rec.Size; return nil })
+		if bytes > limit || b.tier.files.cost > limit {
+			t.Fatalf("%d bytes on disk, %d by our count, %d are allowed", bytes, b.tier.files.cost, limit)
+		}
+	}
+	b.wantHot("0", content(0))
+	b.wantHot("29", content(29))
+	b.wantCold("1")
+	b.wantHit("1", content(1))
+	b.mustPut("huge", strings.Repeat("x", limit-10_000))
+	b.wantCold("huge")
+	b.wantHot("0", content(0))
+	if !b.tier.shrink(limit) || b.tier.shrink(1) {
+		t.Error("shrink does not say what it did")
+	}
+	b.wantCold("0")
+	if b.tier.files.cost != 0 {
+		t.Errorf("%d bytes are charged for nothing", b.tier.files.cost)
+	}
+}
+
+// TestTrust is SPEC.md section 8: when a copy is served without asking S3.
+func TestTrust(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		class  class
+		online bool
+		age    time.Duration
+		reset  bool
+		asked  bool
+	}{
+		"immutable, announcements arrive":      {immutable, true, 24 * time.Hour / 100, false, false},
+		"immutable, young":                     {immutable, false, 59 * time.Second, false, false},
+		"immutable, a minute old":              {immutable, false, 60 * time.Second, false, true},
+		"immutable, something may be missed":   {immutable, true, 0, true, true},
+		"mutable, announcements arrive":        {mutable, true, 10 * time.Minute, false, false},
+		"mutable, they do not":                 {mutable, false, 0, false, true},
+		"mutable, something may be missed":     {mutable, true, 0, true, true},
+		"of our own, announcements arrive":     {local, true, 10 * time.Minute, false, false},
+		"of our own, they do not":              {local, false, 0, false, true},
+		"of our own, something may be missed":  {local, true, 0, true, true},
+		"immutable, missed and not yet online": {immutable, false, 0, true, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newHotBench(t)
+			b.putClass("f", "content", c.class)
+			b.online.Store(c.online)
+			b.advance(c.age)
+			if c.reset {
+				b.tier.forgetAll()
+			}
+			b.fake.count("")
+			wantBody(t, b.mustOpen("f", 0).body, "content")
+			if !c.asked {
+				b.wantRequests()
+				return
+			}
+			b.wantRequests("HeadObject", 1)
+			b.online.Store(true)
+			wantBody(t, b.mustOpen("f", 0).body, "content")
+			b.wantRequests()
+		})
+	}
+}
+
+func TestAnnouncementsReachTheCopy(t *testing.T) {
+	t.Parallel()
+	a := newHotBench(t)
+	a.putClass("f", "old", mutable)
+	b := newHotBenchAt(t, a.fake, hotTestLimit)
+	b.read("f", "old")
+	a.putClass("f", "new", mutable)
+	b.tier.forget(testKey("f"))
+	b.read("f", "new")
+	wantBody(t, b.mustOpen("f", 0).body, "new")
+	if err := a.delete(t.Context(), testKey("f")); err != nil {
+		t.Fatal(err)
+	}
+	b.tier.forget(testKey("f"))
+	b.wantMiss("f")
+	b.wantCold("f")
+}
+
+// TestAnnouncementsDuringACopy: what was read before must not become a copy
+// after.
+func TestAnnouncementsDuringACopy(t *testing.T) {
+	t.Parallel()
+	a := newHotBench(t)
+	content := bigContent(300_000)
+	a.putClass("f", content, mutable)
+	b := newHotBenchAt(t, a.fake, hotTestLimit)
+	o := b.mustOpen("f", 0)
+	io.CopyN(io.Discard, o.body, 100_000)
+	b.tier.forget(testKey("f"))
+	io.Copy(io.Discard, o.body)
+	b.wantCold("f")
+}
+
+func TestMissedAnnouncementsAreFound(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(a *hotBench){
+		"replaced":       func(a *hotBench) { a.putClass("f", "new", mutable) },
+		"deleted":        func(a *hotBench) { a.delete(a.t.Context(), testKey("f")) },
+		"deleted, again": func(a *hotBench) { a.fake.drop(testKey("f")) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := newHotBench(t)
+			a.putClass("f", "old", mutable)
+			b := newHotBenchAt(t, a.fake, hotTestLimit)
+			b.read("f", "old")
+			b.online.Store(false)
+			change(a)
+			if name == "replaced" {
+				b.read("f", "new")
+				return
+			}
+			b.wantMiss("f")
+			b.wantCold("f")
+		})
+	}
+}
+
+func TestHotInAnOutage(t *testing.T) {
+	t.Parallel()
+	b := newHotBench(t)
+	b.putClass("for ever", "x", immutable)
+	b.putClass("changes", "x", mutable)
+	b.fake.fail(always("", fakeFault{}))
+	b.wantDown("unknown")
+	for _, spelling := range []string{"for ever", "changes"} {
+		wantBody(t, b.mustOpen(spelling, 0).body, "x")
+	}
+	b.online.Store(false)
+	b.advance(time.Hour / 10)
+	wantBody(t, b.mustOpen("for ever", 0).body, "x")
+	b.wantDown("changes") // it may have been replaced: upstream is asked
+	b.fake.fail(nil)
+	if err := b.store.ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantBody(t, b.mustOpen("changes", 0).body, "x")
+}
+
+// TestPutWithoutAnAnswer: the new version may be in S3 or not, so the old copy
+// is no longer believed.
+func TestPutWithoutAnAnswer(t *testing.T) {
+	t.Parallel()
+	b := newHotBench(t)
+	b.putClass("f", "old", mutable)
+	b.fake.fail(func(op, _ string) (bool, *fakeFault) { return op == "PutObject", &fakeFault{} })
+	rec := testRecord("f", "new")
+	if err := b.tier.put(t.Context(), testKey("f"), rec, tempSpool(t, b.dir, "new")); err == nil {
+		t.Fatal("put was acknowledged")
+	}
+	b.fake.fail(nil)
+	b.advance(s3RetryAfter)
+	wantBody(t, b.mustOpen("f", 0).body, "new")
+}
+
+func TestCopiesOutliveTheProcess(t *testing.T) {
+	t.Parallel()
+	b := newHotBench(t)
+	content := bigContent(100_000)
+	b.mustPut("kept", content)
+	b.mustPut("replaced", "old")
+	b.tier.close()
+	a := newHotBenchAt(t, b.fake, hotTestLimit)
+	a.mustPut("replaced", "new")
+	b.restart(b.disk, hotTestLimit)
+	b.fake.count("")
+	wantBody(t, b.mustOpen("kept", 0).body, content)
+	b.wantRequests("HeadObject", 1)
+	b.wantHot("kept", content)
+	b.read("replaced", "new")
+	b.tier.close()
+	b.restart(b.disk, 0) // switched off
+	b.wantCold("kept")
+	b.wantHit("kept", content)
+}
+
+func TestDamagedCopiesAreNoMatter(t *testing.T) {
+	t.Parallel()
+	b := newHotBench(t)
+	content := bigContent(100_000)
+	b.mustPut("f", content)
+	if err := b.disk.delete(t.Context(), testKey("f")); err != nil {
+		t.Fatal(err)
+	}
+	b.read("f", content)
+	b.wantHot("f", content)
+	checked, dropped, err := b.tier.verify(t.Context(), func(key string, err error) { t.Errorf("%s: %v", key, err) })
+	if checked != 2 || dropped != 0 || err != nil {
+		t.Errorf("%d checked, %d dropped, %v", checked, dropped, err)
+	}
+	if err := b.tier.sweep(t.Context(), true); err != nil {
+		t.Error(err)
+	}
+}
+
+// toldReplicas is replicas as far as announcing goes.
+type toldReplicas struct {
+	replicas
+	down bool
+	told []string
+}
+
+func (r *toldReplicas) online() bool { return !r.down }
+
+func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
+	t.Parallel()
+	a := newHotBench(t)
+	a.putClass("f", "old", mutable)
+	b := newHotBenchAt(t, a.fake, hotTestLimit)
+	b.read("f", "old")
+	a.putClass("f", "new", mutable)
+	fresh := newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { fresh.close() })
+	c := newCache(b.tier, nil, fresh, nil, nil, time.Now, b.store.log, newMetrics())
+	q := want{target: target{remote: &remote{name: "r"}, path: "f", spelling: "f", class: mutable}}
+	wantLookup := func(content string) {
+		t.Helper()
+		s, err := c.lookup(t.Context(), testKey("f"), q, asked{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.body.Close()
+		wantBody(t, s.body, content)
+	}
+	wantLookup("old") // nobody told
+	fresh.set(t.Context(), testKey("f"), mark{At: time.Now(), SHA256: testRecord("f", "new").SHA256})
+	b.fake.count("")
+	wantLookup("new")
+	b.wantRequests("GetObject", 1)
+	b.tier.wg.Wait()
+	wantLookup("new")
+	b.wantRequests()
+	fresh.set(t.Context(), testKey("f"), mark{At: time.Now(), SHA256: testRecord("f", "lost").SHA256})
+	wantLookup("new") // and not for ever
+	b.wantRequests("GetObject", 1)
+}
+
+func BenchmarkHotHit(b *testing.B) {
+	for _, size := range []int{4 << 10, 64 << 20} {
+		b.Run(fmt.Sprint(size>>10, "KiB"), func(b *testing.B) {
+			s := newS3Store(realS3(b, 64<<20), func() bool { return true })
+			d := newDiskStore(filepath.Join(b.TempDir(), "hot"), time.Now, slog.New(slog.DiscardHandler))
+			t := newTiered(s, d, 1<<30, nil)
+			defer t.close()
+			content := bigContent(size)
+			if err := t.put(b.Context(), testKey("bench"), testRecord("bench", content), tempSpool(b, b.TempDir(), content)); err != nil {
+				b.Fatal(err)
+			}
+			b.SetBytes(int64(size))
+			b.ReportAllocs()
+			for b.Loop() {
+				o, err := t.open(b.Context(), testKey("bench"), 0)
+				if err != nil {
+					b.Fatal(err)
+				}
+				io.Copy(io.Discard, o.body)
+				o.body.Close()
+			}
+		})
+	}
+}

@@ -1,0 +1,877 @@
+// store_s3.go: artifacts in S3. An object's metadata holds its record, so that
+// one GET brings both. The local copies in front of it are in store_hot.go.
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode/utf16"
+)
+
+const (
+	// s3RecordField is the metadata field that makes an object ours.
+	s3RecordField   = "artifact"
+	s3RecordVersion = 1
+	// s3RecordMost bounds the field: S3 allows 2,048 bytes for all names and
+	// values, and MinIO counts the prefix of the name too.
+	s3RecordMost = 2000
+	// s3ProbeKey is asked for to see whether S3 answers, and written to see
+	// whether the bucket can be. The dot keeps it apart from artifacts.
+	s3ProbeKey = ".artifactapi-probe"
+
+	// s3OpenWait is how long a client waits for S3 before it is sent on to the
+	// upstream; s3FlakyWait the same while an outage is known.
+	s3OpenWait  = 5 * time.Second
+	s3FlakyWait = 2 * time.Second
+	// s3CheckWait bounds a background check, and s3RetryAfter is when one
+	// request may find out for itself. It is longer than a check and the pause
+	// before it, so that where checks run no client ever waits for a dead S3.
+	s3CheckWait  = 1500 * time.Millisecond
+	s3RetryAfter = 2500 * time.Millisecond
+	// s3WriteThrough is how long into an outage uploads are still begun: over
+	// a restart of S3. Later they would only hold up the fills behind them.
+	s3WriteThrough = 10 * time.Second
+	// s3TryWrite is how often a bucket that refuses writes is tried again.
+	s3TryWrite = 10 * time.Second
+
+	// s3Tears bounds how often one body may break off. The pauses before them
+	// add up to 10 s, a restart of S3.
+	s3Tears = 4
+	// s3SkipMost is read over rather than asked for anew: about what arrives
+	// in the time of a request.
+	s3SkipMost = 128 << 10
+	// s3DrainMost is read to its end, so that the connection stays usable.
+	s3DrainMost = 64 << 10
+	// s3Walkers ask for records at once in a walk: a listing has none, and one
+	// after the other a million would take an hour.
+	s3Walkers   = 16
+	s3UploadAge = 24 * time.Hour
+
+	// recheckAfter is how long copies of immutable files are used without
+	// asking S3 while announcements do not arrive.
+	recheckAfter = time.Minute
+	// knownRecords bounds the records in memory, at 2 KB or less each.
+	knownRecords = 8192
+)
+
+var (
+	_ objects   = (*s3Store)(nil)
+	_ forgetter = (*s3Store)(nil)
+
+	errS3ReadOnly = errors.New("the bucket refuses writes")
+	errS3Outage   = fmt.Errorf("%w: S3 did not answer a moment ago", errStoreDown)
+)
+
+// s3Store implements objects in a bucket. All methods may be called
+// concurrently, and by several replicas. A body that is open and small enough
+// to be on its way outlives its object; a larger one then ends in an error.
+type s3Store struct {
+	client *s3client
+	online func() bool // announcements of other replicas arrive
+	now    func() time.Time
+	log    *slog.Logger
+	wait   time.Duration // s3OpenWait but in tests
+
+	seed    maphash.Seed
+	resets  atomic.Uint64      // times that announcements may have been missed
+	changes [256]atomic.Uint64 // replacements and removals, by hash of the key
+	records *recency           // of immutable files
+
+	outage outage
+	check  s3check
+}
+
+// newS3Store keeps objects in client's bucket; it asks nothing yet. online
+// says whether the other replicas' announcements arrive at the moment; nil is
+// never. The caller closes it after all users.
+func newS3Store(client *s3client, online func() bool) *s3Store {
+	if online == nil {
+		online = func() bool { return false }
+	}
+	return &s3Store{client: client, online: online, now: client.cfg.now, log: client.cfg.log, wait: s3OpenWait,
+		seed: maphash.MakeSeed(), records: newRecency(knownRecords, knownRecords)}
+}
+
+// close waits for the check that runs.
+func (s *s3Store) close() { s.check.wg.Wait() }
+
+// ticket is the state of a key's announcements at one moment. It is taken
+// before S3 is asked: what the answer teaches is kept only if nothing was
+// announced since, or an old version would be kept that arrived late.
+type ticket struct {
+	resets, changes uint64
+	at              time.Time
+}
+
+func (s *s3Store) change(key string) *atomic.Uint64 {
+	return &s.changes[maphash.String(s.seed, key)%uint64(len(s.changes))]
+}
+
+func (s *s3Store) ticket(key string) ticket {
+	// Resets begin at one, so that the zero ticket is never trusted.
+	return ticket{s.resets.Load() + 1, s.change(key).Load(), s.now()}
+}
+
+func (s *s3Store) valid(key string, t ticket) bool { return s.change(key).Load() == t.changes }
+
+// trusts says whether what was true at t may be used without asking S3
+// (SPEC.md section 8).
+func (s *s3Store) trusts(c class, t ticket) bool {
+	if t.resets != s.resets.Load()+1 {
+		return false
+	}
+	return s.online() || c == immutable && s.now().Sub(t.at) < recheckAfter
+}
+
+// forget drops what is known of key: it was replaced or removed.
+func (s *s3Store) forget(key string) {
+	s.change(key).Add(1)
+	s.records.drop(key)
+}
+
+// forgetAll has everything asked for again: announcements may have been missed.
+func (s *s3Store) forgetAll() { s.resets.Add(1) }
+
+// open: see objects. With a body it is one GET, whose answer decides: an
+// object that vanished is a miss though its record is known.
+func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, error) {
+	if !validKey(key) {
+		return nil, fmt.Errorf("opening %q: %w", key, fs.ErrNotExist)
+	}
+	if off < 0 {
+		rec, err := s.record(ctx, key)
+		if err != nil {
+			return nil, err
+		}
+		return &object{rec: rec}, nil
+	}
+	t := s.ticket(key)
+	r := &s3Reader{s: s, key: key, off: off, at: off}
+	r.ctx, r.cancel = context.WithCancelCause(ctx)
+	rec, err := r.begin(t)
+	if err != nil {
+		r.Close()
+		return nil, err
+	}
+	return &object{rec: rec, body: r}, nil
+}
+
+// record is key's record alone, from memory where that may be.
+func (s *s3Store) record(ctx context.Context, key string) (*record, error) {
+	if k, ok := s.records.get(key); ok && s.trusts(immutable, k.ticket) {
+		return k.rec, nil
+	}
+	return s.head(ctx, key)
+}
+
+// head asks S3 for key's record.
+func (s *s3Store) head(ctx context.Context, key string) (*record, error) {
+	t := s.ticket(key)
+	o, err := s.askHead(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	return s.learn(key, o, t)
+}
+
+func (s *s3Store) askHead(ctx context.Context, key string) (*s3object, error) {
+	return s.ask(ctx, key, func(ctx context.Context) (*s3object, error) { return s.client.head(ctx, key) })
+}
+
+// get asks for a part of an object. What it holds on to is given back when ctx
+// ends.
+func (s *s3Store) get(ctx context.Context, key string, g s3get) (*s3object, error) {
+	return s.ask(ctx, key, func(ctx context.Context) (*s3object, error) { return s.client.get(ctx, key, g) })
+}
+
+// ask bounds what a client waits for an answer's header, all attempts
+// together, and fails at once while S3 is known to be down.
+func (s *s3Store) ask(ctx context.Context, key string, f func(context.Context) (*s3object, error)) (*s3object, error) {
+	began := s.now()
+	flaky, err := s.outage.enter(began)
+	if err != nil {
+		return nil, err
+	}
+	wait := s.wait
+	if flaky {
+		wait = min(wait, s3FlakyWait)
+	}
+	inner, cancel := context.WithCancelCause(ctx)
+	timer := time.AfterFunc(wait, func() { cancel(errS3Idle) })
+	o, err := f(inner)
+	timer.Stop()
+	if o == nil || o.body == nil {
+		cancel(nil)
+	}
+	err = s.judge(ctx, began, err)
+	if errors.Is(err, fs.ErrNotExist) {
+		s.records.drop(key)
+	}
+	return o, err
+}
+
+// judge gives an error of the client its kind, and notes what it says about
+// the state of S3. Only a caller who left, a miss and a condition that was not
+// met keep theirs.
+func (s *s3Store) judge(ctx context.Context, began time.Time, err error) error {
+	refused, _ := errors.AsType[*s3Error](err)
+	switch {
+	case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, errS3Changed), behindEnd(err):
+		s.outage.answered(s.now())
+		return err
+	case ctx.Err() != nil:
+		return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	case refused != nil && refused.status == http.StatusInsufficientStorage:
+		return fmt.Errorf("%w: %v", errNoSpace, err)
+	case refused == nil: // no answer at all
+		s.outage.failed(began, s.now())
+	case refused.status < http.StatusInternalServerError:
+		s.outage.answered(s.now())
+	}
+	return fmt.Errorf("%w: %v", errStoreDown, err)
+}
+
+// behindEnd says whether a range was refused because the object ends before.
+func behindEnd(err error) bool {
+	refused, ok := errors.AsType[*s3Error](err)
+	return ok && refused.status == http.StatusRequestedRangeNotSatisfiable
+}
+
+// learn reads the record that came with o and keeps an immutable file's. An
+// object without a sound one of this key is a miss.
+func (s *s3Store) learn(key string, o *s3object, t ticket) (*record, error) {
+	k, known := s.records.get(key)
+	if text := o.meta[s3RecordField]; !known || k.text != text {
+		rec, err := decodeS3Record(key, o)
+		if err != nil {
+			s.records.drop(key)
+			s.log.Warn("object in S3 is of no use", "key", key, "reason", err)
+			return nil, fmt.Errorf("opening %s: %w: %w", key, err, fs.ErrNotExist)
+		}
+		k = kept{key: key, cost: 1, rec: rec, text: text}
+	}
+	if k.ticket = t; k.rec.Class == immutable {
+		s.records.add(k, func() bool { return s.valid(key, t) })
+	}
+	return k.rec, nil
+}
+
+// s3Record is the content of the metadata field. Put is another one for each
+// upload: it tells whether one arrived whose acknowledgement was lost.
+type s3Record struct {
+	Version int `json:"v"`
+	record
+	Put string `json:"i"`
+}
+
+// encodeS3Record makes a record fit for a header: ASCII, of bounded length. An
+// ETag or type that makes it too long is left out: the one costs a fetch, the
+// other is mostly told by the file's name.
+func encodeS3Record(rec *record) (string, error) {
+	r := s3Record{s3RecordVersion, *rec, strconv.FormatUint(rand.Uint64(), 36)}
+	text, err := asciiJSON(r)
+	for _, drop := range []*string{&r.ETag, &r.ContentType} {
+		if err == nil && len(text) > s3RecordMost {
+			*drop = ""
+			text, err = asciiJSON(r)
+		}
+	}
+	if err == nil && len(text) > s3RecordMost {
+		err = fmt.Errorf("record of %d bytes: %w", len(text), errS3Metadata)
+	}
+	return text, err
+}
+
+// asciiJSON escapes what not every server keeps: all but printable ASCII, and
+// the second of two spaces.
+func asciiJSON(v any) (string, error) {
+	var plain, out strings.Builder
+	e := json.NewEncoder(&plain)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(v); err != nil {
+		return "", err
+	}
+	last := rune(0)
+	for _, r := range strings.TrimSuffix(plain.String(), "\n") {
+		switch {
+		case r > 0xffff:
+			hi, lo := utf16.EncodeRune(r)
+			fmt.Fprintf(&out, `\u%04x\u%04x`, hi, lo)
+		case r > '~' || r == ' ' && last == ' ':
+			fmt.Fprintf(&out, `\u%04x`, r)
+		default:
+			out.WriteRune(r)
+		}
+		last = r
+	}
+	return out.String(), nil
+}
+
+func decodeS3Record(key string, o *s3object) (*record, error) {
+	text, ours := o.meta[s3RecordField]
+	if !ours {
+		return nil, errors.New("no record of ours")
+	}
+	r := new(s3Record)
+	err := json.Unmarshal([]byte(text), r)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%w: %v", errDamaged, err)
+	case r.Version != s3RecordVersion:
+		return nil, errVersion
+	case !isSHA256(r.SHA256) || r.Size != o.size:
+		return nil, fmt.Errorf("%w: of %d bytes with sha256 %q, the object has %d", errDamaged, r.Size, limitText(r.SHA256), o.size)
+	case keyOf(r.Remote, r.Path) != key:
+		return nil, fmt.Errorf("%w: of another file", errDamaged)
+	}
+	return &r.record, nil
+}
+
+// put: see objects. S3 replaces an object in one step, when it acknowledges
+// it; a crash before leaves the old one, and at most an unfinished upload that
+// sweep aborts.
+func (s *s3Store) put(ctx context.Context, key string, rec *record, spool *os.File) error {
+	_, err := s.store(ctx, key, rec, spool)
+	return err
+}
+
+// store is put. Its ticket is valid as long as no other replica announced a
+// change since the upload began.
+func (s *s3Store) store(ctx context.Context, key string, rec *record, spool *os.File) (ticket, error) {
+	if err := ctx.Err(); err != nil {
+		return ticket{}, err
+	}
+	if err := checkPut(key, rec, spool); err != nil {
+		return ticket{}, err
+	}
+	text, err := encodeS3Record(rec)
+	if err != nil {
+		return ticket{}, fmt.Errorf("storing %s: %w", key, err)
+	}
+	t := s.ticket(key)
+	if s.outage.lasts(t.at) > s3WriteThrough {
+		return ticket{}, errS3Outage
+	}
+	_, err = s.client.put(ctx, key, s3put{body: spool, size: rec.Size, sha256: rec.SHA256,
+		meta: map[string]string{s3RecordField: text}, contentType: contentType(path.Base(key), rec.ContentType)})
+	s.wrote(err)
+	t = s.replaced(key, t) // without an answer it may have arrived all the same
+	if err := s.judge(ctx, t.at, err); err != nil {
+		return ticket{}, err
+	}
+	if rec.Class == immutable {
+		s.records.add(kept{key: key, cost: 1, rec: rec, text: text, ticket: t}, func() bool { return s.valid(key, t) })
+	}
+	return t, nil
+}
+
+// replaced is forget for a change of our own: t is renewed, unless another
+// change was announced meanwhile and nobody knows which was last.
+func (s *s3Store) replaced(key string, t ticket) ticket {
+	if s.change(key).CompareAndSwap(t.changes, t.changes+1) {
+		t.changes++
+	} else {
+		s.change(key).Add(1)
+	}
+	s.records.drop(key)
+	return t
+}
+
+// delete: see objects. S3 itself does not say whether there was something.
+func (s *s3Store) delete(ctx context.Context, key string) error {
+	if !validKey(key) {
+		return fmt.Errorf("deleting %q: %w", key, fs.ErrNotExist)
+	}
+	if _, err := s.askHead(ctx, key); err != nil {
+		return err
+	}
+	began := s.now()
+	err := s.client.delete(ctx, key)
+	s.forget(key)
+	return s.judge(ctx, began, err)
+}
+
+// walk: see objects. It costs a HEAD per object.
+func (s *s3Store) walk(ctx context.Context, f func(key string, rec *record) error) error {
+	var stop error // guarded by one: f is not called after it failed
+	return s.eachKey(ctx, s3Walkers, func(ctx context.Context, one *sync.Mutex, key string) error {
+		rec, err := s.head(ctx, key)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // foreign, or removed meanwhile
+		}
+		one.Lock()
+		defer one.Unlock()
+		if err == nil && stop == nil {
+			stop = f(key, rec)
+		}
+		return errors.Join(err, stop)
+	})
+}
+
+// eachKey calls f with each artifact's key, several at once; one is for what
+// they may do only one at a time. The first error ends it.
+func (s *s3Store) eachKey(ctx context.Context, workers int, f func(ctx context.Context, one *sync.Mutex, key string) error) error {
+	inner, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var one sync.Mutex
+	var wg sync.WaitGroup
+	keys := make(chan string)
+	for range workers {
+		wg.Go(func() {
+			for key := range keys {
+				if inner.Err() != nil {
+					continue
+				}
+				if err := f(inner, &one, key); err != nil {
+					cancel(err)
+				}
+			}
+		})
+	}
+	began := s.now()
+	err := s.client.list(inner, "", func(item s3item) error {
+		if !validKey(item.key) {
+			return nil // not ours
+		}
+		select {
+		case keys <- item.key:
+			return nil
+		case <-inner.Done():
+			return context.Cause(inner)
+		}
+	})
+	close(keys)
+	wg.Wait()
+	if cause := context.Cause(inner); cause != nil {
+		return cause
+	}
+	return s.judge(ctx, began, err)
+}
+
+// verify reads and hashes all that is stored and drops what its record does
+// not describe, beside running servers. report is told of each object that was
+// dropped or could not be read; dropped counts the former.
+func (s *s3Store) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
+	err = s.eachKey(ctx, s3Parallel, func(ctx context.Context, one *sync.Mutex, key string) error {
+		err := s.verifyObject(ctx, key)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		one.Lock()
+		defer one.Unlock()
+		checked++
+		if errors.Is(err, errDropped) {
+			dropped++
+		}
+		if err != nil {
+			report(key, err)
+		}
+		return nil
+	})
+	return checked, dropped, err
+}
+
+// verifyObject drops an object of ours whose record or body is damaged. What
+// is not ours, or a later version's, stays.
+func (s *s3Store) verifyObject(ctx context.Context, key string) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	o, err := s.get(ctx, key, s3get{})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // deleted meanwhile
+	}
+	if err != nil {
+		return err
+	}
+	rec, err := decodeS3Record(key, o)
+	if err != nil {
+		o.body.Close()
+		if !errors.Is(err, errDamaged) {
+			return err
+		}
+		return s.dropIf(ctx, key, o.etag, err)
+	}
+	r := &s3Reader{s: s, key: key, etag: o.etag, size: o.size, body: o.body, ctx: ctx, cancel: cancel}
+	defer r.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, r); err != nil {
+		return err
+	}
+	if sum := hex.EncodeToString(h.Sum(nil)); sum != rec.SHA256 {
+		return s.dropIf(ctx, key, o.etag, fmt.Errorf("the body has sha256 %s, its record %s", sum, rec.SHA256))
+	}
+	return nil
+}
+
+// dropIf removes an object unless it was replaced since it had etag. Between
+// the look and the removal it still may be: that one is fetched again.
+func (s *s3Store) dropIf(ctx context.Context, key, etag string, reason error) error {
+	o, err := s.askHead(ctx, key)
+	if err != nil || o.etag != etag {
+		return nil
+	}
+	if err := s.delete(ctx, key); err != nil {
+		return err
+	}
+	s.log.Warn("stored object is dropped", "key", key, "reason", reason)
+	return fmt.Errorf("%w: %w", errDropped, reason)
+}
+
+// sweep aborts uploads that were never finished.
+func (s *s3Store) sweep(ctx context.Context) error {
+	n, err := s.client.sweep(ctx, "", s3UploadAge)
+	if n > 0 {
+		s.log.Info("unfinished uploads were aborted", "uploads", n)
+	}
+	return err
+}
+
+// s3check is at most one background check at a time, and what it found.
+type s3check struct {
+	wg      sync.WaitGroup
+	mu      sync.Mutex    // guards the rest
+	done    chan struct{} // of the check that runs
+	err     error
+	told    string // what the log said last
+	written bool   // a write was not refused since the last outage
+	tried   time.Time
+}
+
+// ping reports whether S3 can be used, and says in the log when that changes.
+// It ends with ctx though S3 may hang.
+func (s *s3Store) ping(ctx context.Context) error {
+	c := &s.check
+	c.mu.Lock()
+	if c.done == nil {
+		done := make(chan struct{})
+		c.done = done
+		c.wg.Go(func() {
+			err := s.look()
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.err, c.done = err, nil
+			close(done)
+		})
+	}
+	done := c.done
+	c.mu.Unlock()
+	select {
+	case <-done:
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		return c.err
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w", errStoreDown, ctx.Err())
+	}
+}
+
+// look finds out whether the bucket can be read and written.
+func (s *s3Store) look() error {
+	ctx, cancel := context.WithTimeout(context.Background(), s3CheckWait)
+	defer cancel()
+	began := s.now()
+	err := s.tryRead(ctx)
+	down := s.judge(context.Background(), began, err)
+	if err == nil {
+		if err = s.tryWrite(ctx, began); err != nil {
+			down = fmt.Errorf("%w: %w", errStoreDown, err)
+		}
+	}
+	s.tell(err)
+	return down
+}
+
+// tryRead asks for an object that is not there: of all that shows credentials
+// and bucket to be right it costs the least. A missing bucket is made.
+func (s *s3Store) tryRead(ctx context.Context) error {
+	o, err := s.client.get(ctx, s3ProbeKey, s3get{})
+	switch {
+	case err == nil:
+		o.body.Close()
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case errors.Is(err, errS3NoBucket):
+		if cerr := s.client.ready(ctx); cerr != nil {
+			return fmt.Errorf("%w: %w", err, cerr)
+		}
+		return nil
+	}
+	return err
+}
+
+// tryWrite writes and removes an empty object, once after each outage and now
+// and then while writes are refused.
+func (s *s3Store) tryWrite(ctx context.Context, now time.Time) error {
+	c := &s.check
+	c.mu.Lock()
+	due, refused := !c.written && now.Sub(c.tried) >= s3TryWrite, !c.written && !c.tried.IsZero()
+	c.mu.Unlock()
+	if !due {
+		if refused {
+			return errS3ReadOnly
+		}
+		return nil
+	}
+	_, err := s.client.put(ctx, s3ProbeKey, s3put{body: strings.NewReader(""), sha256: emptySHA256,
+		meta: map[string]string{"probe": strconv.FormatUint(rand.Uint64(), 36)}})
+	if err == nil {
+		_ = s.client.delete(ctx, s3ProbeKey) // it harms nobody
+	}
+	s.wrote(err)
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%w: %w", errS3ReadOnly, err)
+	}
+	return err
+}
+
+// wrote notes whether the bucket takes writes.
+func (s *s3Store) wrote(err error) {
+	c := &s.check
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case err == nil:
+		c.written = true
+	case errors.Is(err, fs.ErrPermission):
+		c.written, c.tried = false, s.now()
+	}
+}
+
+// tell logs a state of S3 that is not the one that was logged last, with what
+// to do about it.
+func (s *s3Store) tell(err error) {
+	text, level := "S3 cannot be reached: files are passed on and not stored", slog.LevelError
+	switch {
+	case err == nil:
+		text, level = "S3 can be used", slog.LevelInfo
+	case errors.Is(err, errS3ReadOnly):
+		text = "S3 refuses writes to the bucket: new files are passed on and not stored; allow s3:PutObject and s3:DeleteObject"
+	case errors.Is(err, errS3NoBucket):
+		text = "the bucket does not exist and cannot be created: check MINIO_BUCKET"
+	case errors.Is(err, fs.ErrPermission):
+		text = "S3 refuses the credentials: check MINIO_ACCESS_KEY and MINIO_SECRET_KEY, and that they may read and list the bucket"
+	}
+	c := &s.check
+	c.mu.Lock()
+	told := c.told
+	c.told = text
+	if err != nil && !errors.Is(err, errS3ReadOnly) {
+		c.written, c.tried = false, time.Time{} // who knows what comes back
+	}
+	c.mu.Unlock()
+	if told == text {
+		return
+	}
+	attrs := []any{"endpoint", s.client.cfg.host, "bucket", s.client.cfg.bucket}
+	if err != nil {
+		attrs = append(attrs, "error", err)
+	}
+	s.log.Log(context.Background(), level, text, attrs...)
+}
+
+// outage makes an S3 that does not answer cost one short wait, not one per
+// request.
+type outage struct {
+	mu    sync.Mutex // guards all
+	since time.Time  // zero: there is none
+	next  time.Time  // when one request may try again
+	last  time.Time  // when S3 answered last
+	flaky time.Time  // when an outage was last seen
+}
+
+// flakyFor is how long after an outage another one is expected.
+const flakyFor = time.Minute
+
+// enter says whether S3 may be asked, and whether to be impatient.
+func (o *outage) enter(now time.Time) (flaky bool, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.since.IsZero() {
+		if now.Before(o.next) {
+			return true, errS3Outage
+		}
+		o.next = now.Add(s3RetryAfter)
+	}
+	return !o.flaky.IsZero() && now.Sub(o.flaky) < flakyFor, nil
+}
+
+func (o *outage) answered(now time.Time) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.since, o.last = time.Time{}, now
+}
+
+// failed notes a request that was not answered. If another one was, while it
+// waited, it says nothing about S3.
+func (o *outage) failed(began, now time.Time) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.last.After(began) {
+		return
+	}
+	if o.since.IsZero() {
+		o.since = now
+	}
+	o.next, o.flaky = now.Add(s3RetryAfter), now
+}
+
+// lasts is the age of the outage.
+func (o *outage) lasts(now time.Time) time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.since.IsZero() {
+		return 0
+	}
+	return now.Sub(o.since)
+}
+
+// s3Reader is the body of one version of an object. It reads on from where its
+// answer stands; sought elsewhere, or broken off, it asks again when bytes are
+// wanted, for the same version only.
+type s3Reader struct {
+	s         *s3Store
+	key, etag string
+	size      int64
+	ctx       context.Context // ends with the reader
+	cancel    context.CancelCauseFunc
+
+	// mu guards what follows: http.ServeContent reads several ranges in a
+	// goroutine of its own, which may still read when the body is closed.
+	mu    sync.Mutex
+	off   int64         // where the reader stands
+	body  io.ReadCloser // nil: to be asked for
+	at    int64         // where body stands
+	tears int
+}
+
+// begin opens the object at r.off and tells its record. Behind the end there
+// is nothing to get, and the record is asked for alone.
+func (r *s3Reader) begin(t ticket) (*record, error) {
+	o, err := r.s.get(r.ctx, r.key, s3get{off: r.off})
+	if behindEnd(err) {
+		o, err = r.s.askHead(r.ctx, r.key)
+	}
+	if err != nil {
+		return nil, err
+	}
+	r.etag, r.size, r.body = o.etag, o.size, o.body
+	return r.s.learn(r.key, o, t)
+}
+
+func (r *s3Reader) Read(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for r.off < r.size {
+		err := r.place()
+		if err == nil {
+			var n int
+			n, err = r.body.Read(p)
+			r.off, r.at = r.off+int64(n), r.at+int64(n)
+			if err != nil {
+				r.drop()
+			}
+			if n > 0 || err == nil {
+				return n, nil
+			}
+		}
+		if err := r.torn(err); err != nil {
+			return 0, fmt.Errorf("reading %s at %d: %w", r.key, r.off, err)
+		}
+	}
+	return 0, io.EOF
+}
+
+// place leaves r.body where r.off is.
+func (r *s3Reader) place() error {
+	if gap := r.off - r.at; r.body != nil && gap > 0 && gap <= s3SkipMost {
+		n, _ := io.CopyN(io.Discard, r.body, gap)
+		r.at += n
+	}
+	if r.body != nil && r.at == r.off {
+		return nil
+	}
+	r.drop()
+	o, err := r.s.get(r.ctx, r.key, s3get{off: r.off, ifMatch: r.etag})
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w: it is gone", errS3Changed)
+	case err != nil:
+		return err
+	case o.etag != r.etag || o.etag == "" || o.size != r.size: // If-Match is not for all servers
+		o.body.Close()
+		return fmt.Errorf("%w: it was replaced", errS3Changed)
+	}
+	r.body, r.at = o.body, r.off
+	return nil
+}
+
+// torn is nil when it is worth going on after err.
+func (r *s3Reader) torn(err error) error {
+	if errors.Is(err, errS3Changed) || r.ctx.Err() != nil || r.tears == s3Tears {
+		return err
+	}
+	pause := time.Duration(r.tears*(r.tears+1)/2) * time.Second
+	r.tears++
+	if serr := r.s.client.cfg.sleep(r.ctx, pause); serr != nil {
+		return fmt.Errorf("%w: %w", serr, err)
+	}
+	return nil
+}
+
+func (r *s3Reader) drop() {
+	if r.body != nil {
+		r.body.Close()
+		r.body = nil
+	}
+}
+
+func (r *s3Reader) Seek(off int64, whence int) (int64, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch whence {
+	case io.SeekCurrent:
+		off += r.off
+	case io.SeekEnd:
+		off += r.size
+	}
+	if off < 0 {
+		return 0, fmt.Errorf("seeking in %s: %w", r.key, fs.ErrInvalid)
+	}
+	r.off = off
+	return off, nil
+}
+
+// Close ends a Read that is under way.
+func (r *s3Reader) Close() error {
+	if !r.mu.TryLock() {
+		r.cancel(fs.ErrClosed)
+		r.mu.Lock()
+	}
+	defer r.mu.Unlock()
+	if left := r.size - r.at; r.body != nil && left <= s3DrainMost {
+		// It is on its way and costs less than a new connection.
+		t := time.AfterFunc(100*time.Millisecond, func() { r.cancel(fs.ErrClosed) })
+		_, _ = io.Copy(io.Discard, r.body)
+		t.Stop()
+	}
+	r.drop()
+	r.cancel(fs.ErrClosed)
+	return nil
+}

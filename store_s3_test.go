@@ -1,0 +1,783 @@
+// store_s3_test.go: s3Store against the fake server, its faults and outages,
+// and the suite against a real one (TEST_S3, see s3sig_test.go).
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unicode/utf8"
+)
+
+// s3Bench is an s3Store at a fake server, with a clock and a log of its own.
+type s3Bench struct {
+	*storeTester
+	fake   *fakeS3
+	store  *s3Store
+	online atomic.Bool
+	ahead  atomic.Int64 // of the clock
+	log    *logBuffer
+}
+
+// logBuffer is a log to look into.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+// count says how many lines hold a text.
+func (l *logBuffer) count(text string) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Count(l.b.String(), text)
+}
+
+func newS3Bench(t *testing.T, change ...func(*s3config)) *s3Bench {
+	return newS3BenchAt(t, newFakeS3(t), change...)
+}
+
+// newS3BenchAt makes one more replica at a server.
+func newS3BenchAt(t *testing.T, f *fakeS3, change ...func(*s3config)) *s3Bench {
+	b := &s3Bench{fake: f, log: new(logBuffer)}
+	b.online.Store(true)
+	change = append(change, func(c *s3config) {
+		c.now = func() time.Time { return time.Now().Add(time.Duration(b.ahead.Load())) }
+		c.log = slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	})
+	b.store = newS3Store(f.client(change...), b.online.Load)
+	t.Cleanup(b.store.close)
+	b.storeTester = &storeTester{t, b.store, t.TempDir()}
+	return b
+}
+
+func (b *s3Bench) advance(d time.Duration) { b.ahead.Add(int64(d)) }
+
+func (b *s3Bench) putClass(spelling, content string, c class) {
+	b.t.Helper()
+	rec := testRecord(spelling, content)
+	rec.Class = c
+	if err := b.objects.put(b.t.Context(), testKey(spelling), rec, tempSpool(b.t, b.dir, content)); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// wantRequests checks what S3 was asked since the last look: operation and
+// number in turn, nothing else.
+func (b *s3Bench) wantRequests(what ...any) {
+	b.t.Helper()
+	for i := 0; i < len(what); i += 2 {
+		if n := b.fake.count(what[i].(string)); n != what[i+1].(int) {
+			b.t.Errorf("%d times %s, want %d", n, what[i], what[i+1])
+		}
+	}
+	if n := b.fake.count(""); n != 0 {
+		b.t.Errorf("%d other requests", n)
+	}
+}
+
+// wantDown checks that the store says it is down, not that a file is missing.
+func (b *s3Bench) wantDown(spelling string) {
+	b.t.Helper()
+	for _, off := range []int64{0, -1} {
+		o, err := b.open(b.t.Context(), testKey(spelling), off)
+		if !errors.Is(err, errStoreDown) || errors.Is(err, fs.ErrNotExist) || o != nil {
+			b.t.Fatalf("open %s at %d: %v, %v; want a store that is down", spelling, off, o, err)
+		}
+	}
+}
+
+// always is a fault of all requests for one operation ("" for all).
+func always(op string, fault fakeFault) func(o, key string) (bool, *fakeFault) {
+	return func(o, _ string) (bool, *fakeFault) {
+		if op != "" && o != op {
+			return true, nil
+		}
+		return false, &fault
+	}
+}
+
+func TestS3Objects(t *testing.T) {
+	t.Parallel()
+	testObjects(t, func(t *testing.T) objects { return newS3Bench(t).store })
+}
+
+// realBucket is a new bucket on the server of TEST_S3.
+func realBucket(t *testing.T) *s3client {
+	cfg := realS3(t, 5<<20).cfg
+	cfg.bucket = fmt.Sprintf("%s-%x", cfg.bucket, rand.Uint64())
+	c, err := newS3(cfg)
+	if err == nil {
+		err = c.ready(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func TestS3ObjectsReal(t *testing.T) {
+	t.Parallel()
+	testObjects(t, func(t *testing.T) objects {
+		return newS3Store(realBucket(t), func() bool { return true })
+	})
+}
+
+func TestS3HitIsOneGet(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("f", "content")
+	b.putClass("m", "content", mutable)
+	b.fake.count("")
+	for _, off := range []int64{0, 3} {
+		wantBody(t, b.mustOpen("f", off).body, "content"[off:])
+		b.wantRequests("GetObject", 1)
+	}
+	b.mustOpen("f", -1)
+	b.wantRequests()
+	b.mustOpen("m", -1)
+	b.wantRequests("HeadObject", 1)
+}
+
+func TestS3RecordsInMemory(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("f", "content")
+	b.fake.count("")
+	b.online.Store(false)
+	b.advance(recheckAfter - time.Second)
+	b.mustOpen("f", -1)
+	b.wantRequests()
+	b.advance(2 * time.Second)
+	b.mustOpen("f", -1)
+	b.wantRequests("HeadObject", 1)
+	b.mustOpen("f", -1)
+	b.wantRequests()
+	b.online.Store(true)
+	b.store.forgetAll()
+	b.mustOpen("f", -1)
+	b.wantRequests("HeadObject", 1)
+	b.store.forget(testKey("f"))
+	b.mustOpen("f", -1)
+	b.wantRequests("HeadObject", 1)
+}
+
+func TestS3ServesAsOneGet(t *testing.T) {
+	t.Parallel()
+	content := bigContent(300_000)
+	for name, c := range map[string]struct {
+		off  int64
+		head string // Range
+		want string
+	}{
+		"all":         {0, "", content},
+		"from within": {1000, "bytes=1000-", content[1000:]},
+		"a part":      {1000, "bytes=1000-1999", content[1000:2000]},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newS3Bench(t)
+			b.mustPut("f", content)
+			b.fake.count("")
+			o := b.mustOpen("f", c.off)
+			w, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/", nil)
+			w.Header().Set("Content-Type", "text/plain") // or it is guessed from the first bytes
+			r.Header.Set("Range", c.head)
+			http.ServeContent(w, r, "f", time.Time{}, o.body)
+			if w.Body.String() != c.want {
+				t.Errorf("%d bytes, want %d", w.Body.Len(), len(c.want))
+			}
+			b.wantRequests("GetObject", 1)
+		})
+	}
+}
+
+func TestS3ManyRanges(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	content := bigContent(1_000_000)
+	b.mustPut("f", content)
+	o := b.mustOpen("f", 0)
+	w, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/", nil)
+	w.Header().Set("Content-Type", "text/plain")
+	r.Header.Set("Range", "bytes=10-19,100-109,900000-900009,500-509")
+	http.ServeContent(w, r, "f", time.Time{}, o.body)
+	for _, at := range []int{10, 100, 900_000, 500} {
+		if !strings.Contains(w.Body.String(), content[at:at+10]) {
+			t.Errorf("the range at %d is missing", at)
+		}
+	}
+	// One each for the beginning, the leap ahead and the way back.
+	if n := b.fake.count("GetObject"); n != 3 {
+		t.Errorf("%d requests, want 3", n)
+	}
+}
+
+func TestS3BehindTheEnd(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("f", "content")
+	b.mustPut("empty", "")
+	for _, off := range []int64{7, 100} {
+		o := b.mustOpen("f", off)
+		wantBody(t, o.body, "")
+		wantRecord(t, o.rec, testRecord("f", "content"))
+		o.body.Seek(2, io.SeekStart)
+		wantBody(t, o.body, "ntent")
+	}
+	wantBody(t, b.mustOpen("empty", 5).body, "")
+}
+
+func TestS3VanishedIsAMissAndRepaired(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("f", "content")
+	b.fake.drop(testKey("f"))
+	b.wantMiss("f") // though its record is in memory
+	b.mustPut("f", "content")
+	b.wantHit("f", "content")
+}
+
+func TestS3ObjectsOfNoUseAreMisses(t *testing.T) {
+	t.Parallel()
+	sound, err := encodeS3Record(testRecord("f", "content"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct{ text, reason string }{
+		"foreign":          {"", "no record of ours"},
+		"cut":              {sound[:len(sound)/2], "damaged"},
+		"no JSON":          {"x", "damaged"},
+		"of no file":       {`{"v":1}`, "damaged"},
+		"of another file":  {strings.Replace(sound, `"p":"f"`, `"p":"g"`, 1), "of another file"},
+		"of another size":  {strings.Replace(sound, `"n":7`, `"n":8`, 1), "the object has 7"},
+		"of a later world": {strings.Replace(sound, `"v":1`, `"v":2`, 1), "another version"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newS3Bench(t)
+			p := putOf([]byte("content"))
+			p.meta = map[string]string{}
+			if c.text != "" {
+				p.meta[s3RecordField] = c.text
+			}
+			mustPut(t, b.store.client, testKey("f"), p)
+			b.wantMiss("f")
+			if b.log.count(c.reason) == 0 {
+				t.Errorf("the log does not give the reason: %s", b.log.b.String())
+			}
+			err := b.walk(t.Context(), func(key string, _ *record) error { return errors.New("told " + key) })
+			if err != nil {
+				t.Error(err)
+			}
+			b.mustPut("f", "content")
+			b.wantHit("f", "content")
+		})
+	}
+}
+
+func TestS3RecordFits(t *testing.T) {
+	t.Parallel()
+	rec := testRecord("f", "content")
+	long := strings.Repeat("x", maxHeaderValue)
+	rec.Remote, rec.Path = strings.Repeat("r", maxName), strings.Repeat("p", maxSpelling)
+	rec.ContentType, rec.ETag, rec.Digest = long, long, "sha512:"+strings.Repeat("0", 128)
+	full, err := encodeS3Record(rec)
+	if err != nil || len(full) > s3RecordMost || !strings.Contains(full, `"g":`) {
+		t.Fatalf("the longest ordinary record: %d bytes, %v", len(full), err)
+	}
+	rec.Path = strings.Repeat(`"`, 400) + strings.Repeat("p", 600)
+	text, err := encodeS3Record(rec)
+	if err != nil || len(text) > s3RecordMost || strings.Contains(text, `"g":`) {
+		t.Errorf("a path of quotes: %d bytes, %v", len(text), err)
+	}
+	rec.Path = strings.Repeat(`"`, 1024)
+	if _, err := encodeS3Record(rec); !errors.Is(err, errS3Metadata) {
+		t.Errorf("a record that cannot fit: %v", err)
+	}
+}
+
+func FuzzS3Record(f *testing.F) {
+	f.Add("path/a?b=c", "text/plain", `W/"x"`)
+	f.Add("a  b   c", "é\x7f\u2028", "😀<&>\\")
+	f.Fuzz(func(t *testing.T, p, typ, etag string) {
+		rec := testRecord(p, "x")
+		rec.ContentType, rec.ETag = typ, etag
+		text, err := encodeS3Record(rec)
+		if err != nil || !utf8.ValidString(p+typ+etag) {
+			return
+		}
+		if err := checkMeta(map[string]string{"a": text}); err != nil || strings.Contains(text, "  ") || len(text) > s3RecordMost {
+			t.Fatalf("%v: %q", err, text)
+		}
+		got, err := decodeS3Record(testKey(p), &s3object{size: 1, meta: map[string]string{s3RecordField: text}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Path != p || got.ETag != "" && got.ETag != etag || got.ContentType != "" && got.ContentType != typ {
+			t.Errorf("%+v became %+v", rec, got)
+		}
+	})
+}
+
+func TestS3CutBodiesGoOn(t *testing.T) {
+	t.Parallel()
+	content := bigContent(500_000)
+	b := newS3Bench(t)
+	b.mustPut("f", content)
+	b.fake.failOnce("GetObject", s3Tears, true, fakeFault{cut: 100_000})
+	wantBody(t, b.mustOpen("f", 0).body, content)
+	b.fake.failOnce("GetObject", s3Tears+2, true, fakeFault{cut: 10_000})
+	n, err := io.Copy(io.Discard, b.mustOpen("f", 0).body)
+	if err == nil || n >= int64(len(content)) {
+		t.Errorf("a body that breaks off again and again: %d bytes, %v", n, err)
+	}
+}
+
+func TestS3VersionsAreNeverMixed(t *testing.T) {
+	t.Parallel()
+	old, next := strings.Repeat("a", 500_000), strings.Repeat("b", 500_000)
+	for name, change := range map[string]func(b *s3Bench){
+		"replaced": func(b *s3Bench) { b.mustPut("f", next) },
+		"deleted":  func(b *s3Bench) { b.fake.drop(testKey("f")) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newS3Bench(t)
+			b.mustPut("f", old)
+			b.fake.failOnce("GetObject", 1, true, fakeFault{cut: 100_000})
+			o := b.mustOpen("f", 0)
+			change(b)
+			got, err := io.ReadAll(o.body)
+			if !errors.Is(err, errS3Changed) || string(got) != old[:len(got)] || len(got) != 100_000 {
+				t.Errorf("%d bytes, %v; want 100000 old ones and an error", len(got), err)
+			}
+			o = reopen(b)
+			if o != nil {
+				wantWhole(t, o)
+			}
+		})
+	}
+}
+
+// reopen opens f again, if it is there.
+func reopen(b *s3Bench) *object {
+	o, err := b.open(b.t.Context(), testKey("f"), 0)
+	if err != nil {
+		return nil
+	}
+	b.t.Cleanup(func() { o.body.Close() })
+	return o
+}
+
+func TestS3CloseEndsARead(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("f", bigContent(500_000))
+	b.fake.failOnce("GetObject", 1, true, fakeFault{cut: 1000})
+	o := b.mustOpen("f", 0)
+	if _, err := io.ReadFull(o.body, make([]byte, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan struct{}, 10)
+	b.fake.fail(func(op, _ string) (bool, *fakeFault) {
+		asked <- struct{}{}
+		return false, &fakeFault{hang: true}
+	})
+	ended := make(chan error)
+	go func() {
+		_, err := io.Copy(io.Discard, o.body)
+		ended <- err
+	}()
+	<-asked
+	o.body.Close()
+	if err := <-ended; err == nil {
+		t.Error("a read that was closed ended well")
+	}
+}
+
+func TestS3FaultsOfTheStore(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		fault fakeFault
+		times int // 0: always
+	}{
+		"slow down for a moment":  {fakeFault{status: 503, code: "SlowDown"}, 2},
+		"internal error, once":    {fakeFault{status: 500, code: "InternalError"}, 1},
+		"connection lost, twice":  {fakeFault{}, 2},
+		"slow down for ever":      {fakeFault{status: 503, code: "SlowDown"}, 0},
+		"internal error for ever": {fakeFault{status: 500, code: "InternalError"}, 0},
+		"connections are lost":    {fakeFault{}, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newS3Bench(t)
+			b.putClass("f", "content", mutable)
+			if c.times > 0 {
+				b.fake.failOnce("GetObject", c.times, false, c.fault)
+				wantBody(t, b.mustOpen("f", 0).body, "content")
+				return
+			}
+			b.fake.fail(always("", c.fault))
+			b.wantDown("f")
+			if err := b.delete(t.Context(), testKey("f")); !errors.Is(err, errStoreDown) {
+				t.Errorf("delete: %v", err)
+			}
+			if err := b.put("f", "next"); !errors.Is(err, errStoreDown) {
+				t.Errorf("put: %v", err)
+			}
+			if err := b.walk(t.Context(), func(string, *record) error { return nil }); !errors.Is(err, errStoreDown) {
+				t.Errorf("walk: %v", err)
+			}
+			b.fake.fail(nil)
+			b.advance(s3RetryAfter)
+			wantBody(t, b.mustOpen("f", 0).body, "content")
+		})
+	}
+}
+
+func TestS3HangIsOneShortWait(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("f", "content")
+	b.store.wait = 30 * time.Millisecond
+	b.fake.fail(always("", fakeFault{hang: true}))
+	b.fake.count("")
+	b.store.forget(testKey("f"))
+	b.wantDown("f") // two opens, of which one waits
+	b.wantRequests("GetObject", 1)
+	b.wantDown("f")
+	b.wantRequests()
+	b.advance(s3RetryAfter)
+	b.wantDown("f") // one finds out
+	b.wantRequests("GetObject", 1)
+	b.fake.fail(nil)
+	b.wantDown("f")
+	if err := b.store.ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.wantHit("f", "content")
+}
+
+func TestS3LateAnswersAreNoOutage(t *testing.T) {
+	t.Parallel()
+	var o outage
+	now := time.Now()
+	o.answered(now.Add(time.Second))
+	o.failed(now, now.Add(5*time.Second))
+	if _, err := o.enter(now.Add(5 * time.Second)); err != nil {
+		t.Error("a request failed beside one that was answered, and counted as an outage")
+	}
+	o.failed(now.Add(6*time.Second), now.Add(7*time.Second))
+	if flaky, err := o.enter(now.Add(7 * time.Second)); err == nil || !flaky {
+		t.Error("an outage was not noticed")
+	}
+	if d := o.lasts(now.Add(9 * time.Second)); d != 2*time.Second {
+		t.Errorf("it lasts %v", d)
+	}
+}
+
+func TestS3LongOutageTakesNoUploads(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.fake.fail(always("", fakeFault{}))
+	b.store.ping(t.Context())
+	b.fake.count("")
+	if err := b.put("f", "x"); !errors.Is(err, errStoreDown) || b.fake.count("PutObject") != s3WriteTries {
+		t.Errorf("put in a short outage: %v", err)
+	}
+	b.fake.count("")
+	b.advance(s3WriteThrough + time.Second)
+	if err := b.put("f", "x"); !errors.Is(err, errStoreDown) {
+		t.Errorf("put in a long outage: %v", err)
+	}
+	b.wantRequests()
+}
+
+func TestS3LostAcknowledgementOfAPut(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("f", "old")
+	b.fake.fail(func(op, _ string) (bool, *fakeFault) {
+		if op == "PutObject" {
+			return true, &fakeFault{}
+		}
+		return true, nil
+	})
+	b.mustPut("f", "new")
+	b.fake.fail(nil)
+	b.wantHit("f", "new")
+	// The same bytes again, which do not arrive: the old record must not pass for the new one.
+	b.fake.fail(always("PutObject", fakeFault{}))
+	if err := b.put("f", "new"); err == nil {
+		t.Error("an upload that never arrived was acknowledged")
+	}
+}
+
+func TestS3PingTellsOnce(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		spoil func(b *s3Bench)
+		heal  func(b *s3Bench)
+		want  string
+	}{
+		"wrong credentials": {
+			func(b *s3Bench) { b.store.client.cfg.accessKey = "nobody" },
+			func(b *s3Bench) { b.store.client.cfg.accessKey = b.fake.access }, "S3 refuses the credentials"},
+		"read-only": {
+			func(b *s3Bench) { b.fake.readOnly = true },
+			func(b *s3Bench) { b.fake.readOnly = false; b.advance(s3TryWrite) }, "S3 refuses writes"},
+		"unreachable": {
+			func(b *s3Bench) { b.fake.fail(always("", fakeFault{})) },
+			func(b *s3Bench) { b.fake.fail(nil) }, "S3 cannot be reached"},
+		"somebody else's bucket": {
+			func(b *s3Bench) { b.fake.exists, b.fake.foreign = false, true },
+			func(b *s3Bench) { b.fake.foreign = false }, "the bucket does not exist and cannot be created"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newS3Bench(t)
+			c.spoil(b)
+			for range 3 {
+				if err := b.store.ping(t.Context()); !errors.Is(err, errStoreDown) {
+					t.Errorf("ping: %v", err)
+				}
+			}
+			c.heal(b)
+			for range 3 {
+				if err := b.store.ping(t.Context()); err != nil {
+					t.Errorf("ping: %v", err)
+				}
+			}
+			if n := b.log.count(c.want); n != 1 {
+				t.Errorf("%d lines say %q, want one: %s", n, c.want, b.log.b.String())
+			}
+			if n := b.log.count("S3 can be used"); n != 1 {
+				t.Errorf("%d lines say that it is well again", n)
+			}
+			if b.log.count(b.fake.secret) > 0 {
+				t.Error("the secret is in the log")
+			}
+			b.mustPut("f", "x")
+			b.wantHit("f", "x")
+		})
+	}
+}
+
+func TestS3ReadOnlyBucketIsRead(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("f", "x")
+	b.fake.readOnly = true
+	if err := b.put("g", "x"); !errors.Is(err, errStoreDown) {
+		t.Errorf("put: %v", err)
+	}
+	b.wantHit("f", "x")
+	b.wantMiss("g")
+	if err := b.store.ping(t.Context()); !errors.Is(err, errStoreDown) {
+		t.Errorf("ping after a refused put: %v", err)
+	}
+	b.fake.readOnly = false
+	b.mustPut("g", "x")
+	if err := b.store.ping(t.Context()); err != nil {
+		t.Errorf("ping after a put: %v", err)
+	}
+}
+
+func TestS3PingIsCheapAndPatient(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.store.ping(t.Context())
+	b.fake.count("")
+	if err := b.store.ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.wantRequests("GetObject", 1)
+	b.fake.fail(always("", fakeFault{hang: true}))
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		if err := b.store.ping(ctx); !errors.Is(err, errStoreDown) {
+			t.Errorf("ping of a server that hangs: %v", err)
+		}
+		cancel()
+	}
+	if n := b.fake.count("GetObject"); n > 1 {
+		t.Errorf("%d checks at once", n)
+	}
+}
+
+func TestS3ClockOfAnHourAgo(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.advance(-time.Hour)
+	b.mustPut("f", "x")
+	b.wantHit("f", "x")
+	if b.log.count("the clocks differ") != 1 {
+		t.Error("the log does not say so once")
+	}
+}
+
+func TestS3MissingBucketIsMade(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.fake.drop("")
+	b.wantNoBody("f")
+	b.mustPut("f", "x")
+	b.wantHit("f", "x")
+}
+
+// wantNoBody is wantDown for a body alone: a HEAD cannot tell a bucket that is
+// missing from an object that is.
+func (b *s3Bench) wantNoBody(spelling string) {
+	b.t.Helper()
+	if _, err := b.open(b.t.Context(), testKey(spelling), 0); !errors.Is(err, errStoreDown) {
+		b.t.Errorf("open: %v", err)
+	}
+}
+
+func TestS3FullIsNoSpace(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.fake.fail(always("PutObject", fakeFault{status: 507, code: "XMinioStorageFull"}))
+	if err := b.put("f", "x"); !errors.Is(err, errNoSpace) {
+		t.Errorf("put: %v", err)
+	}
+}
+
+func TestS3WalkEndsWithAFailure(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	for i := range 50 {
+		b.putClass(fmt.Sprint("f", i), "x", mutable)
+	}
+	b.fake.fail(always("HeadObject", fakeFault{status: 403}))
+	seen := 0
+	err := b.walk(t.Context(), func(string, *record) error { seen++; return nil })
+	if !errors.Is(err, errStoreDown) || seen > 0 {
+		t.Errorf("walk: %v after %d; a reindex would drop what it was not told", err, seen)
+	}
+}
+
+func TestS3Verify(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	for _, name := range []string{"good", "rotten", "damaged", "empty"} {
+		b.mustPut(name, strings.Repeat(name, len(name)%5*10))
+	}
+	mustPut(t, b.store.client, "some/where/else", putOf([]byte("x")))
+	mustPut(t, b.store.client, testKey("foreign"), putOf([]byte("x")))
+	b.fake.object(testKey("rotten")).data[3] ^= 1
+	b.fake.object(testKey("damaged")).meta.Set("X-Amz-Meta-Artifact", "{")
+	told := map[string]error{}
+	checked, dropped, err := b.store.verify(t.Context(), func(key string, err error) { told[key] = err })
+	if checked != 5 || dropped != 2 || err != nil || len(told) != 3 {
+		t.Errorf("%d checked, %d dropped, %v, %v", checked, dropped, err, told)
+	}
+	for _, name := range []string{"rotten", "damaged"} {
+		if !errors.Is(told[testKey(name)], errDropped) {
+			t.Errorf("%s: %v", name, told[testKey(name)])
+		}
+		b.wantMiss(name)
+	}
+	b.wantHit("good", strings.Repeat("good", 40))
+	if b.fake.object("some/where/else") == nil || b.fake.object(testKey("foreign")) == nil {
+		t.Error("something that is not ours was dropped")
+	}
+}
+
+func TestS3SweepAbortsOldUploads(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	if _, err := b.store.client.begin(t.Context(), testKey("f"), s3put{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.store.sweep(t.Context()); err != nil || b.fake.pending() != 1 {
+		t.Errorf("a young upload: %v, %d left", err, b.fake.pending())
+	}
+	b.fake.mu.Lock()
+	for _, u := range b.fake.uploads {
+		u.initiated = u.initiated.Add(-25 * time.Hour)
+	}
+	b.fake.mu.Unlock()
+	if err := b.store.sweep(t.Context()); err != nil || b.fake.pending() != 0 {
+		t.Errorf("an old upload: %v, %d left", err, b.fake.pending())
+	}
+}
+
+// TestS3RefusedConnections asks a port where nobody listens, as after a crash.
+func TestS3RefusedConnections(t *testing.T) {
+	t.Parallel()
+	dead := httptest.NewServer(nil)
+	dead.Close()
+	c, err := newS3(s3config{host: dead.Listener.Addr().String(), bucket: "b", accessKey: "a", secretKey: "s", now: time.Now,
+		sleep: func(ctx context.Context, _ time.Duration) error { return ctx.Err() }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newS3Store(c, nil)
+	b := &s3Bench{storeTester: &storeTester{t, s, t.TempDir()}}
+	b.wantDown("f")
+	if err := s.ping(t.Context()); !errors.Is(err, errStoreDown) {
+		t.Errorf("ping: %v", err)
+	}
+}
+
+func BenchmarkS3Hit(b *testing.B) {
+	for _, size := range []int{4 << 10, 1 << 20, 64 << 20} {
+		b.Run(fmt.Sprint(size>>10, "KiB"), func(b *testing.B) {
+			s := newS3Store(realS3(b, 64<<20), func() bool { return true })
+			content := bigContent(size)
+			spool, err := os.CreateTemp(b.TempDir(), "")
+			if err == nil {
+				defer spool.Close()
+				io.WriteString(spool, content)
+				err = s.put(b.Context(), testKey("bench"), testRecord("bench", content), spool)
+			}
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.SetBytes(int64(size))
+			b.Run("direct", func(b *testing.B) {
+				b.SetBytes(int64(size))
+				for b.Loop() {
+					o, err := s.client.get(b.Context(), testKey("bench"), s3get{})
+					if err != nil {
+						b.Fatal(err)
+					}
+					io.Copy(io.Discard, o.body)
+					o.body.Close()
+				}
+			})
+			b.Run("store", func(b *testing.B) {
+				b.SetBytes(int64(size))
+				b.ReportAllocs()
+				for b.Loop() {
+					o, err := s.open(b.Context(), testKey("bench"), 0)
+					if err != nil {
+						b.Fatal(err)
+					}
+					io.Copy(io.Discard, o.body)
+					o.body.Close()
+				}
+			})
+		})
+	}
+}
