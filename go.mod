@@ -2,4 +2,7 @@ module artifactapi
 
 go 1.26
 
-require gopkg.in/yaml.v3 v3.0.1
+require (
+	github.com/lib/pq v1.12.3
+	gopkg.in/yaml.v3 v3.0.1
+)
