@@ -676,6 +676,10 @@ func (x *sqlIndex) on(ctx context.Context, f func(context.Context, *sql.Conn) er
 // staleErrors are what a connection says whose server was started again.
 var staleErrors = []error{driver.ErrBadConn, io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, syscall.ECONNRESET, syscall.EPIPE}
 
+func stale(err error) bool {
+	return slices.ContainsFunc(staleErrors, func(e error) bool { return errors.Is(err, e) })
+}
+
 // again tells whether it is worth to try again at once, and prepares for it.
 func (x *sqlIndex) again(err error) bool {
 	e, ok := errors.AsType[*pq.Error](err)
@@ -683,7 +687,7 @@ func (x *sqlIndex) again(err error) bool {
 	case !ok: // connections die together: the next must be a new one
 		x.db.SetMaxIdleConns(0)
 		x.db.SetMaxIdleConns(sqlConns)
-		return slices.ContainsFunc(staleErrors, func(stale error) bool { return errors.Is(err, stale) })
+		return stale(err)
 	case e.Code == "42P01": // a table is gone: somebody made the database anew
 		x.setReady(false)
 		return true
