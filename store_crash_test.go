@@ -78,8 +78,8 @@ func readFile(t testing.TB, name string) []byte {
 	return data
 }
 
-// change rewrites a file in place.
-func change(t testing.TB, name string, f func([]byte) []byte) {
+// tamper rewrites a file in place.
+func tamper(t testing.TB, name string, f func([]byte) []byte) {
 	t.Helper()
 	data := f(slices.Clone(readFile(t, name)))
 	must(t, os.WriteFile(name, data, 0o600))
@@ -101,7 +101,7 @@ func seal(body []byte) []byte {
 // editRecord changes one member of a record, leaving it sound.
 func editRecord(t testing.TB, name, member string, value any) {
 	t.Helper()
-	change(t, name, func(data []byte) []byte {
+	tamper(t, name, func(data []byte) []byte {
 		_, body, _ := bytes.Cut(data, []byte("\n"))
 		var m map[string]any
 		must(t, json.Unmarshal(body, &m))
@@ -121,16 +121,16 @@ func TestDiskDamage(t *testing.T) {
 		do   func(s *diskTester)
 	}
 	onRecord := func(f func([]byte) []byte) func(s *diskTester) {
-		return func(s *diskTester) { change(s.t, s.file("f", rec), f) }
+		return func(s *diskTester) { tamper(s.t, s.file("f", rec), f) }
 	}
 	for name, c := range map[string]damage{
 		"body truncated": {do: func(s *diskTester) { must(s.t, os.Truncate(s.body("f"), 3)) }},
 		"body emptied":   {do: func(s *diskTester) { must(s.t, os.Truncate(s.body("f"), 0)) }},
 		"body extended": {do: func(s *diskTester) {
-			change(s.t, s.body("f"), func(b []byte) []byte { return append(b, 'x') })
+			tamper(s.t, s.body("f"), func(b []byte) []byte { return append(b, 'x') })
 		}},
 		"body changed in place": {do: func(s *diskTester) {
-			change(s.t, s.body("f"), func(b []byte) []byte { b[2] ^= 1; return b })
+			tamper(s.t, s.body("f"), func(b []byte) []byte { b[2] ^= 1; return b })
 			must(s.t, os.Chtimes(s.body("f"), testDay, testDay))
 		}},
 		"body swapped": {do: func(s *diskTester) {
@@ -826,7 +826,7 @@ func TestFreshnessSurvivesRestart(t *testing.T) {
 	wantNoMark(t, f, "c")
 	must(t, f.set(t.Context(), "c", a))
 
-	change(t, f.path(), func(data []byte) []byte { return data[:len(data)-3] })
+	tamper(t, f.path(), func(data []byte) []byte { return data[:len(data)-3] })
 	f = newLocalFreshness(dir, time.Now, log)
 	wantMark(t, f, "b", b)
 	wantNoMark(t, f, "c")

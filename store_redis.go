@@ -202,12 +202,12 @@ func parseMark(v string) (mark, bool) {
 // lease: see replicas. A key that this process has leased already (its fill
 // was purged and goes on for its clients) is given again, without a say in the
 // first one's life.
-func (r *redisStore) lease(ctx context.Context, key string) (release func(), other *filler, err error) {
-	at, token := r.leaseKey(key), rand.Text()
+func (r *redisStore) lease(ctx context.Context, key string) (token string, release func(), other *filler, err error) {
+	at, fresh := r.leaseKey(key), rand.Text()
 	release = func() {}
 	err = r.do(ctx, func(ctx context.Context, c redis.Conn) error {
 		// The address is known now that there is a connection.
-		value := r.self + " " + token + " " + r.advertise(r.localIP())
+		value := r.self + " " + fresh + " " + r.advertise(r.localIP())
 		for range leaseTries {
 			holder, err := takeLease(ctx, c, at, value)
 			switch {
@@ -215,6 +215,7 @@ func (r *redisStore) lease(ctx context.Context, key string) (release func(), oth
 				return err
 			case holder == value:
 				r.hold(at, value)
+				token = fresh
 				release = func() { r.release(at, value) }
 				return nil
 			case strings.HasPrefix(holder, r.self+" "):
@@ -227,9 +228,9 @@ func (r *redisStore) lease(ctx context.Context, key string) (release func(), oth
 		return nil // it comes and goes: fill without
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("leasing %s: %w", key, err)
+		return "", nil, nil, fmt.Errorf("leasing %s: %w", key, err)
 	}
-	return release, other, nil
+	return token, release, other, nil
 }
 
 // takeLease returns the value that holds the lease: ours, another's, or none
