@@ -1027,6 +1027,21 @@ func (c *cache) evictOldest(ctx context.Context, remote string, bytes int64) (fr
 	return freed
 }
 
+// changed is what another replica announced: key was replaced or removed.
+func (c *cache) changed(key string) {
+	c.negative.delete(key)
+	if f, ok := c.objects.(forgetter); ok {
+		f.forget(key)
+	}
+}
+
+// missed: announcements may have been lost.
+func (c *cache) missed() {
+	if f, ok := c.objects.(forgetter); ok {
+		f.forgetAll()
+	}
+}
+
 // maxUntold bounds the announcements that wait for Redis.
 const maxUntold = 100_000
 

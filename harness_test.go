@@ -170,8 +170,11 @@ func (tt *tester) begin() {
 	}
 	s := &server{set: set, env: lookup, log: newLogger(set, tt.logs)}
 	s.config.Store(tt.parse(tt.yaml()))
+	if s.stores, err = openStores(set, s.log); err != nil {
+		tt.Fatal(err)
+	}
 	tt.server, tt.api = s, s.wire().(*api)
-	tt.cache, tt.disk = s.cache, s.disk
+	tt.cache, tt.disk = s.cache, s.stores.disk
 	tt.useClock()
 	tt.cache.up = tt.newUpstream(s.log)
 	tt.up = tt.cache.up
@@ -181,8 +184,10 @@ func (tt *tester) begin() {
 	if tt.setup.spools != nil {
 		tt.cache.spools = tt.setup.spools(tt.cache.spools)
 	}
-	s.checkStorage()
-	if err := s.index.load(context.Background(), s.disk); err != nil {
+	for _, b := range s.stores.backends {
+		s.check(b)
+	}
+	if err := s.stores.embedded.load(context.Background(), s.stores.disk); err != nil {
 		tt.Fatal(err)
 	}
 	tt.serve()
@@ -294,8 +299,7 @@ func (tt *tester) serve() {
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel() // whatever still fills is dropped
 		api.cache.close(ctx)
-		server.closeStores()
-		_ = server.disk.close()
+		_ = server.stores.close()
 		up.close()
 	})
 }

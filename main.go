@@ -8,6 +8,7 @@
 //	artifactapi check [FILE] validate the configuration; exit 0 or 1
 //	artifactapi healthcheck  ask the local server's /health; exit 0 or 1
 //	artifactapi verify       hash everything stored, drop what does not match
+//	artifactapi reindex      make the index follow from what is stored
 //	artifactapi version
 //	artifactapi help
 //
@@ -19,6 +20,14 @@
 //	DATA_DIR (data)             where files, index and spools are
 //	MIN_FREE (1GiB or 5 %)      free space that storing leaves alone
 //	CACHE_MAX_SIZE              least recently used files go above it
+//	MINIO_ENDPOINT, MINIO_ACCESS_KEY, MINIO_SECRET_KEY, MINIO_BUCKET
+//	                            keep files in S3 instead of on disk
+//	MINIO_SECURE (false), MINIO_REGION (us-east-1), MINIO_VIRTUAL_HOST (false)
+//	HOT_CACHE_SIZE (10GiB)      of the copies on disk before S3; 0 is none
+//	DBHOST, DBPORT (5432), DBUSER, DBPASS, DBNAME, DBSSLMODE (disable)
+//	                            keep the index in PostgreSQL
+//	REDIS_URL                   share freshness and leases through Redis
+//	ADVERTISE_URL               where other replicas reach this one
 //	API_TOKEN                   allows PUT, DELETE and purging
 //	TLS_CERT_FILE, TLS_KEY_FILE serve HTTPS; read again when they change
 //	DRAIN_DELAY (0s)            how long /health says 503 before the end
@@ -35,6 +44,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -62,6 +72,7 @@ const usage = `usage: artifactapi [COMMAND]
   check [FILE]   validate the configuration; exit 0 or 1
   healthcheck    ask the local server's /health; exit 0 or 1
   verify         hash everything stored and drop what does not match; exit 0 = all well
+  reindex        make the index follow from what is stored; exit 0 or 1
   version        print the version
   help           print this
 `
@@ -78,7 +89,7 @@ func run(ctx context.Context, args []string, env lookup, stdout, stderr io.Write
 	if len(args) > 0 {
 		command, rest = args[0], args[1:]
 	}
-	limits := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "version": 0, "help": 0, "-h": 0, "--help": 0}
+	limits := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "reindex": 0, "version": 0, "help": 0, "-h": 0, "--help": 0}
 	if most, ok := limits[command]; !ok || len(rest) > most {
 		fmt.Fprint(stderr, usage)
 		return 2
@@ -100,6 +111,8 @@ func run(ctx context.Context, args []string, env lookup, stdout, stderr io.Write
 			err = healthcheck(ctx, set)
 		case "verify":
 			err = verify(ctx, set, stdout)
+		case "reindex":
+			err = rebuild(ctx, set, stdout)
 		default:
 			err = serve(ctx, set, env, stderr)
 		}
@@ -168,9 +181,13 @@ func healthcheck(ctx context.Context, set *settings) error {
 
 // verify hashes what is stored, beside a running server too.
 func verify(ctx context.Context, set *settings, stdout io.Writer) error {
-	disk := newDiskStore(set.dataDir, time.Now, slog.New(slog.DiscardHandler))
+	st, err := openStores(set, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	defer st.close()
 	reported := 0
-	checked, dropped, err := disk.verify(ctx, func(key string, err error) {
+	checked, dropped, err := st.verify(ctx, func(key string, err error) {
 		reported++
 		fmt.Fprintf(stdout, "%s: %v\n", key, err)
 	})
@@ -181,21 +198,185 @@ func verify(ctx context.Context, set *settings, stdout io.Writer) error {
 	return err
 }
 
+// rebuild is reindex: rows for objects without one, and no rows without an
+// object. PostgreSQL's index is corrected beside running replicas; the embedded
+// one is in the server's memory, so the server must not run.
+func rebuild(ctx context.Context, set *settings, stdout io.Writer) error {
+	st, err := openStores(set, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	defer st.close()
+	if st.sql != nil {
+		changed := 0
+		err := reindex(ctx, st.objects, st.sql, func(what, key string) {
+			changed++
+			fmt.Fprintln(stdout, what, key)
+		})
+		fmt.Fprintf(stdout, "%d rows corrected\n", changed)
+		return err
+	}
+	switch held, err := st.disk.lockData(); {
+	case err != nil:
+		return err
+	case !held:
+		return errors.New("a server uses DATA_DIR, and its index is in its memory: stop it first (it reconciles the index at each start anyway)")
+	}
+	if err := st.embedded.load(ctx, st.objects); err != nil {
+		return err
+	}
+	totals, err := st.embedded.totals(ctx)
+	for name, t := range totals {
+		fmt.Fprintf(stdout, "%s: %d files, %d bytes\n", name, t.Files, t.Bytes)
+	}
+	return errors.Join(err, st.embedded.flush())
+}
+
+// stores are the backends that the environment chose, each on its own.
+type stores struct {
+	disk    *diskStore // DATA_DIR: spools, and the objects without S3
+	objects interface {
+		objects
+		verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error)
+	}
+	s3       *s3Store        // nil: local disk
+	hot      *tiered         // with S3: copies on disk before it
+	sql      *sqlIndex       // nil: embedded
+	embedded *embeddedIndex  // nil: PostgreSQL
+	redis    *redisStore     // nil: in process
+	local    *localFreshness // nil: Redis
+	backends []*backend
+}
+
+// backend is one of the three as /health shows it.
+type backend struct {
+	name string // storage, database, redis
+	kind string // what it is, for the log
+	good string // how /health calls it while it works
+	ping func(context.Context) error
+	up   atomic.Bool // the last ping went well
+}
+
+// openStores connects to nothing yet: a backend that is down does not stop the
+// start.
+func openStores(set *settings, log *slog.Logger) (*stores, error) {
+	st := &stores{disk: newDiskStore(set.dataDir, time.Now, log)}
+	if err := st.openRedis(set, log); err != nil {
+		return nil, err
+	}
+	if err := st.openIndex(set, log); err != nil {
+		return nil, err
+	}
+	if set.s3.bucket == "" {
+		st.objects = st.disk
+		st.add(&backend{name: "storage", kind: "local disk " + set.dataDir, good: "embedded", ping: st.disk.ping})
+		return st, nil
+	}
+	set.s3.now, set.s3.log = time.Now, log
+	client, err := newS3(set.s3)
+	if err != nil {
+		return nil, fmt.Errorf("configuring S3: %w", err)
+	}
+	var online func() bool
+	if st.redis != nil {
+		online = st.redis.online
+	}
+	st.s3 = newS3Store(client, online)
+	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), time.Now, log)
+	st.hot = newTiered(st.s3, copies, set.hotSize, (&diskSpools{st.disk, set.minFree}).room)
+	st.objects = st.hot
+	st.add(&backend{name: "storage", kind: "S3 " + set.s3.String(), good: "ok", ping: st.s3.ping})
+	return st, nil
+}
+
+func (st *stores) openIndex(set *settings, log *slog.Logger) (err error) {
+	if set.db.host == "" {
+		st.embedded = newEmbeddedIndex(set.dataDir, log)
+		st.add(&backend{name: "database", kind: "embedded", good: "embedded"})
+		return nil
+	}
+	st.sql, err = newSQLIndex(set.db, set.dataDir, time.Now, log)
+	if err == nil {
+		st.add(&backend{name: "database", kind: "PostgreSQL " + set.db.host, good: "ok", ping: st.sql.ping})
+	}
+	return err
+}
+
+func (st *stores) openRedis(set *settings, log *slog.Logger) (err error) {
+	if set.redisURL == "" {
+		st.local = newLocalFreshness(set.dataDir, time.Now, log)
+		st.add(&backend{name: "redis", kind: "embedded", good: "embedded"})
+		return nil
+	}
+	st.redis, err = newRedisStore(string(set.redisURL), set.redisPrefix(), set.reachedAt, time.Now, log)
+	if err == nil {
+		st.add(&backend{name: "redis", kind: "Redis", good: "ok", ping: st.redis.ping})
+	}
+	return err
+}
+
+func (st *stores) add(b *backend) { st.backends = append(st.backends, b) }
+
+func (st *stores) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
+	return st.objects.verify(ctx, report)
+}
+
+// index and fresh are what was chosen, as the cache knows it.
+func (st *stores) index() index {
+	if st.sql != nil {
+		return st.sql
+	}
+	return st.embedded
+}
+
+func (st *stores) fresh() freshness {
+	if st.redis != nil {
+		return st.redis
+	}
+	return st.local
+}
+
+// replicas are there where both the store and Redis are shared.
+func (st *stores) replicas() replicas {
+	if st.redis == nil || st.s3 == nil {
+		return nil
+	}
+	return st.redis
+}
+
+// close ends everything in the order of use.
+func (st *stores) close() error {
+	var errs []error
+	if st.sql != nil {
+		errs = append(errs, st.sql.close())
+	} else {
+		errs = append(errs, st.embedded.close())
+	}
+	if st.redis != nil {
+		errs = append(errs, st.redis.close())
+	} else {
+		errs = append(errs, st.local.close())
+	}
+	if st.s3 != nil {
+		st.hot.close()
+		st.s3.close()
+		errs = append(errs, st.hot.disk.close())
+	}
+	return errors.Join(append(errs, st.disk.close())...)
+}
+
 // server is what serve wires together.
 type server struct {
 	set    *settings
 	env    lookup
 	log    *slog.Logger
-	disk   *diskStore
-	index  *embeddedIndex
-	fresh  *localFreshness
+	stores *stores
 	cache  *cache
 	config atomic.Pointer[config]
 	cert   atomic.Pointer[tls.Certificate]
 
 	draining atomic.Bool
-	storage  atomic.Bool // the last ping of the store went well
-	held     bool        // DATA_DIR is ours alone
+	held     bool // DATA_DIR is ours alone; the start and one loop use it
 }
 
 // serve runs the server until ctx ends.
@@ -214,23 +395,27 @@ func serve(ctx context.Context, set *settings, env lookup, stderr io.Writer) err
 	if err != nil {
 		return fmt.Errorf("listening on LISTEN_ADDR %s: %w", set.listen, err)
 	}
-	handler := s.wire()
-	log.Info("artifactapi starts", "version", version, "address", listener.Addr().String(), "remotes", len(cfg.names), "config", set.configPath,
-		"storage", "local disk "+set.dataDir, "database", "embedded", "redis", "embedded")
-	return s.run(ctx, listener, handler)
+	if s.stores, err = openStores(set, log); err != nil {
+		return err
+	}
+	attrs := []any{"version", version, "address", listener.Addr().String(), "remotes", len(cfg.names), "config", set.configPath}
+	for _, b := range s.stores.backends {
+		attrs = append(attrs, b.name, b.kind)
+	}
+	log.Info("artifactapi starts", attrs...)
+	return s.run(ctx, listener, s.wire())
 }
 
-// wire makes the stores, the cache and the handler.
+// wire makes the cache over the stores, and the handler.
 func (s *server) wire() http.Handler {
 	metrics := newMetrics()
-	s.disk = newDiskStore(s.set.dataDir, time.Now, s.log)
+	st := s.stores
 	s.openData(context.Background())
-	s.index = newEmbeddedIndex(s.set.dataDir, s.log)
-	s.fresh = newLocalFreshness(s.set.dataDir, time.Now, s.log)
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version
-	spools := &diskSpools{disk: s.disk, minFree: s.set.minFree}
-	s.cache = newCache(s.disk, s.index, s.fresh, spools, up, time.Now, s.log, metrics)
+	spools := &diskSpools{disk: st.disk, minFree: s.set.minFree}
+	s.cache = newCache(st.objects, st.index(), st.fresh(), spools, up, time.Now, s.log, metrics)
+	s.cache.replicas = st.replicas()
 	responder := &responder{now: time.Now, log: s.log, metrics: metrics}
 	return &api{cache: s.cache, config: s.config.Load, health: s.health, responder: responder, metrics: metrics,
 		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
@@ -267,9 +452,14 @@ func (s *server) run(ctx context.Context, listener net.Listener, handler http.Ha
 	case <-ctx.Done():
 		s.drain(srv)
 	}
+	ended, cancel := context.WithTimeout(context.Background(), drainFor)
+	defer cancel()
+	s.cache.close(ended)
 	stop()
 	loops.Wait()
-	s.closeStores()
+	if err := s.stores.close(); err != nil {
+		s.log.Warn("closing the stores", "error", err)
+	}
 	if err != nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serving: %w", err)
 	}
@@ -293,25 +483,10 @@ func (s *server) drain(srv *http.Server) {
 		s.log.Warn("requests in flight were cut off", "error", err)
 		srv.Close()
 	}
-	s.cache.close(ctx)
-}
-
-func (s *server) closeStores() {
-	if err := s.index.close(); err != nil {
-		s.log.Warn("saving the index", "error", err)
-	}
-	if err := s.fresh.close(); err != nil {
-		s.log.Warn("saving the freshness", "error", err)
-	}
-	if err := s.disk.close(); err != nil {
-		s.log.Warn("closing DATA_DIR", "error", err)
-	}
 }
 
 // background starts the loops: each is a ticker around one step.
 func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
-	s.checkStorage()
-	loops.Go(func() { s.loadIndex(ctx) })
 	every := func(d time.Duration, step func()) {
 		loops.Go(func() {
 			t := time.NewTicker(d)
@@ -326,27 +501,45 @@ func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 			}
 		})
 	}
-	every(500*time.Millisecond, s.checkStorage)
+	st := s.stores
+	for _, b := range st.backends {
+		loops.Go(func() { s.check(b) })
+		every(checkEvery, func() { s.check(b) })
+	}
 	every(2*time.Second, func() { s.cache.flush(ctx) })
 	every(5*time.Second, func() { s.cache.evict(ctx, s.config.Load(), s.set.maxSize) })
-	every(5*time.Minute, func() {
-		if err := s.index.flush(); err != nil {
-			s.log.Warn("saving the index", "error", err)
-		}
-	})
 	every(time.Hour, func() { s.openData(ctx); s.sweep(ctx, false) })
 	loops.Go(func() { s.watchFiles(ctx) })
+	if st.embedded != nil {
+		loops.Go(func() { s.retry(ctx, "loading the index", func() error { return st.embedded.load(ctx, st.objects) }) })
+		every(5*time.Minute, func() { s.try(ctx, "saving the index", st.embedded.flush) })
+	} else {
+		every(time.Second, func() { s.try(ctx, "writing the journal to the database", func() error { return st.sql.replay(ctx) }) })
+	}
+	if st.redis != nil {
+		every(leaseBeat, func() { s.try(ctx, "keeping leases", func() error { return st.redis.beat(ctx) }) })
+		loops.Go(func() { st.redis.watch(ctx, s.cache.changed, s.cache.missed) })
+	}
+	if st.hot != nil {
+		loops.Go(func() { s.retry(ctx, "finding hot copies", func() error { return st.hot.load(ctx) }) })
+	}
 }
 
-// loadIndex reads what is stored into the embedded index; a disk that cannot
-// be read yet is tried again.
-func (s *server) loadIndex(ctx context.Context) {
+// try logs a step that failed; its loop will try again.
+func (s *server) try(ctx context.Context, what string, step func() error) {
+	if err := step(); err != nil && ctx.Err() == nil {
+		s.log.Debug("failed, will try again", "doing", what, "error", err)
+	}
+}
+
+// retry repeats what has to succeed once.
+func (s *server) retry(ctx context.Context, what string, step func() error) {
 	for {
-		err := s.index.load(ctx, s.disk)
+		err := step()
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		s.log.Warn("loading the index, will try again", "error", err)
+		s.log.Warn("failed, will try again in 10 s", "doing", what, "error", err)
 		select {
 		case <-time.After(10 * time.Second):
 		case <-ctx.Done():
@@ -360,7 +553,7 @@ func (s *server) openData(ctx context.Context) {
 	if s.held {
 		return
 	}
-	held, err := s.disk.lockData()
+	held, err := s.stores.disk.lockData()
 	switch {
 	case err != nil:
 		s.log.Error("DATA_DIR cannot be used: files are passed on and not stored", "dir", s.set.dataDir, "error", err)
@@ -373,29 +566,43 @@ func (s *server) openData(ctx context.Context) {
 }
 
 func (s *server) sweep(ctx context.Context, all bool) {
-	if err := s.disk.sweep(ctx, all); err != nil && ctx.Err() == nil {
-		s.log.Warn("sweeping temporary files", "error", err)
+	s.try(ctx, "sweeping temporary files", func() error { return s.stores.disk.sweep(ctx, all) })
+	if s.stores.hot != nil {
+		s.try(ctx, "sweeping temporary files", func() error { return s.stores.hot.sweep(ctx, all) })
 	}
 }
 
-// checkStorage asks the store whether it can be used and notes the answer for
+// checkEvery and checkWait: /health has to tell within a second.
+const (
+	checkEvery = 500 * time.Millisecond
+	checkWait  = 400 * time.Millisecond
+)
+
+// check asks a backend whether it can be used and notes the answer for
 // /health.
-func (s *server) checkStorage() {
-	ctx, cancel := context.WithTimeout(context.Background(), 400*time.Millisecond)
+func (s *server) check(b *backend) {
+	if b.ping == nil {
+		b.up.Store(true)
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), checkWait)
 	defer cancel()
-	err := s.disk.ping(ctx)
-	if was := s.storage.Swap(err == nil); was && err != nil {
-		s.log.Error("storage is down", "error", err)
+	err := b.ping(ctx)
+	if was := b.up.Swap(err == nil); was && err != nil {
+		s.log.Error("backend is down", "backend", b.name, "kind", b.kind, "error", err)
 	} else if !was && err == nil {
-		s.log.Info("storage is usable", "dir", s.set.dataDir)
+		s.log.Info("backend is usable", "backend", b.name, "kind", b.kind)
 	}
 }
 
 // health is the state of the backends as the last look found it.
 func (s *server) health() healthReport {
-	h := healthReport{Status: "healthy", Backends: map[string]string{"storage": "embedded", "database": "embedded", "redis": "embedded"}, draining: s.draining.Load()}
-	if !s.storage.Load() {
-		h.Status, h.Backends["storage"] = "degraded", "down"
+	h := healthReport{Status: "healthy", Backends: map[string]string{}, draining: s.draining.Load()}
+	for _, b := range s.stores.backends {
+		h.Backends[b.name] = b.good
+		if !b.up.Load() {
+			h.Status, h.Backends[b.name] = "degraded", "down"
+		}
 	}
 	return h
 }
@@ -520,8 +727,13 @@ type lookup = func(string) (string, bool)
 // settings are what the environment says.
 type settings struct {
 	configPath, listen, dataDir string
-	minFree                     int64 // -1: by the disk's size
-	maxSize                     int64 // CACHE_MAX_SIZE; 0: none
+	minFree                     int64       // -1: by the disk's size
+	maxSize                     int64       // CACHE_MAX_SIZE; 0: none
+	s3                          s3config    // bucket "": local disk
+	hotSize                     int64       // of the tier before S3; 0: none
+	db                          sqlSettings // host "": embedded
+	redisURL                    secret      // "": in process
+	advertise                   string      // ADVERTISE_URL
 	apiToken                    secret
 	tlsCert, tlsKey             string
 	drainDelay                  time.Duration
@@ -536,10 +748,6 @@ var groups = [][]string{
 	{"TLS_CERT_FILE", "TLS_KEY_FILE"},
 	{"TLS_KEY_FILE", "TLS_CERT_FILE"},
 }
-
-// unbuilt are variables of parts that this version does not have: silently
-// ignoring one would lose data that its user believes shared.
-var unbuilt = []string{"MINIO_ENDPOINT", "DBHOST", "REDIS_URL", "ADVERTISE_URL"}
 
 // parseSettings reads the environment. Its error is one line naming the first
 // variable that is missing or wrong.
@@ -568,7 +776,7 @@ func parseSettings(env lookup) (*settings, error) {
 	if dir, err := filepath.Abs(set.dataDir); err == nil {
 		set.dataDir = dir
 	}
-	p.backends()
+	p.backends(set)
 	return set, p.err
 }
 
@@ -638,40 +846,74 @@ func (p *envReader) groups() {
 	}
 }
 
-// backends judges the variables of S3, PostgreSQL and Redis.
-func (p *envReader) backends() {
-	p.size("HOT_CACHE_SIZE", 0)
-	p.endpoint()
-	if port := p.text("DBPORT", "5432"); p.err == nil {
-		if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
-			p.fail("DBPORT", fmt.Errorf("%q is not a port number", port))
-		}
+// backends reads the variables of S3, PostgreSQL and Redis.
+func (p *envReader) backends(set *settings) {
+	set.hotSize = p.size("HOT_CACHE_SIZE", 10<<30)
+	p.endpoint(&set.s3)
+	set.db = sqlSettings{host: p.text("DBHOST", ""), port: p.text("DBPORT", "5432"), user: p.text("DBUSER", ""), name: p.text("DBNAME", ""),
+		password: secret(p.text("DBPASS", "")), sslmode: p.oneOf("DBSSLMODE", "disable", "disable", "require", "verify-ca", "verify-full")}
+	if n, err := strconv.Atoi(set.db.port); err != nil || n < 1 || n > 65535 {
+		p.fail("DBPORT", fmt.Errorf("%q is not a port number", set.db.port))
 	}
-	if v := p.text("REDIS_URL", ""); v != "" {
+	set.redisURL = secret(p.text("REDIS_URL", ""))
+	if v := string(set.redisURL); v != "" {
 		if u, err := url.Parse(v); err != nil || u.Host == "" || u.Scheme != "redis" && u.Scheme != "rediss" {
 			p.fail("REDIS_URL", errors.New("is not a URL like redis://:PASSWORD@HOST:6379/0 or the same with rediss"))
 		}
 	}
-	for _, name := range unbuilt {
-		if p.text(name, "") != "" {
-			p.fail(name, errors.New("is set, but this version does not have what it configures yet: unset it"))
-		}
+	set.advertise = strings.TrimSuffix(p.text("ADVERTISE_URL", ""), "/")
+	if u, err := url.Parse(set.advertise); set.advertise != "" && (err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https") {
+		p.fail("ADVERTISE_URL", errors.New("is not a URL like http://10.0.0.7:8000"))
 	}
 }
 
-// endpoint judges MINIO_ENDPOINT (host:port or a URL) against MINIO_SECURE.
-func (p *envReader) endpoint() {
+// endpoint reads the variables of S3: MINIO_ENDPOINT is host:port or a URL,
+// whose scheme must not contradict MINIO_SECURE.
+func (p *envReader) endpoint(c *s3config) {
+	host := p.text("MINIO_ENDPOINT", "")
 	secure := p.oneOf("MINIO_SECURE", "", "true", "false", "1", "0")
-	p.oneOf("MINIO_VIRTUAL_HOST", "false", "true", "false", "1", "0")
-	v := p.text("MINIO_ENDPOINT", "")
-	scheme, _, isURL := strings.Cut(v, "://")
+	virtual := p.oneOf("MINIO_VIRTUAL_HOST", "false", "true", "false", "1", "0")
+	if host == "" {
+		return
+	}
+	*c = s3config{bucket: p.text("MINIO_BUCKET", ""), accessKey: p.text("MINIO_ACCESS_KEY", ""), secretKey: p.text("MINIO_SECRET_KEY", ""),
+		region: p.text("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1", host: host}
+	scheme, _, isURL := strings.Cut(host, "://")
 	if !isURL {
 		return
 	}
+	u, err := url.Parse(host)
 	switch {
-	case scheme != "http" && scheme != "https":
-		p.fail("MINIO_ENDPOINT", errors.New("is neither host:port nor an http or https URL"))
-	case secure != "" && (secure == "true" || secure == "1") != (scheme == "https"):
+	case err != nil || scheme != "http" && scheme != "https" || u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "":
+		p.fail("MINIO_ENDPOINT", errors.New("is neither host:port nor an http or https URL of a host alone"))
+		return
+	case secure != "" && c.secure != (scheme == "https"):
 		p.fail("MINIO_SECURE", fmt.Errorf("%s contradicts the scheme %s of MINIO_ENDPOINT", secure, scheme))
 	}
+	c.host, c.secure = u.Host, scheme == "https"
+}
+
+// redisPrefix keeps caches apart that share a Redis: by their bucket, or by
+// the one directory that has their files.
+func (set *settings) redisPrefix() string {
+	if set.s3.bucket != "" {
+		return set.s3.host + "/" + set.s3.bucket
+	}
+	host, _ := os.Hostname() // without a name, the directory has to do
+	sum := sha256.Sum256([]byte(host + ":" + set.dataDir))
+	return "disk/" + hex.EncodeToString(sum[:8])
+}
+
+// reachedAt is the URL at which other replicas reach this one, given the local
+// address of its connection to Redis.
+func (set *settings) reachedAt(localIP string) string {
+	if set.advertise != "" {
+		return set.advertise
+	}
+	scheme := "http"
+	if set.tlsCert != "" {
+		scheme = "https"
+	}
+	_, port, _ := net.SplitHostPort(set.listen) // was parsed at the start
+	return scheme + "://" + net.JoinHostPort(localIP, port)
 }
