@@ -93,6 +93,7 @@ type flight struct {
 	err       error
 	validator string // for If-Range; "" when the upstream gave no strong one
 	origin    int    // who answered
+	followed  bool   // the body comes from another replica
 	token     string // of the lease across replicas, while it is held
 	release   func() // gives it back
 }
@@ -269,10 +270,15 @@ func (f *flight) mayBeStored(other *filler) bool {
 	return f.c.ended.Load() != f.ended || f.c.replicas != nil && other == nil
 }
 
-// storeHasIt looks into the store again.
+// storeHasIt looks into the store again: for the body too, since a store that
+// is down may still know the record.
 func (f *flight) storeHasIt() bool {
-	s, err := f.c.lookup(f.ctx, f.key, f.want, asked{head: true})
-	return err == nil && s.fresh()
+	s, err := f.c.lookup(f.ctx, f.key, f.want, asked{})
+	if err != nil {
+		return false
+	}
+	s.body.Close()
+	return s.fresh()
 }
 
 // checks says whether an expired copy of q is revalidated rather than fetched
@@ -408,7 +414,7 @@ func (c *cache) askBody(ctx context.Context, q want, ask question) (*answer, err
 // takeOver fetches the rest of a body whose replica is gone.
 func (f *flight) takeOver(cause error) error {
 	f.mu.Lock()
-	f.storable = true
+	f.storable, f.followed = true, false
 	f.mu.Unlock()
 	ans, err := f.resume(cause, 0)
 	if err != nil {
@@ -880,7 +886,7 @@ func (f *flight) reply(ctx context.Context, lead bool, a asked) *reply {
 		rep.status = "fwd=stale; fwd-status=200"
 	}
 	switch {
-	case !lead:
+	case !lead || f.followed:
 		rep.status += "; collapsed"
 	case f.storable:
 		rep.status += "; stored"

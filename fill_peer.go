@@ -103,6 +103,9 @@ func (f *flight) follow(p *filler) error {
 	if err := f.openSpool(); err != nil {
 		return err
 	}
+	f.mu.Lock()
+	f.followed = true
+	f.mu.Unlock()
 	ctx, cancel := context.WithCancel(f.ctx)
 	defer cancel()
 	silence := time.AfterFunc(peerSilence, cancel)
