@@ -3,12 +3,14 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -435,9 +437,6 @@ func TestDamagedCopiesAreNoMatter(t *testing.T) {
 	if checked != 2 || dropped != 0 || err != nil {
 		t.Errorf("%d checked, %d dropped, %v", checked, dropped, err)
 	}
-	if err := b.tier.sweep(t.Context(), true); err != nil {
-		t.Error(err)
-	}
 }
 
 // toldReplicas is replicas as far as announcing goes.
@@ -448,6 +447,48 @@ type toldReplicas struct {
 }
 
 func (r *toldReplicas) online() bool { return !r.down }
+
+func (r *toldReplicas) announce(_ context.Context, key string) error {
+	if r.down {
+		return errStoreDown
+	}
+	r.told = append(r.told, key)
+	return nil
+}
+
+func TestChangesAreAnnounced(t *testing.T) {
+	t.Parallel()
+	disk, fresh := newTestDisk(t), newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { fresh.close() })
+	r := &toldReplicas{}
+	c := newCache(disk, newTestIndex(t, t.TempDir(), disk), fresh, nil, nil, time.Now, slog.New(slog.DiscardHandler), newMetrics())
+	c.replicas = r
+	change := func(spelling string) {
+		t.Helper()
+		rec := testRecord(spelling, "x")
+		if err := c.store(t.Context(), testKey(spelling), rec, tempSpool(t, t.TempDir(), "x")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	change("a")
+	r.down = true
+	change("b")
+	if err := c.remove(t.Context(), "r", testKey("a")); err != nil {
+		t.Fatal(err)
+	}
+	c.flush(t.Context())
+	if want := []string{testKey("a")}; !slices.Equal(r.told, want) {
+		t.Errorf("told %q, want %q", r.told, want)
+	}
+	r.down, r.told = false, nil
+	c.flush(t.Context())
+	c.flush(t.Context())
+	slices.Sort(r.told)
+	want := []string{testKey("a"), testKey("b")}
+	if slices.Sort(want); !slices.Equal(r.told, want) {
+		t.Errorf("told late %q, want %q", r.told, want)
+	}
+}
 
 func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 	t.Parallel()
@@ -504,5 +545,49 @@ func BenchmarkHotHit(b *testing.B) {
 				o.body.Close()
 			}
 		})
+	}
+}
+
+func TestS3Settings(t *testing.T) {
+	t.Parallel()
+	good := map[string]string{"MINIO_ENDPOINT": "minio:9000", "MINIO_ACCESS_KEY": "k", "MINIO_SECRET_KEY": "s3cr3t", "MINIO_BUCKET": "b"}
+	for name, c := range map[string]struct {
+		env  map[string]string
+		want string // host, secure, virtual host, size of the tier; or a part of the error
+	}{
+		"host and port":     {nil, "minio:9000 false false 10737418240"},
+		"a URL":             {map[string]string{"MINIO_ENDPOINT": "https://s3.example/"}, "s3.example true false 10737418240"},
+		"secure":            {map[string]string{"MINIO_SECURE": "1", "HOT_CACHE_SIZE": "0"}, "minio:9000 true false 0"},
+		"both":              {map[string]string{"MINIO_ENDPOINT": "https://s3.example", "MINIO_SECURE": "true"}, "s3.example true false 10737418240"},
+		"virtual host":      {map[string]string{"MINIO_VIRTUAL_HOST": "true"}, "minio:9000 false true 10737418240"},
+		"an address":        {map[string]string{"MINIO_ENDPOINT": "http://[::1]:9000"}, "[::1]:9000 false false 10737418240"},
+		"none":              {map[string]string{"MINIO_ENDPOINT": ""}, "nil"},
+		"contradiction":     {map[string]string{"MINIO_ENDPOINT": "http://x", "MINIO_SECURE": "true"}, "MINIO_SECURE"},
+		"contradiction too": {map[string]string{"MINIO_ENDPOINT": "https://x", "MINIO_SECURE": "false"}, "MINIO_SECURE"},
+		"another scheme":    {map[string]string{"MINIO_ENDPOINT": "s3://x"}, "MINIO_ENDPOINT"},
+		"a path":            {map[string]string{"MINIO_ENDPOINT": "http://x/y"}, "MINIO_ENDPOINT"},
+		"user info":         {map[string]string{"MINIO_ENDPOINT": "http://k:s3cr3t@x"}, "MINIO_ENDPOINT"},
+		"no bucket":         {map[string]string{"MINIO_BUCKET": ""}, "MINIO_BUCKET"},
+		"no secret":         {map[string]string{"MINIO_SECRET_KEY": ""}, "MINIO_SECRET_KEY"},
+		"a bad size":        {map[string]string{"HOT_CACHE_SIZE": "much"}, "HOT_CACHE_SIZE"},
+		"half a truth":      {map[string]string{"MINIO_VIRTUAL_HOST": "maybe"}, "MINIO_VIRTUAL_HOST"},
+	} {
+		set, err := parseSettings(func(name string) (string, bool) {
+			if v, ok := c.env[name]; ok {
+				return v, true
+			}
+			v, ok := good[name]
+			return v, ok
+		})
+		got := "nil"
+		switch {
+		case err != nil:
+			got = err.Error()
+		case set.s3.bucket != "":
+			got = fmt.Sprint(set.s3.host, " ", set.s3.secure, " ", set.s3.virtualHost, " ", set.hotSize)
+		}
+		if got != c.want && (err == nil || !strings.Contains(got, c.want)) || strings.Contains(got, "s3cr3t") {
+			t.Errorf("%s: %s, want %s", name, got, c.want)
+		}
 	}
 }

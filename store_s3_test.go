@@ -322,7 +322,7 @@ func FuzzS3Record(f *testing.F) {
 		rec := testRecord(p, "x")
 		rec.ContentType, rec.ETag = typ, etag
 		text, err := encodeS3Record(rec)
-		if err != nil || !utf8.ValidString(p+typ+etag) {
+		if err != nil || !utf8.ValidString(p) || !utf8.ValidString(typ) || !utf8.ValidString(etag) {
 			return
 		}
 		if err := checkMeta(map[string]string{"a": text}); err != nil || strings.Contains(text, "  ") || len(text) > s3RecordMost {
