@@ -283,9 +283,11 @@ func openStores(set *settings, log *slog.Logger) (*stores, error) {
 	}
 	st.s3 = newS3Store(client, online)
 	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), time.Now, log)
-	st.hot = newTiered(st.s3, copies, set.hotSize, (&diskSpools{st.disk, set.minFree}).room)
+	st.hot = newTiered(st.s3, copies, set.hotSize, (&diskSpools{disk: st.disk, minFree: set.minFree}).room)
 	st.objects = st.hot
-	st.add(&backend{name: "storage", kind: "S3 " + set.s3.String(), good: "ok", ping: st.s3.ping})
+	st.add(&backend{name: "storage", kind: "S3 " + set.s3.String(), good: "ok", ping: func(ctx context.Context) error {
+		return errors.Join(st.disk.ping(ctx), st.s3.ping(ctx)) // spools are in DATA_DIR
+	}})
 	return st, nil
 }
 
@@ -416,6 +418,9 @@ func (s *server) wire() http.Handler {
 	spools := &diskSpools{disk: st.disk, minFree: s.set.minFree}
 	s.cache = newCache(st.objects, st.index(), st.fresh(), spools, up, time.Now, s.log, metrics)
 	s.cache.replicas = st.replicas()
+	if st.hot != nil {
+		spools.shrink = st.hot.shrink
+	}
 	responder := &responder{now: time.Now, log: s.log, metrics: metrics}
 	return &api{cache: s.cache, config: s.config.Load, health: s.health, responder: responder, metrics: metrics,
 		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
@@ -522,6 +527,9 @@ func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 	}
 	if st.hot != nil {
 		loops.Go(func() { s.retry(ctx, "finding hot copies", func() error { return st.hot.load(ctx) }) })
+		sweep := func() { s.try(ctx, "sweeping unfinished uploads", func() error { return st.s3.sweep(ctx) }) }
+		loops.Go(sweep)
+		every(time.Hour, sweep)
 	}
 }
 
@@ -568,7 +576,7 @@ func (s *server) openData(ctx context.Context) {
 func (s *server) sweep(ctx context.Context, all bool) {
 	s.try(ctx, "sweeping temporary files", func() error { return s.stores.disk.sweep(ctx, all) })
 	if s.stores.hot != nil {
-		s.try(ctx, "sweeping temporary files", func() error { return s.stores.hot.sweep(ctx, all) })
+		s.try(ctx, "sweeping temporary files", func() error { return s.stores.hot.disk.sweep(ctx, all) })
 	}
 }
 
@@ -688,11 +696,23 @@ func (s *server) tlsConfig() *tls.Config {
 type diskSpools struct {
 	disk    *diskStore
 	minFree int64 // -1: the default for the disk's size
+	// shrink frees space that local copies of S3 take; nil: there are none.
+	shrink func(n int64) bool
 }
 
 func (d *diskSpools) spool() (*os.File, error) { return d.disk.spool() }
 
+// room: see spooler. Local copies of what S3 has make way.
 func (d *diskSpools) room(n int64) error {
+	err := d.free(n)
+	if errors.Is(err, errNoSpace) && d.shrink != nil && d.shrink(n) {
+		err = d.free(n)
+	}
+	return err
+}
+
+// free is room as things are.
+func (d *diskSpools) free(n int64) error {
 	free, size, err := d.disk.free()
 	if err != nil {
 		return err

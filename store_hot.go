@@ -215,7 +215,7 @@ func (t *tiered) walk(ctx context.Context, f func(key string, rec *record) error
 // used any more when it returns; its file goes in the background.
 func (t *tiered) forget(key string) {
 	t.cold.forget(key)
-	if t.files.drop(key) {
+	if t.files.drop(key) && t.ctx.Err() == nil {
 		t.wg.Go(func() { t.remove(key) })
 	}
 }
@@ -263,11 +263,6 @@ func (t *tiered) verify(ctx context.Context, report func(key string, err error))
 	checked, dropped, err = t.disk.verify(ctx, func(key string, err error) { report("local copy of "+key, err) })
 	c, d, cerr := t.cold.verify(ctx, report)
 	return checked + c, dropped + d, errors.Join(err, cerr)
-}
-
-// sweep removes what crashes left on disk and in S3; all: see diskStore.sweep.
-func (t *tiered) sweep(ctx context.Context, all bool) error {
-	return errors.Join(t.disk.sweep(ctx, all), t.cold.sweep(ctx))
 }
 
 // hotCopy is a copy being made of what a client reads.
