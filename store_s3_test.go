@@ -471,6 +471,7 @@ func TestS3HangIsOneShortWait(t *testing.T) {
 	b.wantRequests("GetObject", 1)
 	b.fake.fail(nil)
 	b.wantDown("f")
+	b.store.wait = s3OpenWait
 	if err := b.store.ping(t.Context()); err != nil {
 		t.Fatal(err)
 	}
