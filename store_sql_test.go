@@ -1,0 +1,1199 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/lib/pq"
+)
+
+// fakePG is a database for sqlIndex on a bare machine: it knows the statements
+// by their text and does what they do. Transactions are undone as a whole, so
+// tests use one at a time.
+type fakePG struct {
+	mu       sync.Mutex
+	rows     map[string]row
+	journals map[string]int64
+	version  int
+	calls    int
+	refuse   func(query string, args []driver.Value) error // asked before each statement
+	dropped  func(query string) bool                       // the answer is lost, the work is done
+}
+
+func newFakePG() *fakePG {
+	return &fakePG{rows: map[string]row{}, journals: map[string]int64{}, version: -1}
+}
+
+// set changes what happens, under the lock.
+func (f *fakePG) set(refuse func(string, []driver.Value) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.refuse = refuse
+}
+
+func (f *fakePG) down() {
+	f.set(func(string, []driver.Value) error { return syscall.ECONNREFUSED })
+}
+
+func (f *fakePG) counted() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.calls
+}
+
+func (f *fakePG) row(key string) (row, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r, ok := f.rows[key]
+	return r, ok
+}
+
+func (f *fakePG) Driver() driver.Driver { return nil }
+func (f *fakePG) Connect(context.Context) (driver.Conn, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.calls++
+	if f.refuse != nil {
+		if err := f.refuse("connect", nil); err != nil {
+			return nil, err
+		}
+	}
+	return &fakeConn{fakePG: f}, nil
+}
+
+// errAnswerLost is a statement that did its work and did not say so.
+var errAnswerLost = errors.New("the answer is lost")
+
+type fakeConn struct {
+	*fakePG
+	undo func()
+}
+
+func (c *fakeConn) Prepare(string) (driver.Stmt, error) { return nil, errors.New("no statements here") }
+func (c *fakeConn) Close() error                        { return nil }
+func (c *fakeConn) Begin() (driver.Tx, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	rows, journals, version := maps.Clone(c.rows), maps.Clone(c.journals), c.version
+	c.undo = func() { c.rows, c.journals, c.version = rows, journals, version }
+	return c, nil
+}
+func (c *fakeConn) Commit() error {
+	_, err := c.ask("commit", nil)
+	if err != nil && err != errAnswerLost {
+		c.Rollback()
+	}
+	return err
+}
+func (c *fakeConn) Rollback() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.undo()
+	return nil
+}
+
+func (c *fakeConn) ExecContext(_ context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
+	_, err := c.ask(query, args)
+	return driver.RowsAffected(1), err
+}
+
+func (c *fakeConn) QueryContext(_ context.Context, query string, args []driver.NamedValue) (driver.Rows, error) {
+	rows, err := c.ask(query, args)
+	if err != nil {
+		return nil, err
+	}
+	return &fakeRows{rows}, nil
+}
+
+type fakeRows struct{ rows [][]driver.Value }
+
+func (r *fakeRows) Columns() []string {
+	if len(r.rows) == 0 {
+		return nil
+	}
+	return make([]string, len(r.rows[0]))
+}
+func (r *fakeRows) Close() error { return nil }
+func (r *fakeRows) Next(dest []driver.Value) error {
+	if len(r.rows) == 0 {
+		return io.EOF
+	}
+	copy(dest, r.rows[0])
+	r.rows = r.rows[1:]
+	return nil
+}
+
+// ask answers one statement.
+func (c *fakeConn) ask(query string, named []driver.NamedValue) (rows [][]driver.Value, err error) {
+	args := make([]driver.Value, len(named))
+	for i, v := range named {
+		args[i] = v.Value
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.calls++
+	if c.refuse != nil {
+		if err := c.refuse(query, args); err != nil {
+			return nil, err
+		}
+	}
+	switch query {
+	case sqlSave:
+		c.save(args)
+	case sqlDelete:
+		if r, ok := c.rows[args[0].(string)]; ok && !(args[1].(bool) && r.Fetched.After(args[2].(time.Time))) {
+			delete(c.rows, r.Key)
+		}
+	case sqlTouch:
+		err = c.touch(args)
+	case sqlTotals:
+		rows = c.totals()
+	case sqlByPath, sqlByPathBelow, sqlByAge, sqlByAgeOf:
+		rows = c.page(query, args)
+	default:
+		rows, err = c.keep(query, args)
+	}
+	if c.dropped != nil && c.dropped(query) {
+		return nil, errAnswerLost
+	}
+	return rows, err
+}
+
+// keep answers what is about schema and journals.
+func (f *fakePG) keep(query string, args []driver.Value) ([][]driver.Value, error) {
+	switch query {
+	case sqlHasSchema:
+		return [][]driver.Value{{f.version >= 0, "UTF8"}}, nil
+	case sqlMakeSchema:
+		f.version = 0
+	case sqlVersion:
+		return [][]driver.Value{{int64(f.version)}}, nil
+	case sqlSetVersion:
+		f.version = int(args[0].(int64))
+	case sqlJournal:
+		id := args[0].(string)
+		f.journals[id] += 0
+		return [][]driver.Value{{f.journals[id]}}, nil
+	case sqlJournalDone:
+		f.journals[args[0].(string)] = args[1].(int64)
+	case sqlJournalEnded:
+		delete(f.journals, args[0].(string))
+	case sqlPing, sqlLock, "commit":
+	default:
+		if !slices.Contains(sqlMigrations, query) {
+			return nil, fmt.Errorf("the fake does not know %s", query)
+		}
+	}
+	return nil, nil
+}
+
+func (f *fakePG) save(a []driver.Value) {
+	r := row{
+		Key: a[0].(string), Remote: a[1].(string), Path: a[3].(string), SHA256: a[4].(string), ContentType: a[5].(string),
+		Class: class(a[6].(string)), Size: a[7].(int64), Hits: a[8].(int64),
+		Fetched: a[9].(time.Time).Round(time.Microsecond), LastAccess: a[10].(time.Time).Round(time.Microsecond),
+	}
+	if old, ok := f.rows[r.Key]; ok {
+		if a[11].(bool) && old.Fetched.After(r.Fetched) {
+			return
+		}
+		r.Hits = old.Hits
+		if old.LastAccess.After(r.LastAccess) {
+			r.LastAccess = old.LastAccess
+		}
+	}
+	f.rows[r.Key] = r
+}
+
+func (f *fakePG) touch(a []driver.Value) error {
+	var keys, last pq.StringArray
+	var hits pq.Int64Array
+	if err := errors.Join(keys.Scan(a[0]), hits.Scan(a[1]), last.Scan(a[2])); err != nil {
+		return err
+	}
+	for i, key := range keys {
+		r, ok := f.rows[key]
+		if !ok {
+			continue
+		}
+		r.Hits += hits[i]
+		if at, _ := time.Parse(time.RFC3339Nano, last[i]); at.After(r.LastAccess) {
+			r.LastAccess = at
+		}
+		f.rows[key] = r
+	}
+	return nil
+}
+
+func (f *fakePG) totals() (rows [][]driver.Value) {
+	all := map[string]total{}
+	for _, r := range f.rows {
+		t := all[r.Remote]
+		all[r.Remote] = total{t.Files + 1, t.Bytes + r.Size}
+	}
+	for name, t := range all {
+		rows = append(rows, []driver.Value{name, t.Files, t.Bytes})
+	}
+	return rows
+}
+
+func (f *fakePG) page(query string, a []driver.Value) (rows [][]driver.Value) {
+	byAge := query == sqlByAge || query == sqlByAgeOf
+	order := func(x, y row) int {
+		if byAge {
+			return cmp.Or(x.LastAccess.Compare(y.LastAccess), strings.Compare(x.Key, y.Key))
+		}
+		return cmp.Or(strings.Compare(decodedPath(x.Path), decodedPath(y.Path)), strings.Compare(x.Key, y.Key))
+	}
+	var found []row
+	for _, r := range f.rows {
+		path := decodedPath(r.Path)
+		switch {
+		case query == sqlByAgeOf && r.Remote != a[3].(string):
+		case byAge && cmp.Or(r.LastAccess.Compare(a[0].(time.Time)), strings.Compare(r.Key, a[1].(string))) <= 0:
+		case !byAge && (r.Remote != a[0].(string) || cmp.Or(strings.Compare(path, a[1].(string)), strings.Compare(r.Key, a[2].(string))) <= 0):
+		case query == sqlByPathBelow && path >= a[4].(string):
+		default:
+			found = append(found, r)
+		}
+	}
+	slices.SortFunc(found, order)
+	limit := a[2]
+	if !byAge {
+		limit = a[3]
+	}
+	for _, r := range found[:min(len(found), int(limit.(int64)))] {
+		rows = append(rows, []driver.Value{r.Key, r.Remote, r.Path, r.SHA256, r.ContentType, string(r.Class), r.Size, r.Hits, r.Fetched, r.LastAccess})
+	}
+	return rows
+}
+
+// sqlTester is an index over a fake database, with a clock.
+type sqlTester struct {
+	*testing.T
+	*sqlIndex
+	db  *fakePG
+	dir string
+	at  *atomic.Int64 // seconds after testDay
+	out *bytes.Buffer // the log
+}
+
+func newSQLTester(t *testing.T) *sqlTester {
+	s := &sqlTester{T: t, db: newFakePG(), dir: t.TempDir(), at: new(atomic.Int64), out: new(bytes.Buffer)}
+	s.start()
+	return s
+}
+
+func (s *sqlTester) start() {
+	now := func() time.Time { return testDay.Add(time.Duration(s.at.Load()) * time.Second) }
+	s.sqlIndex = newSQLIndexOn(s.db, "hunter2", s.dir, now, slog.New(slog.NewTextHandler(s.out, nil)))
+	x := s.sqlIndex
+	s.Cleanup(func() { x.close() })
+}
+
+// restart is the end of the process and its next start.
+func (s *sqlTester) restart() {
+	s.Helper()
+	s.must(s.sqlIndex.close())
+	s.start()
+}
+
+func (s *sqlTester) must(err error) {
+	s.Helper()
+	if err != nil {
+		s.Fatal(err)
+	}
+}
+
+func (s *sqlTester) save(spelling string) row {
+	s.Helper()
+	r := testRow("r", spelling)
+	s.must(s.sqlIndex.save(s.Context(), r))
+	return r
+}
+
+// wantRows are the paths in the database.
+func (s *sqlTester) wantRows(want ...string) {
+	s.Helper()
+	var got []string
+	s.db.mu.Lock()
+	for _, r := range s.db.rows {
+		got = append(got, r.Path)
+	}
+	s.db.mu.Unlock()
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		s.Errorf("the database has %q, want %q", got, want)
+	}
+}
+
+// back brings the database back and lets the background notice.
+func (s *sqlTester) back() {
+	s.Helper()
+	s.db.set(nil)
+	s.at.Add(10)
+	s.must(s.replay(s.Context()))
+}
+
+func TestSQLIndexOverFake(t *testing.T) {
+	t.Parallel()
+	testIndex(t, func(t *testing.T) index { return newSQLTester(t).sqlIndex })
+}
+
+func TestSQLSurvivesTextThatIsNone(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	for _, p := range []string{"a", "%C3%A9", "z"} {
+		s.save(p)
+	}
+	for q, want := range map[*pageQuery]string{
+		{prefix: "\xc3"}:                        "%C3%A9",
+		{prefix: "\xc3\xa9"}:                    "%C3%A9",
+		{prefix: "\xff"}:                        "",
+		{prefix: "a\x00"}:                       "",
+		{after: "a\xff"}:                        "z %C3%A9",
+		{after: "\xc3"}:                         "%C3%A9",
+		{after: "a\x00\nkey"}:                   "a z %C3%A9",
+		{after: "\xff"}:                         "",
+		{after: "nonsense", oldest: true}:       "a z %C3%A9",
+		{prefix: string(rune(0x10FFFF))}:        "",
+		{pattern: regexp.MustCompile("^[a-z]")}: "a z",
+	} {
+		q.remote, q.limit = "r", 10
+		p, err := s.page(t.Context(), *q)
+		var got []string
+		for _, r := range p.rows {
+			got = append(got, r.Path)
+		}
+		slices.SortFunc(got, func(a, b string) int { return strings.Compare(decodedPath(a), decodedPath(b)) })
+		if err != nil || strings.Join(got, " ") != want {
+			t.Errorf("page %+v: %q, %v; want %q", *q, got, err, want)
+		}
+	}
+}
+
+func TestAbovePrefix(t *testing.T) {
+	t.Parallel()
+	for prefix, want := range map[string]string{
+		"": "", "a": "b", "dir/": "dir0", "é": "ê", "x\x7f": "x\u0080", "\u07ff": "\u0800", "\ud7ff": "\ue000",
+		"a\U0010ffff": "b", "\U0010ffff": "",
+	} {
+		if got, ok := above(prefix); got != want || ok != (want != "") {
+			t.Errorf("above %q: %q, want %q", prefix, got, want)
+		}
+	}
+}
+
+func TestSQLScanIsBounded(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	for i := range sqlStep*2 + 10 {
+		s.save(fmt.Sprintf("f%05d", i))
+	}
+	s.db.set(func(query string, args []driver.Value) error {
+		if (query == sqlByPath || query == sqlByPathBelow) && args[3].(int64) > sqlStep {
+			t.Errorf("a statement for %d rows", args[3])
+		}
+		return nil
+	})
+	before := s.db.counted()
+	p, err := s.page(t.Context(), pageQuery{remote: "r", limit: 10000, pattern: regexp.MustCompile("7$")})
+	if err != nil || len(p.rows) != 201 || s.db.counted()-before != 3 {
+		t.Errorf("%d rows with %d statements, %v", len(p.rows), s.db.counted()-before, err)
+	}
+	before = s.db.counted()
+	p, err = s.page(t.Context(), pageQuery{remote: "r", limit: 5})
+	if err != nil || len(p.rows) != 5 || p.next != "f00004" || s.db.counted()-before != 1 {
+		t.Errorf("a page costs %d statements: %+v, %v", s.db.counted()-before, p.next, err)
+	}
+}
+
+func TestSQLDownIsJournalledInOrder(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	a := s.save("a")
+	s.db.down()
+	s.must(s.delete(t.Context(), "r", a.Key))
+	b := s.save("b")
+	s.save("c")
+	s.must(s.delete(t.Context(), "r", b.Key))
+	s.save("b")
+	s.must(s.touch(t.Context(), []touch{{"r", b.Key, 3, testDay.Add(time.Hour)}}))
+	s.wantRows("a")
+	for _, err := range []error{second(s.page(t.Context(), pageQuery{remote: "r", limit: 1})), second(s.totals(t.Context())), s.ping(t.Context())} {
+		if !errors.Is(err, errStoreDown) {
+			t.Errorf("reading while the database is down: %v", err)
+		}
+	}
+	s.back()
+	s.wantRows("b", "c")
+	if r, _ := s.db.row(b.Key); r.Hits != 3 || !r.LastAccess.Equal(testDay.Add(time.Hour)) {
+		t.Errorf("uses are lost: %+v", r)
+	}
+	s.save("d")
+	s.wantRows("b", "c", "d")
+	if s.journal.pending() || len(s.db.journals) != 0 {
+		t.Errorf("something is left of the journal: %v", s.db.journals)
+	}
+}
+
+func second[T any](_ T, err error) error { return err }
+
+func TestSQLKnownDownAsksNothing(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.db.down()
+	s.save("a")
+	before := s.db.counted()
+	s.save("b")
+	s.page(t.Context(), pageQuery{remote: "r", limit: 1})
+	s.ping(t.Context())
+	if s.replay(t.Context()) == nil || s.db.counted() != before {
+		t.Errorf("%d calls to a database that is known to be down", s.db.counted()-before)
+	}
+	for range 5 {
+		s.at.Add(1)
+		s.ping(t.Context())
+	}
+	if n := s.db.counted() - before; n < 2 || n > 4 {
+		t.Errorf("%d probes in five seconds, want fewer and fewer", n)
+	}
+	if strings.Count(s.out.String(), "level=ERROR") != 1 {
+		t.Errorf("the outage should be told once:\n%s", s.out)
+	}
+	s.back()
+	s.wantRows("a", "b")
+	if !strings.Contains(s.out.String(), "usable again") {
+		t.Errorf("the end of the outage is not told:\n%s", s.out)
+	}
+}
+
+func TestSQLChangesQueueBehindTheJournal(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.db.down()
+	r := s.save("a")
+	s.db.set(nil)
+	s.at.Add(10)
+	s.must(s.ping(t.Context())) // up, and not replayed yet
+	s.must(s.delete(t.Context(), "r", r.Key))
+	if p, err := s.page(t.Context(), pageQuery{remote: "r", limit: 1}); err != nil || p.complete {
+		t.Errorf("a page without what is journalled says it is complete: %v", err)
+	}
+	s.back()
+	s.wantRows()
+}
+
+func TestJournalSurvivesRestart(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.db.down()
+	s.save("a")
+	s.restart()
+	s.save("b")
+	s.restart()
+	s.back()
+	s.wantRows("a", "b")
+}
+
+// A process is killed in the middle of a replay, or the database's answer to a
+// commit is lost: nothing is written twice.
+func TestJournalIsWrittenOnce(t *testing.T) {
+	t.Parallel()
+	for name, stop := range map[string]func(*fakePG){
+		"not committed": func(db *fakePG) {
+			db.refuse = func(query string, _ []driver.Value) error {
+				if query == "commit" && len(db.rows) > 0 {
+					return syscall.ECONNRESET
+				}
+				return nil
+			}
+		},
+		"committed, the answer is lost": func(db *fakePG) {
+			db.refuse = nil
+			db.dropped = func(query string) bool { return query == "commit" && len(db.rows) > 0 }
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSQLTester(t)
+			s.db.down()
+			r := s.save("a")
+			s.must(s.touch(t.Context(), []touch{{"r", r.Key, 2, testDay}}))
+			s.at.Add(10)
+			stop(s.db)
+			if err := s.replay(t.Context()); !errors.Is(err, errStoreDown) {
+				t.Errorf("replay: %v", err)
+			}
+			s.db.dropped = nil
+			s.restart()
+			s.back()
+			s.wantRows("a")
+			if r, _ := s.db.row(r.Key); r.Hits != 2 {
+				t.Errorf("%d hits, want 2", r.Hits)
+			}
+			if s.journal.pending() {
+				t.Error("the journal is not empty")
+			}
+		})
+	}
+}
+
+func TestJournalGivesWayToNews(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.db.down()
+	old := s.save("a")
+	gone := testRow("r", "b")
+	s.must(s.delete(t.Context(), "r", gone.Key))
+	// Another replica, which reaches the database, is ahead.
+	newer := old
+	newer.SHA256, newer.Fetched = "new", testDay.Add(time.Minute)
+	gone.Fetched = testDay.Add(time.Minute)
+	s.db.rows[old.Key], s.db.rows[gone.Key] = newer, gone
+	s.back()
+	s.wantRows("a", "b")
+	if r, _ := s.db.row(old.Key); r.SHA256 != "new" {
+		t.Error("an old row has replaced a new one")
+	}
+}
+
+func TestJournalPassesOverWhatIsRefused(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.db.down()
+	for i := range replayLines + 50 {
+		s.save(fmt.Sprintf("f%03d", i))
+	}
+	s.db.set(func(query string, args []driver.Value) error {
+		if query == sqlSave && strings.HasSuffix(args[0].(string), "f007") {
+			return &pq.Error{Code: "22021", Message: "poison"}
+		}
+		return nil
+	})
+	s.at.Add(10)
+	s.must(s.replay(t.Context()))
+	if n := len(s.db.rows); n != replayLines+49 || s.journal.pending() {
+		t.Errorf("%d rows, pending %v", n, s.journal.pending())
+	}
+	if s.save("f999"); s.known() != nil {
+		t.Error("a refused row is taken for an outage")
+	}
+	if err := s.sqlIndex.save(t.Context(), testRow("r", "f007")); err == nil || errors.Is(err, errStoreDown) {
+		t.Errorf("a refused row: %v", err)
+	}
+}
+
+func TestJournalWithDamage(t *testing.T) {
+	t.Parallel()
+	for name, damage := range map[string]func([]byte) []byte{
+		"a torn last line":  func(b []byte) []byte { return b[:len(b)-20] },
+		"a line of nothing": func(b []byte) []byte { return append(bytes.TrimSuffix(b, []byte("\n")), "\n\x00\x00\n"...) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSQLTester(t)
+			s.db.down()
+			for _, p := range []string{"a", "b", "c"} {
+				s.save(p)
+			}
+			s.must(s.sqlIndex.close())
+			name := filepath.Join(s.dir, journalFile)
+			data, err := os.ReadFile(name)
+			s.must(err)
+			s.must(os.WriteFile(name, damage(data), 0o600))
+			s.start()
+			s.save("d")
+			s.back()
+			for _, p := range []string{"a", "b", "d"} {
+				if _, ok := s.db.row(testKey(p)); !ok {
+					t.Errorf("row %s is lost", p)
+				}
+			}
+		})
+	}
+	s := newSQLTester(t)
+	s.must(os.WriteFile(filepath.Join(s.dir, journalFile), []byte("rubbish"), 0o600))
+	s.save("a")
+	s.back()
+	s.wantRows("a")
+}
+
+func TestJournalIsBounded(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.db.down()
+	s.save("a")
+	name := filepath.Join(s.dir, journalFile)
+	s.must(os.Truncate(name, maxJournalUses+1))
+	s.must(s.touch(t.Context(), []touch{{"r", "r/0/a", 1, testDay}}))
+	if info, err := os.Stat(name); err != nil || info.Size() != maxJournalUses+1 {
+		t.Errorf("uses fill the journal: %v, %v", info, err)
+	}
+	s.must(os.Truncate(name, maxJournal-10))
+	err := s.sqlIndex.save(t.Context(), testRow("r", "b"))
+	if !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "reindex") {
+		t.Errorf("a full journal: %v", err)
+	}
+}
+
+func TestJournalThatCannotBeWritten(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.must(os.WriteFile(filepath.Join(s.dir, "file"), nil, 0o600))
+	s.journal = newJournal(filepath.Join(s.dir, "file"))
+	s.db.down()
+	if err := s.sqlIndex.save(t.Context(), testRow("r", "a")); !errors.Is(err, errStoreDown) || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("save: %v", err)
+	}
+	s.must(errors.Join(s.sqlIndex.close()))
+}
+
+func TestSQLCallerThatLeaves(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := s.page(ctx, pageQuery{remote: "r", limit: 1}); !errors.Is(err, context.Canceled) {
+		t.Errorf("page: %v", err)
+	}
+	if s.known() != nil {
+		t.Error("a client that left is taken for an outage")
+	}
+	// The object is stored: its row has to follow.
+	s.must(s.sqlIndex.save(ctx, testRow("r", "a")))
+	s.wantRows("a")
+}
+
+func TestSQLSecretsStaySecret(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.db.set(func(string, []driver.Value) error { return errors.New("cannot use password hunter2") })
+	err := s.ping(t.Context())
+	if s.save("a"); strings.Contains(fmt.Sprint(err, s.out, s.known()), "hunter2") {
+		t.Errorf("the password is told: %v\n%s", err, s.out)
+	}
+	set := sqlSettings{host: "h", port: "1", user: "u", name: "n", sslmode: "nonsense", password: `p'w\d x`}
+	if _, err := newSQLIndex(set, "", time.Now, slog.Default()); err == nil || strings.Contains(err.Error(), "p'w") {
+		t.Errorf("bad sslmode: %v", err)
+	}
+	set.sslmode = "disable"
+	if cfg, err := pq.NewConfig(set.dsn()); err != nil || cfg.Password != `p'w\d x` || cfg.Host != "h" || cfg.User != "u" {
+		t.Errorf("%+v, %v", cfg, err)
+	}
+}
+
+// fakeObjects are records without bodies.
+type fakeObjects struct {
+	objects
+	recs   map[string]*record
+	walked func() // before the end of a walk
+}
+
+func (f *fakeObjects) open(_ context.Context, key string, _ int64) (*object, error) {
+	rec := f.recs[key]
+	if rec == nil {
+		return nil, fs.ErrNotExist
+	}
+	return &object{rec: rec}, nil
+}
+
+func (f *fakeObjects) walk(_ context.Context, each func(string, *record) error) error {
+	for key, rec := range f.recs {
+		if err := each(key, rec); err != nil {
+			return err
+		}
+	}
+	if f.walked != nil {
+		f.walked()
+	}
+	return nil
+}
+
+func (f *fakeObjects) add(spelling, content string) *record {
+	if f.recs == nil {
+		f.recs = map[string]*record{}
+	}
+	rec := testRecord(spelling, content)
+	f.recs[testKey(spelling)] = rec
+	return rec
+}
+
+func TestReindex(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	testReindex(t, s.sqlIndex)
+	s.db.down()
+	err := reindex(t.Context(), &fakeObjects{}, s.sqlIndex, func(string, string) {})
+	if !errors.Is(err, errStoreDown) || s.journal.pending() {
+		t.Errorf("reindex without a database: %v", err)
+	}
+}
+
+func testReindex(t *testing.T, x *sqlIndex) {
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	var stored fakeObjects
+	for i := range reindexRows + 20 {
+		stored.add(fmt.Sprintf("missing%04d", i), "x")
+	}
+	must(x.save(t.Context(), rowOf(testKey("same"), stored.add("same", "x"))))
+	must(x.touch(t.Context(), []touch{{"r", testKey("same"), 5, testDay}}))
+	must(x.save(t.Context(), testRow("r", "stale")))
+	stored.add("stale", "other content").Fetched = testDay.Add(time.Hour)
+	for i := range reindexRows + 20 {
+		must(x.save(t.Context(), testRow("r", fmt.Sprintf("lost%04d", i))))
+	}
+	stored.walked = func() { // what replicas write meanwhile
+		must(x.save(t.Context(), testRow("r", "news")))
+		again := testRow("r", "lost0003")
+		again.Fetched = testDay.Add(time.Minute)
+		must(x.save(t.Context(), again))
+	}
+	n := map[string]int{}
+	must(reindex(t.Context(), &stored, x, func(what, key string) { n[what]++ }))
+	if n["added"] != reindexRows+21 || n["dropped"] != reindexRows+19 {
+		t.Errorf("%v", n)
+	}
+	paths := (&indexTester{t, x}).paths(pageQuery{remote: "r", limit: 300})
+	if len(paths) != reindexRows+24 || !slices.Contains(paths, "news") || !slices.Contains(paths, "lost0003") {
+		t.Errorf("%d rows", len(paths))
+	}
+	p, err := x.page(t.Context(), pageQuery{remote: "r", prefix: "same", limit: 1})
+	if err != nil || p.rows[0].Hits != 5 {
+		t.Errorf("uses are lost: %v, %+v", err, p.rows)
+	}
+	stored.walked = nil
+	clear(n)
+	stored.add("news", "x")
+	stored.add("lost0003", "x")
+	must(reindex(t.Context(), &stored, x, func(what, key string) { n[what]++ }))
+	if n["dropped"] != 0 {
+		t.Errorf("a second run drops %v", n)
+	}
+}
+
+// What follows needs a PostgreSQL: TEST_POSTGRES is its URL.
+
+// realPG are the settings for a schema of the test's own in a real server,
+// through a wire that can be broken.
+func realPG(t *testing.T) (set sqlSettings, w *wire, db *sql.DB) {
+	t.Helper()
+	raw := os.Getenv("TEST_POSTGRES")
+	if raw == "" {
+		t.Skip("TEST_POSTGRES is not set")
+	}
+	u, err := url.Parse(raw)
+	if err != nil {
+		t.Fatal("TEST_POSTGRES is not a URL")
+	}
+	w = newWire(t, net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "5432")))
+	host, port, _ := net.SplitHostPort(w.address())
+	password, _ := u.User.Password()
+	set = sqlSettings{
+		host: host, port: port, user: u.User.Username(), name: strings.Trim(u.Path, "/"), password: secret(password),
+		sslmode: cmp.Or(u.Query().Get("sslmode"), "disable"), schema: "test_" + strings.ToLower(rand.Text()),
+	}
+	if db, err = sql.Open("postgres", raw); err == nil {
+		_, err = db.Exec("CREATE SCHEMA " + set.schema)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		db.Exec("DROP SCHEMA " + set.schema + " CASCADE")
+		db.Close()
+	})
+	return set, w, db
+}
+
+func startSQL(t *testing.T, set sqlSettings) *sqlIndex {
+	t.Helper()
+	x, err := newSQLIndex(set, t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { x.close() })
+	return x
+}
+
+// wire is a TCP proxy to a server. It can be cut (refuse), or go silent:
+// accept and never answer.
+type wire struct {
+	t      testing.TB
+	to     string
+	name   string
+	mu     sync.Mutex
+	ln     net.Listener
+	conns  map[net.Conn]bool
+	silent chan struct{} // closed: bytes flow
+	wg     sync.WaitGroup
+}
+
+func newWire(t testing.TB, to string) *wire {
+	w := &wire{t: t, to: to, name: "127.0.0.1:0", conns: map[net.Conn]bool{}, silent: make(chan struct{})}
+	close(w.silent)
+	w.mend()
+	t.Cleanup(func() {
+		w.speak()
+		w.cut()
+		w.wg.Wait()
+	})
+	return w
+}
+
+func (w *wire) address() string { return w.name }
+
+// mend lets connections through.
+func (w *wire) mend() {
+	w.t.Helper()
+	ln, err := net.Listen("tcp", w.name)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.ln, w.name = ln, ln.Addr().String()
+	w.wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			w.wg.Go(func() { w.pass(c) })
+		}
+	})
+}
+
+// cut closes all connections and refuses new ones.
+func (w *wire) cut() {
+	w.ln.Close()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for c := range w.conns {
+		c.Close()
+	}
+}
+
+// hush stops all bytes, speak lets them flow again.
+func (w *wire) hush() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.silent = make(chan struct{})
+}
+
+func (w *wire) speak() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	select {
+	case <-w.silent:
+	default:
+		close(w.silent)
+	}
+}
+
+func (w *wire) flows() chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.silent
+}
+
+func (w *wire) keep(c net.Conn, is bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.conns[c] = is; !is {
+		delete(w.conns, c)
+	}
+}
+
+func (w *wire) pass(c net.Conn) {
+	defer c.Close()
+	server, err := net.Dial("tcp", w.to)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	for _, end := range []net.Conn{c, server} {
+		w.keep(end, true)
+		defer w.keep(end, false)
+	}
+	var both sync.WaitGroup
+	for _, way := range [][2]net.Conn{{c, server}, {server, c}} {
+		both.Go(func() {
+			defer way[0].Close()
+			defer way[1].Close()
+			buf := make([]byte, 32<<10)
+			for {
+				n, err := way[0].Read(buf)
+				<-w.flows()
+				if _, werr := way[1].Write(buf[:n]); err != nil || werr != nil {
+					return
+				}
+			}
+		})
+	}
+	both.Wait()
+}
+
+func TestPostgresIndex(t *testing.T) {
+	t.Parallel()
+	realPG(t)
+	testIndex(t, func(t *testing.T) index {
+		set, _, _ := realPG(t)
+		return startSQL(t, set)
+	})
+}
+
+func TestPostgresReplicasStartAtOnce(t *testing.T) {
+	t.Parallel()
+	set, _, db := realPG(t)
+	var wg sync.WaitGroup
+	for i := range 6 {
+		x := startSQL(t, set)
+		wg.Go(func() {
+			if err := x.ping(t.Context()); err != nil {
+				t.Errorf("ping: %v", err)
+			}
+			if err := x.save(t.Context(), testRow("r", fmt.Sprint("f", i))); err != nil || x.journal.pending() {
+				t.Errorf("save: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	var version, rows int
+	err := db.QueryRow("SELECT (SELECT version FROM "+set.schema+".artifactapi_schema), (SELECT count(*) FROM "+set.schema+".artifactapi_files)").Scan(&version, &rows)
+	if err != nil || version != len(sqlMigrations) || rows != 6 {
+		t.Errorf("version %d, %d rows, %v", version, rows, err)
+	}
+}
+
+// TestPostgresPlans: with many rows no statement may read them all.
+func TestPostgresPlans(t *testing.T) {
+	t.Parallel()
+	set, _, _ := realPG(t)
+	x := startSQL(t, set)
+	err := x.attempt(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
+		_, err := conn.ExecContext(ctx, `SET statement_timeout = 0; INSERT INTO artifactapi_files
+			SELECT r || '/' || lpad(to_hex(i), 16, '0') || '/f', r, 'dir' || i % 100 || '/f' || i, 'f' || i, '', '', '', 1, 0,
+				now() - i * interval '1 second', now() - i * interval '1 second'
+			FROM generate_series(1, 20000) i, unnest(ARRAY['a', 'b', 'c']) r; ANALYZE`)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := pq.StringArray{"a/0000000000000001/f", "b/0000000000000002/f"}
+	for _, q := range []struct {
+		query, index string
+		args         []any
+	}{
+		{sqlByPath, "artifactapi_files_by_path", []any{"b", "dir5/", "", 1000}},
+		{sqlByPathBelow, "artifactapi_files_by_path", []any{"b", "dir5/", "", 1000, "dir50"}},
+		{sqlByAge, "artifactapi_files_by_age", []any{testDay, "a", 1000}},
+		{sqlByAgeOf, "artifactapi_files_by_remote_age", []any{testDay, "a", 1000, "b"}},
+		{sqlDelete, "artifactapi_files_pkey", []any{keys[0], false, testDay}},
+		{sqlTouch, "artifactapi_files_pkey", []any{keys, pq.Int64Array{1, 2}, pq.StringArray{"2024-01-01", "2024-01-01"}}},
+		{sqlTotals, "", nil},
+	} {
+		plan := x.plan(t, q.query, q.args)
+		if !strings.Contains(plan, q.index) || strings.Contains(plan, "Seq Scan on artifactapi_files") || strings.Contains(plan, "Sort Key: artifactapi_files") {
+			t.Errorf("%s\n%s", q.query, plan)
+		}
+		if q.query == sqlByPath && !strings.Contains(plan, "ROW(path, key) >") {
+			t.Errorf("paging is not by the index:\n%s", plan)
+		}
+	}
+}
+
+func (x *sqlIndex) plan(t *testing.T, query string, args []any) string {
+	t.Helper()
+	var lines []string
+	err := x.read(t.Context(), func(ctx context.Context, conn *sql.Conn) error {
+		rows, err := conn.QueryContext(ctx, "EXPLAIN "+query, args...)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var line string
+			if err := rows.Scan(&line); err != nil {
+				return err
+			}
+			lines = append(lines, line)
+		}
+		return rows.Err()
+	})
+	if err != nil {
+		t.Fatalf("%s: %v", query, err)
+	}
+	return strings.Join(lines, "\n")
+}
+
+func TestPostgresOutage(t *testing.T) {
+	t.Parallel()
+	set, w, _ := realPG(t)
+	x := startSQL(t, set)
+	ix := &indexTester{t, x}
+	ix.save(testRow("r", "a"))
+	w.cut()
+	ix.save(testRow("r", "b"))
+	if _, err := x.totals(t.Context()); !errors.Is(err, errStoreDown) {
+		t.Errorf("totals: %v", err)
+	}
+	x.delete(t.Context(), "r", testKey("a"))
+	w.mend()
+	replayed(t, x)
+	ix.wantPaths(pageQuery{remote: "r", limit: 9}, "b")
+	ix.save(testRow("r", "c"))
+	ix.wantPaths(pageQuery{remote: "r", limit: 9}, "b", "c")
+	// Connections that were cut while they were idle are no outage.
+	w.cut()
+	w.mend()
+	ix.wantPaths(pageQuery{remote: "r", limit: 9}, "b", "c")
+}
+
+// replayed calls replay until it is done, as the loop does.
+func replayed(t *testing.T, x *sqlIndex) {
+	t.Helper()
+	var err error
+	for range 100 {
+		if err = x.replay(t.Context()); err == nil && !x.journal.pending() {
+			return
+		}
+		<-time.After(100 * time.Millisecond)
+	}
+	t.Fatalf("the journal is not written: %v", err)
+}
+
+func TestPostgresThatNeverAnswers(t *testing.T) {
+	t.Parallel()
+	set, w, _ := realPG(t)
+	x := startSQL(t, set)
+	ix := &indexTester{t, x}
+	ix.save(testRow("r", "a"))
+	w.hush()
+	within(t, 700*time.Millisecond, func() {
+		ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
+		defer cancel()
+		if err := x.ping(ctx); !errors.Is(err, errStoreDown) {
+			t.Errorf("ping: %v", err)
+		}
+	})
+	within(t, sqlWriteWait+time.Second, func() { ix.save(testRow("r", "b")) })
+	within(t, 100*time.Millisecond, func() {
+		ix.save(testRow("r", "c"))
+		if _, err := x.totals(t.Context()); !errors.Is(err, errStoreDown) {
+			t.Errorf("totals: %v", err)
+		}
+	})
+	w.speak()
+	replayed(t, x)
+	ix.wantPaths(pageQuery{remote: "r", limit: 9}, "a", "b", "c")
+}
+
+func within(t *testing.T, d time.Duration, f func()) {
+	t.Helper()
+	began := time.Now()
+	f()
+	if took := time.Since(began); took > d {
+		t.Errorf("took %v, want at most %v", took, d)
+	}
+}
+
+func TestPostgresReindex(t *testing.T) {
+	t.Parallel()
+	set, _, _ := realPG(t)
+	testReindex(t, startSQL(t, set))
+}
+
+func TestPostgresTotalsBesideManyWriters(t *testing.T) {
+	t.Parallel()
+	set, _, _ := realPG(t)
+	var wg sync.WaitGroup
+	for range 3 {
+		x := startSQL(t, set)
+		for w := range 3 {
+			wg.Go(func() {
+				var uses []touch
+				for i := range 40 {
+					r := testRow("r", fmt.Sprint("f", i))
+					r.Size = int64(i + w)
+					uses = append(uses, touch{"r", r.Key, 1, testDay})
+					if err := errors.Join(x.save(t.Context(), r), x.touch(t.Context(), uses)); err != nil || x.journal.pending() {
+						t.Errorf("%v", err)
+					}
+					if i%3 == 0 {
+						x.delete(t.Context(), "r", r.Key)
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+	x := startSQL(t, set)
+	var want total
+	p, err := x.page(t.Context(), pageQuery{remote: "r", limit: 100})
+	for _, r := range p.rows {
+		want.Files++
+		want.Bytes += r.Size
+	}
+	got, terr := x.totals(t.Context())
+	if err != nil || terr != nil || got["r"] != want {
+		t.Errorf("totals %v, want %v; %v, %v", got["r"], want, err, terr)
+	}
+}
+
+func TestPostgresMadeAnew(t *testing.T) {
+	t.Parallel()
+	set, _, db := realPG(t)
+	x := startSQL(t, set)
+	ix := &indexTester{t, x}
+	ix.save(testRow("r", "a"))
+	for _, s := range []string{"DROP SCHEMA " + set.schema + " CASCADE", "CREATE SCHEMA " + set.schema} {
+		if _, err := db.Exec(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ix.save(testRow("r", "b"))
+	ix.wantPaths(pageQuery{remote: "r", limit: 9}, "b")
+}
+
+func TestPostgresOddValues(t *testing.T) {
+	t.Parallel()
+	set, _, _ := realPG(t)
+	x := startSQL(t, set)
+	r := testRow("r", "%F0%9F%98%80/"+strings.Repeat("%C3%A9", 300))
+	r.ContentType = "bad\xff\x00type"
+	if err := x.save(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	(&indexTester{t, x}).wantPaths(pageQuery{remote: "r", prefix: "\U0001F600/é", limit: 1}, r.Path)
+	for _, q := range []pageQuery{{prefix: "\xf0"}, {prefix: "\x00"}, {after: "\xff\x00"}, {after: "a\n\x00"}, {after: "1\n\xff", oldest: true}} {
+		q.remote, q.limit = "r", 1
+		if _, err := x.page(t.Context(), q); err != nil {
+			t.Errorf("%+v: %v", q, err)
+		}
+	}
+}
