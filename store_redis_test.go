@@ -1,0 +1,743 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// fakeRedis is a server that speaks as much of the protocol as redisStore
+// uses, with a clock of its own.
+type fakeRedis struct {
+	t    testing.TB
+	name string
+	auth string // user and password, or none is needed
+
+	mu      sync.Mutex
+	ln      net.Listener
+	conns   map[net.Conn]*bufio.Writer
+	subs    map[net.Conn]string
+	values  map[string]fakeValue
+	scripts map[string]string
+	dbs     map[string]bool
+	at      time.Time
+	silent  bool
+	refuse  string // the answer to all SETs
+	calls   int
+	wg      sync.WaitGroup
+}
+
+type fakeValue struct {
+	text string
+	dies time.Time
+}
+
+func newFakeRedis(t testing.TB) *fakeRedis {
+	f := &fakeRedis{t: t, name: "127.0.0.1:0", at: testDay, conns: map[net.Conn]*bufio.Writer{}, subs: map[net.Conn]string{}, scripts: map[string]string{}, dbs: map[string]bool{}}
+	f.start()
+	t.Cleanup(func() {
+		f.stop()
+		f.wg.Wait()
+	})
+	return f
+}
+
+// start serves, empty, as Redis does that keeps nothing on disk.
+func (f *fakeRedis) start() {
+	f.t.Helper()
+	ln, err := net.Listen("tcp", f.name)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ln, f.name, f.values, f.silent = ln, ln.Addr().String(), map[string]fakeValue{}, false
+	clear(f.scripts)
+	f.wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			f.wg.Go(func() { f.serve(c) })
+		}
+	})
+}
+
+func (f *fakeRedis) stop() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ln.Close()
+	for c := range f.conns {
+		c.Close()
+	}
+}
+
+func (f *fakeRedis) with(change func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
+}
+
+func (f *fakeRedis) advance(d time.Duration) { f.with(func() { f.at = f.at.Add(d) }) }
+
+func (f *fakeRedis) serve(c net.Conn) {
+	in, out := bufio.NewReader(c), bufio.NewWriter(c)
+	f.with(func() { f.conns[c] = out })
+	defer func() {
+		c.Close()
+		f.with(func() { delete(f.conns, c); delete(f.subs, c) })
+	}()
+	for {
+		args, err := readCommand(in)
+		if err != nil {
+			return
+		}
+		f.with(func() {
+			f.calls++
+			if !f.silent {
+				f.answer(c, out, args)
+				out.Flush()
+			}
+		})
+	}
+}
+
+// readCommand reads an array of bulk strings.
+func readCommand(in *bufio.Reader) ([]string, error) {
+	n, err := readLength(in, "*")
+	args := make([]string, n)
+	for i := range args {
+		size, lerr := readLength(in, "$")
+		if err = errors.Join(err, lerr); err != nil {
+			break
+		}
+		b := make([]byte, size+2)
+		_, err = io.ReadFull(in, b)
+		args[i] = string(b[:size])
+	}
+	return args, err
+}
+
+func readLength(in *bufio.Reader, kind string) (int, error) {
+	line, err := in.ReadString('\n')
+	text, ok := strings.CutPrefix(strings.TrimSpace(line), kind)
+	if err == nil && !ok {
+		err = fmt.Errorf("%q is not %s", line, kind)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(text)
+}
+
+func bulk(s string) string { return fmt.Sprintf("$%d\r\n%s\r\n", len(s), s) }
+
+// answer runs a command. mu is held.
+func (f *fakeRedis) answer(c net.Conn, out *bufio.Writer, args []string) {
+	switch reply := f.run(c, args); {
+	case reply == "PONG" && f.subs[c] != "":
+		io.WriteString(out, "*2\r\n"+bulk("pong")+bulk(""))
+	default:
+		io.WriteString(out, map[bool]string{true: "+", false: ""}[reply == "OK" || reply == "PONG"]+reply)
+		if reply == "OK" || reply == "PONG" {
+			io.WriteString(out, "\r\n")
+		}
+	}
+}
+
+func (f *fakeRedis) run(c net.Conn, args []string) string {
+	switch name := strings.ToUpper(args[0]); name {
+	case "AUTH":
+		if f.auth != strings.Join(args[1:], " ") {
+			return "-WRONGPASS no\r\n"
+		}
+		return "OK"
+	case "SELECT":
+		f.dbs[args[1]] = true
+		return "OK"
+	case "PING":
+		return "PONG"
+	case "SET":
+		return f.set(args[1], args[2], args[3:])
+	case "GET":
+		if v, ok := f.get(args[1]); ok {
+			return bulk(v)
+		}
+		return "$-1\r\n"
+	case "DEL":
+		_, ok := f.get(args[1])
+		delete(f.values, args[1])
+		return fmt.Sprintf(":%d\r\n", map[bool]int{true: 1}[ok])
+	case "EVAL", "EVALSHA":
+		return f.eval(name, args)
+	case "SUBSCRIBE":
+		f.subs[c] = args[1]
+		return "*3\r\n" + bulk("subscribe") + bulk(args[1]) + ":1\r\n"
+	case "PUBLISH":
+		return f.publish(args[1], args[2])
+	}
+	return "-ERR unknown command " + args[0] + "\r\n"
+}
+
+func (f *fakeRedis) get(key string) (string, bool) {
+	v, ok := f.values[key]
+	return v.text, ok && v.dies.After(f.at)
+}
+
+func (f *fakeRedis) set(key, value string, options []string) string {
+	if f.refuse != "" {
+		return f.refuse
+	}
+	life := "0"
+	for i, o := range options {
+		_, taken := f.get(key)
+		if o == "NX" && taken {
+			return "$-1\r\n"
+		}
+		if o == "PX" {
+			life = options[i+1]
+		}
+	}
+	ms, _ := strconv.Atoi(life)
+	f.values[key] = fakeValue{value, f.at.Add(time.Duration(ms) * time.Millisecond)}
+	return "OK"
+}
+
+// eval knows the two scripts by their text, and by their sum once it has seen
+// the text.
+func (f *fakeRedis) eval(name string, args []string) string {
+	script := args[1]
+	if name == "EVALSHA" {
+		if script = f.scripts[args[1]]; script == "" {
+			return "-NOSCRIPT no\r\n"
+		}
+	}
+	key, value := args[3], args[4]
+	held, taken := f.get(key)
+	renew := strings.Contains(script, "PEXPIRE")
+	for _, s := range []*redis.Script{renewScript, releaseScript} {
+		f.scripts[s.Hash()] = map[bool]string{true: "PEXPIRE", false: "DEL"}[s == renewScript]
+	}
+	switch {
+	case taken && held != value:
+		return ":0\r\n"
+	case renew:
+		f.set(key, value, []string{"PX", args[5]})
+	default:
+		delete(f.values, key)
+	}
+	return ":1\r\n"
+}
+
+func (f *fakeRedis) publish(channel, text string) string {
+	n := 0
+	for c, name := range f.subs {
+		if name == channel {
+			io.WriteString(f.conns[c], "*3\r\n"+bulk("message")+bulk(channel)+bulk(text))
+			f.conns[c].Flush()
+			n++
+		}
+	}
+	return fmt.Sprintf(":%d\r\n", n)
+}
+
+// redisTester is one replica's store.
+type redisTester struct {
+	*testing.T
+	*redisStore
+	out *lockedBuffer
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func startRedis(t *testing.T, rawURL, prefix, port string) *redisTester {
+	t.Helper()
+	out := new(lockedBuffer)
+	r, err := newRedisStore(rawURL, prefix, func(ip string) string { return "http://" + net.JoinHostPort(ip, port) }, time.Now, slog.New(slog.NewTextHandler(out, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.pause = time.Millisecond
+	t.Cleanup(func() { r.close() })
+	return &redisTester{t, r, out}
+}
+
+// heard is what a watch was told, in order.
+type heard chan string
+
+func (r *redisTester) listenIn() heard {
+	h := make(heard, 1000)
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { r.watch(ctx, func(key string) { h <- key }, func() { h <- "reset" }) })
+	r.Cleanup(func() {
+		cancel()
+		wg.Wait()
+	})
+	return h
+}
+
+func (h heard) want(t *testing.T, want string) {
+	t.Helper()
+	select {
+	case got := <-h:
+		if got != want {
+			t.Fatalf("heard %q, want %q", got, want)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatalf("never heard %q", want)
+	}
+}
+
+// mayLease asks for a lease and wants to get it, or another to have it.
+func (r *redisTester) mayLease(key string, wantOther bool) (func(), *filler) {
+	r.Helper()
+	release, other, err := r.lease(r.Context(), key)
+	if err != nil || (other != nil) != wantOther || (release == nil) != wantOther {
+		r.Fatalf("lease %s: %v, %v; want another to have it: %v", key, other, err, wantOther)
+	}
+	return release, other
+}
+
+func TestRedisFreshnessOverFake(t *testing.T) {
+	t.Parallel()
+	testFreshness(t, func(t *testing.T) freshness {
+		return startRedis(t, "redis://"+newFakeRedis(t).name, "b", "1").redisStore
+	})
+}
+
+func TestRedisMarksAreSharedAndDie(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	a, b := startRedis(t, "redis://"+f.name, "b", "1"), startRedis(t, "redis://"+f.name, "b", "2")
+	c := startRedis(t, "redis://"+f.name, "c", "3")
+	m := mark{testDay, "sum"}
+	if err := a.set(t.Context(), "k", m); err != nil {
+		t.Fatal(err)
+	}
+	wantMark(t, b, "k", m)
+	wantNoMark(t, c, "k") // another cache in the same Redis
+	f.with(func() { f.values["artifactapi:b:fresh:bad"] = fakeValue{"what is this", f.at.Add(time.Hour)} })
+	wantNoMark(t, a, "bad")
+	f.advance(markLife)
+	wantNoMark(t, a, "k")
+}
+
+func TestRedisLease(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	a, b := startRedis(t, "redis://"+f.name, "", "8001"), startRedis(t, "redis://"+f.name, "", "8002")
+	release, _ := a.mayLease("k", false)
+	_, other := b.mayLease("k", true)
+	if other.addr != "http://127.0.0.1:8001" || len(other.token) < 20 {
+		t.Errorf("%+v", other)
+	}
+	b.mayLease("another", false)
+	again, _ := a.mayLease("k", false) // its own is no other's
+	again()
+	b.mayLease("k", true)
+	for range 4 {
+		f.advance(leaseLife - time.Second)
+		if err := a.beat(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		b.mayLease("k", true)
+	}
+	release()
+	release()
+	mine, _ := b.mayLease("k", false)
+	release()
+	a.mayLease("k", true)
+	mine()
+}
+
+func TestRedisLeaseOfTheDead(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	a, b := startRedis(t, "redis://"+f.name, "", "1"), startRedis(t, "redis://"+f.name, "", "2")
+	release, _ := a.mayLease("k", false)
+	f.advance(leaseLife - time.Millisecond)
+	b.mayLease("k", true)
+	f.advance(time.Millisecond)
+	b.mayLease("k", false)
+	// a was only slow: it finds out and disturbs nobody.
+	if err := a.beat(t.Context()); err != nil || len(a.leases) != 0 {
+		t.Errorf("%v, %v", err, a.leases)
+	}
+	release()
+	a.mayLease("k", true)
+}
+
+func TestRedisLeaseOutlivesRedis(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	a, b := startRedis(t, "redis://"+f.name, "", "1"), startRedis(t, "redis://"+f.name, "", "2")
+	release, _ := a.mayLease("k", false)
+	f.stop()
+	f.start() // empty
+	if err := a.beat(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.mayLease("k", true)
+	release()
+	b.mayLease("k", false)
+}
+
+func TestRedisCloseReleases(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	a, b := startRedis(t, "redis://"+f.name, "", "1"), startRedis(t, "redis://"+f.name, "", "2")
+	a.mayLease("k", false)
+	a.close()
+	b.mayLease("k", false)
+}
+
+func TestRedisAnnounce(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	a, b := startRedis(t, "redis://"+f.name, "", "1"), startRedis(t, "redis://"+f.name, "", "2")
+	if a.online() {
+		t.Error("online without a subscription")
+	}
+	testAnnounce(t, a, b, f.stop, f.start)
+}
+
+// testAnnounce tells between two stores, over an outage of Redis.
+func testAnnounce(t *testing.T, a, b *redisTester, stop, start func()) {
+	ha, hb := a.listenIn(), b.listenIn()
+	ha.want(t, "reset")
+	hb.want(t, "reset")
+	announce := func(from *redisTester, key string) {
+		t.Helper()
+		if err := from.announce(t.Context(), key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	announce(a, "r/1/of a")
+	announce(b, "r/2/of b")
+	announce(a, "r/3/of a")
+	hb.want(t, "r/1/of a")
+	hb.want(t, "r/3/of a")
+	ha.want(t, "r/2/of b") // and none of its own
+	stop()
+	waitUntil(t, "offline", func() bool { return !a.online() && !b.online() })
+	start()
+	ha.want(t, "reset")
+	hb.want(t, "reset")
+	waitUntil(t, "online", func() bool { return a.online() && b.online() })
+	announce(a, "r/4/again")
+	hb.want(t, "r/4/again")
+}
+
+// waitUntil waits for what another goroutine is about to do.
+func waitUntil(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for range 2000 {
+		if ok() {
+			return
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+	t.Fatalf("never %s", what)
+}
+
+func TestRedisDown(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	r := startRedis(t, "redis://"+f.name, "", "1")
+	at := testDay
+	r.now = func() time.Time { return at }
+	if err := r.ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	f.stop()
+	for range 3 {
+		_, err := r.get(t.Context(), "k")
+		_, _, lerr := r.lease(t.Context(), "k")
+		for _, err := range []error{err, lerr, r.set(t.Context(), "k", mark{}), r.announce(t.Context(), "k"), r.ping(t.Context())} {
+			if !errors.Is(err, errStoreDown) {
+				t.Errorf("while it is down: %v", err)
+			}
+		}
+	}
+	if strings.Count(r.out.String(), "level=ERROR") != 1 {
+		t.Errorf("the outage should be told once:\n%s", r.out)
+	}
+	f.start()
+	if err := r.ping(t.Context()); !errors.Is(err, errStoreDown) || f.calls > 3 {
+		t.Errorf("asked again at once: %v", err)
+	}
+	at = at.Add(redisPause)
+	if err := r.ping(t.Context()); err != nil {
+		t.Errorf("back, and not used: %v", err)
+	}
+	if _, err := r.get(t.Context(), "k"); errors.Is(err, errStoreDown) {
+		t.Errorf("get: %v", err)
+	}
+}
+
+// Connections that died while they were idle are no outage.
+func TestRedisStartedAgain(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	r := startRedis(t, "redis://"+f.name, "", "1")
+	for range 3 {
+		if err := r.set(t.Context(), "k", mark{testDay, "s"}); err != nil {
+			t.Fatal(err)
+		}
+		f.stop()
+		f.start()
+	}
+	if strings.Contains(r.out.String(), "down") {
+		t.Errorf("%s", r.out)
+	}
+}
+
+func TestRedisThatNeverAnswers(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	r := startRedis(t, "redis://"+f.name, "", "1")
+	if err := r.ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	f.with(func() { f.silent = true })
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := r.ping(ctx); !errors.Is(err, errStoreDown) || r.broken != nil {
+		t.Errorf("a caller in a hurry: %v, %v", err, r.broken)
+	}
+	within(t, redisWait+300*time.Millisecond, func() {
+		if _, err := r.get(t.Context(), "k"); !errors.Is(err, errStoreDown) {
+			t.Errorf("get: %v", err)
+		}
+	})
+	within(t, 100*time.Millisecond, func() {
+		for range 100 {
+			r.get(t.Context(), "k")
+		}
+	})
+}
+
+func TestRedisWatchOfSilence(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	r := startRedis(t, "redis://"+f.name, "", "1")
+	h := r.listenIn()
+	h.want(t, "reset")
+	waitUntil(t, "online", r.online)
+	f.with(func() { f.silent = true })
+	waitUntil(t, "offline", func() bool { return !r.online() })
+	f.with(func() { f.silent = false })
+	h.want(t, "reset")
+}
+
+func TestRedisThatRefuses(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	f.refuse = "-OOM command not allowed when used memory > 'maxmemory'\r\n"
+	r := startRedis(t, "redis://"+f.name, "", "1")
+	if err := r.set(t.Context(), "k", mark{}); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "OOM") {
+		t.Errorf("set: %v", err)
+	}
+	if err := r.ping(t.Context()); err != nil {
+		t.Errorf("a refusal is taken for an outage: %v", err)
+	}
+}
+
+func TestRedisURL(t *testing.T) {
+	t.Parallel()
+	for _, bad := range []string{"", "127.0.0.1:6379", "http://:hunter2@h", "redis://", "redis://:hunter2@h:port", "redis://:hunter2@h/name", "redis://:hunter2@h/-1", "redis://:hunter2%zz@h"} {
+		if _, err := newRedisStore(bad, "", nil, time.Now, slog.Default()); err == nil || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+	f := newFakeRedis(t)
+	for user, auth := range map[string]string{":hunter2": "hunter2", "joe:hunter2": "joe hunter2", ":a%20b": "a b"} {
+		f.with(func() { f.auth = auth })
+		r := startRedis(t, "redis://"+user+"@"+f.name+"/3", "", "1")
+		if err := r.ping(t.Context()); err != nil || r.localIP() != "127.0.0.1" {
+			t.Errorf("%s: %v, %s", user, err, r.localIP())
+		}
+	}
+	if !f.dbs["3"] {
+		t.Error("the database number is not used")
+	}
+	r := startRedis(t, "redis://:wrong-hunter2@"+f.name, "", "1")
+	if err := r.ping(t.Context()); !errors.Is(err, errStoreDown) || strings.Contains(fmt.Sprint(err, r.out), "hunter2") {
+		t.Errorf("wrong password: %v", err)
+	}
+	if r := startRedis(t, "rediss://[::1]", "", "1"); r.address != "[::1]:6379" {
+		t.Errorf("address %s", r.address)
+	}
+}
+
+// What follows needs a Redis: TEST_REDIS is its URL.
+
+func realRedis(t *testing.T) (rawURL, prefix string, w *wire) {
+	t.Helper()
+	raw := os.Getenv("TEST_REDIS")
+	if raw == "" {
+		t.Skip("TEST_REDIS is not set")
+	}
+	u, err := url.Parse(raw)
+	if err != nil {
+		t.Fatal("TEST_REDIS is not a URL")
+	}
+	w = newWire(t, u.Host)
+	u.Host = w.address()
+	return u.String(), "test-" + rand.Text(), w
+}
+
+func TestRealRedisFreshness(t *testing.T) {
+	t.Parallel()
+	realRedis(t)
+	testFreshness(t, func(t *testing.T) freshness {
+		u, prefix, _ := realRedis(t)
+		return startRedis(t, u, prefix, "1").redisStore
+	})
+}
+
+func TestRealRedisLease(t *testing.T) {
+	t.Parallel()
+	u, prefix, _ := realRedis(t)
+	a, b := startRedis(t, u, prefix, "8001"), startRedis(t, u, prefix, "8002")
+	release, _ := a.mayLease("k", false)
+	if _, other := b.mayLease("k", true); other.addr != "http://127.0.0.1:8001" {
+		t.Errorf("%+v", other)
+	}
+	at := a.leaseKey("k")
+	life := func() (ms int) {
+		t.Helper()
+		err := a.do(t.Context(), func(ctx context.Context, c redis.Conn) (err error) {
+			ms, err = redis.Int(redis.DoContext(c, ctx, "PTTL", at))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ms
+	}
+	if err := a.run(t.Context(), "PEXPIRE", at, 100_000); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.beat(t.Context()); err != nil || life() > 15_000 || life() < 10_000 {
+		t.Errorf("after a beat: %d ms, %v", life(), err)
+	}
+	// Redis forgets it.
+	if err := errors.Join(a.run(t.Context(), "DEL", at), a.beat(t.Context())); err != nil {
+		t.Error(err)
+	}
+	b.mayLease("k", true)
+	// Its holder dies.
+	if err := a.run(t.Context(), "DEL", at); err != nil {
+		t.Fatal(err)
+	}
+	mine, _ := b.mayLease("k", false)
+	if err := a.beat(t.Context()); err != nil || len(a.leases) != 0 {
+		t.Error(err, a.leases)
+	}
+	release()
+	a.mayLease("k", true)
+	mine()
+	a.mayLease("k", false)
+}
+
+func TestRealRedisAnnounce(t *testing.T) {
+	t.Parallel()
+	u, prefix, w := realRedis(t)
+	testAnnounce(t, startRedis(t, u, prefix, "1"), startRedis(t, u, prefix, "2"), w.cut, w.mend)
+}
+
+func TestRealRedisThatNeverAnswers(t *testing.T) {
+	t.Parallel()
+	u, prefix, w := realRedis(t)
+	r := startRedis(t, u, prefix, "1")
+	h := r.listenIn()
+	h.want(t, "reset")
+	w.hush()
+	within(t, redisWait+300*time.Millisecond, func() {
+		if err := r.set(t.Context(), "k", mark{testDay, "s"}); !errors.Is(err, errStoreDown) {
+			t.Errorf("set: %v", err)
+		}
+	})
+	if r.online() {
+		t.Error("online while Redis is silent")
+	}
+	waitUntil(t, "unsubscribed", func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return !r.subscribed
+	})
+	w.speak()
+	h.want(t, "reset")
+	waitUntil(t, "usable again", func() bool { return r.ping(t.Context()) == nil && r.online() })
+}
+
+// TestRedisServerStops runs a server of its own, for real: stopped, started
+// again, and suspended.
+func TestRedisServerStops(t *testing.T) {
+	t.Parallel()
+	realRedis(t)
+	binary, err := exec.LookPath("redis-server")
+	if err != nil {
+		t.Skip("redis-server is not installed")
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, port, _ := net.SplitHostPort(ln.Addr().String())
+	ln.Close()
+	var server *exec.Cmd
+	start := func() {
+		t.Helper()
+		server = exec.Command(binary, "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", t.TempDir(), "--requirepass", "hunter2")
+		if err := server.Start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop := func() {
+		server.Process.Kill()
+		server.Wait()
+	}
+	start()
+	t.Cleanup(func() { stop() })
+	u := "redis://:hunter2@127.0.0.1:" + port + "/5"
+	a, b := startRedis(t, u, "", "1"), startRedis(t, u, "", "2")
+	waitUntil(t, "up", func() bool { return a.ping(t.Context()) == nil && b.ping(t.Context()) == nil })
+	testAnnounce(t, a, b, stop, start)
+	a.mayLease("k", false)
+	b.mayLease("k", true)
+}
