@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -98,7 +100,7 @@ func newRedisStore(rawURL, prefix string, advertise func(localIP string) string,
 	u, err := url.Parse(rawURL)
 	if err != nil || u.Hostname() == "" || u.Scheme != "redis" && u.Scheme != "rediss" {
 		// The error of url.Parse would show the password.
-		return nil, errors.New("REDIS_URL is not a URL like redis://:PASSWORD@HOST:6379/0 or rediss://...")
+		return nil, errors.New("REDIS_URL is not a URL like redis://:PASSWORD@HOST:6379/0 or rediss:// for TLS")
 	}
 	db := 0
 	if name := strings.Trim(u.Path, "/"); name != "" {
@@ -468,12 +470,21 @@ func (r *redisStore) do(ctx context.Context, f func(context.Context, redis.Conn)
 	case err == nil, errors.Is(err, fs.ErrNotExist):
 		r.worked()
 		return err
-	case ctx.Err() != nil: // the caller was in a hurry, which says nothing about Redis
-		return fmt.Errorf("%w: redis: %w", errStoreDown, ctx.Err())
+	case hurried(ctx, inner, err): // which says nothing about Redis
+		return fmt.Errorf("%w: redis: %w", errStoreDown, cmp.Or(ctx.Err(), context.DeadlineExceeded))
 	case got && refused != "": // Redis is there and does not like this, such as being full
 		return fmt.Errorf("%w: redis: %s", errStoreDown, redact(err, r.password))
 	}
 	return r.failed(pool, err)
+}
+
+// hurried tells that err is of the caller's context and not of our own
+// patience. redigo's deadline may pass a moment before the context's.
+func hurried(ctx, inner context.Context, err error) bool {
+	theirs, has := ctx.Deadline()
+	ours, _ := inner.Deadline()
+	late := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
+	return ctx.Err() != nil || has && theirs.Equal(ours) && late
 }
 
 // with runs f with a connection, if it got one.
