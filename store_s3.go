@@ -38,7 +38,7 @@ const (
 
 	// s3OpenWait is how long a client waits for S3 before it is sent on to the
 	// upstream; s3FlakyWait the same while an outage is known.
-	s3OpenWait  = 5 * time.Second
+	s3OpenWait  = 3 * time.Second
 	s3FlakyWait = 2 * time.Second
 	// s3CheckWait bounds a background check, and s3RetryAfter is when one
 	// request may find out for itself. It is longer than a check and the pause
