@@ -371,7 +371,11 @@ func (a *api) artifact(r *http.Request, rem *remote, row row) artifact {
 		ContentType: contentType(decodedPath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
 		LastAccess: row.LastAccess.UTC(), Hits: row.Hits, Class: row.Class, Fresh: true}
 	if len(rem.origins) > 0 {
-		e.Source = rem.origins[0].url.String() + "/" + row.Path
+		base := rem.origins[0].url.String() + "/"
+		if rem.pkg == "docker" {
+			base += "v2/"
+		}
+		e.Source = base + row.Path
 	}
 	if until, forever := a.cache.expires(r.Context(), rem, row); !forever {
 		e.ExpiresAt, e.Fresh = &until, a.now().Before(until)
