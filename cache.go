@@ -626,24 +626,30 @@ func (c *cache) send(w *response, r *http.Request, q want, rep *reply) {
 	}
 }
 
-// headers sets all headers of an answer but those ServeContent sets.
+// headers sets all headers of an answer but those ServeContent sets. Their
+// values share one array: this runs for every hit.
 func (c *cache) headers(h http.Header, r *http.Request, q want, rep *reply) {
-	h["Cache-Status"] = []string{"artifactapi; " + rep.status}
+	values := make([]string, 0, 6)
+	set := func(name, value string) {
+		values = append(values, value)
+		h[name] = values[len(values)-1 : len(values) : len(values)]
+	}
+	set("Cache-Status", "artifactapi; "+rep.status)
 	h["X-Artifact-Source"] = sourceCache
 	if rep.remote {
 		h["X-Artifact-Source"] = sourceRemote
 	}
 	if !rep.at.IsZero() {
-		h["Age"] = []string{strconv.FormatInt(max(0, int64(c.now().Sub(rep.at)/time.Second)), 10)}
+		set("Age", strconv.FormatInt(max(0, int64(c.now().Sub(rep.at)/time.Second)), 10))
 	}
 	if rep.size >= 0 {
 		h["Accept-Ranges"] = acceptRanges
 	}
 	if rep.sum {
-		h["Etag"] = []string{`"sha256-` + rep.rec.SHA256 + `"`}
+		set("Etag", `"sha256-`+rep.rec.SHA256+`"`)
 	}
 	if rep.rec.Encoding != "" {
-		h["Content-Encoding"] = []string{rep.rec.Encoding}
+		set("Content-Encoding", rep.rec.Encoding)
 	}
 	h["X-Content-Type-Options"] = noSniff
 	h["Content-Security-Policy"] = sandbox
@@ -654,8 +660,8 @@ func (c *cache) headers(h http.Header, r *http.Request, q want, rep *reply) {
 		q.dress(h, rep.rec)
 		return
 	}
-	h["Content-Type"] = []string{contentType(q.path, rep.rec.ContentType)}
-	h["Content-Disposition"] = []string{disposition(path.Base(q.path))}
+	set("Content-Type", contentType(q.path, rep.rec.ContentType))
+	set("Content-Disposition", disposition(path.Base(q.path)))
 }
 
 // Header values that never change, shared by all answers.
@@ -668,8 +674,11 @@ var (
 	keepAlive    = []string{"keep-alive"}
 )
 
-// disposition names the file to save (RFC 6266).
+// disposition names the file to save (RFC 6266). Most names need no quotes.
 func disposition(name string) string {
+	if strings.Trim(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-+") == "" {
+		return "attachment; filename=" + name
+	}
 	return mime.FormatMediaType("attachment", map[string]string{"filename": name})
 }
 
