@@ -107,6 +107,7 @@ type tester struct {
 	url    string // of the server
 
 	setup  setup
+	wants  atomic.Pointer[func(*want)] // see digested
 	front  *http.Server
 	client *http.Transport
 	dials  map[string]string // address that a test has a name for -> where it is
@@ -123,6 +124,8 @@ type setup struct {
 	objects func(objects) objects
 	spools  func(spooler) spooler
 	tls     bool // the origin speaks TLS
+
+	unserved bool // no front: the test calls the handler
 }
 
 // newTester starts a server whose remote r has these keys (lines of YAML)
@@ -150,6 +153,11 @@ func (s setup) start(t testing.TB) *tester {
 		s.dir = filepath.Join(t.TempDir(), "data")
 	}
 	tt := &tester{TB: t, setup: s, clock: &testClock{}, logs: &testLogs{}, dials: map[string]string{}}
+	t.Cleanup(func() {
+		if t.Failed() && testing.Verbose() {
+			t.Logf("the server said:\n%s", tt.logs)
+		}
+	})
 	tt.origin = newTestOrigin(t, s)
 	tt.begin()
 	t.Cleanup(tt.end)
@@ -189,6 +197,13 @@ func (tt *tester) begin() {
 	}
 	if err := s.stores.embedded.load(context.Background(), s.stores.disk); err != nil {
 		tt.Fatal(err)
+	}
+	if !s.held {
+		tt.Fatal("DATA_DIR is still held by another server")
+	}
+	if tt.setup.unserved {
+		tt.ends = append(tt.ends, tt.closer())
+		return
 	}
 	tt.serve()
 }
@@ -257,19 +272,15 @@ var outside = netip.MustParseAddr("127.0.0.1")
 // dialer dials origins for the server: names that the test gave out lead to
 // their places, and who is down refuses.
 func (tt *tester) dialer(strict bool) func(ctx context.Context, network, address string) (net.Conn, error) {
-	d := new(net.Dialer)
-	if strict {
-		d.ControlContext = func(ctx context.Context, network, address string, c syscall.RawConn) error {
-			if ap, err := netip.ParseAddrPort(address); err == nil && ap.Addr() == outside {
-				return nil
-			}
-			return refusePrivate(ctx, network, address, c)
-		}
-	}
-	dial := onlyLoopback(d)
+	dial := onlyLoopback(new(net.Dialer))
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		if at, ok := tt.dials[address]; ok {
 			address = at
+		}
+		if ap, err := netip.ParseAddrPort(address); strict && (err != nil || ap.Addr() != outside) {
+			if err := refusePrivate(ctx, network, address, nil); err != nil {
+				return nil, err
+			}
 		}
 		return tt.origin.dial(ctx, address, dial)
 	}
@@ -280,14 +291,14 @@ func (tt *tester) serve() {
 	tt.Helper()
 	lis := tt.listen()
 	tt.url = "http://" + lis.Addr().String()
-	tt.front = &http.Server{Handler: tt.api, MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
+	tt.front = &http.Server{Handler: tt, MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
 	tt.client = &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 256, DialContext: onlyLoopback(new(net.Dialer))}
 	if p, ok := lis.(*pipeListener); ok {
 		tt.url = "http://front"
 		tt.client.DialContext = p.DialContext
 	}
 	done := make(chan struct{})
-	front, client, server, up, api := tt.front, tt.client, tt.server, tt.up, tt.api
+	front, client := tt.front, tt.client
 	go func() {
 		defer close(done)
 		_ = front.Serve(lis)
@@ -296,13 +307,43 @@ func (tt *tester) serve() {
 		client.CloseIdleConnections()
 		_ = front.Close()
 		<-done
+	}, tt.closer())
+}
+
+// closer ends what begin has wired.
+func (tt *tester) closer() func() {
+	server, up := tt.server, tt.up
+	return func() {
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel() // whatever still fills is dropped
-		api.cache.close(ctx)
+		server.cache.close(ctx)
 		_ = server.stores.close()
 		up.close()
-	})
+	}
 }
+
+// ServeHTTP is the server's front.
+func (tt *tester) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	path, below := strings.CutPrefix(r.URL.EscapedPath(), "/api/r/")
+	change := tt.wants.Load()
+	if change == nil || !below {
+		tt.api.ServeHTTP(w, r)
+		return
+	}
+	tt.api.responder.serve(w, r, func(w *response, r *http.Request) error {
+		t, err := tt.api.config().resolve("r", path, r.URL.RawQuery)
+		if err != nil {
+			return err
+		}
+		q := want{target: t}
+		(*change)(&q)
+		return tt.cache.serve(w, r, q)
+	}, writeJSONError)
+}
+
+// digested makes every request below /api/r/ one for what change makes of it,
+// as the registry asks for bodies with a digest.
+func (tt *tester) digested(change func(*want)) { tt.wants.Store(&change) }
 
 func (tt *tester) listen() net.Listener {
 	tt.Helper()
@@ -414,6 +455,9 @@ func awaitThat(t testing.TB, what string, is func() bool) {
 // settle waits for fills whose bodies are all there to be stored.
 func (tt *tester) settle() {
 	c := tt.cache
+	if c == nil {
+		return // a child's
+	}
 	for {
 		var wait chan struct{}
 		c.mu.Lock()
@@ -1125,12 +1169,15 @@ func (f *testFile) serve(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Length", strconv.FormatInt(int64(len(file.text))+file.lie, 10))
 		_, _ = io.WriteString(fw, file.text)
 		panic(http.ErrAbortHandler)
-	case file.chunks:
+	case file.chunks && r.Header.Get("Range") == "":
 		_ = http.NewResponseController(w).Flush()
 		if r.Method != http.MethodHead {
 			_, _ = io.WriteString(fw, file.text)
 		}
 	default:
+		if file.header.Get("Content-Encoding") != "" && r.Header.Get("Range") == "" {
+			w.Header().Set("Content-Length", strconv.Itoa(len(file.text))) // ServeContent would not
+		}
 		http.ServeContent(fw, r, "", file.modified, strings.NewReader(file.text))
 	}
 }
