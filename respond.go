@@ -325,6 +325,10 @@ func (w *response) WriteHeader(status int) {
 	if status >= 200 && w.status == 0 {
 		w.status = status
 	}
+	if status == http.StatusPreconditionFailed {
+		// ServeContent takes it back for 304, not here; there is no body.
+		w.Header().Del("Content-Length")
+	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
