@@ -270,7 +270,366 @@ func (c *child) memory(name string) int64 {
 // wantNoLeftovers says that nothing temporary is in DATA_DIR.
 func (c *child) wantNoLeftovers() {
 	c.Helper()
-	if names, _ := filepath.Glob(c.dir + "/data/.spool/*"); len(names) > 0 {
-		c.Errorf("spools are left: %v", names)
+	awaitThat(c, "the spools to be gone", func() bool {
+		names, _ := filepath.Glob(c.dir + "/data/.spool/*")
+		return len(names) == 0
+	})
+}
+
+// --- kill -9 at each step (fault 4) ---
+
+// killScene is something that a server does with its store, and what may be
+// there if it is killed meanwhile.
+type killScene struct {
+	name    string
+	prepare func(tt *tester, o *testOrigin) // before it
+	act     func(tt *tester, o *testOrigin)
+	old     string // what was there before; "": nothing
+	new     string // what was to be there; "": nothing
+	point   string // the step from which on the new state holds
+}
+
+const killYAML = `
+remotes:
+  r:
+    base_url: ORIGIN
+    mutable_patterns: ["."]
+    stale_if_error: true
+    cache: {mutable_ttl: 0}
+`
+
+func killScenes() []killScene {
+	old, next := noise(1, 300_000), noise(2, 200_000)
+	first := func(tt *tester, o *testOrigin) {
+		o.file("/a", old)
+		tt.get("/api/r/a").wantStatus(200).wantBody(old)
+		awaitThat(tt, "the copy to be stored", func() bool { return tt.get("/artifacts/r").has(`"path": "a"`) })
 	}
+	return []killScene{
+		{"commit", func(*tester, *testOrigin) {}, func(tt *tester, o *testOrigin) {
+			o.file("/a", next)
+			tt.get("/api/r/a")
+		}, "", next, "body moved"},
+		{"replacement", first, func(tt *tester, o *testOrigin) {
+			o.file("/a", next)
+			for n := o.requests("/a"); o.requests("/a") == n; { // the first fill may not have landed
+				tt.get("/api/r/a")
+			}
+		}, old, next, "body moved"},
+		{"purge", first, func(tt *tester, _ *testOrigin) {
+			tt.delete("/artifacts/r/a", "Authorization: Bearer t")
+		}, old, "", "removed .record"},
+	}
+}
+
+func (g *got) has(text string) bool { return strings.Contains(g.text, text) }
+
+func TestKilledAtEachStep(t *testing.T) {
+	t.Parallel()
+	for _, scene := range killScenes() {
+		t.Run(scene.name, func(t *testing.T) {
+			t.Parallel()
+			before, steps := scene.steps(t)
+			reached := false
+			for i, step := range steps {
+				reached = reached || step == scene.point
+				count := 1
+				for _, s := range append(before, steps[:i]...) {
+					if s == step {
+						count++
+					}
+				}
+				done := reached
+				t.Run(strings.ReplaceAll(step, " ", "-"), func(t *testing.T) { scene.kill(t, step, count, done) })
+			}
+			if !reached {
+				t.Errorf("there is no step %q among %q", scene.point, steps)
+			}
+		})
+	}
+}
+
+// steps are those that the disk store takes in preparation and in the scene.
+func (s *killScene) steps(t *testing.T) (before, during []string) {
+	o := newTestOrigin(t, setup{})
+	c := childSetup{yaml: strings.ReplaceAll(killYAML, "ORIGIN", o.url), env: []string{childStep + "=list", "API_TOKEN=t"}}.start(t)
+	s.prepare(c.tester(), o)
+	n := len(c.steps())
+	s.act(c.tester(), o)
+	if code := c.stop(); code != 0 {
+		t.Fatalf("exit status %d\n%s", code, c.logs())
+	}
+	all := c.steps()
+	return all[:n], all[n:]
+}
+
+func (c *child) steps() (names []string) {
+	for line := range strings.Lines(c.logs()) {
+		var said struct{ Msg, Name string }
+		if json.Unmarshal([]byte(line), &said) == nil && said.Msg == "step" {
+			names = append(names, said.Name)
+		}
+	}
+	return names
+}
+
+// kill plays the scene, kills the server at a step and looks at what the next
+// one finds.
+func (s *killScene) kill(t *testing.T, step string, count int, done bool) {
+	o := newTestOrigin(t, setup{})
+	env := []string{childStep + "=" + step, childCount + "=" + strconv.Itoa(count), "API_TOKEN=t"}
+	c := childSetup{yaml: strings.ReplaceAll(killYAML, "ORIGIN", o.url), env: env}.start(t)
+	s.prepare(c.tester(), o)
+	s.act(c.tester(), o)
+	c.awaitDeath()
+
+	o.troubled(answers(500)) // what is served now comes from the store
+	c = c.again("API_TOKEN=t")
+	c.wantNoLeftovers()
+	g := c.tester().get("/api/r/a")
+	switch want := s.expected(done); {
+	case want == "":
+		g.wantStatus(502)
+	default:
+		g.wantStatus(200).wantBody(want)
+	}
+	c.wantVerified()
+	if again := c.tester().get("/api/r/a"); again.status != g.status || again.text != g.text {
+		t.Errorf("verify dropped what was good: status %d", again.status)
+	}
+	o.troubled(nil)
+	o.file("/a", "healthy again")
+	c.tester().get("/api/r/a").wantStatus(200).wantBody("healthy again")
+	awaitThat(t, "it to be stored", func() bool { return c.tester().get("/artifacts/r").has(`"size": 13,`) })
+	c.wantNoLeftovers()
+}
+
+func (s *killScene) expected(done bool) string {
+	if done {
+		return s.new
+	}
+	return s.old
+}
+
+// wantVerified says that the sub-command verify finds nothing wrong, once it
+// has removed what a crash left lying about.
+func (c *child) wantVerified() {
+	c.Helper()
+	var out bytes.Buffer
+	env := func(name string) (string, bool) {
+		if name == "DATA_DIR" {
+			return c.dir + "/data", true
+		}
+		return "", false
+	}
+	_ = run(context.Background(), []string{"verify"}, env, &out, &out)
+	out.Reset()
+	if code := run(context.Background(), []string{"verify"}, env, &out, &out); code != 0 {
+		c.Errorf("verify: exit status %d: %s", code, out.String())
+	}
+}
+
+func TestKilledInTheMiddleOfAFill(t *testing.T) {
+	t.Parallel()
+	o := newTestOrigin(t, setup{})
+	c := childSetup{yaml: strings.ReplaceAll(killYAML, "ORIGIN", o.url)}.start(t)
+	old, next := noise(1, 100_000), noise(2, 3<<20)
+	o.file("/a", old)
+	c.tester().get("/api/r/a").wantBody(old)
+	awaitThat(t, "the copy to be stored", func() bool { return c.tester().get("/artifacts/r").has(`"path": "a"`) })
+	o.file("/a", next).stallAt(1 << 20)
+	o.file("/b", next).stallAt(1 << 20)
+	s := c.tester().open("/api/r/b")
+	s.read(1 << 20)
+	go func() { c.tester().start(context.Background(), "GET", "/api/r/a", nil).leave() }() // replaces its copy
+	o.awaitRequests("/a", 2)
+	awaitThat(t, "both spools", func() bool {
+		names, _ := filepath.Glob(c.dir + "/data/.spool/*")
+		return len(names) == 2
+	})
+	c.kill()
+	s.rest().wantAborted()
+	s.leave()
+
+	o.troubled(answers(500))
+	c = c.again()
+	c.wantNoLeftovers()
+	c.tester().get("/api/r/a").wantStatus(200).wantBody(old)
+	c.tester().get("/api/r/b").wantStatus(502)
+	c.wantVerified()
+	o.troubled(nil)
+	o.file("/a", next)
+	o.file("/b", next)
+	c.tester().get("/api/r/a").wantStatus(200).wantBody(next)
+	c.tester().get("/api/r/b").wantStatus(200).wantBody(next)
+}
+
+// --- a disk that fills up in the middle (fault 5) ---
+
+func TestDiskFullInTheMiddleOfAFill(t *testing.T) {
+	t.Parallel()
+	const limit = 1 << 20
+	for _, clients := range []int{1, 20} {
+		for _, ranges := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%d clients, ranges %v", clients, ranges), func(t *testing.T) {
+				t.Parallel()
+				o := newTestOrigin(t, setup{})
+				c := childSetup{yaml: remoteYAML(o.url), env: []string{childFSize + "=" + strconv.Itoa(limit)}}.start(t)
+				text := noise(1, 3<<20)
+				f := o.file("/a", text).etag(`"1"`)
+				if !ranges {
+					f.noRanges()
+				}
+				release := f.stallAt(limit / 2)
+				defer release()
+				var begun, all sync.WaitGroup
+				begun.Add(clients)
+				for range clients {
+					all.Go(func() {
+						s := c.tester().open("/api/r/a")
+						defer s.leave()
+						s.read(limit / 4)
+						begun.Done()
+						if g := s.rest(); ranges {
+							g.wantStatus(200).wantBody(text)
+						} else if g.wantAborted(); !strings.HasPrefix(text, g.text) {
+							t.Error("wrong bytes before the abort")
+						}
+					})
+				}
+				begun.Wait()
+				release()
+				all.Wait()
+				if n := o.requests("/a"); n > 1+clients {
+					t.Errorf("%d upstream requests for %d clients: %v", n, clients, o.all())
+				}
+				c.wantLog("store failed")
+				c.wantNoLeftovers()
+				o.file("/small", "fits")
+				c.tester().get("/api/r/small").wantBody("fits")
+				awaitThat(t, "what fits to be stored", func() bool { return c.tester().get("/artifacts/r").has(`"path": "small"`) })
+				if c.tester().get("/artifacts/r").has(`"path": "a"`) {
+					t.Error("half a file is stored")
+				}
+				c.tester().get("/api/r/small").wantHit().wantBody("fits")
+			})
+		}
+	}
+}
+
+// --- damage (fault 6) ---
+
+func TestDamageIsAMissAndNeverServed(t *testing.T) {
+	t.Parallel()
+	write := func(t *testing.T, name string, data []byte) {
+		if err := os.WriteFile(name, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func(t *testing.T, name string) []byte {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	// Files are a and b, of one size; body and record are a's.
+	for what, damage := range map[string]func(t *testing.T, body, record, bodyB, recordB string){
+		"body cut":        func(t *testing.T, body, _, _, _ string) { write(t, body, read(t, body)[:100]) },
+		"body emptied":    func(t *testing.T, body, _, _, _ string) { write(t, body, nil) },
+		"body longer":     func(t *testing.T, body, _, _, _ string) { write(t, body, append(read(t, body), "more"...)) },
+		"body changed":    func(t *testing.T, body, _, _, _ string) { d := read(t, body); d[50] ^= 1; write(t, body, d) },
+		"body of another": func(t *testing.T, body, _, bodyB, _ string) { write(t, body, read(t, bodyB)) },
+		"body gone":       func(t *testing.T, body, _, _, _ string) { _ = os.Remove(body) },
+		"bodies swapped": func(t *testing.T, body, _, bodyB, _ string) {
+			_ = os.Rename(body, body+".x")
+			_ = os.Rename(bodyB, body)
+			_ = os.Rename(body+".x", bodyB)
+		},
+		"record cut":     func(t *testing.T, _, record, _, _ string) { d := read(t, record); write(t, record, d[:len(d)/2]) },
+		"record emptied": func(t *testing.T, _, record, _, _ string) { write(t, record, nil) },
+		"record garbage": func(t *testing.T, _, record, _, _ string) { write(t, record, bytes.Repeat([]byte("{}\n"), 100)) },
+		"record changed": func(t *testing.T, _, record, _, _ string) {
+			write(t, record, bytes.Replace(read(t, record), []byte(`"p":"a"`), []byte(`"p":"z"`), 1))
+		},
+		"record of another": func(t *testing.T, _, record, _, recordB string) { write(t, record, read(t, recordB)) },
+		"record gone":       func(t *testing.T, _, record, _, _ string) { _ = os.Remove(record) },
+		"body and record of another": func(t *testing.T, body, record, bodyB, recordB string) {
+			write(t, body, read(t, bodyB))
+			write(t, record, read(t, recordB))
+		},
+		"whole folders swapped": func(t *testing.T, body, _, bodyB, _ string) {
+			a, b := filepath.Dir(body), filepath.Dir(bodyB)
+			_ = os.Rename(a, a+"x")
+			_ = os.Rename(b, a)
+			_ = os.Rename(a+"x", b)
+		},
+	} {
+		for _, size := range []int{1000, 200_000} { // in memory, and not
+			for _, restarts := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, %d bytes, restart %v", what, size, restarts), func(t *testing.T) {
+					t.Parallel()
+					tt := newTester(t)
+					a, b := noise(1, size), noise(2, size)
+					tt.origin.file("/a", a)
+					tt.origin.file("/b", b)
+					body, bodyB := tt.fileOf("a"), tt.fileOf("b")
+					damage(t, body, filepath.Dir(body)+"/.record", bodyB, filepath.Dir(bodyB)+"/.record")
+					if restarts {
+						tt.restart()
+					}
+					tt.down() // nothing right is left: then nothing is served
+					if g := tt.get("/api/r/a"); g.status == 200 && g.text != a {
+						t.Errorf("wrong bytes: %s", g.header.Get("Cache-Status"))
+					}
+					tt.upAgain()
+					tt.get("/api/r/a").wantStatus(200).wantBody(a)
+					tt.get("/api/r/a").wantHit().wantBody(a)
+					tt.get("/api/r/b").wantStatus(200).wantBody(b)
+					tt.get("/api/r/b").wantHit().wantBody(b)
+				})
+			}
+		}
+	}
+}
+
+// fileOf fetches /api/r/path and says where its body is.
+func (tt *tester) fileOf(path string) string {
+	tt.Helper()
+	tt.get("/api/r/" + path).wantStatus(200)
+	for _, a := range tt.list("r") {
+		if a.Path == path {
+			return tt.disk.dir + "/" + a.Key
+		}
+	}
+	tt.Fatalf("%s is not listed", path)
+	return ""
+}
+
+// The hit that is under way when its file is damaged or removed must not end
+// as if it were whole.
+func TestFileThatVanishesUnderAReader(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 24<<20)
+	tt.origin.file("/a", text)
+	body := tt.fileOf("a")
+	s := tt.open("/api/r/a")
+	defer s.leave()
+	s.read(10)
+	if err := os.Truncate(body, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if g := s.rest().wantAborted(); !strings.HasPrefix(text, g.text) {
+		t.Error("wrong bytes")
+	}
+	tt.get("/api/r/a").wantMiss().wantBody(text)
+	s = tt.open("/api/r/a")
+	defer s.leave()
+	s.read(10)
+	if err := os.RemoveAll(filepath.Dir(body)); err != nil {
+		t.Fatal(err)
+	}
+	s.rest().wantBody(text) // what is open stays readable
+	tt.get("/api/r/a").wantMiss().wantBody(text)
 }

@@ -3,11 +3,116 @@ package main
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"crypto/sha512"
+	"encoding/hex"
+	"fmt"
 	"io"
+	"math/rand/v2"
+	"net"
 	"net/http"
+	"net/http/httptest"
+	"os"
+	"runtime/debug"
 	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 )
+
+// --- many clients, one fetch ---
+
+// Fault 1: a crowd on a cold file costs one upstream request and no memory. It
+// runs in a child, so that the memory is the server's alone.
+func TestCrowdOnAColdFile(t *testing.T) {
+	t.Parallel()
+	clients, size := 200, 64<<20
+	if testing.Short() {
+		clients, size = 50, 32<<20
+	}
+	const before = 1 << 20 // what the origin sends before all clients have got some
+	o := newTestOrigin(t, setup{})
+	text := noise(1, size)
+	release := o.file("/big.iso", text).etag(`"1"`).stallAt(before)
+	defer release()
+	c := childSetup{yaml: remoteYAML(o.url)}.start(t)
+	tt := c.tester()
+	resident := c.memory("VmRSS")
+
+	var begun, done sync.WaitGroup
+	begun.Add(clients)
+	for range clients {
+		done.Go(func() {
+			s := tt.open("/api/r/big.iso")
+			defer s.leave()
+			if s.wantStatus(200); s.res == nil || s.length != int64(size) {
+				t.Errorf("Content-Length %d, want %d", s.length, size)
+				begun.Done()
+				return
+			}
+			got := readSame(s.res.Body, text, 0, before)
+			begun.Done()
+			if got == before {
+				got = readSame(s.res.Body, text, before, size)
+			}
+			if got != size {
+				t.Errorf("a body was right up to %d of %d bytes only", got, size)
+			}
+		})
+	}
+	all := make(chan struct{})
+	go func() { begun.Wait(); close(all) }()
+	select {
+	case <-all:
+	case <-time.After(30 * time.Second):
+		t.Error("not everybody got bytes before the fill ended")
+	}
+	release()
+	done.Wait()
+	if n := o.requests("/big.iso"); n != 1 {
+		t.Errorf("%d upstream requests for %d clients", n, clients)
+	}
+	if grown := c.memory("VmHWM") - resident; grown >= 64<<20 && !raceEnabled() {
+		t.Errorf("resident memory grew by %d MiB for a file of %d MiB", grown>>20, size>>20)
+	} else {
+		t.Logf("resident memory grew by %d MiB for %d clients of a file of %d MiB", grown>>20, clients, size>>20)
+	}
+	tt.get("/api/r/big.iso", "Range: bytes=5-9").wantHit().wantBody(text[5:10])
+}
+
+// raceEnabled says whether the race detector's own memory is in the way.
+func raceEnabled() bool {
+	info, _ := debug.ReadBuildInfo()
+	for _, s := range info.Settings {
+		if s.Key == "-race" && s.Value == "true" {
+			return true
+		}
+	}
+	return false
+}
+
+// readSame reads to offset to and returns how far r is the same as text.
+func readSame(r io.Reader, text string, from, to int) int {
+	buf := make([]byte, 256<<10)
+	for from < to {
+		n, err := r.Read(buf[:min(len(buf), to-from)])
+		if string(buf[:n]) != text[from:from+n] {
+			return from + firstDifference(string(buf[:n]), text[from:from+n])
+		}
+		if from += n; err != nil && from < to {
+			return from
+		}
+	}
+	if to == len(text) {
+		if n, err := r.Read(buf); n > 0 || err != io.EOF {
+			return -1 // goes on behind its end, or has none
+		}
+	}
+	return from
+}
 
 func TestFirstByteDoesNotWaitForTheLast(t *testing.T) {
 	t.Parallel()
@@ -26,6 +131,1171 @@ func TestFirstByteDoesNotWaitForTheLast(t *testing.T) {
 	}
 	second()
 	s.rest().wantBody(text)
+}
+
+func TestLateComersJoinTheFill(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 1<<20)
+	release := tt.origin.file("/a", text).stallAt(900_000)
+	defer release()
+	first := tt.open("/api/r/a")
+	defer first.leave()
+	first.read(900_000)
+	late := tt.open("/api/r/a")
+	defer late.leave()
+	late.read(900_000)
+	release()
+	late.rest().wantJoined().wantBody(text)
+	first.rest().wantMiss().wantBody(text)
+	tt.settle()
+	tt.get("/api/r/a").wantHit()
+	tt.wantRequests("/a", 1)
+}
+
+// Between the last byte and the store there is no moment at which the file is
+// neither here nor there.
+func TestNobodyFetchesAgainWhatWasJustFetched(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	for i := range 30 {
+		path := fmt.Sprintf("/f%d", i)
+		tt.origin.file(path, "body")
+		var all sync.WaitGroup
+		for range 4 {
+			all.Go(func() {
+				for range 10 {
+					s := tt.open("/api/r" + path)
+					s.rest().wantStatus(200).wantBody("body")
+					s.leave()
+				}
+			})
+		}
+		all.Wait()
+		tt.wantRequests(path, 1)
+	}
+}
+
+// hookedObjects are a store whose misses wait for the test.
+type hookedObjects struct {
+	objects
+	missed atomic.Pointer[func()]
+}
+
+func (h *hookedObjects) open(ctx context.Context, key string, off int64) (*object, error) {
+	obj, err := h.objects.open(ctx, key, off)
+	if f := h.missed.Load(); f != nil && err != nil {
+		(*f)()
+	}
+	return obj, err
+}
+
+// Who looked into the store just before a fill ended, and takes off after it,
+// looks again.
+func TestLateLookerDoesNotFetchAgain(t *testing.T) {
+	t.Parallel()
+	hooked := &hookedObjects{}
+	tt := setup{objects: func(o objects) objects { hooked.objects = o; return hooked }}.start(t)
+	tt.origin.file("/a", "body")
+	between := func() {
+		hooked.missed.Store(nil)
+		tt.get("/api/r/a").wantMiss().wantBody("body")
+		tt.eventually("the fill to end", func() bool { return tt.flying() == 0 })
+	}
+	hooked.missed.Store(&between)
+	tt.get("/api/r/a").wantHit().wantBody("body")
+	tt.wantRequests("/a", 1)
+}
+
+// --- clients that leave or dawdle (fault 2) ---
+
+func TestFirstClientLeavesAndDisturbsNobody(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 2<<20)
+	release := tt.origin.file("/a", text).stallAt(200_000)
+	defer release()
+	first := tt.open("/api/r/a")
+	first.read(200_000)
+	second := tt.open("/api/r/a")
+	defer second.leave()
+	second.read(100_000)
+	first.leave()
+	tt.eventually("the first client to be gone", func() bool { return tt.waiting("a") == 1 })
+	release()
+	second.rest().wantBody(text)
+	tt.settle()
+	tt.get("/api/r/a").wantHit().wantBody(text)
+	tt.wantRequests("/a", 1)
+}
+
+func TestFillThatNobodyWaitsForIsFinished(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 1<<20)
+	release := tt.origin.file("/a", text).stallAt(100_000)
+	defer release()
+	only := tt.open("/api/r/a")
+	only.read(100_000)
+	only.leave()
+	tt.eventually("the client to be gone", func() bool { return tt.waiting("a") == 0 })
+	release()
+	tt.eventually("the fill to end", func() bool { return tt.flying() == 0 })
+	tt.get("/api/r/a").wantHit().wantBody(text)
+	tt.wantRequests("/a", 1)
+	tt.wantNoSpools()
+}
+
+func TestSlowClientSlowsNobody(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 24<<20) // more than sockets hold for a client that does not read
+	tt.origin.file("/a", text)
+	slow := tt.open("/api/r/a")
+	defer slow.leave()
+	slow.read(1)
+	tt.get("/api/r/a").wantBody(text)
+	tt.eventually("the fill to end beside a client that does not read", func() bool { return tt.flying() == 0 })
+	tt.wantStored("a", true)
+	tt.get("/api/r/a").wantHit().wantBody(text)
+	slow.read(1)
+	slow.rest().wantBody(text) // it still gets it all, though the spool has moved
+	tt.wantRequests("/a", 1)
+	tt.wantNoSpools()
+}
+
+// A reader of one byte a second is slow, not dead.
+func TestByteASecondIsNotTakenForDead(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		text := noise(1, 3000)
+		tt.origin.file("/a", text)
+		for range 2 { // from the fill, and from the store
+			s := tt.open("/api/r/a")
+			for range 1000 {
+				time.Sleep(time.Second)
+				s.read(1)
+			}
+			s.rest().wantStatus(200).wantBody(text)
+			s.leave()
+			tt.settle()
+		}
+	})
+}
+
+func TestAtMostEightFillsGoOnAlone(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 100_000)
+	for i := range 9 {
+		path := fmt.Sprintf("/f%d", i)
+		at := int64(90_000)
+		if i == 3 {
+			at = 10 // furthest from its end
+		}
+		release := tt.origin.file(path, text).stallAt(at)
+		defer release()
+		s := tt.open("/api/r" + path)
+		s.read(10)
+		tt.eventually("bytes", func() bool { return tt.filled(path[1:]) == at })
+		s.leave()
+		tt.eventually("the client to be gone", func() bool { return tt.waiting(path[1:]) == 0 })
+	}
+	tt.eventually("one fill to be dropped", func() bool { return tt.flying() == 8 })
+	if tt.filled("f3") >= 0 {
+		t.Error("the fill furthest from its end goes on")
+	}
+	watched := tt.open("/api/r/f0") // one that has a client again is not alone
+	defer watched.leave()
+	release := tt.origin.file("/g", text).stallAt(10)
+	defer release()
+	s := tt.open("/api/r/g")
+	s.read(10)
+	s.leave()
+	tt.eventually("the client to be gone", func() bool { return tt.waiting("g") == 0 })
+	if n := tt.flying(); n != 9 {
+		t.Errorf("%d fills go on, want eight alone and one with a client", n)
+	}
+}
+
+func TestFillsPerRemoteAreBounded(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	open := make(chan struct{})
+	var inside, most atomic.Int64
+	tt.origin.troubled(func(w http.ResponseWriter, r *http.Request) {
+		now := inside.Add(1)
+		defer inside.Add(-1)
+		for {
+			if m := most.Load(); now <= m || most.CompareAndSwap(m, now) {
+				break
+			}
+		}
+		select {
+		case <-open:
+		case <-r.Context().Done():
+		case <-tt.origin.ended:
+		}
+		_, _ = io.WriteString(w, r.URL.Path)
+	})
+	var all sync.WaitGroup
+	for i := range fillsPerRemote + 6 {
+		path := fmt.Sprintf("/f%d", i)
+		all.Go(func() { tt.get("/api/r" + path).wantStatus(200).wantBody(path) })
+	}
+	tt.eventually("64 fills", func() bool { return inside.Load() == fillsPerRemote })
+	tt.eventually("the rest to wait", func() bool { return tt.flying() == fillsPerRemote+6 })
+	impatient := make(chan struct{})
+	ctx, leave := context.WithCancel(context.Background())
+	go func() {
+		defer close(impatient)
+		tt.start(ctx, "GET", "/api/r/impatient", nil).leave()
+	}()
+	tt.eventually("one more", func() bool { return tt.flying() == fillsPerRemote+7 })
+	leave()
+	<-impatient
+	tt.eventually("it to be gone", func() bool { return tt.flying() == fillsPerRemote+6 })
+	close(open)
+	all.Wait()
+	if n := most.Load(); n != fillsPerRemote {
+		t.Errorf("%d fills at once, want %d", n, fillsPerRemote)
+	}
+	tt.wantRequests("/impatient", 0)
+}
+
+// --- bodies that break off (fault 3) ---
+
+func TestCutBodyIsResumed(t *testing.T) {
+	t.Parallel()
+	const size, half = 1 << 20, 1 << 19
+	text := noise(1, size)
+	date := longAgo.Format(http.TimeFormat)
+	for what, c := range map[string]struct {
+		set     func(*testFile)
+		ranges  []string
+		ifRange string
+	}{
+		"by ETag":                     {func(f *testFile) { f.etag(`"1"`).cut(half) }, []string{"bytes=524288-"}, `"1"`},
+		"by a date that is long past": {func(f *testFile) { f.cut(half) }, []string{"bytes=524288-"}, date},
+		"three times": {func(f *testFile) { f.etag(`"1"`).cut(100, 1000, 1_000_000) },
+			[]string{"bytes=100-", "bytes=1000-", "bytes=1000000-"}, `"1"`},
+		"before the first byte": {func(f *testFile) { f.etag(`"1"`).cut(0) }, []string{"bytes=0-"}, `"1"`},
+		"at the last byte":      {func(f *testFile) { f.etag(`"1"`).cut(size - 1) }, []string{"bytes=1048575-"}, `"1"`},
+		"of unknown length":     {func(f *testFile) { f.etag(`"1"`).chunked().cut(half) }, []string{"bytes=524288-"}, `"1"`},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			tt := newTester(t)
+			c.set(tt.origin.file("/a", text))
+			tt.get("/api/r/a").wantStatus(200).wantMiss().wantBody(text)
+			tt.get("/api/r/a").wantHit().wantBody(text)
+			want := []string{"GET /a"}
+			for _, r := range c.ranges {
+				want = append(want, "GET /a "+r)
+			}
+			if got := tt.origin.all(); fmt.Sprint(got) != fmt.Sprint(want) {
+				t.Errorf("the origin was asked %v, want %v", got, want)
+			}
+			if got := tt.origin.last("/a").header.Get("If-Range"); got != c.ifRange {
+				t.Errorf("If-Range: %s, want %s", got, c.ifRange)
+			}
+			tt.wantNoSpools()
+		})
+	}
+}
+
+func TestCutBodyThatCannotBeResumed(t *testing.T) {
+	t.Parallel()
+	const half = 1 << 19
+	text := noise(1, 1<<20)
+	hopeless := map[string]bool{"a weak ETag": true, "no validator": true, "a date of just now": true}
+	for what, set := range map[string]func(tt *tester, f *testFile){
+		"no ranges there":         func(_ *tester, f *testFile) { f.etag(`"1"`).noRanges().cut(half) },
+		"a weak ETag":             func(_ *tester, f *testFile) { f.etag(`W/"1"`).cut(half) },
+		"no validator":            func(_ *tester, f *testFile) { f.undated().cut(half) },
+		"a date of just now":      func(_ *tester, f *testFile) { f.at(time.Now()).cut(half) },
+		"it breaks a fourth time": func(_ *tester, f *testFile) { f.etag(`"1"`).cut(half, half, half, half) },
+		"the file has changed": func(tt *tester, f *testFile) {
+			f.etag(`"1"`).cut(half)
+			go func() {
+				tt.origin.awaitRequests("/a", 1)
+				f.etag(`"2"`)
+			}()
+			f.stallAt(half - 1)()
+		},
+		"a 206 for another range": func(tt *tester, f *testFile) {
+			f.etag(`"1"`).cut(half).acts(func(w http.ResponseWriter, r *http.Request) {
+				if r.Header.Get("Range") != "" {
+					w.Header().Set("Content-Range", "bytes 524289-1048575/1048576")
+					w.WriteHeader(206)
+					_, _ = io.WriteString(w, text[half+1:])
+					return
+				}
+				w.Header().Set("Content-Length", "1048576")
+				_, _ = io.WriteString(w, text[:half])
+				panic(http.ErrAbortHandler)
+			})
+		},
+		"a 206 of another size": func(tt *tester, f *testFile) {
+			f.etag(`"1"`).acts(func(w http.ResponseWriter, r *http.Request) {
+				if r.Header.Get("Range") != "" {
+					w.Header().Set("Content-Range", "bytes 524288-1048575/1048577")
+					w.WriteHeader(206)
+					_, _ = io.WriteString(w, text[half:])
+					return
+				}
+				w.Header().Set("Content-Length", "1048576")
+				_, _ = io.WriteString(w, text[:half])
+				panic(http.ErrAbortHandler)
+			})
+		},
+		"206s that end too soon": func(tt *tester, f *testFile) {
+			f.etag(`"1"`).acts(func(w http.ResponseWriter, r *http.Request) {
+				from := half
+				if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from); err == nil {
+					w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/1048576", from, from+9))
+					w.WriteHeader(206)
+					_, _ = io.WriteString(w, text[from:from+10])
+					return
+				}
+				w.Header().Set("Content-Length", "1048576")
+				_, _ = io.WriteString(w, text[:half])
+				panic(http.ErrAbortHandler)
+			})
+		},
+		"a length that promises too much": func(_ *tester, f *testFile) { f.etag(`"1"`).lying(5) },
+		"chunks without an end":           func(_ *tester, f *testFile) { f.chunked().noRanges().cut(half) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			tt := newTester(t)
+			f := tt.origin.file("/a", text)
+			release := f.stallAt(1000) // until all three clients are here
+			set(tt, f)
+			var all sync.WaitGroup
+			for range 3 {
+				all.Go(func() {
+					g := tt.get("/api/r/a")
+					if g.err == nil && g.status == 502 {
+						return // the fill ended before this client's answer began
+					}
+					if g.wantAborted(); !strings.HasPrefix(text, g.text) {
+						t.Error("wrong bytes before the abort")
+					}
+				})
+			}
+			if f.actsAlready() {
+				release()
+			} else {
+				tt.eventually("three clients", func() bool { return tt.waiting("a") == 3 })
+				release()
+			}
+			all.Wait()
+			if n := tt.origin.requests("/a"); n > 1 && hopeless[what] {
+				t.Errorf("the rest was asked for without a validator: %v", tt.origin.all())
+			}
+			tt.wantStored("a", false)
+			tt.wantNoSpools()
+			tt.origin.file("/a", text) // healthy again: the next request starts afresh
+			tt.get("/api/r/a").wantStatus(200).wantMiss().wantBody(text)
+			if h := tt.origin.last("/a").header; h.Get("Range") != "" {
+				t.Error("the next request did not start afresh")
+			}
+		})
+	}
+}
+
+// actsAlready says whether the file has a handler of its own, which knows no
+// gates.
+func (f *testFile) actsAlready() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.act != nil
+}
+
+func TestMirrorFinishesWhatBaseBegan(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	m := tt.another()
+	tt.moveUpstream(tt.origin.url, "mirrors: ["+m.url+"]")
+	text := noise(1, 1<<20)
+	tt.origin.file("/a", text).etag(`"1"`).cut(600_000)
+	m.file("/a", text).etag(`"1"`)
+	s := tt.origin.file("/a", text).etag(`"1"`)
+	release := s.stallAt(600_000)
+	defer release()
+	in := tt.open("/api/r/a")
+	defer in.leave()
+	in.read(600_000)
+	tt.down()
+	in.rest().wantMiss().wantBody(text)
+	if got := m.last("/a").header.Get("Range"); got != "bytes=600000-" {
+		t.Errorf("the mirror was asked for %q", got)
+	}
+	tt.settle()
+	tt.get("/api/r/a").wantHit().wantBody(text)
+}
+
+// What lies behind the promised length is not the body, and never becomes
+// another answer.
+func TestLengthThatPromisesTooLittle(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	evil := "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+	tt.origin.file("/a", "good"+evil).lying(-int64(len(evil)))
+	tt.origin.file("/b", "bbbb")
+	tt.get("/api/r/a").wantBody("good")
+	tt.get("/api/r/b").wantBody("bbbb")
+	tt.get("/api/r/a").wantHit().wantBody("good")
+}
+
+func TestCloseDelimitedBodyIsServedAndNotStored(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 100_000)
+	f := tt.origin.file("/a.zip", text).closeDelimited()
+	for range 2 {
+		tt.get("/api/r/a.zip").wantStatus(200).wantUnstored().wantBody(text)
+	}
+	tt.wantRequests("/a.zip", 2)
+	tt.wantLog("neither length nor chunks")
+	f.cut(500) // nobody can tell; but it does not stay
+	tt.get("/api/r/a.zip").wantBody(text[:500])
+	tt.wantStored("a.zip", false)
+	tt.wantNoSpools()
+}
+
+func TestChunkedBodyIsStored(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 300_000)
+	f := tt.origin.file("/a", text).chunked()
+	release := f.stallAt(1000)
+	defer release()
+	first := tt.open("/api/r/a")
+	defer first.leave()
+	first.read(1000)
+	// Its length is not known yet: full answers, whatever was asked for.
+	ranged := tt.open("/api/r/a", "Range: bytes=5-9")
+	defer ranged.leave()
+	ranged.wantStatus(200).wantHeader("Accept-Ranges", "").wantHeader("Content-Length", "")
+	conditional := tt.open("/api/r/a", "If-Modified-Since: "+longAgo.Add(time.Hour).Format(http.TimeFormat))
+	defer conditional.leave()
+	conditional.wantStatus(200)
+	tt.head("/api/r/a").wantStatus(200).wantHeader("Content-Length", "").wantBody("")
+	release()
+	first.rest().wantMiss().wantBody(text)
+	ranged.rest().wantBody(text)
+	conditional.rest().wantBody(text)
+	tt.settle()
+	tt.get("/api/r/a", "Range: bytes=5-9").wantStatus(206).wantHit().wantBody(text[5:10])
+	tt.wantRequests("/a", 1)
+}
+
+// --- ranges and conditions while a fill runs ---
+
+func TestRangesWhileFilling(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	const size, at = 2 << 20, 1 << 20
+	text := noise(1, size)
+	release := tt.origin.file("/a", text).stallAt(at)
+	defer release()
+	first := tt.open("/api/r/a")
+	defer first.leave()
+	first.read(at)
+
+	// What is there already is answered now.
+	tt.get("/api/r/a", "Range: bytes=0-99").wantStatus(206).wantJoined().wantBody(text[:100]).
+		wantHeader("Content-Range", fmt.Sprintf("bytes 0-99/%d", size))
+	tt.get("/api/r/a", fmt.Sprintf("Range: bytes=%d-%d", at-5, at-1)).wantStatus(206).wantBody(text[at-5 : at])
+	tt.get("/api/r/a", "Range: bytes=1-2,10-19,5-5").wantStatus(206).wantJoined()
+	tt.get("/api/r/a", "Range: bytes=99999999-").wantStatus(416).wantHeader("Content-Range", fmt.Sprintf("bytes */%d", size))
+	tt.get("/api/r/a", "If-Modified-Since: "+longAgo.Format(http.TimeFormat)).wantStatus(304)
+	tt.get("/api/r/a", "Range: bytes=3-4", "If-Range: "+longAgo.Format(http.TimeFormat)).wantStatus(206).wantBody(text[3:5])
+	tt.head("/api/r/a").wantStatus(200).wantHeader("Content-Length", strconv.Itoa(size)).wantHeader("ETag", "")
+
+	// What is not waits for the fill.
+	waiting := map[*stream]string{
+		tt.open("/api/r/a", "Range: bytes=-7"):                                       text[size-7:],
+		tt.open("/api/r/a", fmt.Sprintf("Range: bytes=%d-%d", at-5, at+5)):           text[at-5 : at+6],
+		tt.open("/api/r/a", fmt.Sprintf("Range: bytes=%d-", at+100_000)):             text[at+100_000:],
+		tt.open("/api/r/a", "Range: bytes=0-9", `If-Range: "something else"`):        text,
+		tt.open("/api/r/a", fmt.Sprintf("Range: bytes=%d-%d", size-1, size+100_000)): text[size-1:],
+	}
+	release()
+	for s, want := range waiting {
+		s.rest().wantBody(want)
+		s.leave()
+	}
+	first.rest().wantBody(text)
+	tt.wantRequests("/a", 1)
+}
+
+func TestFarRangeIsFetchedOnItsOwn(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	const size = 24 << 20
+	text := noise(1, size)
+	f := tt.origin.file("/a", text).etag(`"1"`)
+	release := f.stallAt(1 << 20)
+	defer release()
+	first := tt.open("/api/r/a")
+	defer first.leave()
+	first.read(1 << 20)
+
+	tt.get("/api/r/a", "Range: bytes=20000000-20000099").wantStatus(206).wantBody(text[20_000_000:20_000_100])
+	if h := tt.origin.last("/a").header; h.Get("Range") != "bytes=20000000-20000099" || h.Get("If-Range") != `"1"` {
+		t.Errorf("asked for Range %q, If-Range %q", h.Get("Range"), h.Get("If-Range"))
+	}
+	tt.get("/api/r/a", "Range: bytes=-1000").wantStatus(206).wantBody(text[size-1000:])
+	tt.get("/api/r/a", "Range: bytes=20000000-").wantStatus(206).wantBody(text[20_000_000:])
+	tt.wantRequests("/a", 4)
+
+	near := tt.open("/api/r/a", "Range: bytes=2000000-2000099") // the fill will be there soon
+	defer near.leave()
+	release()
+	near.rest().wantStatus(206).wantBody(text[2_000_000:2_000_100])
+	first.rest().wantBody(text)
+	tt.wantRequests("/a", 4)
+	tt.settle()
+	tt.get("/api/r/a").wantHit().wantBody(text)
+}
+
+func TestFarRangesAreBoundedAndComeBackToTheFill(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	const size = 24 << 20
+	text := noise(1, size)
+	f := tt.origin.file("/a", text).etag(`"1"`)
+	first, far := f.stallAt(1<<20), f.stallAt(20_000_050)
+	defer first()
+	defer far()
+	begun := tt.open("/api/r/a")
+	defer begun.leave()
+	begun.read(1 << 20)
+	var streams []*stream
+	var opened sync.WaitGroup
+	var mu sync.Mutex
+	for range farPerFill + 3 {
+		opened.Go(func() {
+			s := tt.open("/api/r/a", "Range: bytes=20000000-20000999")
+			mu.Lock()
+			defer mu.Unlock()
+			streams = append(streams, s)
+		})
+	}
+	tt.origin.awaitRequests("/a", 1+farPerFill)
+	tt.eventually("the others to wait", func() bool { return tt.waiting("a") == 1+farPerFill+3 })
+	tt.wantRequests("/a", 1+farPerFill)
+	first() // the fill comes by and serves those that wait; far ones are held
+	far()
+	opened.Wait()
+	for _, s := range streams {
+		s.rest().wantStatus(206).wantBody(text[20_000_000:20_001_000])
+		s.leave()
+	}
+	begun.rest().wantBody(text)
+}
+
+func TestFarRangeWithoutRangesUpstreamWaits(t *testing.T) {
+	t.Parallel()
+	for what, set := range map[string]func(*testFile){
+		"no ranges":    func(f *testFile) { f.etag(`"1"`).noRanges() },
+		"no validator": func(f *testFile) { f.undated() },
+		"cut again":    func(f *testFile) { f.etag(`"1"`).cut(-1, 20_000_010, 20_000_010, 20_000_010, 20_000_010) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			tt := newTester(t)
+			text := noise(1, 24<<20)
+			f := tt.origin.file("/a", text)
+			set(f)
+			release := f.stallAt(1 << 20)
+			defer release()
+			first := tt.open("/api/r/a")
+			defer first.leave()
+			first.read(1 << 20)
+			far := make(chan *got)
+			go func() { far <- tt.get("/api/r/a", "Range: bytes=20000000-20000099") }()
+			tt.eventually("the far range", func() bool { return tt.waiting("a") == 2 })
+			release()
+			(<-far).wantStatus(206).wantBody(text[20_000_000:20_000_100])
+			first.rest().wantBody(text)
+		})
+	}
+}
+
+// fillReader serves a body that stands still at a watermark.
+type fillReader struct {
+	text string
+	at   int
+	off  int
+	open chan struct{}
+}
+
+func (r *fillReader) Read(p []byte) (int, error) {
+	if r.off == r.at {
+		<-r.open
+	}
+	if r.off == len(r.text) {
+		return 0, io.EOF
+	}
+	end := len(r.text)
+	if r.off < r.at {
+		end = r.at
+	}
+	n := copy(p, r.text[r.off:end])
+	r.off += n
+	return n, nil
+}
+
+func (r *fillReader) Close() error { return nil }
+
+// FuzzRangeWhileFilling compares answers given while a file grows with what
+// net/http says about the whole of it.
+func FuzzRangeWhileFilling(f *testing.F) {
+	for _, s := range []string{"bytes=0-0", "bytes=-1", "bytes=5-", "bytes=0-9,20-29", "bytes=9999-", "bytes=3-1", "bytes=-0", "bytes=", "items=0-1",
+		"bytes=0-,0-,0-", "bytes= 1-2 , 3-4", "bytes=1-2,", "bytes=--1", "bytes=18446744073709551616-", "bytes=-18446744073709551616", "bytes=9223372036854775807-"} {
+		f.Add(s, "", "", 300, 100)
+		f.Add(s, longAgo.Format(http.TimeFormat), "", 300, 0)
+		f.Add(s, `"x"`, "*", 1, 1)
+		f.Add(s, "", longAgo.Format(http.TimeFormat), 0, 0)
+	}
+	f.Fuzz(func(t *testing.T, spec, ifRange, condition string, size, at int) {
+		size = max(0, size%100_000)
+		at = max(0, min(at, size))
+		text := noise(1, size)
+		body := &fillReader{text: text, at: at, open: make(chan struct{})}
+		tt := newRecorderTester(t, func(r *http.Request) (*http.Response, error) {
+			h := http.Header{"Last-Modified": {longAgo.Format(http.TimeFormat)}, "Content-Length": {strconv.Itoa(size)}}
+			return &http.Response{StatusCode: 200, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: h,
+				ContentLength: int64(size), Body: body, Request: r}, nil
+		})
+		request := func() *http.Request {
+			r := httptest.NewRequest("GET", "/api/r/a", nil)
+			r.Header = http.Header{}
+			for name, v := range map[string]string{"Range": spec, "If-Range": ifRange, "If-None-Match": condition, "If-Modified-Since": condition} {
+				if v != "" {
+					r.Header.Set(name, v)
+				}
+			}
+			return r
+		}
+		got := httptest.NewRecorder()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			tt.api.ServeHTTP(got, request())
+		}()
+		if size > 0 {
+			tt.eventually("the watermark", func() bool {
+				select {
+				case <-done:
+					return true
+				default:
+					return tt.filled("a") == int64(at)
+				}
+			})
+		}
+		close(body.open)
+		<-done
+
+		want := httptest.NewRecorder()
+		r := request()
+		if strings.Count(spec, ",") >= maxRanges {
+			r.Header.Del("Range")
+		}
+		want.Header().Set("Content-Type", "application/octet-stream")
+		http.ServeContent(want, r, "", longAgo, strings.NewReader(text))
+		if got.Code != want.Code {
+			t.Fatalf("%q on %d bytes: status %d, want %d", spec, size, got.Code, want.Code)
+		}
+		for _, name := range []string{"Content-Range", "Content-Length"} {
+			if got.Header().Get(name) != want.Header().Get(name) {
+				t.Errorf("%q on %d bytes: %s: %q, want %q", spec, size, name, got.Header().Get(name), want.Header().Get(name))
+			}
+		}
+		if g, w := bodyOf(t, got), bodyOf(t, want); g != w {
+			t.Errorf("%q on %d bytes: %d bytes that differ from the %d wanted at %d", spec, size, len(g), len(w), firstDifference(g, w))
+		}
+	})
+}
+
+// bodyOf is a recorded body; parts of several ranges are joined, because their
+// boundary is random.
+func bodyOf(t *testing.T, r *httptest.ResponseRecorder) string {
+	t.Helper()
+	if !strings.HasPrefix(r.Header().Get("Content-Type"), "multipart/") {
+		return r.Body.String()
+	}
+	g := &got{TB: t, header: r.Header(), text: r.Body.String()}
+	return strings.Join(g.multipart(), "|")
+}
+
+// newRecorderTester is a tester without sockets: the upstream is a function,
+// and answers are recorded.
+func newRecorderTester(t testing.TB, upstream func(*http.Request) (*http.Response, error)) *tester {
+	t.Helper()
+	tt := setup{unserved: true}.start(t)
+	tt.up.anyhow, tt.up.strict = transportFunc(upstream), transportFunc(upstream)
+	return tt
+}
+
+type transportFunc func(*http.Request) (*http.Response, error)
+
+func (f transportFunc) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// --- bodies whose digest is known beforehand ---
+
+func TestWrongDigestIsNeverCompleted(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{0, 1, 1000, holdBack, holdBack + 1, 1 << 20} {
+		for _, chunked := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%d bytes, chunked %v", size, chunked), func(t *testing.T) {
+				t.Parallel()
+				tt := newTester(t)
+				text := noise(1, size)
+				f := tt.origin.file("/a", text)
+				if chunked {
+					f.chunked()
+				}
+				wrong := sha256.Sum256([]byte("another body"))
+				tt.digested(func(q *want) { q.digest = "sha256:" + hex.EncodeToString(wrong[:]) })
+				g := tt.get("/api/r/a")
+				if g.err == nil && g.status != 502 {
+					t.Errorf("a wrong body of %d bytes was completed: %d with %d bytes", size, g.status, len(g.text))
+				}
+				if sent := len(g.text); g.err != nil && sent > max(0, size-holdBack) {
+					t.Errorf("%d of %d bytes were sent before it was verified", sent, size)
+				}
+				if size <= holdBack && !chunked {
+					g.wantDetail(502, "cannot be used") // nothing was sent yet
+				}
+				tt.wantStored("a", false)
+				right := sha256.Sum256([]byte(text))
+				tt.digested(func(q *want) { q.digest = "sha256:" + hex.EncodeToString(right[:]) })
+				tt.get("/api/r/a").wantStatus(200).wantMiss().wantBody(text)
+				tt.get("/api/r/a").wantHit().wantBody(text)
+				tt.wantNoSpools()
+			})
+		}
+	}
+}
+
+func TestSHA512IsVerified(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 200_000)
+	tt.origin.file("/a", text)
+	sum := sha512.Sum512([]byte(text))
+	tt.digested(func(q *want) { q.digest = "sha512:" + hex.EncodeToString(sum[:]) })
+	tt.get("/api/r/a").wantMiss().wantBody(text)
+	tt.digested(func(q *want) { q.digest = "sha512:" + strings.Repeat("00", 64) })
+	tt.origin.file("/b", text)
+	if g := tt.get("/api/r/b"); g.err == nil && g.status != 502 {
+		t.Errorf("a body without its digest was completed: status %d", g.status)
+	}
+}
+
+func TestCutBodyWithADigestIsResumedWithoutValidator(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 1<<20)
+	tt.origin.file("/a", text).undated().cut(300_000)
+	sum := sha256.Sum256([]byte(text))
+	tt.digested(func(q *want) { q.digest = "sha256:" + hex.EncodeToString(sum[:]) })
+	tt.get("/api/r/a").wantMiss().wantBody(text)
+}
+
+func TestFarRangeOfADigestedBodyHoldsBackItsEnd(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	const size = 12 << 20
+	text := noise(1, size)
+	release := tt.origin.file("/a", text).etag(`"1"`).stallAt(1 << 20)
+	defer release()
+	sum := sha256.Sum256([]byte("another body"))
+	tt.digested(func(q *want) { q.digest = "sha256:" + hex.EncodeToString(sum[:]) })
+	first := tt.open("/api/r/a")
+	defer first.leave()
+	first.read(1<<20 - holdBack)
+	far := tt.open("/api/r/a", "Range: bytes=10485760-")
+	defer far.leave()
+	far.wantStatus(206)
+	far.read(size - 10<<20 - holdBack)
+	release()
+	far.rest().wantAborted()
+	first.rest().wantAborted()
+	if far.text != text[10<<20:size-holdBack] {
+		t.Error("the end of a body that does not verify was sent")
+	}
+	tt.wantStored("a", false)
+}
+
+func TestWholeBodiesAreCheckedBeforeTheyAreAnswered(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	refused := &problem{status: 502, detail: "no manifest", cause: errBadUpstream}
+	tt.digested(func(q *want) {
+		q.whole, q.limit = true, 1000
+		q.check = func(_ context.Context, rec *record, body io.ReaderAt) error {
+			b := make([]byte, rec.Size)
+			if _, err := body.ReadAt(b, 0); err != nil && err != io.EOF {
+				return err
+			}
+			if bytes.HasPrefix(b, []byte("<html")) {
+				return refused
+			}
+			rec.Digest = "noted"
+			return nil
+		}
+	})
+	tt.origin.file("/ok", "manifest")
+	tt.head("/api/r/ok").wantStatus(200).wantMiss().wantHeader("Content-Length", "8") // fetched and stored
+	tt.get("/api/r/ok").wantHit().wantBody("manifest")
+	tt.wantRequests("/ok", 1)
+	tt.origin.file("/login", "<html>").chunked()
+	tt.get("/api/r/login").wantDetail(502, "no manifest")
+	tt.origin.file("/huge", noise(1, 1001))
+	tt.get("/api/r/huge").wantDetail(502, "larger")
+	tt.origin.file("/endless", noise(1, 5000)).chunked()
+	tt.get("/api/r/endless").wantDetail(502, "larger")
+	tt.origin.file("/cut", "manifest").noRanges().cut(4)
+	tt.get("/api/r/cut").wantStatus(502)
+	for _, path := range []string{"login", "huge", "endless", "cut"} {
+		tt.wantStored(path, false)
+	}
+	tt.wantNoSpools()
+}
+
+// --- a store that is full or broken (fault 5) ---
+
+// brokenSpools are a spooler that fails on demand.
+type brokenSpools struct {
+	spooler
+	dir    string
+	mu     sync.Mutex // guards what follows
+	none   error      // what spool says
+	full   bool       // what is written to spools meets a full disk
+	noRoom error      // what room says
+}
+
+func (b *brokenSpools) wrap(s spooler) spooler {
+	b.spooler = s
+	return b
+}
+
+func (b *brokenSpools) heal() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.none, b.full, b.noRoom = nil, false, nil
+}
+
+func (b *brokenSpools) spool() (*os.File, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case b.none != nil:
+		return nil, b.none
+	case b.full:
+		name := fmt.Sprintf("%s/full%d", b.dir, rand.Int64())
+		if err := os.Symlink("/dev/full", name); err != nil {
+			return nil, err
+		}
+		return os.OpenFile(name, os.O_RDWR, 0)
+	}
+	return b.spooler.spool()
+}
+
+func (b *brokenSpools) room(n int64) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.noRoom != nil {
+		return b.noRoom
+	}
+	return b.spooler.room(n)
+}
+
+// Fault 5: whatever is wrong with the store, clients get their bytes.
+func TestClientsGetTheirBytesWithoutAStore(t *testing.T) {
+	t.Parallel()
+	noSpace, down := fmt.Errorf("%w: test", errNoSpace), fmt.Errorf("%w: test", errStoreDown)
+	for what, c := range map[string]struct {
+		breakIt func(*brokenSpools, *brokenObjects)
+		shared  bool // one upstream request serves all
+	}{
+		"no spool, disk full":    {func(s *brokenSpools, _ *brokenObjects) { s.none = noSpace }, false},
+		"no spool, disk broken":  {func(s *brokenSpools, _ *brokenObjects) { s.none = down }, false},
+		"under MIN_FREE":         {func(s *brokenSpools, _ *brokenObjects) { s.noRoom = noSpace }, false},
+		"spool cannot grow":      {func(s *brokenSpools, _ *brokenObjects) { s.full = true }, false},
+		"storing fails, full":    {func(_ *brokenSpools, o *brokenObjects) { o.failPut(noSpace) }, true},
+		"storing fails, is down": {func(_ *brokenSpools, o *brokenObjects) { o.failPut(down) }, true},
+		"nothing works":          {func(s *brokenSpools, o *brokenObjects) { s.none = down; o.failPut(down); o.failOpen(down) }, false},
+	} {
+		for _, clients := range []int{1, 20} {
+			t.Run(fmt.Sprintf("%s, %d clients", what, clients), func(t *testing.T) {
+				t.Parallel()
+				spools, objects := &brokenSpools{dir: t.TempDir()}, &brokenObjects{}
+				c.breakIt(spools, objects)
+				tt := setup{spools: spools.wrap, objects: objects.wrap}.start(t)
+				text := noise(1, 300_000)
+				release := tt.origin.file("/a", text).etag(`"1"`).stallAt(1000)
+				defer release()
+				var all sync.WaitGroup
+				for range clients {
+					all.Go(func() {
+						tt.get("/api/r/a").wantStatus(200).wantBody(text).wantHeader("Content-Length", "300000")
+					})
+				}
+				if c.shared {
+					tt.eventually("all clients", func() bool { return tt.waiting("a") == clients })
+				} else {
+					tt.origin.awaitRequests("/a", clients)
+				}
+				release()
+				all.Wait()
+				if n := tt.origin.requests("/a"); c.shared && n != 1 {
+					t.Errorf("%d upstream requests", n)
+				}
+				tt.get("/api/r/a", "Range: bytes=7-9").wantStatus(206).wantBody(text[7:10])
+				tt.get("/api/r/a", "Range: bytes=-5").wantStatus(206).wantBody(text[299_995:])
+				tt.head("/api/r/a").wantStatus(200).wantHeader("Content-Length", "300000")
+				objects.failOpen(nil)
+				tt.wantStored("a", false)
+				tt.wantLog("store failed")
+				spools.heal()
+				objects.failPut(nil)
+				tt.get("/api/r/a").wantMiss().wantBody(text)
+				tt.get("/api/r/a").wantHit().wantBody(text)
+				tt.wantNoSpools()
+				if left, _ := os.ReadDir(spools.dir); len(left) > 0 {
+					t.Errorf("left behind: %v", left)
+				}
+			})
+		}
+	}
+}
+
+func TestWithoutAStoreErrorsAreStillErrors(t *testing.T) {
+	t.Parallel()
+	spools := &brokenSpools{none: errNoSpace}
+	tt := setup{spools: spools.wrap, keys: []string{"mutable_patterns: ['idx$']"}}.start(t)
+	tt.get("/api/r/none").wantDetail(404, "404")
+	text := noise(1, 200_000)
+	tt.origin.file("/cut", text).noRanges().cut(100_000)
+	tt.get("/api/r/cut").wantAborted()
+	tt.origin.file("/resumed", text).etag(`"1"`).cut(100_000)
+	tt.get("/api/r/resumed").wantBody(text)
+	tt.origin.file("/chunked", text).chunked()
+	tt.get("/api/r/chunked").wantBody(text)
+	tt.get("/api/r/chunked", "Range: bytes=1-2").wantStatus(200).wantBody(text)
+	sum := sha256.Sum256([]byte(text))
+	tt.origin.file("/right", text)
+	tt.origin.file("/wrong", text+"x")
+	tt.digested(func(q *want) { q.digest = "sha256:" + hex.EncodeToString(sum[:]) })
+	tt.get("/api/r/right").wantBody(text)
+	tt.get("/api/r/wrong").wantAborted()
+}
+
+func TestExpiredCopyWithoutRoomForTheNewOne(t *testing.T) {
+	t.Parallel()
+	spools := &brokenSpools{}
+	tt := setup{spools: spools.wrap, keys: []string{`mutable_patterns: ["."]`}}.start(t)
+	tt.origin.file("/a", "old")
+	tt.get("/api/r/a")
+	tt.advance(2 * time.Hour)
+	spools.mu.Lock()
+	spools.none = errNoSpace
+	spools.mu.Unlock()
+	tt.origin.file("/a", "new")
+	tt.get("/api/r/a").wantStatus(200).wantBody("new")
+	tt.wantStored("a", true) // the old one
+	tt.down()
+	tt.get("/api/r/a").wantStale().wantBody("old")
+}
+
+func TestLargerThanMaxSizeIsStreamedNotStored(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "cache: {max_size: 1MiB}")
+	small, large := noise(1, 1<<20), noise(2, 1<<20+1)
+	tt.origin.file("/small", small)
+	tt.origin.file("/large", large)
+	tt.get("/api/r/small").wantMiss().wantBody(small)
+	tt.get("/api/r/large").wantUnstored().wantBody(large)
+	tt.wantStored("small", true)
+	tt.wantStored("large", false)
+	tt.wantLog("max_size")
+	tt.wantNoSpools()
+}
+
+// --- purging beside a fill ---
+
+func TestPurgeDuringAFill(t *testing.T) {
+	t.Parallel()
+	tt := setup{env: map[string]string{"API_TOKEN": "t"}}.start(t)
+	old, next := noise(1, 500_000), noise(2, 500_000)
+	release := tt.origin.file("/a", old).stallAt(1000)
+	defer release()
+	first := tt.open("/api/r/a")
+	defer first.leave()
+	first.read(1000)
+	tt.delete("/artifacts/r/a", "Authorization: Bearer t")
+	tt.origin.file("/a", next)
+	tt.get("/api/r/a").wantMiss().wantBody(next) // not what was purged
+	release()
+	first.rest().wantStatus(200).wantBody(old) // who has begun gets it all
+	tt.eventually("both fills to end", func() bool { return tt.flying() == 0 })
+	tt.get("/api/r/a").wantHit().wantBody(next)
+	tt.wantRequests("/a", 2)
+	tt.wantNoSpools()
+}
+
+// --- hostile upstreams (fault 7) ---
+
+func TestUpstreamThatStopsInTheMiddle(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		tt.origin.file("/a", noise(1, 1000)).noRanges().stallAt(500)
+		began := time.Now()
+		s := tt.open("/api/r/a")
+		defer s.leave()
+		s.read(500)
+		if d := time.Since(began); d > 0 {
+			t.Errorf("what was there came after %v", d)
+		}
+		s.rest().wantAborted()
+		if d := time.Since(began); d != idleLimit {
+			t.Errorf("aborted after %v of silence, want %v", d, idleLimit)
+		}
+		tt.wantStored("a", false)
+	})
+}
+
+func TestUpstreamThatDripsIsWaitedFor(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		text := noise(1, 100)
+		tt.origin.file("/a", text).acts(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Length", "100")
+			for i := range len(text) {
+				if i > 0 {
+					time.Sleep(50 * time.Second)
+				}
+				_, _ = io.WriteString(w, text[i:i+1])
+				_ = http.NewResponseController(w).Flush()
+			}
+		})
+		began := time.Now()
+		tt.get("/api/r/a").wantStatus(200).wantMiss().wantBody(text)
+		if d := time.Since(began); d < time.Hour {
+			t.Errorf("100 bytes at one every 50 s took %v", d)
+		}
+		tt.get("/api/r/a").wantHit().wantBody(text)
+	})
+}
+
+func TestRedirectsThatLeadNowhere(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	for what, location := range map[string]string{
+		"loop": "/loop", "empty": "", "scheme": "ftp://127.0.0.1/x", "file": "file:///etc/passwd", "garbage": "http://[::1", "no-host": "http:///x",
+	} {
+		tt.origin.file("/"+what, "").acts(func(w http.ResponseWriter, _ *http.Request) {
+			if location != "" {
+				w.Header().Set("Location", location)
+			}
+			w.WriteHeader(http.StatusFound)
+		})
+		tt.get("/api/r/"+what).wantDetail(502, "redirect")
+		tt.wantStored(what, false)
+	}
+	if n := tt.origin.requests("/loop"); n != maxRedirects+1 {
+		t.Errorf("a loop was followed %d times", n-1)
+	}
+	for i := range maxRedirects { // ten are fine
+		tt.origin.file(fmt.Sprintf("/hop%d", i), "").acts(http.RedirectHandler(fmt.Sprintf("/hop%d", i+1), 302).ServeHTTP)
+	}
+	tt.origin.file(fmt.Sprintf("/hop%d", maxRedirects), "there")
+	tt.get("/api/r/hop0").wantMiss().wantBody("there")
+}
+
+func TestRedirectToAnotherHostTakesNoSecretsAlong(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	cdn := tt.another()
+	tt.moveUpstream(tt.origin.url, "username: u", "password: SECRET", `headers: {X-Key: SECRET}`)
+	tt.origin.file("/a", "").acts(http.RedirectHandler(cdn.url+"/blob?X-Amz-Signature=SECRET", http.StatusFound).ServeHTTP)
+	tt.origin.file("/same", "").acts(http.RedirectHandler("/real", http.StatusFound).ServeHTTP)
+	tt.origin.file("/real", "real")
+	cdn.file("/blob?X-Amz-Signature=SECRET", "blob")
+	tt.get("/api/r/a").wantMiss().wantBody("blob")
+	if h := tt.origin.last("/a").header; h.Get("Authorization") == "" || h.Get("X-Key") == "" {
+		t.Errorf("base_url did not get the credentials: %v", h)
+	}
+	if h := cdn.last("/blob?X-Amz-Signature=SECRET").header; h.Get("Authorization") != "" || h.Get("X-Key") != "" || h.Get("Referer") != "" {
+		t.Errorf("another host got secrets: %v", h)
+	}
+	tt.get("/api/r/same").wantMiss().wantBody("real")
+	if h := tt.origin.last("/real").header; h.Get("Authorization") == "" {
+		t.Error("a redirect that stays at base_url lost the credentials")
+	}
+	tt.origin.file("/broken", "").acts(http.RedirectHandler(strings.Replace(cdn.url, "http:", "https:", 1)+"/x?sig=SECRET", http.StatusFound).ServeHTTP)
+	if g := tt.get("/api/r/broken").wantStatus(502); strings.Contains(g.text, "SECRET") {
+		t.Errorf("an answer shows a secret: %s", g.text)
+	}
+	if logs := tt.logs.lines("SECRET"); len(logs) > 0 {
+		t.Errorf("a log line shows a secret: %s", logs[0])
+	}
+}
+
+func TestRedirectToTheInsideIsRefused(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	_, port, _ := net.SplitHostPort(strings.TrimPrefix(tt.origin.url, "http://"))
+	tt.dials["files.example:"+port] = strings.TrimPrefix(tt.origin.url, "http://")
+	tt.dials["cdn.example:"+port] = strings.TrimPrefix(tt.origin.url, "http://")
+	tt.moveUpstream("http://files.example:" + port)
+	inside, err := net.Listen("tcp", "127.0.0.2:0")
+	if err != nil {
+		t.Skipf("no second loopback address here: %v", err)
+	}
+	defer inside.Close()
+	asked := make(chan struct{}, 1)
+	var accepted sync.WaitGroup
+	accepted.Go(func() {
+		if c, err := inside.Accept(); err == nil {
+			c.Close()
+			asked <- struct{}{}
+		}
+	})
+	for _, to := range []string{inside.Addr().String(), "[::1]:80", "169.254.169.254", "10.0.0.1", "192.168.1.1:8080", "0.0.0.0:80", "[::ffff:10.0.0.1]:80"} {
+		path := "/" + hex.EncodeToString([]byte(to))
+		tt.origin.file(path, "").acts(http.RedirectHandler("http://"+to+"/latest/meta-data", http.StatusFound).ServeHTTP)
+		tt.get("/api/r"+path).wantDetail(502, "private address")
+	}
+	inside.Close()
+	accepted.Wait()
+	if len(asked) > 0 {
+		t.Error("the inside was asked")
+	}
+	tt.origin.file("/ok", "").acts(http.RedirectHandler("http://cdn.example:"+port+"/there", http.StatusFound).ServeHTTP)
+	tt.origin.file("/there", "there")
+	tt.get("/api/r/ok").wantMiss().wantBody("there") // another public host is fine
+}
+
+func TestRedirectFromHTTPSToHTTPIsRefused(t *testing.T) {
+	t.Parallel()
+	tt := setup{tls: true}.start(t)
+	plain := tt.another()
+	plain.file("/a", "plain")
+	tt.origin.file("/a", "").acts(http.RedirectHandler(plain.url+"/a", http.StatusFound).ServeHTTP)
+	tt.get("/api/r/a").wantDetail(502, "https to http")
+	tt.origin.file("/b", "body")
+	tt.get("/api/r/b").wantMiss().wantBody("body")
+	if n := len(plain.all()); n > 0 {
+		t.Error("the http target was asked")
+	}
 }
 
 // An upstream that codes although it was asked not to is taken at its word:
