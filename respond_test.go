@@ -1,0 +1,271 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestErrorsHaveOneStatusEach(t *testing.T) {
+	t.Parallel()
+	want := map[error]int{
+		context.Canceled: 499, errClientGone: 499, errBadRequest: 400, errUnauthorized: 401, errDenied: 403, errTooLong: 414,
+		fs.ErrNotExist: 404, errBusy: 503, errNoSpace: 507, errStoreDown: 503, errTimeout: 504, errUnreachable: 502, errBadUpstream: 502,
+		errBroken: 502, errDigest: 502, &upstreamStatus{404}: 404, &upstreamStatus{410}: 404,
+		errors.New("anything else"): 500, refuse(418, "teapot"): 418,
+	}
+	for err, status := range want {
+		wrapped := fmt.Errorf("doing something: %w", err)
+		if got := statusOf(wrapped); got != status {
+			t.Errorf("%v is %d, want %d", err, got, status)
+		}
+	}
+	for _, k := range kinds {
+		if want[k.err] != k.status {
+			t.Errorf("%v is in the table with %d and not in this test", k.err, k.status)
+		}
+	}
+	// What nobody foresaw is told to the log alone.
+	if _, detail := describe(errors.New("dial 10.0.0.7: secret")); detail != "internal error" {
+		t.Errorf("a client is told %q", detail)
+	}
+}
+
+func TestSecretsPrintNowhere(t *testing.T) {
+	t.Parallel()
+	s := secret("hunter2")
+	j, err := json.Marshal(map[string]any{"s": s, "p": &s, "m": map[string]secret{"k": s}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	logs := &testLogs{}
+	slog.New(slog.NewJSONHandler(logs, nil)).Info("x", "s", s, "p", &s, "any", struct{ S secret }{s})
+	slog.New(slog.NewTextHandler(logs, nil)).Info("x", "s", s, "p", &s, "any", struct{ S secret }{s})
+	for _, text := range []string{fmt.Sprint(s), fmt.Sprintf("%v %+v %#v %s %q", s, s, s, s, s), fmt.Sprintf("%+v", struct{ S secret }{s}), string(j), logs.String()} {
+		if strings.Contains(text, "hunter2") {
+			t.Errorf("a secret shows: %s", text)
+		}
+	}
+}
+
+// logged is the line of a request.
+type logged struct {
+	Level, Msg, Method, Remote, Path, Client, Error string
+	Status                                          int
+	Bytes, Duration                                 int64
+}
+
+// requestLines are the lines of requests, in order.
+func (l *testLogs) requestLines(t testing.TB) (lines []logged) {
+	for line := range strings.Lines(l.String()) {
+		var v logged
+		if err := json.Unmarshal([]byte(line), &v); err != nil {
+			t.Errorf("not JSON: %s", line)
+		}
+		if v.Method != "" {
+			lines = append(lines, v)
+		}
+	}
+	return lines
+}
+
+// wantLine waits for the nth request's line.
+func (tt *tester) wantLine(n int) logged {
+	tt.Helper()
+	tt.eventually("the line of a request", func() bool { return len(tt.logs.requestLines(tt)) > n })
+	return tt.logs.requestLines(tt)[n]
+}
+
+func TestEachRequestIsOneLine(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, `mutable_patterns: ['idx$']`, "check_mutable_updates: true", "password: SECRET", "username: u")
+	tt.origin.file("/a.idx?token=SECRET", "body").etag(`"1"`)
+	get := func() { tt.get("/api/r/a.idx?token=SECRET", "Authorization: Bearer SECRET") }
+	steps := []struct {
+		do     func()
+		msg    string
+		status int
+		bytes  int64
+		path   string
+		method string
+	}{
+		{get, "Cache MISS", 200, 4, "a.idx", "GET"},
+		{get, "Cache HIT", 200, 4, "a.idx", "GET"},
+		{func() { tt.advance(2 * time.Hour); get() }, "Cache REVALIDATED", 200, 4, "a.idx", "GET"},
+		{func() { tt.advance(2 * time.Hour); tt.down(); get() }, "Cache STALE", 200, 4, "a.idx", "GET"},
+		{func() { tt.upAgain(); tt.get("/api/r/none?x=SECRET") }, "Cache MISS", 404, -1, "none", "GET"},
+		{func() { tt.get("/api/r/a%2F..%2Fb?x=SECRET") }, "Request", 400, -1, "", "GET"},
+		{func() { tt.head("/api/r/a.idx?token=SECRET") }, "Cache HIT", 200, 0, "a.idx", "HEAD"},
+		{func() { tt.get("/api/r/a.idx?token=SECRET", "Range: bytes=1-2") }, "Cache HIT", 206, 2, "a.idx", "GET"},
+		{func() { tt.get("/config") }, "Request", 200, -1, "/config", "GET"},
+	}
+	for n, s := range steps {
+		s.do()
+		v := tt.wantLine(n)
+		if v.Msg != s.msg || v.Status != s.status || s.bytes >= 0 && v.Bytes != s.bytes || s.path != "" && v.Path != s.path || v.Method != s.method ||
+			v.Client != "127.0.0.1" || v.Duration <= 0 || s.path == "a.idx" && v.Remote != "r" {
+			t.Errorf("line %d is %+v, want %s %d", n, v, s.msg, s.status)
+		}
+	}
+	if lines := tt.logs.requestLines(t); len(lines) != len(steps) {
+		t.Errorf("%d lines for %d requests", len(lines), len(steps))
+	}
+	if strings.Contains(tt.logs.String(), "SECRET") {
+		t.Errorf("a log line shows a query or a secret:\n%s", strings.Join(tt.logs.lines("SECRET"), ""))
+	}
+}
+
+func TestHealthChecksAreQuietInTheLog(t *testing.T) {
+	t.Parallel()
+	tt := setup{env: map[string]string{"LOG_LEVEL": "info"}}.start(t)
+	tt.get("/health").wantStatus(200)
+	tt.get("/metrics").wantStatus(200)
+	tt.get("/")
+	if v := tt.wantLine(0); v.Path != "/" {
+		t.Errorf("a probe is logged: %+v", v)
+	}
+}
+
+func TestClientThatLeavesIs499InTheLog(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a", "").acts(tt.origin.stalls)
+	ctx, leave := context.WithCancel(context.Background())
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		tt.start(ctx, "GET", "/api/r/a", nil).leave()
+	}()
+	tt.origin.awaitRequests("/a", 1)
+	leave()
+	<-gone
+	if v := tt.wantLine(0); v.Status != 499 {
+		t.Errorf("a client that left before its answer is %+v", v)
+	}
+	text := noise(1, 32<<20)
+	tt.origin.file("/b", text)
+	s := tt.open("/api/r/b")
+	s.read(1000)
+	s.leave()
+	if v := tt.wantLine(1); v.Status != 499 || v.Bytes == 0 || v.Bytes == int64(len(text)) {
+		t.Errorf("a client that left in the middle is %+v", v)
+	}
+}
+
+func TestAbortedAnswersAreLoggedOnce(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a", noise(1, 1<<20)).noRanges().cut(500_000)
+	tt.get("/api/r/a").wantAborted()
+	v := tt.wantLine(0)
+	if v.Error == "" || v.Bytes > 500_000 || v.Msg != "Cache MISS" {
+		t.Errorf("logged as %+v", v)
+	}
+	if n := len(tt.logs.requestLines(t)); n != 1 {
+		t.Errorf("%d lines", n)
+	}
+}
+
+func TestPanicsAreAnswered(t *testing.T) {
+	t.Parallel()
+	logs := &testLogs{}
+	s := &responder{now: time.Now, log: slog.New(slog.NewJSONHandler(logs, nil)), metrics: newMetrics()}
+	w := httptest.NewRecorder()
+	s.serve(w, httptest.NewRequest("GET", "/x", nil), func(*response, *http.Request) error { panic("oh") }, writeJSONError)
+	if w.Code != 500 || !strings.Contains(w.Body.String(), "internal error") || strings.Contains(w.Body.String(), "oh") {
+		t.Errorf("answered %d %s", w.Code, w.Body)
+	}
+	if !strings.Contains(logs.String(), "TestPanicsAreAnswered") {
+		t.Error("the log has no stack")
+	}
+	defer func() {
+		if p := recover(); p != any(http.ErrAbortHandler) {
+			t.Errorf("an answer that has begun ended with %v, want net/http's abort", p)
+		}
+	}()
+	s.serve(httptest.NewRecorder(), httptest.NewRequest("GET", "/x", nil), func(w *response, _ *http.Request) error {
+		_, _ = w.Write([]byte("begun"))
+		panic("oh")
+	}, writeJSONError)
+}
+
+// An error's answer has none of the headers that the file's would have had.
+func TestErrorAnswersStartAfresh(t *testing.T) {
+	t.Parallel()
+	s := &responder{now: time.Now, log: slog.New(slog.DiscardHandler), metrics: newMetrics()}
+	w := httptest.NewRecorder()
+	s.serve(w, httptest.NewRequest("GET", "/x", nil), func(w *response, _ *http.Request) error {
+		w.Header().Set("Content-Length", "1000")
+		w.Header().Set("ETag", `"x"`)
+		return &problem{status: 503, detail: "busy", retryAfter: 1500 * time.Millisecond}
+	}, writeJSONError)
+	if h := w.Header(); h.Get("Content-Length") != "" || h.Get("ETag") != "" || h.Get("Retry-After") != "2" || h.Get("X-Content-Type-Options") != "nosniff" {
+		t.Errorf("headers %v", h)
+	}
+}
+
+// A client that takes nothing at all for as long as the patience lasts is
+// dropped; it would hold its connection and its place for ever.
+func TestClientThatTakesNothingIsDropped(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		text := noise(1, 300_000)
+		tt.origin.file("/a", text)
+		tt.get("/api/r/a").wantBody(text)
+		s := tt.open("/api/r/a")
+		defer s.leave()
+		s.read(1)
+		tt.advance(patience - time.Second)
+		s.read(100_000)
+		tt.advance(patience + time.Second)
+		s.rest().wantAborted()
+		if v := tt.wantLine(1); v.Status != 499 {
+			t.Errorf("logged as %+v", v)
+		}
+	})
+}
+
+func TestRequestsAreCounted(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a", "body")
+	tt.get("/api/r/a")
+	tt.get("/api/r/a")
+	tt.get("/api/r/a")
+	tt.get("/api/r/none")
+	tt.wantLine(3)
+	series := readExposition(t, tt.get("/metrics").wantStatus(200).text)
+	sum := func(parts ...string) (n float64) {
+	next:
+		for name, v := range series {
+			for _, p := range parts {
+				if !strings.Contains(name, p) {
+					continue next
+				}
+			}
+			n += v
+		}
+		return n
+	}
+	for _, c := range []struct {
+		parts []string
+		want  float64
+	}{
+		{[]string{"requests_total", `remote="r"`, `result="hit"`}, 2},
+		{[]string{"requests_total", `remote="r"`, `result="miss"`}, 2},
+		{[]string{"requests_total", `remote="r"`, "4xx"}, 1},
+		{[]string{"stored", "bytes", `remote="r"`}, 4},
+	} {
+		if got := sum(c.parts...); got != c.want {
+			t.Errorf("series with %q add up to %v, want %v", c.parts, got, c.want)
+		}
+	}
+}
