@@ -204,7 +204,13 @@ func (s *responder) fail(w *response, r *http.Request, err error, write errorWri
 		}
 	}
 	h.Set("X-Content-Type-Options", "nosniff")
-	if r.ProtoMajor == 1 && r.ProtoMinor == 1 {
+	switch {
+	case r.ProtoMajor != 1:
+	case r.ContentLength != 0:
+		// To keep the connection net/http would first read the rest of the
+		// body, which a client may be waiting with.
+		h.Set("Connection", "close")
+	case r.ProtoMinor == 1:
 		h.Set("Connection", "keep-alive")
 	}
 	write(w, status, detail, err)
