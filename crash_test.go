@@ -441,7 +441,11 @@ func TestKilledInTheMiddleOfAFill(t *testing.T) {
 	o.file("/b", next).stallAt(1 << 20)
 	s := c.tester().open("/api/r/b")
 	s.read(1 << 20)
-	go func() { c.tester().start(context.Background(), "GET", "/api/r/a", nil).leave() }() // replaces its copy
+	go func() { // replaces its copy, once the flight that brought it has landed
+		for o.requests("/a") < 2 {
+			c.tester().start(context.Background(), "GET", "/api/r/a", nil).leave()
+		}
+	}()
 	o.awaitRequests("/a", 2)
 	awaitThat(t, "both spools", func() bool {
 		names, _ := filepath.Glob(c.dir + "/data/.spool/*")
