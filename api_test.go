@@ -1,0 +1,603 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// --- local repositories (SPEC.md section 9) ---
+
+const localYAML = `
+remotes:
+  r: {base_url: ORIGIN}
+  l: {type: local, write_token: own}
+  other: {type: local}
+  picky:
+    type: local
+    immutable_patterns: ['\.rpm$']
+    mutable_patterns: ['^index/']
+`
+
+const bearer = "Authorization: Bearer t"
+
+// newLocalTester has local repositories and API_TOKEN=t.
+func newLocalTester(t testing.TB) *tester {
+	t.Helper()
+	return setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}}.start(t)
+}
+
+func TestLocalRepositoryKeepsWhatIsPut(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	large := noise(1, 300_000)
+	tt.get("/api/l/d/a.rpm").wantDetail(404, "")
+	tt.put("/api/l/d/a.rpm", "one", bearer).wantStatus(201).wantBody("")
+	sum := sha256.Sum256([]byte("one"))
+	tt.get("/api/l/d/a.rpm").wantStatus(200).wantFrom("cache", "hit").wantBody("one").
+		wantHeader("Content-Type", "application/x-rpm").wantHeader("Content-Length", "3").
+		wantHeader("ETag", `"sha256-`+hex.EncodeToString(sum[:])+`"`)
+	tt.head("/api/l/d/a.rpm").wantStatus(200).wantHeader("Content-Length", "3")
+	tt.put("/api/l/d/a.rpm", large, bearer).wantStatus(200) // replaced
+	tt.get("/api/l/d/a.rpm").wantStatus(200).wantBody(large)
+	tt.get("/api/l/d/a.rpm", "Range: bytes=5-9").wantStatus(206).wantBody(large[5:10])
+	tt.put("/api/l/empty", "", bearer).wantStatus(201)
+	tt.get("/api/l/empty").wantStatus(200).wantBody("")
+	tt.put("/api/v1/remote/l/x%2By", "plus", bearer).wantStatus(201)
+	tt.get("/api/l/x+y").wantBody("plus")
+	tt.restart()
+	tt.advance(20 * 365 * 24 * time.Hour)
+	tt.get("/api/l/d/a.rpm").wantFrom("cache", "hit").wantBody(large)
+	list := tt.list("l")
+	if len(list) != 3 || list[0].Path != "d/a.rpm" || list[0].Class != local || list[0].ExpiresAt != nil || !list[0].Fresh || list[0].Source != "" {
+		t.Errorf("listed as %+v", list)
+	}
+	tt.delete("/api/l/d/a.rpm", bearer).wantStatus(204)
+	tt.get("/api/l/d/a.rpm").wantStatus(404)
+	tt.delete("/api/l/d/a.rpm", bearer).wantStatus(404)
+	if n := len(tt.origin.all()); n > 0 {
+		t.Errorf("the origin was asked %d times", n)
+	}
+	tt.wantNoSpools()
+}
+
+func TestUploadOfUnknownLength(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	text := noise(1, 300_000)
+	tt.send("PUT", "/api/l/a", io.MultiReader(strings.NewReader(text[:100]), strings.NewReader(text[100:])), bearer).wantStatus(201)
+	tt.get("/api/l/a").wantBody(text)
+}
+
+func TestUploadsThatAreRefused(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	sum := sha256.Sum256([]byte("body"))
+	right, wrong := hex.EncodeToString(sum[:]), strings.Repeat("0", 64)
+	digest := "sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":"
+	tt.put("/api/l/a", "old", bearer).wantStatus(201)
+	for _, c := range []struct {
+		what, path string
+		header     string
+		status     int
+	}{
+		{"an empty path", "/api/l/", "X: y", 400},
+		{"a path that climbs", "/api/l/../a", "X: y", 400},
+		{"another checksum", "/api/l/a", "X-Checksum-Sha256: " + wrong, 422},
+		{"another digest", "/api/l/a", "Content-Digest: sha-256=:" + base64.StdEncoding.EncodeToString(make([]byte, 32)) + ":", 422},
+		{"a checksum that is none", "/api/l/a", "X-Checksum-Sha256: abc", 400},
+		{"a digest that is none", "/api/l/a", "Content-Digest: sha-256=:abc:", 400},
+		{"over what is there", "/api/l/a", "If-None-Match: *", 412},
+		{"no pattern matches", "/api/picky/a.deb", "X: y", 403},
+		{"a remote that is not local", "/api/r/a", "X: y", 405},
+	} {
+		g := tt.put(c.path, "body", bearer, c.header)
+		if g.status != c.status || !g.has(`{"detail":`) {
+			t.Errorf("%s: %d %s, want %d", c.what, g.status, g.text, c.status)
+		}
+	}
+	tt.get("/api/l/a").wantBody("old")
+	tt.delete("/api/l/", bearer).wantStatus(400)
+	tt.delete("/api/l", bearer).wantStatus(400)
+	tt.put("/api/l/a", "body", bearer, "X-Checksum-Sha256: "+strings.ToUpper(right)).wantStatus(200)
+	tt.put("/api/l/b", "body", bearer, "Content-Digest: sha-512=:AAAA:, "+digest).wantStatus(201)
+	tt.put("/api/l/c", "body", bearer, "If-None-Match: *").wantStatus(201)
+	tt.put("/api/picky/a.rpm", "body", bearer).wantStatus(201)
+	tt.put("/api/picky/index/x", "body", bearer).wantStatus(201)
+	tt.wantNoSpools()
+}
+
+func TestBrokenUploadLeavesTheOldFile(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	tt.put("/api/l/a", "old", bearer).wantStatus(201)
+	for _, head := range []string{"Content-Length: 1000000\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n1000\r\n"} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(tt.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.WriteString(conn, "PUT /api/l/a HTTP/1.1\r\nHost: x\r\n"+bearer+"\r\n"+head+noise(1, 1000))
+		n := len(tt.logs.requestLines(t))
+		tt.eventually("the spool", func() bool { d, _ := os.ReadDir(tt.disk.dir + "/.spool"); return len(d) == 1 })
+		conn.Close()
+		if v := tt.wantLine(n); v.Status < 400 {
+			t.Errorf("logged as %+v", v)
+		}
+		tt.get("/api/l/a").wantStatus(200).wantBody("old")
+		tt.wantNoSpools()
+	}
+}
+
+func TestUploadIsOnlyAcknowledgedWhenItIsStored(t *testing.T) {
+	t.Parallel()
+	for what, c := range map[string]struct {
+		breakIt func(*brokenSpools, *brokenObjects)
+		status  int
+	}{
+		"no spool: full":   {func(s *brokenSpools, _ *brokenObjects) { s.none = fmt.Errorf("%w: test", errNoSpace) }, 507},
+		"no spool: down":   {func(s *brokenSpools, _ *brokenObjects) { s.none = fmt.Errorf("%w: test", errStoreDown) }, 503},
+		"under MIN_FREE":   {func(s *brokenSpools, _ *brokenObjects) { s.noRoom = fmt.Errorf("%w: test", errNoSpace) }, 507},
+		"spool full":       {func(s *brokenSpools, _ *brokenObjects) { s.full = true }, 507},
+		"storing: full":    {func(_ *brokenSpools, o *brokenObjects) { o.failPut(fmt.Errorf("%w: test", errNoSpace)) }, 507},
+		"storing: down":    {func(_ *brokenSpools, o *brokenObjects) { o.failPut(fmt.Errorf("%w: test", errStoreDown)) }, 503},
+		"cannot be asked":  {func(_ *brokenSpools, o *brokenObjects) { o.failOpen(fmt.Errorf("%w: test", errStoreDown)) }, 503},
+		"an fsync failure": {nil, 503},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			spools, objects := &brokenSpools{dir: t.TempDir()}, &brokenObjects{}
+			tt := setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}, spools: spools.wrap, objects: objects.wrap}.start(t)
+			tt.put("/api/l/a", "old", bearer).wantStatus(201)
+			if c.breakIt == nil {
+				tt.disk.fsync = func(*os.File) error { return errors.New("input/output error") }
+			} else {
+				c.breakIt(spools, objects)
+			}
+			tt.put("/api/l/a", "new", bearer).wantDetail(c.status, "")
+			tt.put("/api/l/b", "new", bearer).wantDetail(c.status, "")
+			spools.heal()
+			objects.failPut(nil)
+			objects.failOpen(nil)
+			tt.get("/api/l/a").wantStatus(200).wantBody("old")
+			tt.get("/api/l/b").wantStatus(404)
+			tt.wantNoSpools()
+		})
+	}
+}
+
+func TestWhoMayWrite(t *testing.T) {
+	t.Parallel()
+	basic := func(password string) string {
+		return "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte("anyone:"+password))
+	}
+	both, none := newLocalTester(t), setup{yaml: strings.Replace(localYAML, ", write_token: own", "", 1)}.start(t)
+	own := setup{yaml: localYAML}.start(t)
+	for _, c := range []struct {
+		what   string
+		tt     *tester
+		path   string
+		header string
+		status int
+	}{
+		{"no token is set", none, "/api/l/a", bearer, 403},
+		{"no token is set for purging", none, "/artifacts/r/a", bearer, 403},
+		{"no token was sent", both, "/api/l/a", "X: y", 401},
+		{"another token", both, "/api/l/a", "Authorization: Bearer u", 401},
+		{"an empty token", both, "/api/l/a", "Authorization: Bearer ", 401},
+		{"another scheme", both, "/api/l/a", "Authorization: Digest t", 401},
+		{"API_TOKEN", both, "/api/l/a", bearer, 0},
+		{"API_TOKEN, any case of the scheme", both, "/api/l/a", "Authorization: bearer t", 0},
+		{"API_TOKEN as a password", both, "/api/l/a", basic("t"), 0},
+		{"the repository's own", both, "/api/l/a", "Authorization: Bearer own", 0},
+		{"the repository's own as a password", both, "/api/l/a", basic("own"), 0},
+		{"a wrong password", both, "/api/l/a", basic("x"), 401},
+		{"another repository's own", both, "/api/other/a", "Authorization: Bearer own", 401},
+		{"the repository's own, alone", own, "/api/l/a", "Authorization: Bearer own", 0},
+		{"another repository without any", own, "/api/other/a", "Authorization: Bearer own", 403},
+		{"purging takes API_TOKEN", both, "/artifacts/l/a", bearer, 0},
+		{"purging does not take the repository's", both, "/artifacts/l/a", "Authorization: Bearer own", 401},
+		{"purging by pattern", both, "/artifacts/l?pattern=.", "X: y", 401},
+	} {
+		for _, method := range []string{"PUT", "DELETE"} {
+			if strings.HasPrefix(c.path, "/artifacts") && method == "PUT" {
+				continue
+			}
+			g := c.tt.send(method, c.path, strings.NewReader("body"), c.header)
+			switch {
+			case c.status == 0 && (g.status == 401 || g.status == 403):
+				t.Errorf("%s: %s is refused: %d %s", c.what, method, g.status, g.text)
+			case c.status != 0 && g.status != c.status:
+				t.Errorf("%s: %s is %d, want %d", c.what, method, g.status, c.status)
+			case g.status == 401 && !strings.HasPrefix(g.header.Get("WWW-Authenticate"), "Bearer"):
+				t.Errorf("%s: no challenge", c.what)
+			case g.status == 403 && !g.has("API_TOKEN"):
+				t.Errorf("%s: the answer does not name the variable: %s", c.what, g.text)
+			}
+		}
+	}
+}
+
+func TestTokenIsJudgedBeforeTheBodyIsRead(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	endless, feed := io.Pipe()
+	defer feed.Close()
+	s := tt.start(context.Background(), "PUT", "/api/l/a", endless) // nothing is ever sent
+	defer s.leave()
+	s.wantStatus(401)
+}
+
+func TestBrowsersOfOtherSitesMayNotWrite(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	tt.put("/api/l/a", "body", bearer).wantStatus(201)
+	for _, h := range []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site", "Origin: https://evil.example"} {
+		tt.put("/api/l/a", "evil", bearer, h).wantDetail(403, "cross-origin")
+		tt.delete("/api/l/a", bearer, h).wantDetail(403, "cross-origin")
+		tt.delete("/artifacts/l/a", bearer, h).wantDetail(403, "cross-origin")
+		tt.delete("/artifacts/l?pattern=.", bearer, h).wantDetail(403, "cross-origin")
+		tt.get("/api/l/a", h).wantStatus(200).wantBody("body") // reading is open
+	}
+	tt.put("/api/l/a", "mine", bearer, "Sec-Fetch-Site: same-origin").wantStatus(200)
+	tt.put("/api/l/a", "mine", bearer, "Origin: "+tt.url).wantStatus(200)
+}
+
+// Of many who write and read one file at once each reads one whole version.
+func TestLocalFileUnderWritersAndReaders(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	versions := map[string]bool{}
+	for i := range 8 {
+		versions[noise(uint64(i), 20_000+100_000*(i%2))] = true
+	}
+	tt.put("/api/l/a", noise(0, 20_000), bearer)
+	var all sync.WaitGroup
+	for text := range versions {
+		all.Go(func() {
+			for range 5 {
+				tt.put("/api/l/a", text, bearer).wantStatus(200)
+				if g := tt.get("/api/l/a"); g.ok() && (g.status != 200 || !versions[g.text]) {
+					t.Errorf("read %d with %d bytes that nobody wrote", g.status, len(g.text))
+				}
+			}
+		})
+	}
+	all.Wait()
+	var created, refused atomic.Int64
+	for text := range versions {
+		all.Go(func() {
+			switch g := tt.put("/api/l/once", text, bearer, "If-None-Match: *"); g.status {
+			case 201:
+				created.Add(1)
+			case 412:
+				refused.Add(1)
+			}
+		})
+	}
+	all.Wait()
+	if created.Load() != 1 || refused.Load() != 7 {
+		t.Errorf("of eight who create one file %d did and %d were refused", created.Load(), refused.Load())
+	}
+	for range 20 {
+		all.Go(func() { tt.put("/api/l/x", "body", bearer) })
+		all.Go(func() { tt.delete("/api/l/x", bearer) })
+	}
+	all.Wait()
+	g := tt.get("/api/l/x")
+	listed := slices.ContainsFunc(tt.list("l"), func(a artifact) bool { return a.Path == "x" })
+	if g.status == 200 && g.text != "body" || (g.status == 200) != listed {
+		t.Errorf("after writers and deleters: status %d, %q, listed %v", g.status, g.text, listed)
+	}
+	tt.wantNoSpools()
+}
+
+// --- listing and purging (section 7) ---
+
+// page asks for a page of r's listing.
+func (tt *tester) page(query string) (paths []string, next *string) {
+	tt.Helper()
+	g := tt.get("/artifacts/r?" + query).wantStatus(200)
+	var l listing
+	if err := json.Unmarshal([]byte(g.text), &l); err != nil {
+		tt.Fatalf("%v: %s", err, g.text)
+	}
+	for _, a := range l.Artifacts {
+		paths = append(paths, a.Path)
+	}
+	return paths, l.Next
+}
+
+func TestListingInPages(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	all := []string{"B", "a", "a b", "a/b", "a/c", "b+c", "z/ü"}
+	for _, p := range all {
+		tt.origin.troubled(answers(200))
+		tt.get("/api/r/" + (&urlPath{p}).escaped()).wantStatus(200)
+	}
+	if got, next := tt.page(""); !slices.Equal(got, all) || next != nil {
+		t.Errorf("all of it: %q, next %v", got, next)
+	}
+	var walked []string
+	for query := "limit=2"; ; {
+		got, next := tt.page(query)
+		walked = append(walked, got...)
+		if next == nil {
+			break
+		}
+		if len(got) != 2 || len(walked) > len(all) {
+			t.Fatalf("a page of %q after %q", got, walked)
+		}
+		query = "limit=2&after=" + (&urlPath{*next}).query()
+	}
+	if !slices.Equal(walked, all) {
+		t.Errorf("page by page: %q", walked)
+	}
+	for query, want := range map[string][]string{
+		"prefix=a/": {"a/b", "a/c"}, "prefix=a": {"a", "a b", "a/b", "a/c"}, "prefix=nothing": nil,
+		"pattern=[bc]$": {"a b", "a/b", "a/c", "b+c"}, "pattern=^a&prefix=a/": {"a/b", "a/c"},
+	} {
+		if got, _ := tt.page(query); !slices.Equal(got, want) {
+			t.Errorf("%s: %q, want %q", query, got, want)
+		}
+	}
+	for _, query := range []string{"limit=0", "limit=10001", "limit=x", "limit=-1", "pattern=("} {
+		tt.get("/artifacts/r?"+query).wantDetail(400, "")
+	}
+	tt.get("/artifacts/r?limit=10000").wantStatus(200)
+	tt.get("/artifacts/nobody").wantDetail(404, "nobody")
+	tt.get("/artifacts/").wantStatus(404)
+}
+
+// urlPath escapes a path for a URL.
+type urlPath struct{ path string }
+
+func (p *urlPath) escaped() string { return strings.ReplaceAll(p.query(), "%2F", "/") }
+func (p *urlPath) query() string {
+	var b strings.Builder
+	for i := range len(p.path) {
+		fmt.Fprintf(&b, "%%%02X", p.path[i])
+	}
+	return b.String()
+}
+
+func TestListingTellsEverythingAboutAFile(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, `mutable_patterns: ['idx$']`, "cache: {mutable_ttl: 600}")
+	tt.origin.file("/d/a.idx?v=1", "body")
+	tt.get("/api/r/d/a.idx?v=1")
+	stored := tt.clock.now()
+	tt.advance(time.Minute)
+	tt.get("/api/r/d/a.idx?v=1")
+	tt.get("/api/r/d/a.idx?v=1")
+	tt.cache.flush(context.Background())
+	list := tt.list("r")
+	if len(list) != 1 {
+		t.Fatalf("%+v", list)
+	}
+	a := list[0]
+	sum := sha256.Sum256([]byte("body"))
+	near := func(got time.Time, want time.Time) bool { return got.Sub(want).Abs() < 5*time.Second }
+	if a.Path != "d/a.idx" || a.Size != 4 || a.SHA256 != hex.EncodeToString(sum[:]) || a.ContentType != "application/x-origin" ||
+		a.Source != tt.origin.url+"/d/a.idx?v=1" || a.Class != mutable || a.Hits != 2 || !a.Fresh ||
+		!near(a.FetchedAt, stored) || !near(a.LastAccess, stored.Add(time.Minute)) ||
+		a.ExpiresAt == nil || !near(*a.ExpiresAt, stored.Add(10*time.Minute)) {
+		t.Errorf("%+v", a)
+	}
+	if !regexp.MustCompile(`"fetched_at": "\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"`).MatchString(tt.get("/artifacts/r").text) {
+		t.Error("times are not RFC 3339 in UTC")
+	}
+	tt.advance(time.Hour)
+	if a := tt.list("r")[0]; a.Fresh {
+		t.Errorf("an expired file is listed as fresh: %+v", a)
+	}
+}
+
+func TestPurging(t *testing.T) {
+	t.Parallel()
+	tt := setup{env: map[string]string{"API_TOKEN": "t"}, keys: []string{"negative_ttl: 600"}}.start(t)
+	tt.origin.troubled(answers(200))
+	fetch := func(paths ...string) {
+		for _, p := range paths {
+			tt.get("/api/r/" + p).wantStatus(200)
+		}
+	}
+	left := func(want ...string) {
+		t.Helper()
+		if got, _ := tt.page(""); !slices.Equal(got, want) {
+			t.Errorf("left: %q, want %q", got, want)
+		}
+	}
+	fetch("d/a", "d/a?v=1", "d/a?v=2", "d/ab", "d/a/b", "e+f", "g//h")
+	tt.delete("/artifacts/r/d/a", bearer).wantStatus(204).wantBody("")
+	left("d/a/b", "d/ab", "e+f", "g/h")
+	tt.delete("/artifacts/r/d/a", bearer).wantDetail(404, "")
+	tt.get("/api/r/d/a").wantMiss()
+	fetch("q?v=1", "q?v=2") // variants without the plain path
+	tt.delete("/artifacts/r/q", bearer).wantStatus(204)
+	tt.delete("/artifacts/r/e%2Bf", bearer).wantStatus(204) // another spelling
+	tt.delete("/artifacts/r/g//./h", bearer).wantStatus(204)
+	left("d/a", "d/a/b", "d/ab")
+	tt.delete("/artifacts/r?pattern=^d/a$", bearer).wantStatus(200)
+	left("d/a/b", "d/ab")
+	for _, query := range []string{"", "?pattern=", "?pattern=("} {
+		tt.delete("/artifacts/r"+query, bearer).wantDetail(400, "")
+	}
+	tt.delete("/artifacts/nobody/x", bearer).wantStatus(404)
+	tt.delete("/artifacts/nobody?pattern=.", bearer).wantStatus(404)
+	tt.delete("/artifacts/r/../x", bearer).wantStatus(400)
+	tt.delete("/artifacts/r?pattern=.", bearer).wantStatus(200)
+	left()
+	tt.origin.troubled(nil)
+	tt.get("/api/r/missing").wantStatus(404)
+	tt.origin.file("/missing", "there now")
+	tt.get("/api/r/missing").wantStatus(404)
+	tt.delete("/artifacts/r/missing", bearer) // forgets that it was missing
+	tt.get("/api/r/missing").wantStatus(200)
+}
+
+// --- overview, health, configuration ---
+
+func TestOverview(t *testing.T) {
+	t.Parallel()
+	tt := setup{yaml: strings.Replace(localYAML, "r: {base_url: ORIGIN}", "r: {base_url: ORIGIN, package: rpm, description: \"<script>alert(1)</script>\"}", 1)}.start(t)
+	tt.origin.file("/a", "body")
+	tt.get("/api/r/a")
+	var v struct {
+		Name, Version string
+		Remotes       []map[string]any
+	}
+	g := tt.get("/").wantStatus(200).wantHeader("Content-Type", "application/json")
+	if err := json.Unmarshal([]byte(g.text), &v); err != nil {
+		t.Fatal(err)
+	}
+	if v.Name != "artifactapi" || v.Version == "" || len(v.Remotes) != 4 {
+		t.Fatalf("%+v", v)
+	}
+	r := v.Remotes[slices.IndexFunc(v.Remotes, func(r map[string]any) bool { return r["name"] == "r" })]
+	if r["type"] != "remote" || r["package"] != "rpm" || r["url"] != tt.origin.url || r["artifacts"] != 1.0 || r["bytes"] != 4.0 {
+		t.Errorf("%+v", r)
+	}
+
+	g = tt.get("/", "Accept: text/html,application/xhtml+xml").wantStatus(200).wantHeader("Content-Type", "text/html; charset=utf-8").
+		wantHeader("Vary", "Accept").wantHeader("X-Content-Type-Options", "nosniff")
+	if strings.Contains(g.text, "<script>alert") {
+		t.Error("a description is not escaped")
+	}
+	policy := g.header.Get("Content-Security-Policy")
+	if !strings.HasPrefix(policy, "default-src 'none'") || strings.Contains(policy, "unsafe") {
+		t.Errorf("policy %q", policy)
+	}
+	for _, tag := range []string{"style", "script"} {
+		for _, part := range regexp.MustCompile(`(?s)<`+tag+`[^>]*>(.*?)</`+tag+`>`).FindAllStringSubmatch(g.text, -1) {
+			sum := sha256.Sum256([]byte(part[1]))
+			if !strings.Contains(policy, "'sha256-"+base64.StdEncoding.EncodeToString(sum[:])+"'") {
+				t.Errorf("the policy %q does not allow the page's own %s", policy, tag)
+			}
+		}
+	}
+	if regexp.MustCompile(`\son[a-z]+=|style=`).MatchString(g.text) {
+		t.Error("the page has attributes that its policy does not allow")
+	}
+}
+
+func TestConfigIsShownWithoutItsSecrets(t *testing.T) {
+	t.Parallel()
+	tt := setup{yaml: `
+remotes:
+  r: {base_url: ORIGIN, username: u, password: SECRET, headers: {X-Key: SECRET}, timeout: 7}
+  l: {type: local, write_token: SECRET}
+`, env: map[string]string{"API_TOKEN": "SECRET"}}.start(t)
+	g := tt.get("/config").wantStatus(200).wantHeader("Content-Type", "application/json")
+	if g.has("SECRET") {
+		t.Errorf("a secret shows: %s", g.text)
+	}
+	for _, part := range []string{`"***"`, `"timeout": 7`, `"mutable_ttl": 3600`, `"X-Key"`, tt.origin.url} {
+		if !g.has(part) {
+			t.Errorf("%s is missing in %s", part, g.text)
+		}
+	}
+}
+
+func TestHealth(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	health := func() (v struct {
+		Status   string
+		Backends map[string]string
+	}) {
+		t.Helper()
+		began := time.Now()
+		g := tt.get("/health").wantStatus(200)
+		if d := time.Since(began); d > 100*time.Millisecond && !raceEnabled() && !testing.Short() {
+			t.Logf("/health took %v", d)
+		}
+		if err := json.Unmarshal([]byte(g.text), &v); err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	if h := health(); h.Status != "healthy" || fmt.Sprint(h.Backends) != "map[database:embedded redis:embedded storage:embedded]" {
+		t.Errorf("%+v", h)
+	}
+	if err := os.RemoveAll(tt.disk.dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(tt.disk.dir, nil, 0o600); err != nil { // no directory: for root too
+		t.Fatal(err)
+	}
+	tt.server.check(tt.server.stores.backends[len(tt.server.stores.backends)-1])
+	if h := health(); h.Status != "degraded" || h.Backends["storage"] != "down" {
+		t.Errorf("without DATA_DIR: %+v", h)
+	}
+	tt.origin.file("/a", "body")
+	tt.get("/api/r/a").wantStatus(200).wantBody("body") // files are passed on
+	if err := os.Remove(tt.disk.dir); err != nil {
+		t.Fatal(err)
+	}
+	tt.server.check(tt.server.stores.backends[len(tt.server.stores.backends)-1])
+	if h := health(); h.Status != "healthy" {
+		t.Errorf("DATA_DIR is back: %+v", h)
+	}
+	tt.server.draining.Store(true)
+	tt.get("/health").wantDetail(503, "draining")
+}
+
+func TestHEADOfTheEndpoints(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	for _, path := range []string{"/", "/health", "/config", "/metrics", "/artifacts/r", "/api/r"} {
+		g := tt.send(http.MethodHead, path, nil)
+		if g.status != 200 || g.text != "" {
+			t.Errorf("HEAD %s: %d", path, g.status)
+		}
+	}
+}
+
+func TestEvictionKeepsToMaxSize(t *testing.T) {
+	t.Parallel()
+	tt := setup{yaml: `
+remotes:
+  r: {base_url: ORIGIN, cache: {max_size: 10KB}}
+  l: {type: local}
+`, env: map[string]string{"API_TOKEN": "t"}}.start(t)
+	for i := range 12 {
+		path := fmt.Sprintf("/f%02d", i)
+		tt.origin.file(path, string(bytes.Repeat([]byte{'x'}, 1000)))
+		tt.get("/api/r" + path).wantMiss()
+		tt.advance(time.Second)
+	}
+	tt.put("/api/l/keep", noise(1, 50_000), bearer).wantStatus(201)
+	tt.get("/api/r/f00").wantHit() // used: not the oldest any more
+	tt.cache.evict(context.Background(), tt.server.config.Load(), 0)
+	var bytes int64
+	list := tt.list("r")
+	for _, a := range list {
+		bytes += a.Size
+	}
+	if bytes > 9000 || bytes < 8000 || list[0].Path != "f00" {
+		t.Errorf("%d bytes are left, the first of %d is %s", bytes, len(list), list[0].Path)
+	}
+	tt.get("/api/r/f01").wantMiss() // the least recently used went
+	tt.cache.evict(context.Background(), tt.server.config.Load(), 20_000)
+	if left := tt.list("r"); len(left) > 0 {
+		t.Errorf("CACHE_MAX_SIZE is passed by local files alone, and %d others are left", len(left))
+	}
+	tt.get("/api/l/keep").wantStatus(200)
+}
