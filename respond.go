@@ -222,8 +222,8 @@ func (s *responder) account(w *response, r *http.Request, err error, took time.D
 	if w.status == 0 {
 		w.status = http.StatusOK // nothing was written: net/http sends this
 	}
-	if errors.Is(err, errClientGone) {
-		w.status = statusClientGone
+	if errors.Is(err, errClientGone) || errors.Is(err, context.Canceled) {
+		w.status = statusClientGone // a body that is waited for sees its context end first
 	}
 	s.metrics.served(w.remote, strings.ToLower(w.result), w.status, w.bytes, took)
 	level, msg := slog.LevelInfo, "Request"
