@@ -827,7 +827,7 @@ func TestGoneUpstreamEvicts(t *testing.T) {
 				if l := tt.list("r"); len(l) > 0 {
 					t.Errorf("still listed: %+v", l)
 				}
-				tt.down()
+				tt.origin.troubled(answers(500))
 				tt.get("/api/r/a").wantStatus(502) // nothing is left to be stale
 			})
 		}

@@ -582,11 +582,11 @@ func TestDamageIsAMissAndNeverServed(t *testing.T) {
 					if restarts {
 						tt.restart()
 					}
-					tt.down() // nothing right is left: then nothing is served
+					tt.origin.troubled(answers(500)) // nothing right is left: then nothing is served
 					if g := tt.get("/api/r/a"); g.status == 200 && g.text != a {
 						t.Errorf("wrong bytes: %s", g.header.Get("Cache-Status"))
 					}
-					tt.upAgain()
+					tt.origin.troubled(nil)
 					tt.get("/api/r/a").wantStatus(200).wantBody(a)
 					tt.get("/api/r/a").wantHit().wantBody(a)
 					tt.get("/api/r/b").wantStatus(200).wantBody(b)

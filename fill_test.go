@@ -264,17 +264,17 @@ func TestSlowClientSlowsNobody(t *testing.T) {
 	tt.wantNoSpools()
 }
 
-// A reader of one byte a second is slow, not dead.
-func TestByteASecondIsNotTakenForDead(t *testing.T) {
+// Who takes a step now and then is slow, not dead, however long it lasts.
+func TestSlowClientIsNotTakenForDead(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		tt := newBubbleTester(t)
-		text := noise(1, 3000)
+		text := noise(1, 3*sendStep)
 		tt.origin.file("/a", text)
 		for range 2 { // from the fill, and from the store
 			s := tt.open("/api/r/a")
-			for range 1000 {
-				time.Sleep(time.Second)
-				s.read(1)
+			for range 3 { // together longer than the patience
+				time.Sleep(patience / 2)
+				s.read(sendStep)
 			}
 			s.rest().wantStatus(200).wantBody(text)
 			s.leave()
@@ -883,6 +883,20 @@ func TestWrongDigestIsNeverCompleted(t *testing.T) {
 	}
 }
 
+// Of a small body nothing is sent, headers included, before it verifies.
+func TestSmallDigestedBodyIsA502WhenItIsWrong(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	release := tt.origin.file("/a", noise(1, holdBack)).stallAt(holdBack - 1)
+	defer release()
+	tt.digested(func(q *want) { q.digest = "sha256:" + strings.Repeat("00", 32) })
+	answer := make(chan *got)
+	go func() { answer <- tt.get("/api/r/a") }()
+	tt.eventually("all but the last byte", func() bool { return tt.filled("a") == holdBack-1 })
+	release()
+	(<-answer).wantDetail(502, "cannot be used")
+}
+
 func TestSHA512IsVerified(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
@@ -1145,10 +1159,9 @@ func TestPurgeDuringAFill(t *testing.T) {
 	tt.get("/api/r/a").wantMiss().wantBody(next) // not what was purged
 	release()
 	first.rest().wantStatus(200).wantBody(old) // who has begun gets it all
-	tt.eventually("both fills to end", func() bool { return tt.flying() == 0 })
+	tt.wantNoSpools()                          // both fills have ended
 	tt.get("/api/r/a").wantHit().wantBody(next)
 	tt.wantRequests("/a", 2)
-	tt.wantNoSpools()
 }
 
 // --- hostile upstreams (fault 7) ---
