@@ -378,17 +378,19 @@ type server struct {
 	cert   atomic.Pointer[tls.Certificate]
 
 	draining atomic.Bool
-	held     bool // DATA_DIR is ours alone; the start and one loop use it
+	seen     [sha256.Size]byte // contents of what is in force; the start and one loop use it
+	held     bool              // DATA_DIR is ours alone; the start and one loop use it
 }
 
 // serve runs the server until ctx ends.
 func serve(ctx context.Context, set *settings, env lookup, stderr io.Writer) error {
+	log := newLogger(set, stderr)
+	s := &server{set: set, env: env, log: log}
+	s.seen = s.contents() // before it is read: what changes from now on is noticed
 	cfg, err := loadConfig(set.configPath, env)
 	if err != nil {
 		return err
 	}
-	log := newLogger(set, stderr)
-	s := &server{set: set, env: env, log: log}
 	s.config.Store(cfg)
 	if err := s.loadCertificate(); err != nil {
 		return err
@@ -623,7 +625,6 @@ func (s *server) watchFiles(ctx context.Context) {
 	defer signal.Stop(hup)
 	t := time.NewTicker(3 * time.Second)
 	defer t.Stop()
-	seen := s.contents()
 	for {
 		asked := false
 		select {
@@ -633,8 +634,8 @@ func (s *server) watchFiles(ctx context.Context) {
 			asked = true
 		case <-t.C:
 		}
-		if now := s.contents(); asked || now != seen {
-			seen = now
+		if now := s.contents(); asked || now != s.seen {
+			s.seen = now
 			s.reload()
 		}
 	}
