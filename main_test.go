@@ -1,6 +1,391 @@
 package main
 
-import "testing"
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"fmt"
+	goast "go/ast"
+	goparser "go/parser"
+	gotoken "go/token"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// envOf is an environment.
+func envOf(vars map[string]string) lookup {
+	return func(name string) (string, bool) { v, ok := vars[name]; return v, ok }
+}
+
+// --- sub-commands ---
+
+func TestCommands(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	good, bad := dir+"/good.yaml", dir+"/bad.yaml"
+	for name, text := range map[string]string{good: remoteYAML("http://127.0.0.1:1"), bad: "remotes:\n  r: {base_url: nonsense, shape: round}\n"} {
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		args string
+		code int
+		out  string // a part of stdout
+		err  string // a part of stderr
+	}{
+		{"version", 0, "artifactapi ", ""},
+		{"help", 0, "usage:", ""},
+		{"--help", 0, "usage:", ""},
+		{"-h", 0, "usage:", ""},
+		{"nonsense", 2, "", "usage:"},
+		{"--version", 2, "", "usage:"},
+		{"check one two", 2, "", "usage:"},
+		{"serve now", 2, "", "usage:"},
+		{"version please", 2, "", "usage:"},
+		{"check", 0, "1 remotes", ""},
+		{"check " + good, 0, "1 remotes", ""},
+		{"check " + bad, 1, "", "bad.yaml:2: remote \"r\""},
+		{"check " + dir + "/none.yaml", 1, "", "none.yaml"},
+		{"verify", 0, "0 checked, 0 dropped", ""},
+		{"healthcheck", 1, "", "/health"},
+	} {
+		t.Run(c.args, func(t *testing.T) {
+			t.Parallel()
+			var out, errs bytes.Buffer
+			env := envOf(map[string]string{"CONFIG_PATH": good, "DATA_DIR": t.TempDir() + "/data", "LISTEN_ADDR": refusingAddress(t)})
+			code := run(context.Background(), strings.Fields(c.args), env, &out, &errs)
+			if code != c.code || !strings.Contains(out.String(), c.out) || !strings.Contains(errs.String(), c.err) {
+				t.Errorf("exit %d, stdout %q, stderr %q; want %d, %q, %q", code, out.String(), errs.String(), c.code, c.out, c.err)
+			}
+		})
+	}
+}
+
+func TestVerifyDropsWhatDoesNotMatch(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a", noise(1, 1000))
+	tt.origin.file("/b", noise(2, 1000))
+	body := tt.fileOf("a")
+	tt.get("/api/r/b")
+	verify := func() (int, string) {
+		var out, errs bytes.Buffer
+		code := run(context.Background(), []string{"verify"}, envOf(map[string]string{"DATA_DIR": tt.disk.dir}), &out, &errs)
+		return code, out.String() + errs.String()
+	}
+	if code, said := verify(); code != 0 || !strings.Contains(said, "2 checked, 0 dropped") {
+		t.Errorf("all is well, and verify says %d: %s", code, said)
+	}
+	// Rot that leaves size and time alone is what only verify finds.
+	info, err := os.Stat(body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(body, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, _ = f.WriteAt([]byte{0}, 500)
+	f.Close()
+	if err := os.Chtimes(body, info.ModTime(), info.ModTime()); err != nil {
+		t.Fatal(err)
+	}
+	if code, said := verify(); code != 1 || !strings.Contains(said, "2 checked, 1 dropped") {
+		t.Errorf("one is rotten, and verify says %d: %s", code, said)
+	}
+	tt.restart()
+	tt.get("/api/r/a").wantMiss().wantBody(noise(1, 1000)) // beside a running server
+	tt.get("/api/r/b").wantHit()
+}
+
+// --- environment ---
+
+func TestEnvironment(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		vars string // NAME=value ...
+		want string // a part of the error; "" for none
+	}{
+		{"", ""},
+		{"LISTEN_ADDR= MIN_FREE= LOG_LEVEL= DBHOST= MINIO_ENDPOINT= REDIS_URL= TLS_CERT_FILE=", ""}, // empty is unset
+		{"LISTEN_ADDR=8000", "LISTEN_ADDR"},
+		{"LISTEN_ADDR=localhost", "LISTEN_ADDR"},
+		{"MIN_FREE=much", "MIN_FREE"},
+		{"MIN_FREE=5GiB", ""},
+		{"CACHE_MAX_SIZE=-1", "CACHE_MAX_SIZE"},
+		{"HOT_CACHE_SIZE=x", "HOT_CACHE_SIZE"},
+		{"DRAIN_DELAY=10", "DRAIN_DELAY"},
+		{"DRAIN_DELAY=-1s", "DRAIN_DELAY"},
+		{"DRAIN_DELAY=1m30s", ""},
+		{"LOG_LEVEL=loud", "LOG_LEVEL"},
+		{"LOG_LEVEL=DEBUG", ""},
+		{"LOG_FORMAT=xml", "LOG_FORMAT"},
+		{"TLS_CERT_FILE=a", "TLS_KEY_FILE"},
+		{"TLS_KEY_FILE=a", "TLS_CERT_FILE"},
+		{"DBHOST=db", "DBUSER"},
+		{"DBHOST=db DBUSER=u", "DBNAME"},
+		{"DBHOST=db DBUSER=u DBNAME=n DBPORT=x", "DBPORT"},
+		{"DBHOST=db DBUSER=u DBNAME=n DBPORT=0", "DBPORT"},
+		{"DBHOST=db DBUSER=u DBNAME=n DBSSLMODE=maybe", "DBSSLMODE"},
+		{"MINIO_ENDPOINT=s3:9000", "MINIO_ACCESS_KEY"},
+		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a", "MINIO_SECRET_KEY"},
+		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b", "MINIO_BUCKET"},
+		{"MINIO_ENDPOINT=https://s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c MINIO_SECURE=false", "MINIO_SECURE"},
+		{"MINIO_ENDPOINT=http://s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c MINIO_SECURE=true", "MINIO_SECURE"},
+		{"MINIO_ENDPOINT=ftp://s3 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=https://s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", ""},
+		{"MINIO_SECURE=perhaps", "MINIO_SECURE"},
+		{"REDIS_URL=localhost:6379", "REDIS_URL"},
+		{"REDIS_URL=redis://:hunter2@/0", "REDIS_URL"},
+		{"REDIS_URL=redis://:hunter2@localhost:6379/0", ""},
+		{"REDIS_URL=redis://:hunter2%zz@localhost:6379/0", "REDIS_URL"},
+	} {
+		vars := map[string]string{}
+		for _, v := range strings.Fields(c.vars) {
+			name, value, _ := strings.Cut(v, "=")
+			vars[name] = value
+		}
+		_, err := parseSettings(envOf(vars))
+		switch {
+		case c.want == "" && err != nil:
+			t.Errorf("%s: %v", c.vars, err)
+		case c.want != "" && err == nil:
+			t.Errorf("%s is taken, want an error that names %s", c.vars, c.want)
+		case err != nil && (!strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") || strings.Contains(err.Error(), "hunter2")):
+			t.Errorf("%s: %q, want one line that names %s and shows no secret", c.vars, err, c.want)
+		}
+	}
+}
+
+// --- what is written down ---
+
+// environmentOf are the variables that main.go reads: the first argument of
+// envReader's methods, and those that the libraries read.
+func environmentOf(t *testing.T) (names []string) {
+	p := readProgram(t)
+	reads := map[string]bool{"text": true, "size": true, "duration": true, "oneOf": true}
+	seen := map[string]bool{}
+	p.each(func(file string, n goast.Node) {
+		call, ok := n.(*goast.CallExpr)
+		if !ok || file != "main.go" || len(call.Args) == 0 {
+			return
+		}
+		sel, ok := call.Fun.(*goast.SelectorExpr)
+		lit, isLit := call.Args[0].(*goast.BasicLit)
+		if !ok || !isLit || !reads[sel.Sel.Name] {
+			return
+		}
+		if name, err := strconv.Unquote(lit.Value); err == nil && regexp.MustCompile(`^[A-Z][A-Z0-9_]+$`).MatchString(name) && !seen[name] {
+			seen[name] = true
+			names = append(names, name)
+		}
+	})
+	if len(names) < 10 {
+		t.Fatalf("found only %q in main.go: did the reader of the environment change?", names)
+	}
+	return append(names, "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE")
+}
+
+// commandsOf are the sub-commands in usage.
+func commandsOf(t *testing.T) (names []string) {
+	for _, m := range regexp.MustCompile(`(?m)^  ([a-z]+)`).FindAllStringSubmatch(usage, -1) {
+		names = append(names, m[1])
+	}
+	if len(names) < 5 {
+		t.Fatalf("found only %q in the usage", names)
+	}
+	return names
+}
+
+func TestTheManualIsComplete(t *testing.T) {
+	t.Parallel()
+	manual := packageComment(t)
+	for _, name := range append(environmentOf(t), commandsOf(t)...) {
+		if !hasWord(manual, name) {
+			t.Errorf("go doc does not name %s", name)
+		}
+	}
+	for _, route := range []string{"/api/{remote}/{path}", "/v2/", "/health", "/config", "/metrics", "/artifacts/{remote}"} {
+		if !strings.Contains(manual, route) {
+			t.Errorf("go doc does not name %s", route)
+		}
+	}
+	for _, name := range commandsOf(t) { // and what is written down is there
+		var out, errs bytes.Buffer
+		env := envOf(map[string]string{"CONFIG_PATH": t.TempDir() + "/none", "DATA_DIR": t.TempDir(), "LISTEN_ADDR": refusingAddress(t)})
+		if code := run(context.Background(), []string{name}, env, &out, &errs); code == 2 {
+			t.Errorf("%s is in the usage and is refused", name)
+		}
+	}
+}
+
+// packageComment is what go doc prints first.
+func packageComment(t *testing.T) string {
+	f, err := goparser.ParseFile(gotoken.NewFileSet(), "main.go", nil, goparser.ParseComments|goparser.PackageClauseOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f.Doc.Text()
+}
+
+func hasWord(text, word string) bool {
+	return regexp.MustCompile(`(^|[^A-Za-z0-9_.])` + regexp.QuoteMeta(word) + `($|[^A-Za-z0-9_])`).MatchString(text)
+}
+
+func TestREADMEIsComplete(t *testing.T) {
+	t.Parallel()
+	data, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Skip("there is no README.md yet")
+	}
+	rows := map[string]string{} // of all tables: first cell -> line
+	for line := range strings.Lines(string(data)) {
+		cells := strings.Split(line, "|")
+		if len(cells) < 3 {
+			continue
+		}
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(strings.Join(cells[1:len(cells)-1], "|"), -1) {
+			rows[m[1]] = line
+		}
+	}
+	for _, name := range environmentOf(t) {
+		if rows[name] == "" {
+			t.Errorf("no table in README.md has %s", name)
+		}
+	}
+	for _, k := range remoteKeys {
+		if rows[k.name] == "" && k.name != "cache" {
+			t.Errorf("no table in README.md has the key %s", k.name)
+		}
+		if k.set != nil && rows[k.name] != "" && regexp.MustCompile(`^[0-9]+$|^(true|false)$`).MatchString(k.def) && !strings.Contains(rows[k.name], "`"+k.def+"`") {
+			t.Errorf("README.md does not give the default %s of %s: %s", k.def, k.name, rows[k.name])
+		}
+	}
+	for _, name := range commandsOf(t) {
+		if !strings.Contains(string(data), "`artifactapi "+name) {
+			t.Errorf("README.md does not name the command %s", name)
+		}
+	}
+	for _, block := range regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllStringSubmatch(string(data), -1) {
+		if !strings.HasPrefix(strings.TrimSpace(block[1]), "remotes:") {
+			continue
+		}
+		// What an example takes from the environment is there.
+		if _, err := parseConfig("README.md", []byte(block[1]), func(string) (string, bool) { return "x", true }); err != nil {
+			t.Errorf("an example is not valid: %v\n%s", err, block[1])
+		}
+	}
+}
+
+// --- a server as its users have it ---
+
+func TestServerStartsServesAndStops(t *testing.T) {
+	t.Parallel()
+	o := newTestOrigin(t, setup{})
+	o.file("/a", "body")
+	c := childSetup{yaml: remoteYAML(o.url)}.start(t)
+	c.tester().get("/api/r/a").wantMiss().wantBody("body")
+	c.wantLog(`"remotes":1`)
+	awaitThat(t, "it to be stored", func() bool { return c.tester().get("/artifacts/r").has(`"path": "a"`) })
+	if code := c.stop(); code != 0 {
+		t.Errorf("exit status %d\n%s", code, c.logs())
+	}
+	c = c.again()
+	o.troubled(o.resets)
+	c.tester().get("/api/r/a").wantHit().wantBody("body")
+	awaitThat(t, "the list", func() bool { return c.tester().get("/artifacts/r").has(`"path": "a"`) })
+}
+
+func TestWrongConfigurationStopsTheStart(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	yaml := "remotes:\n  r:\n    base_url: nonsense\n  x:\n    shape: round\n"
+	if err := os.WriteFile(dir+"/remotes.yaml", []byte(yaml), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var out, errs bytes.Buffer
+	env := envOf(map[string]string{"CONFIG_PATH": dir + "/remotes.yaml", "DATA_DIR": dir + "/data", "LISTEN_ADDR": "127.0.0.1:0"})
+	if code := run(context.Background(), nil, env, &out, &errs); code != 1 {
+		t.Errorf("exit status %d", code)
+	}
+	for _, part := range []string{`remotes.yaml:3: remote "r"`, `remotes.yaml:5: remote "x"`} {
+		if !strings.Contains(errs.String(), part) {
+			t.Errorf("%q lacks %q", errs.String(), part)
+		}
+	}
+	if _, err := os.Stat(dir + "/data"); err == nil {
+		t.Error("DATA_DIR was made by a server that did not start")
+	}
+}
+
+// Fault 8: no request fails while the configuration is reloaded again and
+// again, by signal.
+func TestReloadUnderLoad(t *testing.T) {
+	t.Parallel()
+	o := newTestOrigin(t, setup{})
+	other := newTestOrigin(t, setup{})
+	text := noise(1, 100_000)
+	for _, at := range []*testOrigin{o, other} {
+		at.troubled(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, text) })
+	}
+	configs := []string{remoteYAML(o.url), remoteYAML(other.url, "timeout: 7"), "remotes:\n  r: {base_url: oops\n"}
+	c := childSetup{yaml: configs[0]}.start(t)
+	tt := c.tester()
+	tt.get("/api/r/warm").wantStatus(200)
+	stop := make(chan struct{})
+	var requests, n atomic.Int64
+	var load sync.WaitGroup
+	for i := range 8 {
+		load.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				path := "/api/r/warm"
+				if i%2 == 0 {
+					path = fmt.Sprintf("/api/r/cold%d", n.Add(1)) // a miss each time
+				}
+				tt.get(path).wantStatus(200).wantBody(text)
+				requests.Add(1)
+			}
+		})
+	}
+	for i := range 12 {
+		c.configure(configs[i%3])
+		if err := c.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		awaitThat(t, "the reload", func() bool {
+			return strings.Count(c.logs(), "configuration loaded")+strings.Count(c.logs(), "the old one stays in force") > i
+		})
+	}
+	close(stop)
+	load.Wait()
+	if requests.Load() < 50 {
+		t.Errorf("only %d requests beside twelve reloads", requests.Load())
+	}
+	if n := strings.Count(c.logs(), "the old one stays in force"); n != 4 {
+		t.Errorf("%d broken files were reported, want 4", n)
+	}
+	if g := tt.get("/config"); !g.has(other.url) {
+		t.Errorf("the last good file is not in force: %s", g.text)
+	}
+}
 
 func TestChangedConfigurationIsNoticed(t *testing.T) {
 	t.Parallel()
@@ -10,4 +395,241 @@ func TestChangedConfigurationIsNoticed(t *testing.T) {
 	if g := c.tester().get("/config"); !g.has("127.0.0.1:2") {
 		t.Errorf("in force: %s", g.text)
 	}
+}
+
+func TestDraining(t *testing.T) {
+	t.Parallel()
+	o := newTestOrigin(t, setup{})
+	text := noise(1, 1<<20)
+	release := o.file("/a", text).etag(`"1"`).stallAt(500_000)
+	defer release()
+	alone := o.file("/b", text).etag(`"1"`).stallAt(1000)
+	defer alone()
+	c := childSetup{yaml: remoteYAML(o.url), env: []string{"DRAIN_DELAY=300ms"}}.start(t)
+	tt := c.tester()
+	s := tt.open("/api/r/a")
+	defer s.leave()
+	s.read(500_000)
+	left := tt.open("/api/r/b") // its client leaves, the fill goes on
+	left.read(1000)
+	left.leave()
+	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	awaitThat(t, "/health to say so while requests are still accepted", func() bool {
+		g := tt.get("/health")
+		return g.status == 503 && g.has("draining")
+	})
+	tt.get("/config").wantStatus(200)
+	awaitThat(t, "the end of accepting", func() bool {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(c.url, "http://"))
+		if err == nil {
+			conn.Close()
+		}
+		return err != nil
+	})
+	release()
+	s.rest().wantStatus(200).wantBody(text) // what was in flight is finished
+	alone()
+	<-c.exited
+	if code := c.cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("exit status %d\n%s", code, c.logs())
+	}
+	o.troubled(o.resets)
+	c = c.again()
+	c.tester().get("/api/r/a").wantHit().wantBody(text)
+	c.tester().get("/api/r/b").wantHit().wantBody(text) // fills that ran were finished too
+}
+
+func TestHeadersOver64KiBAre431(t *testing.T) {
+	t.Parallel()
+	c := childSetup{yaml: remoteYAML("http://127.0.0.1:1")}.start(t)
+	ask := func(n int) int {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(c.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		_, _ = io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: x\r\nX-Long: "+strings.Repeat("x", n)+"\r\n\r\n")
+		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		return res.StatusCode
+	}
+	if status := ask(60 << 10); status != 200 {
+		t.Errorf("60 KiB of headers: %d", status)
+	}
+	if status := ask(80 << 10); status != 431 {
+		t.Errorf("80 KiB of headers: %d, want 431", status)
+	}
+}
+
+func TestTLSFilesAreReadAgain(t *testing.T) {
+	t.Parallel()
+	first, second := newTLSPair(t), newTLSPair(t)
+	dir := t.TempDir()
+	write := func(p *tlsPair) {
+		for name, data := range map[string][]byte{"cert.pem": p.certPEM, "key.pem": p.keyPEM} {
+			if err := os.WriteFile(dir+"/"+name, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	write(first)
+	env := []string{"TLS_CERT_FILE=" + dir + "/cert.pem", "TLS_KEY_FILE=" + dir + "/key.pem"}
+	c := childSetup{yaml: remoteYAML("http://127.0.0.1:1"), env: env}.start(t)
+	address := strings.TrimPrefix(c.url, "http://")
+	trusts := func(p *tlsPair) bool {
+		conn, err := tls.Dial("tcp", address, &tls.Config{RootCAs: p.pool})
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	}
+	if !trusts(first) || trusts(second) {
+		t.Fatal("not the certificate that was given")
+	}
+	var out, errs bytes.Buffer
+	vars := map[string]string{"LISTEN_ADDR": address, "TLS_CERT_FILE": dir + "/cert.pem", "TLS_KEY_FILE": dir + "/key.pem"}
+	if code := run(context.Background(), []string{"healthcheck"}, envOf(vars), &out, &errs); code != 0 {
+		t.Errorf("healthcheck over TLS: %d %s", code, errs.String())
+	}
+	write(second)
+	if err := c.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	awaitThat(t, "the new certificate", func() bool { return trusts(second) })
+	if err := os.WriteFile(dir+"/key.pem", []byte("garbage"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	c.wantLog("the new certificate is not taken")
+	if !trusts(second) {
+		t.Error("the old certificate is gone")
+	}
+}
+
+func TestHealthcheck(t *testing.T) {
+	t.Parallel()
+	c := childSetup{yaml: remoteYAML("http://127.0.0.1:1"), env: []string{"DRAIN_DELAY=20s"}}.start(t)
+	_, port, _ := net.SplitHostPort(strings.TrimPrefix(c.url, "http://"))
+	check := func(address string) int {
+		var out, errs bytes.Buffer
+		return run(context.Background(), []string{"healthcheck"}, envOf(map[string]string{"LISTEN_ADDR": address}), &out, &errs)
+	}
+	for _, address := range []string{"127.0.0.1:" + port, "localhost:" + port} {
+		if code := check(address); code != 0 {
+			t.Errorf("%s: %d", address, code)
+		}
+	}
+	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	awaitThat(t, "healthcheck to fail while draining", func() bool { return check("127.0.0.1:"+port) == 1 })
+}
+
+func TestProxyForUpstreams(t *testing.T) {
+	t.Parallel()
+	proxy := newTestOrigin(t, setup{})
+	proxy.file("http://files.example/a", "through the proxy")
+	c := childSetup{yaml: remoteYAML("http://files.example"), env: []string{"HTTP_PROXY=" + proxy.url, "NO_PROXY=direct.example"}}.start(t)
+	c.tester().get("/api/r/a").wantMiss().wantBody("through the proxy")
+}
+
+func TestSSLCertFile(t *testing.T) {
+	t.Parallel()
+	o := newTestOrigin(t, setup{tls: true})
+	o.file("/a", "trusted")
+	dir := t.TempDir()
+	if err := os.WriteFile(dir+"/ca.pem", o.tls.certPEM, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := childSetup{yaml: remoteYAML(o.url), env: []string{"SSL_CERT_FILE=" + dir + "/ca.pem"}}.start(t)
+	c.tester().get("/api/r/a").wantMiss().wantBody("trusted")
+	c = childSetup{yaml: remoteYAML(o.url), env: []string{"SSL_CERT_FILE=/dev/null"}}.start(t)
+	c.tester().get("/api/r/a").wantDetail(502, "unreachable")
+}
+
+func TestUnwritableDataDirIsDegradedAndServes(t *testing.T) {
+	t.Parallel()
+	o := newTestOrigin(t, setup{})
+	text := noise(1, 300_000)
+	o.file("/a", text).etag(`"1"`)
+	dir := t.TempDir()
+	if err := os.WriteFile(dir+"/data", nil, 0o600); err != nil { // a file: for root too
+		t.Fatal(err)
+	}
+	c := childSetup{yaml: remoteYAML(o.url), dir: dir}.start(t)
+	tt := c.tester()
+	tt.get("/api/r/a").wantStatus(200).wantBody(text)
+	tt.get("/api/r/a", "Range: bytes=5-9").wantStatus(206).wantBody(text[5:10])
+	awaitThat(t, "/health to say so", func() bool { return tt.get("/health").has(`"degraded"`) })
+	c.wantLog("DATA_DIR cannot be used")
+	if err := os.Remove(dir + "/data"); err != nil {
+		t.Fatal(err)
+	}
+	awaitThat(t, "it to recover without a restart", func() bool { return tt.get("/health").has(`"healthy"`) })
+	tt.get("/api/r/a").wantMiss().wantBody(text)
+	awaitThat(t, "a hit", func() bool { return tt.get("/api/r/a").header.Get("X-Artifact-Source") == "cache" })
+}
+
+func TestMinFreeIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	o := newTestOrigin(t, setup{})
+	o.file("/a", "body")
+	c := childSetup{yaml: remoteYAML(o.url), env: []string{"MIN_FREE=100000TiB"}}.start(t)
+	for range 2 {
+		c.tester().get("/api/r/a").wantUnstored().wantBody("body")
+	}
+	c.wantLog("MIN_FREE")
+}
+
+func TestSecondServerOnTheSameDataDir(t *testing.T) {
+	t.Parallel()
+	o := newTestOrigin(t, setup{})
+	release := o.file("/a", noise(1, 100_000)).stallAt(50_000)
+	defer release()
+	first := childSetup{yaml: remoteYAML(o.url)}.start(t)
+	s := first.tester().open("/api/r/a")
+	defer s.leave()
+	s.read(50_000)
+	second := childSetup{yaml: remoteYAML(o.url), dir: first.dir}.start(t)
+	second.wantLog("another process uses DATA_DIR")
+	if names, _ := filepath.Glob(first.dir + "/data/.spool/*"); len(names) != 1 {
+		t.Errorf("the first server's spool: %v", names)
+	}
+	release()
+	s.rest().wantBody(noise(1, 100_000))
+	awaitThat(t, "one to see what the other has stored", func() bool {
+		return second.tester().get("/api/r/a").header.Get("X-Artifact-Source") == "cache"
+	})
+}
+
+func TestHealthIsQuickWhateverHangs(t *testing.T) {
+	t.Parallel()
+	o := newTestOrigin(t, setup{})
+	o.troubled(o.stalls)
+	c := childSetup{yaml: remoteYAML(o.url)}.start(t)
+	tt := c.tester()
+	ctx, leave := context.WithCancel(context.Background())
+	var hanging sync.WaitGroup
+	for i := range fillsPerRemote + 5 {
+		hanging.Go(func() { tt.start(ctx, "GET", fmt.Sprintf("/api/r/f%d", i), nil).leave() })
+	}
+	awaitThat(t, "every place to be taken", func() bool { return len(o.all()) == fillsPerRemote })
+	best := time.Hour
+	for range 5 {
+		began := time.Now()
+		tt.get("/health").wantStatus(200)
+		best = min(best, time.Since(began))
+	}
+	if best > 100*time.Millisecond {
+		t.Errorf("/health took %v", best)
+	}
+	leave()
+	hanging.Wait()
 }
