@@ -407,9 +407,20 @@ func TestDraining(t *testing.T) {
 	defer alone()
 	c := childSetup{yaml: remoteYAML(o.url), env: []string{"DRAIN_DELAY=300ms"}}.start(t)
 	tt := c.tester()
-	s := tt.open("/api/r/a")
-	defer s.leave()
-	s.read(500_000)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(c.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	_, _ = io.WriteString(conn, "GET /api/r/a HTTP/1.1\r\nHost: x\r\n\r\n")
+	in := bufio.NewReader(conn)
+	s, err := http.ReadResponse(in, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := readSame(s.Body, text, 0, 500_000); n != 500_000 {
+		t.Fatalf("right up to %d", n)
+	}
 	left := tt.open("/api/r/b") // its client leaves, the fill goes on
 	left.read(1000)
 	left.leave()
@@ -429,8 +440,13 @@ func TestDraining(t *testing.T) {
 		return err != nil
 	})
 	release()
-	s.rest().wantStatus(200).wantBody(text) // what was in flight is finished
-	alone()
+	if n := readSame(s.Body, text, 500_000, len(text)); n != len(text) {
+		t.Errorf("a request in flight was right up to %d of %d bytes", n, len(text))
+	}
+	if _, err := in.ReadByte(); err != io.EOF {
+		t.Errorf("the connection: %v, want its end", err)
+	}
+	alone() // no client is left: the server waits for this alone
 	<-c.exited
 	if code := c.cmd.ProcessState.ExitCode(); code != 0 {
 		t.Errorf("exit status %d\n%s", code, c.logs())
