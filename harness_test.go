@@ -1086,6 +1086,13 @@ func (o *testOrigin) file(path, text string) *testFile {
 	return f
 }
 
+// remove takes a file away: 404.
+func (o *testOrigin) remove(path string) {
+	o.mu.Lock()
+	delete(o.files, path)
+	o.mu.Unlock()
+}
+
 func (f *testFile) set(change func()) *testFile {
 	f.mu.Lock()
 	defer f.mu.Unlock()
