@@ -85,6 +85,31 @@ func TestUploadOfUnknownLength(t *testing.T) {
 	tt.get("/api/l/a").wantBody(text)
 }
 
+// slowObjects take their time to store.
+type slowObjects struct {
+	objects
+	wait time.Duration
+}
+
+func (s *slowObjects) put(ctx context.Context, key string, rec *record, spool *os.File) error {
+	select {
+	case <-time.After(s.wait):
+		return s.objects.put(ctx, key, rec, spool)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// A large upload takes S3 longer to take than a client may be silent.
+func TestUploadThatIsStoredSlowly(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		slow := func(o objects) objects { return &slowObjects{o, 3 * patience} }
+		tt := setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}, bubble: true, objects: slow}.start(t)
+		tt.put("/api/l/a", "body", bearer).wantStatus(201)
+		tt.get("/api/l/a").wantStatus(200).wantBody("body")
+	})
+}
+
 func TestUploadsThatAreRefused(t *testing.T) {
 	t.Parallel()
 	tt := newLocalTester(t)
