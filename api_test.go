@@ -332,6 +332,36 @@ func TestLocalFileUnderWritersAndReaders(t *testing.T) {
 	tt.wantNoSpools()
 }
 
+// Of two who create one file the second waits, and then sees it.
+func TestCreatingTwiceAtOnce(t *testing.T) {
+	t.Parallel()
+	hooked := &hookedObjects{}
+	tt := setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"},
+		objects: func(o objects) objects { hooked.objects = o; return hooked }}.start(t)
+	var second atomic.Pointer[got]
+	var done sync.WaitGroup
+	between := func() { // the first has looked and has not stored yet
+		hooked.missed.Store(nil)
+		done.Go(func() { second.Store(tt.put("/api/l/a", "second", bearer, "If-None-Match: *")) })
+		tt.eventually("the second to wait", func() bool { return tt.writers() == 2 || second.Load() != nil })
+	}
+	hooked.missed.Store(&between)
+	tt.put("/api/l/a", "first", bearer, "If-None-Match: *").wantStatus(201)
+	done.Wait()
+	second.Load().wantStatus(412)
+	tt.get("/api/l/a").wantBody("first")
+}
+
+// writers is how many write or wait to write one local file.
+func (tt *tester) writers() (n int) {
+	tt.cache.mu.Lock()
+	defer tt.cache.mu.Unlock()
+	for _, l := range tt.cache.writing {
+		n = max(n, l.refs)
+	}
+	return n
+}
+
 // --- listing and purging (section 7) ---
 
 // page asks for a page of r's listing.

@@ -80,7 +80,13 @@ func TestCrowdOnAColdFile(t *testing.T) {
 	} else {
 		t.Logf("resident memory grew by %d MiB for %d clients of a file of %d MiB", grown>>20, clients, size>>20)
 	}
-	tt.get("/api/r/big.iso", "Range: bytes=5-9").wantHit().wantBody(text[5:10])
+	awaitThat(t, "a hit", func() bool {
+		g := tt.get("/api/r/big.iso", "Range: bytes=5-9").wantStatus(206).wantBody(text[5:10])
+		return g.header.Get("X-Artifact-Source") == "cache"
+	})
+	if n := o.requests("/big.iso"); n != 1 {
+		t.Errorf("%d upstream requests in the end", n)
+	}
 }
 
 // raceEnabled says whether the race detector's own memory is in the way.
