@@ -595,6 +595,9 @@ func (f *flight) resume(err error, n int) (*answer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w; it cannot be resumed: %w", broken, err)
 	}
+	f.mu.Lock()
+	f.total = ans.whole()
+	f.mu.Unlock()
 	f.c.log.Info("resumed a body that broke off", "remote", f.want.remote.name, "path", f.want.path, "at", f.written)
 	return ans, nil
 }
@@ -633,12 +636,21 @@ func (c *cache) askRest(ctx context.Context, p rest) (*answer, error) {
 	if err != nil {
 		return nil, err
 	}
-	first, _, size, ok := contentRange(ans.Header.Get("Content-Range"))
+	first, last, size, ok := contentRange(ans.Header.Get("Content-Range"))
+	if p.size < 0 && last != size-1 {
+		ok = false // where the whole ends would still not be known
+	}
 	if ans.StatusCode != http.StatusPartialContent || !ok || first != p.from || p.size >= 0 && size != p.size {
 		ans.Body.Close()
 		return nil, fmt.Errorf("%w: status %d, Content-Range %q for a part from %d", errBadUpstream, ans.StatusCode, ans.Header.Get("Content-Range"), p.from)
 	}
 	return ans, nil
+}
+
+// whole is the size of the body of which askRest's answer is a part.
+func (a *answer) whole() int64 {
+	_, _, size, _ := contentRange(a.Header.Get("Content-Range"))
+	return size
 }
 
 // arrive is the last step of a body that is all there: verify, show it to all,
@@ -692,6 +704,23 @@ func newSums(digest string) *sums {
 		s.sha512 = sha512.New()
 	}
 	return s
+}
+
+// clone is a second s that goes on by itself.
+func (s *sums) clone() *sums {
+	t := &sums{sha256: cloneHash(s.sha256)}
+	if s.sha512 != nil {
+		t.sha512 = cloneHash(s.sha512)
+	}
+	return t
+}
+
+func cloneHash(h hash.Hash) hash.Hash {
+	c, err := h.(hash.Cloner).Clone() // the standard library's all can
+	if err != nil {
+		panic(err)
+	}
+	return c
 }
 
 func (s *sums) write(p []byte) {
@@ -1023,7 +1052,9 @@ func (r *spoolReader) wait() (n int64, err error) {
 		}
 		n, changed, err := r.f.state(r.off)
 		if _, full := errors.AsType[*spoolError](err); full {
-			r.rest = &remoteBody{c: r.f.c, ctx: r.ctx, part: r.f.restOf(r.off, r.to), off: r.off}
+			if r.rest, err = r.goOn(); err != nil {
+				return 0, err
+			}
 			continue
 		}
 		if n > 0 || err != nil {
@@ -1041,6 +1072,21 @@ func (r *spoolReader) wait() (n int64, err error) {
 			return 0, context.Cause(r.ctx)
 		}
 	}
+}
+
+// goOn is what a client reads on from when the spool could not grow: what has
+// arrived and is not verified yet, and behind it an upstream request of its own.
+func (r *spoolReader) goOn() (*remoteBody, error) {
+	f := r.f // has ended: nothing of it changes any more
+	b := &remoteBody{c: f.c, ctx: r.ctx, part: f.restOf(r.off, r.to), off: r.off, at: f.written}
+	if f.want.digest == "" {
+		return b, nil
+	}
+	b.sums, b.held = f.sums.clone(), make([]byte, max(0, f.written-r.off))
+	if _, err := f.spool.ReadAt(b.held, r.off); err != nil && len(b.held) > 0 {
+		return nil, fmt.Errorf("reading the spool: %w", err)
+	}
+	return b, nil
 }
 
 func (r *spoolReader) isFar() bool {
@@ -1255,19 +1301,42 @@ type remoteBody struct {
 	ans  *answer // may be nil: asked for when read
 	at   int64   // where ans stands
 	off  int64   // where the reader stands
-	sums *sums   // of a body with a digest that is read from its beginning
+	sums *sums   // of a body with a digest, up to at; nil: it is not verified
 	held []byte  // read and hashed, not yet given out
 	done bool    // all is read and verified
 	tear int     // how often it broke off
 }
 
 func (b *remoteBody) Read(p []byte) (int, error) {
-	if b.sums != nil && b.off == b.at-int64(len(b.held)) {
-		return b.readHeld(p)
+	for b.sums != nil {
+		switch ahead := b.off - (b.at - int64(len(b.held))); {
+		case ahead == 0:
+			return b.readHeld(p)
+		case ahead > 0 && !b.done && b.wantsEnd():
+			if err := b.skipHeld(ahead); err != nil {
+				return 0, err
+			}
+		default: // a part from the middle, which proves nothing about the whole
+			b.sums, b.held = nil, nil
+		}
 	}
-	n, err := b.read(p)
+	n, err := b.readAt(p, b.off)
 	b.off += int64(n)
 	return n, err
+}
+
+// wantsEnd: the range that was asked for reaches into what is held back.
+func (b *remoteBody) wantsEnd() bool {
+	return b.part.to < 0 || b.part.to >= b.part.size-holdBack
+}
+
+// skipHeld reads n bytes that nobody wants but the digest, or some of them.
+func (b *remoteBody) skipHeld(n int64) error {
+	to := b.off
+	b.off -= n
+	_, err := b.readHeld(make([]byte, min(n, copySize)))
+	b.off = to
+	return err
 }
 
 // readHeld gives out what lies holdBack behind, and the rest once it verified.
@@ -1301,8 +1370,6 @@ func (b *remoteBody) readHeld(p []byte) (int, error) {
 
 // ready makes it live.
 func (b *remoteBody) ready() bool { return b.done }
-
-func (b *remoteBody) read(p []byte) (int, error) { return b.readAt(p, b.off) }
 
 // readAt reads from off, asking for what is not at hand.
 func (b *remoteBody) readAt(p []byte, off int64) (int, error) {
@@ -1342,7 +1409,7 @@ func (b *remoteBody) reach(off int64) error {
 	ans, err := b.c.askRest(b.ctx, part)
 	if err == nil {
 		b.drop()
-		b.ans, b.at = ans, off
+		b.ans, b.at, b.part.size = ans, off, ans.whole()
 		return nil
 	}
 	if b.ans == nil || off < b.at {

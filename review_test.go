@@ -1,0 +1,129 @@
+package main
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net/http"
+	"testing"
+)
+
+func digestFor(text string) string {
+	sum := sha256.Sum256([]byte(text))
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
+
+// A spool that fills up in the middle hands each client on to upstream. What
+// comes from there must not escape the digest.
+func TestDigestIsKeptWhenTheSpoolIsFull(t *testing.T) {
+	t.Parallel()
+	const size = roomEvery + 300_000 // the free space is looked at on the way
+	text := noise(1, size)
+	for _, right := range []bool{true, false} {
+		t.Run(fmt.Sprintf("right %v", right), func(t *testing.T) {
+			spools := &brokenSpools{}
+			tt := setup{spools: spools.wrap}.start(t)
+			release := tt.origin.file("/a", text).etag(`"1"`).stallAt(200_000)
+			defer release()
+			digest := digestFor(text)
+			if !right {
+				digest = digestFor("another body")
+			}
+			tt.digested(func(q *want) { q.digest = digest })
+			s, end := tt.open("/api/r/a"), tt.open("/api/r/a", fmt.Sprintf("Range: bytes=%d-", roomEvery-1000))
+			defer s.leave()
+			defer end.leave()
+			spools.mu.Lock()
+			spools.noRoom = errNoSpace
+			spools.mu.Unlock()
+			release()
+			s.rest()
+			end.rest()
+			if right {
+				s.wantStatus(200).wantBody(text)
+				end.wantStatus(206).wantBody(text[roomEvery-1000:])
+				return
+			}
+			s.wantAborted()
+			end.wantAborted()
+			if len(s.text) > size-holdBack {
+				t.Errorf("%d of %d bytes were sent of a body that does not verify", len(s.text), size)
+			}
+		})
+	}
+}
+
+func TestRangeOfADigestedBodyWithoutASpool(t *testing.T) {
+	t.Parallel()
+	spools := &brokenSpools{none: errNoSpace}
+	tt := setup{spools: spools.wrap}.start(t)
+	text := noise(1, 400_000)
+	tt.origin.file("/a", text)
+	tt.digested(func(q *want) { q.digest = digestFor(text) })
+	tt.get("/api/r/a", "Range: bytes=100-").wantStatus(206).wantBody(text[100:])
+	tt.get("/api/r/a", "Range: bytes=100-200000").wantStatus(206).wantBody(text[100:200001])
+	tt.get("/api/r/a", "Range: bytes=-70000").wantStatus(206).wantBody(text[330_000:])
+	tt.get("/api/r/a", "Range: bytes=399999-,0-99999").wantStatus(206)
+	tt.digested(func(q *want) { q.digest = digestFor("another body") })
+	tt.get("/api/r/a", "Range: bytes=100-").wantAborted()
+	tt.get("/api/r/a", "Range: bytes=-5").wantAborted()
+}
+
+// Of a body of unknown length only the 206 that resumes it says where it ends.
+func TestResumedBodyOfUnknownLengthIsWhole(t *testing.T) {
+	t.Parallel()
+	text := noise(1, 300_000)
+	for name, c := range map[string]struct {
+		contentRange string
+		to           int
+		whole        bool
+	}{
+		"all of the rest":                {"bytes 100000-299999/300000", 300_000, true},
+		"less than the rest":             {"bytes 100000-199999/300000", 200_000, false},
+		"less than it says, in chunks":   {"bytes 100000-299999/300000", 200_000, false},
+		"a size that nobody tells":       {"bytes 100000-199999/*", 200_000, false},
+		"less than it says, every time":  {"bytes 100000-299999/300000", 100_000, false},
+		"more than it says":              {"bytes 100000-199999/200000", 300_000, false},
+		"an end that is not the whole's": {"bytes 100000-299999/300001", 300_000, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tt := newTester(t)
+			f := tt.origin.file("/a", text).etag(`"1"`)
+			f.acts(func(w http.ResponseWriter, r *http.Request) {
+				if r.Header.Get("Range") == "" {
+					_, _ = io.WriteString(w, text[:100_000])
+					_ = http.NewResponseController(w).Flush()
+					panic(http.ErrAbortHandler)
+				}
+				w.Header().Set("Content-Range", c.contentRange)
+				w.WriteHeader(http.StatusPartialContent)
+				_ = http.NewResponseController(w).Flush() // in chunks
+				if r.Header.Get("Range") == "bytes=100000-" {
+					_, _ = io.WriteString(w, text[100_000:c.to])
+				}
+			})
+			g := tt.get("/api/r/a")
+			if c.whole {
+				g.wantBody(text)
+			} else {
+				g.wantAborted()
+			}
+			tt.wantStored("a", c.whole)
+		})
+	}
+}
+
+func TestNegativeTTLOfAFileThatWasEvicted(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, `mutable_patterns: ["."]`, "negative_ttl: 60")
+	tt.origin.file("/a", "old")
+	tt.get("/api/r/a").wantMiss()
+	tt.advance(2 * 3600e9)
+	tt.origin.file("/a", "").answering(404)
+	tt.origin.forget()
+	tt.get("/api/r/a").wantStatus(404)
+	tt.get("/api/r/a").wantStatus(404)
+	tt.wantRequests("/a", 1)
+}
