@@ -945,6 +945,7 @@ func (c *cache) receive(spool *os.File, u upload, rec *record) error {
 // fill of it in progress serves its clients and is not stored.
 func (c *cache) purge(ctx context.Context, remote, key string) error {
 	defer c.lockKey(key)()
+	c.negative.delete(key)
 	if f := c.ground(key); f != nil {
 		if err := f.neverStore(ctx); err != nil {
 			return err
@@ -967,7 +968,6 @@ func (c *cache) ground(key string) *flight {
 
 // remove deletes key everywhere.
 func (c *cache) remove(ctx context.Context, remote, key string) error {
-	c.negative.delete(key)
 	err := c.objects.delete(ctx, key)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
