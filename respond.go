@@ -142,6 +142,7 @@ func (s *responder) serve(w http.ResponseWriter, r *http.Request, h handler, fai
 	if r.ProtoMajor == 1 && r.TLS == nil {
 		res.sendfile = true
 	}
+	res.push() // an earlier answer's deadline may be over, and net/http may write before us
 	err := s.run(res, r, h)
 	abort := false
 	if err != nil {
@@ -150,10 +151,6 @@ func (s *responder) serve(w http.ResponseWriter, r *http.Request, h handler, fai
 	s.account(res, r, err, s.now().Sub(began))
 	if abort {
 		panic(http.ErrAbortHandler)
-	}
-	if !res.pushed.IsZero() {
-		// The deadline belongs to this answer, not to the connection's next.
-		_ = res.rc.SetWriteDeadline(time.Time{})
 	}
 }
 
@@ -331,6 +328,7 @@ func (w *response) WriteHeader(status int) {
 	if status >= 200 && w.status == 0 {
 		w.status = status
 	}
+	w.push()
 	if status == http.StatusPreconditionFailed {
 		// ServeContent takes it back for 304, not here; there is no body.
 		w.Header().Del("Content-Length")
@@ -357,7 +355,8 @@ func (w *response) left(err error) error {
 }
 
 // push moves the write deadline. Setting a timer for each small write would
-// cost more than the write, hence the quarter.
+// cost more than the write, hence the quarter. It is never lifted: net/http
+// writes what is buffered after the handler, to a client that may take nothing.
 func (w *response) push() {
 	now := w.now()
 	if now.Sub(w.pushed) < patience/4 && !w.pushed.IsZero() {

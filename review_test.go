@@ -1,12 +1,16 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
+	"sync"
 	"testing"
+	"time"
 )
 
 func digestFor(text string) string {
@@ -126,4 +130,108 @@ func TestNegativeTTLOfAFileThatWasEvicted(t *testing.T) {
 	tt.get("/api/r/a").wantStatus(404)
 	tt.get("/api/r/a").wantStatus(404)
 	tt.wantRequests("/a", 1)
+}
+
+// What net/http still has in its buffer when the handler is done meets a
+// client that takes nothing, too.
+func TestClientThatTakesNoShortAnswerIsDropped(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		for _, request := range []string{
+			"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+			"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n",
+		} {
+			conn, err := tt.client.DialContext(t.Context(), "tcp", "front:80")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.WriteString(conn, request); err != nil {
+				t.Fatal(err)
+			}
+			tt.advance(patience + time.Second)
+			if b, err := io.ReadAll(conn); len(b) > 0 {
+				t.Errorf("after all that time there was still someone who wrote: %q, %v", b, err)
+			}
+			conn.Close()
+		}
+	})
+}
+
+// watchedBody is read from for ever and notices that it is closed meanwhile.
+type watchedBody struct {
+	io.ReadSeekCloser
+	begun, goOn, closed chan struct{}
+	once                sync.Once
+}
+
+func (b *watchedBody) Read(p []byte) (int, error) {
+	b.once.Do(func() { close(b.begun) })
+	<-b.goOn
+	return b.ReadSeekCloser.Read(p)
+}
+
+func (b *watchedBody) Close() error {
+	close(b.closed)
+	return b.ReadSeekCloser.Close()
+}
+
+type watchedObjects struct {
+	objects
+	body *watchedBody
+}
+
+func (o *watchedObjects) open(ctx context.Context, key string, off int64) (*object, error) {
+	obj, err := o.objects.open(ctx, key, off)
+	if err != nil || obj.body == nil {
+		return obj, err
+	}
+	o.body.ReadSeekCloser = obj.body
+	return &object{rec: obj.rec, body: o.body}, nil
+}
+
+// goneWriter is a client that leaves.
+type goneWriter struct {
+	*httptest.ResponseRecorder
+	when chan struct{}
+}
+
+func (w goneWriter) Write([]byte) (int, error) {
+	<-w.when
+	return 0, io.ErrClosedPipe
+}
+
+// ServeContent reads the parts of a multi-range answer in a goroutine of its
+// own, which it leaves behind when the client goes.
+func TestMultiRangeClientLeaves(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a", noise(1, 1<<20))
+	tt.get("/api/r/a").wantStatus(200)
+	body := &watchedBody{begun: make(chan struct{}), goOn: make(chan struct{}), closed: make(chan struct{})}
+	tt.cache.objects = &watchedObjects{tt.cache.objects, body}
+	var done sync.WaitGroup
+	done.Go(func() {
+		defer func() { _ = recover() }() // the aborted connection
+		r := httptest.NewRequest("GET", "/api/r/a", nil)
+		r.Header.Set("Range", "bytes=0-500000,600000-1000000")
+		tt.api.ServeHTTP(goneWriter{httptest.NewRecorder(), body.begun}, r)
+	})
+	select {
+	case <-body.closed:
+		t.Error("closed while it is read")
+	case <-time.After(200 * time.Millisecond):
+	}
+	close(body.goOn)
+	done.Wait()
+	<-body.closed
+}
+
+func TestChunkedBodyOverMaxSizeIsNotStored(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "cache: {max_size: 100KiB}")
+	text := noise(1, 200_000)
+	tt.origin.file("/a", text).chunked()
+	tt.get("/api/r/a").wantBody(text)
+	tt.wantStored("a", false)
+	tt.wantLog("larger than cache.max_size")
 }
