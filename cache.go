@@ -269,15 +269,60 @@ func (c *cache) serve(w *response, r *http.Request, q want) error {
 	if strings.Count(r.Header.Get("Range"), ",") >= maxRanges {
 		r.Header.Del("Range")
 	}
-	rep, err := c.get(r.Context(), q, askedOf(r))
+	ctx := r.Context()
+	var cancel context.CancelFunc // of a multi-range answer
+	if strings.Contains(r.Header.Get("Range"), ",") {
+		ctx, cancel = context.WithCancel(ctx)
+		defer cancel()
+	}
+	rep, err := c.get(ctx, q, askedOf(r))
 	if err != nil {
 		w.result = outcomeOf(err)
 		return err
+	}
+	if cancel != nil {
+		rep.body = &sharedBody{body: rep.body, cancel: cancel}
 	}
 	defer rep.body.Close()
 	w.result = rep.outcome
 	c.send(w, r, q, rep)
 	return nil
+}
+
+// sharedBody is a body that may be closed while it is read. ServeContent reads
+// the parts of a multi-range answer in a goroutine that it does not wait for
+// when the client leaves.
+type sharedBody struct {
+	mu     sync.Mutex // held for all of a read: Close waits for it
+	body   io.ReadSeekCloser
+	cancel context.CancelFunc // ends a read that waits for more
+	closed bool
+}
+
+func (b *sharedBody) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return 0, fs.ErrClosed
+	}
+	return b.body.Read(p)
+}
+
+func (b *sharedBody) Seek(off int64, whence int) (int64, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return 0, fs.ErrClosed
+	}
+	return b.body.Seek(off, whence)
+}
+
+func (b *sharedBody) Close() error {
+	b.cancel()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed = true
+	return b.body.Close()
 }
 
 // outcomeOf names a request that failed: one that went upstream was a miss.
