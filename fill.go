@@ -248,6 +248,9 @@ func (f *flight) fetch() error {
 		if f.rec != nil {
 			return f.takeOver(err)
 		}
+		f.mu.Lock()
+		f.followed = false
+		f.mu.Unlock()
 	}
 	var validators http.Header
 	if f.old != nil && f.want.checks() {
@@ -482,8 +485,14 @@ func (f *flight) mayStore(ans *answer) bool {
 		c.log.Warn("not stored: the upstream gave neither length nor chunks, so a cut body could not be told from a whole one", "remote", name, "path", f.want.path)
 		return false
 	}
-	if limit := f.want.remote.maxSize; limit > 0 && ans.ContentLength > limit {
-		c.log.Warn("not stored: larger than cache.max_size", "remote", name, "path", f.want.path, "size", ans.ContentLength)
+	return f.fits(ans.ContentLength)
+}
+
+// fits says whether cache.max_size allows for a body of that size.
+func (f *flight) fits(size int64) bool {
+	rem := f.want.remote
+	if rem.maxSize > 0 && size > rem.maxSize {
+		f.c.log.Warn("not stored: larger than cache.max_size", "remote", rem.name, "path", f.want.path, "size", size)
 		return false
 	}
 	return true
@@ -668,6 +677,11 @@ func (f *flight) arrive() error {
 		if err := f.want.check(f.ctx, &rec, f.spool); err != nil {
 			return err
 		}
+	}
+	if f.storable && !f.fits(rec.Size) { // its length was not known in the beginning
+		f.mu.Lock()
+		f.storable = false
+		f.mu.Unlock()
 	}
 	if f.present(&rec) {
 		_ = f.c.store(f.c.ctx, f.key, &rec, f.spool) // it has logged its failure
