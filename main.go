@@ -457,10 +457,13 @@ func (s *server) run(ctx context.Context, listener net.Listener, handler http.Ha
 	select {
 	case err = <-failed:
 	case <-ctx.Done():
-		s.drain(srv)
+		s.announceEnd()
 	}
 	ended, cancel := context.WithTimeout(context.Background(), drainFor)
 	defer cancel()
+	if err == nil {
+		s.drain(ended, srv)
+	}
 	s.cache.close(ended)
 	stop()
 	loops.Wait()
@@ -474,18 +477,21 @@ func (s *server) run(ctx context.Context, listener net.Listener, handler http.Ha
 	return nil
 }
 
-// drainFor bounds how long requests and fills in flight may take at the end;
-// Kubernetes kills after 30 s unless told otherwise.
+// drainFor bounds how long requests and fills in flight may take at the end,
+// together; Kubernetes kills after 30 s unless told otherwise.
 const drainFor = 25 * time.Second
 
-func (s *server) drain(srv *http.Server) {
+// announceEnd lets load balancers see on /health that this is the end.
+func (s *server) announceEnd() {
 	s.draining.Store(true)
 	s.log.Info("draining", "delay", s.set.drainDelay)
 	if s.set.drainDelay > 0 {
 		<-time.After(s.set.drainDelay)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), drainFor)
-	defer cancel()
+}
+
+// drain stops accepting and lets requests in flight finish.
+func (s *server) drain(ctx context.Context, srv *http.Server) {
 	if err := srv.Shutdown(ctx); err != nil {
 		s.log.Warn("requests in flight were cut off", "error", err)
 		srv.Close()
