@@ -272,11 +272,13 @@ func (d *diskStore) tidy(ctx context.Context, folder string, report func(key str
 	}
 }
 
-// tidyRecords removes the records of a directory without bodies.
+// tidyRecords removes the records of a directory without bodies. A .record.next
+// is what a crash leaves of a first commit: nothing was stored, nothing is lost.
 func (d *diskStore) tidyRecords(folder string, report func(key string, err error)) {
 	for _, name := range []string{recordNext, recordFile} {
 		err := os.Remove(d.path(folder) + "/" + name)
 		switch {
+		case err == nil && name == recordNext:
 		case err == nil:
 			report(folder, fmt.Errorf("%w: %s without a body", errDropped, name))
 		case !errors.Is(err, fs.ErrNotExist):
