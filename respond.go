@@ -143,6 +143,11 @@ func (s *responder) serve(w http.ResponseWriter, r *http.Request, h handler, fai
 		res.sendfile = true
 	}
 	res.push() // an earlier answer's deadline may be over, and net/http may write before us
+	if r.ContentLength != 0 {
+		// A body that nobody reads is read by net/http before it answers, which
+		// must still be in time. It lifts this at the body's end.
+		_ = res.rc.SetReadDeadline(began.Add(patience / 2))
+	}
 	err := s.run(res, r, h)
 	abort := false
 	if err != nil {
@@ -400,7 +405,10 @@ func (w *response) sendFiles(s source, limit int64) (sent int64, err error) {
 			return sent, w.ended(err, sent, limit)
 		}
 		if f == nil {
-			n, err := w.copyFrom(s, limit-sent)
+			if limit < math.MaxInt64 { // a length was promised
+				limit -= sent
+			}
+			n, err := w.copyFrom(s, limit)
 			return sent + n, err
 		}
 		k, err := w.sendFile(f, n)

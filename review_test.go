@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -143,6 +144,7 @@ func TestClientThatTakesNoShortAnswerIsDropped(t *testing.T) {
 		for _, request := range []string{
 			"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
 			"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n",
+			"PUT /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n",
 		} {
 			conn, err := tt.client.DialContext(t.Context(), "tcp", "front:80")
 			if err != nil {
@@ -258,4 +260,55 @@ func TestVerifyIsNotAlarmedByACrashedFirstCommit(t *testing.T) {
 	if _, err := os.Stat(dir); err == nil {
 		t.Error("the leftover is still there")
 	}
+}
+
+// net/http reads what is left of a request's body before it answers.
+func TestBodyThatNeverComesIsNotAwaitedForEver(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		conn, err := tt.client.DialContext(t.Context(), "tcp", "front:80")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if _, err := io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := io.ReadAll(conn); err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 200") {
+			t.Errorf("answered %q, %v", b, err)
+		}
+	})
+}
+
+// A client that was sent a part of the spool by the kernel goes on without it.
+func TestFullSpoolOfABodyOfUnknownLength(t *testing.T) {
+	t.Parallel()
+	text := noise(1, roomEvery+300_000)
+	spools := &brokenSpools{}
+	tt := setup{spools: spools.wrap}.start(t)
+	tt.origin.file("/a", text).etag(`"1"`).chunked().acts(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Range") != "" {
+			http.ServeContent(w, r, "", longAgo, strings.NewReader(text))
+			return
+		}
+		_, _ = io.WriteString(w, text[:200_000])
+		_ = http.NewResponseController(w).Flush()
+		for spools.isFine() {
+			time.Sleep(time.Millisecond)
+		}
+		_, _ = io.WriteString(w, text[200_000:])
+	})
+	s := tt.open("/api/r/a")
+	defer s.leave()
+	s.read(100_000)
+	spools.mu.Lock()
+	spools.noRoom = errNoSpace
+	spools.mu.Unlock()
+	s.rest().wantStatus(200).wantBody(text)
+}
+
+func (b *brokenSpools) isFine() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.noRoom == nil
 }
