@@ -193,6 +193,7 @@ type cache struct {
 	noHEAD  map[string]time.Time     // by remote name: HEAD is refused until then
 	writing map[string]*keyLock      // keys of local files being changed
 	untold  map[string]bool          // keys whose change is still to be announced
+	passed  map[string]time.Time     // keys whose bodies are not spooled until then
 
 	negative negatives
 	uses     uses
@@ -205,7 +206,7 @@ func newCache(o objects, ix index, f freshness, s spooler, up *upstream, now fun
 		objects: o, index: ix, fresh: f, spools: s, up: up, now: now, log: log, metrics: m,
 		ctx: ctx, cancel: cancel,
 		flights: map[string]*flight{}, slots: map[string]chan struct{}{},
-		noHEAD: map[string]time.Time{}, writing: map[string]*keyLock{}, untold: map[string]bool{}, peers: newPeerClient(),
+		noHEAD: map[string]time.Time{}, writing: map[string]*keyLock{}, untold: map[string]bool{}, passed: map[string]time.Time{}, peers: newPeerClient(),
 	}
 }
 

@@ -431,6 +431,9 @@ func (f *flight) openSpool() error {
 	if f.spool != nil {
 		return nil
 	}
+	if f.c.passesOn(f.key) {
+		return errNoSpool
+	}
 	spool, err := f.c.spools.spool()
 	if err == nil {
 		f.mu.Lock()
@@ -1427,6 +1430,7 @@ func (b *remoteBody) reach(off int64) error {
 		return nil
 	}
 	if b.ans == nil || off < b.at {
+		b.c.passOn(b.part.want.key())
 		return err
 	}
 	n, err := io.CopyN(io.Discard, b.ans.Body, off-b.at)
@@ -1435,6 +1439,32 @@ func (b *remoteBody) reach(off int64) error {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
 	return nil
+}
+
+// passOnFor is how long a file is passed on unspooled after a spool was too
+// small for it and upstream would not go on from there.
+const passOnFor = time.Minute
+
+// passOn has each client of key ask upstream itself for a while: a spool that
+// breaks off again, at the same place, would help nobody.
+func (c *cache) passOn(key string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.passed) >= maxRemembered {
+		clear(c.passed)
+	}
+	c.passed[key] = c.now().Add(passOnFor)
+}
+
+func (c *cache) passesOn(key string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	until, ok := c.passed[key]
+	if ok && !c.now().Before(until) {
+		delete(c.passed, key)
+		return false
+	}
+	return ok
 }
 
 func (b *remoteBody) drop() {

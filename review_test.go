@@ -312,3 +312,25 @@ func (b *brokenSpools) isFine() bool {
 	defer b.mu.Unlock()
 	return b.noRoom == nil
 }
+
+// Where upstream has no ranges a spool that fills up cuts its clients off. The
+// next ones must not meet the same end for ever.
+func TestFullSpoolWithoutRangesIsNotTriedAgainAtOnce(t *testing.T) {
+	t.Parallel()
+	spools := &brokenSpools{}
+	tt := setup{spools: spools.wrap}.start(t)
+	cut := noise(1, roomEvery+300_000)
+	release := tt.origin.file("/a", cut).noRanges().undated().stallAt(1000)
+	defer release()
+	s := tt.open("/api/r/a")
+	defer s.leave()
+	spools.mu.Lock()
+	spools.noRoom = errNoSpace
+	spools.mu.Unlock()
+	release()
+	s.rest().wantAborted()
+	spools.heal() // small files still fit: it is this one that does not
+	tt.get("/api/r/a").wantUnstored().wantBody(cut)
+	tt.advance(2 * time.Minute)
+	tt.get("/api/r/a").wantMiss()
+}
