@@ -164,7 +164,9 @@ func parseCall(cfg *config, u *url.URL) (*call, error) {
 	if c.remote.registry == "docker.io" && !strings.Contains(c.image, "/") {
 		c.image = "library/" + c.image
 	}
-	c.query = relevant(c.route, query)
+	if c.route == routeTags || c.route == routeReferrers {
+		c.query = query.Encode() // all of it: some registries name pages by parameters of their own
+	}
 	return c, c.validate()
 }
 
@@ -246,18 +248,6 @@ func docker(cfg *config, name string) *remote {
 		return r
 	}
 	return nil
-}
-
-// relevant is what of a client's query upstream has to know: of a list's all,
-// since the pages of some registries are named by parameters of their own.
-func relevant(k route, query url.Values) string {
-	switch {
-	case k == routeTags:
-		return query.Encode()
-	case k == routeReferrers && query.Get("artifactType") != "":
-		return "artifactType=" + url.QueryEscape(query.Get("artifactType"))
-	}
-	return ""
 }
 
 // validate refuses what no registry can have, before anyone is asked.

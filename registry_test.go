@@ -906,6 +906,34 @@ func TestRegistryReferrers(t *testing.T) {
 	m.get(path+"?artifactType=never-asked").wantError(http.StatusBadGateway, "UNAVAILABLE")
 }
 
+// Referrers have pages as tags have, and some registries name them by
+// parameters of their own.
+func TestRegistryReferrersHavePages(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	subject := sha256Of([]byte("subject"))
+	h.on("/v2/app/referrers/"+subject, func(w http.ResponseWriter, r *http.Request) {
+		page := r.URL.Query().Get("nextToken")
+		if page == "" {
+			w.Header().Set("Link", `<`+r.URL.Path+`?artifactType=a%2Fsig&nextToken=t%2B1>; rel="next"`)
+		}
+		w.Header().Set("Content-Type", typeIndex)
+		fmt.Fprintf(w, `{"schemaVersion":2,"manifests":[],"annotations":{"page":%q}}`, page)
+	})
+	m := newMirror(t, h.url())
+	for range 2 {
+		a := m.get("/v2/reg/app/referrers/" + subject + "?artifactType=a/sig").want(http.StatusOK)
+		next, ok := strings.CutSuffix(strings.TrimPrefix(a.header.Get("Link"), "<"), `>; rel="next"`)
+		if !ok {
+			t.Fatalf("Link is %q", a.header.Get("Link"))
+		}
+		if a := m.get(next).want(http.StatusOK).wantHeader("Link", ""); !strings.Contains(string(a.body), `"page":"t+1"`) {
+			t.Errorf("the next page is %s", a.body)
+		}
+	}
+	h.wantAsked(2, "", "")
+}
+
 func TestRegistryReferrersWithoutTheAPI(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
