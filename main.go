@@ -55,6 +55,8 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -800,6 +802,18 @@ func parseSettings(env lookup) (*settings, error) {
 	if _, port, err := net.SplitHostPort(set.listen); err != nil || port == "" {
 		p.fail("LISTEN_ADDR", fmt.Errorf("%q is not an address like :8000 or 127.0.0.1:8000", set.listen))
 	}
+	if v := string(set.apiToken); strings.TrimSpace(v) != v || strings.ContainsAny(v, "\r\n") {
+		p.fail("API_TOKEN", errors.New("holds a line break, or white space at an end: no client could send it (often the end of a file put into a variable)"))
+	}
+	for _, name := range []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"} {
+		v := p.text(name, "")
+		if v != "" && !strings.Contains(v, "://") {
+			v = "http://" + v // as net/http reads it
+		}
+		if v != "" && hostURL(v, "http", "https", "socks5", "socks5h") == nil {
+			p.fail(name, errors.New("is not a URL like http://proxy.example:3128"))
+		}
+	}
 	if dir, err := filepath.Abs(set.dataDir); err == nil {
 		set.dataDir = dir
 	}
@@ -882,16 +896,30 @@ func (p *envReader) backends(set *settings) {
 	if n, err := strconv.Atoi(set.db.port); err != nil || n < 1 || n > 65535 {
 		p.fail("DBPORT", fmt.Errorf("%q is not a port number", set.db.port))
 	}
+	if h := set.db.host; h != "" && h[0] != '/' && !hostForm.MatchString(h) && net.ParseIP(h) == nil {
+		p.fail("DBHOST", errors.New("is not the name or address of a host alone: the rest goes into DBPORT, DBUSER, DBPASS and DBNAME"))
+	}
 	set.redisURL = secret(p.text("REDIS_URL", ""))
-	if v := string(set.redisURL); v != "" {
-		if u, err := url.Parse(v); err != nil || u.Host == "" || u.Scheme != "redis" && u.Scheme != "rediss" {
-			p.fail("REDIS_URL", errors.New("is not a URL like redis://:PASSWORD@HOST:6379/0 or the same with rediss"))
-		}
+	if v := string(set.redisURL); v != "" && hostURL(v, "redis", "rediss") == nil {
+		p.fail("REDIS_URL", errors.New("is not a URL like redis://:PASSWORD@HOST:6379/0 or the same with rediss"))
 	}
 	set.advertise = strings.TrimSuffix(p.text("ADVERTISE_URL", ""), "/")
-	if u, err := url.Parse(set.advertise); set.advertise != "" && (err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https") {
+	if u := hostURL(set.advertise, "http", "https"); set.advertise != "" && (u == nil || u.User != nil || u.RawQuery != "") {
 		p.fail("ADVERTISE_URL", errors.New("is not a URL like http://10.0.0.7:8000"))
 	}
+}
+
+// hostForm is a host's name; those of containers may have underscores.
+var hostForm = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
+
+// hostURL is v as a URL with a host, a port that is one if there is any, and
+// one of those schemes; nil if it is none.
+func hostURL(v string, schemes ...string) *url.URL {
+	u, err := url.Parse(v)
+	if err != nil || u.Hostname() == "" || badPort(u) || u.Fragment != "" || !slices.Contains(schemes, u.Scheme) {
+		return nil
+	}
+	return u
 }
 
 // endpoint reads the variables of S3: MINIO_ENDPOINT is host:port or a URL,
@@ -904,20 +932,27 @@ func (p *envReader) endpoint(c *s3config) {
 		return
 	}
 	*c = s3config{bucket: p.text("MINIO_BUCKET", ""), accessKey: p.text("MINIO_ACCESS_KEY", ""), secretKey: p.text("MINIO_SECRET_KEY", ""),
-		region: p.text("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1", host: host}
-	scheme, _, isURL := strings.Cut(host, "://")
-	if !isURL {
-		return
+		region: p.text("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1"}
+	for name, v := range map[string]string{"MINIO_BUCKET": c.bucket, "MINIO_REGION": c.region} {
+		if !nameForm.MatchString(v) {
+			p.fail(name, fmt.Errorf("%q is none: letters, digits, '.', '_' and '-' are known", v))
+		}
 	}
-	u, err := url.Parse(host)
+	isURL := strings.Contains(host, "://")
+	if !isURL {
+		host = "http://" + host
+	}
+	u := hostURL(host, "http", "https")
 	switch {
-	case err != nil || scheme != "http" && scheme != "https" || u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "":
+	case u == nil || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "":
 		p.fail("MINIO_ENDPOINT", errors.New("is neither host:port nor an http or https URL of a host alone"))
 		return
-	case secure != "" && c.secure != (scheme == "https"):
-		p.fail("MINIO_SECURE", fmt.Errorf("%s contradicts the scheme %s of MINIO_ENDPOINT", secure, scheme))
+	case isURL && secure != "" && c.secure != (u.Scheme == "https"):
+		p.fail("MINIO_SECURE", fmt.Errorf("%s contradicts the scheme %s of MINIO_ENDPOINT", secure, u.Scheme))
+	case isURL:
+		c.secure = u.Scheme == "https"
 	}
-	c.host, c.secure = u.Host, scheme == "https"
+	c.host = u.Host
 }
 
 // redisPrefix keeps caches apart that share a Redis: by their bucket, or by

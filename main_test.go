@@ -152,6 +152,26 @@ func TestEnvironment(t *testing.T) {
 		{"REDIS_URL=redis://:hunter2@/0", "REDIS_URL"},
 		{"REDIS_URL=redis://:hunter2@localhost:6379/0", ""},
 		{"REDIS_URL=redis://:hunter2%zz@localhost:6379/0", "REDIS_URL"},
+		{"REDIS_URL=redis://:hunter2@localhost:99999/0", "REDIS_URL"},
+		{"DBHOST=postgres://u:hunter2@db/n DBUSER=u DBNAME=n", "DBHOST"},
+		{"DBHOST=db:5432 DBUSER=u DBNAME=n", "DBHOST"},
+		{"DBHOST=::1 DBUSER=u DBNAME=n", ""},
+		{"DBHOST=/run/postgresql DBUSER=u DBNAME=n", ""},
+		{"DBHOST=db_1.local DBUSER=u DBNAME=n", ""},
+		{"MINIO_ENDPOINT=s3:x MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=s3:99999 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=s3:9000/path MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=http://a:hunter2@s3 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=HTTPS://s3/ MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c MINIO_SECURE=TRUE", ""},
+		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c/d", "MINIO_BUCKET"},
+		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c MINIO_REGION=a/b", "MINIO_REGION"},
+		{"ADVERTISE_URL=http://a:hunter2@h", "ADVERTISE_URL"},
+		{"ADVERTISE_URL=h:8000", "ADVERTISE_URL"},
+		{"ADVERTISE_URL=https://h:8000/", ""},
+		{"HTTPS_PROXY=http://a:hunter2@[bad", "HTTPS_PROXY"},
+		{"http_proxy=ftp://proxy", "http_proxy"},
+		{"HTTP_PROXY=proxy:3128 HTTPS_PROXY=socks5://a:hunter2@proxy:1080", ""},
 	} {
 		vars := map[string]string{}
 		for _, v := range strings.Fields(c.vars) {
@@ -166,6 +186,16 @@ func TestEnvironment(t *testing.T) {
 			t.Errorf("%s is taken, want an error that names %s", c.vars, c.want)
 		case err != nil && (!strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") || strings.Contains(err.Error(), "hunter2")):
 			t.Errorf("%s: %q, want one line that names %s and shows no secret", c.vars, err, c.want)
+		}
+	}
+}
+
+func TestTokenThatNobodyCouldSend(t *testing.T) {
+	t.Parallel()
+	for _, token := range []string{"hunter2\n", " hunter2", "hun\r\nter2"} {
+		_, err := parseSettings(envOf(map[string]string{"API_TOKEN": token}))
+		if err == nil || !strings.Contains(err.Error(), "API_TOKEN") || strings.Contains(err.Error(), "hun") {
+			t.Errorf("%q: %v, want an error that names API_TOKEN and does not show it", token, err)
 		}
 	}
 }

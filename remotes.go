@@ -895,13 +895,12 @@ func parseUpstreamURL(s string, withQuery bool) (u *url.URL, complaint string) {
 	if err != nil {
 		return nil, "is not a URL: write https://HOST:PORT/PATH, and credentials into username and password"
 	}
-	port, portErr := strconv.Atoi(u.Port())
 	switch {
 	case u.User != nil:
 		return nil, "holds credentials: move them to username and password"
 	case u.Hostname() == "":
 		return nil, "has no host: write https://HOST/PATH"
-	case strings.HasSuffix(u.Host, ":") || u.Port() != "" && (portErr != nil || port < 1 || port > math.MaxUint16):
+	case badPort(u):
 		return nil, "has a port that is none: ports are 1 to 65535"
 	case !withQuery && (u.RawQuery != "" || u.ForceQuery):
 		return nil, "holds a query (?): remove it, clients send theirs"
@@ -910,6 +909,12 @@ func parseUpstreamURL(s string, withQuery bool) (u *url.URL, complaint string) {
 	}
 	u.Host = strings.ToLower(u.Host)
 	return u, ""
+}
+
+// badPort reports whether u has a port that is none.
+func badPort(u *url.URL) bool {
+	port, err := strconv.Atoi(u.Port())
+	return strings.HasSuffix(u.Host, ":") || u.Port() != "" && (err != nil || port < 1 || port > math.MaxUint16)
 }
 
 // withoutSlash drops the slashes at the end of u's path, so that a spelling

@@ -105,7 +105,7 @@ func newRedisStore(rawURL, prefix string, advertise func(localIP string) string,
 	db := 0
 	if name := strings.Trim(u.Path, "/"); name != "" {
 		if db, err = strconv.Atoi(name); err != nil || db < 0 {
-			return nil, fmt.Errorf("REDIS_URL: the path %q is not a database number", name)
+			return nil, errors.New("REDIS_URL: the path is not a database number") // it may be a piece of a password
 		}
 	}
 	port := u.Port()
