@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"regexp/syntax"
 	"strconv"
 	"strings"
 	"time"
@@ -359,8 +360,8 @@ func compilePattern(s string) (*regexp.Regexp, error) {
 		return nil, nil
 	}
 	re, err := regexp.Compile(s)
-	if err != nil {
-		return nil, refuse(http.StatusBadRequest, "pattern is not a regular expression: %v", err)
+	if e, ok := errors.AsType[*syntax.Error](err); ok { // without its text, which is a query's
+		return nil, refuse(http.StatusBadRequest, "pattern is not a regular expression (RE2): %s", e.Code)
 	}
 	return re, nil
 }

@@ -48,6 +48,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -386,6 +387,7 @@ type server struct {
 
 // serve runs the server until ctx ends.
 func serve(ctx context.Context, set *settings, env lookup, stderr io.Writer) error {
+	log.SetOutput(io.Discard) // net/http's client would write there what an upstream sends unasked
 	log := newLogger(set, stderr)
 	s := &server{set: set, env: env, log: log}
 	s.seen = s.contents() // before it is read: what changes from now on is noticed

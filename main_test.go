@@ -578,6 +578,31 @@ func TestHealthcheck(t *testing.T) {
 	awaitThat(t, "healthcheck to fail while draining", func() bool { return check("127.0.0.1:"+port) == 1 })
 }
 
+// net/http's client has a word for what an upstream sends beyond its answer,
+// which may well be an echo of what it was asked with.
+func TestWhatUpstreamSendsUnaskedIsNotLogged(t *testing.T) {
+	t.Parallel()
+	o := newTestOrigin(t, setup{})
+	closed := make(chan struct{})
+	o.troubled(func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbodyHTTP/1.1 200 OK\r\nX-Echo: SECRET\r\n\r\n")
+		_, _ = conn.Read(make([]byte, 1)) // until the client has seen it
+		conn.Close()
+		close(closed)
+	})
+	c := childSetup{yaml: remoteYAML(o.url)}.start(t)
+	c.tester().get("/api/r/a").wantStatus(200).wantBody("body")
+	<-closed
+	if code := c.stop(); code != 0 || strings.Contains(c.logs(), "SECRET") {
+		t.Errorf("exit status %d, log:\n%s", code, c.logs())
+	}
+}
+
 func TestProxyForUpstreams(t *testing.T) {
 	t.Parallel()
 	proxy := newTestOrigin(t, setup{})

@@ -106,6 +106,7 @@ func TestEachRequestIsOneLine(t *testing.T) {
 		{func() { tt.head("/api/r/a.idx?token=SECRET") }, "Cache HIT", 200, 0, "a.idx", "HEAD"},
 		{func() { tt.get("/api/r/a.idx?token=SECRET", "Range: bytes=1-2") }, "Cache HIT", 206, 2, "a.idx", "GET"},
 		{func() { tt.get("/config") }, "Request", 200, -1, "/config", "GET"},
+		{func() { tt.get("/artifacts/r?pattern=(SECRET") }, "Request", 400, -1, "/artifacts/r", "GET"},
 	}
 	for n, s := range steps {
 		s.do()
