@@ -63,6 +63,11 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		h = a.endpoint(p)
 	}
+	if a.origin.Check(r) != nil { // reading passes
+		h = func(*response, *http.Request) error {
+			return refuse(http.StatusForbidden, "cross-origin requests by browsers may not write")
+		}
+	}
 	a.responder.serve(w, r, h, writeJSONError)
 }
 
@@ -227,12 +232,9 @@ func checksum(h http.Header) (string, error) {
 	return "", nil
 }
 
-// authorize lets a writing request pass: not by a browser from another site,
-// and with API_TOKEN or a repository's own token (SPEC.md section 9).
+// authorize lets a writing request pass with API_TOKEN or a repository's own
+// token (SPEC.md section 9).
 func (a *api) authorize(r *http.Request, own secret) error {
-	if err := a.origin.Check(r); err != nil {
-		return refuse(http.StatusForbidden, "cross-origin requests by browsers may not write")
-	}
 	if a.token == "" && own == "" {
 		return refuse(http.StatusForbidden, "writing is off: set API_TOKEN in the server's environment (or write_token of a local repository)")
 	}

@@ -277,6 +277,8 @@ func TestBrowsersOfOtherSitesMayNotWrite(t *testing.T) {
 		tt.delete("/api/l/a", bearer, h).wantDetail(403, "cross-origin")
 		tt.delete("/artifacts/l/a", bearer, h).wantDetail(403, "cross-origin")
 		tt.delete("/artifacts/l?pattern=.", bearer, h).wantDetail(403, "cross-origin")
+		tt.put("/api/r/a", "evil", h).wantDetail(403, "cross-origin") // writing there is 405 for others
+		tt.send("POST", "/config", nil, h).wantDetail(403, "cross-origin")
 		tt.get("/api/l/a", h).wantStatus(200).wantBody("body") // reading is open
 	}
 	tt.put("/api/l/a", "mine", bearer, "Sec-Fetch-Site: same-origin").wantStatus(200)
