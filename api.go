@@ -2,12 +2,15 @@
 package main
 
 import (
+	"bytes"
 	"crypto/sha256"
+	"crypto/sha512"
 	"crypto/subtle"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"html/template"
 	"io"
 	"io/fs"
@@ -179,11 +182,14 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 	if t.spelling == "" {
 		return refuse(http.StatusBadRequest, "name the file to store: /api/%s/PATH", t.remote.name)
 	}
-	sum, err := checksum(r.Header)
+	if r.Header.Get("Content-Range") != "" { // RFC 9110 section 14.5: a piece is not the file
+		return refuse(http.StatusBadRequest, "a part of a file cannot be stored: send all of it, without Content-Range")
+	}
+	sums, err := promised(r.Header)
 	if err != nil {
 		return err
 	}
-	u := upload{body: &patientBody{r.Body, w, a.now}, size: r.ContentLength, sha256: sum, create: r.Header.Get("If-None-Match") == "*"}
+	u := upload{body: &uploadBody{r.Body, w, a.now, sums}, size: r.ContentLength, create: r.Header.Get("If-None-Match") == "*"}
 	created, err := a.cache.put(r.Context(), want{target: t}, u)
 	if err != nil {
 		return err
@@ -197,39 +203,61 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 	return nil
 }
 
-// patientBody reads an upload and gives its client new time with each piece.
-type patientBody struct {
+// uploadBody reads an upload, gives its client new time with each piece, and
+// fails at the end of a body that is another than was promised.
+type uploadBody struct {
 	io.Reader
-	w   *response
-	now func() time.Time
+	w    *response
+	now  func() time.Time
+	sums []promise
 }
 
-func (b *patientBody) Read(p []byte) (int, error) {
+func (b *uploadBody) Read(p []byte) (int, error) {
 	_ = b.w.rc.SetReadDeadline(b.now().Add(patience))
-	return b.Reader.Read(p)
+	n, err := b.Reader.Read(p)
+	for _, s := range b.sums {
+		s.Write(p[:n])
+		if err == io.EOF && !bytes.Equal(s.Sum(nil), s.want) {
+			return n, errChecksum
+		}
+	}
+	return n, err
 }
 
-// checksum is the SHA-256 (hex) that an upload says it has, "" for none:
-// X-Checksum-Sha256, or Content-Digest (RFC 9530).
-func checksum(h http.Header) (string, error) {
+// promise is a digest that an upload says it has.
+type promise struct {
+	hash.Hash
+	want []byte
+}
+
+// promised are the digests that h names: X-Checksum-Sha256, Content-Digest
+// (RFC 9530; other algorithms than its two are ignored).
+func promised(h http.Header) (sums []promise, err error) {
 	if v := h.Get("X-Checksum-Sha256"); v != "" {
-		if b, err := hex.DecodeString(v); err != nil || len(b) != sha256.Size {
-			return "", refuse(http.StatusBadRequest, "X-Checksum-Sha256 is not 64 hexadecimal digits")
+		b, err := hex.DecodeString(v)
+		if err != nil || len(b) != sha256.Size {
+			return nil, refuse(http.StatusBadRequest, "X-Checksum-Sha256 is not 64 hexadecimal digits")
 		}
-		return strings.ToLower(v), nil
+		sums = append(sums, promise{sha256.New(), b})
 	}
 	for part := range strings.SplitSeq(strings.Join(h.Values("Content-Digest"), ","), ",") {
-		v, ok := strings.CutPrefix(strings.TrimSpace(part), "sha-256=:")
-		if !ok {
+		name, v, _ := strings.Cut(strings.TrimSpace(part), "=")
+		s := promise{}
+		switch name {
+		case "sha-256":
+			s.Hash = sha256.New()
+		case "sha-512":
+			s.Hash = sha512.New()
+		default:
 			continue
 		}
-		b, err := base64.StdEncoding.DecodeString(strings.TrimSuffix(v, ":"))
-		if err != nil || len(b) != sha256.Size {
-			return "", refuse(http.StatusBadRequest, "Content-Digest: sha-256 is not the base64 of 32 bytes between colons")
+		s.want, err = base64.StdEncoding.DecodeString(strings.Trim(v, ":"))
+		if err != nil || len(s.want) != s.Size() {
+			return nil, refuse(http.StatusBadRequest, "Content-Digest: %s is not the base64 of %d bytes between colons", name, s.Size())
 		}
-		return hex.EncodeToString(b), nil
+		sums = append(sums, s)
 	}
-	return "", nil
+	return sums, nil
 }
 
 // authorize lets a writing request pass with API_TOKEN or a repository's own
@@ -532,6 +560,7 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 		}
 		v.Remotes = append(v.Remotes, e)
 	}
+	w.Header().Set("Vary", "Accept")
 	if strings.Contains(r.Header.Get("Accept"), "text/html") {
 		return a.servePage(w, v)
 	}
@@ -561,7 +590,6 @@ func (a *api) servePage(w *response, v overview) error {
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'sha256-"+base64.StdEncoding.EncodeToString(sum[:])+"'")
 	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Vary", "Accept")
 	data := struct {
 		overview
 		CSS template.CSS

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/sha512"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -126,13 +127,16 @@ func TestUploadsThatAreRefused(t *testing.T) {
 		{"a path that climbs", "/api/l/../a", "X: y", 400},
 		{"another checksum", "/api/l/a", "X-Checksum-Sha256: " + wrong, 422},
 		{"another digest", "/api/l/a", "Content-Digest: sha-256=:" + base64.StdEncoding.EncodeToString(make([]byte, 32)) + ":", 422},
+		{"a right checksum and another digest", "/api/l/a", "X-Checksum-Sha256: " + right + "\nContent-Digest: sha-256=:" + base64.StdEncoding.EncodeToString(make([]byte, 32)) + ":", 422},
+		{"another SHA-512", "/api/l/a", "Content-Digest: " + digest + ", sha-512=:" + base64.StdEncoding.EncodeToString(make([]byte, 64)) + ":", 422},
+		{"a piece of a file", "/api/l/a", "Content-Range: bytes 0-3/8", 400},
 		{"a checksum that is none", "/api/l/a", "X-Checksum-Sha256: abc", 400},
 		{"a digest that is none", "/api/l/a", "Content-Digest: sha-256=:abc:", 400},
 		{"over what is there", "/api/l/a", "If-None-Match: *", 412},
 		{"no pattern matches", "/api/picky/a.deb", "X: y", 403},
 		{"a remote that is not local", "/api/r/a", "X: y", 405},
 	} {
-		g := tt.put(c.path, "body", bearer, c.header)
+		g := tt.put(c.path, "body", append(strings.Split(c.header, "\n"), bearer)...)
 		if g.status != c.status || !g.has(`{"detail":`) {
 			t.Errorf("%s: %d %s, want %d", c.what, g.status, g.text, c.status)
 		}
@@ -141,7 +145,8 @@ func TestUploadsThatAreRefused(t *testing.T) {
 	tt.delete("/api/l/", bearer).wantStatus(400)
 	tt.delete("/api/l", bearer).wantStatus(400)
 	tt.put("/api/l/a", "body", bearer, "X-Checksum-Sha256: "+strings.ToUpper(right)).wantStatus(200)
-	tt.put("/api/l/b", "body", bearer, "Content-Digest: sha-512=:AAAA:, "+digest).wantStatus(201)
+	long := sha512.Sum512([]byte("body"))
+	tt.put("/api/l/b", "body", bearer, "Content-Digest: md5=:AAAA:, sha-512=:"+base64.StdEncoding.EncodeToString(long[:])+":, "+digest).wantStatus(201)
 	tt.put("/api/l/c", "body", bearer, "If-None-Match: *").wantStatus(201)
 	tt.put("/api/picky/a.rpm", "body", bearer).wantStatus(201)
 	tt.put("/api/picky/index/x", "body", bearer).wantStatus(201)
