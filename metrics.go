@@ -3,6 +3,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"io"
 	"maps"
 	"math"
@@ -85,13 +86,13 @@ func newMetrics() *metrics {
 	return m
 }
 
-// served counts one answered request: result is hit, miss, stale, revalidated
-// or none.
+// served counts one answered request: result is hit, miss, stale, revalidated,
+// or "" for what no cache decided.
 func (m *metrics) served(remote, result string, status int, bytes int64, d time.Duration) {
 	if m == nil {
 		return
 	}
-	r := labelIndex(resultLabels[:], result)
+	r := labelIndex(resultLabels[:], cmp.Or(result, "none"))
 	c := m.remote(remote)
 	c.requests[r][statusClass(status)].Add(1)
 	c.served.Add(bytes)

@@ -81,7 +81,7 @@ func TestMetricsCount(t *testing.T) {
 	m.served("alpine", "hit", 200, 10, 300*time.Microsecond)
 	m.served("alpine", "hit", 206, 5, 2*time.Millisecond)
 	m.served("alpine", "miss", 502, 7, 90*time.Second)
-	m.served("", "none", 404, 1, time.Hour)
+	m.served("", "", 404, 1, time.Hour)
 	m.served("alpine", "surprise", 999, 0, 0)
 	m.fetched("alpine", 100)
 	m.upstreamFailed("alpine", "timeout")
