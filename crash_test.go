@@ -113,6 +113,7 @@ type childSetup struct {
 	dir  string // with remotes.yaml and data; "": a new one
 	env  []string
 	args []string
+	born func(*os.Process) // told of the process before it listens
 }
 
 // start runs a child until its test ends.
@@ -134,6 +135,9 @@ func (s childSetup) start(t testing.TB) *child {
 	}
 	if err := c.cmd.Start(); err != nil {
 		t.Fatal(err)
+	}
+	if s.born != nil {
+		go s.born(c.cmd.Process)
 	}
 	address := make(chan string, 1)
 	go func() {

@@ -380,6 +380,7 @@ type server struct {
 	config atomic.Pointer[config]
 	cert   atomic.Pointer[tls.Certificate]
 
+	hup      chan os.Signal // SIGHUP
 	draining atomic.Bool
 	seen     [sha256.Size]byte // contents of what is in force; the start and one loop use it
 	held     bool              // DATA_DIR is ours alone; the start and one loop use it
@@ -389,7 +390,9 @@ type server struct {
 func serve(ctx context.Context, set *settings, env lookup, stderr io.Writer) error {
 	log.SetOutput(io.Discard) // net/http's client would write there what an upstream sends unasked
 	log := newLogger(set, stderr)
-	s := &server{set: set, env: env, log: log}
+	s := &server{set: set, env: env, log: log, hup: make(chan os.Signal, 1)}
+	signal.Notify(s.hup, syscall.SIGHUP) // first of all: it would end the program
+	defer signal.Stop(s.hup)
 	s.seen = s.contents() // before it is read: what changes from now on is noticed
 	cfg, err := loadConfig(set.configPath, env)
 	if err != nil {
@@ -630,9 +633,6 @@ func (s *server) health() healthReport {
 // watchFiles reloads the configuration on SIGHUP and when its content changes,
 // and the certificate likewise.
 func (s *server) watchFiles(ctx context.Context) {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
 	t := time.NewTicker(3 * time.Second)
 	defer t.Stop()
 	for {
@@ -640,7 +640,7 @@ func (s *server) watchFiles(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-hup:
+		case <-s.hup:
 			asked = true
 		case <-t.C:
 		}

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	goast "go/ast"
 	goparser "go/parser"
@@ -425,6 +426,29 @@ func TestChangedConfigurationIsNoticed(t *testing.T) {
 	if g := c.tester().get("/config"); !g.has("127.0.0.1:2") {
 		t.Errorf("in force: %s", g.text)
 	}
+}
+
+// A reload that is asked for while the server starts is not its end.
+func TestReloadDuringTheStart(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	pipe, yaml := dir+"/pipe", dir+"/yaml"
+	if err := errors.Join(syscall.Mkfifo(pipe, 0o600), os.WriteFile(yaml, []byte(remoteYAML("http://127.0.0.1:1")), 0o600)); err != nil {
+		t.Skipf("no named pipes here: %v", err)
+	}
+	born := func(p *os.Process) {
+		var w *os.File
+		awaitThat(t, "the server to read its configuration", func() (ok bool) {
+			f, err := os.OpenFile(pipe, os.O_WRONLY|syscall.O_NONBLOCK, 0)
+			w = f
+			return err == nil
+		})
+		if err := errors.Join(p.Signal(syscall.SIGHUP), os.Rename(yaml, pipe), w.Close()); err != nil {
+			t.Error(err)
+		}
+	}
+	c := childSetup{yaml: "", env: []string{"CONFIG_PATH=" + pipe}, born: born}.start(t)
+	c.wantLog("configuration loaded")
 }
 
 func TestDraining(t *testing.T) {
