@@ -699,7 +699,7 @@ func (c *cache) headers(h http.Header, r *http.Request, q want, rep *reply) {
 	}
 	h["X-Content-Type-Options"] = noSniff
 	h["Content-Security-Policy"] = sandbox
-	if r.ProtoMajor == 1 && r.ProtoMinor == 1 {
+	if r.ProtoMajor == 1 && r.ProtoMinor == 1 && r.ContentLength == 0 {
 		h["Connection"] = keepAlive // apk reuses a connection only then
 	}
 	if q.dress != nil {

@@ -148,7 +148,14 @@ func (s *responder) serve(w http.ResponseWriter, r *http.Request, h handler, fai
 		// must still be in time. It lifts this at the body's end.
 		_ = res.rc.SetReadDeadline(began.Add(patience / 2))
 	}
+	unwanted := hasUnwantedBody(r)
+	if unwanted {
+		res.Header().Set("Connection", "close")
+	}
 	err := s.run(res, r, h)
+	if unwanted { // the connection may end
+		_ = res.rc.SetReadDeadline(s.now().Add(lastWords))
+	}
 	abort := false
 	if err != nil {
 		abort = s.fail(res, r, err, fail)
@@ -157,6 +164,13 @@ func (s *responder) serve(w http.ResponseWriter, r *http.Request, h handler, fai
 	if abort {
 		panic(http.ErrAbortHandler)
 	}
+}
+
+// hasUnwantedBody says whether r announces a body that means nothing here.
+// net/http would read it before it answers, to keep the connection; but it may
+// never come.
+func hasUnwantedBody(r *http.Request) bool {
+	return r.ContentLength != 0 && r.ProtoMajor == 1 && r.Method != http.MethodPut && r.Method != http.MethodPost
 }
 
 // run calls h and turns a panic into an error; net/http's own abort too, so
@@ -301,7 +315,10 @@ const (
 	// as dead. TCP shows a reader of some bytes a second only now and then,
 	// when its window reopens, so this is long.
 	patience = 5 * time.Minute
-	copySize = 64 << 10
+	// lastWords is how long a connection stays open behind its last answer for
+	// a body on its way: closed before, it could take the answer with it.
+	lastWords = time.Second
+	copySize  = 64 << 10
 )
 
 // response is the http.ResponseWriter of all handlers: it counts, pushes the

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -262,20 +263,39 @@ func TestVerifyIsNotAlarmedByACrashedFirstCommit(t *testing.T) {
 	}
 }
 
-// net/http reads what is left of a request's body before it answers.
-func TestBodyThatNeverComesIsNotAwaitedForEver(t *testing.T) {
+// net/http reads what is left of a request's body before it answers, to keep
+// the connection. A body that never comes keeps nobody waiting.
+func TestBodyThatNeverComesIsNotAwaited(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		tt := newBubbleTester(t)
-		conn, err := tt.client.DialContext(t.Context(), "tcp", "front:80")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		if _, err := io.WriteString(conn, "GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"); err != nil {
-			t.Fatal(err)
-		}
-		if b, err := io.ReadAll(conn); err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 200") {
-			t.Errorf("answered %q, %v", b, err)
+		tt.origin.file("/a", "body")
+		tt.get("/api/r/a").wantMiss()
+		for request, status := range map[string]int{
+			"GET /health": 200, "GET /api/r/a": 200, "HEAD /api/r/a": 200, "GET /api/r/none": 404, "GET /artifacts/r": 200,
+			"DELETE /artifacts/r/a": 403, "PUT /api/r/a": 405,
+		} {
+			for _, length := range []string{"Content-Length: 10", "Transfer-Encoding: chunked"} {
+				conn, err := tt.client.DialContext(t.Context(), "tcp", "front:80")
+				if err != nil {
+					t.Fatal(err)
+				}
+				began := time.Now()
+				go io.WriteString(conn, request+" HTTP/1.1\r\nHost: x\r\n"+length+"\r\n\r\n")
+				method, _, _ := strings.Cut(request, " ")
+				in := bufio.NewReader(conn)
+				res, err := http.ReadResponse(in, &http.Request{Method: method})
+				if err != nil {
+					t.Fatalf("%s, %s: %v", request, length, err)
+				}
+				_, err = io.ReadAll(res.Body)
+				if d := time.Since(began); d > 0 || err != nil || res.StatusCode != status || !res.Close {
+					t.Errorf("%s, %s: %d after %v, closes %v, %v", request, length, res.StatusCode, d, res.Close, err)
+				}
+				if _, err := in.ReadByte(); err != io.EOF || time.Since(began) > lastWords && method != "PUT" {
+					t.Errorf("%s, %s: the connection ended with %v after %v", request, length, err, time.Since(began))
+				}
+				conn.Close()
+			}
 		}
 	})
 }
