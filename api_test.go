@@ -11,9 +11,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -171,6 +173,84 @@ func TestBrokenUploadLeavesTheOldFile(t *testing.T) {
 		}
 		tt.get("/api/l/a").wantStatus(200).wantBody("old")
 		tt.wantNoSpools()
+	}
+}
+
+// A file of a local repository is nowhere else: however it is damaged, what is
+// left of it stays on the disk, is never served, and can be stored anew.
+func TestDamagedUploadIsSetAside(t *testing.T) {
+	t.Parallel()
+	text := noise(1, 100_000)
+	for what, damage := range map[string]func(body, record string) error{
+		"record damaged": func(_, record string) error {
+			return os.WriteFile(record, []byte("artifactapi record 1 00000000\n{}\n"), 0o600)
+		},
+		"record gone":  func(_, record string) error { return os.Remove(record) },
+		"body damaged": func(body, _ string) error { return os.WriteFile(body, []byte(text[:50_000]+"?"+text[50_001:]), 0o600) },
+		"body cut":     func(body, _ string) error { return os.Truncate(body, 70_000) },
+	} {
+		for _, who := range []string{"a reader", "a writer", "verify", "the sweep"} {
+			if who == "the sweep" && what != "record gone" {
+				continue // it looks for what does not belong there
+			}
+			t.Run(what+", found by "+who, func(t *testing.T) {
+				t.Parallel()
+				tt := newLocalTester(t)
+				tt.put("/api/l/d/a.rpm", text, bearer).wantStatus(201)
+				body := tt.disk.dir + "/" + tt.list("l")[0].Key
+				record := filepath.Dir(body) + "/" + recordFile
+				if err := damage(body, record); err != nil {
+					t.Fatal(err)
+				}
+				left := map[string]string{}
+				for _, name := range []string{body, record} {
+					if data, err := os.ReadFile(name); err == nil {
+						left[filepath.Base(name)] = string(data)
+					}
+				}
+				tt.restart() // memory knows a sound record
+				switch who {
+				case "a reader":
+					tt.get("/api/l/d/a.rpm").wantStatus(404)
+					tt.get("/api/l/d/a.rpm").wantStatus(404)
+				case "a writer":
+					tt.put("/api/l/d/a.rpm", "new", bearer).wantStatus(201)
+				case "verify":
+					env := envOf(map[string]string{"DATA_DIR": tt.disk.dir, "CONFIG_PATH": "/none"})
+					var out bytes.Buffer
+					if code := run(t.Context(), []string{"verify"}, env, &out, &out); code != 1 || !strings.Contains(out.String(), "it is kept in") {
+						t.Errorf("exit status %d: %s", code, &out)
+					}
+				case "the sweep":
+					tt.disk.now = func() time.Time { return time.Now().Add(2 * orphanAge) }
+					if err := tt.disk.sweep(t.Context(), false); err != nil {
+						t.Fatal(err)
+					}
+				}
+				tt.wantAside(filepath.Dir(body), left)
+				tt.put("/api/l/d/a.rpm", "new", bearer)
+				tt.get("/api/l/d/a.rpm").wantStatus(200).wantBody("new")
+				tt.delete("/api/l/d/a.rpm", bearer).wantStatus(204)
+				tt.wantAside(filepath.Dir(body), left)
+			})
+		}
+	}
+}
+
+// wantAside says what was set aside in a directory, once.
+func (tt *tester) wantAside(dir string, want map[string]string) {
+	tt.Helper()
+	kept := map[string]string{}
+	names, _ := filepath.Glob(dir + "/" + damagedDir + "/*")
+	for _, name := range names {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			tt.Error(err)
+		}
+		kept[filepath.Base(name)] = string(data)
+	}
+	if !maps.Equal(kept, want) {
+		tt.Errorf("%d files were set aside, want %d with what was left", len(kept), len(want))
 	}
 }
 

@@ -113,7 +113,7 @@ func run(ctx context.Context, args []string, env lookup, stdout, stderr io.Write
 		case "healthcheck":
 			err = healthcheck(ctx, set)
 		case "verify":
-			err = verify(ctx, set, stdout)
+			err = verify(ctx, set, env, stdout)
 		case "reindex":
 			err = rebuild(ctx, set, stdout)
 		default:
@@ -183,12 +183,14 @@ func healthcheck(ctx context.Context, set *settings) error {
 }
 
 // verify hashes what is stored, beside a running server too.
-func verify(ctx context.Context, set *settings, stdout io.Writer) error {
+func verify(ctx context.Context, set *settings, env lookup, stdout io.Writer) error {
 	st, err := openStores(set, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
 	defer st.close()
+	cfg, unknown := loadConfig(set.configPath, env)
+	st.disk.precious = func(remote string) bool { return unknown != nil || cfg.precious(remote) }
 	reported := 0
 	checked, dropped, err := st.verify(ctx, func(key string, err error) {
 		reported++
@@ -421,6 +423,7 @@ func serve(ctx context.Context, set *settings, env lookup, stderr io.Writer) err
 func (s *server) wire() http.Handler {
 	metrics := newMetrics()
 	st := s.stores
+	st.disk.precious = func(remote string) bool { return s.config.Load().precious(remote) }
 	s.openData(context.Background())
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version

@@ -1110,6 +1110,13 @@ func (c *config) register(r *remote) {
 // byRegistry is the docker remote that a client's ns names, or nil.
 func (c *config) byRegistry(ns string) *remote { return c.registries[strings.ToLower(ns)] }
 
+// precious says whether a remote's files may be nowhere else: a local
+// repository's are not, and of a name that is in the file no more nobody knows.
+func (c *config) precious(name string) bool {
+	r := c.remotes[name]
+	return r == nil || r.local
+}
+
 // home is where clients find r: /api/NAME/, or /v2/NAME/ for docker.
 func (r *remote) home() string {
 	if r.pkg == "docker" {

@@ -30,6 +30,7 @@ const (
 	recordFile = ".record"      // describes the body beside it
 	recordNext = ".record.next" // describes the body that is about to take its place
 	bodyNext   = ".body.next"   // a body on its way in by copying
+	damagedDir = ".damaged-*"   // what was precious and cannot be served
 	spoolDir   = ".spool"       // bodies that are being fetched
 	lockFile   = ".lock"        // held by the server that owns DATA_DIR
 	tempSuffix = ".tmp"         // of a small file on its way in
@@ -57,7 +58,8 @@ var (
 	// errVersion is a record of another version of the program. It is a miss,
 	// but its files are left alone: after a rollback they are good again.
 	errVersion = errors.New("record of another version")
-	// errDropped is a miss whose files were removed because they are damaged.
+	// errDropped is a miss whose files were removed, or set aside, because they
+	// are damaged.
 	errDropped = errors.New("dropped")
 
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -365,6 +367,10 @@ type diskStore struct {
 	hot   *hotCache
 	turns turns    // by directory
 	known sync.Map // remotes whose directory is durable
+	// precious says whether a remote's files are nowhere else. What is damaged
+	// of them is set aside. nil: none are. Set before the first use.
+	precious func(remote string) bool
+
 	owner *os.File // .lock while we hold it
 	probe probe
 	swept time.Time // when the tree was last swept; sweep's alone
@@ -858,12 +864,37 @@ func (d *diskStore) removeFiles(key string) error {
 // drop removes what is stored of key because it is damaged, and says so. Its
 // error is a miss. The lock is held.
 func (d *diskStore) drop(key, reason string) error {
-	d.log.Warn("stored file is dropped", "key", key, "reason", reason)
 	d.hot.drop(key)
+	if name, _, _ := strings.Cut(key, "/"); d.precious != nil && d.precious(name) {
+		return d.setAside(key, reason)
+	}
+	d.log.Warn("stored file is dropped", "key", key, "reason", reason)
 	if err := d.removeFiles(key); err != nil {
 		return err
 	}
 	return fmt.Errorf("%w: %s: %w", errDropped, reason, fs.ErrNotExist)
+}
+
+// setAside takes a damaged file that cannot be fetched again out of the way and
+// leaves it to a person: that its bytes are right is what nobody knows any more,
+// but they may be. A crash in between leaves a part where it was, for the next
+// open. The lock is held.
+func (d *diskStore) setAside(key, reason string) error {
+	aside, err := os.MkdirTemp(d.folder(key), damagedDir)
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{recordNext, recordFile, filepath.Base(key)} {
+		err := d.rename(d.folder(key)+"/"+name, aside+"/"+name)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	if err := errors.Join(d.syncDir(aside), d.syncDir(d.folder(key))); err != nil {
+		return err
+	}
+	d.log.Error("damaged file that is nowhere else was set aside: store it again", "key", key, "reason", reason, "at", aside)
+	return fmt.Errorf("%w: %s (it is kept in %s): %w", errDropped, reason, aside, fs.ErrNotExist)
 }
 
 // turns lets one caller at a time go on per name.
