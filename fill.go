@@ -414,18 +414,6 @@ func (c *cache) askBody(ctx context.Context, q want, ask question) (*answer, err
 	return c.up.ask(ctx, ask)
 }
 
-// takeOver fetches the rest of a body whose replica is gone.
-func (f *flight) takeOver(cause error) error {
-	f.mu.Lock()
-	f.storable, f.followed = true, false
-	f.mu.Unlock()
-	ans, err := f.resume(cause, 0)
-	if err != nil {
-		return err
-	}
-	return f.receive(ans, 1)
-}
-
 // openSpool makes the file that the body grows in, if there is none yet.
 func (f *flight) openSpool() error {
 	if f.spool != nil {

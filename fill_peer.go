@@ -5,6 +5,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/subtle"
 	"crypto/tls"
@@ -60,6 +61,7 @@ type peerVerdict struct {
 	Detail string
 	Code   int // upstream's
 	Retry  time.Duration
+	Copy   string // the sha256 of what is unchanged
 }
 
 // newPeerClient makes the client for other replicas: never through a proxy,
@@ -73,7 +75,7 @@ func newPeerClient() *http.Client {
 		DisableCompression:    true,
 		MaxIdleConnsPerHost:   16,
 		IdleConnTimeout:       time.Minute,
-	}}
+	}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 }
 
 // takeLease makes this process the one that fills f's key. other is the
@@ -135,19 +137,25 @@ func (f *flight) take(kind byte, data []byte) (done bool, err error) {
 	switch kind {
 	case frameHead:
 		var h peerHead
-		if err := json.Unmarshal(data, &h); err != nil || h.Record == nil {
-			return false, fmt.Errorf("%w: its head cannot be read", errPeer)
+		if err := json.Unmarshal(data, &h); err != nil || h.Record == nil || f.rec != nil {
+			return false, fmt.Errorf("%w: its head cannot be read, or is the second", errPeer)
 		}
 		f.show(h.Record, h.Total, h.Origin, h.Validator, false)
 	case frameData:
 		if f.rec == nil {
 			return false, fmt.Errorf("%w: data before its head", errPeer)
 		}
+		if f.total >= 0 && f.written+int64(len(data)) > f.total {
+			return false, fmt.Errorf("%w: %w: the body is longer than it said", errPeer, errDigest)
+		}
 		return false, f.append(data)
 	case frameEnd:
 		var rec record
 		if err := json.Unmarshal(data, &rec); err != nil || rec.Size != f.written || rec.SHA256 != f.sums.hex() {
 			return false, fmt.Errorf("%w: %w: the body is not what it says", errPeer, errDigest)
+		}
+		if err := f.sums.verify(f.want.digest); err != nil {
+			return false, fmt.Errorf("%w: %w", errPeer, err)
 		}
 		f.present(&rec)
 		return true, nil
@@ -156,9 +164,78 @@ func (f *flight) take(kind byte, data []byte) (done bool, err error) {
 		if err := json.Unmarshal(data, &v); err != nil {
 			return false, fmt.Errorf("%w: its verdict cannot be read", errPeer)
 		}
+		switch {
+		case v.Kind == "" && f.want.shared:
+			return false, fmt.Errorf("%w: its way to the file is refused, ours may not be", errPeer)
+		case v.Kind == "unchanged" && f.old != nil && f.old.SHA256 != v.Copy:
+			return false, fmt.Errorf("%w: it has another copy", errPeer)
+		}
 		return true, v.err()
 	}
 	return false, nil
+}
+
+// takeOver fetches what is missing of a body whose replica is gone: by Range,
+// or as a whole where upstream has no ranges or what came is in doubt.
+func (f *flight) takeOver(cause error) error {
+	f.mu.Lock()
+	f.storable, f.followed = true, false
+	f.mu.Unlock()
+	var ans *answer
+	err := cause
+	if !errors.Is(cause, errDigest) {
+		ans, err = f.resume(cause, 0)
+	}
+	if err != nil && !errors.Is(err, errUnreachable) && !errors.Is(err, errTimeout) && f.ctx.Err() == nil {
+		ans, err = f.repeat()
+	}
+	if err != nil {
+		return err
+	}
+	return f.receive(ans, 1)
+}
+
+// repeat asks for the whole body and reads over what the spool has already,
+// which clients have seen: it must be the same.
+func (f *flight) repeat() (*answer, error) {
+	ans, err := f.c.askBody(f.ctx, f.want, f.want.question(http.MethodGet, nil))
+	if err != nil {
+		return nil, err
+	}
+	if err = f.c.refused(f.want, ans); err == nil {
+		err = f.readOver(ans)
+	}
+	if err != nil {
+		ans.Body.Close()
+		return nil, err
+	}
+	storable := f.mayStore(ans)
+	f.mu.Lock()
+	f.storable = storable
+	f.mu.Unlock()
+	return ans, nil
+}
+
+func (f *flight) readOver(ans *answer) error {
+	now := f.c.newRecord(f.want, ans.Header)
+	if ans.ContentLength != f.total || now.ETag != f.rec.ETag || now.LastModified != f.rec.LastModified {
+		return fmt.Errorf("%w: it has changed since", errBroken)
+	}
+	got, had := make([]byte, copySize), make([]byte, copySize)
+	for off := int64(0); off < f.written; {
+		n, err := io.ReadFull(ans.Body, got[:min(copySize, f.written-off)])
+		if err != nil {
+			return fmt.Errorf("%w: %w", errBroken, err)
+		}
+		if _, err := f.spool.ReadAt(had[:n], off); err != nil {
+			return fmt.Errorf("reading the spool: %w", err)
+		}
+		if !bytes.Equal(got[:n], had[:n]) {
+			return fmt.Errorf("%w: another replica sent other bytes than upstream has", errBroken)
+		}
+		off += int64(n)
+	}
+	return nil
 }
 
 // askPeer opens the stream of p's fill of key.
@@ -315,7 +392,11 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 		case complete:
 			return writeJSONFrame(w, frameEnd, rec)
 		case done:
-			return writeJSONFrame(w, frameOver, verdictOf(ended))
+			v := verdictOf(ended)
+			if f.old != nil {
+				v.Copy = f.old.SHA256
+			}
+			return writeJSONFrame(w, frameOver, v)
 		default:
 			if err := w.rc.Flush(); err != nil {
 				return fmt.Errorf("%w: %w", errClientGone, err)

@@ -1,0 +1,750 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// board is what replicas share instead of Redis: leases and announcements.
+type board struct {
+	mu      sync.Mutex // guards all below
+	down    bool
+	holders map[string]*filler
+	members []*member
+	wait    chan struct{} // announcements wait for it, unless nil
+}
+
+// member is one replica's access to a board.
+type member struct {
+	*board
+	cache *cache
+	url   string
+	n     int // leases so far
+}
+
+var _ replicas = (*member)(nil)
+
+func newBoard() *board { return &board{holders: map[string]*filler{}} }
+
+func (m *member) lease(_ context.Context, key string) (string, func(), *filler, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch holder := m.holders[key]; {
+	case m.down:
+		return "", nil, nil, errStoreDown
+	case holder != nil && holder.addr != m.url:
+		return "", nil, holder, nil
+	case holder != nil:
+		return "", func() {}, nil, nil
+	}
+	m.n++
+	mine := &filler{addr: m.url, token: fmt.Sprintf("token %d of %s", m.n, m.url)}
+	m.holders[key] = mine
+	return mine.token, func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.holders[key] == mine {
+			delete(m.holders, key)
+		}
+	}, nil, nil
+}
+
+func (m *member) announce(_ context.Context, key string) error {
+	m.mu.Lock()
+	members, down, wait := m.members, m.down, m.wait
+	m.mu.Unlock()
+	if down {
+		return errStoreDown
+	}
+	if wait != nil {
+		<-wait
+	}
+	for _, other := range members {
+		if other != m {
+			other.cache.changed(key)
+		}
+	}
+	return nil
+}
+
+func (m *member) watch(context.Context, func(string), func()) {}
+func (m *member) online() bool                                { return true }
+
+func (b *board) set(change func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	change()
+}
+
+// leaseTo gives a lease to whatever is at addr.
+func (b *board) leaseTo(key, addr string) {
+	b.set(func() { b.holders[key] = &filler{addr, "the token"} })
+}
+
+// fleet is replicas over one store and one board, in front of one origin. Its
+// tester is the first of them.
+type fleet struct {
+	*tester
+	board *board
+	all   []*tester
+}
+
+func newFleet(t testing.TB, n int, keys ...string) *fleet {
+	t.Helper()
+	f := &fleet{board: newBoard()}
+	for i := range n {
+		tt := setup{keys: keys, env: map[string]string{"API_TOKEN": "t"}}.start(t)
+		f.all = append(f.all, tt)
+		if i > 0 {
+			tt.origin = f.all[0].origin
+			tt.configure(remoteYAML(tt.origin.url, keys...))
+			first := f.all[0].cache
+			tt.cache.objects, tt.cache.index, tt.cache.fresh = first.objects, first.index, first.fresh
+		}
+		f.join(tt)
+	}
+	f.tester = f.all[0]
+	return f
+}
+
+// join makes tt a replica of f.
+func (f *fleet) join(tt *tester) {
+	m := &member{board: f.board, cache: tt.cache, url: tt.url}
+	f.board.members = append(f.board.members, m)
+	tt.cache.replicas = m
+	tt.Cleanup(tt.cache.peers.CloseIdleConnections)
+}
+
+// key is /api/r/path's.
+func (tt *tester) key(path string) string {
+	tt.Helper()
+	t, err := tt.server.config.Load().resolve("r", path, "")
+	if err != nil {
+		tt.Fatal(err)
+	}
+	return t.key()
+}
+
+// settled waits until no replica fills any more.
+func (f *fleet) settled() {
+	f.Helper()
+	f.eventually("the fills to end", func() bool {
+		for _, tt := range f.all {
+			if tt.flying() > 0 {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+func TestOneFetchForAllReplicas(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3)
+	const size = 3 << 20
+	text := noise(1, size)
+	release := f.origin.file("/a", text).etag(`"1"`).stallAt(size / 2)
+	defer release()
+	var clients []*stream
+	for i := range 30 {
+		s := f.all[i%3].open("/api/r/a")
+		defer s.leave()
+		s.read(size / 3) // long before the fill has ended
+		clients = append(clients, s)
+	}
+	f.all[1].get("/api/r/a", "Range: bytes=1000-1999").wantStatus(206).wantBody(text[1000:2000])
+	release()
+	for i, s := range clients {
+		s.rest().wantStatus(200).wantBody(text)
+		if i == 0 {
+			s.wantMiss()
+		} else {
+			s.wantJoined()
+		}
+	}
+	f.settled()
+	f.wantRequests("/a", 1)
+	for _, tt := range f.all {
+		tt.get("/api/r/a").wantHit().wantBody(text)
+		tt.wantNoSpools()
+	}
+	f.wantRequests("/a", 1)
+}
+
+// A replica that dies is followed no more: the rest comes by Range.
+func TestReplicaThatDies(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 3)
+	const size = 2 << 20
+	text := noise(1, size)
+	release := f.origin.file("/a", text).etag(`"1"`).stallAt(size / 2)
+	defer release()
+	f.all[0].open("/api/r/a").leave()
+	f.origin.awaitRequests("/a", 1)
+	var clients []*stream
+	for _, tt := range f.all[1:] {
+		s := tt.open("/api/r/a")
+		defer s.leave()
+		s.read(size / 2)
+		clients = append(clients, s)
+	}
+	f.origin.file("/a", text).etag(`"1"`) // which does not stall
+	_ = f.all[0].front.Close()
+	for _, s := range clients {
+		s.rest().wantStatus(200).wantJoined().wantBody(text)
+	}
+	release()
+	f.settled()
+	if r := f.origin.last("/a").header.Get("Range"); r != fmt.Sprintf("bytes=%d-", size/2) {
+		t.Errorf("taken over with Range %q", r)
+	}
+	f.wantRequests("/a", 3)
+	f.all[1].get("/api/r/a").wantHit().wantBody(text)
+}
+
+// peerScript is a process that a lease names, as a test wants it.
+type peerScript struct {
+	testing.TB
+	http.ResponseWriter
+	r *http.Request
+}
+
+// Who is told nonsense may hang up before the end of it.
+func (p *peerScript) head(rec *record, total int64, validator string) {
+	_ = writeJSONFrame(p, frameHead, peerHead{rec, total, validator, 0})
+}
+func (p *peerScript) frame(kind byte, text string) { _ = writeFrame(p, kind, []byte(text)) }
+func (p *peerScript) data(text string)             { p.frame(frameData, text) }
+func (p *peerScript) end(rec *record)              { _ = writeJSONFrame(p, frameEnd, rec) }
+func (p *peerScript) over(v peerVerdict)           { _ = writeJSONFrame(p, frameOver, v) }
+func (p *peerScript) raw(text string)              { _, _ = io.WriteString(p, text) }
+
+// cut breaks the connection.
+func (p *peerScript) cut() {
+	_ = http.NewResponseController(p.ResponseWriter).Flush()
+	panic(http.ErrAbortHandler)
+}
+
+// script makes play what holds the lease of /api/r/a. It says the token unless
+// play takes it back.
+func (f *fleet) script(play func(p *peerScript)) (asked func() int) {
+	var mu sync.Mutex
+	n := 0
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		n++
+		mu.Unlock()
+		if r.Header.Get(leaseHeader) != "the token" || r.URL.Path != peerPath+f.key("a") {
+			f.Errorf("another replica was asked for %s with token %q", r.URL, r.Header.Get(leaseHeader))
+		}
+		w.Header().Set(leaseHeader, "the token")
+		play(&peerScript{f.TB, w, r})
+	}))
+	f.Cleanup(srv.Close)
+	f.board.leaseTo(f.key("a"), srv.URL)
+	return func() int {
+		mu.Lock()
+		defer mu.Unlock()
+		return n
+	}
+}
+
+const peerSize = 300_000
+
+// peerRecord is what a filling replica knows of text.
+func peerRecord(text string) *record {
+	return &record{Remote: "r", Path: "a", Size: int64(len(text)), SHA256: strings.TrimPrefix(digestFor(text), "sha256:"), Class: immutable,
+		ContentType: "application/x-origin", ETag: `"1"`, LastModified: longAgo.Format(http.TimeFormat), Modified: longAgo, Fetched: longAgo}
+}
+
+// Whatever the process at the lease's address does, clients get the right
+// bytes: by Range from where it stopped, or all from upstream.
+func TestReplicaThatGoesWrong(t *testing.T) {
+	t.Parallel()
+	text := noise(1, peerSize)
+	rec, half := peerRecord(text), text[:peerSize/2]
+	const rest = "GET /a bytes=150000-"
+	begin := func(p *peerScript) {
+		p.head(rec, peerSize, `"1"`)
+		p.data(half)
+	}
+	for _, c := range []struct {
+		name string
+		play func(p *peerScript)
+		want string // requests upstream
+	}{
+		{"does what it should", func(p *peerScript) { begin(p); p.data(text[len(half):]); p.end(rec) }, ""},
+		{"says more than is known", func(p *peerScript) { begin(p); p.frame('?', ""); p.data(text[len(half):]); p.end(rec) }, ""},
+		{"is cut", func(p *peerScript) { begin(p); p.cut() }, rest},
+		{"is cut in a frame", func(p *peerScript) { begin(p); p.raw("d\x00\x01\x00\x00abc"); p.cut() }, rest},
+		{"ends without an end", func(p *peerScript) { begin(p) }, rest},
+		{"has no such fill", func(p *peerScript) { p.WriteHeader(404) }, "GET /a"},
+		{"does not say the token", func(p *peerScript) { p.Header().Del(leaseHeader); begin(p) }, "GET /a"},
+		{"says another token", func(p *peerScript) { p.Header().Set(leaseHeader, "x"); begin(p) }, "GET /a"},
+		{"is another program", func(p *peerScript) { p.Header().Del(leaseHeader); p.raw("<html>Welcome to nginx!") }, "GET /a"},
+		{"sends away", func(p *peerScript) { p.Header().Set("Location", "/elsewhere"); p.WriteHeader(302) }, "GET /a"},
+		{"talks nonsense", func(p *peerScript) { begin(p); p.raw("<html>Bad gateway</html>") }, rest},
+		{"sends too large a frame", func(p *peerScript) {
+			begin(p)
+			p.raw("?\x00\x10\x00\x01x" + strings.Repeat("x", maxPeerFrame))
+			p.data(text[len(half):])
+			p.end(rec)
+		}, rest},
+		{"sends data before the head", func(p *peerScript) { p.data(half); begin(p) }, "GET /a"},
+		{"sends a head that is none", func(p *peerScript) { p.frame(frameHead, "{}") }, "GET /a"},
+		{"sends two heads", func(p *peerScript) { begin(p); p.head(rec, 7, ""); p.data(half) }, rest},
+		{"has another sha256", func(p *peerScript) { begin(p); p.data(text[len(half):]); p.end(peerRecord("x")) }, "GET /a"},
+		{"ends too early", func(p *peerScript) { begin(p); p.end(rec) }, "GET /a"},
+		{"sends too much", func(p *peerScript) { begin(p); p.data(text) }, "GET /a"},
+		{"has an end that is none", func(p *peerScript) { begin(p); p.frame(frameEnd, "[") }, "GET /a"},
+		{"gives up", func(p *peerScript) { begin(p); p.over(peerVerdict{Kind: "self"}) }, rest},
+		{"cannot fill", func(p *peerScript) { p.over(peerVerdict{Kind: "self"}) }, "GET /a"},
+		{"has a verdict that is none", func(p *peerScript) { p.frame(frameOver, "[") }, "GET /a"},
+		{"gives no validator", func(p *peerScript) { p.head(rec, peerSize, ""); p.data(half); p.cut() }, "GET /a"},
+		{"does not know the length", func(p *peerScript) { p.head(rec, -1, `"1"`); p.data(half); p.cut() }, rest},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			f := newFleet(t, 1)
+			f.origin.file("/a", text).etag(`"1"`)
+			asked := f.script(c.play)
+			f.get("/api/r/a").wantStatus(200).wantBody(text)
+			if got := strings.Join(f.origin.all(), ", "); got != c.want || asked() != 1 {
+				t.Errorf("upstream was asked %q, want %q; the replica %d times", got, c.want, asked())
+			}
+			f.settled()
+			f.wantStored("a", c.want != "")
+		})
+	}
+}
+
+func TestReplicaThatIsNotThere(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1)
+	f.origin.file("/a", "text")
+	f.board.leaseTo(f.key("a"), "http://"+f.origin.dead)
+	f.get("/api/r/a").wantMiss().wantBody("text")
+	f.board.leaseTo(f.key("b"), "no address at all\x7f")
+	f.origin.file("/b", "text")
+	f.get("/api/r/b").wantMiss().wantBody("text")
+}
+
+// Where upstream has no ranges it is asked for all of it again, which goes on
+// behind what clients have if it is the same.
+func TestTakingOverWithoutRanges(t *testing.T) {
+	t.Parallel()
+	text, other := noise(1, peerSize), noise(2, peerSize)
+	for _, c := range []struct {
+		name  string
+		sent  string // by the replica that died
+		file  func(f *testFile)
+		right bool
+	}{
+		{"the same", text, func(f *testFile) { f.etag(`"1"`) }, true},
+		{"the same, chunked", text, func(f *testFile) { f.etag(`"1"`).chunked() }, false}, // of another length, as far as known
+		{"changed", text, func(f *testFile) { f.etag(`"2"`) }, false},
+		{"of another time", text, func(f *testFile) { f.etag(`"1"`).at(longAgo.Add(time.Hour)) }, false},
+		{"other bytes", other, func(f *testFile) { f.etag(`"1"`) }, false},
+		{"broken too", text, func(f *testFile) { f.etag(`"1"`).cut(peerSize / 4) }, false},
+		{"gone", text, func(f *testFile) { f.answering(404) }, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			f := newFleet(t, 1)
+			c.file(f.origin.file("/a", text).noRanges())
+			f.script(func(p *peerScript) {
+				p.head(peerRecord(text), peerSize, "")
+				p.data(c.sent[:peerSize/2])
+				p.cut()
+			})
+			g := f.get("/api/r/a")
+			f.settled()
+			if f.wantStored("a", c.right); c.right {
+				g.wantStatus(200).wantBody(text)
+				return
+			}
+			g.wantAborted()
+		})
+	}
+}
+
+// Of a body with a digest a follower shows no byte of the end that did not
+// verify, whatever its replica says.
+func TestReplicaThatLiesAboutADigest(t *testing.T) {
+	t.Parallel()
+	text, lie := noise(1, peerSize), noise(2, peerSize)
+	half := text[:peerSize/2] + lie[peerSize/2:] // right in the beginning
+	for name, sent := range map[string]string{"all": lie, "half": half, "end": text[:peerSize-1] + "!"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFleet(t, 1)
+			f.digested(func(q *want) { q.digest = digestFor(text) })
+			f.origin.file("/a", text).etag(`"1"`)
+			f.script(func(p *peerScript) {
+				rec := peerRecord(sent)
+				p.head(rec, peerSize, `"1"`)
+				p.data(sent)
+				p.end(rec)
+			})
+			g := f.get("/api/r/a")
+			if f.settled(); g.err == nil && g.text != text {
+				t.Errorf("a body without its digest was completed")
+			}
+			if len(g.text) > peerSize-holdBack {
+				t.Errorf("%d of %d bytes were sent", len(g.text), peerSize)
+			}
+			f.wantStored("a", false)
+		})
+	}
+}
+
+// A replica that neither sends nor shows that it lives is given up after 5 s;
+// one that shows it is waited for.
+func TestSilentReplica(t *testing.T) {
+	text := noise(1, peerSize)
+	half := text[:peerSize/2]
+	head := func(p *peerScript) {
+		p.head(peerRecord(text), peerSize, `"1"`)
+		p.data(half)
+	}
+	for _, c := range []struct {
+		name string
+		play func(p *peerScript)
+		want time.Duration
+		asks int
+	}{
+		{"before its headers", nil, peerSilence, 1},
+		{"after its headers", func(p *peerScript) { <-p.r.Context().Done() }, peerSilence, 1},
+		{"in the middle", func(p *peerScript) { head(p); <-p.r.Context().Done() }, peerSilence, 1},
+		{"in a frame", func(p *peerScript) { head(p); p.raw("d\x00\x00\x00\xffabc"); <-p.r.Context().Done() }, peerSilence, 1},
+		{"but for its heart", func(p *peerScript) {
+			head(p)
+			for range 30 {
+				time.Sleep(peerBeat)
+				p.frame(frameBeat, "")
+			}
+			p.data(text[len(half):])
+			p.end(peerRecord(text))
+		}, 30 * peerBeat, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				tt := newBubbleTester(t)
+				f := &fleet{tester: tt, board: newBoard(), all: []*tester{tt}}
+				f.join(tt)
+				f.board.leaseTo(f.key("a"), "http://peer")
+				tt.cache.peers.Transport = playedBy(t, c.play)
+				f.origin.file("/a", text).etag(`"1"`)
+				began := time.Now()
+				tt.get("/api/r/a").wantStatus(200).wantBody(text)
+				if took := time.Since(began); took != c.want {
+					t.Errorf("it took %v, want %v", took, c.want)
+				}
+				tt.wantRequests("/a", c.asks)
+			})
+		})
+	}
+}
+
+// playedBy is the way to a peer without sockets; play is nil where there never
+// is an answer.
+func playedBy(t *testing.T, play func(p *peerScript)) http.RoundTripper {
+	return transportFunc(func(r *http.Request) (*http.Response, error) {
+		if play == nil {
+			<-r.Context().Done()
+			return nil, r.Context().Err()
+		}
+		in, out := io.Pipe()
+		stop := context.AfterFunc(r.Context(), func() { out.CloseWithError(r.Context().Err()) })
+		go func() {
+			play(&peerScript{t, pipeWriter{out}, r})
+			stop()
+			out.Close()
+		}()
+		return &http.Response{StatusCode: 200, Header: http.Header{leaseHeader: {r.Header.Get(leaseHeader)}}, Body: in, Request: r}, nil
+	})
+}
+
+type pipeWriter struct{ io.Writer }
+
+func (pipeWriter) Header() http.Header { return nil }
+func (pipeWriter) WriteHeader(int)     {}
+
+// What upstream answers to the filling replica is the answer of all.
+func TestVerdictsAreHandedOver(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name   string
+		answer func(o *testOrigin) http.HandlerFunc
+		status int
+		detail string
+		asks   int
+	}{
+		{"404", func(*testOrigin) http.HandlerFunc { return answers(404) }, 404, "answered 404", 1},
+		{"429", func(*testOrigin) http.HandlerFunc { return answers(429, "Retry-After: 7") }, 503, "429", 1},
+		{"401", func(*testOrigin) http.HandlerFunc { return answers(401) }, 502, "credentials", 1},
+		{"403", func(*testOrigin) http.HandlerFunc { return answers(403) }, 403, "403", 1},
+		{"500", func(*testOrigin) http.HandlerFunc { return answers(500) }, 502, "answered 500", 1},
+		{"unreachable", func(o *testOrigin) http.HandlerFunc { return o.resets }, 502, "reach", 3},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			f := newFleet(t, 2)
+			answer, gate := c.answer(f.origin), make(chan struct{})
+			f.origin.troubled(func(w http.ResponseWriter, r *http.Request) {
+				<-gate
+				answer(w, r)
+			})
+			replies := f.askBoth("/api/r/a")
+			close(gate)
+			for range 2 {
+				g := <-replies
+				g.wantDetail(c.status, c.detail)
+				if c.name == "429" {
+					g.wantHeader("Retry-After", "7")
+				}
+			}
+			f.wantRequests("/a", c.asks)
+		})
+	}
+}
+
+// askBoth has the first replica fill and the second follow it.
+func (f *fleet) askBoth(path string) chan *got {
+	f.Helper()
+	replies := make(chan *got, 2)
+	ask := func(tt *tester) { go func() { replies <- tt.get(path) }() }
+	ask(f.all[0])
+	f.eventually("the fill", func() bool { return f.all[0].flying() == 1 && f.holder("a") != nil })
+	ask(f.all[1])
+	f.eventually("the follower", func() bool { return f.all[0].waiting("a") == 2 })
+	return replies
+}
+
+func (f *fleet) holder(path string) *filler {
+	f.board.mu.Lock()
+	defer f.board.mu.Unlock()
+	return f.board.holders[f.key(path)]
+}
+
+// One question whether a copy is still good serves all replicas.
+func TestRevalidationIsShared(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2, `mutable_patterns: ["."]`, "check_mutable_updates: true")
+	file := f.origin.file("/a", "one").etag(`"1"`)
+	f.all[0].get("/api/r/a").wantMiss()
+	expire := func() {
+		for _, tt := range f.all {
+			tt.advance(2 * time.Hour)
+		}
+		f.origin.forget()
+	}
+	hold := func() (release func()) {
+		gate := make(chan struct{})
+		f.origin.troubled(func(w http.ResponseWriter, r *http.Request) {
+			<-gate
+			file.serve(w, r)
+		})
+		return func() { close(gate) }
+	}
+	expire()
+	release := hold()
+	replies := f.askBoth("/api/r/a")
+	release()
+	for range 2 {
+		(<-replies).wantRevalidated().wantBody("one")
+	}
+	f.wantRequests("/a", 1)
+	for _, tt := range f.all {
+		tt.get("/api/r/a").wantHit().wantBody("one")
+	}
+	expire()
+	file = f.origin.file("/a", "two").etag(`"2"`)
+	release = hold()
+	replies = f.askBoth("/api/r/a")
+	release()
+	for range 2 {
+		(<-replies).wantStatus(200).wantBody("two").wantHeader("X-Artifact-Source", "remote")
+	}
+	f.wantRequests("GET /a", 1)
+	f.settled()
+	for _, tt := range f.all {
+		tt.get("/api/r/a").wantHit().wantBody("two")
+	}
+}
+
+// "Unchanged" is said of a version: who has another one asks himself.
+func TestUnchangedIsSaidOfAVersion(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1, `mutable_patterns: ["."]`, "check_mutable_updates: true")
+	f.origin.file("/a", "one").etag(`"1"`)
+	f.get("/api/r/a").wantMiss()
+	f.advance(2 * time.Hour)
+	f.origin.file("/a", "two").etag(`"2"`)
+	f.script(func(p *peerScript) { p.over(peerVerdict{Kind: "unchanged", Copy: peerRecord("two").SHA256}) })
+	f.get("/api/r/a").wantStatus(200).wantBody("two")
+	f.settled()
+	f.advance(2 * time.Hour)
+	f.script(func(p *peerScript) { p.over(peerVerdict{Kind: "unchanged", Copy: peerRecord("two").SHA256}) })
+	f.origin.forget()
+	f.get("/api/r/a").wantRevalidated().wantBody("two")
+	f.wantRequests("/a", 0)
+}
+
+// That upstream refuses one image's way to a blob says nothing about another's.
+func TestRefusalOfASharedFileIsNotHandedOver(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1)
+	f.origin.file("/a", "text")
+	f.digested(func(q *want) { q.shared = true })
+	f.script(func(p *peerScript) { p.over(peerVerdict{Status: 404, Code: 404, Detail: "not there"}) })
+	f.get("/api/r/a").wantMiss().wantBody("text")
+}
+
+// Without Redis, and with a lease that is lost, replicas fetch for themselves.
+func TestReplicasWithoutALease(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2)
+	text := noise(1, peerSize)
+	release := f.origin.file("/a", text).stallAt(1000)
+	defer release()
+	f.board.set(func() { f.board.down = true })
+	first := f.all[0].open("/api/r/a")
+	defer first.leave()
+	first.read(1000)
+	second := f.all[1].open("/api/r/a")
+	defer second.leave()
+	second.read(1000)
+	release()
+	first.rest().wantMiss().wantBody(text)
+	second.rest().wantMiss().wantBody(text)
+	f.wantRequests("/a", 2)
+	f.settled()
+	f.board.set(func() { f.board.down = false })
+	f.all[1].get("/api/r/a").wantHit().wantBody(text)
+}
+
+// Who comes between a lookup that missed and the lease finds what was stored
+// in between.
+func TestLeaseThatWasFreeFindsTheFileStored(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2)
+	f.origin.file("/a", "text")
+	missed := &missOnce{objects: f.all[1].cache.objects}
+	f.all[1].cache.objects = missed
+	f.all[0].get("/api/r/a").wantMiss()
+	f.settled()
+	f.all[1].get("/api/r/a").wantHit().wantBody("text")
+	f.wantRequests("/a", 1)
+}
+
+// missOnce has not heard of its first key yet.
+type missOnce struct {
+	objects
+	once sync.Once
+}
+
+func (m *missOnce) open(ctx context.Context, key string, off int64) (obj *object, err error) {
+	m.once.Do(func() { err = fs.ErrNotExist })
+	if err != nil {
+		return nil, err
+	}
+	return m.objects.open(ctx, key, off)
+}
+
+// The way between replicas is for who knows the lease's token, and nothing but
+// that way heeds it.
+func TestTokenOfALease(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1)
+	text := noise(1, peerSize)
+	release := f.origin.file("/a", text).etag(`"1"`).stallAt(1000)
+	defer release()
+	s := f.open("/api/r/a")
+	defer s.leave()
+	s.read(1000)
+	token := f.holder("a").token
+	for _, bad := range []string{"", "x", token + "x"} {
+		g := f.open(peerPath+f.key("a"), leaseHeader+": "+bad)
+		g.wantStatus(404).wantHeader(leaseHeader, "")
+		g.leave()
+	}
+	f.get(peerPath+f.key("b"), leaseHeader+": "+token).wantStatus(404)
+	f.get(peerPath, leaseHeader+": "+token).wantStatus(404)
+	p := f.open(peerPath+f.key("a"), leaseHeader+": "+token)
+	defer p.leave()
+	p.wantStatus(200).wantHeader(leaseHeader, token)
+	q := f.open("/api/r/a", leaseHeader+": "+token)
+	defer q.leave()
+	release()
+	q.rest().wantJoined().wantBody(text)
+	s.rest().wantMiss().wantBody(text)
+	frames := p.rest().text
+	var kinds []byte
+	body, r := "", strings.NewReader(frames)
+	for r.Len() > 0 {
+		kind, data, err := readFrame(r, nil)
+		must(t, err)
+		if kinds = append(kinds, kind); kind == frameData {
+			body += string(data)
+		}
+	}
+	if body != text || kinds[0] != frameHead || kinds[len(kinds)-1] != frameEnd {
+		t.Errorf("frames %q with %d bytes", kinds, len(body))
+	}
+	f.settled()
+	f.get(peerPath+f.key("a"), leaseHeader+": "+token).wantStatus(404) // it has ended
+	f.wantRequests("/a", 1)
+}
+
+func TestVerdictsSurviveTheWay(t *testing.T) {
+	t.Parallel()
+	for _, v := range []peerVerdict{{Kind: "unchanged"}, {Kind: "again"}, {Kind: "unreachable"}, {Kind: "timeout"}, {Kind: "self"},
+		{Status: 503, Code: 429, Detail: "limits", Retry: 7 * time.Second}} {
+		if got := verdictOf(v.err()); got != v {
+			t.Errorf("%+v came as %+v", v, got)
+		}
+	}
+	if v := verdictOf(errDigest); v.Kind != "self" {
+		t.Errorf("%+v", v)
+	}
+}
+
+func FuzzPeerFrames(f *testing.F) {
+	f.Add([]byte("b\x00\x00\x00\x00d\x00\x00\x00\x03abc"))
+	f.Add([]byte("d\x00\x10\x00\x00short"))
+	f.Add([]byte("e\xff\xff\xff\xff"))
+	f.Fuzz(func(t *testing.T, in []byte) {
+		var out bytes.Buffer
+		r := bytes.NewReader(in)
+		var buf []byte
+		for {
+			left := r.Len()
+			kind, payload, err := readFrame(r, buf)
+			if err != nil {
+				break
+			}
+			if buf = payload; len(payload) > maxPeerFrame || r.Len() != left-5-len(payload) {
+				t.Fatalf("%d bytes of payload, %d read", len(payload), left-r.Len())
+			}
+			must(t, writeFrame(&out, kind, payload))
+		}
+		if !bytes.HasPrefix(in, out.Bytes()) {
+			t.Errorf("%q came back as %q", in, out.Bytes())
+		}
+		var v peerVerdict
+		if json.Unmarshal(in, &v) == nil && v.err() == nil {
+			t.Errorf("%+v is no error", v)
+		}
+	})
+}
