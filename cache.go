@@ -142,7 +142,8 @@ type replicas interface {
 	// heartbeat keeps it. If another process has it, other says who, and
 	// release is nil.
 	lease(ctx context.Context, key string) (token string, release func(), other *filler, err error)
-	// announce tells the others that key was replaced or removed.
+	// announce tells the others that key was replaced, or with removedMark
+	// before it that it was removed.
 	announce(ctx context.Context, key string) error
 	// watch calls changed for each announcement of another process, and reset
 	// whenever some may have been missed (a new connection), until ctx ends.
@@ -1015,7 +1016,7 @@ func (c *cache) remove(ctx context.Context, remote, key string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	c.announce(ctx, key)
+	c.announce(ctx, removedMark+key)
 	if ierr := c.index.delete(ctx, remote, key); ierr != nil && !errors.Is(ierr, fs.ErrNotExist) {
 		c.storeFailed("database", "deleting", key, ierr)
 	}
@@ -1079,11 +1080,21 @@ func (c *cache) evictOldest(ctx context.Context, remote string, bytes int64) (fr
 	return freed
 }
 
-// changed is what another replica announced: key was replaced or removed.
-func (c *cache) changed(key string) {
+// removedMark begins the announcement of a key that was removed. No key does.
+const removedMark = "-"
+
+// changed is what another replica announced: key was replaced or removed. A
+// fill of it that goes on here began before that, and is not stored.
+func (c *cache) changed(told string) {
+	key, gone := strings.CutPrefix(told, removedMark)
 	c.negative.delete(key)
 	if f, ok := c.objects.(forgetter); ok {
 		f.forget(key)
+	}
+	if f := c.ground(key); f != nil {
+		f.mu.Lock()
+		f.purged, f.gone = true, f.gone || gone
+		f.mu.Unlock()
 	}
 }
 

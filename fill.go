@@ -88,6 +88,7 @@ type flight struct {
 	timer     *time.Timer // to late
 	complete  bool        // whole and verified
 	purged    bool
+	gone      bool // purged by another replica, which could not wait for storing
 	storing   bool
 	done      bool
 	err       error
@@ -676,8 +677,22 @@ func (f *flight) arrive() error {
 	}
 	if f.present(&rec) {
 		_ = f.c.store(f.c.ctx, f.key, &rec, f.spool) // it has logged its failure
+		f.unstore()
 	}
 	return nil
+}
+
+// unstore makes up for a purge by another replica that found nothing yet.
+func (f *flight) unstore() {
+	f.mu.Lock()
+	gone := f.gone
+	f.mu.Unlock()
+	if !gone {
+		return
+	}
+	if err := f.c.remove(f.c.ctx, f.want.remote.name, f.key); err != nil && !errors.Is(err, os.ErrNotExist) {
+		f.c.storeFailed("storage", "purging", f.key, err)
+	}
 }
 
 // present shows the whole body to all who wait; store says that it is to be

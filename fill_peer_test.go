@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -146,6 +147,12 @@ func (f *fleet) settled() {
 		}
 		return true
 	})
+}
+
+// awaitEnds waits for the nth fill of a replica to end, purged ones included.
+func (tt *tester) awaitEnds(n int64) {
+	tt.Helper()
+	tt.eventually("fills to end", func() bool { return tt.cache.ended.Load() >= n })
 }
 
 func TestOneFetchForAllReplicas(t *testing.T) {
@@ -609,6 +616,83 @@ func TestRefusalOfASharedFileIsNotHandedOver(t *testing.T) {
 	f.digested(func(q *want) { q.shared = true })
 	f.script(func(p *peerScript) { p.over(peerVerdict{Status: 404, Code: 404, Detail: "not there"}) })
 	f.get("/api/r/a").wantMiss().wantBody("text")
+}
+
+// A purge on one replica keeps the fill on another from being stored.
+func TestPurgeDuringAFillElsewhere(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2)
+	old, next := noise(1, 500_000), noise(2, 500_000)
+	release := f.origin.file("/a", old).etag(`"1"`).stallAt(1000)
+	defer release()
+	var clients []*stream
+	for _, tt := range f.all {
+		s := tt.open("/api/r/a")
+		defer s.leave()
+		s.read(1000)
+		clients = append(clients, s)
+	}
+	f.all[1].delete("/artifacts/r/a", "Authorization: Bearer t")
+	f.origin.file("/a", next).etag(`"2"`)
+	f.all[0].get("/api/r/a").wantMiss().wantBody(next) // not what was purged
+	f.all[1].get("/api/r/a").wantHit().wantBody(next)
+	release()
+	for _, s := range clients {
+		s.rest().wantStatus(200).wantBody(old) // who has begun gets it all
+	}
+	f.all[0].awaitEnds(2)
+	f.all[1].awaitEnds(1)
+	for _, tt := range f.all {
+		tt.get("/api/r/a").wantHit().wantBody(next)
+		tt.wantNoSpools()
+	}
+}
+
+// gatedObjects stores when it is let.
+type gatedObjects struct {
+	objects
+	putting, gate chan struct{}
+}
+
+func (g *gatedObjects) put(ctx context.Context, key string, rec *record, spool *os.File) error {
+	close(g.putting)
+	<-g.gate
+	return g.objects.put(ctx, key, rec, spool)
+}
+
+func TestPurgeWhileAnotherStores(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2)
+	g := &gatedObjects{f.all[0].cache.objects, make(chan struct{}), make(chan struct{})}
+	f.all[0].cache.objects = g
+	f.origin.file("/a", "old")
+	s := f.all[0].open("/api/r/a")
+	defer s.leave()
+	s.rest().wantMiss().wantBody("old")
+	<-g.putting
+	f.all[1].delete("/artifacts/r/a", "Authorization: Bearer t")
+	close(g.gate)
+	f.all[0].awaitEnds(1)
+	f.wantStored("a", false)
+}
+
+// A version that another replica stored meanwhile is not undone.
+func TestReplacedWhileAnotherStores(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2)
+	g := &gatedObjects{f.all[0].cache.objects, make(chan struct{}), make(chan struct{})}
+	f.all[0].cache.objects = g
+	f.origin.file("/a", "text")
+	s := f.all[0].open("/api/r/a")
+	defer s.leave()
+	s.rest().wantMiss()
+	<-g.putting
+	f.board.set(func() { delete(f.board.holders, f.key("a")) }) // the lease is lost
+	f.all[1].get("/api/r/a").wantMiss()
+	f.eventually("the second to be stored", func() bool { return f.all[1].flying() == 0 })
+	close(g.gate)
+	f.all[0].awaitEnds(1)
+	f.wantStored("a", true)
 }
 
 // Without Redis, and with a lease that is lost, replicas fetch for themselves.

@@ -484,7 +484,7 @@ func TestChangesAreAnnounced(t *testing.T) {
 	c.flush(t.Context())
 	c.flush(t.Context())
 	slices.Sort(r.told)
-	want := []string{testKey("a"), testKey("b")}
+	want := []string{removedMark + testKey("a"), testKey("b")}
 	if slices.Sort(want); !slices.Equal(r.told, want) {
 		t.Errorf("told late %q, want %q", r.told, want)
 	}
