@@ -544,6 +544,27 @@ func TestMirrorFinishesWhatBaseBegan(t *testing.T) {
 
 // What lies behind the promised length is not the body, and never becomes
 // another answer.
+// To an HTTP/1.0 client the connection's end is a body's end where no length
+// was told: it has to see a broken one.
+func TestCutBodyIsNoCleanEndForHTTP10(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 200_000)
+	tt.origin.file("/whole", text).chunked()
+	tt.origin.file("/cut", text).chunked().noRanges().cut(100_000)
+	for path, whole := range map[string]bool{"whole": true, "cut": false} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(tt.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.WriteString(conn, "GET /api/r/"+path+" HTTP/1.0\r\n\r\n")
+		b, err := io.ReadAll(conn)
+		if conn.Close(); whole != (err == nil) || whole && !bytes.HasSuffix(b, []byte(text)) {
+			t.Errorf("%s: %d bytes, then %v", path, len(b), err)
+		}
+	}
+}
+
 func TestLengthThatPromisesTooLittle(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)

@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -162,6 +163,9 @@ func (s *responder) serve(w http.ResponseWriter, r *http.Request, h handler, fai
 	}
 	s.account(res, r, err, s.now().Sub(began))
 	if abort {
+		if !r.ProtoAtLeast(1, 1) {
+			res.reset()
+		}
 		panic(http.ErrAbortHandler)
 	}
 }
@@ -366,6 +370,22 @@ func (w *response) Write(p []byte) (int, error) {
 	n, err := w.ResponseWriter.Write(p)
 	w.bytes += int64(n)
 	return n, w.left(err)
+}
+
+// reset breaks the connection of an HTTP/1.0 client, who takes a closed one for
+// the end of a body without a length.
+func (w *response) reset() {
+	conn, _, err := w.rc.Hijack()
+	if err != nil {
+		return
+	}
+	if t, ok := conn.(*tls.Conn); ok {
+		conn = t.NetConn() // no farewell
+	}
+	if t, ok := conn.(*net.TCPConn); ok {
+		_ = t.SetLinger(0)
+	}
+	conn.Close()
 }
 
 // left notes a write that failed: the client is gone.
