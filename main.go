@@ -424,7 +424,7 @@ func (s *server) wire() http.Handler {
 	metrics := newMetrics()
 	st := s.stores
 	st.disk.precious = func(remote string) bool { return s.config.Load().precious(remote) }
-	s.openData(context.Background())
+	s.openData()
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version
 	spools := &diskSpools{disk: st.disk, minFree: s.set.minFree}
@@ -510,8 +510,9 @@ func (s *server) drain(ctx context.Context, srv *http.Server) {
 
 // background starts the loops: each is a ticker around one step.
 func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
-	every := func(d time.Duration, step func()) {
+	loop := func(first func(), d time.Duration, step func()) {
 		loops.Go(func() {
+			first()
 			t := time.NewTicker(d)
 			defer t.Stop()
 			for {
@@ -524,14 +525,16 @@ func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 			}
 		})
 	}
+	every := func(d time.Duration, step func()) { loop(func() {}, d, step) }
+	atOnceAndEvery := func(d time.Duration, step func()) { loop(step, d, step) }
 	st := s.stores
 	for _, b := range st.backends {
-		loops.Go(func() { s.check(b) })
-		every(checkEvery, func() { s.check(b) })
+		atOnceAndEvery(checkEvery, func() { s.check(b) })
 	}
 	every(2*time.Second, func() { s.cache.flush(ctx) })
 	every(5*time.Second, func() { s.cache.evict(ctx, s.config.Load(), s.set.maxSize) })
-	every(time.Hour, func() { s.openData(ctx); s.sweep(ctx, false) })
+	// It looks at all directories, which the first request is not to wait for.
+	loop(func() { s.sweep(ctx) }, time.Hour, func() { s.openData(); s.sweep(ctx) })
 	loops.Go(func() { s.watchFiles(ctx) })
 	if st.embedded != nil {
 		loops.Go(func() { s.retry(ctx, "loading the index", func() error { return st.embedded.load(ctx, st.objects) }) })
@@ -545,9 +548,9 @@ func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 	}
 	if st.hot != nil {
 		loops.Go(func() { s.retry(ctx, "finding hot copies", func() error { return st.hot.load(ctx) }) })
-		sweep := func() { s.try(ctx, "sweeping unfinished uploads", func() error { return st.s3.sweep(ctx) }) }
-		loops.Go(sweep)
-		every(time.Hour, sweep)
+		atOnceAndEvery(time.Hour, func() {
+			s.try(ctx, "sweeping unfinished uploads", func() error { return st.s3.sweep(ctx) })
+		})
 	}
 }
 
@@ -573,9 +576,9 @@ func (s *server) retry(ctx context.Context, what string, step func() error) {
 	}
 }
 
-// openData takes DATA_DIR for us, so that what an earlier process left behind
-// may be swept. Another process there is unusual but harmless.
-func (s *server) openData(ctx context.Context) {
+// openData takes DATA_DIR for us, so that what an earlier process left of its
+// fills may be swept. Another process there is unusual but harmless.
+func (s *server) openData() {
 	if s.held {
 		return
 	}
@@ -586,15 +589,20 @@ func (s *server) openData(ctx context.Context) {
 	case !held:
 		s.log.Warn("another process uses DATA_DIR: its temporary files are left alone", "dir", s.set.dataDir)
 	default:
-		s.sweep(ctx, true)
+		s.eachDisk(context.Background(), func(d *diskStore) error { return d.sweepSpools(true) })
 	}
 	s.held = held
 }
 
-func (s *server) sweep(ctx context.Context, all bool) {
-	s.try(ctx, "sweeping temporary files", func() error { return s.stores.disk.sweep(ctx, all) })
+// sweep removes what crashes left.
+func (s *server) sweep(ctx context.Context) {
+	s.eachDisk(ctx, func(d *diskStore) error { return d.sweep(ctx, false) })
+}
+
+func (s *server) eachDisk(ctx context.Context, sweep func(*diskStore) error) {
+	s.try(ctx, "sweeping temporary files", func() error { return sweep(s.stores.disk) })
 	if s.stores.hot != nil {
-		s.try(ctx, "sweeping temporary files", func() error { return s.stores.hot.disk.sweep(ctx, all) })
+		s.try(ctx, "sweeping temporary files", func() error { return sweep(s.stores.hot.disk) })
 	}
 }
 
