@@ -2,10 +2,12 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -33,10 +35,9 @@ func TestRegistryWrongDigestIsNeverCompleted(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
 	m := newMirror(t, h.url())
-	small, large := layerOf("small", 1000), layerOf("large", 1<<20)
-	for _, good := range [][]byte{small, large} {
-		bad := bytes.Clone(good)
-		bad[len(bad)-1]++
+	for _, n := range []int{0, 10, holdBack, holdBack + 1, 1 << 20} {
+		bad := layerOf("wrong", n)
+		good := append(bad[:max(n-1, 0):max(n-1, 0)], 'x')
 		d := h.blob("app", good)
 		h.on("/v2/app/blobs/"+d, regAnswers(http.StatusOK, typeBinary, string(bad)))
 		a := m.get("/v2/reg/app/blobs/" + d).wantBroken()
@@ -44,6 +45,16 @@ func TestRegistryWrongDigestIsNeverCompleted(t *testing.T) {
 			t.Errorf("%d of %d wrong bytes were sent", len(a.body), len(good))
 		}
 		m.get("/v2/reg/app/blobs/"+d, "Range", "bytes=-10").wantBroken()
+		if n <= holdBack {
+			a.wantError(http.StatusBadGateway, "UNAVAILABLE")
+		}
+		h.on("/v2/app/blobs/"+d, func(w http.ResponseWriter, _ *http.Request) { // chunked
+			w.(http.Flusher).Flush()
+			w.Write(bad)
+		})
+		m.get("/v2/reg/app/blobs/" + d).wantBroken()
+		h.on("/v2/app/blobs/"+d, regAnswers(http.StatusOK, "text/html", "<html>please log in</html>"))
+		m.get("/v2/reg/app/blobs/"+d).wantError(http.StatusBadGateway, "UNAVAILABLE")
 		h.on("/v2/app/blobs/"+d, nil)
 		m.get("/v2/reg/app/blobs/" + d).wantBody(good).wantFrom("remote")
 	}
@@ -319,16 +330,48 @@ func TestRegistryLinkThatCannotBeKept(t *testing.T) {
 	}
 }
 
+// managed puts the management endpoints in front of m.
+func (m *mirror) managed() {
+	m.srv.Config.Handler = &api{cache: m.cache, config: m.reg.config, responder: m.reg.responder, metrics: m.cache.metrics, now: m.cache.now, token: "t",
+		origin: http.NewCrossOriginProtection(), registry: m.reg}
+}
+
+func TestRegistryListing(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("team/app", "v1", 10)
+	m := newMirror(t, h.url())
+	m.pull("/v2/reg/team/app", "v1", im)
+	m.get("/v2/reg/team/app/tags/list?n=5").want(http.StatusOK)
+	m.managed()
+	var l listing
+	if err := json.Unmarshal(m.get("/artifacts/reg").want(http.StatusOK).body, &l); err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(im.order)
+	want := []string{"blobs/" + im.order[0] + " immutable", "blobs/" + im.order[1] + " immutable",
+		"team/app/manifests/" + im.digest + " immutable", "team/app/manifests/v1 mutable", "team/app/tags/list mutable"}
+	var got []string
+	for _, e := range l.Artifacts {
+		got = append(got, e.Path+" "+string(e.Class))
+		if !strings.HasPrefix(e.Source, h.url()+"/v2/"+e.Path) {
+			t.Errorf("%s comes from %s", e.Path, e.Source)
+		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("listed %q, want %q", got, want)
+	}
+}
+
 func TestRegistryPurgeByListedPath(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
 	im := h.image("app", "v1", 10)
 	m := newMirror(t, h.url())
 	m.pull("/v2/reg/app", "v1", im)
-	a := &api{cache: m.cache, config: m.reg.config, responder: m.reg.responder, metrics: m.cache.metrics, now: m.cache.now, token: "t",
-		origin: http.NewCrossOriginProtection(), registry: m.reg}
-	m.srv.Config.Handler = a
-	for _, path := range []string{"blobs/" + im.order[1], "app/manifests/" + im.digest, "app/manifests/v1"} {
+	m.get("/v2/reg/app/tags/list?n=5").want(http.StatusOK)
+	m.managed()
+	for _, path := range []string{"blobs/" + im.order[1], "app/manifests/" + im.digest, "app/manifests/v1", "app/tags/list"} {
 		m.ask(http.MethodDelete, "/artifacts/reg/"+path, "Authorization", "Bearer t").want(http.StatusNoContent)
 		m.ask(http.MethodDelete, "/artifacts/reg/"+path, "Authorization", "Bearer t").want(http.StatusNotFound)
 	}

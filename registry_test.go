@@ -37,7 +37,6 @@ type hub struct {
 	seen      []string // "GET /v2/app/manifests/v1"
 	accepts   []string // of manifests
 	tokens    bool     // wants a Bearer token
-	tokenDown bool
 	exchanges int
 	noAPI     bool                                                // knows no referrers
 	noHEAD    int                                                 // the status HEAD gets
@@ -169,6 +168,9 @@ func (h *hub) on(path string, f func(http.ResponseWriter, *http.Request)) {
 func regAnswers(status int, mediaType, body string) func(http.ResponseWriter, *http.Request) {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", mediaType)
+		if body != "" {
+			w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		}
 		w.WriteHeader(status)
 		io.WriteString(w, body)
 	}
@@ -200,6 +202,8 @@ func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	script := h.script[r.URL.Path]
 	h.mu.Unlock()
 	switch {
+	case script != nil && r.URL.Path == "/token":
+		script(w, r)
 	case r.URL.Path == "/token":
 		h.serveToken(w, r)
 	case h.challenged(w, r):
@@ -213,11 +217,7 @@ func (h *hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (h *hub) serveToken(w http.ResponseWriter, r *http.Request) {
 	h.mu.Lock()
 	h.exchanges++
-	down := h.tokenDown
 	h.mu.Unlock()
-	if down {
-		panic(http.ErrAbortHandler)
-	}
 	fmt.Fprintf(w, `{"token":%q,"expires_in":60}`, "for-"+r.URL.Query().Get("scope"))
 }
 
@@ -955,6 +955,42 @@ func TestRegistryReferrersWithoutTheAPI(t *testing.T) {
 	m.get("/v2/reg/app/referrers/"+sha256Of([]byte("new"))).wantError(http.StatusBadGateway, "UNAVAILABLE")
 }
 
+// What registries hold is passed on byte for byte: lists of images in lists,
+// artifacts, layers of any coding, under a name of ten parts, and large.
+func TestRegistryKeepsEveryKindAsItIs(t *testing.T) {
+	t.Parallel()
+	const name = "a/b/c/d/e/f/g/h/i/j"
+	h := newHub(t)
+	zstd := h.blob(name, layerOf("zstd", 3000))
+	empty := h.blob(name, nil)
+	type kind struct{ mediaType, digest, body string }
+	var kinds []kind
+	add := func(mediaType, body string, tags ...string) string {
+		d := h.manifest(name, "", mediaType, []byte(body), tags...)
+		kinds = append(kinds, kind{mediaType, d, body})
+		return descriptorOf(mediaType, d, len(body))
+	}
+	oci := add(typeManifest, `{ "schemaVersion":2,"mediaType":"`+typeManifest+`","config":`+descriptorOf("application/vnd.oci.empty.v1+json", empty, 0)+
+		`,"layers":[`+descriptorOf("application/vnd.oci.image.layer.v1.tar+zstd", zstd, 3000)+"]}\n")
+	schema2 := add(typeDocker, `{"schemaVersion":2,"mediaType":"`+typeDocker+`","config":`+descriptorOf("a/b", empty, 0)+`,"layers":[]}`)
+	list := add(typeDockerList, `{"schemaVersion":2,"mediaType":"`+typeDockerList+`","manifests":[`+schema2+`]}`)
+	nested := add(typeIndex, `{"schemaVersion":2,"mediaType":"`+typeIndex+`","manifests":[`+oci+`]}`)
+	add(typeIndex, `{"schemaVersion":2,"manifests":[`+nested+`, `+list+`]}`, "outer")
+	add(typeManifest, `{"schemaVersion":2,"artifactType":"a/sig","config":`+descriptorOf("a/b", empty, 0)+`,"layers":[],"subject":`+oci+`}`)
+	add(typeManifest, `{"schemaVersion":2,"config":{},"annotations":{"x":"`+strings.Repeat("x", 4<<20)+`"}}`, "large")
+	m := newMirror(t, h.url())
+	for _, source := range []string{"remote", "cache"} {
+		m.get("/v2/reg/"+name+"/manifests/outer").wantManifest(typeIndex, kinds[4].digest, []byte(kinds[4].body)).wantFrom(source)
+		m.get("/v2/reg/"+name+"/manifests/large").wantManifest(typeManifest, kinds[6].digest, []byte(kinds[6].body)).wantFrom(source)
+		for _, k := range kinds {
+			m.get("/v2/reg/"+name+"/manifests/"+k.digest, "Accept", "text/plain").wantManifest(k.mediaType, k.digest, []byte(k.body))
+		}
+		m.get("/v2/reg/" + name + "/blobs/" + zstd).wantBody(layerOf("zstd", 3000)).wantFrom(source)
+		m.get("/v2/reg/"+name+"/blobs/"+empty).wantBody(nil).wantHeader("Content-Length", "0").wantFrom(source)
+		h.down()
+	}
+}
+
 func TestRegistryTypesOfManifests(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
@@ -988,12 +1024,55 @@ func TestRegistryTokens(t *testing.T) {
 	h.tokens = true
 	im := h.image("team/app", "v1", 500, 600)
 	m := newMirror(t, h.url())
-	m.pull("/v2/reg/team/app", "v1", im)
+	var clients sync.WaitGroup
+	for range 50 {
+		clients.Go(func() { m.pull("/v2/reg/team/app", "v1", im) })
+	}
+	clients.Wait()
 	if h.exchanges != 1 {
 		t.Errorf("%d exchanges for one image, want 1", h.exchanges)
 	}
-	h.tokenDown = true
-	m.advance(2 * time.Hour)
-	m.pull("/v2/reg/team/app", "v1", im)
-	m.get("/v2/reg/team/app/manifests/v2").wantError(http.StatusBadGateway, "UNAVAILABLE")
+}
+
+// What a token service in trouble means, with a copy of the tag and without.
+func TestRegistryTokenServiceInTrouble(t *testing.T) {
+	t.Parallel()
+	const stale = http.StatusOK
+	for name, c := range map[string]struct {
+		service func(http.ResponseWriter, *http.Request)
+		copy    int
+		status  int
+		code    string
+	}{
+		"unreachable": {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, stale, 502, "UNAVAILABLE"},
+		"500":         {regAnswers(500, "", ""), stale, 502, "UNAVAILABLE"},
+		"nonsense":    {regAnswers(200, "text/html", "<html>"), stale, 502, "UNAVAILABLE"},
+		"429":         {regAnswers(429, "", ""), stale, 503, "TOOMANYREQUESTS"},
+		"401":         {regAnswers(401, "", ""), 403, 403, "DENIED"},
+		"403":         {regAnswers(403, "", ""), 403, 403, "DENIED"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t)
+			h.tokens = true
+			im := h.image("app", "v1", 500)
+			m := newMirror(t, h.url())
+			m.pull("/v2/reg/app", "v1", im)
+			m.advance(2 * time.Hour) // the token is over as well
+			h.on("/token", c.service)
+			a := m.get("/v2/reg/app/manifests/new").wantError(c.status, c.code)
+			if c.code == "DENIED" && !strings.Contains(string(a.body), `\"reg\"`) {
+				t.Errorf("%s does not name the remote", a.body)
+			}
+			if c.code == "TOOMANYREQUESTS" {
+				a.wantHeader("Retry-After", "1")
+			}
+			m.get("/v2/reg/app/manifests/v1").want(c.copy)
+			m.get("/v2/reg/app/manifests/"+im.digest).wantManifest(typeManifest, im.digest, im.body)
+			m.get("/v2/reg/app/blobs/" + im.order[1]).wantBody(im.blobs[im.order[1]])
+			h.on("/token", nil)
+			m.advance(2 * time.Hour)
+			m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, im.digest, im.body).wantFrom("remote")
+		})
+	}
 }
