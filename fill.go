@@ -892,11 +892,18 @@ func (c *cache) await(ctx context.Context, f *flight, lead bool, a asked, cp *st
 			cp.body.Close()
 		}
 	}()
+	f.mu.Lock()
+	arrived := !lead && f.written == f.total // all there before this client was
+	f.mu.Unlock()
 	for {
 		f.mu.Lock()
 		ready, done, changed, err := f.ready(cp != nil), f.done, f.changed, f.err
+		ready = ready && (!arrived || f.complete) // it is being verified
+		stored := arrived && f.storing
 		f.mu.Unlock()
 		switch {
+		case ready && stored:
+			return f.hit(ctx, a), nil
 		case ready:
 			return f.reply(ctx, lead, a), nil
 		case done:
@@ -948,6 +955,16 @@ func (f *flight) reply(ctx context.Context, lead bool, a asked) *reply {
 	}
 	rep.body = f.reader(ctx, a)
 	return rep
+}
+
+// hit is the answer out of a spool whose body is complete and being stored:
+// for who comes now there is no download to join.
+func (f *flight) hit(ctx context.Context, a asked) *reply {
+	c, q := f.c, f.want
+	rep := f.reply(ctx, false, a)
+	ttl, forever := q.remote.ttl(q.class)
+	c.used(q.remote.name, f.key)
+	return c.hit(&stored{object: &object{rep.rec, rep.body}, at: c.now(), ttl: ttl, forever: forever}, "")
 }
 
 // fallBack answers when the flight brought no body.

@@ -182,6 +182,43 @@ func TestNobodyFetchesAgainWhatWasJustFetched(t *testing.T) {
 	}
 }
 
+// heldObjects store when they are let.
+type heldObjects struct {
+	objects
+	gate chan struct{}
+}
+
+func (g *heldObjects) put(ctx context.Context, key string, rec *record, spool *os.File) error {
+	<-g.gate
+	return g.objects.put(ctx, key, rec, spool)
+}
+
+// While a body that is all there is being stored, which may take long, it is
+// as good as stored: who comes then does not begin or join a download.
+func TestHitWhileTheBodyIsBeingStored(t *testing.T) {
+	t.Parallel()
+	gated := &heldObjects{gate: make(chan struct{})}
+	tt := setup{objects: func(o objects) objects { gated.objects = o; return gated }, keys: []string{"mutable_patterns: ['^m']"}}.start(t)
+	text := noise(1, 100_000)
+	ask := func(method, path string, headers ...string) *got {
+		s := tt.start(t.Context(), method, path, nil, headers...) // get would wait for the store
+		defer s.leave()
+		return s.rest()
+	}
+	for path, status := range map[string]string{"a": "hit", "m": "hit; ttl=N"} {
+		tt.origin.file("/"+path, text)
+		ask("GET", "/api/r/"+path).wantMiss().wantBody(text)
+		tt.wantStored(path, false)
+		ask("GET", "/api/r/"+path).wantFrom("cache", status).wantHeader("Age", "0").wantBody(text)
+		ask("GET", "/api/r/"+path, "Range: bytes=-9").wantStatus(206).wantFrom("cache", status).wantBody(text[99_991:])
+		ask("HEAD", "/api/r/"+path).wantFrom("cache", status).wantHeader("Content-Length", "100000")
+		tt.wantRequests("/"+path, 1)
+	}
+	close(gated.gate)
+	tt.eventually("both to be stored", func() bool { return tt.flying() == 0 })
+	tt.get("/api/r/a").wantHit().wantBody(text)
+}
+
 // hookedObjects are a store whose misses wait for the test.
 type hookedObjects struct {
 	objects
