@@ -1028,9 +1028,12 @@ func (f *flight) neverStore(ctx context.Context) error {
 func (f *flight) reader(ctx context.Context, a asked) io.ReadSeekCloser {
 	r := &spoolReader{f: f, ctx: ctx, to: a.to}
 	// An open file of its own has an offset of its own, which sendfile needs.
-	// Where the store has taken the name away already, the shared one is read.
-	if own, err := os.Open(f.spool.Name()); err == nil {
+	// Where the store has taken the name away already, the shared one is read;
+	// the name may be another spool's by now.
+	if own, err := os.Open(f.spool.Name()); err == nil && sameFile(own, f.spool) {
 		r.own = own
+	} else if err == nil {
+		_ = own.Close()
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -1038,6 +1041,12 @@ func (f *flight) reader(ctx context.Context, a asked) io.ReadSeekCloser {
 	r.size = f.total
 	r.jump = single && !f.complete && (f.validator != "" || f.want.digest != "")
 	return r
+}
+
+func sameFile(a, b *os.File) bool {
+	x, err1 := a.Stat()
+	y, err2 := b.Stat()
+	return err1 == nil && err2 == nil && os.SameFile(x, y)
 }
 
 // spoolReader is one client's view of a growing body: a source, and an
