@@ -823,10 +823,14 @@ func (c *cache) refresh(ctx context.Context, key string, rec *record) {
 	}
 }
 
-// settle does what the end of a flight means for the copy it was to replace.
+// settle does what the end of a flight means for the copy it was to replace, if
+// that was not purged meanwhile.
 func (f *flight) settle(err error) {
 	c, old := f.c, f.old
-	if old == nil || err == nil {
+	f.mu.Lock()
+	purged := f.purged
+	f.mu.Unlock()
+	if old == nil || err == nil || purged {
 		return
 	}
 	status, _ := errors.AsType[*upstreamStatus](err)

@@ -1264,6 +1264,34 @@ func TestPurgeDuringAFill(t *testing.T) {
 	tt.wantRequests("/a", 2)
 }
 
+// What a question from before a purge brings to light says nothing about what
+// was stored after it.
+func TestPurgeDuringARevalidation(t *testing.T) {
+	t.Parallel()
+	tt := setup{env: map[string]string{"API_TOKEN": "t"}, keys: []string{`mutable_patterns: ["."]`}}.start(t)
+	tt.origin.file("/a", "old")
+	tt.get("/api/r/a").wantMiss()
+	tt.advance(2 * time.Hour)
+	gone := make(chan struct{})
+	tt.origin.file("/a", "").acts(func(w http.ResponseWriter, _ *http.Request) {
+		<-gone
+		w.WriteHeader(http.StatusNotFound)
+	})
+	var all sync.WaitGroup
+	all.Go(func() {
+		s := tt.open("/api/r/a")
+		defer s.leave()
+		s.rest().wantStatus(404)
+	})
+	tt.origin.awaitRequests("/a", 2)
+	tt.delete("/artifacts/r/a", "Authorization: Bearer t").wantStatus(204)
+	tt.origin.file("/a", "new")
+	tt.get("/api/r/a").wantMiss().wantBody("new")
+	close(gone)
+	all.Wait()
+	tt.get("/api/r/a").wantHit().wantBody("new")
+}
+
 // --- hostile upstreams (fault 7) ---
 
 func TestUpstreamThatStopsInTheMiddle(t *testing.T) {
