@@ -259,6 +259,7 @@ type asked struct {
 	head     bool
 	from, to int64 // of a single Range with a known beginning; to is -1 for "to the end"
 	suffix   int64 // of a single suffix Range
+	ifRange  bool  // the whole may be wanted after all
 }
 
 // maxRanges is how many ranges a request may ask for at once: ServeContent
@@ -338,7 +339,7 @@ func outcomeOf(err error) string {
 // askedOf reads what get needs to know of r. ServeContent judges the Range
 // again and is what answers it.
 func askedOf(r *http.Request) asked {
-	a := asked{head: r.Method == http.MethodHead, to: -1}
+	a := asked{head: r.Method == http.MethodHead, to: -1, ifRange: r.Header.Get("If-Range") != ""}
 	spec, ok := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
 	if !ok || strings.Contains(spec, ",") {
 		return a

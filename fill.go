@@ -1292,10 +1292,11 @@ func (c *cache) direct(ctx context.Context, q want, a asked, cp *stored) (*reply
 }
 
 // header asks for the single range that a client wants. A body with a digest is
-// asked for as a whole, since only that can be verified.
+// asked for as a whole, since only that can be verified; and so is one of which
+// the client has an older part, perhaps (If-Range).
 func (a asked) header(q want) http.Header {
 	switch {
-	case q.whole || q.digest != "" || a.from == 0 && a.to < 0 && a.suffix == 0:
+	case q.whole || q.digest != "" || a.ifRange || a.from == 0 && a.to < 0 && a.suffix == 0:
 		return nil
 	case a.suffix > 0:
 		return http.Header{"Range": {"bytes=-" + strconv.FormatInt(a.suffix, 10)}}

@@ -1204,6 +1204,8 @@ func TestWithoutAStoreErrorsAreStillErrors(t *testing.T) {
 	tt.origin.file("/chunked", text).chunked()
 	tt.get("/api/r/chunked").wantBody(text)
 	tt.get("/api/r/chunked", "Range: bytes=1-2").wantStatus(206).wantBody(text[1:3]) // asked for as a range
+	tt.origin.file("/undated", text).undated()
+	tt.get("/api/r/undated", "Range: bytes=1-2", `If-Range: "another"`).wantStatus(200).wantBody(text)
 	sum := sha256.Sum256([]byte(text))
 	tt.origin.file("/right", text)
 	tt.origin.file("/wrong", text+"x")
