@@ -1004,14 +1004,27 @@ func TestReplacementIsWholeBeforeItIsSent(t *testing.T) {
 		next := noise(1, 100_000)
 		for _, c := range []struct {
 			what string
+			late time.Duration // upstream's headers
 			held time.Duration
 			wait time.Duration // until the client has its headers
 		}{
-			{"a quick one is sent when it is complete", 3 * time.Second, 3 * time.Second},
-			{"a slow one begins after ten seconds", 25 * time.Second, 10 * time.Second},
+			{"a quick one is sent when it is complete", 0, 3 * time.Second, 3 * time.Second},
+			{"a slow one begins after ten seconds", 0, 25 * time.Second, 10 * time.Second},
+			{"the wait for upstream is part of them", 9 * time.Second, 25 * time.Second, 10 * time.Second},
 		} {
 			tt.advance(2 * time.Hour)
-			release := tt.origin.file("/a", next).stallAt(50_000)
+			f := tt.origin.file("/a", next)
+			release := f.stallAt(50_000)
+			if c.late > 0 {
+				f.acts(func(w http.ResponseWriter, r *http.Request) {
+					time.Sleep(c.late)
+					w.Header().Set("Content-Length", strconv.Itoa(len(next)))
+					_, _ = io.WriteString(w, next[:50_000])
+					_ = http.NewResponseController(w).Flush()
+					time.Sleep(c.held - c.late)
+					_, _ = io.WriteString(w, next[50_000:])
+				})
+			}
 			timer := time.AfterFunc(c.held, release)
 			began := time.Now()
 			s := tt.open("/api/r/a")

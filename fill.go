@@ -236,6 +236,11 @@ func (f *flight) waitSlot() error {
 
 // fetch does the asking. Its error is how the flight ended.
 func (f *flight) fetch() error {
+	if f.old != nil {
+		f.mu.Lock()
+		f.timer = time.AfterFunc(lateAfter, f.beLate)
+		f.mu.Unlock()
+	}
 	other := f.takeLease()
 	if f.mayBeStored(other) && f.storeHasIt() {
 		return errLookAgain
@@ -462,9 +467,6 @@ func (f *flight) begin(ans *answer) error {
 func (f *flight) show(rec *record, total int64, origin int, validator string, storable bool) {
 	f.mu.Lock()
 	f.rec, f.total, f.origin, f.validator, f.storable = rec, total, origin, validator, storable
-	if f.old != nil && f.timer == nil {
-		f.timer = time.AfterFunc(lateAfter, f.beLate)
-	}
 	f.wake()
 	f.mu.Unlock()
 }
