@@ -407,6 +407,9 @@ func (c *cache) get(ctx context.Context, q want, a asked) (*reply, error) {
 		if again {
 			err = errors.Join(errStoreDown, storeErr)
 		}
+		if rep != nil && errors.Is(storeErr, errStoreDown) {
+			rep.status = strings.TrimSuffix(rep.status, "; stored") // it may be, if the store is back by then
+		}
 		return rep, joinStoreDown(err, storeErr)
 	}
 }

@@ -1191,6 +1191,21 @@ func TestClientsGetTheirBytesWithoutAStore(t *testing.T) {
 	}
 }
 
+// What is asked for while the store is down is not said to be stored.
+func TestNothingIsSaidToBeStoredInAnOutage(t *testing.T) {
+	t.Parallel()
+	objects, down := &brokenObjects{}, fmt.Errorf("%w: test", errStoreDown)
+	objects.failOpen(down)
+	objects.failPut(down)
+	tt := setup{objects: objects.wrap}.start(t)
+	tt.origin.file("/a", "text")
+	tt.get("/api/r/a").wantUnstored().wantBody("text")
+	objects.failOpen(nil)
+	objects.failPut(nil)
+	tt.get("/api/r/a").wantMiss()
+	tt.get("/api/r/a").wantHit()
+}
+
 func TestWithoutAStoreErrorsAreStillErrors(t *testing.T) {
 	t.Parallel()
 	spools := &brokenSpools{none: errNoSpace}
