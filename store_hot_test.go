@@ -523,10 +523,11 @@ func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 	b.wantRequests("GetObject", 1)
 }
 
+// BenchmarkHotHit is BenchmarkS3Hit with a copy on local disk.
 func BenchmarkHotHit(b *testing.B) {
 	for _, size := range []int{4 << 10, 64 << 20} {
 		b.Run(fmt.Sprint(size>>10, "KiB"), func(b *testing.B) {
-			s := newS3Store(realS3(b, 64<<20), func() bool { return true })
+			s := newS3Store(benchS3(b), func() bool { return true })
 			d := newDiskStore(filepath.Join(b.TempDir(), "hot"), time.Now, slog.New(slog.DiscardHandler))
 			t := newTiered(s, d, 1<<30, nil)
 			defer t.close()
@@ -534,16 +535,7 @@ func BenchmarkHotHit(b *testing.B) {
 			if err := t.put(b.Context(), testKey("bench"), testRecord("bench", content), tempSpool(b, b.TempDir(), content)); err != nil {
 				b.Fatal(err)
 			}
-			b.SetBytes(int64(size))
-			b.ReportAllocs()
-			for b.Loop() {
-				o, err := t.open(b.Context(), testKey("bench"), 0)
-				if err != nil {
-					b.Fatal(err)
-				}
-				io.Copy(io.Discard, o.body)
-				o.body.Close()
-			}
+			benchObjects(b, t, size)
 		})
 	}
 }
