@@ -176,10 +176,10 @@ func (c *call) within(cfg *config, rest string) error {
 		return nil
 	}
 	name, ok := c.split(rest)
-	first, image, _ := strings.Cut(name, "/")
 	if !ok {
-		first, image, _ = strings.Cut(rest, "/")
+		name = rest
 	}
+	first, image, _ := strings.Cut(name, "/")
 	rem := docker(cfg, first)
 	switch {
 	case !ok && rem != nil && (image == "" || image == "v2" || image == "v2/"):
@@ -310,22 +310,10 @@ func validTag(s string) bool {
 // validDigest: the algorithms we can verify, in the one spelling they have.
 func validDigest(s string) bool {
 	algorithm, sum, _ := strings.Cut(s, ":")
-	switch algorithm {
-	case "sha256":
-		return len(sum) == 64 && lowerCaseHex(sum)
-	case "sha512":
-		return len(sum) == 128 && lowerCaseHex(sum)
+	if strings.Trim(sum, "0123456789abcdef") != "" {
+		return false
 	}
-	return false
-}
-
-func lowerCaseHex(s string) bool {
-	for i := range len(s) {
-		if c := s[i]; (c < '0' || c > '9') && (c < 'a' || c > 'f') {
-			return false
-		}
-	}
-	return true
+	return algorithm == "sha256" && len(sum) == 64 || algorithm == "sha512" && len(sum) == 128
 }
 
 // want is what the cache has to find for c.
@@ -383,14 +371,15 @@ func (g *registry) blob(c *call) want {
 
 // tags wants a page of a list of tags.
 func (g *registry) tags(c *call) want {
+	// An empty repository's list is null at some registries.
 	return want{target: c.target(c.image + "/tags/list"), accept: typeJSON, limit: maxList, whole: true,
-		staleOn429: true, note: notePages, check: checkTags, dress: c.dress}
+		staleOn429: true, note: notePages, check: checkList("tags"), dress: c.dress}
 }
 
 // referrers wants the manifests that refer to a digest.
 func (g *registry) referrers(c *call) want {
 	return want{target: c.target(c.image + "/referrers/" + c.ref), accept: acceptManifests, limit: maxList, whole: true,
-		staleOn429: true, staleOn5xx: true, note: notePages, check: checkReferrers, dress: c.dress,
+		staleOn429: true, staleOn5xx: true, note: notePages, check: checkList("manifests"), dress: c.dress,
 		ask: func(ctx context.Context, ask question) (*answer, error) { return g.askReferrers(ctx, c, ask) }}
 }
 
@@ -569,15 +558,11 @@ func (m *manifest) mediaType(upstream string) string {
 // digestOf is the digest of a tag's manifest: by SHA-256, unless upstream knows
 // it by its SHA-512. What upstream says otherwise does not count.
 func digestOf(text []byte, upstream string) string {
-	if strings.HasPrefix(upstream, "sha512:") {
-		s := newSums(upstream)
-		s.write(text)
-		if s.verify(upstream) == nil {
-			return upstream
-		}
-	}
-	s := newSums("")
+	s := newSums(upstream)
 	s.write(text)
+	if upstream != "" && s.verify(upstream) == nil {
+		return upstream
+	}
 	return "sha256:" + s.hex()
 }
 
@@ -623,33 +608,25 @@ func (s *sizes) get(key string) int64 {
 	return s.old[key]
 }
 
-// checkTags keeps anything but a list of tags out of the store. An empty
-// repository's is null at some registries.
-func checkTags(_ context.Context, rec *record, body io.ReaderAt) error {
-	return checkList(rec, body, "tags")
-}
-
-// checkReferrers: an index without manifests says so itself.
-func checkReferrers(_ context.Context, rec *record, body io.ReaderAt) error {
-	return checkList(rec, body, "manifests")
-}
-
-// checkList wants a JSON object with a member that is an array or null.
-func checkList(rec *record, body io.ReaderAt, member string) error {
-	text, err := contents(rec, body)
-	if err != nil {
-		return err
+// checkList keeps anything but a JSON object with that member, an array or
+// null, out of the store.
+func checkList(member string) func(context.Context, *record, io.ReaderAt) error {
+	return func(_ context.Context, rec *record, body io.ReaderAt) error {
+		text, err := contents(rec, body)
+		if err != nil {
+			return err
+		}
+		var o map[string]json.RawMessage
+		err = json.Unmarshal(text, &o)
+		list, ok := o[member]
+		if err != nil || !ok || list[0] != '[' && string(list) != "null" {
+			return fail(codeUnknown, http.StatusBadGateway, "the upstream of remote %q answered with something else than %s (type %.100q)", rec.Remote, member, rec.ContentType)
+		}
+		if len(rec.Link)+len(rec.Path) > maxNext {
+			return fail(codeUnknown, http.StatusBadGateway, "the upstream of remote %q has a link to the next page that is too long", rec.Remote)
+		}
+		return nil
 	}
-	var o map[string]json.RawMessage
-	err = json.Unmarshal(text, &o)
-	list, ok := o[member]
-	if err != nil || !ok || list[0] != '[' && string(list) != "null" {
-		return fail(codeUnknown, http.StatusBadGateway, "the upstream of remote %q answered with something else than %s (type %.100q)", rec.Remote, member, rec.ContentType)
-	}
-	if len(rec.Link)+len(rec.Path) > maxNext {
-		return fail(codeUnknown, http.StatusBadGateway, "the upstream of remote %q has a link to the next page that is too long", rec.Remote)
-	}
-	return nil
 }
 
 // dress sets the headers of an answer.
