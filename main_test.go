@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -305,6 +306,33 @@ func TestREADMEIsComplete(t *testing.T) {
 			t.Errorf("README.md does not give the default %s of %s: %s", k.def, k.name, rows[k.name])
 		}
 	}
+	keys := map[string]bool{}
+	for _, k := range remoteKeys {
+		keys[k.name] = true
+	}
+	for _, name := range firstCells(t, string(data), "## remotes.yaml") {
+		if !keys[name] {
+			t.Errorf("README.md has the key %s, which is not known", name)
+		}
+	}
+	for _, name := range firstCells(t, string(data), "## Environment") {
+		if !slices.Contains(environmentOf(t), name) && !strings.HasPrefix(name, "artifactapi") {
+			t.Errorf("README.md has the variable %s, which is not read", name)
+		}
+	}
+	p := readProgram(t)
+	files := firstCells(t, string(data), "## Files")
+	for name := range p.files {
+		layer, _, _ := rungOf(name)
+		if !slices.Contains(files, name) || !regexp.MustCompile(fmt.Sprintf(`\| %d \|`, layer)).MatchString(rows[name]) {
+			t.Errorf("README.md does not have %s in layer %d: %s", name, layer, rows[name])
+		}
+	}
+	for _, name := range files {
+		if p.files[name] == nil {
+			t.Errorf("README.md has %s, which is not there", name)
+		}
+	}
 	for _, name := range commandsOf(t) {
 		if !strings.Contains(string(data), "`artifactapi "+name) {
 			t.Errorf("README.md does not name the command %s", name)
@@ -318,6 +346,49 @@ func TestREADMEIsComplete(t *testing.T) {
 		if _, err := parseConfig("README.md", []byte(block[1]), func(string) (string, bool) { return "x", true }); err != nil {
 			t.Errorf("an example is not valid: %v\n%s", err, block[1])
 		}
+	}
+}
+
+// firstCells are the names in the first cells of the tables of one section of
+// README.md.
+func firstCells(t *testing.T, text, heading string) (names []string) {
+	_, section, found := strings.Cut(text, "\n"+heading+"\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	for line := range strings.Lines(section) {
+		if cells := strings.Split(line, "|"); len(cells) > 2 {
+			for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cells[1], -1) {
+				names = append(names, m[1])
+			}
+		}
+	}
+	if !found || len(names) == 0 {
+		t.Errorf("README.md has no table below %s", heading)
+	}
+	return names
+}
+
+// The settings of clients that README.md shows lead to files that the shipped
+// remotes.yaml allows.
+func TestREADMEsClientsFindTheirIndexes(t *testing.T) {
+	t.Parallel()
+	data, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := loadConfig("remotes.yaml", os.LookupEnv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	behind := map[string]string{"almalinux": "repodata/repomd.xml", "alpine": "x86_64/APKINDEX.tar.gz", "apt-mirror": "dists/trixie/InRelease"}
+	for _, m := range regexp.MustCompile(`//cache\.example:8000/api/([^/ \n]+)/?(\S*)`).FindAllStringSubmatch(string(data), -1) {
+		path := strings.TrimLeft(strings.TrimSuffix(m[2], "/")+"/"+behind[m[1]], "/")
+		if at, err := cfg.resolve(m[1], path, ""); err != nil || !strings.HasSuffix(at.path, behind[m[1]]) || at.class != mutable {
+			t.Errorf("%s leads to %s, which is %q, %v", m[0], path, at.class, err)
+		}
+		delete(behind, m[1])
+	}
+	if len(behind) > 0 {
+		t.Errorf("README.md does not show the clients of %v", behind)
 	}
 }
 
