@@ -204,12 +204,13 @@ func TestTokenThatNobodyCouldSend(t *testing.T) {
 
 // --- what is written down ---
 
-// environmentOf are the variables that main.go reads: the first argument of
-// envReader's methods, and those that the libraries read.
-func environmentOf(t *testing.T) (names []string) {
+// environmentOf are the variables that main.go reads, the first argument of
+// envReader's methods, with their defaults where those are text, and the
+// variables that the libraries read.
+func environmentOf(t *testing.T) (names []string, defaults map[string]string) {
 	p := readProgram(t)
 	reads := map[string]bool{"text": true, "size": true, "duration": true, "oneOf": true}
-	seen := map[string]bool{}
+	defaults = map[string]string{}
 	p.each(func(file string, n goast.Node) {
 		call, ok := n.(*goast.CallExpr)
 		if !ok || file != "main.go" || len(call.Args) == 0 {
@@ -220,15 +221,19 @@ func environmentOf(t *testing.T) (names []string) {
 		if !ok || !isLit || !reads[sel.Sel.Name] {
 			return
 		}
-		if name, err := strconv.Unquote(lit.Value); err == nil && regexp.MustCompile(`^[A-Z][A-Z0-9_]+$`).MatchString(name) && !seen[name] {
-			seen[name] = true
-			names = append(names, name)
+		name, err := strconv.Unquote(lit.Value)
+		if err != nil || !regexp.MustCompile(`^[A-Z][A-Z0-9_]+$`).MatchString(name) || slices.Contains(names, name) {
+			return
+		}
+		names = append(names, name)
+		if otherwise, ok := call.Args[len(call.Args)-1].(*goast.BasicLit); ok && sel.Sel.Name == "text" {
+			defaults[name], _ = strconv.Unquote(otherwise.Value)
 		}
 	})
 	if len(names) < 10 {
 		t.Fatalf("found only %q in main.go: did the reader of the environment change?", names)
 	}
-	return append(names, "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE")
+	return append(names, "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE"), defaults
 }
 
 // commandsOf are the sub-commands in usage.
@@ -245,7 +250,8 @@ func commandsOf(t *testing.T) (names []string) {
 func TestTheManualIsComplete(t *testing.T) {
 	t.Parallel()
 	manual := packageComment(t)
-	for _, name := range append(environmentOf(t), commandsOf(t)...) {
+	names, _ := environmentOf(t)
+	for _, name := range append(names, commandsOf(t)...) {
 		if !hasWord(manual, name) {
 			t.Errorf("go doc does not name %s", name)
 		}
@@ -283,19 +289,24 @@ func TestREADMEIsComplete(t *testing.T) {
 	if err != nil {
 		t.Skip("there is no README.md yet")
 	}
-	rows := map[string]string{} // of all tables: first cell -> line
+	rows := map[string]string{} // of all tables: what is in a cell, the first if there is one -> line
 	for line := range strings.Lines(string(data)) {
 		cells := strings.Split(line, "|")
 		if len(cells) < 3 {
 			continue
 		}
-		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(strings.Join(cells[1:len(cells)-1], "|"), -1) {
-			rows[m[1]] = line
+		for i, cell := range cells[1 : len(cells)-1] {
+			for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+				if i == 0 || rows[m[1]] == "" {
+					rows[m[1]] = line
+				}
+			}
 		}
 	}
-	for _, name := range environmentOf(t) {
-		if rows[name] == "" {
-			t.Errorf("no table in README.md has %s", name)
+	variables, defaults := environmentOf(t)
+	for _, name := range variables {
+		if rows[name] == "" || !strings.Contains(rows[name], defaults[name]) {
+			t.Errorf("no table in README.md has %s with the default %q", name, defaults[name])
 		}
 	}
 	for _, k := range remoteKeys {
@@ -316,7 +327,7 @@ func TestREADMEIsComplete(t *testing.T) {
 		}
 	}
 	for _, name := range firstCells(t, string(data), "## Environment") {
-		if !slices.Contains(environmentOf(t), name) && !strings.HasPrefix(name, "artifactapi") {
+		if !slices.Contains(variables, name) && !strings.HasPrefix(name, "artifactapi") {
 			t.Errorf("README.md has the variable %s, which is not read", name)
 		}
 	}
