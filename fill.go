@@ -93,6 +93,7 @@ type flight struct {
 	done      bool
 	err       error
 	validator string // for If-Range; "" when the upstream gave no strong one
+	noRanges  bool   // the upstream answered otherwise when asked for one
 	origin    int    // who answered
 	followed  bool   // the body comes from another replica
 	token     string // of the lease across replicas, while it is held
@@ -1148,7 +1149,7 @@ func (r *spoolReader) isFar() bool {
 	if r.f.want.digest != "" {
 		end -= holdBack // that part waits until the whole body verifies
 	}
-	return r.off-r.f.written > farAhead && r.off < end
+	return !r.f.noRanges && r.off-r.f.written > farAhead && r.off < end
 }
 
 // leap begins a ranged request for what is far ahead of the fill, or waits for
@@ -1161,10 +1162,18 @@ func (r *spoolReader) leap(changed chan struct{}) error {
 	case <-r.ctx.Done():
 		return context.Cause(r.ctx)
 	}
-	r.slot, r.jump = true, false
+	r.slot = true
+	if !r.isFar() { // any more, after the wait
+		r.land()
+		return nil
+	}
+	r.jump = false
 	part := r.f.restOf(r.off, r.to)
 	ans, err := r.f.c.askRest(r.ctx, part)
-	if err != nil { // no ranges there: the fill will come by
+	if err != nil { // the fill will come by
+		r.f.mu.Lock()
+		r.f.noRanges = r.f.noRanges || errors.Is(err, errBadUpstream)
+		r.f.mu.Unlock()
 		r.land()
 		return nil
 	}
