@@ -1277,6 +1277,11 @@ func (c *cache) direct(ctx context.Context, q want, a asked, cp *stored) (*reply
 	ask := q.question(http.MethodGet, a.header(q))
 	ask.hasCopy = cp != nil
 	ans, err := c.askBody(ctx, q, ask)
+	if err == nil && ans.StatusCode == http.StatusRequestedRangeNotSatisfiable {
+		ans.Body.Close() // refused here, with the size that only the whole has
+		ask.header.Del("Range")
+		ans, err = c.askBody(ctx, q, ask)
+	}
 	var at, size int64
 	if err == nil {
 		if at, size, err = c.part(q, ans, ask.header.Get("Range") != ""); err != nil {

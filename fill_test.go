@@ -1194,6 +1194,7 @@ func TestClientsGetTheirBytesWithoutAStore(t *testing.T) {
 				if n := tt.origin.requests("/a"); c.shared && n != 1 {
 					t.Errorf("%d upstream requests", n)
 				}
+				tt.get("/api/r/a", "Range: bytes=300000-").wantStatus(416).wantHeader("Content-Range", "bytes */300000")
 				tt.get("/api/r/a", "Range: bytes=7-9").wantStatus(206).wantBody(text[7:10])
 				tt.get("/api/r/a", "Range: bytes=-5").wantStatus(206).wantBody(text[299_995:])
 				tt.head("/api/r/a").wantStatus(200).wantHeader("Content-Length", "300000")
