@@ -163,8 +163,12 @@ func (c *cache) tooManyAlone(name string) *flight {
 		if f.waiters > 0 || f.want.remote.name != name {
 			continue
 		}
+		left := f.left()
+		if left == 0 {
+			continue // it asks nothing of upstream any more, and is being stored
+		}
 		alone++
-		if left := f.left(); victim == nil || left > most {
+		if victim == nil || left > most {
 			victim, most = f, left
 		}
 	}

@@ -397,6 +397,29 @@ func TestAtMostEightFillsGoOnAlone(t *testing.T) {
 	}
 }
 
+// Bodies that are all there and take their time to be stored are not what is
+// dropped: who asks again would fetch them again.
+func TestBodiesThatAreBeingStoredAreNotDropped(t *testing.T) {
+	t.Parallel()
+	held := &heldObjects{gate: make(chan struct{})}
+	tt := setup{objects: func(o objects) objects { held.objects = o; return held }}.start(t)
+	for range 2 {
+		for i := range 2 * alonePerRemote {
+			path := fmt.Sprintf("/f%d", i)
+			tt.origin.file(path, path)
+			s := tt.open("/api/r" + path)
+			s.rest().wantStatus(200).wantBody(path)
+			s.leave()
+			tt.eventually("the client to be gone", func() bool { return tt.waiting(path[1:]) == 0 })
+		}
+	}
+	for i := range 2 * alonePerRemote {
+		tt.wantRequests(fmt.Sprintf("/f%d", i), 1)
+	}
+	close(held.gate)
+	tt.eventually("all to be stored", func() bool { return tt.flying() == 0 })
+}
+
 func TestFillsPerRemoteAreBounded(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
