@@ -1300,6 +1300,9 @@ func (c *cache) direct(ctx context.Context, q want, a asked, cp *stored) (*reply
 	}
 	rec := c.newRecord(q, ans.Header)
 	rep := &reply{rec: rec, size: size, remote: true, outcome: "MISS", status: "fwd=miss"}
+	if cp != nil {
+		rep.status = "fwd=stale; fwd-status=200"
+	}
 	if q.whole {
 		return rep, c.inMemory(ctx, q, rep, ans)
 	}

@@ -1286,7 +1286,7 @@ func TestExpiredCopyWithoutRoomForTheNewOne(t *testing.T) {
 	spools.none = errNoSpace
 	spools.mu.Unlock()
 	tt.origin.file("/a", "new")
-	tt.get("/api/r/a").wantStatus(200).wantBody("new")
+	tt.get("/api/r/a").wantFrom("remote", "fwd=stale; fwd-status=200").wantBody("new")
 	tt.wantStored("a", true) // the old one
 	tt.down()
 	tt.get("/api/r/a").wantStale().wantBody("old")
