@@ -52,6 +52,7 @@ var (
 	errLookAgain = errors.New("the store has it now")
 	errNoSpool   = errors.New("no spool: each client asks upstream itself")
 	errAbandoned = errors.New("nobody waits any more")
+	errCrowded   = fmt.Errorf("%w: the remote's fills take too long", errBusy)
 	errBroken    = fmt.Errorf("%w: the body broke off", errBadUpstream)
 	errDigest    = fmt.Errorf("%w: the body does not have its digest", errBadUpstream)
 	errTooLarge  = fmt.Errorf("%w: the body is too large", errBadUpstream)
@@ -226,10 +227,18 @@ func (c *cache) slot(name string) chan struct{} {
 }
 
 // waitSlot waits for the remote to have room for one more fill, as long as a
-// client waits for this one.
+// client waits for this one, and not for long where a copy can answer.
 func (f *flight) waitSlot() error {
+	var enough <-chan time.Time
+	if f.old != nil {
+		t := time.NewTimer(copyPatience)
+		defer t.Stop()
+		enough = t.C
+	}
 	select {
 	case f.c.slot(f.want.remote.name) <- struct{}{}:
+	case <-enough:
+		return errCrowded
 	case <-f.ctx.Done():
 		return context.Cause(f.ctx)
 	}
@@ -1004,6 +1013,9 @@ func (c *cache) fallBack(ctx context.Context, q want, a asked, cp *stored, err e
 func (q want) staleFor(err error) string {
 	if outOfReach(err) {
 		return "unreachable"
+	}
+	if errors.Is(err, errCrowded) {
+		return "crowded"
 	}
 	status, _ := errors.AsType[*upstreamStatus](err)
 	switch {

@@ -22,6 +22,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -463,6 +464,33 @@ func TestFillsPerRemoteAreBounded(t *testing.T) {
 		t.Errorf("%d fills at once, want %d", n, fillsPerRemote)
 	}
 	tt.wantRequests("/impatient", 0)
+}
+
+// An upstream that hangs keeps all fills of its remote waiting. Who has a copy
+// is not to wait behind them.
+func TestExpiredCopyBehindFillsThatHang(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t, "mutable_patterns: ['^m']")
+		tt.origin.file("/m", "old")
+		tt.get("/api/r/m").wantMiss()
+		tt.advance(2 * time.Hour)
+		tt.origin.troubled(tt.origin.stalls)
+		var all sync.WaitGroup
+		for i := range fillsPerRemote {
+			all.Go(func() { tt.get(fmt.Sprintf("/api/r/f%d", i)).wantStatus(504) })
+		}
+		synctest.Wait()
+		began := time.Now()
+		tt.get("/api/r/m").wantFrom("cache", "hit; ttl=-N; detail=crowded").wantBody("old")
+		if d := time.Since(began); d != copyPatience {
+			t.Errorf("the copy came after %v", d)
+		}
+		all.Wait()
+		tt.origin.troubled(nil)
+		tt.advance(downTime + time.Second)
+		tt.origin.file("/m", "new")
+		tt.get("/api/r/m").wantRefetched().wantBody("new") // nothing was learned of it
+	})
 }
 
 // --- bodies that break off (fault 3) ---
