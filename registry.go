@@ -122,7 +122,9 @@ func (g *registry) serve(w *response, r *http.Request) error {
 		w.Header()["Oci-Namespace"] = []string{c.ns}
 	}
 	if c.route == routePing {
-		return writeJSON(w, struct{}{})
+		w.Header().Set("Content-Type", typeJSON)
+		_, _ = io.WriteString(w, "{}") // as registries write it, without a line's end
+		return nil
 	}
 	q, err := g.want(c)
 	if err == nil {
