@@ -384,7 +384,7 @@ func (c *cache) get(ctx context.Context, q want, a asked) (*reply, error) {
 	key := q.key()
 	// A flight may end between a lookup that misses and the next flight: then
 	// the store has the file after all, and the flight looks again.
-	for n := 0; ; n++ {
+	for n := 0; ; {
 		ended := c.ended.Load()
 		cp, storeErr := c.lookup(ctx, key, q, a)
 		if err := context.Cause(ctx); err != nil && storeErr != nil {
@@ -401,11 +401,14 @@ func (c *cache) get(ctx context.Context, q want, a asked) (*reply, error) {
 			return nil, storeErr
 		}
 		rep, again, err := c.absent(ctx, key, q, a, cp, ended)
-		if again && n < lookAgains {
-			continue
+		if again && !errors.Is(err, errLookAgain) {
+			continue // others were refused: our turn comes
 		}
 		if again {
-			err = errors.Join(errStoreDown, storeErr)
+			if n++; n <= lookAgains {
+				continue
+			}
+			err = errStoreDown
 		}
 		if rep != nil && errors.Is(storeErr, errStoreDown) {
 			rep.status = strings.TrimSuffix(rep.status, "; stored") // it may be, if the store is back by then
@@ -428,7 +431,8 @@ func joinStoreDown(err, storeErr error) error {
 }
 
 // absent answers when the store has no fresh copy; cp is the expired one or
-// nil. again says that the store has one now.
+// nil. again says that get must look again: the store has one now
+// (errLookAgain), or the answer was to another way to the file.
 func (c *cache) absent(ctx context.Context, key string, q want, a asked, cp *stored, ended int64) (rep *reply, again bool, err error) {
 	if cp == nil {
 		if err := c.negative.get(key, c.now()); err != nil {
@@ -447,10 +451,7 @@ func (c *cache) absent(ctx context.Context, key string, q want, a asked, cp *sto
 	}
 	f, lead := c.join(key, q, cp, ended)
 	rep, err = c.await(ctx, f, lead, a, cp)
-	if errors.Is(err, errLookAgain) || f.want.wire != q.wire && saidNo(err) {
-		return nil, true, nil
-	}
-	return rep, false, err
+	return rep, errors.Is(err, errLookAgain) || f.want.wire != q.wire && saidNo(err), err
 }
 
 // saidNo: the upstream refused one way to a file. Who joined the flight of

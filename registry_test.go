@@ -746,6 +746,35 @@ func TestRegistryRefusalOfOneImageIsNotAnothers(t *testing.T) {
 	both.Wait()
 }
 
+// However many other images are refused before one's own turn comes.
+func TestRegistryRefusalsOfManyImages(t *testing.T) {
+	t.Parallel()
+	const images = 9 // the last one has the blob
+	h := newHub(t)
+	m := newMirror(t, h.url())
+	for round := range 10 { // whose turn comes when is up to the scheduler
+		body := layerOf("many", 5000+round)
+		d := h.blob(fmt.Sprintf("app%d", images-1), body)
+		var left atomic.Int64 // clients without an answer: the next is refused when all wait for it
+		left.Store(images)
+		var all sync.WaitGroup
+		for i := range images {
+			path := fmt.Sprintf("app%d/blobs/%s", i, d)
+			if i == images-1 {
+				all.Go(func() { m.get("/v2/reg/" + path).wantBody(body) })
+				continue
+			}
+			h.on("/v2/"+path, func(w http.ResponseWriter, r *http.Request) {
+				for n := int(left.Add(-1)) + 1; m.waiters("blobs/"+d) < n; time.Sleep(time.Millisecond) {
+				}
+				http.NotFound(w, r)
+			})
+			all.Go(func() { m.get("/v2/reg/" + path) })
+		}
+		all.Wait()
+	}
+}
+
 // storing says whether a fill is at its last step.
 func (m *mirror) storing() bool {
 	m.cache.mu.Lock()
