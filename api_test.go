@@ -113,6 +113,29 @@ func TestUploadThatIsStoredSlowly(t *testing.T) {
 	})
 }
 
+// deafObjects take their time to store, whatever their caller wants.
+type deafObjects struct{ slowObjects }
+
+func (s *deafObjects) put(_ context.Context, key string, rec *record, spool *os.File) error {
+	return s.slowObjects.put(context.Background(), key, rec, spool)
+}
+
+func TestEndDoesNotWaitForAStoreThatHangs(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := setup{bubble: true, objects: func(o objects) objects { return &deafObjects{slowObjects{o, time.Minute}} }}.start(t)
+		tt.origin.file("/a", "body")
+		tt.open("/api/r/a").read(4) // and it is not stored yet
+		began := time.Now()
+		ctx, cancel := context.WithTimeout(context.Background(), drainFor)
+		defer cancel()
+		tt.cache.close(ctx)
+		if took := time.Since(began); took > drainFor+5*time.Second {
+			t.Errorf("the end took %v", took)
+		}
+		tt.cache.fills.Wait() // no goroutine outlives a bubble
+	})
+}
+
 func TestUploadsThatAreRefused(t *testing.T) {
 	t.Parallel()
 	tt := newLocalTester(t)

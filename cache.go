@@ -1151,6 +1151,10 @@ func (c *cache) tell(ctx context.Context) {
 	maps.Copy(c.untold, untold)
 }
 
+// cleanUp is how long fills that were told to end may take for it: a store that
+// hangs would keep the process beyond the time that it is given.
+const cleanUp = 2 * time.Second
+
 // close ends all fills, after at most the patience of ctx, and writes what is
 // left of the accounting.
 func (c *cache) close(ctx context.Context) {
@@ -1163,7 +1167,11 @@ func (c *cache) close(ctx context.Context) {
 	case <-idle:
 	case <-ctx.Done():
 		c.cancel()
-		<-idle
+		select {
+		case <-idle:
+		case <-time.After(cleanUp):
+			c.log.Warn("a fill does not end: what it left is swept later")
+		}
 	}
 	c.cancel()
 	c.flush(context.WithoutCancel(ctx))
