@@ -42,7 +42,7 @@ const (
 	frameBeat byte = 'b' // nothing, but alive
 	frameHead byte = 'h' // peerHead: upstream's headers are there
 	frameData byte = 'd' // a piece of the body
-	frameEnd  byte = 'e' // record: the body is whole and verified
+	frameEnd  byte = 'e' // record: the body is whole and verified; beats follow until it is stored
 	frameOver byte = 'o' // peerVerdict: there will be no body
 )
 
@@ -52,6 +52,7 @@ type peerHead struct {
 	Total     int64
 	Validator string
 	Origin    int
+	Storable  bool
 }
 
 // peerVerdict is how a fill ended without a body.
@@ -99,8 +100,9 @@ func (f *flight) takeLease() (other *filler) {
 	return nil
 }
 
-// follow brings the body from the replica p into f's own spool. errPeer says
-// that p can do no more and what it sent, if anything, is in the spool.
+// follow brings the body from the replica p into f's own spool, and keeps it
+// there until p has stored it. errPeer says that p can do no more and what it
+// sent, if anything, is in the spool.
 func (f *flight) follow(p *filler) error {
 	if err := f.openSpool(); err != nil {
 		return err
@@ -121,58 +123,64 @@ func (f *flight) follow(p *filler) error {
 	var payload []byte
 	for {
 		kind, data, err := readFrame(r, payload)
-		if err != nil {
-			return fmt.Errorf("%w: %w", errPeer, err)
+		if err == nil {
+			payload = data
+			silence.Reset(peerSilence)
+			err = f.take(kind, data)
+		} else {
+			err = fmt.Errorf("%w: %w", errPeer, err)
 		}
-		payload = data
-		silence.Reset(peerSilence)
-		if done, err := f.take(kind, data); done || err != nil {
+		switch {
+		case err != nil && !f.complete:
 			return err
+		case errors.Is(err, io.EOF), f.ctx.Err() != nil: // it has stored the file, as far as it could
+			return nil
+		case err != nil: // it died over that
+			return f.arrive()
 		}
 	}
 }
 
-// take applies one frame; done says that it was the last.
-func (f *flight) take(kind byte, data []byte) (done bool, err error) {
+// take applies one frame.
+func (f *flight) take(kind byte, data []byte) error {
 	switch kind {
 	case frameHead:
 		var h peerHead
 		if err := json.Unmarshal(data, &h); err != nil || h.Record == nil || f.rec != nil {
-			return false, fmt.Errorf("%w: its head cannot be read, or is the second", errPeer)
+			return fmt.Errorf("%w: its head cannot be read, or is the second", errPeer)
 		}
-		f.show(h.Record, h.Total, h.Origin, h.Validator, false)
+		f.show(h.Record, h.Total, h.Origin, h.Validator, h.Storable)
 	case frameData:
 		if f.rec == nil {
-			return false, fmt.Errorf("%w: data before its head", errPeer)
+			return fmt.Errorf("%w: data before its head", errPeer)
 		}
 		if f.total >= 0 && f.written+int64(len(data)) > f.total {
-			return false, fmt.Errorf("%w: %w: the body is longer than it said", errPeer, errDigest)
+			return fmt.Errorf("%w: %w: the body is longer than it said", errPeer, errDigest)
 		}
-		return false, f.append(data)
+		return f.append(data)
 	case frameEnd:
 		var rec record
 		if err := json.Unmarshal(data, &rec); err != nil || rec.Size != f.written || rec.SHA256 != f.sums.hex() {
-			return false, fmt.Errorf("%w: %w: the body is not what it says", errPeer, errDigest)
+			return fmt.Errorf("%w: %w: the body is not what it says", errPeer, errDigest)
 		}
 		if err := f.sums.verify(f.want.digest); err != nil {
-			return false, fmt.Errorf("%w: %w", errPeer, err)
+			return fmt.Errorf("%w: %w", errPeer, err)
 		}
-		f.present(&rec)
-		return true, nil
+		f.present(&rec) // storing, as far as a purge here is concerned
 	case frameOver:
 		var v peerVerdict
 		if err := json.Unmarshal(data, &v); err != nil {
-			return false, fmt.Errorf("%w: its verdict cannot be read", errPeer)
+			return fmt.Errorf("%w: its verdict cannot be read", errPeer)
 		}
 		switch {
 		case v.Kind == "" && f.want.shared:
-			return false, fmt.Errorf("%w: its way to the file is refused, ours may not be", errPeer)
+			return fmt.Errorf("%w: its way to the file is refused, ours may not be", errPeer)
 		case v.Kind == "unchanged" && f.old != nil && f.old.SHA256 != v.Copy:
-			return false, fmt.Errorf("%w: it has another copy", errPeer)
+			return fmt.Errorf("%w: it has another copy", errPeer)
 		}
-		return true, v.err()
+		return v.err()
 	}
-	return false, nil
+	return nil
 }
 
 // takeOver fetches what is missing of a body whose replica is gone: by Range,
@@ -369,13 +377,13 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 	beat := time.NewTicker(peerBeat)
 	defer beat.Stop()
 	var off int64
-	headed := false
+	headed, ending := false, false
 	buf := pumpBuffers.Get().(*[pumpSize]byte)
 	defer pumpBuffers.Put(buf)
 	for {
 		f.mu.Lock()
 		rec, written, complete, done, ended, changed := f.rec, f.written, f.complete, f.done, f.err, f.changed
-		head := peerHead{rec, f.total, f.validator, f.origin}
+		head := peerHead{rec, f.total, f.validator, f.origin, f.storable}
 		f.mu.Unlock()
 		var err error
 		switch {
@@ -389,8 +397,11 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 			}
 			off += n
 			err = writeFrame(w, frameData, buf[:n])
-		case complete:
-			return writeJSONFrame(w, frameEnd, rec)
+		case complete && !ending:
+			ending = true
+			err = writeJSONFrame(w, frameEnd, rec)
+		case complete && done:
+			return nil
 		case done:
 			v := verdictOf(ended)
 			if f.old != nil {

@@ -228,7 +228,7 @@ type peerScript struct {
 
 // Who is told nonsense may hang up before the end of it.
 func (p *peerScript) head(rec *record, total int64, validator string) {
-	_ = writeJSONFrame(p, frameHead, peerHead{rec, total, validator, 0})
+	_ = writeJSONFrame(p, frameHead, peerHead{rec, total, validator, 0, true})
 }
 func (p *peerScript) frame(kind byte, text string) { _ = writeFrame(p, kind, []byte(text)) }
 func (p *peerScript) data(text string)             { p.frame(frameData, text) }
@@ -674,6 +674,51 @@ func TestPurgeWhileAnotherStores(t *testing.T) {
 	close(g.gate)
 	f.all[0].awaitEnds(1)
 	f.wantStored("a", false)
+}
+
+// While one replica stores, the others have the file in their own spools.
+func TestFollowersKeepTheFileUntilItIsStored(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2)
+	g := &gatedObjects{f.all[0].cache.objects, make(chan struct{}), make(chan struct{})}
+	f.all[0].cache.objects = g
+	text := noise(1, peerSize)
+	f.origin.file("/a", text)
+	s := f.all[0].open("/api/r/a")
+	defer s.leave()
+	s.rest().wantMiss().wantBody(text)
+	<-g.putting
+	for range 3 {
+		s := f.all[1].open("/api/r/a")
+		defer s.leave()
+		s.rest().wantJoined().wantBody(text)
+		if n := f.all[1].cache.ended.Load(); n > 0 || f.all[1].flying() != 1 {
+			t.Fatalf("%d copies were made and dropped", n)
+		}
+	}
+	close(g.gate)
+	f.settled()
+	f.all[1].get("/api/r/a").wantHit().wantBody(text)
+	f.wantRequests("/a", 1)
+}
+
+// What a replica died over storing, those who followed it store.
+func TestReplicaThatDiesWhileItStores(t *testing.T) {
+	t.Parallel()
+	text := noise(1, peerSize)
+	for _, storable := range []bool{true, false} {
+		f := newFleet(t, 1)
+		f.script(func(p *peerScript) {
+			_ = writeJSONFrame(p, frameHead, peerHead{peerRecord(text), peerSize, `"1"`, 0, storable})
+			p.data(text)
+			p.end(peerRecord(text))
+			p.frame(frameBeat, "")
+			p.cut()
+		})
+		f.get("/api/r/a").wantJoined().wantBody(text)
+		f.settled()
+		f.wantStored("a", storable)
+	}
 }
 
 // A version that another replica stored meanwhile is not undone.
