@@ -10,6 +10,7 @@ import (
 	"mime"
 	"mime/multipart"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"strconv"
 	"strings"
@@ -1204,4 +1205,86 @@ func (b *brokenObjects) put(ctx context.Context, key string, rec *record, spool 
 		return err
 	}
 	return b.objects.put(ctx, key, rec, spool)
+}
+
+func TestNegativeTTLOfAFileThatWasEvicted(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, `mutable_patterns: ["."]`, "negative_ttl: 60")
+	tt.origin.file("/a", "old")
+	tt.get("/api/r/a").wantMiss()
+	tt.advance(2 * 3600e9)
+	tt.origin.file("/a", "").answering(404)
+	tt.origin.forget()
+	tt.get("/api/r/a").wantStatus(404)
+	tt.get("/api/r/a").wantStatus(404)
+	tt.wantRequests("/a", 1)
+}
+
+// watchedBody is read from for ever and notices that it is closed meanwhile.
+type watchedBody struct {
+	io.ReadSeekCloser
+	begun, goOn, closed chan struct{}
+	once                sync.Once
+}
+
+func (b *watchedBody) Read(p []byte) (int, error) {
+	b.once.Do(func() { close(b.begun) })
+	<-b.goOn
+	return b.ReadSeekCloser.Read(p)
+}
+
+func (b *watchedBody) Close() error {
+	close(b.closed)
+	return b.ReadSeekCloser.Close()
+}
+
+type watchedObjects struct {
+	objects
+	body *watchedBody
+}
+
+func (o *watchedObjects) open(ctx context.Context, key string, off int64) (*object, error) {
+	obj, err := o.objects.open(ctx, key, off)
+	if err != nil || obj.body == nil {
+		return obj, err
+	}
+	o.body.ReadSeekCloser = obj.body
+	return &object{rec: obj.rec, body: o.body}, nil
+}
+
+// goneWriter is a client that leaves.
+type goneWriter struct {
+	*httptest.ResponseRecorder
+	when chan struct{}
+}
+
+func (w goneWriter) Write([]byte) (int, error) {
+	<-w.when
+	return 0, io.ErrClosedPipe
+}
+
+// ServeContent reads the parts of a multi-range answer in a goroutine of its
+// own, which it leaves behind when the client goes.
+func TestMultiRangeClientLeaves(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a", noise(1, 1<<20))
+	tt.get("/api/r/a").wantStatus(200)
+	body := &watchedBody{begun: make(chan struct{}), goOn: make(chan struct{}), closed: make(chan struct{})}
+	tt.cache.objects = &watchedObjects{tt.cache.objects, body}
+	var done sync.WaitGroup
+	done.Go(func() {
+		defer func() { _ = recover() }() // the aborted connection
+		r := httptest.NewRequest("GET", "/api/r/a", nil)
+		r.Header.Set("Range", "bytes=0-500000,600000-1000000")
+		tt.api.ServeHTTP(goneWriter{httptest.NewRecorder(), body.begun}, r)
+	})
+	select {
+	case <-body.closed:
+		t.Error("closed while it is read")
+	case <-time.After(200 * time.Millisecond):
+	}
+	close(body.goOn)
+	done.Wait()
+	<-body.closed
 }

@@ -666,8 +666,6 @@ func TestMirrorFinishesWhatBaseBegan(t *testing.T) {
 	tt.get("/api/r/a").wantHit().wantBody(text)
 }
 
-// What lies behind the promised length is not the body, and never becomes
-// another answer.
 // To an HTTP/1.0 client the connection's end is a body's end where no length
 // was told: it has to see a broken one.
 func TestCutBodyIsNoCleanEndForHTTP10(t *testing.T) {
@@ -689,6 +687,8 @@ func TestCutBodyIsNoCleanEndForHTTP10(t *testing.T) {
 	}
 }
 
+// What lies behind the promised length is not the body, and never becomes
+// another answer.
 func TestLengthThatPromisesTooLittle(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
@@ -1552,4 +1552,175 @@ func TestCodedAnswerIsReplayedCoded(t *testing.T) {
 	tt.get("/api/r/a.xml", "Range: bytes=999999999-").wantStatus(416)
 	tt.get("/api/r/a.xml", `If-Match: "x"`).wantStatus(412).wantBody("")
 	tt.get("/api/r/a.xml", "If-Modified-Since: "+longAgo.Format(http.TimeFormat)).wantStatus(304).wantBody("")
+}
+
+func digestFor(text string) string {
+	sum := sha256.Sum256([]byte(text))
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
+
+// A spool that fills up in the middle hands each client on to upstream. What
+// comes from there must not escape the digest.
+func TestDigestIsKeptWhenTheSpoolIsFull(t *testing.T) {
+	t.Parallel()
+	const size = roomEvery + 300_000 // the free space is looked at on the way
+	text := noise(1, size)
+	for _, right := range []bool{true, false} {
+		t.Run(fmt.Sprintf("right %v", right), func(t *testing.T) {
+			spools := &brokenSpools{}
+			tt := setup{spools: spools.wrap}.start(t)
+			release := tt.origin.file("/a", text).etag(`"1"`).stallAt(200_000)
+			defer release()
+			digest := digestFor(text)
+			if !right {
+				digest = digestFor("another body")
+			}
+			tt.digested(func(q *want) { q.digest = digest })
+			s, end := tt.open("/api/r/a"), tt.open("/api/r/a", fmt.Sprintf("Range: bytes=%d-", roomEvery-1000))
+			defer s.leave()
+			defer end.leave()
+			spools.mu.Lock()
+			spools.noRoom = errNoSpace
+			spools.mu.Unlock()
+			release()
+			s.rest()
+			end.rest()
+			if right {
+				s.wantStatus(200).wantBody(text)
+				end.wantStatus(206).wantBody(text[roomEvery-1000:])
+				return
+			}
+			s.wantAborted()
+			end.wantAborted()
+			if len(s.text) > size-holdBack {
+				t.Errorf("%d of %d bytes were sent of a body that does not verify", len(s.text), size)
+			}
+		})
+	}
+}
+
+func TestRangeOfADigestedBodyWithoutASpool(t *testing.T) {
+	t.Parallel()
+	spools := &brokenSpools{none: errNoSpace}
+	tt := setup{spools: spools.wrap}.start(t)
+	text := noise(1, 400_000)
+	tt.origin.file("/a", text)
+	tt.digested(func(q *want) { q.digest = digestFor(text) })
+	tt.get("/api/r/a", "Range: bytes=100-").wantStatus(206).wantBody(text[100:])
+	tt.get("/api/r/a", "Range: bytes=100-200000").wantStatus(206).wantBody(text[100:200001])
+	tt.get("/api/r/a", "Range: bytes=-70000").wantStatus(206).wantBody(text[330_000:])
+	tt.get("/api/r/a", "Range: bytes=399999-,0-99999").wantStatus(206)
+	tt.digested(func(q *want) { q.digest = digestFor("another body") })
+	tt.get("/api/r/a", "Range: bytes=100-").wantAborted()
+	tt.get("/api/r/a", "Range: bytes=-5").wantAborted()
+}
+
+// Of a body of unknown length only the 206 that resumes it says where it ends.
+func TestResumedBodyOfUnknownLengthIsWhole(t *testing.T) {
+	t.Parallel()
+	text := noise(1, 300_000)
+	for name, c := range map[string]struct {
+		contentRange string
+		to           int
+		whole        bool
+	}{
+		"all of the rest":                {"bytes 100000-299999/300000", 300_000, true},
+		"less than the rest":             {"bytes 100000-199999/300000", 200_000, false},
+		"less than it says, in chunks":   {"bytes 100000-299999/300000", 200_000, false},
+		"a size that nobody tells":       {"bytes 100000-199999/*", 200_000, false},
+		"less than it says, every time":  {"bytes 100000-299999/300000", 100_000, false},
+		"more than it says":              {"bytes 100000-199999/200000", 300_000, false},
+		"an end that is not the whole's": {"bytes 100000-299999/300001", 300_000, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tt := newTester(t)
+			f := tt.origin.file("/a", text).etag(`"1"`)
+			f.acts(func(w http.ResponseWriter, r *http.Request) {
+				if r.Header.Get("Range") == "" {
+					_, _ = io.WriteString(w, text[:100_000])
+					_ = http.NewResponseController(w).Flush()
+					panic(http.ErrAbortHandler)
+				}
+				w.Header().Set("Content-Range", c.contentRange)
+				w.WriteHeader(http.StatusPartialContent)
+				_ = http.NewResponseController(w).Flush() // in chunks
+				if r.Header.Get("Range") == "bytes=100000-" {
+					_, _ = io.WriteString(w, text[100_000:c.to])
+				}
+			})
+			g := tt.get("/api/r/a")
+			if c.whole {
+				g.wantBody(text)
+			} else {
+				g.wantAborted()
+			}
+			tt.wantStored("a", c.whole)
+		})
+	}
+}
+
+func TestChunkedBodyOverMaxSizeIsNotStored(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "cache: {max_size: 100KiB}")
+	text := noise(1, 200_000)
+	tt.origin.file("/a", text).chunked()
+	tt.get("/api/r/a").wantBody(text)
+	tt.wantStored("a", false)
+	tt.wantLog("larger than cache.max_size")
+}
+
+// A client that was sent a part of the spool by the kernel goes on without it.
+func TestFullSpoolOfABodyOfUnknownLength(t *testing.T) {
+	t.Parallel()
+	text := noise(1, roomEvery+300_000)
+	spools := &brokenSpools{}
+	tt := setup{spools: spools.wrap}.start(t)
+	tt.origin.file("/a", text).etag(`"1"`).chunked().acts(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Range") != "" {
+			http.ServeContent(w, r, "", longAgo, strings.NewReader(text))
+			return
+		}
+		_, _ = io.WriteString(w, text[:200_000])
+		_ = http.NewResponseController(w).Flush()
+		for spools.isFine() {
+			time.Sleep(time.Millisecond)
+		}
+		_, _ = io.WriteString(w, text[200_000:])
+	})
+	s := tt.open("/api/r/a")
+	defer s.leave()
+	s.read(100_000)
+	spools.mu.Lock()
+	spools.noRoom = errNoSpace
+	spools.mu.Unlock()
+	s.rest().wantStatus(200).wantBody(text)
+}
+
+func (b *brokenSpools) isFine() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.noRoom == nil
+}
+
+// Where upstream has no ranges a spool that fills up cuts its clients off. The
+// next ones must not meet the same end for ever.
+func TestFullSpoolWithoutRangesIsNotTriedAgainAtOnce(t *testing.T) {
+	t.Parallel()
+	spools := &brokenSpools{}
+	tt := setup{spools: spools.wrap}.start(t)
+	cut := noise(1, roomEvery+300_000)
+	release := tt.origin.file("/a", cut).noRanges().undated().stallAt(1000)
+	defer release()
+	s := tt.open("/api/r/a")
+	defer s.leave()
+	spools.mu.Lock()
+	spools.noRoom = errNoSpace
+	spools.mu.Unlock()
+	release()
+	s.rest().wantAborted()
+	spools.heal() // small files still fit: it is this one that does not
+	tt.get("/api/r/a").wantUnstored().wantBody(cut)
+	tt.advance(2 * time.Minute)
+	tt.get("/api/r/a").wantMiss()
 }

@@ -1,10 +1,12 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/http"
@@ -269,4 +271,67 @@ func TestRequestsAreCounted(t *testing.T) {
 			t.Errorf("series with %q add up to %v, want %v", c.parts, got, c.want)
 		}
 	}
+}
+
+// What net/http still has in its buffer when the handler is done meets a
+// client that takes nothing, too.
+func TestClientThatTakesNoShortAnswerIsDropped(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		for _, request := range []string{
+			"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+			"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n",
+			"PUT /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n",
+		} {
+			conn, err := tt.client.DialContext(t.Context(), "tcp", "front:80")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.WriteString(conn, request); err != nil {
+				t.Fatal(err)
+			}
+			tt.advance(patience + time.Second)
+			if b, err := io.ReadAll(conn); len(b) > 0 {
+				t.Errorf("after all that time there was still someone who wrote: %q, %v", b, err)
+			}
+			conn.Close()
+		}
+	})
+}
+
+// net/http reads what is left of a request's body before it answers, to keep
+// the connection. A body that never comes keeps nobody waiting.
+func TestBodyThatNeverComesIsNotAwaited(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		tt.origin.file("/a", "body")
+		tt.get("/api/r/a").wantMiss()
+		for request, status := range map[string]int{
+			"GET /health": 200, "GET /api/r/a": 200, "HEAD /api/r/a": 200, "GET /api/r/none": 404, "GET /artifacts/r": 200,
+			"DELETE /artifacts/r/a": 403, "PUT /api/r/a": 405,
+		} {
+			for _, length := range []string{"Content-Length: 10", "Transfer-Encoding: chunked"} {
+				conn, err := tt.client.DialContext(t.Context(), "tcp", "front:80")
+				if err != nil {
+					t.Fatal(err)
+				}
+				began := time.Now()
+				go io.WriteString(conn, request+" HTTP/1.1\r\nHost: x\r\n"+length+"\r\n\r\n")
+				method, _, _ := strings.Cut(request, " ")
+				in := bufio.NewReader(conn)
+				res, err := http.ReadResponse(in, &http.Request{Method: method})
+				if err != nil {
+					t.Fatalf("%s, %s: %v", request, length, err)
+				}
+				_, err = io.ReadAll(res.Body)
+				if d := time.Since(began); d > 0 || err != nil || res.StatusCode != status || !res.Close {
+					t.Errorf("%s, %s: %d after %v, closes %v, %v", request, length, res.StatusCode, d, res.Close, err)
+				}
+				if _, err := in.ReadByte(); err != io.EOF || time.Since(began) > lastWords && method != "PUT" {
+					t.Errorf("%s, %s: the connection ended with %v after %v", request, length, err, time.Since(began))
+				}
+				conn.Close()
+			}
+		}
+	})
 }

@@ -973,3 +973,24 @@ func BenchmarkIndexPage(b *testing.B) {
 		})
 	}
 }
+
+// An operator who runs verify after a power failure is not to be told of
+// losses where there are none.
+func TestVerifyIsNotAlarmedByACrashedFirstCommit(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a", "text")
+	tt.get("/api/r/a").wantMiss()
+	body := tt.fileOf("a")
+	dir := filepath.Dir(body)
+	if err := errors.Join(os.Remove(body), os.Rename(dir+"/"+recordFile, dir+"/"+recordNext)); err != nil {
+		t.Fatal(err)
+	}
+	_, dropped, err := tt.disk.verify(t.Context(), func(key string, err error) { t.Errorf("%s: %v", key, err) })
+	if dropped != 0 || err != nil {
+		t.Errorf("%d dropped, %v", dropped, err)
+	}
+	if _, err := os.Stat(dir); err == nil {
+		t.Error("the leftover is still there")
+	}
+}
