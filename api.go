@@ -390,10 +390,14 @@ func compilePattern(s string) (*regexp.Regexp, error) {
 		return nil, nil
 	}
 	re, err := regexp.Compile(s)
-	if e, ok := errors.AsType[*syntax.Error](err); ok { // without its text, which is a query's
-		return nil, refuse(http.StatusBadRequest, "pattern is not a regular expression (RE2): %s", e.Code)
+	if err == nil {
+		return re, nil
 	}
-	return re, nil
+	reason := "" // without its text, which is a query's
+	if e, ok := errors.AsType[*syntax.Error](err); ok {
+		reason = ": " + string(e.Code)
+	}
+	return nil, refuse(http.StatusBadRequest, "pattern is not a regular expression (RE2)%s", reason)
 }
 
 // artifact is a row as a listing shows it.

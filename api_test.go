@@ -246,7 +246,7 @@ func TestDamagedUploadIsSetAside(t *testing.T) {
 					}
 				case "the sweep":
 					tt.disk.now = func() time.Time { return time.Now().Add(2 * orphanAge) }
-					if err := tt.disk.sweep(t.Context(), false); err != nil {
+					if err := tt.disk.sweep(t.Context()); err != nil {
 						t.Fatal(err)
 					}
 				}

@@ -703,11 +703,15 @@ func (f *flight) unstore() {
 	f.mu.Lock()
 	gone := f.gone
 	f.mu.Unlock()
-	if !gone {
-		return
+	if gone {
+		f.remove("purging")
 	}
+}
+
+// remove removes what is stored under the flight's key.
+func (f *flight) remove(doing string) {
 	if err := f.c.remove(f.c.ctx, f.want.remote.name, f.key); err != nil && !errors.Is(err, os.ErrNotExist) {
-		f.c.storeFailed("storage", "purging", f.key, err)
+		f.c.storeFailed("storage", doing, f.key, err)
 	}
 }
 
@@ -855,9 +859,7 @@ func (f *flight) settle(err error) {
 		c.refresh(c.ctx, f.key, old)
 	case status != nil && status.gone():
 		c.log.Info("evicted: the upstream has it no more", "remote", f.want.remote.name, "path", f.want.path, "status", status.code)
-		if err := c.remove(c.ctx, f.want.remote.name, f.key); err != nil && !errors.Is(err, os.ErrNotExist) {
-			c.storeFailed("storage", "evicting", f.key, err)
-		}
+		f.remove("evicting")
 	}
 }
 

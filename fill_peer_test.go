@@ -660,11 +660,17 @@ func (g *gatedObjects) put(ctx context.Context, key string, rec *record, spool *
 	return g.objects.put(ctx, key, rec, spool)
 }
 
+// gateFirst has the first replica store when it is let.
+func (f *fleet) gateFirst() *gatedObjects {
+	g := &gatedObjects{f.all[0].cache.objects, make(chan struct{}), make(chan struct{})}
+	f.all[0].cache.objects = g
+	return g
+}
+
 func TestPurgeWhileAnotherStores(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 2)
-	g := &gatedObjects{f.all[0].cache.objects, make(chan struct{}), make(chan struct{})}
-	f.all[0].cache.objects = g
+	g := f.gateFirst()
 	f.origin.file("/a", "old")
 	s := f.all[0].open("/api/r/a")
 	defer s.leave()
@@ -680,8 +686,7 @@ func TestPurgeWhileAnotherStores(t *testing.T) {
 func TestFollowersKeepTheFileUntilItIsStored(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 2)
-	g := &gatedObjects{f.all[0].cache.objects, make(chan struct{}), make(chan struct{})}
-	f.all[0].cache.objects = g
+	g := f.gateFirst()
 	text := noise(1, peerSize)
 	f.origin.file("/a", text)
 	s := f.all[0].open("/api/r/a")
@@ -729,8 +734,7 @@ func TestReplicaThatDiesWhileItStores(t *testing.T) {
 func TestReplacedWhileAnotherStores(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 2)
-	g := &gatedObjects{f.all[0].cache.objects, make(chan struct{}), make(chan struct{})}
-	f.all[0].cache.objects = g
+	g := f.gateFirst()
 	f.origin.file("/a", "text")
 	s := f.all[0].open("/api/r/a")
 	defer s.leave()

@@ -596,7 +596,7 @@ func (s *server) openData() {
 
 // sweep removes what crashes left.
 func (s *server) sweep(ctx context.Context) {
-	s.eachDisk(ctx, func(d *diskStore) error { return d.sweep(ctx, false) })
+	s.eachDisk(ctx, func(d *diskStore) error { return d.sweep(ctx) })
 }
 
 func (s *server) eachDisk(ctx context.Context, sweep func(*diskStore) error) {
@@ -946,9 +946,9 @@ func (p *envReader) endpoint(c *s3config) {
 	}
 	*c = s3config{bucket: p.text("MINIO_BUCKET", ""), accessKey: p.text("MINIO_ACCESS_KEY", ""), secretKey: p.text("MINIO_SECRET_KEY", ""),
 		region: p.text("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1"}
-	for name, v := range map[string]string{"MINIO_BUCKET": c.bucket, "MINIO_REGION": c.region} {
-		if !nameForm.MatchString(v) {
-			p.fail(name, fmt.Errorf("%q is none: letters, digits, '.', '_' and '-' are known", v))
+	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
+		if !nameForm.MatchString(v[1]) {
+			p.fail(v[0], fmt.Errorf("%q is none: letters, digits, '.', '_' and '-' are known", v[1]))
 		}
 	}
 	isURL := strings.Contains(host, "://")

@@ -441,11 +441,11 @@ func TestDiskSweep(t *testing.T) {
 	must(t, err)
 	defer inUse.Close()
 	spools := s.d.dir + "/" + spoolDir
-	must(t, os.WriteFile(spools+"/crashed", nil, 0o600), s.d.sweep(t.Context(), false))
+	must(t, os.WriteFile(spools+"/crashed", nil, 0o600), s.d.sweep(t.Context()))
 	if _, err := os.Stat(spools + "/crashed"); err != nil {
 		t.Errorf("a young spool was swept while others may own it: %v", err)
 	}
-	must(t, s.d.sweep(t.Context(), true))
+	must(t, s.d.sweepSpools(true), s.d.sweep(t.Context()))
 	if _, err := os.Stat(spools + "/crashed"); err == nil {
 		t.Error("a crashed spool was left")
 	}
@@ -473,11 +473,11 @@ func TestDiskSweepOrphans(t *testing.T) {
 		os.MkdirAll(filepath.Dir(foreign), 0o755), os.WriteFile(foreign, nil, 0o600),
 	)
 	restore(t, s.body("restored"))
-	must(t, s.d.sweep(t.Context(), true))
+	must(t, s.d.sweepSpools(true), s.d.sweep(t.Context()))
 	s.wantFiles("no-record", "no-record") // may be a restore that goes on
 
 	s.d.now = func() time.Time { return time.Now().Add(25 * time.Hour) }
-	must(t, s.d.sweep(t.Context(), false))
+	must(t, s.d.sweep(t.Context()))
 	for _, spelling := range []string{"good", "next-beside", "next-alone", "temps", "restored"} {
 		s.wantFiles(spelling, spelling, recordFile)
 		s.wantHit(spelling, "content")
@@ -657,7 +657,7 @@ func wantAfterCrash(t *testing.T, step string, s *diskTester, want []string) {
 		t.Errorf("after %q: %q, want one of %q", step, got, want)
 	}
 	s.d.now = func() time.Time { return time.Now().Add(25 * time.Hour) }
-	must(t, s.d.sweep(t.Context(), true))
+	must(t, s.d.sweepSpools(true), s.d.sweep(t.Context()))
 	if got == "" {
 		s.wantMiss("f")
 		s.wantFiles("f")

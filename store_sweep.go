@@ -173,12 +173,12 @@ func (d *diskStore) close() error {
 	return d.owner.Close()
 }
 
-// sweep removes what crashes left: spools that nobody has open and that are
-// older than a day, or all such when we own DATA_DIR and are starting; and in
-// the directories of files, once a day since it reads all of them, what is
-// older than a day. It is called at start and hourly, by one goroutine.
-func (d *diskStore) sweep(ctx context.Context, all bool) error {
-	err := d.sweepSpools(all)
+// sweep removes what crashes left and is older than a day: spools that nobody
+// has open, and in the directories of files, once a day since it reads all of
+// them, what does not belong there. It is called at start and hourly, by one
+// goroutine.
+func (d *diskStore) sweep(ctx context.Context) error {
+	err := d.sweepSpools(false)
 	if d.now().Sub(d.swept) < orphanAge {
 		return err
 	}
@@ -195,6 +195,8 @@ func (d *diskStore) sweep(ctx context.Context, all bool) error {
 	}))
 }
 
+// sweepSpools removes spools that nobody has open: those older than a day, or
+// all where we own DATA_DIR and are starting.
 func (d *diskStore) sweepSpools(all bool) error {
 	dir := d.dir + "/" + spoolDir
 	return eachName(dir, func(name string) error {
