@@ -250,6 +250,7 @@ type reply struct {
 	remote  bool      // X-Artifact-Source: remote
 	sum     bool      // rec.SHA256 is known and will be what was sent
 	status  string    // Cache-Status, behind the name
+	stored  bool      // Cache-Status says "stored": the body is to be kept
 	outcome string    // HIT, MISS, STALE, REVALIDATED: for log and counters
 }
 
@@ -411,7 +412,7 @@ func (c *cache) get(ctx context.Context, q want, a asked) (*reply, error) {
 			err = errStoreDown
 		}
 		if rep != nil && errors.Is(storeErr, errStoreDown) {
-			rep.status = strings.TrimSuffix(rep.status, "; stored") // it may be, if the store is back by then
+			rep.stored = false // it may be, if the store is back by then
 		}
 		return rep, joinStoreDown(err, storeErr)
 	}
@@ -686,7 +687,11 @@ func (c *cache) headers(h http.Header, r *http.Request, q want, rep *reply) {
 		values = append(values, value)
 		h[name] = values[len(values)-1 : len(values) : len(values)]
 	}
-	set("Cache-Status", "artifactapi; "+rep.status)
+	status := "artifactapi; " + rep.status
+	if rep.stored {
+		status += "; stored"
+	}
+	set("Cache-Status", status)
 	h["X-Artifact-Source"] = sourceCache
 	if rep.remote {
 		h["X-Artifact-Source"] = sourceRemote

@@ -963,11 +963,10 @@ func (f *flight) reply(ctx context.Context, lead bool, a asked) *reply {
 	if f.old != nil {
 		rep.status = "fwd=stale; fwd-status=200"
 	}
-	switch {
-	case !lead || f.followed:
+	if lead && !f.followed {
+		rep.stored = f.storable
+	} else {
 		rep.status += "; collapsed"
-	case f.storable:
-		rep.status += "; stored"
 	}
 	f.mu.Unlock()
 	if a.head {
