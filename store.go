@@ -58,12 +58,17 @@ var (
 	// errVersion is a record of another version of the program. It is a miss,
 	// but its files are left alone: after a rollback they are good again.
 	errVersion = errors.New("record of another version")
-	// errDropped is a miss whose files were removed, or set aside, because they
-	// are damaged.
-	errDropped = errors.New("dropped")
+	// errDropped is a miss (fs.ErrNotExist) whose files were removed, or set
+	// aside, because they are damaged.
+	errDropped error = droppedError{}
 
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
 )
+
+type droppedError struct{}
+
+func (droppedError) Error() string        { return "dropped" }
+func (droppedError) Is(target error) bool { return target == fs.ErrNotExist }
 
 // disk writes small files so that a crash leaves the old or the new one whole,
 // and is the one place that renames and fsyncs.
@@ -872,7 +877,7 @@ func (d *diskStore) drop(key, reason string) error {
 	if err := d.removeFiles(key); err != nil {
 		return err
 	}
-	return fmt.Errorf("%w: %s: %w", errDropped, reason, fs.ErrNotExist)
+	return fmt.Errorf("%w: %s", errDropped, reason)
 }
 
 // setAside takes a damaged file that cannot be fetched again out of the way and
@@ -894,7 +899,7 @@ func (d *diskStore) setAside(key, reason string) error {
 		return err
 	}
 	d.log.Error("damaged file that is nowhere else was set aside: store it again", "key", key, "reason", reason, "at", aside)
-	return fmt.Errorf("%w: %s (it is kept in %s): %w", errDropped, reason, aside, fs.ErrNotExist)
+	return fmt.Errorf("%w: %s (it is kept in %s)", errDropped, reason, aside)
 }
 
 // turns lets one caller at a time go on per name.
