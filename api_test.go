@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -375,6 +376,32 @@ func TestTokenIsJudgedBeforeTheBodyIsRead(t *testing.T) {
 	defer s.leave()
 	s.wantStatus(401)
 }
+
+// Some clients look for the answer only when all is sent.
+func TestRefusedUploadIsAnsweredToWhoSendsItAll(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	const size = 64 << 20 // far more than the kernel holds for both ends
+	for request, status := range map[string]int{"PUT /api/l/a": 401, "PUT /api/r/a": 405, "PUT /v2/d/app/blobs/uploads/1": 405} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(tt.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", request, size)
+		if n, err := io.CopyN(conn, zeros{}, size); err != nil {
+			t.Fatalf("%s: the connection ended after %d bytes: %v", request, n, err)
+		}
+		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil || res.StatusCode != status || !res.Close {
+			t.Errorf("%s: %v, %v", request, res, err)
+		}
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 
 func TestBrowsersOfOtherSitesMayNotWrite(t *testing.T) {
 	t.Parallel()

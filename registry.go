@@ -759,9 +759,7 @@ func writeRegistryError(w http.ResponseWriter, status int, message string, err e
 	if c, ok := errors.AsType[*coded](err); ok {
 		e.Code, e.Detail = c.code, c.detail
 	}
-	h := w.Header()
-	h["Docker-Distribution-Api-Version"] = apiVersion
-	h.Set("Content-Type", typeJSON)
-	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(map[string][]one{"errors": {e}})
+	b, _ := json.Marshal(map[string][]one{"errors": {e}}) // what is ours always encodes
+	w.Header()["Docker-Distribution-Api-Version"] = apiVersion
+	sendJSON(w, status, b)
 }

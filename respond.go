@@ -168,6 +168,24 @@ func (s *responder) serve(w http.ResponseWriter, r *http.Request, h handler, fai
 		}
 		panic(http.ErrAbortHandler)
 	}
+	if err != nil && !unwanted && r.ContentLength != 0 && r.ProtoMajor == 1 {
+		s.linger(res, r)
+	}
+}
+
+// linger reads what still comes of an upload that was refused. Some clients
+// send all before they look for an answer; closing before that would take the
+// answer with it.
+func (s *responder) linger(w *response, r *http.Request) {
+	if w.rc.Flush() != nil {
+		return
+	}
+	for end := s.now().Add(lingerMost); s.now().Before(end); {
+		_ = w.rc.SetReadDeadline(s.now().Add(lastWords))
+		if _, err := io.CopyN(io.Discard, r.Body, copySize); err != nil {
+			return
+		}
+	}
 }
 
 // hasUnwantedBody says whether r announces a body that means nothing here.
@@ -274,9 +292,8 @@ func (s *responder) account(w *response, r *http.Request, err error, took time.D
 
 // writeJSONError is the errorWriter of everything but the registry.
 func writeJSONError(w http.ResponseWriter, status int, detail string, _ error) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(map[string]string{"detail": detail})
+	b, _ := json.Marshal(map[string]string{"detail": detail}) // strings always encode
+	sendJSON(w, status, b)
 }
 
 // writeJSON answers 200 with v.
@@ -285,10 +302,17 @@ func writeJSON(w http.ResponseWriter, v any) error {
 	if err != nil {
 		return fmt.Errorf("encoding the answer: %w", err)
 	}
+	sendJSON(w, http.StatusOK, b)
+	return nil
+}
+
+// sendJSON answers status with b and its length: a client then has the whole
+// answer though the handler goes on (linger).
+func sendJSON(w http.ResponseWriter, status int, b []byte) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)+1))
+	w.WriteHeader(status)
 	_, _ = w.Write(append(b, '\n'))
-	return nil
 }
 
 // source is a body that can hand out the file its bytes are in, so that the
@@ -322,7 +346,10 @@ const (
 	// lastWords is how long a connection stays open behind its last answer for
 	// a body on its way: closed before, it could take the answer with it.
 	lastWords = time.Second
-	copySize  = 64 << 10
+	// lingerMost is how long a refused upload is read at most: what a gigabyte
+	// takes on a good line.
+	lingerMost = 30 * time.Second
+	copySize   = 64 << 10
 )
 
 // response is the http.ResponseWriter of all handlers: it counts, pushes the
