@@ -437,6 +437,9 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 		return err
 	}
 	found = err == nil
+	if err := a.cache.purgeFills(r.Context(), rem.name, regexp.MustCompile("^"+regexp.QuoteMeta(path)+"$")); err != nil {
+		return err
+	}
 	n, err := a.purgeRows(r, pageQuery{remote: rem.name, prefix: w.path}, func(row row) bool {
 		path, _, query := strings.Cut(row.Path, "?")
 		return query && path == spelling
@@ -462,6 +465,9 @@ func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) erro
 	}
 	if re == nil {
 		return refuse(http.StatusBadRequest, "say what to purge: ?pattern=REGEX (\".\" purges everything)")
+	}
+	if err := a.cache.purgeFills(r.Context(), rem.name, re); err != nil {
+		return err
 	}
 	n, err := a.purgeRows(r, pageQuery{remote: rem.name, pattern: re}, func(row) bool { return true })
 	if err != nil {

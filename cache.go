@@ -1020,6 +1020,30 @@ func (c *cache) ground(key string) *flight {
 	return f
 }
 
+// purgeFills keeps what is being filled of a remote, here or on another replica,
+// from being stored if pattern is found in its path: it has no row yet.
+func (c *cache) purgeFills(ctx context.Context, remote string, pattern *regexp.Regexp) error {
+	for _, f := range c.fillsOf(remote, pattern) {
+		c.ground(f.key)
+		if err := f.neverStore(ctx); err != nil {
+			return err
+		}
+	}
+	c.announce(ctx, fillsMark+remote+" "+pattern.String())
+	return nil
+}
+
+func (c *cache) fillsOf(remote string, pattern *regexp.Regexp) (fs []*flight) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, f := range c.flights {
+		if f.want.remote.name == remote && pattern.MatchString(decodedPath(f.want.spelling)) {
+			fs = append(fs, f)
+		}
+	}
+	return fs
+}
+
 // remove deletes key everywhere.
 func (c *cache) remove(ctx context.Context, remote, key string) error {
 	err := c.objects.delete(ctx, key)
@@ -1090,12 +1114,25 @@ func (c *cache) evictOldest(ctx context.Context, remote string, bytes int64) (fr
 	return freed
 }
 
-// removedMark begins the announcement of a key that was removed. No key does.
-const removedMark = "-"
+// removedMark begins the announcement of a key that was removed, fillsMark that
+// of a pattern, behind a remote's name, whose fills were purged. No key does.
+const (
+	removedMark = "-"
+	fillsMark   = "?"
+)
 
 // changed is what another replica announced: key was replaced or removed. A
 // fill of it that goes on here began before that, and is not stored.
 func (c *cache) changed(told string) {
+	if what, ok := strings.CutPrefix(told, fillsMark); ok {
+		remote, text, _ := strings.Cut(what, " ")
+		if pattern, err := regexp.Compile(text); err == nil {
+			for _, f := range c.fillsOf(remote, pattern) {
+				c.changed(removedMark + f.key)
+			}
+		}
+		return
+	}
 	key, gone := strings.CutPrefix(told, removedMark)
 	c.negative.delete(key)
 	if f, ok := c.objects.(forgetter); ok {

@@ -648,6 +648,36 @@ func TestPurgeDuringAFillElsewhere(t *testing.T) {
 	}
 }
 
+// What is being filled has no row yet by which a purge could find it.
+func TestPurgeFindsFillsWithoutRows(t *testing.T) {
+	t.Parallel()
+	for _, query := range []string{"?pattern=^a.b$", "/a%2Bb"} { // all variants, that is
+		for by := range 2 {
+			f := newFleet(t, 2)
+			text := noise(1, peerSize)
+			release := f.origin.file("/a%2Bb?v=1", text).stallAt(1000)
+			defer release()
+			releaseOther := f.origin.file("/a", text).stallAt(1000)
+			defer releaseOther()
+			s, other := f.open("/api/r/a+b?v=1"), f.open("/api/r/a")
+			defer s.leave()
+			defer other.leave()
+			s.read(1000)
+			other.read(1000)
+			f.all[by].delete("/artifacts/r"+query, "Authorization: Bearer t")
+			release()
+			releaseOther()
+			s.rest().wantStatus(200).wantBody(text)
+			other.rest().wantStatus(200).wantBody(text)
+			f.awaitEnds(2)
+			if left, _ := f.page(""); len(left) != 1 || left[0] != "a" {
+				t.Errorf("%s on replica %d left %q", query, by, left)
+			}
+			f.wantStored("a", true)
+		}
+	}
+}
+
 // gatedObjects stores when it is let.
 type gatedObjects struct {
 	objects
