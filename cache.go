@@ -510,17 +510,29 @@ func (c *cache) judge(ctx context.Context, key string, q want, obj *object) *sto
 		s.forever = true
 		return s
 	}
+	now := c.now()
+	s.at = past(s.at, now, ttl)
 	m, err := c.fresh.get(ctx, key)
 	switch {
 	case err == nil && m.At.After(s.at):
-		if s.outdated = m.SHA256 != obj.rec.SHA256; !s.outdated {
-			s.at = m.At
+		s.outdated = m.SHA256 != obj.rec.SHA256
+		if at := past(m.At, now, ttl); !s.outdated && at.After(s.at) {
+			s.at = at
 		}
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		c.storeFailed("redis", "reading freshness of", key, err)
 	}
-	s.ttl = ttl - c.now().Sub(s.at)
+	s.ttl = ttl - now.Sub(s.at)
 	return s
+}
+
+// past is t, the time at which a copy was good, unless it lies further ahead
+// than the TTL: then a clock was wrong, and the copy's age is not known.
+func past(t, now time.Time, ttl time.Duration) time.Time {
+	if t.Sub(now) > ttl {
+		return now.Add(-ttl)
+	}
+	return t
 }
 
 // hit answers with a stored copy.
@@ -1225,8 +1237,9 @@ func (c *cache) expires(ctx context.Context, rem *remote, r row) (until time.Tim
 	if forever {
 		return time.Time{}, true
 	}
-	at := r.Fetched
-	if m, err := c.fresh.get(ctx, r.Key); err == nil && m.SHA256 == r.SHA256 && m.At.After(at) {
+	now := c.now()
+	at := past(r.Fetched, now, ttl)
+	if m, err := c.fresh.get(ctx, r.Key); err == nil && m.SHA256 == r.SHA256 && past(m.At, now, ttl).After(at) {
 		at = m.At
 	}
 	return at.Add(ttl).UTC(), false
