@@ -756,7 +756,7 @@ func (c *s3client) learn(err error) bool {
 	if skewed && !e.date.IsZero() && e.date.Sub(e.sent).Abs() > s3SkewLimit {
 		skew := e.date.Sub(c.cfg.now())
 		c.skew.Store(int64(skew))
-		c.cfg.log.Warn("the clocks differ, signing by the server's", "ahead", skew.Round(time.Second).String())
+		c.cfg.log.Warn("the clocks differ, signing by the server's", "server_ahead", skew.Round(time.Second).String())
 		return true
 	}
 	return false
