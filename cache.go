@@ -74,6 +74,8 @@ type forgetter interface {
 	// forgetAll has everything looked at again before it is used: something may
 	// have been missed.
 	forgetAll()
+	// refuses says that nothing can be stored, as the last attempt found.
+	refuses() bool
 }
 
 // row is what the index knows of one object.
@@ -411,7 +413,7 @@ func (c *cache) get(ctx context.Context, q want, a asked) (*reply, error) {
 			}
 			err = errStoreDown
 		}
-		if rep != nil && errors.Is(storeErr, errStoreDown) {
+		if f, ok := c.objects.(forgetter); rep != nil && (errors.Is(storeErr, errStoreDown) || ok && f.refuses()) {
 			rep.stored = false // it may be, if the store is back by then
 		}
 		return rep, joinStoreDown(err, storeErr)

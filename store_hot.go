@@ -223,6 +223,8 @@ func (t *tiered) forget(key string) {
 // forgetAll has S3 asked about each copy before it is used again.
 func (t *tiered) forgetAll() { t.cold.forgetAll() }
 
+func (t *tiered) refuses() bool { return t.cold.refuses() }
+
 // shrink frees about n bytes of disk for what needs them more, and says
 // whether it freed any.
 func (t *tiered) shrink(n int64) bool {

@@ -621,10 +621,10 @@ func (s *s3Store) tryRead(ctx context.Context) error {
 func (s *s3Store) tryWrite(ctx context.Context, now time.Time) error {
 	c := &s.check
 	c.mu.Lock()
-	due, refused := !c.written && now.Sub(c.tried) >= s3TryWrite, !c.written && !c.tried.IsZero()
+	due := !c.written && now.Sub(c.tried) >= s3TryWrite
 	c.mu.Unlock()
 	if !due {
-		if refused {
+		if s.refuses() {
 			return errS3ReadOnly
 		}
 		return nil
@@ -652,6 +652,14 @@ func (s *s3Store) wrote(err error) {
 	case errors.Is(err, fs.ErrPermission):
 		c.written, c.tried = false, s.now()
 	}
+}
+
+// refuses: see forgetter.
+func (s *s3Store) refuses() bool {
+	c := &s.check
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.written && !c.tried.IsZero()
 }
 
 // tell logs a state of S3 that is not the one that was logged last, with what

@@ -596,11 +596,15 @@ func TestS3ReadOnlyBucketIsRead(t *testing.T) {
 	if err := b.store.ping(t.Context()); !errors.Is(err, errStoreDown) {
 		t.Errorf("ping after a refused put: %v", err)
 	}
+	tt := setup{objects: func(objects) objects { return b.store }}.start(t)
+	tt.origin.file("/h", "x")
+	tt.get("/api/r/h").wantUnstored().wantBody("x")
 	b.fake.readOnly = false
 	b.mustPut("g", "x")
 	if err := b.store.ping(t.Context()); err != nil {
 		t.Errorf("ping after a put: %v", err)
 	}
+	tt.get("/api/r/h").wantMiss()
 }
 
 func TestS3PingIsCheapAndPatient(t *testing.T) {
