@@ -451,7 +451,7 @@ func (s *server) run(ctx context.Context, listener net.Listener, handler http.Ha
 		Handler:           handler,
 		ReadHeaderTimeout: 30 * time.Second, // a client that dribbles its headers
 		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10, // more is 431
+		MaxHeaderBytes:    60 << 10, // and net/http's 4 KiB: more than 64 KiB is 431
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		TLSConfig:         s.tlsConfig(),
 	}
