@@ -192,6 +192,26 @@ func TestEnvironment(t *testing.T) {
 	}
 }
 
+func TestLogFormatFollowsTheOutput(t *testing.T) {
+	t.Parallel()
+	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Skipf("no terminals here: %v", err)
+	}
+	defer terminal.Close()
+	for _, c := range []struct {
+		to           io.Writer
+		format, want string
+	}{
+		{terminal, "", "*slog.TextHandler"}, {terminal, "json", "*slog.JSONHandler"},
+		{io.Discard, "", "*slog.JSONHandler"}, {io.Discard, "text", "*slog.TextHandler"},
+	} {
+		if got := fmt.Sprintf("%T", newLogger(&settings{logFormat: c.format}, c.to).Handler()); got != c.want {
+			t.Errorf("LOG_FORMAT=%s to %T: %s, want %s", c.format, c.to, got, c.want)
+		}
+	}
+}
+
 func TestTokenThatNobodyCouldSend(t *testing.T) {
 	t.Parallel()
 	for _, token := range []string{"hunter2\n", " hunter2", "hun\r\nter2"} {
