@@ -744,10 +744,19 @@ func TestWhatUpstreamSendsUnaskedIsNotLogged(t *testing.T) {
 
 func TestProxyForUpstreams(t *testing.T) {
 	t.Parallel()
-	proxy := newTestOrigin(t, setup{})
+	proxy, direct := newTestOrigin(t, setup{}), newTestOrigin(t, setup{})
 	proxy.file("http://files.example/a", "through the proxy")
-	c := childSetup{yaml: remoteYAML("http://files.example"), env: []string{"HTTP_PROXY=" + proxy.url, "NO_PROXY=direct.example"}}.start(t)
+	direct.file("/a", "directly")
+	here := strings.Replace(direct.url, "127.0.0.1", "0.0.0.0", 1) // this machine, and no loopback to net/http
+	yaml := remoteYAML("http://files.example") + "  direct: {base_url: '" + here + "'}\n  tls: {base_url: 'https://tls.example'}\n"
+	c := childSetup{yaml: yaml, env: []string{"HTTP_PROXY=" + proxy.url, "HTTPS_PROXY=" + proxy.url, "NO_PROXY=0.0.0.0"}}.start(t)
 	c.tester().get("/api/r/a").wantMiss().wantBody("through the proxy")
+	c.tester().get("/api/direct/a").wantMiss().wantBody("directly")
+	c.tester().get("/api/tls/a").wantDetail(502, "unreachable") // by a proxy that does no tunnels
+	want := "[GET http://files.example/a" + strings.Repeat(" CONNECT tls.example:443", 3) + "]"
+	if got := fmt.Sprint(proxy.all()); got != want {
+		t.Errorf("the proxy was asked %s, want %s", got, want)
+	}
 }
 
 func TestSSLCertFile(t *testing.T) {
