@@ -1067,6 +1067,17 @@ func TestNegativeTTL(t *testing.T) {
 	tt.wantRequests("/failing", 2) // other errors are not remembered
 }
 
+func TestNegativeTTLIsBounded(t *testing.T) {
+	t.Parallel()
+	var n negatives
+	for i := range maxNegatives + 10 {
+		n.put(strconv.Itoa(i), &problem{status: 404}, longAgo, time.Hour)
+	}
+	if len(n.m) != maxNegatives || maxNegatives != 100_000 || n.get(strconv.Itoa(maxNegatives+9), longAgo) == nil {
+		t.Errorf("%d missing files are remembered, the last one: %v", len(n.m), n.get(strconv.Itoa(maxNegatives+9), longAgo))
+	}
+}
+
 func TestMissingFilesAreAskedForAgainWithoutNegativeTTL(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
