@@ -657,12 +657,16 @@ func TestMirrorFinishesWhatBaseBegan(t *testing.T) {
 	in := tt.open("/api/r/a")
 	defer in.leave()
 	in.read(600_000)
+	before := tt.yaml()
+	tt.configure("remotes: {other: {type: local}}") // of no matter to what has begun
 	tt.down()
 	in.rest().wantMiss().wantBody(text)
 	if got := m.last("/a").header.Get("Range"); got != "bytes=600000-" {
 		t.Errorf("the mirror was asked for %q", got)
 	}
 	tt.settle()
+	tt.get("/api/r/a").wantStatus(404)
+	tt.configure(before)
 	tt.get("/api/r/a").wantHit().wantBody(text)
 }
 
