@@ -555,6 +555,23 @@ func TestListingInPages(t *testing.T) {
 	tt.get("/artifacts/r?limit=10000").wantStatus(200)
 	tt.get("/artifacts/nobody").wantDetail(404, "nobody")
 	tt.get("/artifacts/").wantStatus(404)
+	for i := range 1000 {
+		must(t, tt.cache.index.save(t.Context(), testRow("r", fmt.Sprintf("y%03d", i))))
+	}
+	if got, next := tt.page(""); len(got) != 1000 || next == nil {
+		t.Errorf("a page without a limit has %d entries, next %v", len(got), next)
+	}
+}
+
+func TestListingWhileTheIndexIsBeingLoaded(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.cache.index = newEmbeddedIndex(t.TempDir(), tt.server.log) // not loaded yet
+	tt.origin.file("/a", "body")
+	tt.get("/api/r/a").wantMiss()
+	if g := tt.get("/artifacts/r"); !g.has(`"path": "a"`) || !g.has(`"complete": false`) {
+		t.Errorf("listed as %s", g.text)
+	}
 }
 
 // urlPath escapes a path for a URL.
