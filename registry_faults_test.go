@@ -134,7 +134,8 @@ func TestRegistryClientResumes(t *testing.T) {
 		t.Fatal(err)
 	}
 	res.Body.Close()
-	a := m.get("/v2/reg/app/blobs/"+d, "Range", "bytes=100000-").want(http.StatusPartialContent)
+	a := m.get("/v2/reg/app/blobs/"+d, "Range", "bytes=100000-").want(http.StatusPartialContent).
+		wantHeader("Content-Range", "bytes 100000-5242879/5242880")
 	if !bytes.Equal(a.body, body[100_000:]) {
 		t.Error("the rest is not the blob's")
 	}
@@ -206,6 +207,8 @@ func TestRegistryErrors(t *testing.T) {
 		"unknown remote":            {"/v2/nosuch/app/manifests/v1", 404, "NAME_UNKNOWN", false},
 		"unknown remote in front":   {"/nosuch/v2/app/manifests/v1", 404, "NAME_UNKNOWN", false},
 		"unknown namespace":         {"/v2/app/manifests/v1?ns=nosuch.example", 404, "NAME_UNKNOWN", false},
+		"ping of an unknown remote": {"/v2/nosuch/", 404, "NAME_UNKNOWN", false},
+		"the same in front":         {"/nosuch/v2/", 404, "NAME_UNKNOWN", false},
 		"remote without image":      {"/v2/reg/manifests/v1", 404, "NAME_UNKNOWN", false},
 		"files":                     {"/v2/files/app/manifests/v1", 404, "NAME_UNKNOWN", false},
 		"files in front":            {"/files/v2/app/manifests/v1", 404, "NAME_UNKNOWN", false},
@@ -239,6 +242,9 @@ func TestRegistryErrors(t *testing.T) {
 		if n := h.count("", ""); (n > 0) != c.asks {
 			t.Errorf("%s: %d upstream requests", name, n)
 		}
+	}
+	if e := (&call{}).explain(errTimeout); statusOf(e) != http.StatusGatewayTimeout || e.(*coded).code != "UNAVAILABLE" {
+		t.Errorf("a registry that is silent is %d, %v", statusOf(e), e)
 	}
 	for _, p := range []string{"/v2/files/app/manifests/v1", "/files/v2/app/manifests/v1"} {
 		if a := m.get(p); !strings.Contains(string(a.body), `"location":"/api/files/"`) {
@@ -330,12 +336,6 @@ func TestRegistryLinkThatCannotBeKept(t *testing.T) {
 	}
 }
 
-// managed puts the management endpoints in front of m.
-func (m *mirror) managed() {
-	m.srv.Config.Handler = &api{cache: m.cache, config: m.reg.config, responder: m.reg.responder, metrics: m.cache.metrics, now: m.cache.now, token: "t",
-		origin: http.NewCrossOriginProtection(), registry: m.reg}
-}
-
 func TestRegistryListing(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
@@ -343,7 +343,6 @@ func TestRegistryListing(t *testing.T) {
 	m := newMirror(t, h.url())
 	m.pull("/v2/reg/team/app", "v1", im)
 	m.get("/v2/reg/team/app/tags/list?n=5").want(http.StatusOK)
-	m.managed()
 	var l listing
 	if err := json.Unmarshal(m.get("/artifacts/reg").want(http.StatusOK).body, &l); err != nil {
 		t.Fatal(err)
@@ -370,7 +369,6 @@ func TestRegistryPurgeByListedPath(t *testing.T) {
 	m := newMirror(t, h.url())
 	m.pull("/v2/reg/app", "v1", im)
 	m.get("/v2/reg/app/tags/list?n=5").want(http.StatusOK)
-	m.managed()
 	for _, path := range []string{"blobs/" + im.order[1], "app/manifests/" + im.digest, "app/manifests/v1", "app/tags/list"} {
 		m.ask(http.MethodDelete, "/artifacts/reg/"+path, "Authorization", "Bearer t").want(http.StatusNoContent)
 		m.ask(http.MethodDelete, "/artifacts/reg/"+path, "Authorization", "Bearer t").want(http.StatusNotFound)

@@ -333,7 +333,8 @@ func (h *hub) sendReferrers(w http.ResponseWriter, r *http.Request, repo *hubRep
 	fmt.Fprintf(w, `{"schemaVersion":2,"mediaType":%q,"manifests":[%s]}`, typeIndex, strings.Join(list, ","))
 }
 
-// mirror is the registry under test, over a disk store, behind a listener.
+// mirror is the registry under test, over a disk store, behind the front and a
+// listener.
 type mirror struct {
 	t      testing.TB
 	dir    string
@@ -383,7 +384,8 @@ func (m *mirror) start() {
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, now, log, met)
 	m.cache = newCache(m.disk, newEmbeddedIndex(m.dir, log), newLocalFreshness(m.dir, now, log), &diskSpools{disk: m.disk}, up, now, log, met)
 	m.reg = newRegistry(m.cache, func() *config { return cfg }, &responder{now: now, log: log, metrics: met})
-	m.srv = httptest.NewServer(m.reg)
+	m.srv = httptest.NewServer(&api{cache: m.cache, config: m.reg.config, responder: m.reg.responder, metrics: met, now: now, token: "t",
+		origin: http.NewCrossOriginProtection(), registry: m.reg})
 	m.client = &http.Client{Transport: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 100}}
 	m.ends = append(m.ends, up.close)
 }
@@ -438,7 +440,7 @@ func (m *mirror) ask(method, path string, pairs ...string) *regTold {
 		m.t.Fatal(err)
 	}
 	for i := 0; i+1 < len(pairs); i += 2 {
-		req.Header.Set(pairs[i], pairs[i+1])
+		req.Header.Add(pairs[i], pairs[i+1])
 	}
 	a := &regTold{t: m.t, what: method + " " + path}
 	res, err := m.client.Do(req)
@@ -563,6 +565,7 @@ func TestRegistryPullTwiceAsksUpstreamOnce(t *testing.T) {
 	m.pull("/v2/reg/team/app", "v1", im)
 	h.wantAsked(0, "", "")
 	m.get("/v2/reg/team/app/manifests/v1").wantFrom("cache")
+	m.get("/v2/reg/team/app/blobs/"+im.order[1]).wantFrom("cache").wantHeader("Cache-Status", "artifactapi; hit")
 }
 
 func TestRegistryPullWithTheRegistryDown(t *testing.T) {
@@ -602,25 +605,92 @@ func TestRegistryTagIsStoredUnderItsDigestToo(t *testing.T) {
 	im := h.image("app", "v1", 10)
 	m := newMirror(t, h.url())
 	m.head("/v2/reg/app/manifests/v1").want(http.StatusOK).wantFrom("remote")
+	key := target{remote: m.reg.config().remotes["reg"], spelling: "app/manifests/" + im.digest}.key()
+	if _, err := m.disk.open(t.Context(), key, -1); err != nil {
+		t.Errorf("when the tag was answered, its digest was not stored: %v", err)
+	}
+	h.wantAsked(1, "", "") // nothing of the image itself
 	h.down()
 	m.get("/v2/reg/app/manifests/"+im.digest).wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
 	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
 }
 
-func TestRegistryRKE2Sequence(t *testing.T) {
+// The requests of clients, as recorded from them or, of RKE2 and k3s, as their
+// source makes them, for an image in a list of images.
+func TestRegistryRequestsOfClients(t *testing.T) {
 	t.Parallel()
-	h := newHub(t)
-	im := h.image("rancher/rke2-runtime", "v1.30.1-rke2r1", 5000)
-	m := newMirrorOf(t, registryYAML("dockerhub", "docker", h.url(), `registry: "docker.io"`))
-	m.get("/v2/dockerhub/?ns=docker.io").want(http.StatusOK)
-	schema1 := "application/vnd.docker.distribution.manifest.v1+json,application/vnd.docker.distribution.manifest.v1+prettyjws," + typeDocker + "," + typeManifest
-	m.get("/v2/dockerhub/rancher/rke2-runtime/manifests/v1.30.1-rke2r1?ns=docker.io", "Accept", schema1).
-		wantManifest(typeManifest, im.digest, im.body).wantHeader("OCI-Namespace", "docker.io")
-	for d, b := range im.blobs {
-		m.get("/v2/dockerhub/rancher/rke2-runtime/blobs/" + d + "?ns=docker.io").wantBody(b)
-	}
-	if len(h.accepts) != 1 || h.accepts[0] != acceptManifests {
-		t.Errorf("upstream was asked with Accept %q, want our own once", h.accepts)
+	const ours = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, " +
+		"application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json, */*;q=0.5"
+	ggcr := []string{"application/vnd.docker.distribution.manifest.v1+json,application/vnd.docker.distribution.manifest.v1+prettyjws," +
+		typeDocker + "," + typeManifest + "," + typeDockerList + "," + typeIndex}
+	containerd := []string{typeDocker + ", " + typeDockerList + ", " + typeManifest + ", " + typeIndex + ", */*"}
+	engine := []string{"application/json", typeDockerList, "application/vnd.docker.distribution.manifest.v1+prettyjws", typeDocker, typeIndex, typeManifest}
+	for name, c := range map[string]struct {
+		ping, prefix, query string
+		head                bool     // asks for the tag with HEAD, for its digest then
+		tag                 []string // Accept
+		typed               string   // Accept for a digest, of its type; "": the tag's
+		coding              string   // Accept-Encoding
+	}{
+		"RKE2 and k3s at their start": {"/v2/dockerhub/?ns=docker.io", "/v2/dockerhub/", "?ns=docker.io", false, ggcr, "%s", "gzip"},
+		"the same with a rewrite":     {"/v2/?ns=docker.io", "/v2/dockerhub/", "?ns=docker.io", false, ggcr, "%s", "gzip"},
+		"containerd":                  {"", "/v2/", "?ns=docker.io", true, containerd, "%s, */*", "zstd;q=1.0, gzip;q=0.8, deflate;q=0.5"},
+		"containerd under RKE2":       {"", "/v2/dockerhub/", "?ns=docker.io", true, containerd, "%s, */*", "gzip"},
+		"Docker":                      {"/dockerhub/v2/", "/dockerhub/v2/", "", true, engine, "", "gzip"},
+		"Docker with a full name":     {"/v2/", "/v2/dockerhub/", "", true, engine, "", "gzip"},
+		"Docker over containerd":      {"", "/dockerhub/v2/", "?ns=docker.io", true, containerd, "%s, */*", "gzip"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHub(t)
+			im := h.image("rancher/rke2-runtime", "amd64", 5000)
+			index := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":%q,"manifests":[%s]}`, typeIndex, descriptorOf(typeManifest, im.digest, len(im.body)))
+			digest := h.manifest("rancher/rke2-runtime", "", typeIndex, index, "v1.30.1-rke2r1")
+			m := newMirrorOf(t, registryYAML("dockerhub", "docker", h.url(), `registry: "docker.io"`))
+			pairs := func(accept []string) []string {
+				p := []string{"Accept-Encoding", c.coding}
+				for _, a := range accept {
+					p = append(p, "Accept", a)
+				}
+				return p
+			}
+			of := func(mediaType string) []string {
+				if c.typed == "" {
+					return pairs(c.tag)
+				}
+				return pairs([]string{fmt.Sprintf(c.typed, mediaType)})
+			}
+			at := func(path string) string { return c.prefix + "rancher/rke2-runtime/" + path + c.query }
+			for range 2 {
+				if c.ping != "" {
+					m.get(c.ping).want(http.StatusOK)
+				}
+				ref, accept := "v1.30.1-rke2r1", pairs(c.tag)
+				if c.head {
+					m.head(at("manifests/"+ref), accept...).want(http.StatusOK).wantHeader("Docker-Content-Digest", digest).
+						wantHeader("Content-Type", typeIndex).wantHeader("Content-Length", strconv.Itoa(len(index)))
+					ref, accept = digest, of(typeIndex)
+				}
+				a := m.get(at("manifests/"+ref), accept...).wantManifest(typeIndex, digest, index)
+				if c.query != "" {
+					a.wantHeader("OCI-Namespace", "docker.io")
+				}
+				m.get(at("manifests/"+im.digest), of(typeManifest)...).wantManifest(typeManifest, im.digest, im.body)
+				for _, d := range im.order {
+					m.get(at("blobs/"+d), of("application/vnd.oci.image.layer.v1.tar+gzip")...).wantBody(im.blobs[d]).wantHeader("Content-Encoding", "")
+				}
+			}
+			want := []string{"manifests/v1.30.1-rke2r1", "manifests/" + im.digest, "blobs/" + im.order[0], "blobs/" + im.order[1]}
+			for i := range want {
+				want[i] = "GET /v2/rancher/rke2-runtime/" + want[i]
+			}
+			if !slices.Equal(h.seen, want) {
+				t.Errorf("upstream was asked %q, want %q", h.seen, want)
+			}
+			if !slices.Equal(h.accepts, []string{ours, ours}) {
+				t.Errorf("upstream was asked with Accept %q, want our own", h.accepts)
+			}
+		})
 	}
 }
 
@@ -684,29 +754,73 @@ func TestRegistryHundredClientsPullOneColdImage(t *testing.T) {
 	h.wantAsked(0, "", "/v2/big/manifests/"+im.digest)
 }
 
+// containerd asks for the blob and, at once, for all behind each further part;
+// of each answer it reads one part and closes. Others name the end of the part.
 func TestRegistryParallelRangesOfAColdBlob(t *testing.T) {
 	t.Parallel()
 	const size, part = 24 << 20, 4 << 20
 	h := newHub(t)
-	body := layerOf("parallel", size)
-	d := h.blob("app", body)
 	m := newMirror(t, h.url())
-	got := make([]byte, size)
-	var parts sync.WaitGroup
-	for off := 0; off < size; off += part {
-		parts.Go(func() {
-			a := m.get("/v2/reg/app/blobs/"+d, "Range", fmt.Sprintf("bytes=%d-%d", off, off+part-1)).want(http.StatusPartialContent).
-				wantHeader("Content-Range", fmt.Sprintf("bytes %d-%d/%d", off, off+part-1, size))
-			copy(got[off:], a.body)
-		})
+	for name, open := range map[string]bool{"containerd": true, "closed ranges": false} {
+		body := layerOf(name, size)
+		d := h.blob("app", body)
+		got := make([]byte, size)
+		var parts sync.WaitGroup
+		for off := 0; off < size; off += part {
+			parts.Go(func() {
+				last, spec := size-1, ""
+				switch {
+				case !open:
+					last = off + part - 1
+					spec = fmt.Sprintf("bytes=%d-%d", off, last)
+				case off > 0:
+					spec = fmt.Sprintf("bytes=%d-", off)
+				}
+				m.part("/v2/reg/app/blobs/"+d, spec, fmt.Sprintf("bytes %d-%d/%d", off, last, size), got[off:off+part])
+			})
+		}
+		parts.Wait()
+		if !bytes.Equal(got, body) {
+			t.Errorf("%s: the parts do not make the blob", name)
+		}
+		m.get("/v2/reg/app/blobs/" + d).wantBody(body)
+		m.get("/v2/reg/app/blobs/"+d, "Range", "bytes=-5").want(http.StatusPartialContent)
+		m.get("/v2/reg/app/blobs/"+d, "Range", fmt.Sprintf("bytes=%d-", size)).want(http.StatusRequestedRangeNotSatisfiable)
 	}
-	parts.Wait()
-	if !bytes.Equal(got, body) {
-		t.Error("the parts do not make the blob")
+	body := layerOf("suffix", 100_000)
+	a := m.get("/v2/reg/app/blobs/"+h.blob("app", body), "Range", "bytes=-5").want(http.StatusPartialContent).wantHeader("Content-Range", "bytes 99995-99999/100000")
+	if !bytes.Equal(a.body, body[99_995:]) {
+		t.Error("the end of a cold blob is not the blob's")
 	}
-	m.get("/v2/reg/app/blobs/" + d).wantBody(body)
-	m.get("/v2/reg/app/blobs/"+d, "Range", "bytes=-5").want(http.StatusPartialContent)
-	m.get("/v2/reg/app/blobs/"+d, "Range", fmt.Sprintf("bytes=%d-", size)).want(http.StatusRequestedRangeNotSatisfiable)
+}
+
+// part reads the beginning of what a Range ("" none) brings, and closes.
+func (m *mirror) part(path, spec, contentRange string, into []byte) {
+	req, err := http.NewRequest(http.MethodGet, m.srv.URL+path, nil)
+	if err != nil {
+		m.t.Error(err)
+		return
+	}
+	req.Header.Set("Accept", "application/vnd.oci.image.layer.v1.tar+gzip, */*")
+	status := http.StatusOK
+	if spec != "" {
+		req.Header.Set("Range", spec)
+		status = http.StatusPartialContent
+	} else {
+		contentRange = ""
+	}
+	res, err := m.client.Do(req)
+	if err != nil {
+		m.t.Error(err)
+		return
+	}
+	defer res.Body.Close()
+	if got := res.Header.Get("Content-Range"); res.StatusCode != status || got != contentRange {
+		m.t.Errorf("%s: status %d, Content-Range %q", spec, res.StatusCode, got)
+	}
+	if _, err := io.ReadFull(res.Body, into); err != nil {
+		m.t.Error(err)
+	}
 }
 
 // A blob's key has no image in it, and neither has its flight.
@@ -928,6 +1042,13 @@ func TestRegistryReferrers(t *testing.T) {
 			t.Errorf("filtered referrers: %s", a.body)
 		}
 		m.restart()
+	}
+	// Without the API the tag decides, and its failure is no empty answer.
+	subject := sha256Of([]byte("subject"))
+	h.on("/v2/app/referrers/"+subject, http.NotFound)
+	for status, want := range map[int]int{401: 403, 403: 403, 429: 503, 500: 502} {
+		h.on("/v2/app/manifests/"+strings.Replace(subject, ":", "-", 1), regAnswers(status, "text/plain", ""))
+		m.get("/v2/reg/app/referrers/" + subject).want(want)
 	}
 	h.on("/v2/app/referrers/"+im.digest, regAnswers(http.StatusServiceUnavailable, "text/plain", "tired"))
 	m.advance(2 * time.Hour)
