@@ -725,6 +725,7 @@ func TestRegistryShapesAreOneEntry(t *testing.T) {
 	h.wantAsked(1, "GET", "/v2/library/nginx/blobs/"+im.order[1])
 	h.wantAsked(1, "GET", "/v2/library/nginx/tags/list?n=2")
 	h.wantAsked(1, "GET", "/v2/library/nginx/tags/list?last=2&n=2")
+	h.wantAsked(4, "", "") // ns is no part of any
 }
 
 func TestRegistryImageNamespaceIsNeverDialled(t *testing.T) {
