@@ -989,6 +989,28 @@ func TestPostgresReplicasStartAtOnce(t *testing.T) {
 	}
 }
 
+// A program takes only the steps that are missing, and works on a schema that
+// is newer than itself.
+func TestPostgresMigratesStepByStep(t *testing.T) {
+	t.Parallel()
+	set, _, db := realPG(t)
+	x := startSQL(t, set)
+	ix := &indexTester{t, x}
+	ix.save(testRow("r", "a"))
+	next := append(slices.Clone(sqlMigrations), "ALTER TABLE artifactapi_files ADD COLUMN more text")
+	for _, steps := range [][]string{next, next, sqlMigrations} {
+		err := x.attempt(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
+			return inTx(ctx, conn, func(tx *sql.Tx) error { return migrateTo(ctx, tx, steps) })
+		})
+		var version int
+		if err = errors.Join(err, db.QueryRow("SELECT version FROM "+set.schema+".artifactapi_schema").Scan(&version)); err != nil || version != len(next) {
+			t.Errorf("version %d, %v", version, err)
+		}
+	}
+	ix.save(testRow("r", "b"))
+	ix.wantPaths(pageQuery{remote: "r", limit: 9}, "a", "b")
+}
+
 // TestPostgresPlans: with many rows no statement may read them all.
 func TestPostgresPlans(t *testing.T) {
 	t.Parallel()
