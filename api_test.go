@@ -489,6 +489,23 @@ func TestCreatingTwiceAtOnce(t *testing.T) {
 	tt.get("/api/l/a").wantBody("first")
 }
 
+func TestCreatingTwiceOnTwoReplicas(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	hooked := &hookedObjects{objects: b.store}
+	over := func(o objects) *tester {
+		return setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}, objects: func(objects) objects { return o }}.start(t)
+	}
+	one, other := over(hooked), over(newS3BenchAt(t, b.fake).store)
+	between := func() {
+		hooked.missed.Store(nil)
+		other.put("/api/l/a", "first", bearer, "If-None-Match: *").wantStatus(201)
+	}
+	hooked.missed.Store(&between)
+	one.put("/api/l/a", "second", bearer, "If-None-Match: *").wantDetail(412, "exists")
+	one.get("/api/l/a").wantBody("first")
+}
+
 // writers is how many write or wait to write one local file.
 func (tt *tester) writers() (n int) {
 	tt.cache.mu.Lock()

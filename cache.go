@@ -39,6 +39,8 @@ type record struct {
 	Digest       string    `json:"d,omitempty"` // Docker-Content-Digest
 	Link         string    `json:"l,omitempty"` // below /v2/
 	Filters      string    `json:"o,omitempty"` // OCI-Filters-Applied
+
+	create bool // for objects.put: fail if there is something already. Not stored
 }
 
 // object is a stored record and, unless only the record was asked for, its
@@ -53,7 +55,8 @@ type objects interface {
 	// put stores the spool's bytes (complete and verified, rec.Size long) under
 	// key and replaces what was there. On return all is durable, or an error
 	// says that the old state still holds. The spool's name may be moved away;
-	// its descriptor stays usable and belongs to the caller.
+	// its descriptor stays usable and belongs to the caller. Where other
+	// processes put as well, rec.create is heeded: errExists.
 	put(ctx context.Context, key string, rec *record, spool *os.File) error
 	// open returns key's object; reading will begin at off. off < 0 asks for
 	// the record alone (body is nil). A miss, damage included, is
@@ -977,6 +980,7 @@ func (c *cache) put(ctx context.Context, q want, u upload) (created bool, err er
 	if created = err != nil; !created && u.create {
 		return false, errExists
 	}
+	rec.create = u.create
 	return created, c.store(ctx, key, rec, spool)
 }
 

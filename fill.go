@@ -793,7 +793,9 @@ func (s *sums) verify(digest string) error {
 // counts from its fetch. It says whether the object is stored.
 func (c *cache) store(ctx context.Context, key string, rec *record, spool *os.File) error {
 	if err := c.objects.put(ctx, key, rec, spool); err != nil {
-		c.storeFailed("storage", "storing", key, err)
+		if !errors.Is(err, errExists) {
+			c.storeFailed("storage", "storing", key, err)
+		}
 		return err
 	}
 	c.announce(ctx, key)

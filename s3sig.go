@@ -154,7 +154,7 @@ func (e *s3Error) Is(target error) bool {
 		return target == errS3NoBucket
 	case "NotModified":
 		return target == errS3Same
-	case "PreconditionFailed":
+	case "PreconditionFailed", "ConditionalRequestConflict":
 		return target == errS3Changed
 	}
 	return target == fs.ErrPermission && (e.status == http.StatusForbidden || e.code == "AccessDenied")

@@ -369,11 +369,17 @@ func (s *s3Store) store(ctx context.Context, key string, rec *record, spool *os.
 	if s.outage.lasts(t.at) > s3WriteThrough {
 		return ticket{}, errS3Outage
 	}
-	_, err = s.client.put(ctx, key, s3put{body: spool, size: rec.Size, sha256: rec.SHA256,
-		meta: map[string]string{s3RecordField: text}, contentType: contentType(path.Base(key), rec.ContentType)})
+	p := s3put{body: spool, size: rec.Size, sha256: rec.SHA256,
+		meta: map[string]string{s3RecordField: text}, contentType: contentType(path.Base(key), rec.ContentType)}
+	if rec.create {
+		p.ifNoneMatch = "*"
+	}
+	_, err = s.client.put(ctx, key, p)
 	s.wrote(err)
 	t = s.replaced(key, t) // without an answer it may have arrived all the same
-	if err := s.judge(ctx, t.at, err); err != nil {
+	if err := s.judge(ctx, t.at, err); errors.Is(err, errS3Changed) {
+		return ticket{}, errExists
+	} else if err != nil {
 		return ticket{}, err
 	}
 	if rec.Class == immutable {
