@@ -72,7 +72,7 @@ func TestRegistryLoginPagesAreNotStored(t *testing.T) {
 	im := h.image("app", "v1", 10)
 	m := newMirror(t, h.url())
 	paths := []string{"manifests/v1", "tags/list", "referrers/" + im.digest}
-	for _, page := range []string{"<html>please log in</html>", `{"message":"log in"}`, `["tags"]`, `{"tags":{},"manifests":1}`, `{"schemaVersion":2`, ""} {
+	for _, page := range []string{"<html>please log in</html>", `{"message":"log in"}`, `["tags"]`, `{"tags":{},"manifests":1}`, `{"schemaVersion":2`, `{"schemaVersion":2}<html>`, ""} {
 		for _, p := range paths {
 			h.on("/v2/app/"+p, regAnswers(http.StatusOK, "text/html", page))
 			a := m.get("/v2/reg/app/" + p).want(http.StatusBadGateway)

@@ -1068,12 +1068,12 @@ func TestRegistryReferrersHavePages(t *testing.T) {
 		if page == "" {
 			w.Header().Set("Link", `<`+r.URL.Path+`?artifactType=a%2Fsig&nextToken=t%2B1>; rel="next"`)
 		}
-		w.Header().Set("Content-Type", typeIndex)
+		w.Header().Set("Content-Type", typeJSON) // as some do
 		fmt.Fprintf(w, `{"schemaVersion":2,"manifests":[],"annotations":{"page":%q}}`, page)
 	})
 	m := newMirror(t, h.url())
 	for range 2 {
-		a := m.get("/v2/reg/app/referrers/" + subject + "?artifactType=a/sig").want(http.StatusOK)
+		a := m.get("/v2/reg/app/referrers/" + subject + "?artifactType=a/sig").want(http.StatusOK).wantHeader("Content-Type", typeIndex)
 		next, ok := strings.CutSuffix(strings.TrimPrefix(a.header.Get("Link"), "<"), `>; rel="next"`)
 		if !ok {
 			t.Fatalf("Link is %q", a.header.Get("Link"))
