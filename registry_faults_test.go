@@ -179,7 +179,7 @@ func TestRegistryManifestOverTheCap(t *testing.T) {
 	text := func(n int) []byte {
 		return append(append([]byte(`{"schemaVersion":2,"x":"`), bytes.Repeat([]byte("x"), n-26)...), `"}`...)
 	}
-	large, over := text(maxManifest), text(maxManifest+1)
+	large, over := text(8<<20), text(8<<20+1)
 	d := h.manifest("app", "", typeIndex, large, "large")
 	m.get("/v2/reg/app/manifests/large").wantManifest(typeIndex, d, large)
 	d = h.manifest("app", "", typeIndex, over, "over")

@@ -1073,7 +1073,7 @@ func TestRegistryReferrersHavePages(t *testing.T) {
 	})
 	m := newMirror(t, h.url())
 	for range 2 {
-		a := m.get("/v2/reg/app/referrers/" + subject + "?artifactType=a/sig").want(http.StatusOK).wantHeader("Content-Type", typeIndex)
+		a := m.get("/v2/reg/app/referrers/"+subject+"?artifactType=a/sig").want(http.StatusOK).wantHeader("Content-Type", typeIndex)
 		next, ok := strings.CutSuffix(strings.TrimPrefix(a.header.Get("Link"), "<"), `>; rel="next"`)
 		if !ok {
 			t.Fatalf("Link is %q", a.header.Get("Link"))
