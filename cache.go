@@ -144,9 +144,10 @@ type freshness interface {
 // machine. No failure of it is ever a reason for a client's error.
 type replicas interface {
 	// lease makes this process the only one that fills key, until release; a
-	// heartbeat keeps it. If another process has it, other says who, and
-	// release is nil.
-	lease(ctx context.Context, key string) (token string, release func(), other *filler, err error)
+	// heartbeat keeps it. Others will show token, perhaps before lease returns.
+	// A nil release says that there is no lease to be had; other is who has it,
+	// if another process does.
+	lease(ctx context.Context, key, token string) (release func(), other *filler, err error)
 	// announce tells the others that key was replaced, or with removedMark
 	// before it that it was removed.
 	announce(ctx context.Context, key string) error

@@ -261,8 +261,11 @@ func (f *flight) fetch() error {
 	}
 	if other != nil {
 		err := f.follow(other)
-		if !errors.Is(err, errPeer) {
+		switch {
+		case !errors.Is(err, errPeer):
 			return err
+		case f.rec == nil && f.storeHasIt(): // it ended before we asked
+			return errLookAgain
 		}
 		f.c.log.Info("fetching what another replica began", "key", f.key, "replica", other.addr, "at", f.written, "error", err)
 		if f.rec != nil {

@@ -7,6 +7,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/subtle"
 	"crypto/tls"
 	"encoding/binary"
@@ -86,18 +87,20 @@ func (f *flight) takeLease() (other *filler) {
 	if f.c.replicas == nil {
 		return nil
 	}
-	token, release, other, err := f.c.replicas.lease(f.ctx, f.key)
+	token := rand.Text()
+	f.mu.Lock()
+	f.token = token // first: who reads the lease may be here before its taker knows
+	f.mu.Unlock()
+	release, other, err := f.c.replicas.lease(f.ctx, f.key, token)
+	f.mu.Lock()
+	if f.release = release; release == nil {
+		f.token = ""
+	}
+	f.mu.Unlock()
 	if err != nil {
 		f.c.storeFailed("redis", "leasing", f.key, err)
-		return nil
 	}
-	if other != nil {
-		return other
-	}
-	f.mu.Lock()
-	f.token, f.release = token, release
-	f.mu.Unlock()
-	return nil
+	return other
 }
 
 // follow brings the body from the replica p into f's own spool, and keeps it

@@ -22,7 +22,8 @@ type board struct {
 	down    bool
 	holders map[string]*filler
 	members []*member
-	wait    chan struct{} // announcements wait for it, unless nil
+	wait    chan struct{}                  // announcements wait for it, unless nil
+	decided func(m *member, other *filler) // runs between a lease's decision and its answer, unless nil
 }
 
 // member is one replica's access to a board.
@@ -30,34 +31,37 @@ type member struct {
 	*board
 	cache *cache
 	url   string
-	n     int // leases so far
 }
 
 var _ replicas = (*member)(nil)
 
 func newBoard() *board { return &board{holders: map[string]*filler{}} }
 
-func (m *member) lease(_ context.Context, key string) (string, func(), *filler, error) {
+func (m *member) lease(_ context.Context, key, token string) (release func(), other *filler, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	switch holder := m.holders[key]; {
 	case m.down:
-		return "", nil, nil, errStoreDown
-	case holder != nil && holder.addr != m.url:
-		return "", nil, holder, nil
-	case holder != nil:
-		return "", func() {}, nil, nil
-	}
-	m.n++
-	mine := &filler{addr: m.url, token: fmt.Sprintf("token %d of %s", m.n, m.url)}
-	m.holders[key] = mine
-	return mine.token, func() {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		if m.holders[key] == mine {
-			delete(m.holders, key)
+		return nil, nil, errStoreDown
+	case holder == nil:
+		mine := &filler{addr: m.url, token: token}
+		m.holders[key] = mine
+		release = func() {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			if m.holders[key] == mine {
+				delete(m.holders, key)
+			}
 		}
-	}, nil, nil
+	case holder.addr != m.url:
+		other = holder
+	}
+	if decided := m.decided; decided != nil {
+		m.mu.Unlock()
+		decided(m, other)
+		m.mu.Lock()
+	}
+	return release, other, nil
 }
 
 func (m *member) announce(_ context.Context, key string) error {
@@ -186,6 +190,45 @@ func TestOneFetchForAllReplicas(t *testing.T) {
 		tt.wantNoSpools()
 	}
 	f.wantRequests("/a", 1)
+}
+
+// A lease can be read before its taker knows that it is his, and shown to him
+// when his fill has ended.
+func TestLeaseThatIsReadTooEarlyOrTooLate(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2)
+	replies := make(chan *got, 2)
+	ask := func(tt *tester, path string) { go func() { replies <- tt.get(path) }() }
+	f.origin.file("/early", "x")
+	f.board.decided = func(m *member, other *filler) {
+		if other != nil {
+			return
+		}
+		ask(f.all[1], "/api/r/early")
+		f.eventually("the follower", func() bool { return f.all[0].waiting("early") == 2 || f.origin.requests("/early") > 0 })
+	}
+	f.all[0].get("/api/r/early").wantMiss()
+	(<-replies).wantStatus(200).wantBody("x")
+	f.wantRequests("/early", 1)
+	f.settled()
+
+	release := f.origin.file("/late", "x").stallAt(0)
+	defer release()
+	f.board.set(func() {
+		f.board.decided = func(m *member, other *filler) {
+			if other != nil {
+				release()
+				f.all[0].eventually("the end of the fill", func() bool { return f.all[0].flying() == 0 })
+			}
+		}
+	})
+	ask(f.all[0], "/api/r/late")
+	f.eventually("the lease", func() bool { return f.holder("late") != nil })
+	ask(f.all[1], "/api/r/late")
+	for range 2 {
+		(<-replies).wantStatus(200).wantBody("x")
+	}
+	f.wantRequests("/late", 1)
 }
 
 // A replica that dies is followed no more: the rest comes by Range.

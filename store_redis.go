@@ -202,14 +202,12 @@ func parseMark(v string) (mark, bool) {
 }
 
 // lease: see replicas. A key that this process has leased already (its fill
-// was purged and goes on for its clients) is given again, without a say in the
-// first one's life.
-func (r *redisStore) lease(ctx context.Context, key string) (token string, release func(), other *filler, err error) {
-	at, fresh := r.leaseKey(key), rand.Text()
-	release = func() {}
+// was purged and goes on for its clients) is not leased again.
+func (r *redisStore) lease(ctx context.Context, key, token string) (release func(), other *filler, err error) {
+	at := r.leaseKey(key)
 	err = r.do(ctx, func(ctx context.Context, c redis.Conn) error {
 		// The address is known now that there is a connection.
-		value := r.self + " " + fresh + " " + r.advertise(r.localIP())
+		value := r.self + " " + token + " " + r.advertise(r.localIP())
 		for range leaseTries {
 			holder, err := takeLease(ctx, c, at, value)
 			switch {
@@ -217,22 +215,21 @@ func (r *redisStore) lease(ctx context.Context, key string) (token string, relea
 				return err
 			case holder == value:
 				r.hold(at, value)
-				token = fresh
 				release = func() { r.release(at, value) }
 				return nil
 			case strings.HasPrefix(holder, r.self+" "):
 				return nil
 			case holder != "":
-				release, other = nil, parseFiller(holder)
+				other = parseFiller(holder)
 				return nil
 			}
 		}
 		return nil // it comes and goes: fill without
 	})
 	if err != nil {
-		return "", nil, nil, fmt.Errorf("leasing %s: %w", key, err)
+		return nil, nil, fmt.Errorf("leasing %s: %w", key, err)
 	}
-	return token, release, other, nil
+	return release, other, nil
 }
 
 // takeLease returns the value that holds the lease: ours, another's, or none
