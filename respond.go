@@ -350,9 +350,9 @@ const (
 	// takes on a good line.
 	lingerMost = 30 * time.Second
 	copySize   = 64 << 10
-	// largeCopy is for large bodies that come from another machine's memory and
+	// largeCopy is for large bodies that come from another machine and
 	// leave unencrypted, where system calls are most of the work: 64 MiB of S3
-	// take a sixth less time than in steps of copySize.
+	// take a tenth less time than in steps of copySize.
 	largeCopy = 256 << 10
 )
 
