@@ -633,6 +633,10 @@ func TestListingTellsEverythingAboutAFile(t *testing.T) {
 	if a := tt.list("r")[0]; a.Fresh {
 		t.Errorf("an expired file is listed as fresh: %+v", a)
 	}
+	must(t, tt.cache.fresh.set(t.Context(), a.Key, mark{tt.clock.now().AddDate(1, 0, 0), a.SHA256}))
+	if a := tt.list("r")[0]; a.Fresh {
+		t.Errorf("by a clock that is a year ahead it is listed as fresh: %+v", a)
+	}
 }
 
 func TestPurging(t *testing.T) {

@@ -135,7 +135,7 @@ type mark struct {
 
 // freshness keeps marks. It is advisory: losing it costs a revalidation.
 type freshness interface {
-	get(ctx context.Context, key string) (mark, error) // fs.ErrNotExist when unknown
+	get(ctx context.Context, key string) (mark, error) // fs.ErrNotExist when unknown; an error has no mark
 	set(ctx context.Context, key string, m mark) error
 	delete(ctx context.Context, key string) error
 }
@@ -516,20 +516,25 @@ func (c *cache) judge(ctx context.Context, key string, q want, obj *object) *sto
 		s.forever = true
 		return s
 	}
-	now := c.now()
-	s.at = past(s.at, now, ttl)
 	m, err := c.fresh.get(ctx, key)
-	switch {
-	case err == nil && m.At.After(s.at):
-		s.outdated = m.SHA256 != obj.rec.SHA256
-		if at := past(m.At, now, ttl); !s.outdated && at.After(s.at) {
-			s.at = at
-		}
-	case err != nil && !errors.Is(err, fs.ErrNotExist):
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		c.storeFailed("redis", "reading freshness of", key, err)
 	}
+	now := c.now()
+	s.at = lastGood(obj.rec.Fetched, obj.rec.SHA256, m, now, ttl)
+	s.outdated = m.SHA256 != obj.rec.SHA256 && m.At.After(s.at)
 	s.ttl = ttl - now.Sub(s.at)
 	return s
+}
+
+// lastGood is when a copy with that sha256 was last found good: fetched, or
+// marked since (a zero mark is none).
+func lastGood(fetched time.Time, sum string, m mark, now time.Time, ttl time.Duration) time.Time {
+	at := past(fetched, now, ttl)
+	if marked := past(m.At, now, ttl); m.SHA256 == sum && marked.After(at) {
+		return marked
+	}
+	return at
 }
 
 // past is t, the time at which a copy was good, unless it lies further ahead
@@ -1244,10 +1249,6 @@ func (c *cache) expires(ctx context.Context, rem *remote, r row) (until time.Tim
 	if forever {
 		return time.Time{}, true
 	}
-	now := c.now()
-	at := past(r.Fetched, now, ttl)
-	if m, err := c.fresh.get(ctx, r.Key); err == nil && m.SHA256 == r.SHA256 && past(m.At, now, ttl).After(at) {
-		at = m.At
-	}
-	return at.Add(ttl).UTC(), false
+	m, _ := c.fresh.get(ctx, r.Key) // none if it cannot be had
+	return lastGood(r.Fetched, r.SHA256, m, c.now(), ttl).Add(ttl).UTC(), false
 }
