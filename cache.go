@@ -1024,12 +1024,18 @@ func (c *cache) receive(spool *os.File, u upload, rec *record) error {
 func (c *cache) purge(ctx context.Context, remote, key string) error {
 	defer c.lockKey(key)()
 	c.negative.delete(key)
-	if f := c.ground(key); f != nil {
-		if err := f.neverStore(ctx); err != nil {
-			return err
-		}
+	if err := c.purgeFill(ctx, key); err != nil {
+		return err
 	}
 	return c.remove(ctx, remote, key)
+}
+
+// purgeFill keeps what is being filled here under key from being stored.
+func (c *cache) purgeFill(ctx context.Context, key string) error {
+	if f := c.ground(key); f != nil {
+		return f.neverStore(ctx)
+	}
+	return nil
 }
 
 // ground takes key's flight out of the table, so that later requests begin
@@ -1047,9 +1053,8 @@ func (c *cache) ground(key string) *flight {
 // purgeFills keeps what is being filled of a remote, here or on another replica,
 // from being stored if pattern is found in its path: it has no row yet.
 func (c *cache) purgeFills(ctx context.Context, remote string, pattern *regexp.Regexp) error {
-	for _, f := range c.fillsOf(remote, pattern) {
-		c.ground(f.key)
-		if err := f.neverStore(ctx); err != nil {
+	for _, key := range c.fillsOf(remote, pattern) {
+		if err := c.purgeFill(ctx, key); err != nil {
 			return err
 		}
 	}
@@ -1057,15 +1062,16 @@ func (c *cache) purgeFills(ctx context.Context, remote string, pattern *regexp.R
 	return nil
 }
 
-func (c *cache) fillsOf(remote string, pattern *regexp.Regexp) (fs []*flight) {
+// fillsOf are the keys of those fills.
+func (c *cache) fillsOf(remote string, pattern *regexp.Regexp) (keys []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, f := range c.flights {
+	for key, f := range c.flights {
 		if f.want.remote.name == remote && pattern.MatchString(decodedPath(f.want.spelling)) {
-			fs = append(fs, f)
+			keys = append(keys, key)
 		}
 	}
-	return fs
+	return keys
 }
 
 // remove deletes key everywhere.
@@ -1151,8 +1157,8 @@ func (c *cache) changed(told string) {
 	if what, ok := strings.CutPrefix(told, fillsMark); ok {
 		remote, text, _ := strings.Cut(what, " ")
 		if pattern, err := regexp.Compile(text); err == nil {
-			for _, f := range c.fillsOf(remote, pattern) {
-				c.changed(removedMark + f.key)
+			for _, key := range c.fillsOf(remote, pattern) {
+				c.changed(removedMark + key)
 			}
 		}
 		return
