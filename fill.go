@@ -40,7 +40,6 @@ const (
 	lateAfter = 10 * time.Second
 	// noHEADFor is how long a refused HEAD is remembered.
 	noHEADFor = time.Hour
-	pumpSize  = 256 << 10
 	// roomEvery is how often a growing spool looks at the free space.
 	roomEvery = 64 << 20
 )
@@ -544,8 +543,6 @@ func (f *flight) beLate() {
 	f.mu.Unlock()
 }
 
-var pumpBuffers = sync.Pool{New: func() any { return new([pumpSize]byte) }}
-
 // spoolError is a spool that cannot grow.
 type spoolError struct{ err error }
 
@@ -554,8 +551,8 @@ func (e *spoolError) Unwrap() error { return e.err }
 
 // pump moves ans's body into the spool until its end.
 func (f *flight) pump(ans *answer) error {
-	buf := pumpBuffers.Get().(*[pumpSize]byte)
-	defer pumpBuffers.Put(buf)
+	buf := largeBuffers.Get().(*[largeCopy]byte)
+	defer largeBuffers.Put(buf)
 	for {
 		n, err := ans.Body.Read(buf[:])
 		if n > 0 {

@@ -122,7 +122,7 @@ func (f *flight) follow(p *filler) error {
 		return fmt.Errorf("%w: %w", errPeer, err)
 	}
 	defer body.Close()
-	r := bufio.NewReaderSize(body, pumpSize)
+	r := bufio.NewReaderSize(body, largeCopy)
 	var payload []byte
 	for {
 		kind, data, err := readFrame(r, payload)
@@ -381,8 +381,8 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 	defer beat.Stop()
 	var off int64
 	headed, ending := false, false
-	buf := pumpBuffers.Get().(*[pumpSize]byte)
-	defer pumpBuffers.Put(buf)
+	buf := largeBuffers.Get().(*[largeCopy]byte)
+	defer largeBuffers.Put(buf)
 	for {
 		f.mu.Lock()
 		rec, written, complete, done, ended, changed := f.rec, f.written, f.complete, f.done, f.err, f.changed
@@ -394,7 +394,7 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 			headed = true
 			err = writeJSONFrame(w, frameHead, head)
 		case off < written:
-			n := min(written-off, pumpSize)
+			n := min(written-off, largeCopy)
 			if _, err := f.spool.ReadAt(buf[:n], off); err != nil {
 				return fmt.Errorf("reading the spool: %w", err)
 			}

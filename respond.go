@@ -350,9 +350,9 @@ const (
 	// takes on a good line.
 	lingerMost = 30 * time.Second
 	copySize   = 64 << 10
-	// largeCopy is for large bodies that come from another machine and
-	// leave unencrypted, where system calls are most of the work: 64 MiB of S3
-	// take a tenth less time than in steps of copySize.
+	// largeCopy is for bodies that fills and followers move, and for large ones
+	// that come from another machine and leave unencrypted: system calls are most
+	// of the work, and 64 MiB of S3 take a tenth less time than by copySize.
 	largeCopy = 256 << 10
 )
 
