@@ -313,7 +313,7 @@ const peerSize = 300_000
 
 // peerRecord is what a filling replica knows of text.
 func peerRecord(text string) *record {
-	return &record{Remote: "r", Path: "a", Size: int64(len(text)), SHA256: strings.TrimPrefix(digestFor(text), "sha256:"), Class: immutable,
+	return &record{Remote: "r", Path: "a", Size: int64(len(text)), SHA256: strings.TrimPrefix(sha256Of([]byte(text)), "sha256:"), Class: immutable,
 		ContentType: "application/x-origin", ETag: `"1"`, LastModified: longAgo.Format(http.TimeFormat), Modified: longAgo, Fetched: longAgo}
 }
 
@@ -438,7 +438,7 @@ func TestReplicaThatLiesAboutADigest(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f := newFleet(t, 1)
-			f.digested(func(q *want) { q.digest = digestFor(text) })
+			f.digested(func(q *want) { q.digest = sha256Of([]byte(text)) })
 			f.origin.file("/a", text).etag(`"1"`)
 			f.script(func(p *peerScript) {
 				rec := peerRecord(sent)
@@ -721,21 +721,20 @@ func TestPurgeFindsFillsWithoutRows(t *testing.T) {
 	}
 }
 
-// gatedObjects stores when it is let.
+// gatedObjects are heldObjects that say when they are asked, once.
 type gatedObjects struct {
-	objects
-	putting, gate chan struct{}
+	heldObjects
+	putting chan struct{}
 }
 
 func (g *gatedObjects) put(ctx context.Context, key string, rec *record, spool *os.File) error {
 	close(g.putting)
-	<-g.gate
-	return g.objects.put(ctx, key, rec, spool)
+	return g.heldObjects.put(ctx, key, rec, spool)
 }
 
 // gateFirst has the first replica store when it is let.
 func (f *fleet) gateFirst() *gatedObjects {
-	g := &gatedObjects{f.all[0].cache.objects, make(chan struct{}), make(chan struct{})}
+	g := &gatedObjects{heldObjects{f.all[0].cache.objects, make(chan struct{})}, make(chan struct{})}
 	f.all[0].cache.objects = g
 	return g
 }

@@ -1558,11 +1558,6 @@ func TestCodedAnswerIsReplayedCoded(t *testing.T) {
 	tt.get("/api/r/a.xml", "If-Modified-Since: "+longAgo.Format(http.TimeFormat)).wantStatus(304).wantBody("")
 }
 
-func digestFor(text string) string {
-	sum := sha256.Sum256([]byte(text))
-	return "sha256:" + hex.EncodeToString(sum[:])
-}
-
 // A spool that fills up in the middle hands each client on to upstream. What
 // comes from there must not escape the digest.
 func TestDigestIsKeptWhenTheSpoolIsFull(t *testing.T) {
@@ -1575,9 +1570,9 @@ func TestDigestIsKeptWhenTheSpoolIsFull(t *testing.T) {
 			tt := setup{spools: spools.wrap}.start(t)
 			release := tt.origin.file("/a", text).etag(`"1"`).stallAt(200_000)
 			defer release()
-			digest := digestFor(text)
+			digest := sha256Of([]byte(text))
 			if !right {
-				digest = digestFor("another body")
+				digest = sha256Of([]byte("another body"))
 			}
 			tt.digested(func(q *want) { q.digest = digest })
 			s, end := tt.open("/api/r/a"), tt.open("/api/r/a", fmt.Sprintf("Range: bytes=%d-", roomEvery-1000))
@@ -1609,12 +1604,12 @@ func TestRangeOfADigestedBodyWithoutASpool(t *testing.T) {
 	tt := setup{spools: spools.wrap}.start(t)
 	text := noise(1, 400_000)
 	tt.origin.file("/a", text)
-	tt.digested(func(q *want) { q.digest = digestFor(text) })
+	tt.digested(func(q *want) { q.digest = sha256Of([]byte(text)) })
 	tt.get("/api/r/a", "Range: bytes=100-").wantStatus(206).wantBody(text[100:])
 	tt.get("/api/r/a", "Range: bytes=100-200000").wantStatus(206).wantBody(text[100:200001])
 	tt.get("/api/r/a", "Range: bytes=-70000").wantStatus(206).wantBody(text[330_000:])
 	tt.get("/api/r/a", "Range: bytes=399999-,0-99999").wantStatus(206)
-	tt.digested(func(q *want) { q.digest = digestFor("another body") })
+	tt.digested(func(q *want) { q.digest = sha256Of([]byte("another body")) })
 	tt.get("/api/r/a", "Range: bytes=100-").wantAborted()
 	tt.get("/api/r/a", "Range: bytes=-5").wantAborted()
 }
