@@ -81,12 +81,18 @@ type forgetter interface {
 	refuses() bool
 }
 
-// row is what the index knows of one object.
+// row is what the index knows of one object. Its JSON is a line of the journal.
 type row struct {
-	Remote, Path, Key, SHA256, ContentType string // Path in upstream spelling
-	Class                                  class
-	Size, Hits                             int64
-	Fetched, LastAccess                    time.Time
+	Remote      string    `json:"Remote"`
+	Path        string    `json:"Path"` // upstream spelling
+	Key         string    `json:"Key"`
+	SHA256      string    `json:"SHA256"`
+	ContentType string    `json:"ContentType"`
+	Class       class     `json:"Class"`
+	Size        int64     `json:"Size"`
+	Hits        int64     `json:"Hits"`
+	Fetched     time.Time `json:"Fetched"`
+	LastAccess  time.Time `json:"LastAccess"`
 }
 
 // pageQuery asks the index for rows of one remote ("" = all, with oldest).

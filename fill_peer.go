@@ -49,21 +49,21 @@ const (
 
 // peerHead is what clients of a follower need before the body.
 type peerHead struct {
-	Record    *record
-	Total     int64
-	Validator string
-	Origin    int
-	Storable  bool
+	Record    *record `json:"Record"`
+	Total     int64   `json:"Total"`
+	Validator string  `json:"Validator"`
+	Origin    int     `json:"Origin"`
+	Storable  bool    `json:"Storable"`
 }
 
 // peerVerdict is how a fill ended without a body.
 type peerVerdict struct {
-	Kind   string // unchanged, again, unreachable, timeout, broken, self, or "" with the rest
-	Status int    // for the client
-	Detail string
-	Code   int // upstream's
-	Retry  time.Duration
-	Copy   string // the sha256 of what is unchanged
+	Kind   string        `json:"Kind"`   // unchanged, again, unreachable, timeout, broken, self, or "" with the rest
+	Status int           `json:"Status"` // for the client
+	Detail string        `json:"Detail"`
+	Code   int           `json:"Code"`  // upstream's
+	Retry  time.Duration `json:"Retry"` // in ns
+	Copy   string        `json:"Copy"`  // the sha256 of what is unchanged
 }
 
 // newPeerClient makes the client for other replicas: never through a proxy,
