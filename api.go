@@ -1,4 +1,5 @@
 // api.go: files below /api/, local repositories, and the management endpoints.
+
 package main
 
 import (

@@ -67,7 +67,7 @@ func serveUntilStep(ctx context.Context, step string) error {
 	if err != nil {
 		return err
 	}
-	if s.stores, err = openStores(set, s.log); err != nil {
+	if s.stores, err = openStores(set, time.Now, s.log); err != nil {
 		return err
 	}
 	handler := s.wire()

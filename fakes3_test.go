@@ -1,6 +1,7 @@
 // fakes3_test.go: an S3 server in memory that is stricter than most, goes
 // wrong on demand, and fails the test whose client breaks a rule. It shares no
 // code with s3sig.go, or it would agree with its mistakes.
+
 package main
 
 import (

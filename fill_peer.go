@@ -1,6 +1,7 @@
 // fill_peer.go: one fetch of a file across replicas. The replica that holds
 // the lease fills; the others follow its growing spool over plain HTTP, and
 // take over by Range when it dies. No failure here reaches a client.
+
 package main
 
 import (

@@ -178,7 +178,7 @@ func (tt *tester) begin() {
 	}
 	s := &server{set: set, env: lookup, log: newLogger(set, tt.logs)}
 	s.config.Store(tt.parse(tt.yaml()))
-	if s.stores, err = openStores(set, s.log); err != nil {
+	if s.stores, err = openStores(set, time.Now, s.log); err != nil {
 		tt.Fatal(err)
 	}
 	tt.server, tt.api = s, s.wire().(*api)

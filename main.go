@@ -44,7 +44,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -52,14 +51,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/url"
 	"os"
 	"os/signal"
-	"path/filepath"
-	"regexp"
-	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -184,7 +177,7 @@ func healthcheck(ctx context.Context, set *settings) error {
 
 // verify hashes what is stored, beside a running server too.
 func verify(ctx context.Context, set *settings, env lookup, stdout io.Writer) error {
-	st, err := openStores(set, slog.New(slog.DiscardHandler))
+	st, err := openStores(set, time.Now, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
@@ -207,7 +200,7 @@ func verify(ctx context.Context, set *settings, env lookup, stdout io.Writer) er
 // object. PostgreSQL's index is corrected beside running replicas; the embedded
 // one is in the server's memory, so the server must not run.
 func rebuild(ctx context.Context, set *settings, stdout io.Writer) error {
-	st, err := openStores(set, slog.New(slog.DiscardHandler))
+	st, err := openStores(set, time.Now, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
@@ -235,141 +228,6 @@ func rebuild(ctx context.Context, set *settings, stdout io.Writer) error {
 		fmt.Fprintf(stdout, "%s: %d files, %d bytes\n", name, t.Files, t.Bytes)
 	}
 	return errors.Join(err, st.embedded.flush())
-}
-
-// stores are the backends that the environment chose, each on its own.
-type stores struct {
-	disk    *diskStore // DATA_DIR: spools, and the objects without S3
-	objects interface {
-		objects
-		verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error)
-	}
-	s3       *s3Store        // nil: local disk
-	hot      *tiered         // with S3: copies on disk before it
-	sql      *sqlIndex       // nil: embedded
-	embedded *embeddedIndex  // nil: PostgreSQL
-	redis    *redisStore     // nil: in process
-	local    *localFreshness // nil: Redis
-	backends []*backend
-}
-
-// backend is one of the three as /health shows it.
-type backend struct {
-	name string // storage, database, redis
-	kind string // what it is, for the log
-	good string // how /health calls it while it works
-	ping func(context.Context) error
-	up   atomic.Bool // the last ping went well
-}
-
-// openStores connects to nothing yet: a backend that is down does not stop the
-// start.
-func openStores(set *settings, log *slog.Logger) (*stores, error) {
-	st := &stores{disk: newDiskStore(set.dataDir, time.Now, log)}
-	if err := st.openRedis(set, log); err != nil {
-		return nil, err
-	}
-	if err := st.openIndex(set, log); err != nil {
-		return nil, err
-	}
-	if set.s3.bucket == "" {
-		st.objects = st.disk
-		st.add(&backend{name: "storage", kind: "local disk " + set.dataDir, good: "embedded", ping: st.disk.ping})
-		return st, nil
-	}
-	set.s3.now, set.s3.log = time.Now, log
-	client, err := newS3(set.s3)
-	if err != nil {
-		return nil, fmt.Errorf("configuring S3: %w", err)
-	}
-	var online func() bool
-	if st.redis != nil {
-		online = st.redis.online
-	}
-	st.s3 = newS3Store(client, online)
-	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), time.Now, log)
-	st.hot = newTiered(st.s3, copies, set.hotSize, (&diskSpools{disk: st.disk, minFree: set.minFree}).room)
-	st.objects = st.hot
-	st.add(&backend{name: "storage", kind: "S3 " + set.s3.String(), good: "ok", ping: func(ctx context.Context) error {
-		return errors.Join(st.disk.ping(ctx), st.s3.ping(ctx)) // spools are in DATA_DIR
-	}})
-	return st, nil
-}
-
-func (st *stores) openIndex(set *settings, log *slog.Logger) (err error) {
-	if set.db.host == "" {
-		st.embedded = newEmbeddedIndex(set.dataDir, log)
-		st.add(&backend{name: "database", kind: "embedded", good: "embedded"})
-		return nil
-	}
-	st.sql, err = newSQLIndex(set.db, set.dataDir, time.Now, log)
-	if err == nil {
-		st.add(&backend{name: "database", kind: "PostgreSQL " + set.db.host, good: "ok", ping: st.sql.ping})
-	}
-	return err
-}
-
-func (st *stores) openRedis(set *settings, log *slog.Logger) (err error) {
-	if set.redisURL == "" {
-		st.local = newLocalFreshness(set.dataDir, time.Now, log)
-		st.add(&backend{name: "redis", kind: "embedded", good: "embedded"})
-		return nil
-	}
-	st.redis, err = newRedisStore(string(set.redisURL), set.redisPrefix(), set.reachedAt, time.Now, log)
-	if err == nil {
-		st.add(&backend{name: "redis", kind: "Redis", good: "ok", ping: st.redis.ping})
-	}
-	return err
-}
-
-func (st *stores) add(b *backend) { st.backends = append(st.backends, b) }
-
-func (st *stores) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	return st.objects.verify(ctx, report)
-}
-
-// index and fresh are what was chosen, as the cache knows it.
-func (st *stores) index() index {
-	if st.sql != nil {
-		return st.sql
-	}
-	return st.embedded
-}
-
-func (st *stores) fresh() freshness {
-	if st.redis != nil {
-		return st.redis
-	}
-	return st.local
-}
-
-// replicas are there where both the store and Redis are shared.
-func (st *stores) replicas() replicas {
-	if st.redis == nil || st.s3 == nil {
-		return nil
-	}
-	return st.redis
-}
-
-// close ends everything in the order of use.
-func (st *stores) close() error {
-	var errs []error
-	if st.sql != nil {
-		errs = append(errs, st.sql.close())
-	} else {
-		errs = append(errs, st.embedded.close())
-	}
-	if st.redis != nil {
-		errs = append(errs, st.redis.close())
-	} else {
-		errs = append(errs, st.local.close())
-	}
-	if st.s3 != nil {
-		st.hot.close()
-		st.s3.close()
-		errs = append(errs, st.hot.disk.close())
-	}
-	return errors.Join(append(errs, st.disk.close())...)
 }
 
 // server is what serve wires together.
@@ -408,7 +266,7 @@ func serve(ctx context.Context, set *settings, env lookup, stderr io.Writer) err
 	if err != nil {
 		return fmt.Errorf("listening on LISTEN_ADDR %s: %w", set.listen, err)
 	}
-	if s.stores, err = openStores(set, log); err != nil {
+	if s.stores, err = openStores(set, time.Now, log); err != nil {
 		return err
 	}
 	attrs := []any{"version", version, "address", listener.Addr().String(), "remotes", len(cfg.names), "config", set.configPath}
@@ -714,41 +572,6 @@ func (s *server) tlsConfig() *tls.Config {
 	}
 }
 
-// diskSpools are spools on the data disk that leave MIN_FREE alone.
-type diskSpools struct {
-	disk    *diskStore
-	minFree int64 // -1: the default for the disk's size
-	// shrink frees space that local copies of S3 take; nil: there are none.
-	shrink func(n int64) bool
-}
-
-func (d *diskSpools) spool() (*os.File, error) { return d.disk.spool() }
-
-// room: see spooler. Local copies of what S3 has make way.
-func (d *diskSpools) room(n int64) error {
-	err := d.free(n)
-	if errors.Is(err, errNoSpace) && d.shrink != nil && d.shrink(n) {
-		err = d.free(n)
-	}
-	return err
-}
-
-// free is room as things are.
-func (d *diskSpools) free(n int64) error {
-	free, size, err := d.disk.free()
-	if err != nil {
-		return err
-	}
-	keep := uint64(d.minFree)
-	if d.minFree < 0 {
-		keep = defaultMinFree(size)
-	}
-	if free < keep+uint64(n) {
-		return fmt.Errorf("%w: %d bytes are free, MIN_FREE is %d, %d are wanted", errNoSpace, free, keep, n)
-	}
-	return nil
-}
-
 // newLogger logs to w as LOG_LEVEL and LOG_FORMAT say.
 func newLogger(set *settings, w io.Writer) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: set.logLevel}
@@ -761,234 +584,4 @@ func newLogger(set *settings, w io.Writer) *slog.Logger {
 		return slog.New(slog.NewTextHandler(w, opts))
 	}
 	return slog.New(slog.NewJSONHandler(w, opts))
-}
-
-// lookup is os.LookupEnv.
-type lookup = func(string) (string, bool)
-
-// settings are what the environment says.
-type settings struct {
-	configPath, listen, dataDir string
-	minFree                     int64       // -1: by the disk's size
-	maxSize                     int64       // CACHE_MAX_SIZE; 0: none
-	s3                          s3config    // bucket "": local disk
-	hotSize                     int64       // of the tier before S3; 0: none
-	db                          sqlSettings // host "": embedded
-	redisURL                    secret      // "": in process
-	advertise                   string      // ADVERTISE_URL
-	apiToken                    secret
-	tlsCert, tlsKey             string
-	drainDelay                  time.Duration
-	logLevel                    slog.Level
-	logFormat                   string // "": by what it is written to
-}
-
-// groups are variables of which the first needs the others.
-var groups = [][]string{
-	{"MINIO_ENDPOINT", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "MINIO_BUCKET"},
-	{"DBHOST", "DBUSER", "DBNAME"},
-	{"TLS_CERT_FILE", "TLS_KEY_FILE"},
-	{"TLS_KEY_FILE", "TLS_CERT_FILE"},
-}
-
-// parseSettings reads the environment. Its error is one line naming the first
-// variable that is missing or wrong.
-func parseSettings(env lookup) (*settings, error) {
-	p := &envReader{env: env}
-	p.groups()
-	set := &settings{
-		configPath: p.text("CONFIG_PATH", "remotes.yaml"),
-		listen:     p.text("LISTEN_ADDR", ":8000"),
-		dataDir:    p.text("DATA_DIR", "data"),
-		minFree:    p.size("MIN_FREE", -1),
-		maxSize:    p.size("CACHE_MAX_SIZE", 0),
-		apiToken:   secret(p.text("API_TOKEN", "")),
-		tlsCert:    p.text("TLS_CERT_FILE", ""),
-		tlsKey:     p.text("TLS_KEY_FILE", ""),
-		drainDelay: p.duration("DRAIN_DELAY", 0),
-		logFormat:  p.oneOf("LOG_FORMAT", "", "text", "json"),
-	}
-	level := p.oneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error")
-	if p.err == nil {
-		p.fail("LOG_LEVEL", set.logLevel.UnmarshalText([]byte(level)))
-	}
-	if _, port, err := net.SplitHostPort(set.listen); err != nil || port == "" {
-		p.fail("LISTEN_ADDR", fmt.Errorf("%q is not an address like :8000 or 127.0.0.1:8000", set.listen))
-	}
-	if v := string(set.apiToken); strings.TrimSpace(v) != v || strings.ContainsAny(v, "\r\n") {
-		p.fail("API_TOKEN", errors.New("holds a line break, or white space at an end: no client could send it (often the end of a file put into a variable)"))
-	}
-	for _, name := range []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"} {
-		v := p.text(name, "")
-		if v != "" && !strings.Contains(v, "://") {
-			v = "http://" + v // as net/http reads it
-		}
-		if v != "" && hostURL(v, "http", "https", "socks5", "socks5h") == nil {
-			p.fail(name, errors.New("is not a URL like http://proxy.example:3128"))
-		}
-	}
-	if dir, err := filepath.Abs(set.dataDir); err == nil {
-		set.dataDir = dir
-	}
-	p.backends(set)
-	return set, p.err
-}
-
-// envReader reads variables and keeps the first mistake.
-type envReader struct {
-	env lookup
-	err error
-}
-
-func (p *envReader) fail(name string, err error) {
-	if p.err == nil && err != nil {
-		p.err = fmt.Errorf("environment: %s: %w", name, err)
-	}
-}
-
-// text is a variable's value; empty counts as unset.
-func (p *envReader) text(name, otherwise string) string {
-	if v, _ := p.env(name); v != "" {
-		return v
-	}
-	return otherwise
-}
-
-func (p *envReader) size(name string, otherwise int64) int64 {
-	v := p.text(name, "")
-	if v == "" {
-		return otherwise
-	}
-	n, err := parseSize(v)
-	p.fail(name, err)
-	return n
-}
-
-func (p *envReader) duration(name string, otherwise time.Duration) time.Duration {
-	v := p.text(name, "")
-	if v == "" {
-		return otherwise
-	}
-	d, err := time.ParseDuration(v)
-	if err != nil || d < 0 {
-		p.fail(name, fmt.Errorf("%q is not a duration like 10s or 1m30s", v))
-	}
-	return d
-}
-
-func (p *envReader) oneOf(name, otherwise string, values ...string) string {
-	v := p.text(name, otherwise)
-	for _, x := range append(values, otherwise) {
-		if strings.EqualFold(v, x) {
-			return x
-		}
-	}
-	p.fail(name, fmt.Errorf("%q is not one of %s", v, strings.Join(values, ", ")))
-	return v
-}
-
-func (p *envReader) groups() {
-	for _, g := range groups {
-		if p.text(g[0], "") == "" {
-			continue
-		}
-		for _, name := range g[1:] {
-			if p.text(name, "") == "" {
-				p.fail(name, fmt.Errorf("is not set, but %s is: they belong together", g[0]))
-			}
-		}
-	}
-}
-
-// backends reads the variables of S3, PostgreSQL and Redis.
-func (p *envReader) backends(set *settings) {
-	set.hotSize = p.size("HOT_CACHE_SIZE", 10<<30)
-	p.endpoint(&set.s3)
-	set.db = sqlSettings{host: p.text("DBHOST", ""), port: p.text("DBPORT", "5432"), user: p.text("DBUSER", ""), name: p.text("DBNAME", ""),
-		password: secret(p.text("DBPASS", "")), sslmode: p.oneOf("DBSSLMODE", "disable", "disable", "require", "verify-ca", "verify-full")}
-	if n, err := strconv.Atoi(set.db.port); err != nil || n < 1 || n > 65535 {
-		p.fail("DBPORT", fmt.Errorf("%q is not a port number", set.db.port))
-	}
-	if h := set.db.host; h != "" && h[0] != '/' && !hostForm.MatchString(h) && net.ParseIP(h) == nil {
-		p.fail("DBHOST", errors.New("is not the name or address of a host alone: the rest goes into DBPORT, DBUSER, DBPASS and DBNAME"))
-	}
-	set.redisURL = secret(p.text("REDIS_URL", ""))
-	if v := string(set.redisURL); v != "" && hostURL(v, "redis", "rediss") == nil {
-		p.fail("REDIS_URL", errors.New("is not a URL like redis://:PASSWORD@HOST:6379/0 or the same with rediss"))
-	}
-	set.advertise = strings.TrimSuffix(p.text("ADVERTISE_URL", ""), "/")
-	if u := hostURL(set.advertise, "http", "https"); set.advertise != "" && (u == nil || u.User != nil || u.RawQuery != "") {
-		p.fail("ADVERTISE_URL", errors.New("is not a URL like http://10.0.0.7:8000"))
-	}
-}
-
-// hostForm is a host's name; those of containers may have underscores.
-var hostForm = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
-
-// hostURL is v as a URL with a host, a port that is one if there is any, and
-// one of those schemes; nil if it is none.
-func hostURL(v string, schemes ...string) *url.URL {
-	u, err := url.Parse(v)
-	if err != nil || u.Hostname() == "" || badPort(u) || u.Fragment != "" || !slices.Contains(schemes, u.Scheme) {
-		return nil
-	}
-	return u
-}
-
-// endpoint reads the variables of S3: MINIO_ENDPOINT is host:port or a URL,
-// whose scheme must not contradict MINIO_SECURE.
-func (p *envReader) endpoint(c *s3config) {
-	host := p.text("MINIO_ENDPOINT", "")
-	secure := p.oneOf("MINIO_SECURE", "", "true", "false", "1", "0")
-	virtual := p.oneOf("MINIO_VIRTUAL_HOST", "false", "true", "false", "1", "0")
-	if host == "" {
-		return
-	}
-	*c = s3config{bucket: p.text("MINIO_BUCKET", ""), accessKey: p.text("MINIO_ACCESS_KEY", ""), secretKey: p.text("MINIO_SECRET_KEY", ""),
-		region: p.text("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1"}
-	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
-		if !nameForm.MatchString(v[1]) {
-			p.fail(v[0], fmt.Errorf("%q is none: letters, digits, '.', '_' and '-' are known", v[1]))
-		}
-	}
-	isURL := strings.Contains(host, "://")
-	if !isURL {
-		host = "http://" + host
-	}
-	u := hostURL(host, "http", "https")
-	switch {
-	case u == nil || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "":
-		p.fail("MINIO_ENDPOINT", errors.New("is neither host:port nor an http or https URL of a host alone"))
-		return
-	case isURL && secure != "" && c.secure != (u.Scheme == "https"):
-		p.fail("MINIO_SECURE", fmt.Errorf("%s contradicts the scheme %s of MINIO_ENDPOINT", secure, u.Scheme))
-	case isURL:
-		c.secure = u.Scheme == "https"
-	}
-	c.host = u.Host
-}
-
-// redisPrefix keeps caches apart that share a Redis: by their bucket, or by
-// the one directory that has their files.
-func (set *settings) redisPrefix() string {
-	if set.s3.bucket != "" {
-		return set.s3.host + "/" + set.s3.bucket
-	}
-	host, _ := os.Hostname() // without a name, the directory has to do
-	sum := sha256.Sum256([]byte(host + ":" + set.dataDir))
-	return "disk/" + hex.EncodeToString(sum[:8])
-}
-
-// reachedAt is the URL at which other replicas reach this one, given the local
-// address of its connection to Redis.
-func (set *settings) reachedAt(localIP string) string {
-	if set.advertise != "" {
-		return set.advertise
-	}
-	scheme := "http"
-	if set.tlsCert != "" {
-		scheme = "https"
-	}
-	_, port, _ := net.SplitHostPort(set.listen) // was parsed at the start
-	return scheme + "://" + net.JoinHostPort(localIP, port)
 }

@@ -1,4 +1,5 @@
 // metrics.go: counters and their Prometheus text exposition.
+
 package main
 
 import (

@@ -1,6 +1,7 @@
 // respond.go: how a handler's error becomes an answer, how a body is sent, and
 // how an answer becomes a log line. Handlers return errors; responder alone
 // writes them.
+
 package main
 
 import (

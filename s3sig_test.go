@@ -1,6 +1,7 @@
 // s3sig_test.go: the published signatures, the client against the fake server
 // and its faults, and one suite for it and, with
 // TEST_S3=http://KEY:SECRET@host:port/bucket, a real server.
+
 package main
 
 import (

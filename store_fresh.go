@@ -1,5 +1,6 @@
 // store_fresh.go: when copies were last found good, without Redis: a map, and
 // a log in DATA_DIR so that it survives a restart.
+
 package main
 
 import (

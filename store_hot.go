@@ -1,5 +1,6 @@
 // store_hot.go: copies on local disk of what S3 has, those used last, so that
 // a replica serves them at the speed of its disk.
+
 package main
 
 import (

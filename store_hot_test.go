@@ -1,5 +1,6 @@
 // store_hot_test.go: local copies in front of S3: when they are made, when
 // they are believed, and when they go.
+
 package main
 
 import (

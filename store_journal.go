@@ -1,5 +1,6 @@
 // store_journal.go: changes of the index that the database has not taken yet,
 // in DATA_DIR, and how they get there later.
+
 package main
 
 import (

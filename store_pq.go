@@ -1,5 +1,6 @@
 // store_pq.go: connections to PostgreSQL, which end when they should, what is
 // known about its being up, and the schema.
+
 package main
 
 import (

@@ -1,6 +1,7 @@
 // store_redis.go: what replicas share through Redis: when copies were last
 // found good, who fills what, and which files have changed. All of it may be
 // lost at any time; it costs a revalidation or a second download.
+
 package main
 
 import (

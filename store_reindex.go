@@ -1,5 +1,6 @@
 // store_reindex.go: reindex makes the index follow from what is stored, beside
 // replicas that go on.
+
 package main
 
 import (

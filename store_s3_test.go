@@ -1,5 +1,6 @@
 // store_s3_test.go: s3Store against the fake server, its faults and outages,
 // and the suite against a real one (TEST_S3, see s3sig_test.go).
+
 package main
 
 import (

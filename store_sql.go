@@ -1,6 +1,7 @@
 // store_sql.go: the index in PostgreSQL, which all replicas share. Its schema
 // makes and migrates itself. Changes that the database cannot take are kept in
 // the journal (store_journal.go) and written when it is back.
+
 package main
 
 import (

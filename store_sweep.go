@@ -1,6 +1,7 @@
 // store_sweep.go: the disk store's upkeep: what is there (walk), what does not
 // belong there (sweep), whether it is as it was (verify), and whether there is
 // room and a working disk below it.
+
 package main
 
 import (

@@ -1,0 +1,185 @@
+// main_stores.go: which backends the environment chose, and how they are opened
+// and closed.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+)
+
+// stores are the backends that the environment chose, each on its own.
+type stores struct {
+	disk    *diskStore // DATA_DIR: spools, and the objects without S3
+	objects interface {
+		objects
+		verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error)
+	}
+	s3       *s3Store        // nil: local disk
+	hot      *tiered         // with S3: copies on disk before it
+	sql      *sqlIndex       // nil: embedded
+	embedded *embeddedIndex  // nil: PostgreSQL
+	redis    *redisStore     // nil: in process
+	local    *localFreshness // nil: Redis
+	backends []*backend
+}
+
+// backend is one of the three as /health shows it.
+type backend struct {
+	name string // storage, database, redis
+	kind string // what it is, for the log
+	good string // how /health calls it while it works
+	ping func(context.Context) error
+	up   atomic.Bool // the last ping went well
+}
+
+// openStores connects to nothing yet: a backend that is down does not stop the
+// start.
+func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores, error) {
+	st := &stores{disk: newDiskStore(set.dataDir, now, log)}
+	if err := st.openRedis(set, now, log); err != nil {
+		return nil, err
+	}
+	if err := st.openIndex(set, now, log); err != nil {
+		return nil, err
+	}
+	if set.s3.bucket == "" {
+		st.objects = st.disk
+		st.add(&backend{name: "storage", kind: "local disk " + set.dataDir, good: "embedded", ping: st.disk.ping})
+		return st, nil
+	}
+	set.s3.now, set.s3.log = now, log
+	client, err := newS3(set.s3)
+	if err != nil {
+		return nil, fmt.Errorf("configuring S3: %w", err)
+	}
+	var online func() bool
+	if st.redis != nil {
+		online = st.redis.online
+	}
+	st.s3 = newS3Store(client, online)
+	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
+	st.hot = newTiered(st.s3, copies, set.hotSize, (&diskSpools{disk: st.disk, minFree: set.minFree}).room)
+	st.objects = st.hot
+	st.add(&backend{name: "storage", kind: "S3 " + set.s3.String(), good: "ok", ping: func(ctx context.Context) error {
+		return errors.Join(st.disk.ping(ctx), st.s3.ping(ctx)) // spools are in DATA_DIR
+	}})
+	return st, nil
+}
+
+func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logger) (err error) {
+	if set.db.host == "" {
+		st.embedded = newEmbeddedIndex(set.dataDir, log)
+		st.add(&backend{name: "database", kind: "embedded", good: "embedded"})
+		return nil
+	}
+	st.sql, err = newSQLIndex(set.db, set.dataDir, now, log)
+	if err == nil {
+		st.add(&backend{name: "database", kind: "PostgreSQL " + set.db.host, good: "ok", ping: st.sql.ping})
+	}
+	return err
+}
+
+func (st *stores) openRedis(set *settings, now func() time.Time, log *slog.Logger) (err error) {
+	if set.redisURL == "" {
+		st.local = newLocalFreshness(set.dataDir, now, log)
+		st.add(&backend{name: "redis", kind: "embedded", good: "embedded"})
+		return nil
+	}
+	st.redis, err = newRedisStore(string(set.redisURL), set.redisPrefix(), set.reachedAt, now, log)
+	if err == nil {
+		st.add(&backend{name: "redis", kind: "Redis", good: "ok", ping: st.redis.ping})
+	}
+	return err
+}
+
+func (st *stores) add(b *backend) { st.backends = append(st.backends, b) }
+
+func (st *stores) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
+	return st.objects.verify(ctx, report)
+}
+
+// index and fresh are what was chosen, as the cache knows it.
+func (st *stores) index() index {
+	if st.sql != nil {
+		return st.sql
+	}
+	return st.embedded
+}
+
+func (st *stores) fresh() freshness {
+	if st.redis != nil {
+		return st.redis
+	}
+	return st.local
+}
+
+// replicas are there where both the store and Redis are shared.
+func (st *stores) replicas() replicas {
+	if st.redis == nil || st.s3 == nil {
+		return nil
+	}
+	return st.redis
+}
+
+// close ends everything in the order of use.
+func (st *stores) close() error {
+	var errs []error
+	if st.sql != nil {
+		errs = append(errs, st.sql.close())
+	} else {
+		errs = append(errs, st.embedded.close())
+	}
+	if st.redis != nil {
+		errs = append(errs, st.redis.close())
+	} else {
+		errs = append(errs, st.local.close())
+	}
+	if st.s3 != nil {
+		st.hot.close()
+		st.s3.close()
+		errs = append(errs, st.hot.disk.close())
+	}
+	return errors.Join(append(errs, st.disk.close())...)
+}
+
+// diskSpools are spools on the data disk that leave MIN_FREE alone.
+type diskSpools struct {
+	disk    *diskStore
+	minFree int64 // -1: the default for the disk's size
+	// shrink frees space that local copies of S3 take; nil: there are none.
+	shrink func(n int64) bool
+}
+
+func (d *diskSpools) spool() (*os.File, error) { return d.disk.spool() }
+
+// room: see spooler. Local copies of what S3 has make way.
+func (d *diskSpools) room(n int64) error {
+	err := d.free(n)
+	if errors.Is(err, errNoSpace) && d.shrink != nil && d.shrink(n) {
+		err = d.free(n)
+	}
+	return err
+}
+
+// free is room as things are.
+func (d *diskSpools) free(n int64) error {
+	free, size, err := d.disk.free()
+	if err != nil {
+		return err
+	}
+	keep := uint64(d.minFree)
+	if d.minFree < 0 {
+		keep = defaultMinFree(size)
+	}
+	if free < keep+uint64(n) {
+		return fmt.Errorf("%w: %d bytes are free, MIN_FREE is %d, %d are wanted", errNoSpace, free, keep, n)
+	}
+	return nil
+}

@@ -1,0 +1,432 @@
+// remotes_keys.go: the keys that a remote of remotes.yaml may have: how each is
+// read and checked, and how /config shows it.
+
+package main
+
+import (
+	"errors"
+	"math"
+	"net/http"
+	"net/url"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"gopkg.in/yaml.v3"
+)
+
+// remoteKey is one key that an entry of remotes.yaml may have.
+type remoteKey struct {
+	name   string // as in the file; below a block with the block's name: cache.mutable_ttl
+	on     string // the type that has it, remote or local; "" for both
+	docker bool   // for package docker only
+	def    string // default, as README's table gives it
+	// set reads the key's value into r; nil for a block and for the keys of a
+	// mirror, which setMirrors reads.
+	set func(c *configReader, r *remote, n *yaml.Node)
+	// show is the effective value for /config; nil leaves the key out.
+	show func(r *remote) any
+}
+
+// remoteKeys is every key of a remote. Whatever is not here is refused. It is
+// in the order in which the keys are read: type and package decide what the
+// others mean, base_url goes before its mirrors.
+var remoteKeys = []remoteKey{
+	{name: "type", def: "remote", set: setType, show: func(r *remote) any { return r.kind() }},
+	{name: "package", def: "generic", set: setPackage, show: func(r *remote) any { return r.pkg }},
+	{name: "description", def: "none",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.text(n, &r.description) },
+		show: func(r *remote) any { return unlessZero(r.description) }},
+	{name: "base_url", on: "remote", def: "required", set: setBaseURL, show: showBaseURL},
+	{name: "mirrors", on: "remote", def: "none", set: setMirrors, show: showMirrors},
+	{name: "mirrors.url", on: "remote", def: "required"},
+	{name: "mirrors.auth", on: "remote", def: "false"},
+	{name: "immutable_patterns", def: "everything is allowed",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.patterns(n, &r.immutable) },
+		show: func(r *remote) any { return showPatterns(r.immutable) }},
+	{name: "mutable_patterns", def: "none beside the built-in ones",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.patterns(n, &r.mutable) },
+		show: func(r *remote) any { return showPatterns(r.mutable) }},
+	{name: "check_mutable_updates", on: "remote", def: "false",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.flag(n, &r.checkMutable) },
+		show: func(r *remote) any { return r.checkMutable }},
+	{name: "check_builtin_updates", on: "remote", def: "false",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.flag(n, &r.checkBuiltin) },
+		show: func(r *remote) any { return r.checkBuiltin }},
+	{name: "username", on: "remote", def: "none", set: setUsername,
+		show: func(r *remote) any { return unlessZero(r.username) }},
+	{name: "password", on: "remote", def: "none",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.text(n, (*string)(&r.password)) },
+		show: func(r *remote) any { return unlessZero(r.password) }},
+	{name: "headers", on: "remote", def: "none", set: setHeaders, show: showHeaders},
+	{name: "stale_if_error", on: "remote", def: "false",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.flag(n, &r.staleIfError) },
+		show: func(r *remote) any { return r.staleIfError }},
+	{name: "negative_ttl", on: "remote", def: "0",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.seconds(n, 0, &r.negativeTTL) },
+		show: func(r *remote) any { return inSeconds(r.negativeTTL) }},
+	{name: "timeout", on: "remote", def: "30",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.seconds(n, 1, &r.timeout) },
+		show: func(r *remote) any { return inSeconds(r.timeout) }},
+	{name: "cache", def: "as its keys say"},
+	{name: "cache.immutable_ttl", def: "0",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.seconds(n, 0, &r.immutableTTL) },
+		show: func(r *remote) any { return inSeconds(r.immutableTTL) }},
+	{name: "cache.mutable_ttl", def: "3600",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.seconds(n, 0, &r.mutableTTL) },
+		show: func(r *remote) any { return inSeconds(r.mutableTTL) }},
+	{name: "cache.max_size", on: "remote", def: "none", set: setMaxSize,
+		show: func(r *remote) any { return unlessZero(r.maxSize) }},
+	{name: "registry", on: "remote", docker: true, def: "host of base_url", set: setRegistry,
+		show: func(r *remote) any { return r.registry }},
+	{name: "token_realm", on: "remote", docker: true, def: "none", set: setTokenRealm, show: showTokenRealm},
+	{name: "write_token", on: "local", def: "none", set: setWriteToken,
+		show: func(r *remote) any { return unlessZero(r.writeToken) }},
+}
+
+// builtinPatterns are the mutable patterns that each package brings along; its
+// keys are the packages there are. The one below repodata begins with plain
+// text although (^|/) would be more exact: a literal prefix makes it ten times
+// as fast on every request, and a path that it takes wrongly is only
+// revalidated more often.
+var builtinPatterns = map[string][]*regexp.Regexp{
+	"generic": nil,
+	"alpine":  {regexp.MustCompile(`APKINDEX\.tar\.gz$`)},
+	"rpm": {
+		regexp.MustCompile(`repomd\.xml$`),
+		regexp.MustCompile(`repodata/.*\.(?:xml|sqlite|yaml|asc|txt)(?:\.(?:gz|bz2|xz|zst|zck|lzma))?$`),
+		regexp.MustCompile(`Packages\.gz$`),
+	},
+	// A digest has a colon, a tag never has.
+	"docker": {
+		regexp.MustCompile(`/manifests/[^/:]+$`),
+		regexp.MustCompile(`/tags/list$`),
+		regexp.MustCompile(`/referrers/[^/]+$`),
+	},
+}
+
+// laterPackages are named in the contract but not built yet.
+var laterPackages = []string{"deb", "go", "npm", "pypi", "helm", "maven"}
+
+// reservedNames are first path elements of our own.
+var reservedNames = []string{"api", "artifacts", "cache-artifact", "config", "health", "metrics", "v1", "v2"}
+
+// ownHeaders are set by us or by the protocol; a configured one would be
+// ignored or would break ranges and revalidation.
+var ownHeaders = []string{
+	"Accept-Encoding", "Connection", "Content-Length", "Expect", "Host", "If-Match", "If-Modified-Since",
+	"If-None-Match", "If-Range", "If-Unmodified-Since", "Keep-Alive", "Proxy-Connection", "Range", "Te",
+	"Trailer", "Transfer-Encoding", "Upgrade",
+}
+
+// setType reads type. What r is stays open when it is neither.
+func setType(c *configReader, r *remote, n *yaml.Node) {
+	var s string
+	ok := c.text(n, &s)
+	if s != "remote" && s != "local" {
+		if ok {
+			c.bad(n, "must be \"remote\" or \"local\"%s", quoted(n))
+		}
+		c.unsure = true
+		return
+	}
+	r.local = s == "local"
+}
+
+// setPackage reads package.
+func setPackage(c *configReader, r *remote, n *yaml.Node) {
+	var s string
+	ok := c.text(n, &s)
+	_, known := builtinPatterns[s]
+	switch {
+	case known && s == "docker" && r.local:
+		c.bad(n, "\"docker\" cannot be of type \"local\": images are pushed to a registry, artifactapi only mirrors one")
+	case known:
+		r.pkg = s
+		return
+	case slices.Contains(laterPackages, s):
+		c.bad(n, "%q is not built yet: use \"generic\" with mutable_patterns for its index files", s)
+	case ok:
+		c.bad(n, "must be generic, alpine, rpm or docker%s", quoted(n))
+	}
+	c.unsure = true
+}
+
+// setBaseURL reads base_url; it is the first key that adds an origin.
+func setBaseURL(c *configReader, r *remote, n *yaml.Node) {
+	if u := c.url(n, false); u != nil {
+		r.origins = append(r.origins, origin{withoutSlash(u), true})
+	}
+}
+
+// setMirrors reads a list of URLs, or of mappings with url and auth.
+func setMirrors(c *configReader, r *remote, n *yaml.Node) {
+	if n.Kind != yaml.SequenceNode {
+		c.bad(n, "must be a list of URLs or of {url: URL, auth: true}")
+		return
+	}
+	for _, item := range n.Content {
+		c.key = "mirrors"
+		var o origin
+		place := item
+		if item.Kind == yaml.MappingNode {
+			fields := map[string]field{}
+			c.collect(item, "mirrors.", fields)
+			if f, ok := fields["mirrors.auth"]; ok {
+				c.key = "mirrors.auth"
+				c.flag(f.value, &o.auth)
+			}
+			c.key = "mirrors.url"
+			if place = fields["mirrors.url"].value; place == nil {
+				c.bad(item, "is missing: say where the mirror is")
+				continue
+			}
+		}
+		if o.url = c.url(place, false); o.url != nil {
+			o.url = withoutSlash(o.url)
+			r.origins = append(r.origins, o)
+		}
+	}
+}
+
+// setUsername reads username, which Basic separates by a colon.
+func setUsername(c *configReader, r *remote, n *yaml.Node) {
+	if c.text(n, &r.username) && strings.Contains(r.username, ":") {
+		c.bad(n, "cannot hold a colon (RFC 7617): what follows it belongs into password")
+	}
+}
+
+// setHeaders reads the mapping from names to values.
+func setHeaders(c *configReader, r *remote, n *yaml.Node) {
+	if n.Kind != yaml.MappingNode {
+		c.bad(n, "must be a mapping such as {X-Token: \"...\"}")
+		return
+	}
+	r.headers = http.Header{}
+	for k, v := range pairs(n) {
+		c.key = "headers"
+		name := http.CanonicalHeaderKey(k.Value)
+		switch {
+		case k.Kind == yaml.AliasNode || k.ShortTag() == "!!merge":
+		case !headerForm.MatchString(k.Value): // not quoted: it may be a whole header with its value
+			c.bad(k, "has a name that is none: write NAME: \"value\"")
+		case slices.Contains(ownHeaders, name):
+			c.bad(k, "cannot hold %s, which artifactapi or HTTP sets: remove it", name)
+		case r.headers[name] != nil:
+			c.bad(k, "has %s twice (upper and lower case are the same): keep one", name)
+		default:
+			c.key = "headers: " + name
+			r.headers[name] = []string{""}
+			c.headerValue(v, &r.headers[name][0])
+		}
+	}
+}
+
+// headerValue reads one value; a line break in it would begin another header.
+func (c *configReader) headerValue(n *yaml.Node, dst *string) {
+	if c.text(n, dst) && strings.ContainsFunc(*dst, func(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }) {
+		c.bad(n, "holds a line break or a control character: remove it (often the end of a file put into a variable)")
+	}
+}
+
+// setMaxSize reads cache.max_size.
+func setMaxSize(c *configReader, r *remote, n *yaml.Node) {
+	var s string
+	if !c.text(n, &s) {
+		return
+	}
+	v, err := parseSize(s)
+	if err != nil {
+		c.bad(n, "%v%s", err, quoted(n))
+	}
+	r.maxSize = v
+}
+
+// setRegistry reads registry, which must name one remote only.
+func setRegistry(c *configReader, r *remote, n *yaml.Node) {
+	var s string
+	if !c.text(n, &s) {
+		return
+	}
+	if r.registry = strings.ToLower(s); !registryForm.MatchString(s) {
+		c.bad(n, "must be a host such as docker.io or quay.io:443, without https:// and path")
+		return
+	}
+	if first, ok := c.registries[r.registry]; ok {
+		c.bad(n, "is that of another remote (line %d): clients could not tell them apart, so give it to one only", first)
+		return
+	}
+	c.registries[r.registry] = n.Line
+}
+
+// setTokenRealm reads token_realm.
+func setTokenRealm(c *configReader, r *remote, n *yaml.Node) { r.tokenRealm = c.url(n, true) }
+
+// setWriteToken reads write_token. A line break could not be sent by any client.
+func setWriteToken(c *configReader, r *remote, n *yaml.Node) {
+	if c.text(n, (*string)(&r.writeToken)) && strings.ContainsAny(string(r.writeToken), "\r\n") {
+		c.bad(n, "holds a line break: remove it (often the end of a file put into a variable)")
+	}
+}
+
+// parseUpstreamURL reads an absolute http(s) URL, or says what is wrong with
+// it without quoting any of it.
+func parseUpstreamURL(s string, withQuery bool) (u *url.URL, complaint string) {
+	if l := strings.ToLower(s); !strings.HasPrefix(l, "http://") && !strings.HasPrefix(l, "https://") {
+		return nil, "must begin with http:// or https://"
+	}
+	u, err := url.Parse(s)
+	if err != nil {
+		return nil, "is not a URL: write https://HOST:PORT/PATH, and credentials into username and password"
+	}
+	switch {
+	case u.User != nil:
+		return nil, "holds credentials: move them to username and password"
+	case u.Hostname() == "":
+		return nil, "has no host: write https://HOST/PATH"
+	case badPort(u):
+		return nil, "has a port that is none: ports are 1 to 65535"
+	case !withQuery && (u.RawQuery != "" || u.ForceQuery):
+		return nil, "holds a query (?): remove it, clients send theirs"
+	case strings.Contains(s, "#"):
+		return nil, "holds a fragment (#): remove it"
+	}
+	u.Host = strings.ToLower(u.Host)
+	return u, ""
+}
+
+// badPort reports whether u has a port that is none.
+func badPort(u *url.URL) bool {
+	port, err := strconv.Atoi(u.Port())
+	return strings.HasSuffix(u.Host, ":") || u.Port() != "" && (err != nil || port < 1 || port > math.MaxUint16)
+}
+
+// withoutSlash drops the slashes at the end of u's path, so that a spelling
+// goes behind it with exactly one.
+func withoutSlash(u *url.URL) *url.URL {
+	escaped := strings.TrimRight(u.EscapedPath(), "/")
+	w := &url.URL{Scheme: u.Scheme, Host: u.Host}
+	w.Path, _ = url.PathUnescape(escaped) // came from EscapedPath: it is well-formed
+	if w.EscapedPath() != escaped {
+		w.RawPath = escaped
+	}
+	return w
+}
+
+// hasPattern reports whether list has a pattern of that text.
+func hasPattern(list []*regexp.Regexp, text string) bool {
+	return slices.ContainsFunc(list, func(p *regexp.Regexp) bool { return p.String() == text })
+}
+
+// parseSize reads a number of bytes: 1073741824, 50GiB, 1.5 TiB, 500MB.
+func parseSize(s string) (int64, error) {
+	m := sizeForm.FindStringSubmatch(s)
+	if m == nil {
+		return 0, errors.New("must be a size such as 50GiB or 500MB")
+	}
+	unit := strings.ToUpper(m[2])
+	base := 1000.0
+	if strings.Contains(unit, "I") {
+		base = 1024
+	}
+	power := 0.0
+	if unit != "" {
+		power = float64(strings.IndexByte("BKMGT", unit[0]))
+	}
+	number, err := strconv.ParseFloat(m[1], 64)
+	if v := number * math.Pow(base, power); err == nil && v < math.MaxInt64 {
+		return int64(v), nil
+	}
+	return 0, errors.New("must be a size below 8388608TiB")
+}
+
+// public is the effective configuration for /config, ready for encoding/json:
+// every key that applies, with its default where the file says nothing, and
+// "***" for secrets.
+func (c *config) public() any {
+	all := map[string]any{}
+	for name, r := range c.remotes {
+		all[name] = r.public()
+	}
+	return map[string]any{"remotes": all}
+}
+
+// public is what the file could say to mean r.
+func (r *remote) public() map[string]any {
+	cache := map[string]any{}
+	m := map[string]any{"cache": cache}
+	for _, k := range remoteKeys {
+		if k.show == nil || k.on != "" && k.on != r.kind() || k.docker && r.pkg != "docker" {
+			continue
+		}
+		v := k.show(r)
+		if v == nil {
+			continue
+		}
+		if name, ok := strings.CutPrefix(k.name, "cache."); ok {
+			cache[name] = v
+		} else {
+			m[k.name] = v
+		}
+	}
+	return m
+}
+
+// kind is the word for r's type.
+func (r *remote) kind() string {
+	if r.local {
+		return "local"
+	}
+	return "remote"
+}
+
+func showBaseURL(r *remote) any { return r.origins[0].url.String() }
+
+func showMirrors(r *remote) any {
+	var l []map[string]any
+	for _, o := range r.origins[1:] {
+		l = append(l, map[string]any{"url": o.url.String(), "auth": o.auth})
+	}
+	if l == nil {
+		return nil
+	}
+	return l
+}
+
+func showPatterns(list []*regexp.Regexp) any {
+	if len(list) == 0 {
+		return nil
+	}
+	return list // a Regexp marshals as its text
+}
+
+func showHeaders(r *remote) any {
+	if len(r.headers) == 0 {
+		return nil
+	}
+	m := map[string]secret{}
+	for name := range r.headers {
+		m[name] = secret(r.headers.Get(name))
+	}
+	return m
+}
+
+func showTokenRealm(r *remote) any {
+	if r.tokenRealm == nil {
+		return nil
+	}
+	return r.tokenRealm.String()
+}
+
+func inSeconds(d time.Duration) any { return int64(d / time.Second) }
+
+// unlessZero is v, or nil for what was not given.
+func unlessZero[T comparable](v T) any {
+	var zero T
+	if v == zero {
+		return nil
+	}
+	return v
+}

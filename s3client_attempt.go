@@ -1,0 +1,356 @@
+// s3client_attempt.go: how one operation of the S3 client is sent: attempts,
+// what may be tried again, what a refusal means, and what ends a hung attempt.
+
+package main
+
+import (
+	"context"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+)
+
+// s3op is one operation, of which every attempt makes a new request.
+type s3op struct {
+	doing  string // for errors: gerund before the key
+	method string
+	key    string // "": the bucket
+	query  url.Values
+	header http.Header
+	body   io.ReaderAt // size bytes whose SHA-256 is sum; nil: none
+	size   int64
+	sum    string
+	write  bool          // worth more tries, and a bucket
+	wait   time.Duration // for the response header; 0: by write
+	into   any           // decode the XML answer into this
+	keep   bool          // hand the body to the caller
+	tried  int           // attempts so far
+}
+
+// unsure says whether a failed write may have taken effect: an attempt got no
+// answer, or a refusal came only after an earlier attempt that did not get one.
+func (op *s3op) unsure(err error) bool {
+	var e *s3Error
+	return op.tried > 1 || !errors.As(err, &e)
+}
+
+func (op *s3op) patience() time.Duration {
+	switch {
+	case op.wait > 0:
+		return op.wait
+	case op.write:
+		return s3WriteWait
+	}
+	return s3ReadWait
+}
+
+// do makes attempts until one succeeds, or fails in a way that will not pass.
+func (c *s3client) do(ctx context.Context, op *s3op) (*http.Response, error) {
+	tries := s3ReadTries
+	if op.write {
+		tries = s3WriteTries
+	}
+	for n := 1; ; n++ {
+		op.tried++
+		resp, err := c.attempt(ctx, op)
+		if err == nil {
+			return resp, nil
+		}
+		if errors.Is(err, errS3Idle) {
+			n += tries / 2 // hung twice is down, and took long enough
+		}
+		var pause time.Duration
+		switch {
+		case n >= tries || ctx.Err() != nil:
+			return nil, fmt.Errorf("%s %q: %w", op.doing, op.key, err)
+		case c.learn(err) || c.recover(ctx, op, err):
+		case s3passing(err):
+			pause = backoff(n)
+		default:
+			return nil, fmt.Errorf("%s %q: %w", op.doing, op.key, err)
+		}
+		if c.cfg.sleep(ctx, pause) != nil {
+			return nil, fmt.Errorf("%s %q: %w (%w)", op.doing, op.key, context.Cause(ctx), err)
+		}
+	}
+}
+
+// recover asks something else first, where that lets the next attempt succeed: a
+// write gets its bucket back, and a HEAD, whose refusal has no body to name the
+// region in, learns it from a listing's.
+func (c *s3client) recover(ctx context.Context, op *s3op, err error) bool {
+	if op.write && errors.Is(err, errS3NoBucket) {
+		return c.createBucket(ctx) == nil
+	}
+	var e *s3Error
+	if op.method != http.MethodHead || !errors.As(err, &e) || e.status != http.StatusBadRequest {
+		return false
+	}
+	c.listPage(ctx, "", "", 1) // for what it teaches
+	return c.place.Load().region != e.used.region
+}
+
+// s3passing says whether an error may be gone in a moment. What is no answer of
+// the server's (refused, reset, cut, hung) may be.
+func s3passing(err error) bool {
+	var e *s3Error
+	if !errors.As(err, &e) {
+		return true
+	}
+	switch e.code {
+	case "SlowDown", "InternalError", "RequestTimeout", "ServiceUnavailable", "TooManyRequests", "OperationAborted", "ConditionalRequestConflict":
+		return true
+	case "NotImplemented":
+		return false
+	}
+	return e.status >= 500 || e.status == http.StatusTemporaryRedirect
+}
+
+// backoff doubles from 100 ms up to 5 s, half of it by chance so that
+// replicas do not come back in step.
+func backoff(n int) time.Duration {
+	d := min(100*time.Millisecond<<min(n-1, 10), 5*time.Second)
+	return d/2 + rand.N(d/2)
+}
+
+func s3pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return ctx.Err()
+	}
+}
+
+// learn takes the region or the time from a refusal and says whether another
+// attempt will differ for it. It compares with what that request used: another
+// one may have learned the same meanwhile.
+func (c *s3client) learn(err error) bool {
+	var e *s3Error
+	if !errors.As(err, &e) {
+		return false
+	}
+	if e.region != "" && e.region != e.used.region {
+		c.place.Store(&s3place{host: regionHost(e.used, e.region), region: e.region})
+		c.cfg.log.Warn("the bucket is in another region than configured", "configured", c.cfg.region, "region", e.region)
+		return true
+	}
+	// A refused HEAD has no code: then the two clocks must do.
+	skewed := e.code == "RequestTimeTooSkewed" || e.code == "" && e.status == http.StatusForbidden
+	if skewed && !e.date.IsZero() && e.date.Sub(e.sent).Abs() > s3SkewLimit {
+		skew := e.date.Sub(c.cfg.now())
+		c.skew.Store(int64(skew))
+		c.cfg.log.Warn("the clocks differ, signing by the server's", "server_ahead", skew.Round(time.Second).String())
+		return true
+	}
+	return false
+}
+
+// regionHost is where another region answers. Only Amazon has a host for each;
+// where an answer points is not followed, it could be anywhere.
+func regionHost(used s3place, region string) string {
+	if used.host == "s3.amazonaws.com" || used.host == "s3."+used.region+".amazonaws.com" {
+		return "s3." + region + ".amazonaws.com"
+	}
+	return used.host
+}
+
+// clock is the server's, as far as we know.
+func (c *s3client) clock() time.Time { return c.cfg.now().Add(time.Duration(c.skew.Load())) }
+
+// attempt sends op once. The response of a kept body must be closed; every
+// other body is already read.
+func (c *s3client) attempt(ctx context.Context, op *s3op) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	w := &s3watch{ctx: ctx, cancel: cancel}
+	w.timer = time.AfterFunc(op.patience(), func() { cancel(errS3Idle) })
+	place, at := *c.place.Load(), c.clock()
+	resp, err := c.cfg.transport.RoundTrip(c.request(ctx, op, place, at, w))
+	if err != nil {
+		err = w.cause(err)
+		w.end()
+		return nil, err
+	}
+	w.timer.Stop() // reads of the body start it again
+	resp.Body = &s3body{ReadCloser: resp.Body, watch: w}
+	if resp.StatusCode/100 != 2 {
+		err = refusal(resp, place, at)
+	} else if op.into != nil {
+		err = readXML(resp, op.into, place, at)
+	}
+	if err != nil || !op.keep {
+		io.CopyN(io.Discard, resp.Body, s3TextLimit) // so that the connection can be used again
+		resp.Body.Close()
+	}
+	return resp, err
+}
+
+// request builds and signs one attempt.
+func (c *s3client) request(ctx context.Context, op *s3op, place s3place, at time.Time, w *s3watch) *http.Request {
+	u := &url.URL{Scheme: "http", Host: place.host, RawQuery: encodeQuery(op.query)}
+	if c.cfg.secure {
+		u.Scheme = "https"
+	}
+	if c.cfg.virtualHost {
+		u.Host = c.cfg.bucket + "." + place.host
+		u.Path = "/" + op.key
+	} else if u.Path = "/" + c.cfg.bucket; op.key != "" {
+		u.Path += "/" + op.key
+	}
+	u.RawPath = uriEncode(u.Path, true) // goes on the wire and into the signature
+	req := (&http.Request{Method: op.method, URL: u, Host: u.Host, Header: http.Header{}}).WithContext(ctx)
+	for name, v := range op.header {
+		req.Header[name] = v
+	}
+	sum := op.sum
+	if op.size > 0 {
+		req.ContentLength = op.size
+		req.GetBody = func() (io.ReadCloser, error) {
+			return &s3sending{r: io.NewSectionReader(op.body, 0, op.size), watch: w, wait: op.patience()}, nil
+		}
+		req.Body, _ = req.GetBody()
+	} else {
+		sum = emptySHA256 // and no body at all: a reader would go out chunked
+	}
+	if op.size > 1<<20 {
+		req.Header.Set("Expect", "100-continue") // a refusal then costs no upload, nor arrives as a reset
+	}
+	c.dayKey(place.region, at).sign(req, c.cfg.accessKey, sum, at)
+	return req
+}
+
+// refusal reads the error in a response. Where there cannot be a body the
+// status must do.
+func refusal(resp *http.Response, place s3place, at time.Time) error {
+	var e *s3Error
+	if err := readXML(resp, &struct{}{}, place, at); errors.As(err, &e) && e.code != "" {
+		return e
+	}
+	e = newS3Error(resp, s3fault{}, place, at)
+	head := resp.Request != nil && resp.Request.Method == http.MethodHead
+	switch {
+	case resp.StatusCode == http.StatusNotModified:
+		e.code = "NotModified"
+	case head && resp.StatusCode == http.StatusNotFound:
+		e.code = "NoSuchKey"
+	}
+	return e
+}
+
+// s3fault is the body of a refusal, without what it repeats of the request.
+type s3fault struct{ Code, Message, RequestId, Region string }
+
+func newS3Error(resp *http.Response, f s3fault, place s3place, at time.Time) *s3Error {
+	e := &s3Error{status: resp.StatusCode, code: limitText(f.Code), message: limitText(f.Message), requestID: limitText(f.RequestId),
+		region: f.Region, used: place, sent: at}
+	if id := resp.Header.Get("X-Amz-Request-Id"); id != "" {
+		e.requestID = limitText(id)
+	}
+	if r := resp.Header.Get("X-Amz-Bucket-Region"); r != "" && resp.StatusCode/100 != 2 {
+		e.region = r
+	}
+	if uriEncode(e.region, false) != e.region {
+		e.region = "" // no region; it goes into a host name and a header
+	}
+	e.date, _ = http.ParseTime(resp.Header.Get("Date"))
+	return e
+}
+
+// readXML decodes an answer, which may be an Error with any status: complete
+// begins its 200 before it knows.
+func readXML(resp *http.Response, into any, place s3place, at time.Time) error {
+	d := xml.NewDecoder(io.LimitReader(resp.Body, s3XMLLimit))
+	for {
+		tok, err := d.Token()
+		if err != nil {
+			return fmt.Errorf("reading the answer: %w", err)
+		}
+		start, ok := tok.(xml.StartElement)
+		if !ok {
+			continue
+		}
+		if start.Name.Local != "Error" {
+			return d.DecodeElement(into, &start)
+		}
+		var f s3fault
+		if err := d.DecodeElement(&f, &start); err != nil {
+			return fmt.Errorf("reading the error: %w", err)
+		}
+		return newS3Error(resp, f, place, at)
+	}
+}
+
+// limitText makes a server's text fit for one line of a log.
+func limitText(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || r == '\uFFFD' {
+			return -1
+		}
+		return r
+	}, s[:min(len(s), 4*s3TextLimit)])
+	return strings.ToValidUTF8(s[:min(len(s), s3TextLimit)], "")
+}
+
+// s3watch ends an attempt in which nothing moves. There is no limit to the
+// whole: 50 GB over a slow line must pass.
+type s3watch struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	timer  *time.Timer
+}
+
+func (w *s3watch) end() { w.timer.Stop(); w.cancel(nil) }
+
+// cause is err, or why there was one.
+func (w *s3watch) cause(err error) error {
+	if context.Cause(w.ctx) == errS3Idle {
+		return errS3Idle
+	}
+	return err
+}
+
+// s3sending is a request's body. While it is read the request moves.
+type s3sending struct {
+	r     io.Reader
+	watch *s3watch
+	wait  time.Duration // for the header, after the end
+}
+
+func (s *s3sending) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p)
+	s.watch.timer.Reset(max(s3Idle, s.wait))
+	return n, err
+}
+
+func (s *s3sending) Close() error { return nil }
+
+// s3body is a response's body. The watch runs during reads only: between them
+// it is the caller who takes his time.
+type s3body struct {
+	io.ReadCloser
+	watch *s3watch
+}
+
+func (b *s3body) Read(p []byte) (int, error) {
+	b.watch.timer.Reset(s3Idle)
+	n, err := b.ReadCloser.Read(p)
+	b.watch.timer.Stop()
+	if err != nil && err != io.EOF {
+		err = b.watch.cause(err)
+	}
+	return n, err
+}
+
+func (b *s3body) Close() error {
+	err := b.ReadCloser.Close()
+	b.watch.end()
+	return err
+}
