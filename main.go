@@ -185,7 +185,7 @@ func verify(ctx context.Context, set *settings, env lookup, stdout io.Writer) er
 	cfg, unknown := loadConfig(set.configPath, env)
 	st.disk.precious = func(remote string) bool { return unknown != nil || cfg.precious(remote) }
 	reported := 0
-	checked, dropped, err := st.verify(ctx, func(key string, err error) {
+	checked, dropped, err := st.objects.verify(ctx, func(key string, err error) {
 		reported++
 		fmt.Fprintf(stdout, "%s: %v\n", key, err)
 	})

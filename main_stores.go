@@ -16,11 +16,8 @@ import (
 
 // stores are the backends that the environment chose, each on its own.
 type stores struct {
-	disk    *diskStore // DATA_DIR: spools, and the objects without S3
-	objects interface {
-		objects
-		verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error)
-	}
+	disk     *diskStore // DATA_DIR: spools, and the objects without S3
+	objects  verifiableObjects
 	s3       *s3Store        // nil: local disk
 	hot      *tiered         // with S3: copies on disk before it
 	sql      *sqlIndex       // nil: embedded
@@ -28,6 +25,12 @@ type stores struct {
 	redis    *redisStore     // nil: in process
 	local    *localFreshness // nil: Redis
 	backends []*backend
+}
+
+// verifiableObjects is an objects that can hash all that it has.
+type verifiableObjects interface {
+	objects
+	verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error)
 }
 
 // backend is one of the three as /health shows it.
@@ -100,10 +103,6 @@ func (st *stores) openRedis(set *settings, now func() time.Time, log *slog.Logge
 }
 
 func (st *stores) add(b *backend) { st.backends = append(st.backends, b) }
-
-func (st *stores) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	return st.objects.verify(ctx, report)
-}
 
 // index and fresh are what was chosen, as the cache knows it.
 func (st *stores) index() index {

@@ -129,9 +129,12 @@ type handler func(w *response, r *http.Request) error
 type responder struct {
 	now     func() time.Time
 	log     *slog.Logger
-	metrics interface {
-		served(remote, result string, status int, bytes int64, d time.Duration)
-	}
+	metrics requestCounter
+}
+
+// requestCounter counts answered requests: metrics, or a test's.
+type requestCounter interface {
+	served(remote, result string, status int, bytes int64, d time.Duration)
 }
 
 // errorWriter writes the answer for an error in the format of its API.
