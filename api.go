@@ -69,10 +69,10 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if a.origin.Check(r) != nil { // reading passes
 		h = func(*response, *http.Request) error {
-			return refuse(http.StatusForbidden, "cross-origin requests by browsers may not write")
+			return newProblem(http.StatusForbidden, "cross-origin requests by browsers may not write")
 		}
 	}
-	a.responder.serve(w, r, h, writeJSONError)
+	a.responder.serveRequest(w, r, h, writeJSONError)
 }
 
 // rawPath is u's path as it was on the wire.
@@ -106,7 +106,7 @@ func (a *api) endpoint(p string) handler {
 	case "/metrics":
 		h = a.serveMetrics
 	default:
-		return func(*response, *http.Request) error { return refuse(http.StatusNotFound, "no such path") }
+		return func(*response, *http.Request) error { return newProblem(http.StatusNotFound, "no such path") }
 	}
 	return func(w *response, r *http.Request) error {
 		if err := allow(r, http.MethodGet, http.MethodHead); err != nil {
@@ -123,7 +123,7 @@ func allow(r *http.Request, methods ...string) error {
 			return nil
 		}
 	}
-	p := refuse(http.StatusMethodNotAllowed, "method %s is not allowed here", r.Method)
+	p := newProblem(http.StatusMethodNotAllowed, "method %s is not allowed here", r.Method)
 	p.allow = strings.Join(methods, ", ")
 	return p
 }
@@ -162,7 +162,7 @@ func (a *api) serveLocalDelete(w *response, r *http.Request, t target) error {
 		return err
 	}
 	if t.spelling == "" {
-		return refuse(http.StatusBadRequest, "name the file to delete: /api/%s/PATH", t.remote.name)
+		return newProblem(http.StatusBadRequest, "name the file to delete: /api/%s/PATH", t.remote.name)
 	}
 	return a.purgeKey(w, r, t)
 }
@@ -181,10 +181,10 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 		return err
 	}
 	if t.spelling == "" {
-		return refuse(http.StatusBadRequest, "name the file to store: /api/%s/PATH", t.remote.name)
+		return newProblem(http.StatusBadRequest, "name the file to store: /api/%s/PATH", t.remote.name)
 	}
 	if r.Header.Get("Content-Range") != "" { // RFC 9110 section 14.5: a piece is not the file
-		return refuse(http.StatusBadRequest, "a part of a file cannot be stored: send all of it, without Content-Range")
+		return newProblem(http.StatusBadRequest, "a part of a file cannot be stored: send all of it, without Content-Range")
 	}
 	sums, err := promised(r.Header)
 	if err != nil {
@@ -214,7 +214,7 @@ type uploadBody struct {
 }
 
 func (b *uploadBody) Read(p []byte) (int, error) {
-	_ = b.w.rc.SetReadDeadline(b.now().Add(patience))
+	_ = b.w.controller.SetReadDeadline(b.now().Add(clientTimeout))
 	n, err := b.Reader.Read(p)
 	for _, s := range b.sums {
 		s.Write(p[:n])
@@ -237,7 +237,7 @@ func promised(h http.Header) (sums []promise, err error) {
 	if v := h.Get("X-Checksum-Sha256"); v != "" {
 		b, err := hex.DecodeString(v)
 		if err != nil || len(b) != sha256.Size {
-			return nil, refuse(http.StatusBadRequest, "X-Checksum-Sha256 is not 64 hexadecimal digits")
+			return nil, newProblem(http.StatusBadRequest, "X-Checksum-Sha256 is not 64 hexadecimal digits")
 		}
 		sums = append(sums, promise{sha256.New(), b})
 	}
@@ -254,7 +254,7 @@ func promised(h http.Header) (sums []promise, err error) {
 		}
 		s.want, err = base64.StdEncoding.DecodeString(strings.Trim(v, ":"))
 		if err != nil || len(s.want) != s.Size() {
-			return nil, refuse(http.StatusBadRequest, "Content-Digest: %s is not the base64 of %d bytes between colons", name, s.Size())
+			return nil, newProblem(http.StatusBadRequest, "Content-Digest: %s is not the base64 of %d bytes between colons", name, s.Size())
 		}
 		sums = append(sums, s)
 	}
@@ -265,7 +265,7 @@ func promised(h http.Header) (sums []promise, err error) {
 // token (SPEC.md section 9).
 func (a *api) authorize(r *http.Request, own secret) error {
 	if a.token == "" && own == "" {
-		return refuse(http.StatusForbidden, "writing is off: set API_TOKEN in the server's environment (or write_token of a local repository)")
+		return newProblem(http.StatusForbidden, "writing is off: set API_TOKEN in the server's environment (or write_token of a local repository)")
 	}
 	given := presented(r)
 	if sameToken(given, a.token) || sameToken(given, own) {
@@ -301,7 +301,7 @@ func (a *api) serveArtifacts(w *response, r *http.Request, rest string) error {
 	name, escaped, _ := strings.Cut(rest, "/")
 	rem := a.config().remotes[name]
 	if rem == nil {
-		return refuse(http.StatusNotFound, "no remote %q in remotes.yaml", name)
+		return newProblem(http.StatusNotFound, "no remote %q in remotes.yaml", name)
 	}
 	w.remote = name
 	switch {
@@ -376,7 +376,7 @@ func listQuery(v url.Values, name string) (pageQuery, error) {
 	if s := v.Get("limit"); s != "" {
 		n, err := strconv.Atoi(s)
 		if err != nil || n < 1 || n > maxPage {
-			return q, refuse(http.StatusBadRequest, "limit must be a number from 1 to %d", maxPage)
+			return q, newProblem(http.StatusBadRequest, "limit must be a number from 1 to %d", maxPage)
 		}
 		q.limit = n
 	}
@@ -398,7 +398,7 @@ func compilePattern(s string) (*regexp.Regexp, error) {
 	if e, ok := errors.AsType[*syntax.Error](err); ok {
 		reason = ": " + string(e.Code)
 	}
-	return nil, refuse(http.StatusBadRequest, "pattern is not a regular expression (RE2)%s", reason)
+	return nil, newProblem(http.StatusBadRequest, "pattern is not a regular expression (RE2)%s", reason)
 }
 
 // artifact is a row as a listing shows it.
@@ -449,7 +449,7 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 		return err
 	}
 	if !found && n == 0 {
-		return refuse(http.StatusNotFound, "nothing is stored at this path")
+		return newProblem(http.StatusNotFound, "nothing is stored at this path")
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
@@ -465,7 +465,7 @@ func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) erro
 		return err
 	}
 	if re == nil {
-		return refuse(http.StatusBadRequest, "say what to purge: ?pattern=REGEX (\".\" purges everything)")
+		return newProblem(http.StatusBadRequest, "say what to purge: ?pattern=REGEX (\".\" purges everything)")
 	}
 	if err := a.cache.purgeFills(r.Context(), rem.name, re); err != nil {
 		return err
@@ -508,7 +508,7 @@ func (a *api) serveHealth(w *response, _ *http.Request) error {
 	h := a.health()
 	w.quiet = true
 	if h.draining {
-		return refuse(http.StatusServiceUnavailable, "draining: shutting down")
+		return newProblem(http.StatusServiceUnavailable, "draining: shutting down")
 	}
 	return writeJSON(w, h)
 }
@@ -521,7 +521,7 @@ func (a *api) serveConfig(w *response, _ *http.Request) error {
 // serveMetrics is the Prometheus exposition.
 func (a *api) serveMetrics(w *response, r *http.Request) error {
 	w.quiet = true
-	g := gauges{version: a.version, started: a.started, backends: map[string]bool{}, stored: map[string]stock{}}
+	g := gauges{version: a.version, started: a.started, backends: map[string]bool{}, stored: map[string]storedSize{}}
 	for name, state := range a.health().Backends {
 		g.backends[name] = state != "down"
 	}
@@ -530,10 +530,10 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 		totals = nil // the counters are worth having without it
 	}
 	for name, t := range totals {
-		g.stored[name] = stock(t)
+		g.stored[name] = storedSize(t)
 	}
 	w.Header().Set("Content-Type", metricsType)
-	return a.metrics.write(w, g)
+	return a.metrics.writeExposition(w, g)
 }
 
 // overview is what / says.

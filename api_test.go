@@ -107,7 +107,7 @@ func (s *slowObjects) put(ctx context.Context, key string, rec *record, spool *o
 // A large upload takes S3 longer to take than a client may be silent.
 func TestUploadThatIsStoredSlowly(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		slow := func(o objects) objects { return &slowObjects{o, 3 * patience} }
+		slow := func(o objects) objects { return &slowObjects{o, 3 * clientTimeout} }
 		tt := setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}, bubble: true, objects: slow}.start(t)
 		tt.put("/api/l/a", "body", bearer).wantStatus(201)
 		tt.get("/api/l/a").wantStatus(200).wantBody("body")

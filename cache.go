@@ -612,9 +612,9 @@ func bounded(v string) string {
 	return v
 }
 
-// storeFailed logs and counts a failure of a store that the request survives.
+// countStoreError logs and counts a failure of a store that the request survives.
 func (c *cache) storeFailed(what, doing, key string, err error) {
-	c.metrics.storeFailed(what)
+	c.metrics.countStoreError(what)
 	c.log.Warn("store failed, going on without it", "store", what, "doing", doing, "key", key, "error", err)
 }
 

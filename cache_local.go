@@ -90,7 +90,7 @@ func (c *cache) receive(spool *os.File, u upload, rec *record) error {
 	if err := c.spools.room(max(0, u.size)); err != nil {
 		return err
 	}
-	sums, buf := newSums(""), make([]byte, copySize)
+	sums, buf := newSums(""), make([]byte, copyBufferSize)
 	for {
 		n, err := u.body.Read(buf)
 		if rec.Size/roomEvery != (rec.Size+int64(n))/roomEvery {

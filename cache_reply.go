@@ -57,7 +57,7 @@ func (b *sharedBody) Close() error {
 
 // outcomeOf names a request that failed: one that went upstream was a miss.
 func outcomeOf(err error) string {
-	if status, _ := describe(err); status == http.StatusForbidden || status == http.StatusBadRequest {
+	if status, _ := statusAndDetail(err); status == http.StatusForbidden || status == http.StatusBadRequest {
 		return ""
 	}
 	return "MISS"

@@ -200,9 +200,9 @@ func (f *flight) run() {
 	c, name := f.c, f.want.remote.name
 	err := f.waitSlot()
 	if err == nil {
-		c.metrics.filling(name, 1)
+		c.metrics.addFillsInFlight(name, 1)
 		err = f.fetch()
-		c.metrics.filling(name, -1)
+		c.metrics.addFillsInFlight(name, -1)
 		<-c.slot(name)
 	}
 	if cause := context.Cause(f.ctx); cause != nil && err != nil {
@@ -426,7 +426,7 @@ func (e *spoolError) Unwrap() error { return e.err }
 
 // pump moves ans's body into the spool until its end.
 func (f *flight) pump(ans *answer) error {
-	buf := largeBuffers.Get().(*[largeCopy]byte)
+	buf := largeBuffers.Get().(*[largeBufferSize]byte)
 	defer largeBuffers.Put(buf)
 	for {
 		n, err := ans.Body.Read(buf[:])
@@ -474,7 +474,7 @@ func (f *flight) append(p []byte) error {
 func (f *flight) arrive() error {
 	rec := *f.rec
 	if err := f.verify(&rec); err != nil {
-		f.c.metrics.upstreamFailed(f.want.remote.name, "digest")
+		f.c.metrics.countUpstreamError(f.want.remote.name, "digest")
 		return err
 	}
 	if f.old != nil && f.old.SHA256 == rec.SHA256 {

@@ -146,7 +146,7 @@ func (b *remoteBody) wantsEnd() bool {
 func (b *remoteBody) skipHeld(n int64) error {
 	to := b.off
 	b.off -= n
-	_, err := b.readHeld(make([]byte, min(n, copySize)))
+	_, err := b.readHeld(make([]byte, min(n, copyBufferSize)))
 	b.off = to
 	return err
 }
@@ -154,7 +154,7 @@ func (b *remoteBody) skipHeld(n int64) error {
 // readHeld gives out what lies holdBack behind, and the rest once it verified.
 func (b *remoteBody) readHeld(p []byte) (int, error) {
 	for !b.done && len(b.held) <= holdBack {
-		buf := make([]byte, copySize)
+		buf := make([]byte, copyBufferSize)
 		n, err := b.readAt(buf, b.at)
 		b.sums.write(buf[:n])
 		b.held = append(b.held, buf[:n]...)
@@ -180,8 +180,8 @@ func (b *remoteBody) readHeld(p []byte) (int, error) {
 	return n, nil
 }
 
-// ready makes it live.
-func (b *remoteBody) ready() bool { return b.done }
+// readyToRead makes it live.
+func (b *remoteBody) readyToRead() bool { return b.done }
 
 // readAt reads from off, asking for what is not at hand.
 func (b *remoteBody) readAt(p []byte, off int64) (int, error) {

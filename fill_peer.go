@@ -123,7 +123,7 @@ func (f *flight) follow(p *filler) error {
 		return fmt.Errorf("%w: %w", errPeer, err)
 	}
 	defer body.Close()
-	r := bufio.NewReaderSize(body, largeCopy)
+	r := bufio.NewReaderSize(body, largeBufferSize)
 	var payload []byte
 	for {
 		kind, data, err := readFrame(r, payload)
@@ -233,9 +233,9 @@ func (f *flight) readOver(ans *answer) error {
 	if ans.ContentLength != f.total || now.ETag != f.rec.ETag || now.LastModified != f.rec.LastModified {
 		return fmt.Errorf("%w: it has changed since", errBroken)
 	}
-	got, had := make([]byte, copySize), make([]byte, copySize)
+	got, had := make([]byte, copyBufferSize), make([]byte, copyBufferSize)
 	for off := int64(0); off < f.written; {
-		n, err := io.ReadFull(ans.Body, got[:min(copySize, f.written-off)])
+		n, err := io.ReadFull(ans.Body, got[:min(copyBufferSize, f.written-off)])
 		if err != nil {
 			return fmt.Errorf("%w: %w", errBroken, err)
 		}
@@ -350,7 +350,7 @@ func (c *cache) servePeer(w *response, r *http.Request, key string) error {
 	token := r.Header.Get(leaseHeader)
 	f := c.leading(key, token)
 	if f == nil {
-		return refuse(http.StatusNotFound, "no such fill")
+		return newProblem(http.StatusNotFound, "no such fill")
 	}
 	defer f.leave()
 	w.Header().Set(leaseHeader, token)
@@ -382,7 +382,7 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 	defer beat.Stop()
 	var off int64
 	headed, ending := false, false
-	buf := largeBuffers.Get().(*[largeCopy]byte)
+	buf := largeBuffers.Get().(*[largeBufferSize]byte)
 	defer largeBuffers.Put(buf)
 	for {
 		f.mu.Lock()
@@ -395,7 +395,7 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 			headed = true
 			err = writeJSONFrame(w, frameHead, head)
 		case off < written:
-			n := min(written-off, largeCopy)
+			n := min(written-off, largeBufferSize)
 			if _, err := f.spool.ReadAt(buf[:n], off); err != nil {
 				return fmt.Errorf("reading the spool: %w", err)
 			}
@@ -413,7 +413,7 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 			}
 			return writeJSONFrame(w, frameOver, v)
 		default:
-			if err := w.rc.Flush(); err != nil {
+			if err := w.controller.Flush(); err != nil {
 				return fmt.Errorf("%w: %w", errClientGone, err)
 			}
 			select {

@@ -329,8 +329,8 @@ func (r *spoolReader) readRest(p []byte) (int, error) {
 	return n, err
 }
 
-// next is for sendfile.
-func (r *spoolReader) next(limit int64) (*os.File, int64, error) {
+// nextFile is for sendfile.
+func (r *spoolReader) nextFile(limit int64) (*os.File, int64, error) {
 	if r.own == nil || r.rest != nil {
 		return nil, 0, nil
 	}
@@ -344,10 +344,10 @@ func (r *spoolReader) next(limit int64) (*os.File, int64, error) {
 	return r.own, min(n, limit), nil
 }
 
-func (r *spoolReader) skip(n int64) { r.off += n }
+func (r *spoolReader) advanceBy(n int64) { r.off += n }
 
-// ready makes it live.
-func (r *spoolReader) ready() bool {
+// readyToRead makes it live.
+func (r *spoolReader) readyToRead() bool {
 	if r.rest != nil {
 		return false
 	}

@@ -353,7 +353,7 @@ func TestSlowClientIsNotTakenForDead(t *testing.T) {
 		for range 2 { // from the fill, and from the store
 			s := tt.open("/api/r/a")
 			for range 3 { // together longer than the patience
-				time.Sleep(patience/2 - time.Second) // not at the very instant of the first deadline
+				time.Sleep(clientTimeout/2 - time.Second) // not at the very instant of the first deadline
 				s.read(sendStep)
 			}
 			s.rest().wantStatus(200).wantBody(text)

@@ -330,7 +330,7 @@ func (tt *tester) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		tt.api.ServeHTTP(w, r)
 		return
 	}
-	tt.api.responder.serve(w, r, func(w *response, r *http.Request) error {
+	tt.api.responder.serveRequest(w, r, func(w *response, r *http.Request) error {
 		t, err := tt.api.config().resolve("r", path, r.URL.RawQuery)
 		if err != nil {
 			return err

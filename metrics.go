@@ -46,7 +46,7 @@ type metrics struct {
 	// remotes is copied when a name is added, so counting a known one takes no
 	// lock and allocates nothing.
 	remotes   atomic.Pointer[map[string]*remoteCounts]
-	adding    sync.Mutex // held while remotes is replaced
+	addMu     sync.Mutex // held while remotes is replaced
 	stores    [len(storeLabels)]atomic.Int64
 	durations [len(resultLabels)]histogram
 }
@@ -74,12 +74,12 @@ type histogram struct {
 type gauges struct {
 	version  string
 	started  time.Time
-	backends map[string]bool  // storage, database, redis: is it up
-	stored   map[string]stock // by remote
+	backends map[string]bool       // storage, database, redis: is it up
+	stored   map[string]storedSize // by remote
 }
 
-// stock is what one remote has stored.
-type stock struct{ Files, Bytes int64 }
+// storedSize is what one remote has stored.
+type storedSize struct{ Files, Bytes int64 }
 
 func newMetrics() *metrics {
 	m := &metrics{}
@@ -87,51 +87,51 @@ func newMetrics() *metrics {
 	return m
 }
 
-// served counts one answered request: result is hit, miss, stale, revalidated,
+// countRequest counts one answered request: result is hit, miss, stale, revalidated,
 // or "" for what no cache decided.
-func (m *metrics) served(remote, result string, status int, bytes int64, d time.Duration) {
+func (m *metrics) countRequest(remote, result string, status int, bytes int64, d time.Duration) {
 	if m == nil {
 		return
 	}
 	r := labelIndex(resultLabels[:], cmp.Or(result, "none"))
-	c := m.remote(remote)
+	c := m.countsOf(remote)
 	c.requests[r][statusClass(status)].Add(1)
 	c.served.Add(bytes)
 	m.durations[r].observe(d)
 }
 
-// fetched counts body bytes that came from a remote's upstream.
-func (m *metrics) fetched(remote string, n int64) {
+// countFetchedBytes counts body bytes that came from a remote's upstream.
+func (m *metrics) countFetchedBytes(remote string, n int64) {
 	if m != nil {
-		m.remote(remote).fetched.Add(n)
+		m.countsOf(remote).fetched.Add(n)
 	}
 }
 
-// upstreamFailed counts a failed question by kind: unreachable, timeout,
+// countUpstreamError counts a failed question by kind: unreachable, timeout,
 // status, broken, digest, refused.
-func (m *metrics) upstreamFailed(remote, kind string) {
+func (m *metrics) countUpstreamError(remote, kind string) {
 	if m != nil {
-		m.remote(remote).failures[labelIndex(kindLabels[:], kind)].Add(1)
+		m.countsOf(remote).failures[labelIndex(kindLabels[:], kind)].Add(1)
 	}
 }
 
-// storeFailed counts a failure of storage, database, redis or spool.
-func (m *metrics) storeFailed(what string) {
+// countStoreError counts a failure of storage, database, redis or spool.
+func (m *metrics) countStoreError(what string) {
 	if m != nil {
 		m.stores[labelIndex(storeLabels[:], what)].Add(1)
 	}
 }
 
-// filling adds n to the number of fills in flight of a remote.
-func (m *metrics) filling(remote string, n int64) {
+// addFillsInFlight adds n to the number of fills in flight of a remote.
+func (m *metrics) addFillsInFlight(remote string, n int64) {
 	if m != nil {
-		m.remote(remote).fills.Add(n)
+		m.countsOf(remote).fills.Add(n)
 	}
 }
 
-// remote returns the counters of a name, or those of otherLabel when there are
+// countsOf returns the counters of a name, or those of otherLabel when there are
 // too many names.
-func (m *metrics) remote(name string) *remoteCounts {
+func (m *metrics) countsOf(name string) *remoteCounts {
 	all := *m.remotes.Load()
 	if c := all[name]; c != nil {
 		return c
@@ -142,13 +142,13 @@ func (m *metrics) remote(name string) *remoteCounts {
 		}
 		name = otherLabel
 	}
-	return m.add(name)
+	return m.addRemote(name)
 }
 
-func (m *metrics) add(name string) *remoteCounts {
+func (m *metrics) addRemote(name string) *remoteCounts {
 	name = strings.ToValidUTF8(name, "\uFFFD") // two names must not become one label
-	m.adding.Lock()
-	defer m.adding.Unlock()
+	m.addMu.Lock()
+	defer m.addMu.Unlock()
 	old := *m.remotes.Load()
 	if len(old) >= maxRemotes && old[name] == nil {
 		name = otherLabel
@@ -194,14 +194,14 @@ func statusClass(status int) int {
 	return status/100 - 1
 }
 
-// write writes everything in Prometheus' text format 0.0.4.
-func (m *metrics) write(w io.Writer, g gauges) error {
+// writeExposition writes everything in Prometheus' text format 0.0.4.
+func (m *metrics) writeExposition(w io.Writer, g gauges) error {
 	e := &exposition{}
-	e.process(g)
+	e.writeProcess(g)
 	if m != nil {
-		e.counters(m)
+		e.writeCounters(m)
 	}
-	e.gauges(g)
+	e.writeGauges(g)
 	_, err := w.Write(e.buf.Bytes())
 	return err
 }
@@ -211,18 +211,18 @@ type exposition struct {
 	buf bytes.Buffer
 }
 
-func (e *exposition) process(g gauges) {
-	e.family("artifactapi_build_info", "gauge", "What is running; always 1.")
-	e.sample("artifactapi_build_info", 1, "version", g.version, "goversion", runtime.Version())
-	e.family("process_start_time_seconds", "gauge", "When the process started, in seconds since 1970.")
-	e.sample("process_start_time_seconds", float64(g.started.UnixMilli())/1000)
-	e.family("go_goroutines", "gauge", "Goroutines that exist.")
-	e.sample("go_goroutines", float64(runtime.NumGoroutine()))
+func (e *exposition) writeProcess(g gauges) {
+	e.beginFamily("artifactapi_build_info", "gauge", "What is running; always 1.")
+	e.writeSample("artifactapi_build_info", 1, "version", g.version, "goversion", runtime.Version())
+	e.beginFamily("process_start_time_seconds", "gauge", "When the process started, in seconds since 1970.")
+	e.writeSample("process_start_time_seconds", float64(g.started.UnixMilli())/1000)
+	e.beginFamily("go_goroutines", "gauge", "Goroutines that exist.")
+	e.writeSample("go_goroutines", float64(runtime.NumGoroutine()))
 }
 
-func (e *exposition) counters(m *metrics) {
+func (e *exposition) writeCounters(m *metrics) {
 	remotes := *m.remotes.Load()
-	e.requests(remotes)
+	e.writeRequests(remotes)
 	for _, f := range []struct {
 		name, kind, help string
 		of               func(*remoteCounts) *atomic.Int64
@@ -234,52 +234,52 @@ func (e *exposition) counters(m *metrics) {
 		{"artifactapi_fills_in_flight", "gauge", "Downloads running now.",
 			func(c *remoteCounts) *atomic.Int64 { return &c.fills }},
 	} {
-		e.family(f.name, f.kind, f.help)
-		for _, r := range byName(remotes) {
-			e.sample(f.name, float64(f.of(remotes[r]).Load()), "remote", r)
+		e.beginFamily(f.name, f.kind, f.help)
+		for _, r := range sortedKeys(remotes) {
+			e.writeSample(f.name, float64(f.of(remotes[r]).Load()), "remote", r)
 		}
 	}
-	e.failures(remotes)
-	e.family("artifactapi_store_errors_total", "counter", "Failures of storage, database, redis and spool.")
+	e.writeUpstreamErrors(remotes)
+	e.beginFamily("artifactapi_store_errors_total", "counter", "Failures of storage, database, redis and spool.")
 	for i, s := range storeLabels {
-		e.sample("artifactapi_store_errors_total", float64(m.stores[i].Load()), "store", s)
+		e.writeSample("artifactapi_store_errors_total", float64(m.stores[i].Load()), "store", s)
 	}
-	e.latency(&m.durations)
+	e.writeDurations(&m.durations)
 }
 
-func (e *exposition) requests(remotes map[string]*remoteCounts) {
+func (e *exposition) writeRequests(remotes map[string]*remoteCounts) {
 	const name = "artifactapi_requests_total"
-	e.family(name, "counter", "Requests answered; remote is empty where none was named.")
-	for _, r := range byName(remotes) {
+	e.beginFamily(name, "counter", "Requests answered; remote is empty where none was named.")
+	for _, r := range sortedKeys(remotes) {
 		for i, result := range resultLabels {
 			for j, status := range statusLabels {
 				// Most of the 36 combinations never occur.
 				if n := remotes[r].requests[i][j].Load(); n > 0 {
-					e.sample(name, float64(n), "remote", r, "result", result, "status_class", status)
+					e.writeSample(name, float64(n), "remote", r, "result", result, "status_class", status)
 				}
 			}
 		}
 	}
 }
 
-// failures shows zeros too: a counter that appears with its first failure hides
+// writeUpstreamErrors shows zeros too: a counter that appears with its first failure hides
 // that failure from increase().
-func (e *exposition) failures(remotes map[string]*remoteCounts) {
+func (e *exposition) writeUpstreamErrors(remotes map[string]*remoteCounts) {
 	const name = "artifactapi_upstream_errors_total"
-	e.family(name, "counter", "Questions to upstreams that failed.")
-	for _, r := range byName(remotes) {
+	e.beginFamily(name, "counter", "Questions to upstreams that failed.")
+	for _, r := range sortedKeys(remotes) {
 		for i, kind := range kindLabels {
 			n := remotes[r].failures[i].Load()
 			if n > 0 || r != "" && kind != otherLabel {
-				e.sample(name, float64(n), "remote", r, "kind", kind)
+				e.writeSample(name, float64(n), "remote", r, "kind", kind)
 			}
 		}
 	}
 }
 
-func (e *exposition) latency(durations *[len(resultLabels)]histogram) {
+func (e *exposition) writeDurations(durations *[len(resultLabels)]histogram) {
 	const name = "artifactapi_request_duration_seconds"
-	e.family(name, "histogram", "From a request's arrival to the end of its answer.")
+	e.beginFamily(name, "histogram", "From a request's arrival to the end of its answer.")
 	for i, result := range resultLabels {
 		h := &durations[i]
 		sum := math.Float64frombits(h.sum.Load())
@@ -290,39 +290,39 @@ func (e *exposition) latency(durations *[len(resultLabels)]histogram) {
 			if b < len(durationBounds) {
 				bound = durationBounds[b]
 			}
-			e.sample(name+"_bucket", float64(n), "result", result, "le", promNumber(bound))
+			e.writeSample(name+"_bucket", float64(n), "result", result, "le", formatNumber(bound))
 		}
-		e.sample(name+"_sum", sum, "result", result)
-		e.sample(name+"_count", float64(n), "result", result)
+		e.writeSample(name+"_sum", sum, "result", result)
+		e.writeSample(name+"_count", float64(n), "result", result)
 	}
 }
 
-func (e *exposition) gauges(g gauges) {
-	e.family("artifactapi_backend_up", "gauge", "1 while a backend can be used, else 0.")
-	for _, b := range byName(g.backends) {
+func (e *exposition) writeGauges(g gauges) {
+	e.beginFamily("artifactapi_backend_up", "gauge", "1 while a backend can be used, else 0.")
+	for _, b := range sortedKeys(g.backends) {
 		up := 0.0
 		if g.backends[b] {
 			up = 1
 		}
-		e.sample("artifactapi_backend_up", up, "backend", b)
+		e.writeSample("artifactapi_backend_up", up, "backend", b)
 	}
-	e.family("artifactapi_stored_bytes", "gauge", "Bytes stored.")
-	for _, s := range byName(g.stored) {
-		e.sample("artifactapi_stored_bytes", float64(g.stored[s].Bytes), "remote", s)
+	e.beginFamily("artifactapi_stored_bytes", "gauge", "Bytes stored.")
+	for _, s := range sortedKeys(g.stored) {
+		e.writeSample("artifactapi_stored_bytes", float64(g.stored[s].Bytes), "remote", s)
 	}
-	e.family("artifactapi_stored_files", "gauge", "Files stored.")
-	for _, s := range byName(g.stored) {
-		e.sample("artifactapi_stored_files", float64(g.stored[s].Files), "remote", s)
+	e.beginFamily("artifactapi_stored_files", "gauge", "Files stored.")
+	for _, s := range sortedKeys(g.stored) {
+		e.writeSample("artifactapi_stored_files", float64(g.stored[s].Files), "remote", s)
 	}
 }
 
-// family begins a metric. help has no backslash and no line feed.
-func (e *exposition) family(name, kind, help string) {
+// beginFamily begins a metric. help has no backslash and no line feed.
+func (e *exposition) beginFamily(name, kind, help string) {
 	e.buf.WriteString("# HELP " + name + " " + help + "\n# TYPE " + name + " " + kind + "\n")
 }
 
-// sample writes one series; labels are names and values in turn.
-func (e *exposition) sample(name string, v float64, labels ...string) {
+// writeSample writes one series; labels are names and values in turn.
+func (e *exposition) writeSample(name string, v float64, labels ...string) {
 	e.buf.WriteString(name)
 	sep := "{"
 	for i := 0; i+1 < len(labels); i += 2 {
@@ -332,7 +332,7 @@ func (e *exposition) sample(name string, v float64, labels ...string) {
 	if len(labels) > 0 {
 		e.buf.WriteByte('}')
 	}
-	e.buf.WriteString(" " + promNumber(v) + "\n")
+	e.buf.WriteString(" " + formatNumber(v) + "\n")
 }
 
 // escapeLabel makes a label value of any string.
@@ -342,8 +342,8 @@ func escapeLabel(s string) string {
 
 var labelEscapes = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
-// promNumber writes whole numbers without an exponent, as people read them.
-func promNumber(v float64) string {
+// formatNumber writes whole numbers without an exponent, as people read them.
+func formatNumber(v float64) string {
 	switch {
 	case math.IsInf(v, 1):
 		return "+Inf"
@@ -353,5 +353,5 @@ func promNumber(v float64) string {
 	return strconv.FormatFloat(v, 'f', -1, 64)
 }
 
-// byName lists a map's keys in order, so that two scrapes differ in values only.
-func byName[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+// sortedKeys lists a map's keys in order, so that two scrapes differ in values only.
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -23,7 +23,7 @@ var (
 func scrape(t *testing.T, m *metrics, g gauges) map[string]float64 {
 	t.Helper()
 	var b bytes.Buffer
-	if err := m.write(&b, g); err != nil {
+	if err := m.writeExposition(&b, g); err != nil {
 		t.Fatal(err)
 	}
 	return readExposition(t, b.String())
@@ -78,23 +78,23 @@ func wantSeries(t *testing.T, got, want map[string]float64) {
 func TestMetricsCount(t *testing.T) {
 	t.Parallel()
 	m := newMetrics()
-	m.served("alpine", "hit", 200, 10, 300*time.Microsecond)
-	m.served("alpine", "hit", 206, 5, 2*time.Millisecond)
-	m.served("alpine", "miss", 502, 7, 90*time.Second)
-	m.served("", "", 404, 1, time.Hour)
-	m.served("alpine", "surprise", 999, 0, 0)
-	m.fetched("alpine", 100)
-	m.upstreamFailed("alpine", "timeout")
-	m.upstreamFailed("alpine", "surprise")
-	m.storeFailed("redis")
-	m.storeFailed("surprise")
-	m.filling("alpine", 3)
-	m.filling("alpine", -1)
+	m.countRequest("alpine", "hit", 200, 10, 300*time.Microsecond)
+	m.countRequest("alpine", "hit", 206, 5, 2*time.Millisecond)
+	m.countRequest("alpine", "miss", 502, 7, 90*time.Second)
+	m.countRequest("", "", 404, 1, time.Hour)
+	m.countRequest("alpine", "surprise", 999, 0, 0)
+	m.countFetchedBytes("alpine", 100)
+	m.countUpstreamError("alpine", "timeout")
+	m.countUpstreamError("alpine", "surprise")
+	m.countStoreError("redis")
+	m.countStoreError("surprise")
+	m.addFillsInFlight("alpine", 3)
+	m.addFillsInFlight("alpine", -1)
 	got := scrape(t, m, gauges{
 		version:  "1.2.3",
 		started:  time.UnixMilli(1_700_000_000_250),
 		backends: map[string]bool{"storage": true, "redis": false},
-		stored:   map[string]stock{"alpine": {Files: 2, Bytes: 1 << 40}},
+		stored:   map[string]storedSize{"alpine": {Files: 2, Bytes: 1 << 40}},
 	})
 	wantSeries(t, got, map[string]float64{
 		`artifactapi_requests_total{remote="alpine",result="hit",status_class="2xx"}`:     2,
@@ -134,11 +134,11 @@ func TestMetricsCount(t *testing.T) {
 func TestMetricsAreTheSameSeriesEachTime(t *testing.T) {
 	t.Parallel()
 	m := newMetrics()
-	m.served("a", "hit", 200, 1, 0)
-	m.served("b", "hit", 200, 1, 0)
+	m.countRequest("a", "hit", 200, 1, 0)
+	m.countRequest("b", "hit", 200, 1, 0)
 	before := scrape(t, m, gauges{})
 	for range 100 {
-		m.served("a", "hit", 200, 1, time.Minute)
+		m.countRequest("a", "hit", 200, 1, time.Minute)
 	}
 	after := scrape(t, m, gauges{})
 	for name := range maps.Keys(after) {
@@ -152,7 +152,7 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 	t.Parallel()
 	m := newMetrics()
 	for i := range 3 * maxRemotes {
-		m.fetched(fmt.Sprintf("r%d", i), 1)
+		m.countFetchedBytes(fmt.Sprintf("r%d", i), 1)
 	}
 	got := scrape(t, m, gauges{})
 	var names int
@@ -171,9 +171,9 @@ func TestMetricsLabelsAreBounded(t *testing.T) {
 func TestMetricsEscapeLabels(t *testing.T) {
 	t.Parallel()
 	m := newMetrics()
-	m.fetched("a\"b\\c\nd", 1)
-	m.fetched("bad\xff", 1)
-	m.fetched("bad\xfe", 1) // the same label: one series
+	m.countFetchedBytes("a\"b\\c\nd", 1)
+	m.countFetchedBytes("bad\xff", 1)
+	m.countFetchedBytes("bad\xfe", 1) // the same label: one series
 	wantSeries(t, scrape(t, m, gauges{}), map[string]float64{
 		`artifactapi_fetched_bytes_total{remote="a\"b\\c\nd"}`:          1,
 		`artifactapi_fetched_bytes_total{remote="bad` + "\uFFFD" + `"}`: 2,
@@ -183,11 +183,11 @@ func TestMetricsEscapeLabels(t *testing.T) {
 func TestMetricsOnNil(t *testing.T) {
 	t.Parallel()
 	var m *metrics
-	m.served("a", "hit", 200, 1, 0)
-	m.fetched("a", 1)
-	m.upstreamFailed("a", "timeout")
-	m.storeFailed("redis")
-	m.filling("a", 1)
+	m.countRequest("a", "hit", 200, 1, 0)
+	m.countFetchedBytes("a", 1)
+	m.countUpstreamError("a", "timeout")
+	m.countStoreError("redis")
+	m.addFillsInFlight("a", 1)
 	got := scrape(t, m, gauges{backends: map[string]bool{"storage": true}})
 	wantSeries(t, got, map[string]float64{`artifactapi_backend_up{backend="storage"}`: 1})
 }
@@ -197,7 +197,7 @@ func TestMetricsReportAFailedWrite(t *testing.T) {
 	gone := errors.New("gone")
 	r, w := io.Pipe()
 	r.CloseWithError(gone)
-	if err := newMetrics().write(w, gauges{}); !errors.Is(err, gone) {
+	if err := newMetrics().writeExposition(w, gauges{}); !errors.Is(err, gone) {
 		t.Errorf("want %v, got %v", gone, err)
 	}
 }
@@ -210,9 +210,9 @@ func TestMetricsLoseNothingUnderConcurrency(t *testing.T) {
 	for range workers {
 		wg.Go(func() {
 			for i := range each {
-				m.served(fmt.Sprintf("r%d", i%50), "hit", 200, 1, time.Second)
+				m.countRequest(fmt.Sprintf("r%d", i%50), "hit", 200, 1, time.Second)
 				if i%100 == 0 {
-					_ = m.write(io.Discard, gauges{})
+					_ = m.writeExposition(io.Discard, gauges{})
 				}
 			}
 		})
@@ -228,21 +228,21 @@ func TestMetricsLoseNothingUnderConcurrency(t *testing.T) {
 
 func TestMetricsCountWithoutAllocating(t *testing.T) {
 	m := newMetrics()
-	m.served("alpine", "hit", 200, 1, 0)
+	m.countRequest("alpine", "hit", 200, 1, 0)
 	if n := testing.AllocsPerRun(100, func() { countOne(m) }); n != 0 {
 		t.Errorf("a request counted: want 0 allocations, got %v", n)
 	}
 }
 
 func countOne(m *metrics) {
-	m.served("alpine", "hit", 200, 4096, 80*time.Microsecond)
-	m.fetched("alpine", 4096)
+	m.countRequest("alpine", "hit", 200, 4096, 80*time.Microsecond)
+	m.countFetchedBytes("alpine", 4096)
 }
 
 func BenchmarkMetrics(b *testing.B) {
 	m := newMetrics()
 	for i := range 50 {
-		m.fetched(fmt.Sprintf("remote%d", i), 1)
+		m.countFetchedBytes(fmt.Sprintf("remote%d", i), 1)
 	}
 	b.ReportAllocs()
 	for b.Loop() {

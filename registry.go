@@ -102,7 +102,7 @@ func newRegistry(c *cache, config func() *config, s *responder) *registry {
 }
 
 func (g *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	g.responder.serve(w, r, g.serve, writeRegistryError)
+	g.responder.serveRequest(w, r, g.serve, writeRegistryError)
 }
 
 // serve answers one request. Reading is never challenged.
@@ -506,7 +506,7 @@ func (e *coded) Unwrap() error { return e.err }
 
 // fail makes a coded error.
 func fail(code string, status int, format string, args ...any) error {
-	return &coded{code, nil, refuse(status, format, args...)}
+	return &coded{code, nil, newProblem(status, format, args...)}
 }
 
 func noRoute() error {
@@ -538,7 +538,7 @@ func (c *call) explain(err error) error {
 	if _, ok := errors.AsType[*coded](err); ok {
 		return err
 	}
-	status, detail := describe(err)
+	status, detail := statusAndDetail(err)
 	upstream, _ := errors.AsType[*upstreamStatus](err)
 	e := &coded{code: codeUnknown, err: err}
 	change := status

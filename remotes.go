@@ -144,10 +144,10 @@ func (r *remote) home() string {
 func (c *config) resolve(name, escaped, query string) (target, error) {
 	r := c.remotes[name]
 	if r == nil {
-		return target{}, refuse(http.StatusNotFound, "there is no remote %.100q", name)
+		return target{}, newProblem(http.StatusNotFound, "there is no remote %.100q", name)
 	}
 	if r.pkg == "docker" {
-		return target{}, refuse(http.StatusNotFound, "remote %q is a container registry: it is below %s", name, r.home())
+		return target{}, newProblem(http.StatusNotFound, "remote %q is a container registry: it is below %s", name, r.home())
 	}
 	path, spelling, err := spell(escaped, query)
 	if err != nil || path == "" {

@@ -64,15 +64,15 @@ func (p *problem) Error() string {
 
 func (p *problem) Unwrap() error { return p.cause }
 
-// refuse makes a problem of a status and a text for the client.
-func refuse(status int, format string, args ...any) *problem {
+// newProblem makes a problem of a status and a text for the client.
+func newProblem(status int, format string, args ...any) *problem {
 	return &problem{status: status, detail: fmt.Sprintf(format, args...)}
 }
 
-// kinds is the one table from an error to the status and text of its answer.
+// errorStatuses is the one table from an error to the status and text of its answer.
 // The first match counts; an error of no kind is 500 and explains itself in
 // the log only.
-var kinds = []struct {
+var errorStatuses = []struct {
 	err    error
 	status int
 	detail string
@@ -92,12 +92,12 @@ var kinds = []struct {
 	{errBadUpstream, http.StatusBadGateway, "the upstream's answer cannot be used"},
 }
 
-// describe is the status and the text for the client of err.
-func describe(err error) (status int, detail string) {
+// statusAndDetail is the status and the text for the client of err.
+func statusAndDetail(err error) (status int, detail string) {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p.status, p.detail
 	}
-	for _, k := range kinds {
+	for _, k := range errorStatuses {
 		if errors.Is(err, k.err) {
 			return k.status, k.detail
 		}
@@ -134,59 +134,59 @@ type responder struct {
 
 // requestCounter counts answered requests: metrics, or a test's.
 type requestCounter interface {
-	served(remote, result string, status int, bytes int64, d time.Duration)
+	countRequest(remote, result string, status int, bytes int64, d time.Duration)
 }
 
 // errorWriter writes the answer for an error in the format of its API.
 type errorWriter func(w http.ResponseWriter, status int, detail string, err error)
 
-// serve runs h for one request.
-func (s *responder) serve(w http.ResponseWriter, r *http.Request, h handler, fail errorWriter) {
+// serveRequest runs h for one request.
+func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handler, fail errorWriter) {
 	began := s.now()
-	res := &response{ResponseWriter: w, rc: http.NewResponseController(w), now: s.now, head: r.Method == http.MethodHead}
+	res := &response{ResponseWriter: w, controller: http.NewResponseController(w), now: s.now, head: r.Method == http.MethodHead}
 	if r.ProtoMajor == 1 && r.TLS == nil {
 		res.sendfile = true
 	}
-	res.push() // an earlier answer's deadline may be over, and net/http may write before us
+	res.extendWriteDeadline() // an earlier answer's deadline may be over, and net/http may write before us
 	if r.ContentLength != 0 {
 		// A body that nobody reads is read by net/http before it answers, which
 		// must still be in time. It lifts this at the body's end.
-		_ = res.rc.SetReadDeadline(began.Add(patience / 2))
+		_ = res.controller.SetReadDeadline(began.Add(clientTimeout / 2))
 	}
 	unwanted := hasUnwantedBody(r)
 	if unwanted {
 		res.Header().Set("Connection", "close")
 	}
-	err := s.run(res, r, h)
+	err := s.callHandler(res, r, h)
 	if unwanted { // the connection may end
-		_ = res.rc.SetReadDeadline(s.now().Add(lastWords))
+		_ = res.controller.SetReadDeadline(s.now().Add(closeDelay))
 	}
 	abort := false
 	if err != nil {
-		abort = s.fail(res, r, err, fail)
+		abort = s.answerError(res, r, err, fail)
 	}
-	s.account(res, r, err, s.now().Sub(began))
+	s.logAndCount(res, r, err, s.now().Sub(began))
 	if abort {
 		if !r.ProtoAtLeast(1, 1) {
-			res.reset()
+			res.resetConnection()
 		}
 		panic(http.ErrAbortHandler)
 	}
 	if err != nil && !unwanted && r.ContentLength != 0 && r.ProtoMajor == 1 {
-		s.linger(res, r)
+		s.readRefusedBody(res, r)
 	}
 }
 
-// linger reads what still comes of an upload that was refused. Some clients
+// readRefusedBody reads what still comes of an upload that was refused. Some clients
 // send all before they look for an answer; closing before that would take the
 // answer with it.
-func (s *responder) linger(w *response, r *http.Request) {
-	if w.rc.Flush() != nil {
+func (s *responder) readRefusedBody(w *response, r *http.Request) {
+	if w.controller.Flush() != nil {
 		return
 	}
-	for end := s.now().Add(lingerMost); s.now().Before(end); {
-		_ = w.rc.SetReadDeadline(s.now().Add(lastWords))
-		if _, err := io.CopyN(io.Discard, r.Body, copySize); err != nil {
+	for end := s.now().Add(maxRefusedBodyTime); s.now().Before(end); {
+		_ = w.controller.SetReadDeadline(s.now().Add(closeDelay))
+		if _, err := io.CopyN(io.Discard, r.Body, copyBufferSize); err != nil {
 			return
 		}
 	}
@@ -199,9 +199,9 @@ func hasUnwantedBody(r *http.Request) bool {
 	return r.ContentLength != 0 && r.ProtoMajor == 1 && r.Method != http.MethodPut && r.Method != http.MethodPost
 }
 
-// run calls h and turns a panic into an error; net/http's own abort too, so
+// callHandler calls h and turns a panic into an error; net/http's own abort too, so
 // that an aborted answer is logged like any other.
-func (s *responder) run(w *response, r *http.Request, h handler) (err error) {
+func (s *responder) callHandler(w *response, r *http.Request, h handler) (err error) {
 	defer func() {
 		switch p := recover(); {
 		case p == nil:
@@ -215,19 +215,19 @@ func (s *responder) run(w *response, r *http.Request, h handler) (err error) {
 	if err := h(w, r); err != nil {
 		return err
 	}
-	if w.srcErr != nil {
-		return fmt.Errorf("sending the body: %w", w.srcErr)
+	if w.bodyErr != nil {
+		return fmt.Errorf("sending the body: %w", w.bodyErr)
 	}
-	return w.gone
+	return w.clientErr
 }
 
-// fail answers err, or says that the connection must be aborted because an
+// answerError answers err, or says that the connection must be aborted because an
 // answer has begun.
-func (s *responder) fail(w *response, r *http.Request, err error, write errorWriter) (abort bool) {
+func (s *responder) answerError(w *response, r *http.Request, err error, write errorWriter) (abort bool) {
 	if w.status != 0 {
 		return true
 	}
-	status, detail := describe(err)
+	status, detail := statusAndDetail(err)
 	if status == statusClientGone || errors.Is(err, http.ErrAbortHandler) {
 		w.status = status
 		return true
@@ -259,15 +259,15 @@ func (s *responder) fail(w *response, r *http.Request, err error, write errorWri
 	return false
 }
 
-// account writes the one log line of a request and counts it.
-func (s *responder) account(w *response, r *http.Request, err error, took time.Duration) {
+// logAndCount writes the one log line of a request and counts it.
+func (s *responder) logAndCount(w *response, r *http.Request, err error, took time.Duration) {
 	if w.status == 0 {
 		w.status = http.StatusOK // nothing was written: net/http sends this
 	}
 	if errors.Is(err, errClientGone) || errors.Is(err, context.Canceled) {
 		w.status = statusClientGone // a body that is waited for sees its context end first
 	}
-	s.metrics.served(w.remote, strings.ToLower(w.result), w.status, w.bytes, took)
+	s.metrics.countRequest(w.remote, strings.ToLower(w.result), w.status, w.bytes, took)
 	level, msg := slog.LevelInfo, "Request"
 	switch {
 	case w.result != "":
@@ -319,23 +319,23 @@ func sendJSON(w http.ResponseWriter, status int, b []byte) {
 	_, _ = w.Write(append(b, '\n'))
 }
 
-// source is a body that can hand out the file its bytes are in, so that the
+// fileSource is a body that can hand out the file its bytes are in, so that the
 // kernel sends them (sendfile).
-type source interface {
+type fileSource interface {
 	io.Reader
-	// next waits until bytes can be read where the source stands and returns a
+	// nextFile waits until bytes can be read where the source stands and returns a
 	// file that stands there with how many of its bytes are ready, at most max.
 	// A nil file means: use Read. io.EOF ends the source.
-	next(max int64) (f *os.File, n int64, err error)
-	// skip says that n bytes were read from next's file.
-	skip(n int64)
+	nextFile(max int64) (f *os.File, n int64, err error)
+	// advanceBy says that n bytes were read from next's file.
+	advanceBy(n int64)
 }
 
-// live is a body that may have to be waited for: what was sent before must
+// growingBody is a body that may have to be waited for: what was sent before must
 // not sit in a buffer meanwhile.
-type live interface {
-	// ready says that reading on will not wait.
-	ready() bool
+type growingBody interface {
+	// readyToRead says that reading on will not wait.
+	readyToRead() bool
 }
 
 const (
@@ -343,21 +343,21 @@ const (
 	// the deadline's cost vanishes, small enough that a fill's watermark and a
 	// client's departure are noticed.
 	sendStep = 4 << 20
-	// patience is how long a client may take no byte at all before it counts
+	// clientTimeout is how long a client may take no byte at all before it counts
 	// as dead. TCP shows a reader of some bytes a second only now and then,
 	// when its window reopens, so this is long.
-	patience = 5 * time.Minute
-	// lastWords is how long a connection stays open behind its last answer for
+	clientTimeout = 5 * time.Minute
+	// closeDelay is how long a connection stays open behind its last answer for
 	// a body on its way: closed before, it could take the answer with it.
-	lastWords = time.Second
-	// lingerMost is how long a refused upload is read at most: what a gigabyte
+	closeDelay = time.Second
+	// maxRefusedBodyTime is how long a refused upload is read at most: what a gigabyte
 	// takes on a good line.
-	lingerMost = 30 * time.Second
-	copySize   = 64 << 10
-	// largeCopy is for bodies that fills and followers move, and for large ones
+	maxRefusedBodyTime = 30 * time.Second
+	copyBufferSize     = 64 << 10
+	// largeBufferSize is for bodies that fills and followers move, and for large ones
 	// that come from another machine and leave unencrypted: system calls are most
-	// of the work, and 64 MiB of S3 take a tenth less time than by copySize.
-	largeCopy = 256 << 10
+	// of the work, and 64 MiB of S3 take a tenth less time than by copyBufferSize.
+	largeBufferSize = 256 << 10
 )
 
 // response is the http.ResponseWriter of all handlers: it counts, pushes the
@@ -365,16 +365,16 @@ const (
 // sendfile. ServeContent's copy lands in ReadFrom.
 type response struct {
 	http.ResponseWriter
-	rc       *http.ResponseController
-	now      func() time.Time
-	head     bool
-	sendfile bool      // plain HTTP/1: net/http hands files to the kernel
-	pushed   time.Time // when the write deadline was last set
+	controller    *http.ResponseController
+	now           func() time.Time
+	head          bool
+	sendfile      bool      // plain HTTP/1: net/http hands files to the kernel
+	deadlineSetAt time.Time // when the write deadline was last set
 
-	status int
-	bytes  int64
-	srcErr error // reading a body failed: the answer must not end cleanly
-	gone   error // writing to the client failed
+	status    int
+	bytes     int64
+	bodyErr   error // reading a body failed: the answer must not end cleanly
+	clientErr error // writing to the client failed
 
 	// For the log line and the counters, set by handlers.
 	remote, path, result string
@@ -389,7 +389,7 @@ func (w *response) WriteHeader(status int) {
 	if status >= 200 && w.status == 0 {
 		w.status = status
 	}
-	w.push()
+	w.extendWriteDeadline()
 	if status == http.StatusPreconditionFailed {
 		// ServeContent takes it back for 304, not here; there is no body.
 		w.Header().Del("Content-Length")
@@ -401,16 +401,16 @@ func (w *response) Write(p []byte) (int, error) {
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}
-	w.push()
+	w.extendWriteDeadline()
 	n, err := w.ResponseWriter.Write(p)
 	w.bytes += int64(n)
-	return n, w.left(err)
+	return n, w.noteWriteError(err)
 }
 
-// reset breaks the connection of an HTTP/1.0 client, who takes a closed one for
+// resetConnection breaks the connection of an HTTP/1.0 client, who takes a closed one for
 // the end of a body without a length.
-func (w *response) reset() {
-	conn, _, err := w.rc.Hijack()
+func (w *response) resetConnection() {
+	conn, _, err := w.controller.Hijack()
 	if err != nil {
 		return
 	}
@@ -423,28 +423,28 @@ func (w *response) reset() {
 	conn.Close()
 }
 
-// left notes a write that failed: the client is gone.
-func (w *response) left(err error) error {
-	if err != nil && w.gone == nil && !errors.Is(err, http.ErrBodyNotAllowed) {
-		w.gone = fmt.Errorf("%w: %w", errClientGone, err)
+// noteWriteError notes a write that failed: the client is gone.
+func (w *response) noteWriteError(err error) error {
+	if err != nil && w.clientErr == nil && !errors.Is(err, http.ErrBodyNotAllowed) {
+		w.clientErr = fmt.Errorf("%w: %w", errClientGone, err)
 	}
 	return err
 }
 
-// push moves the write deadline. Setting a timer for each small write would
+// extendWriteDeadline moves the write deadline. Setting a timer for each small write would
 // cost more than the write, hence the quarter. It is never lifted: net/http
 // writes what is buffered after the handler, to a client that may take nothing.
-func (w *response) push() {
+func (w *response) extendWriteDeadline() {
 	now := w.now()
-	if now.Sub(w.pushed) < patience/4 && !w.pushed.IsZero() {
+	if now.Sub(w.deadlineSetAt) < clientTimeout/4 && !w.deadlineSetAt.IsZero() {
 		return
 	}
-	w.pushed = now
-	_ = w.rc.SetWriteDeadline(now.Add(patience)) // a recorder in tests has none
+	w.deadlineSetAt = now
+	_ = w.controller.SetWriteDeadline(now.Add(clientTimeout)) // a recorder in tests has none
 }
 
 // ReadFrom sends src, through the kernel where it is a source on a plain
-// connection. A failing src is noted in srcErr, because http.ServeContent
+// connection. A failing src is noted in bodyErr, because http.ServeContent
 // drops what its copy returns.
 func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	limit, body := int64(math.MaxInt64), src
@@ -454,37 +454,37 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}
-	if s, ok := body.(source); ok && w.sendfile {
+	if s, ok := body.(fileSource); ok && w.sendfile {
 		return w.sendFiles(s, limit)
 	}
-	return w.copyFrom(body, limit)
+	return w.copyBody(body, limit)
 }
 
-// flushBefore sends what is buffered, the headers above all, if body would
+// flushIfWaiting sends what is buffered, the headers above all, if body would
 // keep the client waiting for more.
-func (w *response) flushBefore(body any) {
-	if l, ok := body.(live); ok && !l.ready() {
-		_ = w.rc.Flush() // a client that has left shows at the next write
+func (w *response) flushIfWaiting(body any) {
+	if l, ok := body.(growingBody); ok && !l.readyToRead() {
+		_ = w.controller.Flush() // a client that has left shows at the next write
 	}
 }
 
 // sendFiles sends limit bytes of s, or all.
-func (w *response) sendFiles(s source, limit int64) (sent int64, err error) {
+func (w *response) sendFiles(s fileSource, limit int64) (sent int64, err error) {
 	for sent < limit {
-		w.flushBefore(s)
-		f, n, err := s.next(min(limit-sent, sendStep))
+		w.flushIfWaiting(s)
+		f, n, err := s.nextFile(min(limit-sent, sendStep))
 		if err != nil {
-			return sent, w.ended(err, sent, limit)
+			return sent, w.checkBodyEnd(err, sent, limit)
 		}
 		if f == nil {
 			if limit < math.MaxInt64 { // a length was promised
 				limit -= sent
 			}
-			n, err := w.copyFrom(s, limit)
+			n, err := w.copyBody(s, limit)
 			return sent + n, err
 		}
 		k, err := w.sendFile(f, n)
-		s.skip(k)
+		s.advanceBy(k)
 		sent += k
 		if err != nil {
 			return sent, err
@@ -498,8 +498,8 @@ func (w *response) sendFiles(s source, limit int64) (sent int64, err error) {
 func (w *response) sendFile(f *os.File, n int64) (sent int64, err error) {
 	rf, ok := w.ResponseWriter.(io.ReaderFrom)
 	for sent < n {
-		w.pushed = time.Time{}
-		w.push()
+		w.deadlineSetAt = time.Time{}
+		w.extendWriteDeadline()
 		var k int64
 		src := &io.LimitedReader{R: f, N: n - sent}
 		if ok {
@@ -512,35 +512,35 @@ func (w *response) sendFile(f *os.File, n int64) (sent int64, err error) {
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded) && k > 0:
 		case err != nil:
-			return sent, w.left(err)
+			return sent, w.noteWriteError(err)
 		case k == 0: // the file is shorter than its record says
-			w.srcErr = io.ErrUnexpectedEOF
-			return sent, w.srcErr
+			w.bodyErr = io.ErrUnexpectedEOF
+			return sent, w.bodyErr
 		}
 	}
 	return sent, nil
 }
 
 var (
-	copyBuffers  = sync.Pool{New: func() any { return new([copySize]byte) }}
-	largeBuffers = sync.Pool{New: func() any { return new([largeCopy]byte) }}
+	copyBuffers  = sync.Pool{New: func() any { return new([copyBufferSize]byte) }}
+	largeBuffers = sync.Pool{New: func() any { return new([largeBufferSize]byte) }}
 )
 
-// copyFrom sends limit bytes of what cannot be sent by the kernel: memory, TLS,
+// copyBody sends limit bytes of what cannot be sent by the kernel: memory, TLS,
 // streams.
-func (w *response) copyFrom(body io.Reader, limit int64) (sent int64, err error) {
+func (w *response) copyBody(body io.Reader, limit int64) (sent int64, err error) {
 	var buf []byte
-	if w.sendfile && limit > 4*largeCopy {
-		b := largeBuffers.Get().(*[largeCopy]byte)
+	if w.sendfile && limit > 4*largeBufferSize {
+		b := largeBuffers.Get().(*[largeBufferSize]byte)
 		defer largeBuffers.Put(b)
 		buf = b[:]
 	} else {
-		b := copyBuffers.Get().(*[copySize]byte)
+		b := copyBuffers.Get().(*[copyBufferSize]byte)
 		defer copyBuffers.Put(b)
 		buf = b[:]
 	}
 	for sent < limit {
-		w.flushBefore(body)
+		w.flushIfWaiting(body)
 		n, err := body.Read(buf[:min(int64(len(buf)), limit-sent)])
 		if n > 0 {
 			k, werr := w.Write(buf[:n])
@@ -550,27 +550,27 @@ func (w *response) copyFrom(body io.Reader, limit int64) (sent int64, err error)
 			}
 		}
 		if err != nil {
-			return sent, w.ended(err, sent, limit)
+			return sent, w.checkBodyEnd(err, sent, limit)
 		}
 	}
 	return sent, nil
 }
 
-// ended judges the end of a source: clean only at EOF and, where a length was
+// checkBodyEnd judges the end of a source: clean only at EOF and, where a length was
 // promised, only behind it.
-func (w *response) ended(err error, sent, limit int64) error {
+func (w *response) checkBodyEnd(err error, sent, limit int64) error {
 	if err == io.EOF && (limit == math.MaxInt64 || sent == limit) {
 		return nil
 	}
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
 	}
-	w.srcErr = err
+	w.bodyErr = err
 	return err
 }
 
 // statusOf is describe's status alone.
 func statusOf(err error) int {
-	status, _ := describe(err)
+	status, _ := statusAndDetail(err)
 	return status
 }

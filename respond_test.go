@@ -23,7 +23,7 @@ func TestErrorsHaveOneStatusEach(t *testing.T) {
 		context.Canceled: 499, errClientGone: 499, errBadRequest: 400, errUnauthorized: 401, errDenied: 403, errTooLong: 414,
 		fs.ErrNotExist: 404, errBusy: 503, errNoSpace: 507, errStoreDown: 503, errTimeout: 504, errUnreachable: 502, errBadUpstream: 502,
 		errBroken: 502, errDigest: 502, &upstreamStatus{404}: 404, &upstreamStatus{410}: 404,
-		errors.New("anything else"): 500, refuse(418, "teapot"): 418,
+		errors.New("anything else"): 500, newProblem(418, "teapot"): 418,
 	}
 	for err, status := range want {
 		wrapped := fmt.Errorf("doing something: %w", err)
@@ -31,13 +31,13 @@ func TestErrorsHaveOneStatusEach(t *testing.T) {
 			t.Errorf("%v is %d, want %d", err, got, status)
 		}
 	}
-	for _, k := range kinds {
+	for _, k := range errorStatuses {
 		if want[k.err] != k.status {
 			t.Errorf("%v is in the table with %d and not in this test", k.err, k.status)
 		}
 	}
 	// What nobody foresaw is told to the log alone.
-	if _, detail := describe(errors.New("dial 10.0.0.7: secret")); detail != "internal error" {
+	if _, detail := statusAndDetail(errors.New("dial 10.0.0.7: secret")); detail != "internal error" {
 		t.Errorf("a client is told %q", detail)
 	}
 }
@@ -183,7 +183,7 @@ func TestPanicsAreAnswered(t *testing.T) {
 	logs := &testLogs{}
 	s := &responder{now: time.Now, log: slog.New(slog.NewJSONHandler(logs, nil)), metrics: newMetrics()}
 	w := httptest.NewRecorder()
-	s.serve(w, httptest.NewRequest("GET", "/x", nil), func(*response, *http.Request) error { panic("oh") }, writeJSONError)
+	s.serveRequest(w, httptest.NewRequest("GET", "/x", nil), func(*response, *http.Request) error { panic("oh") }, writeJSONError)
 	if w.Code != 500 || !strings.Contains(w.Body.String(), "internal error") || strings.Contains(w.Body.String(), "oh") {
 		t.Errorf("answered %d %s", w.Code, w.Body)
 	}
@@ -195,7 +195,7 @@ func TestPanicsAreAnswered(t *testing.T) {
 			t.Errorf("an answer that has begun ended with %v, want net/http's abort", p)
 		}
 	}()
-	s.serve(httptest.NewRecorder(), httptest.NewRequest("GET", "/x", nil), func(w *response, _ *http.Request) error {
+	s.serveRequest(httptest.NewRecorder(), httptest.NewRequest("GET", "/x", nil), func(w *response, _ *http.Request) error {
 		_, _ = w.Write([]byte("begun"))
 		panic("oh")
 	}, writeJSONError)
@@ -206,7 +206,7 @@ func TestErrorAnswersStartAfresh(t *testing.T) {
 	t.Parallel()
 	s := &responder{now: time.Now, log: slog.New(slog.DiscardHandler), metrics: newMetrics()}
 	w := httptest.NewRecorder()
-	s.serve(w, httptest.NewRequest("GET", "/x", nil), func(w *response, _ *http.Request) error {
+	s.serveRequest(w, httptest.NewRequest("GET", "/x", nil), func(w *response, _ *http.Request) error {
 		w.Header().Set("Content-Length", "1000")
 		w.Header().Set("ETag", `"x"`)
 		return &problem{status: 503, detail: "busy", retryAfter: 1500 * time.Millisecond}
@@ -227,9 +227,9 @@ func TestClientThatTakesNothingIsDropped(t *testing.T) {
 		s := tt.open("/api/r/a")
 		defer s.leave()
 		s.read(1)
-		tt.advance(patience - time.Second)
+		tt.advance(clientTimeout - time.Second)
 		s.read(100_000)
-		tt.advance(patience + time.Second)
+		tt.advance(clientTimeout + time.Second)
 		s.rest().wantAborted()
 		if v := tt.wantLine(1); v.Status != 499 {
 			t.Errorf("logged as %+v", v)
@@ -291,7 +291,7 @@ func TestClientThatTakesNoShortAnswerIsDropped(t *testing.T) {
 			if _, err := io.WriteString(conn, request); err != nil {
 				t.Fatal(err)
 			}
-			tt.advance(patience + time.Second)
+			tt.advance(clientTimeout + time.Second)
 			if b, err := io.ReadAll(conn); len(b) > 0 {
 				t.Errorf("after all that time there was still someone who wrote: %q, %v", b, err)
 			}
@@ -328,7 +328,7 @@ func TestBodyThatNeverComesIsNotAwaited(t *testing.T) {
 				if d := time.Since(began); d > 0 || err != nil || res.StatusCode != status || !res.Close {
 					t.Errorf("%s, %s: %d after %v, closes %v, %v", request, length, res.StatusCode, d, res.Close, err)
 				}
-				if _, err := in.ReadByte(); err != io.EOF || time.Since(began) > lastWords && method != "PUT" {
+				if _, err := in.ReadByte(); err != io.EOF || time.Since(began) > closeDelay && method != "PUT" {
 					t.Errorf("%s, %s: the connection ended with %v after %v", request, length, err, time.Since(began))
 				}
 				conn.Close()

@@ -151,9 +151,9 @@ func (b *fileBody) Read(p []byte) (int, error)                { return b.f.Read(
 func (b *fileBody) Seek(off int64, whence int) (int64, error) { return b.f.Seek(off, whence) }
 func (b *fileBody) Close() error                              { return b.f.Close() }
 
-// next and skip make it a source, whose bytes the kernel sends.
-func (b *fileBody) next(limit int64) (*os.File, int64, error) { return b.f, limit, nil }
-func (b *fileBody) skip(int64)                                {}
+// nextFile and skip make it a source, whose bytes the kernel sends.
+func (b *fileBody) nextFile(limit int64) (*os.File, int64, error) { return b.f, limit, nil }
+func (b *fileBody) advanceBy(int64)                               {}
 
 // diskStore implements objects under one directory. {key} is the body, .record
 // beside it describes it. All methods may be called concurrently, and from

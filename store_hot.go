@@ -278,7 +278,7 @@ type hotCopy struct {
 }
 
 type hotChunk struct {
-	buf *[copySize]byte
+	buf *[copyBufferSize]byte
 	n   int
 }
 
@@ -448,11 +448,11 @@ func (b *teeBody) feed(p []byte) {
 	}
 	for len(p) > 0 {
 		if b.chunk.buf == nil {
-			b.chunk.buf = copyBuffers.Get().(*[copySize]byte)
+			b.chunk.buf = copyBuffers.Get().(*[copyBufferSize]byte)
 		}
 		n := copy(b.chunk.buf[b.chunk.n:], p)
 		p, b.fed, b.chunk.n = p[n:], b.fed+int64(n), b.chunk.n+n
-		if b.chunk.n < copySize && b.fed < b.rec.Size {
+		if b.chunk.n < copyBufferSize && b.fed < b.rec.Size {
 			return
 		}
 		select {

@@ -177,7 +177,7 @@ func TestCopiesAreVerified(t *testing.T) {
 // has everything: the rest of the copy is then fetched on its own.
 func TestFastClientsAreNotSlowed(t *testing.T) {
 	t.Parallel()
-	content := bigContent(3 * hotAhead * copySize / 2)
+	content := bigContent(3 * hotAhead * copyBufferSize / 2)
 	a := newHotBench(t)
 	a.mustPut("f", content)
 	for name, change := range map[string]func(){

@@ -258,13 +258,13 @@ func (r *remote) patience() time.Duration { return cmp.Or(r.timeout, defaultTime
 func (u *upstream) countFailure(r *remote, resp *http.Response, err error) {
 	switch {
 	case err == nil && (resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests):
-		u.metrics.upstreamFailed(r.name, "status")
+		u.metrics.countUpstreamError(r.name, "status")
 	case errors.Is(err, errTimeout):
-		u.metrics.upstreamFailed(r.name, "timeout")
+		u.metrics.countUpstreamError(r.name, "timeout")
 	case errors.Is(err, errUnreachable):
-		u.metrics.upstreamFailed(r.name, "unreachable")
+		u.metrics.countUpstreamError(r.name, "unreachable")
 	case errors.Is(err, errBadUpstream), errors.Is(err, errCredentials):
-		u.metrics.upstreamFailed(r.name, "refused")
+		u.metrics.countUpstreamError(r.name, "refused")
 	}
 }
 

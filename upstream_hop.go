@@ -328,7 +328,7 @@ func (t *trip) unusable(at *url.URL, reason string) error {
 }
 
 func (t *trip) problem(kind error, at *url.URL, text string, cause error) error {
-	p := refuse(statusOf(kind), "remote %q: %s: %s", t.remote.name, clip(at.Host), clip(text))
+	p := newProblem(statusOf(kind), "remote %q: %s: %s", t.remote.name, clip(at.Host), clip(text))
 	p.cause = cause
 	return p
 }
@@ -370,7 +370,7 @@ func (b *body) Read(p []byte) (int, error) {
 	b.idle.Reset(idleLimit)
 	n, err := b.ReadCloser.Read(p)
 	b.idle.Stop()
-	b.u.metrics.fetched(b.remote, int64(n))
+	b.u.metrics.countFetchedBytes(b.remote, int64(n))
 	if err == nil || err == io.EOF {
 		return n, err
 	}
@@ -388,7 +388,7 @@ func (b *body) failure(err error) error {
 	case cause != nil:
 		return b.ctx.Err()
 	}
-	b.u.metrics.upstreamFailed(b.remote, "broken")
+	b.u.metrics.countUpstreamError(b.remote, "broken")
 	return fmt.Errorf("remote %q: reading from %s: %w", b.remote, b.host, &fault{kind: kind, reason: reason})
 }
 
