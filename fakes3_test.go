@@ -107,14 +107,14 @@ func (f *fakeS3) end() {
 
 // config is a client's configuration for this server, without waits between
 // attempts. Connections go to the server whatever the host is called.
-func (f *fakeS3) config() s3config {
+func (f *fakeS3) config() s3Config {
 	addr := f.srv.Listener.Addr().String()
-	tr := s3transport()
+	tr := newS3Transport()
 	tr.DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, network, addr)
 	}
 	f.t.Cleanup(tr.CloseIdleConnections)
-	return s3config{host: addr, bucket: f.bucket, accessKey: f.access, secretKey: f.secret, region: "us-east-1",
+	return s3Config{host: addr, bucket: f.bucket, accessKey: f.access, secretKey: f.secret, region: "us-east-1",
 		partSize: 64 << 10, now: time.Now, transport: tr, log: slog.New(slog.DiscardHandler),
 		sleep: func(ctx context.Context, _ time.Duration) error { return ctx.Err() }}
 }

@@ -27,7 +27,7 @@ type settings struct {
 	configPath, listen, dataDir string
 	minFree                     int64       // -1: by the disk's size
 	maxSize                     int64       // CACHE_MAX_SIZE; 0: none
-	s3                          s3config    // bucket "": local disk
+	s3                          s3Config    // bucket "": local disk
 	hotSize                     int64       // of the tier before S3; 0: none
 	db                          sqlSettings // host "": embedded
 	redisURL                    secret      // "": in process
@@ -193,14 +193,14 @@ func hostURL(v string, schemes ...string) *url.URL {
 
 // endpoint reads the variables of S3: MINIO_ENDPOINT is host:port or a URL,
 // whose scheme must not contradict MINIO_SECURE.
-func (p *envReader) endpoint(c *s3config) {
+func (p *envReader) endpoint(c *s3Config) {
 	host := p.text("MINIO_ENDPOINT", "")
 	secure := p.oneOf("MINIO_SECURE", "", "true", "false", "1", "0")
 	virtual := p.oneOf("MINIO_VIRTUAL_HOST", "false", "true", "false", "1", "0")
 	if host == "" {
 		return
 	}
-	*c = s3config{bucket: p.text("MINIO_BUCKET", ""), accessKey: p.text("MINIO_ACCESS_KEY", ""), secretKey: p.text("MINIO_SECRET_KEY", ""),
+	*c = s3Config{bucket: p.text("MINIO_BUCKET", ""), accessKey: p.text("MINIO_ACCESS_KEY", ""), secretKey: p.text("MINIO_SECRET_KEY", ""),
 		region: p.text("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1"}
 	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
 		if !nameForm.MatchString(v[1]) {

@@ -58,7 +58,7 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 		return st, nil
 	}
 	set.s3.now, set.s3.log = now, log
-	client, err := newS3(set.s3)
+	client, err := newS3Client(set.s3)
 	if err != nil {
 		return nil, fmt.Errorf("configuring S3: %w", err)
 	}

@@ -16,62 +16,62 @@ import (
 	"time"
 )
 
-// s3op is one operation, of which every attempt makes a new request.
-type s3op struct {
-	doing  string // for errors: gerund before the key
-	method string
-	key    string // "": the bucket
-	query  url.Values
-	header http.Header
-	body   io.ReaderAt // size bytes whose SHA-256 is sum; nil: none
-	size   int64
-	sum    string
-	write  bool          // worth more tries, and a bucket
-	wait   time.Duration // for the response header; 0: by write
-	into   any           // decode the XML answer into this
-	keep   bool          // hand the body to the caller
-	tried  int           // attempts so far
+// s3Operation is one operation, of which every attempt makes a new request.
+type s3Operation struct {
+	doing      string // for errors: gerund before the key
+	method     string
+	key        string // "": the bucket
+	query      url.Values
+	header     http.Header
+	body       io.ReaderAt // size bytes whose SHA-256 is sum; nil: none
+	size       int64
+	sum        string
+	write      bool          // worth more tries, and a bucket
+	timeout    time.Duration // for the response header; 0: by write
+	decodeInto any           // decode the XML answer into this
+	keepBody   bool          // hand the body to the caller
+	attempts   int           // attempts so far
 }
 
-// unsure says whether a failed write may have taken effect: an attempt got no
+// mayHaveApplied says whether a failed write may have taken effect: an attempt got no
 // answer, or a refusal came only after an earlier attempt that did not get one.
-func (op *s3op) unsure(err error) bool {
+func (op *s3Operation) mayHaveApplied(err error) bool {
 	var e *s3Error
-	return op.tried > 1 || !errors.As(err, &e)
+	return op.attempts > 1 || !errors.As(err, &e)
 }
 
-func (op *s3op) patience() time.Duration {
+func (op *s3Operation) headerTimeout() time.Duration {
 	switch {
-	case op.wait > 0:
-		return op.wait
+	case op.timeout > 0:
+		return op.timeout
 	case op.write:
-		return s3WriteWait
+		return s3WriteTimeout
 	}
-	return s3ReadWait
+	return s3ReadTimeout
 }
 
-// do makes attempts until one succeeds, or fails in a way that will not pass.
-func (c *s3client) do(ctx context.Context, op *s3op) (*http.Response, error) {
+// sendWithRetries makes attempts until one succeeds, or fails in a way that will not pass.
+func (c *s3Client) sendWithRetries(ctx context.Context, op *s3Operation) (*http.Response, error) {
 	tries := s3ReadTries
 	if op.write {
 		tries = s3WriteTries
 	}
 	for n := 1; ; n++ {
-		op.tried++
-		resp, err := c.attempt(ctx, op)
+		op.attempts++
+		resp, err := c.sendOnce(ctx, op)
 		if err == nil {
 			return resp, nil
 		}
-		if errors.Is(err, errS3Idle) {
+		if errors.Is(err, errS3Timeout) {
 			n += tries / 2 // hung twice is down, and took long enough
 		}
 		var pause time.Duration
 		switch {
 		case n >= tries || ctx.Err() != nil:
 			return nil, fmt.Errorf("%s %q: %w", op.doing, op.key, err)
-		case c.learn(err) || c.recover(ctx, op, err):
-		case s3passing(err):
-			pause = backoff(n)
+		case c.learnFromRefusal(err) || c.prepareRetry(ctx, op, err):
+		case isTransientS3(err):
+			pause = retryDelay(n)
 		default:
 			return nil, fmt.Errorf("%s %q: %w", op.doing, op.key, err)
 		}
@@ -81,10 +81,10 @@ func (c *s3client) do(ctx context.Context, op *s3op) (*http.Response, error) {
 	}
 }
 
-// recover asks something else first, where that lets the next attempt succeed: a
+// prepareRetry asks something else first, where that lets the next attempt succeed: a
 // write gets its bucket back, and a HEAD, whose refusal has no body to name the
 // region in, learns it from a listing's.
-func (c *s3client) recover(ctx context.Context, op *s3op, err error) bool {
+func (c *s3Client) prepareRetry(ctx context.Context, op *s3Operation, err error) bool {
 	if op.write && errors.Is(err, errS3NoBucket) {
 		return c.createBucket(ctx) == nil
 	}
@@ -92,13 +92,13 @@ func (c *s3client) recover(ctx context.Context, op *s3op, err error) bool {
 	if op.method != http.MethodHead || !errors.As(err, &e) || e.status != http.StatusBadRequest {
 		return false
 	}
-	c.listPage(ctx, "", "", 1) // for what it teaches
-	return c.place.Load().region != e.used.region
+	c.listObjectsPage(ctx, "", "", 1) // for what it teaches
+	return c.endpoint.Load().region != e.endpoint.region
 }
 
-// s3passing says whether an error may be gone in a moment. What is no answer of
+// isTransientS3 says whether an error may be gone in a moment. What is no answer of
 // the server's (refused, reset, cut, hung) may be.
-func s3passing(err error) bool {
+func isTransientS3(err error) bool {
 	var e *s3Error
 	if !errors.As(err, &e) {
 		return true
@@ -112,9 +112,9 @@ func s3passing(err error) bool {
 	return e.status >= 500 || e.status == http.StatusTemporaryRedirect
 }
 
-// backoff doubles from 100 ms up to 5 s, half of it by chance so that
+// retryDelay doubles from 100 ms up to 5 s, half of it by chance so that
 // replicas do not come back in step.
-func backoff(n int) time.Duration {
+func retryDelay(n int) time.Duration {
 	d := min(100*time.Millisecond<<min(n-1, 10), 5*time.Second)
 	return d/2 + rand.N(d/2)
 }
@@ -130,16 +130,16 @@ func s3pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// learn takes the region or the time from a refusal and says whether another
+// learnFromRefusal takes the region or the time from a refusal and says whether another
 // attempt will differ for it. It compares with what that request used: another
 // one may have learned the same meanwhile.
-func (c *s3client) learn(err error) bool {
+func (c *s3Client) learnFromRefusal(err error) bool {
 	var e *s3Error
 	if !errors.As(err, &e) {
 		return false
 	}
-	if e.region != "" && e.region != e.used.region {
-		c.place.Store(&s3place{host: regionHost(e.used, e.region), region: e.region})
+	if e.region != "" && e.region != e.endpoint.region {
+		c.endpoint.Store(&s3Endpoint{host: regionHost(e.endpoint, e.region), region: e.region})
 		c.cfg.log.Warn("the bucket is in another region than configured", "configured", c.cfg.region, "region", e.region)
 		return true
 	}
@@ -156,45 +156,45 @@ func (c *s3client) learn(err error) bool {
 
 // regionHost is where another region answers. Only Amazon has a host for each;
 // where an answer points is not followed, it could be anywhere.
-func regionHost(used s3place, region string) string {
+func regionHost(used s3Endpoint, region string) string {
 	if used.host == "s3.amazonaws.com" || used.host == "s3."+used.region+".amazonaws.com" {
 		return "s3." + region + ".amazonaws.com"
 	}
 	return used.host
 }
 
-// clock is the server's, as far as we know.
-func (c *s3client) clock() time.Time { return c.cfg.now().Add(time.Duration(c.skew.Load())) }
+// serverTime is the server's, as far as we know.
+func (c *s3Client) serverTime() time.Time { return c.cfg.now().Add(time.Duration(c.skew.Load())) }
 
-// attempt sends op once. The response of a kept body must be closed; every
+// sendOnce sends op once. The response of a kept body must be closed; every
 // other body is already read.
-func (c *s3client) attempt(ctx context.Context, op *s3op) (*http.Response, error) {
+func (c *s3Client) sendOnce(ctx context.Context, op *s3Operation) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	w := &s3watch{ctx: ctx, cancel: cancel}
-	w.timer = time.AfterFunc(op.patience(), func() { cancel(errS3Idle) })
-	place, at := *c.place.Load(), c.clock()
-	resp, err := c.cfg.transport.RoundTrip(c.request(ctx, op, place, at, w))
+	w := &s3Watchdog{ctx: ctx, cancel: cancel}
+	w.timer = time.AfterFunc(op.headerTimeout(), func() { cancel(errS3Timeout) })
+	place, at := *c.endpoint.Load(), c.serverTime()
+	resp, err := c.cfg.transport.RoundTrip(c.buildRequest(ctx, op, place, at, w))
 	if err != nil {
-		err = w.cause(err)
-		w.end()
+		err = w.causeOf(err)
+		w.stop()
 		return nil, err
 	}
 	w.timer.Stop() // reads of the body start it again
-	resp.Body = &s3body{ReadCloser: resp.Body, watch: w}
+	resp.Body = &s3ResponseBody{ReadCloser: resp.Body, watch: w}
 	if resp.StatusCode/100 != 2 {
-		err = refusal(resp, place, at)
-	} else if op.into != nil {
-		err = readXML(resp, op.into, place, at)
+		err = readRefusal(resp, place, at)
+	} else if op.decodeInto != nil {
+		err = readXML(resp, op.decodeInto, place, at)
 	}
-	if err != nil || !op.keep {
+	if err != nil || !op.keepBody {
 		io.CopyN(io.Discard, resp.Body, s3TextLimit) // so that the connection can be used again
 		resp.Body.Close()
 	}
 	return resp, err
 }
 
-// request builds and signs one attempt.
-func (c *s3client) request(ctx context.Context, op *s3op, place s3place, at time.Time, w *s3watch) *http.Request {
+// buildRequest builds and signs one attempt.
+func (c *s3Client) buildRequest(ctx context.Context, op *s3Operation, place s3Endpoint, at time.Time, w *s3Watchdog) *http.Request {
 	u := &url.URL{Scheme: "http", Host: place.host, RawQuery: encodeQuery(op.query)}
 	if c.cfg.secure {
 		u.Scheme = "https"
@@ -214,7 +214,7 @@ func (c *s3client) request(ctx context.Context, op *s3op, place s3place, at time
 	if op.size > 0 {
 		req.ContentLength = op.size
 		req.GetBody = func() (io.ReadCloser, error) {
-			return &s3sending{r: io.NewSectionReader(op.body, 0, op.size), watch: w, wait: op.patience()}, nil
+			return &s3RequestBody{r: io.NewSectionReader(op.body, 0, op.size), watch: w, headerTimeout: op.headerTimeout()}, nil
 		}
 		req.Body, _ = req.GetBody()
 	} else {
@@ -223,18 +223,18 @@ func (c *s3client) request(ctx context.Context, op *s3op, place s3place, at time
 	if op.size > 1<<20 {
 		req.Header.Set("Expect", "100-continue") // a refusal then costs no upload, nor arrives as a reset
 	}
-	c.dayKey(place.region, at).sign(req, c.cfg.accessKey, sum, at)
+	c.signingKey(place.region, at).signRequest(req, c.cfg.accessKey, sum, at)
 	return req
 }
 
-// refusal reads the error in a response. Where there cannot be a body the
+// readRefusal reads the error in a response. Where there cannot be a body the
 // status must do.
-func refusal(resp *http.Response, place s3place, at time.Time) error {
+func readRefusal(resp *http.Response, place s3Endpoint, at time.Time) error {
 	var e *s3Error
 	if err := readXML(resp, &struct{}{}, place, at); errors.As(err, &e) && e.code != "" {
 		return e
 	}
-	e = newS3Error(resp, s3fault{}, place, at)
+	e = newS3Error(resp, s3ErrorBody{}, place, at)
 	head := resp.Request != nil && resp.Request.Method == http.MethodHead
 	switch {
 	case resp.StatusCode == http.StatusNotModified:
@@ -245,14 +245,14 @@ func refusal(resp *http.Response, place s3place, at time.Time) error {
 	return e
 }
 
-// s3fault is the body of a refusal, without what it repeats of the request.
-type s3fault struct{ Code, Message, RequestId, Region string }
+// s3ErrorBody is the body of a refusal, without what it repeats of the request.
+type s3ErrorBody struct{ Code, Message, RequestId, Region string }
 
-func newS3Error(resp *http.Response, f s3fault, place s3place, at time.Time) *s3Error {
-	e := &s3Error{status: resp.StatusCode, code: limitText(f.Code), message: limitText(f.Message), requestID: limitText(f.RequestId),
-		region: f.Region, used: place, sent: at}
+func newS3Error(resp *http.Response, f s3ErrorBody, place s3Endpoint, at time.Time) *s3Error {
+	e := &s3Error{status: resp.StatusCode, code: cleanText(f.Code), message: cleanText(f.Message), requestID: cleanText(f.RequestId),
+		region: f.Region, endpoint: place, sent: at}
 	if id := resp.Header.Get("X-Amz-Request-Id"); id != "" {
-		e.requestID = limitText(id)
+		e.requestID = cleanText(id)
 	}
 	if r := resp.Header.Get("X-Amz-Bucket-Region"); r != "" && resp.StatusCode/100 != 2 {
 		e.region = r
@@ -266,7 +266,7 @@ func newS3Error(resp *http.Response, f s3fault, place s3place, at time.Time) *s3
 
 // readXML decodes an answer, which may be an Error with any status: complete
 // begins its 200 before it knows.
-func readXML(resp *http.Response, into any, place s3place, at time.Time) error {
+func readXML(resp *http.Response, into any, place s3Endpoint, at time.Time) error {
 	d := xml.NewDecoder(io.LimitReader(resp.Body, s3XMLLimit))
 	for {
 		tok, err := d.Token()
@@ -280,7 +280,7 @@ func readXML(resp *http.Response, into any, place s3place, at time.Time) error {
 		if start.Name.Local != "Error" {
 			return d.DecodeElement(into, &start)
 		}
-		var f s3fault
+		var f s3ErrorBody
 		if err := d.DecodeElement(&f, &start); err != nil {
 			return fmt.Errorf("reading the error: %w", err)
 		}
@@ -288,8 +288,8 @@ func readXML(resp *http.Response, into any, place s3place, at time.Time) error {
 	}
 }
 
-// limitText makes a server's text fit for one line of a log.
-func limitText(s string) string {
+// cleanText makes a server's text fit for one line of a log.
+func cleanText(s string) string {
 	s = strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f || r == '\uFFFD' {
 			return -1
@@ -299,58 +299,58 @@ func limitText(s string) string {
 	return strings.ToValidUTF8(s[:min(len(s), s3TextLimit)], "")
 }
 
-// s3watch ends an attempt in which nothing moves. There is no limit to the
+// s3Watchdog ends an attempt in which nothing moves. There is no limit to the
 // whole: 50 GB over a slow line must pass.
-type s3watch struct {
+type s3Watchdog struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	timer  *time.Timer
 }
 
-func (w *s3watch) end() { w.timer.Stop(); w.cancel(nil) }
+func (w *s3Watchdog) stop() { w.timer.Stop(); w.cancel(nil) }
 
-// cause is err, or why there was one.
-func (w *s3watch) cause(err error) error {
-	if context.Cause(w.ctx) == errS3Idle {
-		return errS3Idle
+// causeOf is err, or why there was one.
+func (w *s3Watchdog) causeOf(err error) error {
+	if context.Cause(w.ctx) == errS3Timeout {
+		return errS3Timeout
 	}
 	return err
 }
 
-// s3sending is a request's body. While it is read the request moves.
-type s3sending struct {
-	r     io.Reader
-	watch *s3watch
-	wait  time.Duration // for the header, after the end
+// s3RequestBody is a request's body. While it is read the request moves.
+type s3RequestBody struct {
+	r             io.Reader
+	watch         *s3Watchdog
+	headerTimeout time.Duration // for the header, after the end
 }
 
-func (s *s3sending) Read(p []byte) (int, error) {
+func (s *s3RequestBody) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
-	s.watch.timer.Reset(max(s3Idle, s.wait))
+	s.watch.timer.Reset(max(s3BodyTimeout, s.headerTimeout))
 	return n, err
 }
 
-func (s *s3sending) Close() error { return nil }
+func (s *s3RequestBody) Close() error { return nil }
 
-// s3body is a response's body. The watch runs during reads only: between them
+// s3ResponseBody is a response's body. The watch runs during reads only: between them
 // it is the caller who takes his time.
-type s3body struct {
+type s3ResponseBody struct {
 	io.ReadCloser
-	watch *s3watch
+	watch *s3Watchdog
 }
 
-func (b *s3body) Read(p []byte) (int, error) {
-	b.watch.timer.Reset(s3Idle)
+func (b *s3ResponseBody) Read(p []byte) (int, error) {
+	b.watch.timer.Reset(s3BodyTimeout)
 	n, err := b.ReadCloser.Read(p)
 	b.watch.timer.Stop()
 	if err != nil && err != io.EOF {
-		err = b.watch.cause(err)
+		err = b.watch.causeOf(err)
 	}
 	return n, err
 }
 
-func (b *s3body) Close() error {
+func (b *s3ResponseBody) Close() error {
 	err := b.ReadCloser.Close()
-	b.watch.end()
+	b.watch.stop()
 	return err
 }

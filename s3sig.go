@@ -17,37 +17,37 @@ import (
 // emptySHA256 is the hash of no bytes, which every request without a body signs.
 const emptySHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
-// s3dayKey is a signing key, good for one day and region. Deriving it costs
+// s3SigningKey is a signing key, good for one day and region. Deriving it costs
 // four of the five HMACs of a signature.
-type s3dayKey struct {
+type s3SigningKey struct {
 	day, region string
 	key         []byte
 }
 
-func (c *s3client) dayKey(region string, at time.Time) *s3dayKey {
+func (c *s3Client) signingKey(region string, at time.Time) *s3SigningKey {
 	day := at.UTC().Format("20060102")
-	if k := c.day.Load(); k != nil && k.day == day && k.region == region {
+	if k := c.cachedKey.Load(); k != nil && k.day == day && k.region == region {
 		return k
 	}
-	k := newDayKey(c.cfg.secretKey, day, region)
-	c.day.Store(k)
+	k := deriveSigningKey(c.cfg.secretKey, day, region)
+	c.cachedKey.Store(k)
 	return k
 }
 
-func newDayKey(secret, day, region string) *s3dayKey {
+func deriveSigningKey(secret, day, region string) *s3SigningKey {
 	key := []byte("AWS4" + secret)
 	for _, s := range []string{day, region, "s3", "aws4_request"} {
 		key = hmacSHA256(key, s)
 	}
-	return &s3dayKey{day: day, region: region, key: key}
+	return &s3SigningKey{day: day, region: region, key: key}
 }
 
-// sign adds date, payload hash and Authorization to req, whose RawPath and
+// signRequest adds date, payload hash and Authorization to req, whose RawPath and
 // RawQuery must be what uriEncode and encodeQuery make. It signs every header
 // that is set, but those that hops in between may change. The body is not read.
 // (Signature Version 4, "Authenticating Requests: Using the Authorization
 // Header".)
-func (k *s3dayKey) sign(req *http.Request, accessKey, payload string, at time.Time) {
+func (k *s3SigningKey) signRequest(req *http.Request, accessKey, payload string, at time.Time) {
 	stamp := at.UTC().Format("20060102T150405Z")
 	req.Header.Set("X-Amz-Date", stamp)
 	req.Header.Set("X-Amz-Content-Sha256", payload)

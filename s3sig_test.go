@@ -68,7 +68,7 @@ func TestSignVectors(t *testing.T) {
 	for name, v := range vectors() {
 		req := v.request()
 		req.Header.Set("Accept-Encoding", "identity") // never part of a signature
-		newDayKey(vectorSecret, "20130524", "us-east-1").sign(req, vectorKey, sha256Hex([]byte(v.body)), at)
+		deriveSigningKey(vectorSecret, "20130524", "us-east-1").signRequest(req, vectorKey, sha256Hex([]byte(v.body)), at)
 		auth := req.Header.Get("Authorization")
 		if !strings.HasSuffix(auth, "Signature="+v.want) || strings.Contains(auth, "accept-encoding") {
 			t.Errorf("%s: %s, want signature %s", name, auth, v.want)
@@ -78,27 +78,27 @@ func TestSignVectors(t *testing.T) {
 
 func TestDayKeyFollowsDayAndRegion(t *testing.T) {
 	t.Parallel()
-	c := &s3client{cfg: s3config{secretKey: "s"}}
+	c := &s3Client{cfg: s3Config{secretKey: "s"}}
 	at := time.Date(2026, 1, 1, 23, 59, 59, 0, time.UTC)
-	a := c.dayKey("r", at)
-	if c.dayKey("r", at) != a {
+	a := c.signingKey("r", at)
+	if c.signingKey("r", at) != a {
 		t.Error("the key was derived again for the same day")
 	}
-	if k := c.dayKey("r", at.Add(time.Second)); k.day != "20260102" || bytes.Equal(k.key, a.key) {
+	if k := c.signingKey("r", at.Add(time.Second)); k.day != "20260102" || bytes.Equal(k.key, a.key) {
 		t.Error("the key outlived its day")
 	}
-	if k := c.dayKey("q", at); k.region != "q" || bytes.Equal(k.key, a.key) {
+	if k := c.signingKey("q", at); k.region != "q" || bytes.Equal(k.key, a.key) {
 		t.Error("the key left its region")
 	}
 }
 
 func BenchmarkSign(b *testing.B) {
 	v := vectors()["get with a range"]
-	c := &s3client{cfg: s3config{accessKey: vectorKey, secretKey: vectorSecret}}
+	c := &s3Client{cfg: s3Config{accessKey: vectorKey, secretKey: vectorSecret}}
 	at := time.Date(2013, 5, 24, 0, 0, 0, 0, time.UTC)
 	b.ReportAllocs()
 	for b.Loop() {
-		c.dayKey("us-east-1", at).sign(v.request(), vectorKey, emptySHA256, at)
+		c.signingKey("us-east-1", at).signRequest(v.request(), vectorKey, emptySHA256, at)
 	}
 }
 
@@ -159,32 +159,32 @@ func FuzzS3Answer(f *testing.F) {
 	f.Add(502, "<html>Bad Gateway")
 	f.Fuzz(func(t *testing.T, status int, body string) {
 		resp := &http.Response{StatusCode: status, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(body))}
-		text := refusal(resp, s3place{}, time.Time{}).Error()
+		text := readRefusal(resp, s3Endpoint{}, time.Time{}).Error()
 		if len(text) > 4*s3TextLimit || strings.ContainsAny(text, "\r\n\x00") {
 			t.Fatalf("error text %q", text)
 		}
 		resp.Body = io.NopCloser(strings.NewReader(body))
-		_ = readXML(resp, &s3page{}, s3place{}, time.Time{})
+		_ = readXML(resp, &s3ObjectsPage{}, s3Endpoint{}, time.Time{})
 	})
 }
 
 func TestNewS3Refuses(t *testing.T) {
 	t.Parallel()
-	good := s3config{host: "h:9000", bucket: "b", accessKey: "a", secretKey: "s3cr3t", now: time.Now}
-	if _, err := newS3(good); err != nil {
+	good := s3Config{host: "h:9000", bucket: "b", accessKey: "a", secretKey: "s3cr3t", now: time.Now}
+	if _, err := newS3Client(good); err != nil {
 		t.Fatal(err)
 	}
-	for name, spoil := range map[string]func(*s3config){
-		"url as host":    func(c *s3config) { c.host = "http://h" },
-		"no host":        func(c *s3config) { c.host = "" },
-		"bucket path":    func(c *s3config) { c.bucket = "a/b" },
-		"no secret":      func(c *s3config) { c.secretKey = "" },
-		"no access key":  func(c *s3config) { c.accessKey = "" },
-		"nobody's clock": func(c *s3config) { c.now = nil },
+	for name, spoil := range map[string]func(*s3Config){
+		"url as host":    func(c *s3Config) { c.host = "http://h" },
+		"no host":        func(c *s3Config) { c.host = "" },
+		"bucket path":    func(c *s3Config) { c.bucket = "a/b" },
+		"no secret":      func(c *s3Config) { c.secretKey = "" },
+		"no access key":  func(c *s3Config) { c.accessKey = "" },
+		"nobody's clock": func(c *s3Config) { c.now = nil },
 	} {
 		cfg := good
 		spoil(&cfg)
-		if _, err := newS3(cfg); err == nil || strings.Contains(err.Error(), "s3cr3t") {
+		if _, err := newS3Client(cfg); err == nil || strings.Contains(err.Error(), "s3cr3t") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -194,12 +194,12 @@ func TestNewS3Refuses(t *testing.T) {
 }
 
 // client makes a client of a fake server.
-func (f *fakeS3) client(change ...func(*s3config)) *s3client {
+func (f *fakeS3) client(change ...func(*s3Config)) *s3Client {
 	cfg := f.config()
 	for _, ch := range change {
 		ch(&cfg)
 	}
-	c, err := newS3(cfg)
+	c, err := newS3Client(cfg)
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -207,8 +207,8 @@ func (f *fakeS3) client(change ...func(*s3config)) *s3client {
 }
 
 // putOf is an object of that content, with metadata that is its own.
-func putOf(data []byte) s3put {
-	return s3put{body: bytes.NewReader(data), size: int64(len(data)), sha256: sha256Hex(data), contentType: "text/plain",
+func putOf(data []byte) s3PutInput {
+	return s3PutInput{body: bytes.NewReader(data), size: int64(len(data)), sha256: sha256Hex(data), contentType: "text/plain",
 		meta: map[string]string{"record": `{"s":"` + sha256Hex(data) + `"}`}}
 }
 
@@ -221,9 +221,9 @@ func pattern(n int) []byte {
 	return b
 }
 
-func wantObject(t *testing.T, c *s3client, key string, data []byte) *s3object {
+func wantObject(t *testing.T, c *s3Client, key string, data []byte) *s3Object {
 	t.Helper()
-	o, err := c.get(t.Context(), key, s3get{})
+	o, err := c.getObject(t.Context(), key, s3GetInput{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,9 +235,9 @@ func wantObject(t *testing.T, c *s3client, key string, data []byte) *s3object {
 	return o
 }
 
-func mustPut(t *testing.T, c *s3client, key string, p s3put) string {
+func mustPut(t *testing.T, c *s3Client, key string, p s3PutInput) string {
 	t.Helper()
-	etag, err := c.put(t.Context(), key, p)
+	etag, err := c.putObject(t.Context(), key, p)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -245,7 +245,7 @@ func mustPut(t *testing.T, c *s3client, key string, p s3put) string {
 }
 
 // testS3 is what every server must do for the client.
-func testS3(t *testing.T, c *s3client, partSize int) {
+func testS3(t *testing.T, c *s3Client, partSize int) {
 	t.Run("bucket", func(t *testing.T) { testS3Bucket(t, c) })
 	t.Run("keys", func(t *testing.T) { testS3Keys(t, c) })
 	t.Run("ranges", func(t *testing.T) { testS3Ranges(t, c) })
@@ -258,11 +258,11 @@ func testS3(t *testing.T, c *s3client, partSize int) {
 	t.Run("corrected", func(t *testing.T) { testS3Corrected(t, c) })
 }
 
-func testS3Bucket(t *testing.T, c *s3client) {
+func testS3Bucket(t *testing.T, c *s3Client) {
 	var wg sync.WaitGroup
 	for range 4 { // replicas that start together
 		wg.Go(func() {
-			if err := c.ready(t.Context()); err != nil {
+			if err := c.ensureBucket(t.Context()); err != nil {
 				t.Error(err)
 			}
 		})
@@ -278,14 +278,14 @@ func oddKeys() []string {
 	return []string{"k/plain", "k/a b", "k/a+b", "k/a~b", "k/a%2Fb", "k/a%b", "k/ä漢", "k/!'()*;:@&=$,?#[]", "k/" + strings.Repeat("x", 200)}
 }
 
-func testS3Keys(t *testing.T, c *s3client) {
+func testS3Keys(t *testing.T, c *s3Client) {
 	keys := oddKeys()
 	for _, key := range keys {
 		mustPut(t, c, key, putOf([]byte(key)))
 		wantObject(t, c, key, []byte(key))
 	}
 	var listed []string
-	err := c.list(t.Context(), "k/", func(i s3item) error {
+	err := c.listObjects(t.Context(), "k/", func(i s3ListedObject) error {
 		if i.size != int64(len(i.key)) || i.etag == "" || i.modified.IsZero() {
 			t.Errorf("listed as %+v", i)
 		}
@@ -298,24 +298,24 @@ func testS3Keys(t *testing.T, c *s3client) {
 		t.Errorf("listed %q, %v, want %q", listed, err, keys)
 	}
 	stop := errors.New("enough")
-	if err := c.list(t.Context(), "k/", func(s3item) error { return stop }); !errors.Is(err, stop) {
+	if err := c.listObjects(t.Context(), "k/", func(s3ListedObject) error { return stop }); !errors.Is(err, stop) {
 		t.Errorf("the callback's error came back as %v", err)
 	}
 	for _, key := range keys {
-		if err := cmp.Or(c.delete(t.Context(), key), c.delete(t.Context(), key)); err != nil {
+		if err := cmp.Or(c.deleteObject(t.Context(), key), c.deleteObject(t.Context(), key)); err != nil {
 			t.Errorf("deleting %q twice: %v", key, err)
 		}
 	}
-	if err := c.list(t.Context(), "k/", func(i s3item) error { t.Errorf("left: %q", i.key); return nil }); err != nil {
+	if err := c.listObjects(t.Context(), "k/", func(i s3ListedObject) error { t.Errorf("left: %q", i.key); return nil }); err != nil {
 		t.Error(err)
 	}
 }
 
-func testS3Ranges(t *testing.T, c *s3client) {
+func testS3Ranges(t *testing.T, c *s3Client) {
 	data := pattern(1000)
 	mustPut(t, c, "range", putOf(data))
-	for _, g := range []s3get{{}, {off: 1}, {off: 999}, {n: 1}, {off: 10, n: 20}, {off: 990, n: 100}} {
-		o, err := c.get(t.Context(), "range", g)
+	for _, g := range []s3GetInput{{}, {off: 1}, {off: 999}, {n: 1}, {off: 10, n: 20}, {off: 990, n: 100}} {
+		o, err := c.getObject(t.Context(), "range", g)
 		if err != nil {
 			t.Fatalf("%+v: %v", g, err)
 		}
@@ -330,26 +330,26 @@ func testS3Ranges(t *testing.T, c *s3client) {
 		}
 	}
 	var e *s3Error
-	if _, err := c.get(t.Context(), "range", s3get{off: 1000}); !errors.As(err, &e) || e.status != 416 {
+	if _, err := c.getObject(t.Context(), "range", s3GetInput{off: 1000}); !errors.As(err, &e) || e.status != 416 {
 		t.Errorf("beyond the end: %v", err)
 	}
 	mustPut(t, c, "empty", putOf(nil))
 	wantObject(t, c, "empty", nil)
 }
 
-func testS3Conditions(t *testing.T, c *s3client) {
+func testS3Conditions(t *testing.T, c *s3Client) {
 	old := mustPut(t, c, "cond", putOf([]byte("old")))
 	if o := wantObject(t, c, "cond", []byte("old")); o.etag != old {
 		t.Errorf("put said ETag %s, get %s", old, o.etag)
 	}
-	if _, err := c.get(t.Context(), "cond", s3get{ifNoneMatch: old}); !errors.Is(err, errS3Same) {
+	if _, err := c.getObject(t.Context(), "cond", s3GetInput{ifNoneMatch: old}); !errors.Is(err, errS3NotModified) {
 		t.Errorf("If-None-Match with the same: %v", err)
 	}
 	mustPut(t, c, "cond", putOf([]byte("new!")))
-	if _, err := c.get(t.Context(), "cond", s3get{off: 1, ifMatch: old}); !errors.Is(err, errS3Changed) {
+	if _, err := c.getObject(t.Context(), "cond", s3GetInput{off: 1, ifMatch: old}); !errors.Is(err, errS3PreconditionFailed) {
 		t.Errorf("If-Match with the old: %v", err)
 	}
-	o, err := c.get(t.Context(), "cond", s3get{off: 1, ifNoneMatch: old})
+	o, err := c.getObject(t.Context(), "cond", s3GetInput{off: 1, ifNoneMatch: old})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -357,41 +357,41 @@ func testS3Conditions(t *testing.T, c *s3client) {
 }
 
 // testS3PutConditions is apart: not every server has it.
-func testS3PutConditions(t *testing.T, c *s3client, size int) {
+func testS3PutConditions(t *testing.T, c *s3Client, size int) {
 	p := putOf(pattern(size))
 	p.ifNoneMatch = "*"
 	etag := mustPut(t, c, "once", p)
-	if _, err := c.put(t.Context(), "once", p); !errors.Is(err, errS3Changed) {
+	if _, err := c.putObject(t.Context(), "once", p); !errors.Is(err, errS3PreconditionFailed) {
 		t.Errorf("replaced against If-None-Match: %v", err)
 	}
 	p.ifNoneMatch, p.ifMatch = "", etag
 	mustPut(t, c, "once", p)
-	if err := c.delete(t.Context(), "once"); err != nil {
+	if err := c.deleteObject(t.Context(), "once"); err != nil {
 		t.Error(err)
 	}
 }
 
-func testS3Metadata(t *testing.T, c *s3client) {
+func testS3Metadata(t *testing.T, c *s3Client) {
 	p := putOf([]byte("x"))
 	p.meta = map[string]string{"record": `{"p":"a  b, c","q":"\\u00e4"}` + strings.Repeat("y", 1900)}
 	mustPut(t, c, "meta", p)
-	o, err := c.head(t.Context(), "meta")
+	o, err := c.headObject(t.Context(), "meta")
 	if err != nil || o.meta["record"] != p.meta["record"] || o.size != 1 || o.modified.IsZero() {
 		t.Fatalf("head: %+v, %v", o, err)
 	}
 	p.meta["record"] += strings.Repeat("y", 9000)
-	if _, err := c.put(t.Context(), "meta", p); err == nil {
+	if _, err := c.putObject(t.Context(), "meta", p); err == nil {
 		t.Error("metadata beyond the limit was taken")
 	}
 	for _, v := range []string{"ä", " x", "x ", "a\nb", "a\x00"} {
 		p.meta["record"] = v
-		if _, err := c.put(t.Context(), "meta", p); !errors.Is(err, errS3Metadata) {
+		if _, err := c.putObject(t.Context(), "meta", p); !errors.Is(err, errS3Metadata) {
 			t.Errorf("metadata %q: %v", v, err)
 		}
 	}
 }
 
-func testS3Parts(t *testing.T, c *s3client, partSize int) {
+func testS3Parts(t *testing.T, c *s3Client, partSize int) {
 	for _, n := range []int{partSize, partSize + 1, 2 * partSize, 5*partSize + 3} {
 		key := fmt.Sprintf("parts/a +%d", n)
 		p := putOf(pattern(n))
@@ -400,74 +400,77 @@ func testS3Parts(t *testing.T, c *s3client, partSize int) {
 		if o.etag != etag || o.meta["record"] != p.meta["record"] {
 			t.Errorf("%d bytes: ETag %s then %s, meta %v", n, etag, o.etag, o.meta)
 		}
-		if err := c.delete(t.Context(), key); err != nil {
+		if err := c.deleteObject(t.Context(), key); err != nil {
 			t.Error(err)
 		}
 	}
 }
 
-func testS3Sweep(t *testing.T, c *s3client) {
+func testS3Sweep(t *testing.T, c *s3Client) {
 	const key = "sweep/a +b"
 	for range 3 {
-		if _, err := c.begin(t.Context(), key, s3put{}); err != nil {
+		if _, err := c.createMultipartUpload(t.Context(), key, s3PutInput{}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if n, err := c.sweep(t.Context(), key, time.Hour); n != 0 || err != nil {
+	if n, err := c.abortOldUploads(t.Context(), key, time.Hour); n != 0 || err != nil {
 		t.Errorf("young uploads: %d swept, %v", n, err)
 	}
-	if n, err := c.sweep(t.Context(), key, -time.Hour); n != 3 || err != nil {
+	if n, err := c.abortOldUploads(t.Context(), key, -time.Hour); n != 3 || err != nil {
 		t.Errorf("old uploads: %d swept, %v", n, err)
 	}
-	if n, err := c.sweep(t.Context(), key, -time.Hour); n != 0 || err != nil {
+	if n, err := c.abortOldUploads(t.Context(), key, -time.Hour); n != 0 || err != nil {
 		t.Errorf("again: %d swept, %v", n, err)
 	}
 }
 
-func testS3Missing(t *testing.T, c *s3client) {
-	if _, err := c.get(t.Context(), "nobody/here", s3get{off: 5}); !errors.Is(err, fs.ErrNotExist) {
+func testS3Missing(t *testing.T, c *s3Client) {
+	if _, err := c.getObject(t.Context(), "nobody/here", s3GetInput{off: 5}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("get: %v", err)
 	}
-	if _, err := c.head(t.Context(), "nobody/here"); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := c.headObject(t.Context(), "nobody/here"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("head: %v", err)
 	}
-	if err := c.abort(t.Context(), "nobody/here", "bm9uZQ"); err != nil {
+	if err := c.abortMultipartUpload(t.Context(), "nobody/here", "bm9uZQ"); err != nil {
 		t.Errorf("aborting what is not there: %v", err)
 	}
 }
 
-func testS3Cancelled(t *testing.T, c *s3client) {
+func testS3Cancelled(t *testing.T, c *s3Client) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := c.get(ctx, "x", s3get{}); !errors.Is(err, context.Canceled) {
+	if _, err := c.getObject(ctx, "x", s3GetInput{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("get: %v", err)
 	}
-	if _, err := c.put(ctx, "x", putOf([]byte("x"))); !errors.Is(err, context.Canceled) {
+	if _, err := c.putObject(ctx, "x", putOf([]byte("x"))); !errors.Is(err, context.Canceled) {
 		t.Errorf("put: %v", err)
 	}
 }
 
 // testS3Corrected: a wrong clock and a wrong region are got over, by each
 // operation as the first of a client.
-func testS3Corrected(t *testing.T, c *s3client) {
-	for name, spoil := range map[string]func(*s3config){
-		"clock ahead":  func(cfg *s3config) { cfg.now = func() time.Time { return time.Now().Add(6 * time.Hour) } },
-		"clock behind": func(cfg *s3config) { cfg.now = func() time.Time { return time.Now().Add(-60 * 24 * time.Hour) } },
-		"region":       func(cfg *s3config) { cfg.region = "no-where-1" },
+func testS3Corrected(t *testing.T, c *s3Client) {
+	for name, spoil := range map[string]func(*s3Config){
+		"clock ahead":  func(cfg *s3Config) { cfg.now = func() time.Time { return time.Now().Add(6 * time.Hour) } },
+		"clock behind": func(cfg *s3Config) { cfg.now = func() time.Time { return time.Now().Add(-60 * 24 * time.Hour) } },
+		"region":       func(cfg *s3Config) { cfg.region = "no-where-1" },
 	} {
-		for op, do := range map[string]func(*s3client) error{
-			"put":   func(c *s3client) error { _, err := c.put(t.Context(), "fix", putOf([]byte("x"))); return err },
-			"parts": func(c *s3client) error { _, err := c.begin(t.Context(), "fix", s3put{}); return err },
-			"ready": func(c *s3client) error { return c.ready(t.Context()) },
-			"head":  func(c *s3client) error { _, err := c.head(t.Context(), "fix"); return notMissing(err) },
-			"get": func(c *s3client) error {
-				_, err := c.get(t.Context(), "nobody/here", s3get{})
+		for op, do := range map[string]func(*s3Client) error{
+			"put": func(c *s3Client) error { _, err := c.putObject(t.Context(), "fix", putOf([]byte("x"))); return err },
+			"parts": func(c *s3Client) error {
+				_, err := c.createMultipartUpload(t.Context(), "fix", s3PutInput{})
+				return err
+			},
+			"ready": func(c *s3Client) error { return c.ensureBucket(t.Context()) },
+			"head":  func(c *s3Client) error { _, err := c.headObject(t.Context(), "fix"); return notMissing(err) },
+			"get": func(c *s3Client) error {
+				_, err := c.getObject(t.Context(), "nobody/here", s3GetInput{})
 				return notMissing(err)
 			},
 		} {
 			cfg := c.cfg
 			spoil(&cfg)
-			wrong, err := newS3(cfg)
+			wrong, err := newS3Client(cfg)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -476,7 +479,7 @@ func testS3Corrected(t *testing.T, c *s3client) {
 			}
 		}
 	}
-	if _, err := c.sweep(t.Context(), "fix", -time.Hour); err != nil {
+	if _, err := c.abortOldUploads(t.Context(), "fix", -time.Hour); err != nil {
 		t.Error(err)
 	}
 }
@@ -490,18 +493,18 @@ func notMissing(err error) error {
 
 func TestS3Fake(t *testing.T) {
 	t.Parallel()
-	for name, change := range map[string]func(*fakeS3, *s3config){
-		"path style":     func(*fakeS3, *s3config) {},
-		"virtual host":   func(_ *fakeS3, c *s3config) { c.virtualHost, c.host = true, "s3.test:80" },
-		"another region": func(f *fakeS3, c *s3config) { f.region = "eu-test-1" },
-		"small pages":    func(f *fakeS3, c *s3config) { f.pageSize = 2 },
-		"clock ahead":    func(f *fakeS3, c *s3config) { f.now = func() time.Time { return time.Now().Add(-3 * time.Hour) } },
+	for name, change := range map[string]func(*fakeS3, *s3Config){
+		"path style":     func(*fakeS3, *s3Config) {},
+		"virtual host":   func(_ *fakeS3, c *s3Config) { c.virtualHost, c.host = true, "s3.test:80" },
+		"another region": func(f *fakeS3, c *s3Config) { f.region = "eu-test-1" },
+		"small pages":    func(f *fakeS3, c *s3Config) { f.pageSize = 2 },
+		"clock ahead":    func(f *fakeS3, c *s3Config) { f.now = func() time.Time { return time.Now().Add(-3 * time.Hour) } },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f := newFakeS3(t)
 			f.drop("")
-			c := f.client(func(cfg *s3config) { change(f, cfg) })
+			c := f.client(func(cfg *s3Config) { change(f, cfg) })
 			testS3(t, c, 64<<10)
 			testS3PutConditions(t, c, 10)
 			testS3PutConditions(t, c, 200<<10)
@@ -516,11 +519,11 @@ func TestS3Real(t *testing.T) {
 	testS3(t, c, 5<<20)
 	cfg := c.cfg
 	cfg.secretKey = "not-the-secret"
-	wrong, err := newS3(cfg)
+	wrong, err := newS3Client(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := wrong.ready(t.Context()); !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), cfg.secretKey) {
+	if err := wrong.ensureBucket(t.Context()); !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), cfg.secretKey) {
 		t.Errorf("wrong credentials: %v", err)
 	}
 	if os.Getenv("TEST_S3_CONDITIONS") != "" {
@@ -529,14 +532,14 @@ func TestS3Real(t *testing.T) {
 	}
 }
 
-func realS3(t testing.TB, partSize int64) *s3client {
+func realS3(t testing.TB, partSize int64) *s3Client {
 	u, err := url.Parse(os.Getenv("TEST_S3"))
 	if err != nil || u.Host == "" {
 		t.Skip("TEST_S3 is not set")
 	}
 	secret, _ := u.User.Password()
-	c, err := newS3(s3config{host: u.Host, secure: u.Scheme == "https", bucket: strings.Trim(u.Path, "/"), accessKey: u.User.Username(),
-		secretKey: secret, partSize: partSize, now: time.Now, transport: s3transport()})
+	c, err := newS3Client(s3Config{host: u.Host, secure: u.Scheme == "https", bucket: strings.Trim(u.Path, "/"), accessKey: u.User.Username(),
+		secretKey: secret, partSize: partSize, now: time.Now, transport: newS3Transport()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -548,7 +551,7 @@ func TestS3LargePartsAreEqual(t *testing.T) {
 	t.Parallel()
 	f := newFakeS3(t)
 	f.largeParts = true
-	c := f.client(func(cfg *s3config) { cfg.partSize = 5 << 20 })
+	c := f.client(func(cfg *s3Config) { cfg.partSize = 5 << 20 })
 	data := pattern(11 << 20)
 	if etag := mustPut(t, c, "large", putOf(data)); !strings.HasSuffix(etag, `-3"`) {
 		t.Errorf("ETag %s", etag)
@@ -557,7 +560,7 @@ func TestS3LargePartsAreEqual(t *testing.T) {
 	for _, tt := range []struct{ size, want int64 }{
 		{1, s3PartSize}, {s3PartSize * s3MaxParts, s3PartSize}, {s3PartSize*s3MaxParts + 1, s3PartSize + 1<<20}, {5 << 40, 525 << 20},
 	} {
-		if got := partSize(tt.size, s3PartSize); got != tt.want || (tt.size+got-1)/got > s3MaxParts {
+		if got := choosePartSize(tt.size, s3PartSize); got != tt.want || (tt.size+got-1)/got > s3MaxParts {
 			t.Errorf("partSize(%d) = %d, want %d", tt.size, got, tt.want)
 		}
 	}
@@ -630,7 +633,7 @@ func TestS3FaultsStay(t *testing.T) {
 			if tt.op == "PutObject" {
 				size = 1000
 			}
-			_, err := c.put(t.Context(), "k", putOf(pattern(size)))
+			_, err := c.putObject(t.Context(), "k", putOf(pattern(size)))
 			if err == nil || tt.target != nil && !errors.Is(err, tt.target) || errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("error %v, want %v", err, tt.target)
 			}
@@ -663,7 +666,7 @@ func TestS3LostAcknowledgement(t *testing.T) {
 	f.failOnce("CompleteMultipartUpload", 100, false, fakeFault{})
 	p := putOf(pattern(200 << 10))
 	p.meta["record"] = "another"
-	if _, err := c.put(t.Context(), "reset", p); err == nil {
+	if _, err := c.putObject(t.Context(), "reset", p); err == nil {
 		t.Error("an old object was taken for the new one")
 	}
 }
@@ -679,7 +682,7 @@ func TestS3ConditionalPutWithLostAnswer(t *testing.T) {
 	other := putOf([]byte("later"))
 	other.ifNoneMatch = "*"
 	f.failOnce("PutObject", 1, false, fakeFault{})
-	if _, err := c.put(t.Context(), "k", other); !errors.Is(err, errS3Changed) {
+	if _, err := c.putObject(t.Context(), "k", other); !errors.Is(err, errS3PreconditionFailed) {
 		t.Errorf("replaced against the condition: %v", err)
 	}
 }
@@ -696,7 +699,7 @@ func TestS3AbortsWhenTheCallerLeaves(t *testing.T) {
 		}
 		return true, nil
 	})
-	if _, err := c.put(ctx, "k", putOf(pattern(400<<10))); !errors.Is(err, context.Canceled) {
+	if _, err := c.putObject(ctx, "k", putOf(pattern(400<<10))); !errors.Is(err, context.Canceled) {
 		t.Errorf("put: %v", err)
 	}
 	if f.count("AbortMultipartUpload") != 1 || f.pending() > 0 {
@@ -711,11 +714,11 @@ func TestS3AbortThatFailsIsSwept(t *testing.T) {
 	f.fail(func(op, _ string) (bool, *fakeFault) {
 		return false, map[string]*fakeFault{"UploadPart": {status: 403, code: "AccessDenied"}, "AbortMultipartUpload": {status: 503, code: "SlowDown"}}[op]
 	})
-	if _, err := c.put(t.Context(), "k", putOf(pattern(400<<10))); !errors.Is(err, fs.ErrPermission) {
+	if _, err := c.putObject(t.Context(), "k", putOf(pattern(400<<10))); !errors.Is(err, fs.ErrPermission) {
 		t.Errorf("put: %v", err)
 	}
 	f.fail(nil)
-	if n, err := c.sweep(t.Context(), "", -time.Minute); n != 1 || err != nil || f.pending() > 0 {
+	if n, err := c.abortOldUploads(t.Context(), "", -time.Minute); n != 1 || err != nil || f.pending() > 0 {
 		t.Errorf("%d swept, %v", n, err)
 	}
 }
@@ -729,16 +732,16 @@ func TestS3ReadsPassFaults(t *testing.T) {
 		f.failOnce("GetObject", 2, true, fault)
 		wantObject(t, c, "k", pattern(1000))
 		f.failOnce("ListObjectsV2", 2, true, fault)
-		if err := c.list(t.Context(), "", func(s3item) error { return nil }); err != nil {
+		if err := c.listObjects(t.Context(), "", func(s3ListedObject) error { return nil }); err != nil {
 			t.Error(err)
 		}
 		f.failOnce("DeleteObject", 1, true, fault)
-		if err := c.delete(t.Context(), "x"); err != nil {
+		if err := c.deleteObject(t.Context(), "x"); err != nil {
 			t.Error(err)
 		}
 	}
 	f.failOnce("ListObjectsV2", 2, true, fakeFault{cut: 60})
-	if err := c.list(t.Context(), "", func(s3item) error { return nil }); err != nil {
+	if err := c.listObjects(t.Context(), "", func(s3ListedObject) error { return nil }); err != nil {
 		t.Errorf("a page that was cut: %v", err)
 	}
 }
@@ -749,7 +752,7 @@ func TestS3CutBodyIsNoCleanEnd(t *testing.T) {
 	c := f.client()
 	mustPut(t, c, "k", putOf(pattern(1000)))
 	f.failOnce("GetObject", 1, true, fakeFault{cut: 500})
-	o, err := c.get(t.Context(), "k", s3get{})
+	o, err := c.getObject(t.Context(), "k", s3GetInput{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -777,7 +780,7 @@ func TestS3LearnsTheRegion(t *testing.T) {
 	g.region = "eu-test-2"
 	c = g.client()
 	g.failOnce("GetObject", 1, false, fakeFault{status: 301, code: "PermanentRedirect", region: "eu-test-2"})
-	if _, err := c.get(t.Context(), "k", s3get{}); !errors.Is(err, fs.ErrNotExist) || g.count("GetObject") != 2 {
+	if _, err := c.getObject(t.Context(), "k", s3GetInput{}); !errors.Is(err, fs.ErrNotExist) || g.count("GetObject") != 2 {
 		t.Errorf("after a redirect: %v", err)
 	}
 }
@@ -789,7 +792,7 @@ func TestRegionHost(t *testing.T) {
 		{"s3.us-west-2.amazonaws.com", "us-west-2", "eu-west-1", "s3.eu-west-1.amazonaws.com"},
 		{"minio:9000", "us-east-1", "eu-west-1", "minio:9000"},
 	} {
-		if got := regionHost(s3place{tt[0], tt[1]}, tt[2]); got != tt[3] {
+		if got := regionHost(s3Endpoint{tt[0], tt[1]}, tt[2]); got != tt[3] {
 			t.Errorf("%s for %s: %s, want %s", tt[0], tt[2], got, tt[3])
 		}
 	}
@@ -802,7 +805,7 @@ func TestS3CorrectsTheClock(t *testing.T) {
 		f.now = func() time.Time { return time.Now().Add(ahead) }
 		c := f.client()
 		// A HEAD's refusal says no more than 403.
-		if _, err := c.head(t.Context(), "k"); !errors.Is(err, fs.ErrNotExist) {
+		if _, err := c.headObject(t.Context(), "k"); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("head: %v", err)
 		}
 		mustPut(t, f.client(), "k", putOf(pattern(10)))
@@ -818,7 +821,7 @@ func TestS3Bucket(t *testing.T) {
 	f := newFakeS3(t)
 	c := f.client()
 	f.drop("")
-	if _, err := c.get(t.Context(), "k", s3get{}); !errors.Is(err, errS3NoBucket) || errors.Is(err, fs.ErrNotExist) {
+	if _, err := c.getObject(t.Context(), "k", s3GetInput{}); !errors.Is(err, errS3NoBucket) || errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("get without a bucket: %v", err)
 	}
 	mustPut(t, c, "k", putOf(pattern(10)))
@@ -827,10 +830,10 @@ func TestS3Bucket(t *testing.T) {
 	wantObject(t, c, "k", pattern(200<<10))
 	f.drop("")
 	f.foreign = true
-	if err := c.ready(t.Context()); err == nil {
+	if err := c.ensureBucket(t.Context()); err == nil {
 		t.Error("somebody else's bucket is ready")
 	}
-	if _, err := c.put(t.Context(), "k", putOf(pattern(10))); !errors.Is(err, errS3NoBucket) {
+	if _, err := c.putObject(t.Context(), "k", putOf(pattern(10))); !errors.Is(err, errS3NoBucket) {
 		t.Errorf("put into somebody else's: %v", err)
 	}
 }
@@ -842,7 +845,7 @@ func TestS3ReadOnlyBucket(t *testing.T) {
 	mustPut(t, c, "k", putOf(pattern(10)))
 	f.readOnly = true
 	for _, size := range []int{10, 200 << 10} {
-		if _, err := c.put(t.Context(), "k", putOf(pattern(size))); !errors.Is(err, fs.ErrPermission) {
+		if _, err := c.putObject(t.Context(), "k", putOf(pattern(size))); !errors.Is(err, fs.ErrPermission) {
 			t.Errorf("put: %v", err)
 		}
 	}
@@ -853,10 +856,10 @@ func TestS3WrongCredentials(t *testing.T) {
 	t.Parallel()
 	f := newFakeS3(t)
 	f.badSignature = true
-	for _, change := range []func(*s3config){
-		func(c *s3config) { c.accessKey = "nobody" }, func(c *s3config) { c.secretKey = "wrong-secret" },
+	for _, change := range []func(*s3Config){
+		func(c *s3Config) { c.accessKey = "nobody" }, func(c *s3Config) { c.secretKey = "wrong-secret" },
 	} {
-		_, err := f.client(change).get(t.Context(), "k", s3get{})
+		_, err := f.client(change).getObject(t.Context(), "k", s3GetInput{})
 		if !errors.Is(err, fs.ErrPermission) || f.count("") != 1 {
 			t.Errorf("get: %v", err)
 		}
@@ -876,12 +879,12 @@ func TestS3AnswersThatMakeNoSense(t *testing.T) {
 		"no length":     {StatusCode: 206, ContentLength: -1, Header: http.Header{"Content-Range": {"bytes 5-9/10"}}},
 		"beyond size":   {StatusCode: 206, ContentLength: 5, Header: http.Header{"Content-Range": {"bytes 5-9/9"}}},
 	} {
-		c := &s3client{cfg: s3config{now: time.Now, transport: roundTrip(func(*http.Request) (*http.Response, error) {
+		c := &s3Client{cfg: s3Config{now: time.Now, transport: roundTrip(func(*http.Request) (*http.Response, error) {
 			answer.Body = io.NopCloser(strings.NewReader("0123456789"))
 			return answer, nil
 		})}}
-		c.place.Store(&s3place{"h", "r"})
-		if _, err := c.get(t.Context(), "k", s3get{off: 5}); !errors.Is(err, errS3Answer) {
+		c.endpoint.Store(&s3Endpoint{"h", "r"})
+		if _, err := c.getObject(t.Context(), "k", s3GetInput{off: 5}); !errors.Is(err, errS3BadAnswer) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -892,8 +895,8 @@ type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
-func timedClient(t *testing.T, rt roundTrip) *s3client {
-	c, err := newS3(s3config{host: "h", bucket: "b", accessKey: "a", secretKey: "s", now: time.Now, transport: rt})
+func timedClient(t *testing.T, rt roundTrip) *s3Client {
+	c, err := newS3Client(s3Config{host: "h", bucket: "b", accessKey: "a", secretKey: "s", now: time.Now, transport: rt})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -910,8 +913,8 @@ func TestS3HangIsGivenUp(t *testing.T) {
 			return nil, r.Context().Err()
 		})
 		begin := time.Now()
-		_, err := c.get(t.Context(), "k", s3get{})
-		if took := time.Since(begin); !errors.Is(err, errS3Idle) || n != 2 || took > 3*s3ReadWait {
+		_, err := c.getObject(t.Context(), "k", s3GetInput{})
+		if took := time.Since(begin); !errors.Is(err, errS3Timeout) || n != 2 || took > 3*s3ReadTimeout {
 			t.Errorf("%d attempts in %v: %v", n, took, err)
 		}
 	})
@@ -927,7 +930,7 @@ func TestS3SlowIsNotHung(t *testing.T) {
 			body.ctx = r.Context()
 			return &http.Response{StatusCode: 200, ContentLength: 101, Body: body}, nil
 		})
-		o, err := c.get(t.Context(), "k", s3get{})
+		o, err := c.getObject(t.Context(), "k", s3GetInput{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -937,7 +940,7 @@ func TestS3SlowIsNotHung(t *testing.T) {
 			t.Errorf("%d bytes, %v", len(b), err)
 		}
 		body.pause = 70 * time.Second
-		if _, err := o.body.Read(make([]byte, 1)); !errors.Is(err, errS3Idle) {
+		if _, err := o.body.Read(make([]byte, 1)); !errors.Is(err, errS3Timeout) {
 			t.Errorf("silence of 70 s: %v", err)
 		}
 	})
@@ -973,7 +976,7 @@ func TestS3SlowUpload(t *testing.T) {
 				}
 			}
 		})
-		if _, err := c.put(t.Context(), "k", putOf(pattern(200))); err != nil {
+		if _, err := c.putObject(t.Context(), "k", putOf(pattern(200))); err != nil {
 			t.Error(err)
 		}
 	})
@@ -991,7 +994,7 @@ func TestS3BacksOff(t *testing.T) {
 		})
 		begin := time.Now()
 		c.cfg.now = func() time.Time { return begin.Add(time.Duration(len(stamps)) * time.Second) }
-		if _, err := c.put(t.Context(), "k", putOf(pattern(10))); err == nil || len(stamps) != s3WriteTries {
+		if _, err := c.putObject(t.Context(), "k", putOf(pattern(10))); err == nil || len(stamps) != s3WriteTries {
 			t.Errorf("%d attempts: %v", len(stamps), err)
 		}
 		if took := time.Since(begin); took < 5*time.Second || took > 12*time.Second {
@@ -1002,7 +1005,7 @@ func TestS3BacksOff(t *testing.T) {
 		}
 	})
 	for n := range 70 {
-		if d := backoff(n + 1); d < 50*time.Millisecond || d > 5*time.Second {
+		if d := retryDelay(n + 1); d < 50*time.Millisecond || d > 5*time.Second {
 			t.Errorf("backoff(%d) = %v", n+1, d)
 		}
 	}
@@ -1026,10 +1029,10 @@ func TestS3PartsOverlap(t *testing.T) {
 		})
 		c.cfg.partSize = 10
 		begin := time.Now()
-		if _, err := c.put(t.Context(), "k", putOf(pattern(200))); err != nil {
+		if _, err := c.putObject(t.Context(), "k", putOf(pattern(200))); err != nil {
 			t.Error(err)
 		}
-		if most.Load() != s3Parallel || time.Since(begin) != 20/s3Parallel*time.Second {
+		if most.Load() != s3ParallelParts || time.Since(begin) != 20/s3ParallelParts*time.Second {
 			t.Errorf("%d parts at once, %v in all", most.Load(), time.Since(begin))
 		}
 	})

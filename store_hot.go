@@ -380,7 +380,7 @@ func (t *tiered) finish(c *hotCopy, n int64, w io.Writer) (int64, error) {
 	r.ctx, r.cancel = context.WithCancelCause(t.ctx)
 	defer r.Close()
 	k, err := io.Copy(w, r)
-	if errors.Is(err, errS3Changed) {
+	if errors.Is(err, errS3PreconditionFailed) {
 		err = nil // replaced: not a copy, and nothing to report
 	}
 	return n + k, err

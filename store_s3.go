@@ -84,7 +84,7 @@ var (
 // concurrently, and by several replicas. A body that is open and small enough
 // to be on its way outlives its object; a larger one then ends in an error.
 type s3Store struct {
-	client *s3client
+	client *s3Client
 	online func() bool // announcements of other replicas arrive
 	now    func() time.Time
 	log    *slog.Logger
@@ -102,7 +102,7 @@ type s3Store struct {
 // newS3Store keeps objects in client's bucket; it asks nothing yet. online
 // says whether the other replicas' announcements arrive at the moment; nil is
 // never. The caller closes it after all users.
-func newS3Store(client *s3client, online func() bool) *s3Store {
+func newS3Store(client *s3Client, online func() bool) *s3Store {
 	if online == nil {
 		online = func() bool { return false }
 	}
@@ -192,19 +192,19 @@ func (s *s3Store) head(ctx context.Context, key string) (*record, error) {
 	return s.learn(key, o, t)
 }
 
-func (s *s3Store) askHead(ctx context.Context, key string) (*s3object, error) {
-	return s.ask(ctx, key, func(ctx context.Context) (*s3object, error) { return s.client.head(ctx, key) })
+func (s *s3Store) askHead(ctx context.Context, key string) (*s3Object, error) {
+	return s.ask(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.headObject(ctx, key) })
 }
 
 // get asks for a part of an object. What it holds on to is given back when ctx
 // ends.
-func (s *s3Store) get(ctx context.Context, key string, g s3get) (*s3object, error) {
-	return s.ask(ctx, key, func(ctx context.Context) (*s3object, error) { return s.client.get(ctx, key, g) })
+func (s *s3Store) get(ctx context.Context, key string, g s3GetInput) (*s3Object, error) {
+	return s.ask(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.getObject(ctx, key, g) })
 }
 
 // ask bounds what a client waits for an answer's header, all attempts
 // together, and fails at once while S3 is known to be down.
-func (s *s3Store) ask(ctx context.Context, key string, f func(context.Context) (*s3object, error)) (*s3object, error) {
+func (s *s3Store) ask(ctx context.Context, key string, f func(context.Context) (*s3Object, error)) (*s3Object, error) {
 	began := s.now()
 	flaky, err := s.outage.enter(began)
 	if err != nil {
@@ -215,7 +215,7 @@ func (s *s3Store) ask(ctx context.Context, key string, f func(context.Context) (
 		wait = min(wait, s3FlakyWait)
 	}
 	inner, cancel := context.WithCancelCause(ctx)
-	timer := time.AfterFunc(wait, func() { cancel(errS3Idle) })
+	timer := time.AfterFunc(wait, func() { cancel(errS3Timeout) })
 	o, err := f(inner)
 	timer.Stop()
 	if o == nil || o.body == nil {
@@ -234,7 +234,7 @@ func (s *s3Store) ask(ctx context.Context, key string, f func(context.Context) (
 func (s *s3Store) judge(ctx context.Context, began time.Time, err error) error {
 	refused, _ := errors.AsType[*s3Error](err)
 	switch {
-	case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, errS3Changed), behindEnd(err):
+	case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, errS3PreconditionFailed), behindEnd(err):
 		s.outage.answered(s.now())
 		return err
 	case ctx.Err() != nil:
@@ -257,7 +257,7 @@ func behindEnd(err error) bool {
 
 // learn reads the record that came with o and keeps an immutable file's. An
 // object without a sound one of this key is a miss.
-func (s *s3Store) learn(key string, o *s3object, t ticket) (*record, error) {
+func (s *s3Store) learn(key string, o *s3Object, t ticket) (*record, error) {
 	k, known := s.records.get(key)
 	if text := o.meta[s3RecordField]; !known || k.text != text {
 		rec, err := decodeS3Record(key, o)
@@ -325,7 +325,7 @@ func asciiJSON(v any) (string, error) {
 	return out.String(), nil
 }
 
-func decodeS3Record(key string, o *s3object) (*record, error) {
+func decodeS3Record(key string, o *s3Object) (*record, error) {
 	text, ours := o.meta[s3RecordField]
 	if !ours {
 		return nil, errors.New("no record of ours")
@@ -338,7 +338,7 @@ func decodeS3Record(key string, o *s3object) (*record, error) {
 	case r.Version != s3RecordVersion:
 		return nil, errVersion
 	case !isSHA256(r.SHA256) || r.Size != o.size:
-		return nil, fmt.Errorf("%w: of %d bytes with sha256 %q, the object has %d", errDamaged, r.Size, limitText(r.SHA256), o.size)
+		return nil, fmt.Errorf("%w: of %d bytes with sha256 %q, the object has %d", errDamaged, r.Size, cleanText(r.SHA256), o.size)
 	case keyOf(r.Remote, r.Path) != key:
 		return nil, fmt.Errorf("%w: of another file", errDamaged)
 	}
@@ -370,15 +370,15 @@ func (s *s3Store) store(ctx context.Context, key string, rec *record, spool *os.
 	if s.outage.lasts(t.at) > s3WriteThrough {
 		return ticket{}, errS3Outage
 	}
-	p := s3put{body: spool, size: rec.Size, sha256: rec.SHA256,
+	p := s3PutInput{body: spool, size: rec.Size, sha256: rec.SHA256,
 		meta: map[string]string{s3RecordField: text}, contentType: contentType(path.Base(key), rec.ContentType)}
 	if rec.create {
 		p.ifNoneMatch = "*"
 	}
-	_, err = s.client.put(ctx, key, p)
+	_, err = s.client.putObject(ctx, key, p)
 	s.wrote(err)
 	t = s.replaced(key, t) // without an answer it may have arrived all the same
-	if err := s.judge(ctx, t.at, err); errors.Is(err, errS3Changed) {
+	if err := s.judge(ctx, t.at, err); errors.Is(err, errS3PreconditionFailed) {
 		return ticket{}, errExists
 	} else if err != nil {
 		return ticket{}, err
@@ -410,7 +410,7 @@ func (s *s3Store) delete(ctx context.Context, key string) error {
 		return err
 	}
 	began := s.now()
-	err := s.client.delete(ctx, key)
+	err := s.client.deleteObject(ctx, key)
 	s.forget(key)
 	return s.judge(ctx, began, err)
 }
@@ -453,7 +453,7 @@ func (s *s3Store) eachKey(ctx context.Context, workers int, f func(ctx context.C
 		})
 	}
 	began := s.now()
-	err := s.client.list(inner, "", func(item s3item) error {
+	err := s.client.listObjects(inner, "", func(item s3ListedObject) error {
 		if !validKey(item.key) {
 			return nil // not ours
 		}
@@ -476,7 +476,7 @@ func (s *s3Store) eachKey(ctx context.Context, workers int, f func(ctx context.C
 // not describe, beside running servers. report is told of each object that was
 // dropped or could not be read; dropped counts the former.
 func (s *s3Store) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	err = s.eachKey(ctx, s3Parallel, func(ctx context.Context, one *sync.Mutex, key string) error {
+	err = s.eachKey(ctx, s3ParallelParts, func(ctx context.Context, one *sync.Mutex, key string) error {
 		err := s.verifyObject(ctx, key)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -500,7 +500,7 @@ func (s *s3Store) verify(ctx context.Context, report func(key string, err error)
 func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	o, err := s.get(ctx, key, s3get{})
+	o, err := s.get(ctx, key, s3GetInput{})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // deleted meanwhile
 	}
@@ -543,7 +543,7 @@ func (s *s3Store) dropIf(ctx context.Context, key, etag string, reason error) er
 
 // sweep aborts uploads that were never finished.
 func (s *s3Store) sweep(ctx context.Context) error {
-	n, err := s.client.sweep(ctx, "", s3UploadAge)
+	n, err := s.client.abortOldUploads(ctx, "", s3UploadAge)
 	if n > 0 {
 		s.log.Info("unfinished uploads were aborted", "uploads", n)
 	}

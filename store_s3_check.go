@@ -74,14 +74,14 @@ func (s *s3Store) look() error {
 // tryRead asks for an object that is not there: of all that shows credentials
 // and bucket to be right it costs the least. A missing bucket is made.
 func (s *s3Store) tryRead(ctx context.Context) error {
-	o, err := s.client.get(ctx, s3ProbeKey, s3get{})
+	o, err := s.client.getObject(ctx, s3ProbeKey, s3GetInput{})
 	switch {
 	case err == nil:
 		o.body.Close()
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case errors.Is(err, errS3NoBucket):
-		if cerr := s.client.ready(ctx); cerr != nil {
+		if cerr := s.client.ensureBucket(ctx); cerr != nil {
 			return fmt.Errorf("%w: %w", err, cerr)
 		}
 		return nil
@@ -102,10 +102,10 @@ func (s *s3Store) tryWrite(ctx context.Context, now time.Time) error {
 		}
 		return nil
 	}
-	_, err := s.client.put(ctx, s3ProbeKey, s3put{body: strings.NewReader(""), sha256: emptySHA256,
+	_, err := s.client.putObject(ctx, s3ProbeKey, s3PutInput{body: strings.NewReader(""), sha256: emptySHA256,
 		meta: map[string]string{"probe": strconv.FormatUint(rand.Uint64(), 36)}})
 	if err == nil {
-		_ = s.client.delete(ctx, s3ProbeKey) // it harms nobody
+		_ = s.client.deleteObject(ctx, s3ProbeKey) // it harms nobody
 	}
 	s.wrote(err)
 	if errors.Is(err, fs.ErrPermission) {

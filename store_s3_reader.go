@@ -34,7 +34,7 @@ type s3Reader struct {
 // begin opens the object at r.off and tells its record. Behind the end there
 // is nothing to get, and the record is asked for alone.
 func (r *s3Reader) begin(t ticket) (*record, error) {
-	o, err := r.s.get(r.ctx, r.key, s3get{off: r.off})
+	o, err := r.s.get(r.ctx, r.key, s3GetInput{off: r.off})
 	if behindEnd(err) {
 		o, err = r.s.askHead(r.ctx, r.key)
 	}
@@ -78,15 +78,15 @@ func (r *s3Reader) place() error {
 		return nil
 	}
 	r.drop()
-	o, err := r.s.get(r.ctx, r.key, s3get{off: r.off, ifMatch: r.etag})
+	o, err := r.s.get(r.ctx, r.key, s3GetInput{off: r.off, ifMatch: r.etag})
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%w: it is gone", errS3Changed)
+		return fmt.Errorf("%w: it is gone", errS3PreconditionFailed)
 	case err != nil:
 		return err
 	case o.etag != r.etag || o.etag == "" || o.size != r.size: // If-Match is not for all servers
 		o.body.Close()
-		return fmt.Errorf("%w: it was replaced", errS3Changed)
+		return fmt.Errorf("%w: it was replaced", errS3PreconditionFailed)
 	}
 	r.body, r.at = o.body, r.off
 	return nil
@@ -94,7 +94,7 @@ func (r *s3Reader) place() error {
 
 // torn is nil when it is worth going on after err.
 func (r *s3Reader) torn(err error) error {
-	if errors.Is(err, errS3Changed) || r.ctx.Err() != nil || r.tears == s3Tears {
+	if errors.Is(err, errS3PreconditionFailed) || r.ctx.Err() != nil || r.tears == s3Tears {
 		return err
 	}
 	pause := time.Duration(r.tears*(r.tears+1)/2) * time.Second

@@ -52,15 +52,15 @@ func (l *logBuffer) count(text string) int {
 	return strings.Count(l.b.String(), text)
 }
 
-func newS3Bench(t *testing.T, change ...func(*s3config)) *s3Bench {
+func newS3Bench(t *testing.T, change ...func(*s3Config)) *s3Bench {
 	return newS3BenchAt(t, newFakeS3(t), change...)
 }
 
 // newS3BenchAt makes one more replica at a server.
-func newS3BenchAt(t *testing.T, f *fakeS3, change ...func(*s3config)) *s3Bench {
+func newS3BenchAt(t *testing.T, f *fakeS3, change ...func(*s3Config)) *s3Bench {
 	b := &s3Bench{fake: f, log: new(logBuffer)}
 	b.online.Store(true)
-	change = append(change, func(c *s3config) {
+	change = append(change, func(c *s3Config) {
 		c.now = func() time.Time { return time.Now().Add(time.Duration(b.ahead.Load())) }
 		c.log = slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	})
@@ -122,12 +122,12 @@ func TestS3Objects(t *testing.T) {
 }
 
 // realBucket is a new bucket on the server of TEST_S3.
-func realBucket(t *testing.T) *s3client {
+func realBucket(t *testing.T) *s3Client {
 	cfg := realS3(t, 5<<20).cfg
 	cfg.bucket = fmt.Sprintf("%s-%x", cfg.bucket, rand.Uint64())
-	c, err := newS3(cfg)
+	c, err := newS3Client(cfg)
 	if err == nil {
-		err = c.ready(t.Context())
+		err = c.ensureBucket(t.Context())
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -326,10 +326,10 @@ func FuzzS3Record(f *testing.F) {
 		if err != nil || !utf8.ValidString(p) || !utf8.ValidString(typ) || !utf8.ValidString(etag) {
 			return
 		}
-		if err := checkMeta(map[string]string{"a": text}); err != nil || strings.Contains(text, "  ") || len(text) > s3RecordMost {
+		if err := checkMetadata(map[string]string{"a": text}); err != nil || strings.Contains(text, "  ") || len(text) > s3RecordMost {
 			t.Fatalf("%v: %q", err, text)
 		}
-		got, err := decodeS3Record(testKey(p), &s3object{size: 1, meta: map[string]string{s3RecordField: text}})
+		got, err := decodeS3Record(testKey(p), &s3Object{size: 1, meta: map[string]string{s3RecordField: text}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -368,7 +368,7 @@ func TestS3VersionsAreNeverMixed(t *testing.T) {
 			o := b.mustOpen("f", 0)
 			change(b)
 			got, err := io.ReadAll(o.body)
-			if !errors.Is(err, errS3Changed) || string(got) != old[:len(got)] || len(got) != 100_000 {
+			if !errors.Is(err, errS3PreconditionFailed) || string(got) != old[:len(got)] || len(got) != 100_000 {
 				t.Errorf("%d bytes, %v; want 100000 old ones and an error", len(got), err)
 			}
 			o = reopen(b)
@@ -712,7 +712,7 @@ func TestS3Verify(t *testing.T) {
 func TestS3SweepAbortsOldUploads(t *testing.T) {
 	t.Parallel()
 	b := newS3Bench(t)
-	if _, err := b.store.client.begin(t.Context(), testKey("f"), s3put{}); err != nil {
+	if _, err := b.store.client.createMultipartUpload(t.Context(), testKey("f"), s3PutInput{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := b.store.sweep(t.Context()); err != nil || b.fake.pending() != 1 {
@@ -733,7 +733,7 @@ func TestS3RefusedConnections(t *testing.T) {
 	t.Parallel()
 	dead := httptest.NewServer(nil)
 	dead.Close()
-	c, err := newS3(s3config{host: dead.Listener.Addr().String(), bucket: "b", accessKey: "a", secretKey: "s", now: time.Now,
+	c, err := newS3Client(s3Config{host: dead.Listener.Addr().String(), bucket: "b", accessKey: "a", secretKey: "s", now: time.Now,
 		sleep: func(ctx context.Context, _ time.Duration) error { return ctx.Err() }})
 	if err != nil {
 		t.Fatal(err)
@@ -758,7 +758,7 @@ func BenchmarkS3Hit(b *testing.B) {
 				b.Fatal(err)
 			}
 			benchReads(b, "direct", size, func() (io.ReadCloser, error) {
-				o, err := s.client.get(b.Context(), testKey("bench"), s3get{})
+				o, err := s.client.getObject(b.Context(), testKey("bench"), s3GetInput{})
 				if err != nil {
 					return nil, err
 				}
@@ -770,14 +770,14 @@ func BenchmarkS3Hit(b *testing.B) {
 }
 
 // benchS3 is a client without small parts.
-func benchS3(b *testing.B) *s3client {
+func benchS3(b *testing.B) *s3Client {
 	b.Helper()
 	if os.Getenv("TEST_S3") != "" {
 		return realS3(b, 64<<20)
 	}
 	cfg := newFakeS3(b).config()
 	cfg.partSize = 0
-	c, err := newS3(cfg)
+	c, err := newS3Client(cfg)
 	if err != nil {
 		b.Fatal(err)
 	}
