@@ -132,7 +132,7 @@ func allow(r *http.Request, methods ...string) error {
 // /api/v1/remote/.
 func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	name, escaped, _ := strings.Cut(rest, "/")
-	t, err := a.config().resolve(name, escaped, r.URL.RawQuery)
+	t, err := a.config().resolveTarget(name, escaped, r.URL.RawQuery)
 	if t.remote != nil {
 		w.remote, w.path = t.remote.name, t.path
 	}
@@ -403,12 +403,12 @@ func compilePattern(s string) (*regexp.Regexp, error) {
 
 // artifact is a row as a listing shows it.
 func (a *api) artifact(r *http.Request, rem *remote, row row) artifact {
-	e := artifact{Path: decodedPath(row.Path), Key: row.Key, Size: row.Size, SHA256: row.SHA256,
-		ContentType: contentType(decodedPath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
+	e := artifact{Path: decodePath(row.Path), Key: row.Key, Size: row.Size, SHA256: row.SHA256,
+		ContentType: contentType(decodePath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
 		LastAccess: row.LastAccess.UTC(), Hits: row.Hits, Class: row.Class, Fresh: true}
 	if len(rem.origins) > 0 {
 		base := rem.origins[0].url.String() + "/"
-		if rem.pkg == "docker" {
+		if rem.packageType == "docker" {
 			base += "v2/"
 		}
 		e.Source = base + row.Path
@@ -424,11 +424,11 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 	if err := a.authorize(r, ""); err != nil {
 		return err
 	}
-	path, spelling, err := spell(escaped, "")
+	path, spelling, err := spellPath(escaped, "")
 	if err != nil {
 		return err
 	}
-	if rem.pkg == "docker" {
+	if rem.packageType == "docker" {
 		spelling = path // registries' paths are not escaped
 	}
 	w.path = path
@@ -515,7 +515,7 @@ func (a *api) serveHealth(w *response, _ *http.Request) error {
 
 // serveConfig shows the configuration in force, without its secrets.
 func (a *api) serveConfig(w *response, _ *http.Request) error {
-	return writeJSON(w, a.config().public())
+	return writeJSON(w, a.config().publicView())
 }
 
 // serveMetrics is the Prometheus exposition.
@@ -563,7 +563,7 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 	v := overview{Name: "artifactapi", Version: a.version, Remotes: make([]remoteOf, 0, len(cfg.names))}
 	for _, name := range cfg.names {
 		rem, t := cfg.remotes[name], totals[name]
-		e := remoteOf{Name: name, Type: "remote", Package: rem.pkg, Description: rem.description, Artifacts: t.Files, Bytes: t.Bytes}
+		e := remoteOf{Name: name, Type: "remote", Package: rem.packageType, Description: rem.description, Artifacts: t.Files, Bytes: t.Bytes}
 		if rem.local {
 			e.Type = "local"
 		} else {

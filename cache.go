@@ -440,7 +440,7 @@ func (c *cache) look(ctx context.Context, key string, q want, off int64) (*store
 // judge tells how fresh obj is.
 func (c *cache) judge(ctx context.Context, key string, q want, obj *object) *stored {
 	s := &stored{object: obj, at: obj.rec.Fetched}
-	ttl, forever := q.remote.ttl(q.class)
+	ttl, forever := q.remote.ttlOf(q.class)
 	if forever {
 		s.forever = true
 		return s
@@ -646,7 +646,7 @@ func (c *cache) close(ctx context.Context) {
 
 // expires is when a listed file stops being fresh.
 func (c *cache) expires(ctx context.Context, rem *remote, r row) (until time.Time, forever bool) {
-	ttl, forever := rem.ttl(r.Class)
+	ttl, forever := rem.ttlOf(r.Class)
 	if forever {
 		return time.Time{}, true
 	}

@@ -162,7 +162,7 @@ func (c *cache) fillsOf(remote string, pattern *regexp.Regexp) (keys []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for key, f := range c.flights {
-		if f.want.remote.name == remote && pattern.MatchString(decodedPath(f.want.spelling)) {
+		if f.want.remote.name == remote && pattern.MatchString(decodePath(f.want.spelling)) {
 			keys = append(keys, key)
 		}
 	}

@@ -89,7 +89,7 @@ func (f *flight) reply(ctx context.Context, lead bool, a asked) *reply {
 func (f *flight) hit(ctx context.Context, a asked) *reply {
 	c, q := f.c, f.want
 	rep := f.reply(ctx, false, a)
-	ttl, forever := q.remote.ttl(q.class)
+	ttl, forever := q.remote.ttlOf(q.class)
 	c.used(q.remote.name, f.key)
 	return c.hit(&stored{object: &object{rep.rec, rep.body}, at: c.now(), ttl: ttl, forever: forever}, "")
 }

@@ -331,7 +331,7 @@ func (tt *tester) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	tt.api.responder.serveRequest(w, r, func(w *response, r *http.Request) error {
-		t, err := tt.api.config().resolve("r", path, r.URL.RawQuery)
+		t, err := tt.api.config().resolveTarget("r", path, r.URL.RawQuery)
 		if err != nil {
 			return err
 		}
@@ -759,7 +759,7 @@ func (g *got) wantStale() *got {
 // wantStored says whether the store has a body for /api/r/path.
 func (tt *tester) wantStored(path string, stored bool) {
 	tt.Helper()
-	t, err := tt.server.config.Load().resolve("r", path, "")
+	t, err := tt.server.config.Load().resolveTarget("r", path, "")
 	if err != nil {
 		tt.Fatal(err)
 	}

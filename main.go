@@ -183,7 +183,7 @@ func verify(ctx context.Context, set *settings, env lookup, stdout io.Writer) er
 	}
 	defer st.close()
 	cfg, unknown := loadConfig(set.configPath, env)
-	st.disk.precious = func(remote string) bool { return unknown != nil || cfg.precious(remote) }
+	st.disk.precious = func(remote string) bool { return unknown != nil || cfg.isIrreplaceable(remote) }
 	reported := 0
 	checked, dropped, err := st.objects.verify(ctx, func(key string, err error) {
 		reported++
@@ -281,7 +281,7 @@ func serve(ctx context.Context, set *settings, env lookup, stderr io.Writer) err
 func (s *server) wire() http.Handler {
 	metrics := newMetrics()
 	st := s.stores
-	st.disk.precious = func(remote string) bool { return s.config.Load().precious(remote) }
+	st.disk.precious = func(remote string) bool { return s.config.Load().isIrreplaceable(remote) }
 	s.openData()
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version

@@ -185,7 +185,7 @@ var hostForm = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
 // one of those schemes; nil if it is none.
 func hostURL(v string, schemes ...string) *url.URL {
 	u, err := url.Parse(v)
-	if err != nil || u.Hostname() == "" || badPort(u) || u.Fragment != "" || !slices.Contains(schemes, u.Scheme) {
+	if err != nil || u.Hostname() == "" || hasBadPort(u) || u.Fragment != "" || !slices.Contains(schemes, u.Scheme) {
 		return nil
 	}
 	return u
@@ -203,7 +203,7 @@ func (p *envReader) endpoint(c *s3Config) {
 	*c = s3Config{bucket: p.text("MINIO_BUCKET", ""), accessKey: p.text("MINIO_ACCESS_KEY", ""), secretKey: p.text("MINIO_SECRET_KEY", ""),
 		region: p.text("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1"}
 	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
-		if !nameForm.MatchString(v[1]) {
+		if !namePattern.MatchString(v[1]) {
 			p.fail(v[0], fmt.Errorf("%q is none: letters, digits, '.', '_' and '-' are known", v[1]))
 		}
 	}

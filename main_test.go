@@ -333,8 +333,8 @@ func TestREADMEIsComplete(t *testing.T) {
 		if rows[k.name] == "" && k.name != "cache" {
 			t.Errorf("no table in README.md has the key %s", k.name)
 		}
-		if k.set != nil && rows[k.name] != "" && regexp.MustCompile(`^[0-9]+$|^(true|false)$`).MatchString(k.def) && !strings.Contains(rows[k.name], "`"+k.def+"`") {
-			t.Errorf("README.md does not give the default %s of %s: %s", k.def, k.name, rows[k.name])
+		if k.set != nil && rows[k.name] != "" && regexp.MustCompile(`^[0-9]+$|^(true|false)$`).MatchString(k.defaultText) && !strings.Contains(rows[k.name], "`"+k.defaultText+"`") {
+			t.Errorf("README.md does not give the default %s of %s: %s", k.defaultText, k.name, rows[k.name])
 		}
 	}
 	keys := map[string]bool{}
@@ -411,7 +411,7 @@ func TestREADMEsClientsFindTheirIndexes(t *testing.T) {
 	behind := map[string]string{"almalinux": "repodata/repomd.xml", "alpine": "x86_64/APKINDEX.tar.gz", "apt-mirror": "dists/trixie/InRelease"}
 	for _, m := range regexp.MustCompile(`//cache\.example:8000/api/([^/ \n]+)/?(\S*)`).FindAllStringSubmatch(string(data), -1) {
 		path := strings.TrimLeft(strings.TrimSuffix(m[2], "/")+"/"+behind[m[1]], "/")
-		if at, err := cfg.resolve(m[1], path, ""); err != nil || !strings.HasSuffix(at.path, behind[m[1]]) || at.class != mutable {
+		if at, err := cfg.resolveTarget(m[1], path, ""); err != nil || !strings.HasSuffix(at.path, behind[m[1]]) || at.class != mutable {
 			t.Errorf("%s leads to %s, which is %q, %v", m[0], path, at.class, err)
 		}
 		delete(behind, m[1])

@@ -158,10 +158,10 @@ func (g *registry) want(c *call) (want, error) {
 	}
 	q.scope = "repository:" + c.image + ":pull"
 	if len(q.wire) > maxSpelling {
-		return q, tooLong()
+		return q, newTooLongError()
 	}
 	var err error
-	q.class, q.builtin, err = c.remote.classify(q.path)
+	q.class, q.builtin, err = c.remote.classifyPath(q.path)
 	return q, err
 }
 
@@ -519,11 +519,11 @@ func unknownName(cfg *config, name, ns string) error {
 	p := &problem{status: http.StatusNotFound, cause: fs.ErrNotExist}
 	e := &coded{code: codeNameUnknown, err: p}
 	switch r := cfg.remotes[name]; {
-	case r != nil && r.pkg == "docker":
+	case r != nil && r.packageType == "docker":
 		p.detail = fmt.Sprintf("name an image behind the remote: /v2/%s/IMAGE/...", name)
 	case r != nil:
-		p.detail = fmt.Sprintf("remote %q is no container registry: it is below %s", name, r.home())
-		e.detail = map[string]string{"location": r.home()}
+		p.detail = fmt.Sprintf("remote %q is no container registry: it is below %s", name, r.urlPath())
+		e.detail = map[string]string{"location": r.urlPath()}
 	case ns != "":
 		p.detail = fmt.Sprintf("there is neither a registry remote %.100q nor one whose registry is %.100q", name, ns)
 	default:

@@ -63,7 +63,7 @@ func (c *call) within(cfg *config, rest string) error {
 			image = inner
 		}
 	default:
-		if rem = cfg.byRegistry(c.ns); rem == nil || c.ns == "" {
+		if rem = cfg.remoteByRegistry(c.ns); rem == nil || c.ns == "" {
 			return unknownName(cfg, first, c.ns)
 		}
 		image = name
@@ -113,7 +113,7 @@ func (c *call) split(rest string) (name string, ok bool) {
 
 // docker is the registry remote of that name, or nil.
 func docker(cfg *config, name string) *remote {
-	if r := cfg.remotes[name]; r != nil && r.pkg == "docker" {
+	if r := cfg.remotes[name]; r != nil && r.packageType == "docker" {
 		return r
 	}
 	return nil
@@ -169,7 +169,7 @@ func validTag(s string) bool {
 		return false
 	}
 	for i := range len(s) {
-		if c := s[i]; !(pathPlain[c] && c != '/' && c != '~') {
+		if c := s[i]; !(unescapedBytes[c] && c != '/' && c != '~') {
 			return false
 		}
 	}

@@ -48,7 +48,7 @@ const (
 type remote struct {
 	name        string
 	local       bool   // type: local
-	pkg         string // package
+	packageType string // package
 	description string
 
 	origins      []origin    // base_url first, then mirrors in order; empty for local
@@ -99,12 +99,12 @@ type target struct {
 	builtin  bool // mutable by a built-in pattern
 }
 
-// register notes which remote a registry names. What registry: says goes before
+// addRegistry notes which remote a registry names. What registry: says goes before
 // a default; of several defaults the first in the file has it, since two
 // remotes of one host (with other credentials, say) are fine as long as clients
 // name them.
-func (c *config) register(r *remote) {
-	if r.pkg != "docker" {
+func (c *config) addRegistry(r *remote) {
+	if r.packageType != "docker" {
 		return
 	}
 	given := r.registry != ""
@@ -118,55 +118,55 @@ func (c *config) register(r *remote) {
 	}
 }
 
-// byRegistry is the docker remote that a client's ns names, or nil.
-func (c *config) byRegistry(ns string) *remote { return c.registries[strings.ToLower(ns)] }
+// remoteByRegistry is the docker remote that a client's ns names, or nil.
+func (c *config) remoteByRegistry(ns string) *remote { return c.registries[strings.ToLower(ns)] }
 
-// precious says whether a remote's files may be nowhere else: a local
+// isIrreplaceable says whether a remote's files may be nowhere else: a local
 // repository's are not, and of a name that is in the file no more nobody knows.
-func (c *config) precious(name string) bool {
+func (c *config) isIrreplaceable(name string) bool {
 	r := c.remotes[name]
 	return r == nil || r.local
 }
 
-// home is where clients find r: /api/NAME/, or /v2/NAME/ for docker.
-func (r *remote) home() string {
-	if r.pkg == "docker" {
+// urlPath is where clients find r: /api/NAME/, or /v2/NAME/ for docker.
+func (r *remote) urlPath() string {
+	if r.packageType == "docker" {
 		return "/v2/" + r.name + "/"
 	}
 	return "/api/" + r.name + "/"
 }
 
-// resolve finds the file that a request below /api/ means: escaped is what
+// resolveTarget finds the file that a request below /api/ means: escaped is what
 // follows the remote's name in its path, as it was sent, query its raw query.
 // An empty path (the remote's list) is a target without class. Its errors are
 // problems: 404 for a remote that is not there or lives below /v2/, 400, 414,
 // and 403 for a path that r's patterns do not allow.
-func (c *config) resolve(name, escaped, query string) (target, error) {
+func (c *config) resolveTarget(name, escaped, query string) (target, error) {
 	r := c.remotes[name]
 	if r == nil {
 		return target{}, newProblem(http.StatusNotFound, "there is no remote %.100q", name)
 	}
-	if r.pkg == "docker" {
-		return target{}, newProblem(http.StatusNotFound, "remote %q is a container registry: it is below %s", name, r.home())
+	if r.packageType == "docker" {
+		return target{}, newProblem(http.StatusNotFound, "remote %q is a container registry: it is below %s", name, r.urlPath())
 	}
-	path, spelling, err := spell(escaped, query)
+	path, spelling, err := spellPath(escaped, query)
 	if err != nil || path == "" {
 		return target{remote: r}, err
 	}
 	t := target{remote: r, path: path, spelling: spelling, wire: spelling}
-	t.class, t.builtin, err = r.classify(path)
+	t.class, t.builtin, err = r.classifyPath(path)
 	return t, err
 }
 
-// spell reads an escaped request path (without its remote) and the raw query
+// spellPath reads an escaped request path (without its remote) and the raw query
 // into the decoded path and the upstream spelling (SPEC.md section 4, Paths).
 // Its errors are problems of errBadRequest and errTooLong. An empty path is "",
 // whatever the query.
-func spell(escaped, query string) (path, spelling string, err error) {
+func spellPath(escaped, query string) (path, spelling string, err error) {
 	escaped = strings.TrimLeft(escaped, "/")
 	path, spelling = escaped, escaped
-	if !spelled(escaped) {
-		if path, spelling, err = respell(escaped); err != nil {
+	if !isPlainPath(escaped) {
+		if path, spelling, err = spellEscapedPath(escaped); err != nil {
 			return "", "", err
 		}
 	}
@@ -175,47 +175,47 @@ func spell(escaped, query string) (path, spelling string, err error) {
 	}
 	if query != "" {
 		if strings.ContainsFunc(query, func(r rune) bool { return r <= ' ' || r == 0x7f }) || !utf8.ValidString(query) {
-			return "", "", unsafePath("the query holds a space, a control character or invalid UTF-8")
+			return "", "", newUnsafePathError("the query holds a space, a control character or invalid UTF-8")
 		}
 		spelling += "?" + query
 	}
 	if len(spelling) > maxSpelling {
-		return "", "", tooLong()
+		return "", "", newTooLongError()
 	}
 	return path, spelling, nil
 }
 
-// spelled reports whether s is its own spelling and its own decoded path, which
+// isPlainPath reports whether s is its own spelling and its own decoded path, which
 // nearly all requests are: nothing is allocated for them.
-func spelled(s string) bool {
+func isPlainPath(s string) bool {
 	start := 0 // of the segment
 	for i := range len(s) {
-		if !pathPlain[s[i]] {
+		if !unescapedBytes[s[i]] {
 			return false
 		}
 		if s[i] == '/' {
-			if foldable(s[start:i]) {
+			if isFoldable(s[start:i]) {
 				return false
 			}
 			start = i + 1
 		}
 	}
-	return start == len(s) || !foldable(s[start:])
+	return start == len(s) || !isFoldable(s[start:])
 }
 
-// foldable reports whether a segment must be folded away or refused.
-func foldable(segment string) bool { return segment == "" || segment == "." || segment == ".." }
+// isFoldable reports whether a segment must be folded away or refused.
+func isFoldable(segment string) bool { return segment == "" || segment == "." || segment == ".." }
 
-// respell is spell for a path that is not plain, in one pass: path gets each
+// spellEscapedPath is spell for a path that is not plain, in one pass: path gets each
 // byte decoded, spelling gets it escaped anew.
-func respell(escaped string) (string, string, error) {
+func spellEscapedPath(escaped string) (string, string, error) {
 	var pathSpace, spellingSpace [256]byte // most paths fit: no allocation but the results
 	path, spelling := pathSpace[:0], spellingSpace[:0]
 	segment, segmentSpelling, piece := 0, 0, 0 // where they begin; a piece ends at escaped slashes as well
 	for i := 0; i <= len(escaped); i++ {
 		if i == len(escaped) || escaped[i] == '/' {
 			if string(path[piece:]) == ".." {
-				return "", "", unsafePath("the path holds ..")
+				return "", "", newUnsafePathError("the path holds ..")
 			}
 			empty := len(path) == segment || string(path[segment:]) == "."
 			if empty {
@@ -229,26 +229,26 @@ func respell(escaped string) (string, string, error) {
 		}
 		b, n := unescapeAt(escaped, i)
 		if n == 0 {
-			return "", "", unsafePath("the path holds a % that is not followed by two hex digits")
+			return "", "", newUnsafePathError("the path holds a % that is not followed by two hex digits")
 		}
 		i += n - 1
 		if b < ' ' || b == 0x7f || b == '\\' {
-			return "", "", unsafePath("the path holds a control character or a backslash")
+			return "", "", newUnsafePathError("the path holds a control character or a backslash")
 		}
 		if b == '/' {
 			if string(path[piece:]) == ".." {
-				return "", "", unsafePath("the path holds ..")
+				return "", "", newUnsafePathError("the path holds ..")
 			}
 			piece = len(path) + 1
 		}
 		path = append(path, b)
-		spelling = appendSpelling(spelling, b, n == 3)
+		spelling = appendSpelled(spelling, b, n == 3)
 		if len(spelling) > maxSpelling+1 { // one more: a last . may still be folded away
-			return "", "", tooLong()
+			return "", "", newTooLongError()
 		}
 	}
 	if !utf8.Valid(path) {
-		return "", "", unsafePath("the path is not UTF-8")
+		return "", "", newUnsafePathError("the path is not UTF-8")
 	}
 	return string(path), string(spelling), nil
 }
@@ -262,16 +262,16 @@ func unescapeAt(s string, i int) (b byte, n int) {
 	if i+2 >= len(s) {
 		return 0, 0
 	}
-	high, ok := unhex(s[i+1])
-	low, ok2 := unhex(s[i+2])
+	high, ok := hexValue(s[i+1])
+	low, ok2 := hexValue(s[i+2])
 	if !ok || !ok2 {
 		return 0, 0
 	}
 	return high<<4 | low, 3
 }
 
-// unhex is the value of one hex digit.
-func unhex(c byte) (v byte, ok bool) {
+// hexValue is the value of one hex digit.
+func hexValue(c byte) (v byte, ok bool) {
 	switch {
 	case '0' <= c && c <= '9':
 		return c - '0', true
@@ -283,40 +283,40 @@ func unhex(c byte) (v byte, ok bool) {
 	return 0, false
 }
 
-// pathPlain has the bytes that a spelling holds unescaped.
-var pathPlain = func() (t [256]bool) {
+// unescapedBytes has the bytes that a spelling holds unescaped.
+var unescapedBytes = func() (t [256]bool) {
 	for _, b := range []byte("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/") {
 		t[b] = true
 	}
 	return t
 }()
 
-// appendSpelling appends b as a spelling has it. A slash that was escaped stays
+// appendSpelled appends b as a spelling has it. A slash that was escaped stays
 // escaped: it is part of a name.
-func appendSpelling(to []byte, b byte, wasEscaped bool) []byte {
-	if pathPlain[b] && !(b == '/' && wasEscaped) {
+func appendSpelled(to []byte, b byte, wasEscaped bool) []byte {
+	if unescapedBytes[b] && !(b == '/' && wasEscaped) {
 		return append(to, b)
 	}
 	return append(to, '%', upperHex[b>>4], upperHex[b&15])
 }
 
-// unsafePath is the answer to a path that cannot be asked for.
-func unsafePath(why string) error {
+// newUnsafePathError is the answer to a path that cannot be asked for.
+func newUnsafePathError(why string) error {
 	return &problem{status: http.StatusBadRequest, detail: why, cause: errBadRequest}
 }
 
-// tooLong is the answer to a path that could not be stored.
-func tooLong() error {
+// newTooLongError is the answer to a path that could not be stored.
+func newTooLongError() error {
 	return &problem{status: http.StatusRequestURITooLong, cause: errTooLong,
 		detail: fmt.Sprintf("the path with its query is over %d bytes long when it is escaped", maxSpelling)}
 }
 
-// classify decides what path is on r (SPEC.md section 3), or errDenied.
-func (r *remote) classify(path string) (c class, builtin bool, err error) {
-	builtin = matches(r.builtin, path)
-	listed := r.pkg != "docker" && (builtin || matches(r.mutable, path)) // allowed whatever else is
+// classifyPath decides what path is on r (SPEC.md section 3), or errDenied.
+func (r *remote) classifyPath(path string) (c class, builtin bool, err error) {
+	builtin = matchesAny(r.builtin, path)
+	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, path)) // allowed whatever else is
 	switch {
-	case !listed && r.immutable != nil && !matches(r.immutable, path):
+	case !listed && r.immutable != nil && !matchesAny(r.immutable, path):
 		return "", false, &problem{status: http.StatusForbidden, cause: errDenied,
 			detail: fmt.Sprintf("remote %q does not allow this path: none of its patterns matches", r.name)}
 	case r.local:
@@ -327,8 +327,8 @@ func (r *remote) classify(path string) (c class, builtin bool, err error) {
 	return immutable, false, nil
 }
 
-// matches reports whether any pattern is found in path.
-func matches(patterns []*regexp.Regexp, path string) bool {
+// matchesAny reports whether any pattern is found in path.
+func matchesAny(patterns []*regexp.Regexp, path string) bool {
 	for _, p := range patterns {
 		if p.MatchString(path) {
 			return true
@@ -337,8 +337,8 @@ func matches(patterns []*regexp.Regexp, path string) bool {
 	return false
 }
 
-// ttl is how long a file of that class stays fresh; forever says for ever.
-func (r *remote) ttl(c class) (d time.Duration, forever bool) {
+// ttlOf is how long a file of that class stays fresh; forever says for ever.
+func (r *remote) ttlOf(c class) (d time.Duration, forever bool) {
 	switch c {
 	case mutable:
 		return r.mutableTTL, false
@@ -349,11 +349,11 @@ func (r *remote) ttl(c class) (d time.Duration, forever bool) {
 }
 
 // key is the file's storage key.
-func (t target) key() string { return keyOf(t.remote.name, t.spelling) }
+func (t target) key() string { return storageKey(t.remote.name, t.spelling) }
 
-// keyOf is the storage key {remote}/{path_hash}/{filename} of a remote's file
+// storageKey is the storage key {remote}/{path_hash}/{filename} of a remote's file
 // (SPEC.md section 4).
-func keyOf(remote, spelling string) string {
+func storageKey(remote, spelling string) string {
 	var space [maxName + 1 + 16 + 1 + maxFilename]byte
 	var copied [maxSpelling]byte // []byte(spelling) would be on the heap
 	sum := sha256.Sum256(append(copied[:0], spelling...))
@@ -380,7 +380,7 @@ func appendFilename(to []byte, spelling string) []byte {
 	start := len(to)
 	for i := 0; i < len(last); {
 		b, n := unescapeAt(last, i)
-		if i += max(n, 1); !(pathPlain[b] && b != '/') && b != '+' && b != '@' && b != '=' {
+		if i += max(n, 1); !(unescapedBytes[b] && b != '/') && b != '+' && b != '@' && b != '=' {
 			b = '_'
 		}
 		to = append(to, b)
@@ -397,8 +397,8 @@ func appendFilename(to []byte, spelling string) []byte {
 	return to
 }
 
-// decodedPath is a spelling as people read it: unescaped, without query.
-func decodedPath(spelling string) string {
+// decodePath is a spelling as people read it: unescaped, without query.
+func decodePath(spelling string) string {
 	path, _, _ := strings.Cut(spelling, "?")
 	if !strings.Contains(path, "%") {
 		return path

@@ -19,10 +19,10 @@ import (
 
 // remoteKey is one key that an entry of remotes.yaml may have.
 type remoteKey struct {
-	name   string // as in the file; below a block with the block's name: cache.mutable_ttl
-	on     string // the type that has it, remote or local; "" for both
-	docker bool   // for package docker only
-	def    string // default, as README's table gives it
+	name        string // as in the file; below a block with the block's name: cache.mutable_ttl
+	onType      string // the type that has it, remote or local; "" for both
+	docker      bool   // for package docker only
+	defaultText string // default, as README's table gives it
 	// set reads the key's value into r; nil for a block and for the keys of a
 	// mirror, which setMirrors reads.
 	set func(c *configReader, r *remote, n *yaml.Node)
@@ -34,56 +34,56 @@ type remoteKey struct {
 // in the order in which the keys are read: type and package decide what the
 // others mean, base_url goes before its mirrors.
 var remoteKeys = []remoteKey{
-	{name: "type", def: "remote", set: setType, show: func(r *remote) any { return r.kind() }},
-	{name: "package", def: "generic", set: setPackage, show: func(r *remote) any { return r.pkg }},
-	{name: "description", def: "none",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.text(n, &r.description) },
-		show: func(r *remote) any { return unlessZero(r.description) }},
-	{name: "base_url", on: "remote", def: "required", set: setBaseURL, show: showBaseURL},
-	{name: "mirrors", on: "remote", def: "none", set: setMirrors, show: showMirrors},
-	{name: "mirrors.url", on: "remote", def: "required"},
-	{name: "mirrors.auth", on: "remote", def: "false"},
-	{name: "immutable_patterns", def: "everything is allowed",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.patterns(n, &r.immutable) },
+	{name: "type", defaultText: "remote", set: setType, show: func(r *remote) any { return r.typeName() }},
+	{name: "package", defaultText: "generic", set: setPackage, show: func(r *remote) any { return r.packageType }},
+	{name: "description", defaultText: "none",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readString(n, &r.description) },
+		show: func(r *remote) any { return nilIfZero(r.description) }},
+	{name: "base_url", onType: "remote", defaultText: "required", set: setBaseURL, show: showBaseURL},
+	{name: "mirrors", onType: "remote", defaultText: "none", set: setMirrors, show: showMirrors},
+	{name: "mirrors.url", onType: "remote", defaultText: "required"},
+	{name: "mirrors.auth", onType: "remote", defaultText: "false"},
+	{name: "immutable_patterns", defaultText: "everything is allowed",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readPatterns(n, &r.immutable) },
 		show: func(r *remote) any { return showPatterns(r.immutable) }},
-	{name: "mutable_patterns", def: "none beside the built-in ones",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.patterns(n, &r.mutable) },
+	{name: "mutable_patterns", defaultText: "none beside the built-in ones",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readPatterns(n, &r.mutable) },
 		show: func(r *remote) any { return showPatterns(r.mutable) }},
-	{name: "check_mutable_updates", on: "remote", def: "false",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.flag(n, &r.checkMutable) },
+	{name: "check_mutable_updates", onType: "remote", defaultText: "false",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readBool(n, &r.checkMutable) },
 		show: func(r *remote) any { return r.checkMutable }},
-	{name: "check_builtin_updates", on: "remote", def: "false",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.flag(n, &r.checkBuiltin) },
+	{name: "check_builtin_updates", onType: "remote", defaultText: "false",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readBool(n, &r.checkBuiltin) },
 		show: func(r *remote) any { return r.checkBuiltin }},
-	{name: "username", on: "remote", def: "none", set: setUsername,
-		show: func(r *remote) any { return unlessZero(r.username) }},
-	{name: "password", on: "remote", def: "none",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.text(n, (*string)(&r.password)) },
-		show: func(r *remote) any { return unlessZero(r.password) }},
-	{name: "headers", on: "remote", def: "none", set: setHeaders, show: showHeaders},
-	{name: "stale_if_error", on: "remote", def: "false",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.flag(n, &r.staleIfError) },
+	{name: "username", onType: "remote", defaultText: "none", set: setUsername,
+		show: func(r *remote) any { return nilIfZero(r.username) }},
+	{name: "password", onType: "remote", defaultText: "none",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readString(n, (*string)(&r.password)) },
+		show: func(r *remote) any { return nilIfZero(r.password) }},
+	{name: "headers", onType: "remote", defaultText: "none", set: setHeaders, show: showHeaders},
+	{name: "stale_if_error", onType: "remote", defaultText: "false",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readBool(n, &r.staleIfError) },
 		show: func(r *remote) any { return r.staleIfError }},
-	{name: "negative_ttl", on: "remote", def: "0",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.seconds(n, 0, &r.negativeTTL) },
-		show: func(r *remote) any { return inSeconds(r.negativeTTL) }},
-	{name: "timeout", on: "remote", def: "30",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.seconds(n, 1, &r.timeout) },
-		show: func(r *remote) any { return inSeconds(r.timeout) }},
-	{name: "cache", def: "as its keys say"},
-	{name: "cache.immutable_ttl", def: "0",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.seconds(n, 0, &r.immutableTTL) },
-		show: func(r *remote) any { return inSeconds(r.immutableTTL) }},
-	{name: "cache.mutable_ttl", def: "3600",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.seconds(n, 0, &r.mutableTTL) },
-		show: func(r *remote) any { return inSeconds(r.mutableTTL) }},
-	{name: "cache.max_size", on: "remote", def: "none", set: setMaxSize,
-		show: func(r *remote) any { return unlessZero(r.maxSize) }},
-	{name: "registry", on: "remote", docker: true, def: "host of base_url", set: setRegistry,
+	{name: "negative_ttl", onType: "remote", defaultText: "0",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 0, &r.negativeTTL) },
+		show: func(r *remote) any { return wholeSeconds(r.negativeTTL) }},
+	{name: "timeout", onType: "remote", defaultText: "30",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 1, &r.timeout) },
+		show: func(r *remote) any { return wholeSeconds(r.timeout) }},
+	{name: "cache", defaultText: "as its keys say"},
+	{name: "cache.immutable_ttl", defaultText: "0",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 0, &r.immutableTTL) },
+		show: func(r *remote) any { return wholeSeconds(r.immutableTTL) }},
+	{name: "cache.mutable_ttl", defaultText: "3600",
+		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 0, &r.mutableTTL) },
+		show: func(r *remote) any { return wholeSeconds(r.mutableTTL) }},
+	{name: "cache.max_size", onType: "remote", defaultText: "none", set: setMaxSize,
+		show: func(r *remote) any { return nilIfZero(r.maxSize) }},
+	{name: "registry", onType: "remote", docker: true, defaultText: "host of base_url", set: setRegistry,
 		show: func(r *remote) any { return r.registry }},
-	{name: "token_realm", on: "remote", docker: true, def: "none", set: setTokenRealm, show: showTokenRealm},
-	{name: "write_token", on: "local", def: "none", set: setWriteToken,
-		show: func(r *remote) any { return unlessZero(r.writeToken) }},
+	{name: "token_realm", onType: "remote", docker: true, defaultText: "none", set: setTokenRealm, show: showTokenRealm},
+	{name: "write_token", onType: "local", defaultText: "none", set: setWriteToken,
+		show: func(r *remote) any { return nilIfZero(r.writeToken) }},
 }
 
 // builtinPatterns are the mutable patterns that each package brings along; its
@@ -124,12 +124,12 @@ var ownHeaders = []string{
 // setType reads type. What r is stays open when it is neither.
 func setType(c *configReader, r *remote, n *yaml.Node) {
 	var s string
-	ok := c.text(n, &s)
+	ok := c.readString(n, &s)
 	if s != "remote" && s != "local" {
 		if ok {
-			c.bad(n, "must be \"remote\" or \"local\"%s", quoted(n))
+			c.addValueError(n, "must be \"remote\" or \"local\"%s", quoteValue(n))
 		}
-		c.unsure = true
+		c.typeUnknown = true
 		return
 	}
 	r.local = s == "local"
@@ -138,33 +138,33 @@ func setType(c *configReader, r *remote, n *yaml.Node) {
 // setPackage reads package.
 func setPackage(c *configReader, r *remote, n *yaml.Node) {
 	var s string
-	ok := c.text(n, &s)
+	ok := c.readString(n, &s)
 	_, known := builtinPatterns[s]
 	switch {
 	case known && s == "docker" && r.local:
-		c.bad(n, "\"docker\" cannot be of type \"local\": images are pushed to a registry, artifactapi only mirrors one")
+		c.addValueError(n, "\"docker\" cannot be of type \"local\": images are pushed to a registry, artifactapi only mirrors one")
 	case known:
-		r.pkg = s
+		r.packageType = s
 		return
 	case slices.Contains(laterPackages, s):
-		c.bad(n, "%q is not built yet: use \"generic\" with mutable_patterns for its index files", s)
+		c.addValueError(n, "%q is not built yet: use \"generic\" with mutable_patterns for its index files", s)
 	case ok:
-		c.bad(n, "must be generic, alpine, rpm or docker%s", quoted(n))
+		c.addValueError(n, "must be generic, alpine, rpm or docker%s", quoteValue(n))
 	}
-	c.unsure = true
+	c.typeUnknown = true
 }
 
 // setBaseURL reads base_url; it is the first key that adds an origin.
 func setBaseURL(c *configReader, r *remote, n *yaml.Node) {
-	if u := c.url(n, false); u != nil {
-		r.origins = append(r.origins, origin{withoutSlash(u), true})
+	if u := c.readURL(n, false); u != nil {
+		r.origins = append(r.origins, origin{withoutTrailingSlash(u), true})
 	}
 }
 
 // setMirrors reads a list of URLs, or of mappings with url and auth.
 func setMirrors(c *configReader, r *remote, n *yaml.Node) {
 	if n.Kind != yaml.SequenceNode {
-		c.bad(n, "must be a list of URLs or of {url: URL, auth: true}")
+		c.addValueError(n, "must be a list of URLs or of {url: URL, auth: true}")
 		return
 	}
 	for _, item := range n.Content {
@@ -172,20 +172,20 @@ func setMirrors(c *configReader, r *remote, n *yaml.Node) {
 		var o origin
 		place := item
 		if item.Kind == yaml.MappingNode {
-			fields := map[string]field{}
-			c.collect(item, "mirrors.", fields)
+			fields := map[string]yamlField{}
+			c.collectKeys(item, "mirrors.", fields)
 			if f, ok := fields["mirrors.auth"]; ok {
 				c.key = "mirrors.auth"
-				c.flag(f.value, &o.auth)
+				c.readBool(f.value, &o.auth)
 			}
 			c.key = "mirrors.url"
 			if place = fields["mirrors.url"].value; place == nil {
-				c.bad(item, "is missing: say where the mirror is")
+				c.addValueError(item, "is missing: say where the mirror is")
 				continue
 			}
 		}
-		if o.url = c.url(place, false); o.url != nil {
-			o.url = withoutSlash(o.url)
+		if o.url = c.readURL(place, false); o.url != nil {
+			o.url = withoutTrailingSlash(o.url)
 			r.origins = append(r.origins, o)
 		}
 	}
@@ -193,53 +193,53 @@ func setMirrors(c *configReader, r *remote, n *yaml.Node) {
 
 // setUsername reads username, which Basic separates by a colon.
 func setUsername(c *configReader, r *remote, n *yaml.Node) {
-	if c.text(n, &r.username) && strings.Contains(r.username, ":") {
-		c.bad(n, "cannot hold a colon (RFC 7617): what follows it belongs into password")
+	if c.readString(n, &r.username) && strings.Contains(r.username, ":") {
+		c.addValueError(n, "cannot hold a colon (RFC 7617): what follows it belongs into password")
 	}
 }
 
 // setHeaders reads the mapping from names to values.
 func setHeaders(c *configReader, r *remote, n *yaml.Node) {
 	if n.Kind != yaml.MappingNode {
-		c.bad(n, "must be a mapping such as {X-Token: \"...\"}")
+		c.addValueError(n, "must be a mapping such as {X-Token: \"...\"}")
 		return
 	}
 	r.headers = http.Header{}
-	for k, v := range pairs(n) {
+	for k, v := range mappingPairs(n) {
 		c.key = "headers"
 		name := http.CanonicalHeaderKey(k.Value)
 		switch {
 		case k.Kind == yaml.AliasNode || k.ShortTag() == "!!merge":
-		case !headerForm.MatchString(k.Value): // not quoted: it may be a whole header with its value
-			c.bad(k, "has a name that is none: write NAME: \"value\"")
+		case !headerPattern.MatchString(k.Value): // not quoted: it may be a whole header with its value
+			c.addValueError(k, "has a name that is none: write NAME: \"value\"")
 		case slices.Contains(ownHeaders, name):
-			c.bad(k, "cannot hold %s, which artifactapi or HTTP sets: remove it", name)
+			c.addValueError(k, "cannot hold %s, which artifactapi or HTTP sets: remove it", name)
 		case r.headers[name] != nil:
-			c.bad(k, "has %s twice (upper and lower case are the same): keep one", name)
+			c.addValueError(k, "has %s twice (upper and lower case are the same): keep one", name)
 		default:
 			c.key = "headers: " + name
 			r.headers[name] = []string{""}
-			c.headerValue(v, &r.headers[name][0])
+			c.readHeaderValue(v, &r.headers[name][0])
 		}
 	}
 }
 
-// headerValue reads one value; a line break in it would begin another header.
-func (c *configReader) headerValue(n *yaml.Node, dst *string) {
-	if c.text(n, dst) && strings.ContainsFunc(*dst, func(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }) {
-		c.bad(n, "holds a line break or a control character: remove it (often the end of a file put into a variable)")
+// readHeaderValue reads one value; a line break in it would begin another header.
+func (c *configReader) readHeaderValue(n *yaml.Node, dst *string) {
+	if c.readString(n, dst) && strings.ContainsFunc(*dst, func(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }) {
+		c.addValueError(n, "holds a line break or a control character: remove it (often the end of a file put into a variable)")
 	}
 }
 
 // setMaxSize reads cache.max_size.
 func setMaxSize(c *configReader, r *remote, n *yaml.Node) {
 	var s string
-	if !c.text(n, &s) {
+	if !c.readString(n, &s) {
 		return
 	}
 	v, err := parseSize(s)
 	if err != nil {
-		c.bad(n, "%v%s", err, quoted(n))
+		c.addValueError(n, "%v%s", err, quoteValue(n))
 	}
 	r.maxSize = v
 }
@@ -247,27 +247,27 @@ func setMaxSize(c *configReader, r *remote, n *yaml.Node) {
 // setRegistry reads registry, which must name one remote only.
 func setRegistry(c *configReader, r *remote, n *yaml.Node) {
 	var s string
-	if !c.text(n, &s) {
+	if !c.readString(n, &s) {
 		return
 	}
-	if r.registry = strings.ToLower(s); !registryForm.MatchString(s) {
-		c.bad(n, "must be a host such as docker.io or quay.io:443, without https:// and path")
+	if r.registry = strings.ToLower(s); !registryPattern.MatchString(s) {
+		c.addValueError(n, "must be a host such as docker.io or quay.io:443, without https:// and path")
 		return
 	}
 	if first, ok := c.registries[r.registry]; ok {
-		c.bad(n, "is that of another remote (line %d): clients could not tell them apart, so give it to one only", first)
+		c.addValueError(n, "is that of another remote (line %d): clients could not tell them apart, so give it to one only", first)
 		return
 	}
 	c.registries[r.registry] = n.Line
 }
 
 // setTokenRealm reads token_realm.
-func setTokenRealm(c *configReader, r *remote, n *yaml.Node) { r.tokenRealm = c.url(n, true) }
+func setTokenRealm(c *configReader, r *remote, n *yaml.Node) { r.tokenRealm = c.readURL(n, true) }
 
 // setWriteToken reads write_token. A line break could not be sent by any client.
 func setWriteToken(c *configReader, r *remote, n *yaml.Node) {
-	if c.text(n, (*string)(&r.writeToken)) && strings.ContainsAny(string(r.writeToken), "\r\n") {
-		c.bad(n, "holds a line break: remove it (often the end of a file put into a variable)")
+	if c.readString(n, (*string)(&r.writeToken)) && strings.ContainsAny(string(r.writeToken), "\r\n") {
+		c.addValueError(n, "holds a line break: remove it (often the end of a file put into a variable)")
 	}
 }
 
@@ -286,7 +286,7 @@ func parseUpstreamURL(s string, withQuery bool) (u *url.URL, complaint string) {
 		return nil, "holds credentials: move them to username and password"
 	case u.Hostname() == "":
 		return nil, "has no host: write https://HOST/PATH"
-	case badPort(u):
+	case hasBadPort(u):
 		return nil, "has a port that is none: ports are 1 to 65535"
 	case !withQuery && (u.RawQuery != "" || u.ForceQuery):
 		return nil, "holds a query (?): remove it, clients send theirs"
@@ -297,15 +297,15 @@ func parseUpstreamURL(s string, withQuery bool) (u *url.URL, complaint string) {
 	return u, ""
 }
 
-// badPort reports whether u has a port that is none.
-func badPort(u *url.URL) bool {
+// hasBadPort reports whether u has a port that is none.
+func hasBadPort(u *url.URL) bool {
 	port, err := strconv.Atoi(u.Port())
 	return strings.HasSuffix(u.Host, ":") || u.Port() != "" && (err != nil || port < 1 || port > math.MaxUint16)
 }
 
-// withoutSlash drops the slashes at the end of u's path, so that a spelling
+// withoutTrailingSlash drops the slashes at the end of u's path, so that a spelling
 // goes behind it with exactly one.
-func withoutSlash(u *url.URL) *url.URL {
+func withoutTrailingSlash(u *url.URL) *url.URL {
 	escaped := strings.TrimRight(u.EscapedPath(), "/")
 	w := &url.URL{Scheme: u.Scheme, Host: u.Host}
 	w.Path, _ = url.PathUnescape(escaped) // came from EscapedPath: it is well-formed
@@ -322,7 +322,7 @@ func hasPattern(list []*regexp.Regexp, text string) bool {
 
 // parseSize reads a number of bytes: 1073741824, 50GiB, 1.5 TiB, 500MB.
 func parseSize(s string) (int64, error) {
-	m := sizeForm.FindStringSubmatch(s)
+	m := sizePattern.FindStringSubmatch(s)
 	if m == nil {
 		return 0, errors.New("must be a size such as 50GiB or 500MB")
 	}
@@ -342,23 +342,23 @@ func parseSize(s string) (int64, error) {
 	return 0, errors.New("must be a size below 8388608TiB")
 }
 
-// public is the effective configuration for /config, ready for encoding/json:
+// publicView is the effective configuration for /config, ready for encoding/json:
 // every key that applies, with its default where the file says nothing, and
 // "***" for secrets.
-func (c *config) public() any {
+func (c *config) publicView() any {
 	all := map[string]any{}
 	for name, r := range c.remotes {
-		all[name] = r.public()
+		all[name] = r.publicView()
 	}
 	return map[string]any{"remotes": all}
 }
 
-// public is what the file could say to mean r.
-func (r *remote) public() map[string]any {
+// publicView is what the file could say to mean r.
+func (r *remote) publicView() map[string]any {
 	cache := map[string]any{}
 	m := map[string]any{"cache": cache}
 	for _, k := range remoteKeys {
-		if k.show == nil || k.on != "" && k.on != r.kind() || k.docker && r.pkg != "docker" {
+		if k.show == nil || k.onType != "" && k.onType != r.typeName() || k.docker && r.packageType != "docker" {
 			continue
 		}
 		v := k.show(r)
@@ -374,8 +374,8 @@ func (r *remote) public() map[string]any {
 	return m
 }
 
-// kind is the word for r's type.
-func (r *remote) kind() string {
+// typeName is the word for r's type.
+func (r *remote) typeName() string {
 	if r.local {
 		return "local"
 	}
@@ -420,10 +420,10 @@ func showTokenRealm(r *remote) any {
 	return r.tokenRealm.String()
 }
 
-func inSeconds(d time.Duration) any { return int64(d / time.Second) }
+func wholeSeconds(d time.Duration) any { return int64(d / time.Second) }
 
-// unlessZero is v, or nil for what was not given.
-func unlessZero[T comparable](v T) any {
+// nilIfZero is v, or nil for what was not given.
+func nilIfZero[T comparable](v T) any {
 	var zero T
 	if v == zero {
 		return nil

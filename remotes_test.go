@@ -252,7 +252,7 @@ func TestConfigWithEveryKey(t *testing.T) {
 		{"immutable_ttl", f.immutableTTL, 11 * time.Second},
 		{"mutable_ttl", f.mutableTTL, time.Duration(0)},
 		{"max_size", f.maxSize, int64(3 << 29)},
-		{"registry", c.byRegistry("docker.io"), c.remotes["images"]},
+		{"registry", c.remoteByRegistry("docker.io"), c.remotes["images"]},
 		{"token_realm", c.remotes["images"].tokenRealm.String(), "https://auth.example.org/token?a=b"},
 		{"default mutable_ttl", c.remotes["images"].mutableTTL, time.Hour},
 		{"default timeout", c.remotes["images"].timeout, 30 * time.Second},
@@ -276,7 +276,7 @@ func TestDollarSigns(t *testing.T) {
 		"a$b$": "a$b$", "a$$b": "a$b", "$$$": "$$", "$${TOKEN}": "${TOKEN}", "${TOKEN}": "tok-hidden",
 		"x${TOKEN}y${TOKEN}z": "xtok-hiddenytok-hiddenz", "${": "${", "${TOKEN": "${TOKEN", "$TOKEN": "$TOKEN", "": "",
 	} {
-		if got, complaint := expand(in, testEnv); got != want || complaint != "" {
+		if got, complaint := expandVariables(in, testEnv); got != want || complaint != "" {
 			t.Errorf("expand(%q) = %q, %q, want %q", in, got, complaint, want)
 		}
 	}
@@ -310,7 +310,7 @@ func TestRegistryNames(t *testing.T) {
 		"registry-1.docker.io": "", "files.example.org": "", "": "",
 	} {
 		got := ""
-		if r := c.byRegistry(ns); r != nil {
+		if r := c.remoteByRegistry(ns); r != nil {
 			got = r.name
 		}
 		if got != want {
@@ -325,7 +325,7 @@ func TestPublicHasDefaultsButNoSecrets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := json.MarshalIndent(mustParse(t, string(data)).public(), "", "  ")
+	b, err := json.MarshalIndent(mustParse(t, string(data)).publicView(), "", "  ")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -344,7 +344,7 @@ func TestPublicHasDefaultsButNoSecrets(t *testing.T) {
 			t.Errorf("%s is not in %s", s, text)
 		}
 	}
-	own, _ := json.Marshal(mustParse(t, "remotes: {own: {type: local}}").public())
+	own, _ := json.Marshal(mustParse(t, "remotes: {own: {type: local}}").publicView())
 	want := `{"remotes":{"own":{"cache":{"immutable_ttl":0,"mutable_ttl":3600},"package":"generic","type":"local"}}}`
 	if string(own) != want {
 		t.Errorf("got  %s\nwant %s", own, want)
@@ -392,12 +392,12 @@ func TestShippedConfig(t *testing.T) {
 		{"dockerhub", "library/alpine/manifests/latest", mutable},
 		{"local-generic", "a/b.bin", local},
 	} {
-		got, _, err := c.remotes[tt.remote].classify(tt.path)
+		got, _, err := c.remotes[tt.remote].classifyPath(tt.path)
 		if got != tt.want || (err != nil) != (tt.want == "") {
 			t.Errorf("%s %s: got %q, %v, want %q", tt.remote, tt.path, got, err, tt.want)
 		}
 	}
-	if c.byRegistry("docker.io") != c.remotes["dockerhub"] {
+	if c.remoteByRegistry("docker.io") != c.remotes["dockerhub"] {
 		t.Error("docker.io is not dockerhub")
 	}
 }
@@ -466,7 +466,7 @@ remotes:
 		{"own", "a.txt", "local"},
 		{"own", "a.zip", ""},
 	} {
-		got, builtin, err := c.remotes[tt.remote].classify(tt.path)
+		got, builtin, err := c.remotes[tt.remote].classifyPath(tt.path)
 		text := string(got)
 		if builtin {
 			text += "+"
@@ -492,7 +492,7 @@ func TestTTL(t *testing.T) {
 		{r, mutable, 5, false}, {r, immutable, 7, false}, {r, local, 0, true},
 		{&remote{}, immutable, 0, true}, {&remote{}, mutable, 0, false},
 	} {
-		if d, forever := tt.r.ttl(tt.c); d != tt.d || forever != tt.forever {
+		if d, forever := tt.r.ttlOf(tt.c); d != tt.d || forever != tt.forever {
 			t.Errorf("ttl(%s) = %v, %v, want %v, %v", tt.c, d, forever, tt.d, tt.forever)
 		}
 	}
@@ -531,11 +531,11 @@ func TestSpell(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			path, spelling, err := spell(tt.escaped, tt.query)
+			path, spelling, err := spellPath(tt.escaped, tt.query)
 			if path != tt.path || spelling != tt.spelling || err != nil {
 				t.Errorf("got %q, %q, %v, want %q, %q", path, spelling, err, tt.path, tt.spelling)
 			}
-			if d := decodedPath(spelling); d != path {
+			if d := decodePath(spelling); d != path {
 				t.Errorf("decodedPath(%q) = %q, want %q", spelling, d, path)
 			}
 		})
@@ -549,12 +549,12 @@ func TestUnsafePathsAreRefused(t *testing.T) {
 		"%2E%2E%2Fx", "a/%2e%2e%2f%2e%2e%2fetc/passwd", "a/%5c/b", "a%5c..%5cb", "..%5cx", `a\b`, "a%00b", "a\x00b", "a%0ab", "a%0d%0aX:y",
 		"a%7fb", "a%1fb", "a%zzb", "a%2", "a%", "a%-1", "a%+1", "a%ffb", "%c3%28", "\xff", "./../x", "a//../b",
 	} {
-		if path, spelling, err := spell(escaped, ""); !errors.Is(err, errBadRequest) || statusOf(err) != 400 {
+		if path, spelling, err := spellPath(escaped, ""); !errors.Is(err, errBadRequest) || statusOf(err) != 400 {
 			t.Errorf("%q: got %q, %q, %v, want errBadRequest", escaped, path, spelling, err)
 		}
 	}
 	for _, query := range []string{"a\nb", "a\x00", "a b", "\x7f", "\xff"} {
-		if _, spelling, err := spell("a", query); !errors.Is(err, errBadRequest) {
+		if _, spelling, err := spellPath("a", query); !errors.Is(err, errBadRequest) {
 			t.Errorf("query %q: got %q, %v, want errBadRequest", query, spelling, err)
 		}
 	}
@@ -568,11 +568,11 @@ func TestLongPathsAreRefused(t *testing.T) {
 		"with query": {strings.Repeat("d", 1000), strings.Repeat("q", 24)},
 		"huge":       {strings.Repeat("é", 50000), ""},
 	} {
-		if _, _, err := spell(s[0], s[1]); !errors.Is(err, errTooLong) || statusOf(err) != 414 {
+		if _, _, err := spellPath(s[0], s[1]); !errors.Is(err, errTooLong) || statusOf(err) != 414 {
 			t.Errorf("%s: got %v, want errTooLong", name, err)
 		}
 	}
-	if _, _, err := spell(strings.Repeat("./", 5000)+"a", ""); err != nil {
+	if _, _, err := spellPath(strings.Repeat("./", 5000)+"a", ""); err != nil {
 		t.Errorf("a short path with many dots in front: %v", err)
 	}
 }
@@ -653,7 +653,7 @@ func TestResolve(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			got, err := c.resolve(tt.remote, tt.escaped, tt.query)
+			got, err := c.resolveTarget(tt.remote, tt.escaped, tt.query)
 			if tt.status != 0 {
 				var p *problem
 				if !errors.As(err, &p) || p.status != tt.status || !strings.Contains(p.detail, tt.detail) {
@@ -687,14 +687,14 @@ func FuzzSpell(f *testing.F) {
 		f.Add(s, "")
 	}
 	f.Fuzz(func(t *testing.T, escaped, query string) {
-		path, spelling, err := spell(escaped, query)
+		path, spelling, err := spellPath(escaped, query)
 		if err != nil {
 			if !errors.Is(err, errBadRequest) && !errors.Is(err, errTooLong) || path != "" || spelling != "" {
 				t.Fatalf("%q, %q, %v", path, spelling, err)
 			}
 			return
 		}
-		if len(spelling) > maxSpelling || decodedPath(spelling) != path {
+		if len(spelling) > maxSpelling || decodePath(spelling) != path {
 			t.Fatalf("%q is the spelling of %q", spelling, path)
 		}
 		if slices.Contains(strings.Split(path, "/"), "..") || strings.ContainsFunc(path, func(r rune) bool { return r < ' ' || r == 0x7f || r == '\\' }) {
@@ -704,7 +704,7 @@ func FuzzSpell(f *testing.F) {
 		if strings.HasPrefix(bare, "/") || strings.Contains(bare, "//") || path != "" && rest != query {
 			t.Fatalf("spelling %q", spelling)
 		}
-		again, spellingAgain, err := spell(bare, rest)
+		again, spellingAgain, err := spellPath(bare, rest)
 		if again != path || spellingAgain != spelling || err != nil {
 			t.Fatalf("%q was %q, now %q, %q, %v", escaped, spelling, again, spellingAgain, err)
 		}
@@ -731,7 +731,7 @@ func FuzzConfig(f *testing.F) {
 	f.Fuzz(func(t *testing.T, yaml string) {
 		c, err := parseConfig("f", []byte(yaml), testEnv)
 		if err == nil {
-			if _, err := json.Marshal(c.public()); err != nil || len(c.names) == 0 {
+			if _, err := json.Marshal(c.publicView()); err != nil || len(c.names) == 0 {
 				t.Fatalf("%v: %v", c.names, err)
 			}
 			return
@@ -763,7 +763,7 @@ func BenchmarkResolve(b *testing.B) {
 		b.Run(bb.name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				t, err := c.resolve(bb.remote, bb.escaped, bb.query)
+				t, err := c.resolveTarget(bb.remote, bb.escaped, bb.query)
 				if err != nil {
 					b.Fatal(err)
 				}

@@ -496,7 +496,7 @@ func checkPut(key string, rec *record, spool *os.File) error {
 	switch {
 	case err != nil:
 		return storeError("storing "+key, err)
-	case !validKey(key) || keyOf(rec.Remote, rec.Path) != key:
+	case !validKey(key) || storageKey(rec.Remote, rec.Path) != key:
 		return fmt.Errorf("storing %q: record of another file: %s/%s", key, rec.Remote, rec.Path)
 	case !isSHA256(rec.SHA256) || fi.Size() != rec.Size:
 		return fmt.Errorf("storing %s: spool of %d bytes, record of %d, sha256 %q", key, fi.Size(), rec.Size, rec.SHA256)

@@ -87,7 +87,7 @@ func keyHash(key string) (uint64, bool) {
 func (e *entry) row(remote string) row {
 	k := e.kind.Value()
 	return row{
-		Remote: remote, Path: e.spelling, Key: keyOf(remote, e.spelling), SHA256: hex.EncodeToString(e.sum[:]),
+		Remote: remote, Path: e.spelling, Key: storageKey(remote, e.spelling), SHA256: hex.EncodeToString(e.sum[:]),
 		ContentType: k.contentType, Class: k.class, Size: e.size, Hits: e.hits,
 		Fetched: time.Unix(0, e.fetched).UTC(), LastAccess: time.Unix(0, e.last).UTC(),
 	}
@@ -109,7 +109,7 @@ func newEntry(r row) (*entry, error) {
 		fetched: r.Fetched.UnixNano(), last: r.LastAccess.UnixNano(),
 		kind: unique.Make(kind{r.ContentType, r.Class}),
 	}
-	e.place = place{decodedPath(r.Path), hash}
+	e.place = place{decodePath(r.Path), hash}
 	if e.path == e.spelling {
 		e.path = e.spelling // one string in memory, not two
 	}
@@ -609,7 +609,7 @@ func (x *embeddedIndex) restore(payload []byte) error {
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if x.gone[keyOf(remote, e.spelling)] {
+	if x.gone[storageKey(remote, e.spelling)] {
 		return nil
 	}
 	s := x.shelf(remote)
@@ -642,7 +642,7 @@ func decodeEntry(payload []byte) (remote string, e *entry) {
 	if p.bad || len(p.b) > 0 {
 		return "", nil
 	}
-	r.Key = keyOf(r.Remote, r.Path)
+	r.Key = storageKey(r.Remote, r.Path)
 	e, err := newEntry(r)
 	if err != nil {
 		return "", nil

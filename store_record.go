@@ -100,7 +100,7 @@ func readRecord(name string) (*envelope, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	return e, keyOf(e.Remote, e.Path), nil
+	return e, storageKey(e.Remote, e.Path), nil
 }
 
 // validKey reports whether key is {remote}/{hash}/{filename} and the last no

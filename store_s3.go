@@ -339,7 +339,7 @@ func decodeS3Record(key string, o *s3Object) (*record, error) {
 		return nil, errVersion
 	case !isSHA256(r.SHA256) || r.Size != o.size:
 		return nil, fmt.Errorf("%w: of %d bytes with sha256 %q, the object has %d", errDamaged, r.Size, cleanText(r.SHA256), o.size)
-	case keyOf(r.Remote, r.Path) != key:
+	case storageKey(r.Remote, r.Path) != key:
 		return nil, fmt.Errorf("%w: of another file", errDamaged)
 	}
 	return &r.record, nil

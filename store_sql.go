@@ -198,7 +198,7 @@ func (c *change) apply(ctx context.Context, on execer, late bool) (err error) {
 		if r.LastAccess.Before(r.Fetched) {
 			r.LastAccess = r.Fetched
 		}
-		_, err = on.ExecContext(ctx, sqlSave, r.Key, r.Remote, clean(decodedPath(r.Path)), clean(r.Path), r.SHA256,
+		_, err = on.ExecContext(ctx, sqlSave, r.Key, r.Remote, clean(decodePath(r.Path)), clean(r.Path), r.SHA256,
 			clean(r.ContentType), string(r.Class), r.Size, r.Hits, r.Fetched.UTC(), r.LastAccess.UTC(), late)
 	case c.Delete != "":
 		_, err = on.ExecContext(ctx, sqlDelete, c.Delete, late, c.At.UTC())
@@ -322,12 +322,12 @@ func (s *sqlScan) statement() (string, []any) {
 
 // behind moves on to what follows r.
 func (s *sqlScan) behind(r row) {
-	s.path, s.key, s.last = clean(decodedPath(r.Path)), r.Key, r.LastAccess
+	s.path, s.key, s.last = clean(decodePath(r.Path)), r.Key, r.LastAccess
 }
 
 // takes tells whether a row belongs on the page.
 func (s *sqlScan) takes(r row) bool {
-	path := decodedPath(r.Path)
+	path := decodePath(r.Path)
 	after, _, variant := strings.Cut(s.q.after, "\n")
 	if !s.q.oldest && !variant && after != "" && path <= after {
 		return false
@@ -341,8 +341,8 @@ func (s *sqlScan) token(last, following row) string {
 	if s.q.oldest {
 		return strconv.FormatInt(last.LastAccess.UnixMicro(), 10) + "\n" + last.Key
 	}
-	path := decodedPath(last.Path)
-	if path == decodedPath(following.Path) {
+	path := decodePath(last.Path)
+	if path == decodePath(following.Path) {
 		return path + "\n" + last.Key
 	}
 	return path

@@ -265,11 +265,11 @@ func (f *fakePG) page(query string, a []driver.Value) (rows [][]driver.Value) {
 		if byAge {
 			return cmp.Or(x.LastAccess.Compare(y.LastAccess), strings.Compare(x.Key, y.Key))
 		}
-		return cmp.Or(strings.Compare(decodedPath(x.Path), decodedPath(y.Path)), strings.Compare(x.Key, y.Key))
+		return cmp.Or(strings.Compare(decodePath(x.Path), decodePath(y.Path)), strings.Compare(x.Key, y.Key))
 	}
 	var found []row
 	for _, r := range f.rows {
-		path := decodedPath(r.Path)
+		path := decodePath(r.Path)
 		switch {
 		case query == sqlByAgeOf && r.Remote != a[3].(string):
 		case byAge && cmp.Or(r.LastAccess.Compare(a[0].(time.Time)), strings.Compare(r.Key, a[1].(string))) <= 0:
@@ -387,7 +387,7 @@ func TestSQLSurvivesTextThatIsNone(t *testing.T) {
 		for _, r := range p.rows {
 			got = append(got, r.Path)
 		}
-		slices.SortFunc(got, func(a, b string) int { return strings.Compare(decodedPath(a), decodedPath(b)) })
+		slices.SortFunc(got, func(a, b string) int { return strings.Compare(decodePath(a), decodePath(b)) })
 		if err != nil || strings.Join(got, " ") != want {
 			t.Errorf("page %+v: %q, %v; want %q", *q, got, err, want)
 		}

@@ -42,7 +42,7 @@ func testRecord(spelling, content string) *record {
 	}
 }
 
-func testKey(spelling string) string { return keyOf("r", spelling) }
+func testKey(spelling string) string { return storageKey("r", spelling) }
 
 // tempSpool makes a spool as the cache does.
 func tempSpool(t testing.TB, dir, content string) *os.File {
@@ -446,7 +446,7 @@ var testDay = time.Date(2024, 5, 6, 7, 8, 9, 0, time.UTC)
 func testRow(remote, spelling string) row {
 	rec := testRecord(spelling, "content of "+spelling)
 	return row{
-		Remote: remote, Path: spelling, Key: keyOf(remote, spelling), SHA256: rec.SHA256,
+		Remote: remote, Path: spelling, Key: storageKey(remote, spelling), SHA256: rec.SHA256,
 		ContentType: "text/plain", Class: immutable, Size: rec.Size, Fetched: testDay, LastAccess: testDay,
 	}
 }
@@ -501,7 +501,7 @@ func (x *indexTester) wantPaths(q pageQuery, want ...string) {
 
 func (x *indexTester) wantRow(want row) {
 	x.t.Helper()
-	rows := x.page(pageQuery{remote: want.Remote, prefix: decodedPath(want.Path), limit: 1}).rows
+	rows := x.page(pageQuery{remote: want.Remote, prefix: decodePath(want.Path), limit: 1}).rows
 	if len(rows) != 1 {
 		x.t.Fatalf("no row for %s", want.Path)
 	}
@@ -554,11 +554,11 @@ func testIndexReplace(x *indexTester) {
 func testIndexDelete(x *indexTester) {
 	x.save(testRow("r", "a"), testRow("r", "b"), testRow("s", "a"))
 	for range 2 {
-		if err := x.delete(x.t.Context(), "r", keyOf("r", "a")); err != nil {
+		if err := x.delete(x.t.Context(), "r", storageKey("r", "a")); err != nil {
 			x.t.Fatal(err)
 		}
 	}
-	if err := x.delete(x.t.Context(), "nobody", keyOf("nobody", "a")); err != nil {
+	if err := x.delete(x.t.Context(), "nobody", storageKey("nobody", "a")); err != nil {
 		x.t.Fatal(err)
 	}
 	x.wantPaths(pageQuery{remote: "r", limit: 10}, "b")
@@ -644,8 +644,8 @@ func testIndexTouch(x *indexTester) {
 	late := testDay.Add(time.Hour)
 	err := x.touch(x.t.Context(), []touch{
 		{"r", r.Key, 2, late},
-		{"r", keyOf("r", "unknown"), 1, late},
-		{"nobody", keyOf("nobody", "f"), 1, late},
+		{"r", storageKey("r", "unknown"), 1, late},
+		{"nobody", storageKey("nobody", "f"), 1, late},
 	})
 	if err == nil {
 		err = x.touch(x.t.Context(), []touch{{"r", r.Key, 3, testDay.Add(-time.Hour)}})
@@ -695,7 +695,7 @@ func testIndexOldest(x *indexTester) {
 		x.wantPaths(pageQuery{oldest: true, limit: limit}, all...)
 		x.wantPaths(pageQuery{oldest: true, remote: "r", limit: limit}, even...)
 	}
-	x.touch(x.t.Context(), []touch{{"r", keyOf("r", all[0]), 1, testDay.Add(time.Hour)}})
+	x.touch(x.t.Context(), []touch{{"r", storageKey("r", all[0]), 1, testDay.Add(time.Hour)}})
 	x.wantPaths(pageQuery{oldest: true, limit: 50}, append(all[1:], all[0])...)
 	for _, name := range []string{"t", "u"} { // the same time
 		for _, p := range variants(5) {

@@ -27,7 +27,7 @@ func (u *upstream) authorized(ctx context.Context, q question, i int) (*http.Res
 	if err != nil {
 		return nil, err
 	}
-	if q.remote.pkg != "docker" {
+	if q.remote.packageType != "docker" {
 		return u.walk(ctx, t)
 	}
 	t.auth = u.tokens.known(t.registry(), q.scope, u.now())

@@ -228,7 +228,7 @@ func (t *trip) request(ctx context.Context, at *url.URL, version string) *http.R
 	if t.remote.gives(at) {
 		maps.Copy(h, t.remote.headers)
 		req.Host = cmp.Or(h.Get("Host"), at.Host)
-		if basic := t.remote.basic(); basic != "" && t.remote.pkg != "docker" {
+		if basic := t.remote.basic(); basic != "" && t.remote.packageType != "docker" {
 			h["Authorization"] = []string{basic}
 		}
 	}

@@ -41,7 +41,7 @@ func newAsker(t *testing.T, origins ...string) *asker {
 // newAskerOver asks over a fake transport.
 func newAskerOver(t *testing.T, rt roundTrip, origins ...string) *asker {
 	t.Helper()
-	a := &asker{T: t, log: new(bytes.Buffer), r: &remote{name: "r", pkg: "generic", timeout: 5 * time.Second}}
+	a := &asker{T: t, log: new(bytes.Buffer), r: &remote{name: "r", packageType: "generic", timeout: 5 * time.Second}}
 	a.u = newUpstream(func(strict bool) http.RoundTripper {
 		if rt != nil {
 			return rt
@@ -1209,7 +1209,7 @@ func newTokenRegistry(t *testing.T, origins ...string) *registrySite {
 		origins = []string{"https://registry.test.test/v2"}
 	}
 	g.asker = newAskerOver(t, g.rt, origins...)
-	g.r.pkg = "docker"
+	g.r.packageType = "docker"
 	return g
 }
 
@@ -1509,7 +1509,7 @@ func TestCredentialsGoToTheRealm(t *testing.T) {
 			t.Errorf("%s: password sent: %v", r.URL, got)
 		}
 	}
-	g.r = &remote{name: "r", pkg: "docker", origins: g.r.origins, username: "u", password: "changed"}
+	g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins, username: "u", password: "changed"}
 	g.pull().want(200, "manifest") // after a reload with another password
 	g.wantTraffic(6, 2)
 }
@@ -1599,7 +1599,7 @@ func TestRealmMayNotLeadInside(t *testing.T) {
 		"where token_realm names it": {true, mustURL(t, elsewhere(service)+"/token"), true},
 	} {
 		a := newAsker(t, base.URL)
-		a.r.pkg, a.r.tokenRealm = "docker", c.realm
+		a.r.packageType, a.r.tokenRealm = "docker", c.realm
 		if c.public {
 			a.u.private = func(netip.Addr) bool { return false }
 		}
@@ -1647,7 +1647,7 @@ func TestBasicRegistry(t *testing.T) {
 		g.wantTraffic(4, 0)
 
 		for _, g.challenge = range []string{`Basic realm="x"`, `Bearer service="s"`, `Digest realm="x"`, ``} {
-			g.r = &remote{name: "r", pkg: "docker", origins: g.r.origins}
+			g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins}
 			before := len(g.lines)
 			g.ask(q).want(401, "") // nothing to offer
 			g.wantTraffic(before+1, 0)
