@@ -241,7 +241,7 @@ type want struct {
 	size int64
 	// ask replaces the question for the body; the want is never revalidated
 	// then, only asked again. nil: upstream.ask.
-	ask func(ctx context.Context, ask question) (*answer, error)
+	ask func(ctx context.Context, req upstreamRequest) (*upstreamResponse, error)
 	// note keeps more of an answer's headers in the record. nil: none.
 	note func(rec *record, h http.Header)
 	// check sees a complete body before it is stored and may add to its
@@ -381,7 +381,7 @@ func (c *cache) absent(ctx context.Context, key string, q want, a asked, cp *sto
 			rep, err := c.headUpstream(ctx, q)
 			return rep, false, err
 		}
-	} else if c.up.down(q.remote) {
+	} else if c.up.isDown(q.remote) {
 		c.used(q.remote.name, key)
 		return c.stale(cp, "unreachable"), false, nil
 	}
@@ -495,24 +495,24 @@ func (c *cache) stale(s *stored, why string) *reply {
 // headUpstream answers HEAD for a file that is not stored; nothing is stored.
 // Where HEAD is refused, a GET is asked and its body not read.
 func (c *cache) headUpstream(ctx context.Context, q want) (*reply, error) {
-	ask := q.question(http.MethodHead, nil)
-	ans, err := c.up.ask(ctx, ask)
+	req := q.question(http.MethodHead, nil)
+	resp, err := c.up.send(ctx, req)
 	if err != nil {
 		return nil, err
 	}
-	if headRefused(ans.StatusCode) {
-		ans.Body.Close()
-		ask.method = http.MethodGet
-		if ans, err = c.up.ask(ctx, ask); err != nil {
+	if headRefused(resp.StatusCode) {
+		resp.Body.Close()
+		req.method = http.MethodGet
+		if resp, err = c.up.send(ctx, req); err != nil {
 			return nil, err
 		}
 	}
-	defer ans.Body.Close()
-	if err := c.refused(q, ans); err != nil {
+	defer resp.Body.Close()
+	if err := c.refused(q, resp); err != nil {
 		return nil, err
 	}
-	rec := c.newRecord(q, ans.Header)
-	return &reply{rec: rec, size: ans.ContentLength, body: unread(ans.ContentLength), remote: true, status: "fwd=miss", outcome: "MISS"}, nil
+	rec := c.newRecord(q, resp.Header)
+	return &reply{rec: rec, size: resp.ContentLength, body: unread(resp.ContentLength), remote: true, status: "fwd=miss", outcome: "MISS"}, nil
 }
 
 // headRefused: presigned and CDN origins refuse HEAD in all these ways.
@@ -525,7 +525,7 @@ func headRefused(status int) bool {
 }
 
 // question is what is asked upstream for q.
-func (q want) question(method string, header http.Header) question {
+func (q want) question(method string, header http.Header) upstreamRequest {
 	h := http.Header{}
 	for k, v := range header {
 		h[k] = v
@@ -533,15 +533,15 @@ func (q want) question(method string, header http.Header) question {
 	if q.accept != "" {
 		h.Set("Accept", q.accept)
 	}
-	return question{remote: q.remote, method: method, wire: q.wire, header: h, scope: q.scope}
+	return upstreamRequest{remote: q.remote, method: method, wire: q.wire, header: h, scope: q.scope}
 }
 
 // refused turns an upstream's status other than 200 into the error a client
 // gets (SPEC.md section 4, Responses); nil for 200.
-func (c *cache) refused(q want, ans *answer) error {
-	p := &problem{status: ans.StatusCode, cause: &upstreamStatus{ans.StatusCode}}
+func (c *cache) refused(q want, resp *upstreamResponse) error {
+	p := &problem{status: resp.StatusCode, cause: &upstreamStatus{resp.StatusCode}}
 	name := q.remote.name
-	switch code := ans.StatusCode; {
+	switch code := resp.StatusCode; {
 	case code == http.StatusOK:
 		return nil
 	case code == http.StatusNotFound, code == http.StatusGone:
@@ -556,7 +556,7 @@ func (c *cache) refused(q want, ans *answer) error {
 		p.detail = fmt.Sprintf("the upstream of remote %q answered 403 Forbidden", name)
 	case code == http.StatusTooManyRequests:
 		p.status = http.StatusServiceUnavailable
-		p.retryAfter = max(time.Second, retryAfter(ans.Header, c.now()))
+		p.retryAfter = max(time.Second, parseRetryAfter(resp.Header, c.now()))
 		p.detail = fmt.Sprintf("the upstream of remote %q limits its requests (429)", name)
 	case code >= 400 && code < 500:
 		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)

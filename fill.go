@@ -229,7 +229,7 @@ func (c *cache) slot(name string) chan struct{} {
 func (f *flight) waitSlot() error {
 	var enough <-chan time.Time
 	if f.old != nil {
-		t := time.NewTimer(copyPatience)
+		t := time.NewTimer(copyTimeout)
 		defer t.Stop()
 		enough = t.C
 	}
@@ -315,40 +315,40 @@ func (f *flight) fill(validators http.Header) error {
 			return err
 		}
 	}
-	ask := f.want.question(http.MethodGet, validators)
-	ask.hasCopy = f.old != nil
-	ans, err := f.c.askBody(f.ctx, f.want, ask)
+	req := f.want.question(http.MethodGet, validators)
+	req.hasCopy = f.old != nil
+	resp, err := f.c.askBody(f.ctx, f.want, req)
 	if err != nil {
 		return err
 	}
-	if err := f.judge(ans, validators != nil); err != nil {
-		ans.Body.Close()
+	if err := f.judge(resp, validators != nil); err != nil {
+		resp.Body.Close()
 		return err
 	}
-	return f.receive(ans, 0)
+	return f.receive(resp, 0)
 }
 
 // judge decides about an answer's headers; nil means that its body comes.
-func (f *flight) judge(ans *answer, conditional bool) error {
-	if conditional && f.unchanged(ans) {
+func (f *flight) judge(resp *upstreamResponse, conditional bool) error {
+	if conditional && f.unchanged(resp) {
 		return errUnchanged
 	}
-	if err := f.c.refused(f.want, ans); err != nil {
+	if err := f.c.refused(f.want, resp); err != nil {
 		return err
 	}
-	return f.begin(ans)
+	return f.begin(resp)
 }
 
 // receive moves ans's body, and what resumes it, into the spool; n times it
 // has broken off already.
-func (f *flight) receive(ans *answer, n int) error {
+func (f *flight) receive(resp *upstreamResponse, n int) error {
 	for ; ; n++ {
-		err := f.pump(ans)
-		ans.Body.Close()
+		err := f.pump(resp)
+		resp.Body.Close()
 		if err == nil {
 			return f.arrive()
 		}
-		if ans, err = f.resume(err, n); err != nil {
+		if resp, err = f.resume(err, n); err != nil {
 			return err
 		}
 	}
@@ -377,23 +377,23 @@ func (f *flight) openSpool() error {
 }
 
 // begin makes an answer's headers known to the clients that wait.
-func (f *flight) begin(ans *answer) error {
+func (f *flight) begin(resp *upstreamResponse) error {
 	q, c := f.want, f.c
-	if q.limit > 0 && ans.ContentLength > q.limit {
+	if q.limit > 0 && resp.ContentLength > q.limit {
 		return f.tooLarge()
 	}
 	if err := f.openSpool(); err != nil {
 		return err
 	}
-	if err := c.spools.room(max(0, ans.ContentLength)); err != nil {
+	if err := c.spools.room(max(0, resp.ContentLength)); err != nil {
 		c.storeFailed("spool", "beginning", f.key, err)
 		return errNoSpool
 	}
-	rec := c.newRecord(q, ans.Header)
+	rec := c.newRecord(q, resp.Header)
 	if hexsum, ok := strings.CutPrefix(q.digest, "sha256:"); ok {
 		rec.SHA256 = hexsum
 	}
-	f.show(rec, ans.ContentLength, ans.origin, rangeValidator(ans), f.mayStore(ans))
+	f.show(rec, resp.ContentLength, resp.origin, rangeValidator(resp), f.mayStore(resp))
 	return nil
 }
 
@@ -425,11 +425,11 @@ func (e *spoolError) Error() string { return "writing the spool: " + e.err.Error
 func (e *spoolError) Unwrap() error { return e.err }
 
 // pump moves ans's body into the spool until its end.
-func (f *flight) pump(ans *answer) error {
+func (f *flight) pump(resp *upstreamResponse) error {
 	buf := largeBuffers.Get().(*[largeBufferSize]byte)
 	defer largeBuffers.Put(buf)
 	for {
-		n, err := ans.Body.Read(buf[:])
+		n, err := resp.Body.Read(buf[:])
 		if n > 0 {
 			if err := f.append(buf[:n]); err != nil {
 				return err

@@ -43,23 +43,23 @@ func (f *flight) askHEAD(validators http.Header) (again bool, err error) {
 	if c.refusesHEAD(name) {
 		return true, nil
 	}
-	ask := f.want.question(http.MethodHead, validators)
-	ask.hasCopy = true
-	ans, err := c.up.ask(f.ctx, ask)
+	req := f.want.question(http.MethodHead, validators)
+	req.hasCopy = true
+	resp, err := c.up.send(f.ctx, req)
 	if err != nil {
 		return false, err
 	}
-	ans.Body.Close()
+	resp.Body.Close()
 	switch {
-	case f.unchanged(ans):
+	case f.unchanged(resp):
 		return false, errUnchanged
-	case headRefused(ans.StatusCode):
+	case headRefused(resp.StatusCode):
 		c.mu.Lock()
 		c.noHEAD[name] = c.now().Add(noHEADFor)
 		c.mu.Unlock()
 		return true, nil
 	}
-	return false, c.refused(f.want, ans)
+	return false, c.refused(f.want, resp)
 }
 
 func (c *cache) refusesHEAD(name string) bool {
@@ -70,39 +70,39 @@ func (c *cache) refusesHEAD(name string) bool {
 
 // unchanged says whether an answer to a conditional request means that the
 // copy is still good: 304, or a 200 that names the very same bytes.
-func (f *flight) unchanged(ans *answer) bool {
-	if ans.StatusCode == http.StatusNotModified {
+func (f *flight) unchanged(resp *upstreamResponse) bool {
+	if resp.StatusCode == http.StatusNotModified {
 		return true
 	}
-	if ans.StatusCode != http.StatusOK {
+	if resp.StatusCode != http.StatusOK {
 		return false
 	}
-	digest := ans.Header.Get("Docker-Content-Digest")
+	digest := resp.Header.Get("Docker-Content-Digest")
 	if digest != "" && digest == f.old.Digest {
 		return true
 	}
-	return strong(f.old.ETag) && ans.Header.Get("ETag") == f.old.ETag
+	return strong(f.old.ETag) && resp.Header.Get("ETag") == f.old.ETag
 }
 
 func strong(etag string) bool { return strings.HasPrefix(etag, `"`) }
 
 // askBody asks for q's body, in its own way where it has one.
-func (c *cache) askBody(ctx context.Context, q want, ask question) (*answer, error) {
+func (c *cache) askBody(ctx context.Context, q want, req upstreamRequest) (*upstreamResponse, error) {
 	if q.ask != nil {
-		return q.ask(ctx, ask)
+		return q.ask(ctx, req)
 	}
-	return c.up.ask(ctx, ask)
+	return c.up.send(ctx, req)
 }
 
 // mayStore: a body that only the connection's end delimits cannot be told from
 // a cut one, and one over the remote's whole budget would push out the rest.
-func (f *flight) mayStore(ans *answer) bool {
+func (f *flight) mayStore(resp *upstreamResponse) bool {
 	c, name := f.c, f.want.remote.name
-	if ans.ContentLength < 0 && ans.ProtoMajor == 1 && len(ans.TransferEncoding) == 0 {
+	if resp.ContentLength < 0 && resp.ProtoMajor == 1 && len(resp.TransferEncoding) == 0 {
 		c.log.Warn("not stored: the upstream gave neither length nor chunks, so a cut body could not be told from a whole one", "remote", name, "path", f.want.path)
 		return false
 	}
-	return f.fits(ans.ContentLength)
+	return f.fits(resp.ContentLength)
 }
 
 // fits says whether cache.max_size allows for a body of that size.
@@ -122,24 +122,24 @@ func (f *flight) tooLarge() error {
 
 // rangeValidator is what If-Range may carry (RFC 9110 section 13.1.5): a strong
 // ETag, or a date that is strong because it is well before the answer's.
-func rangeValidator(ans *answer) string {
-	if tag := ans.Header.Get("ETag"); tag != "" {
+func rangeValidator(resp *upstreamResponse) string {
+	if tag := resp.Header.Get("ETag"); tag != "" {
 		if strong(tag) {
 			return tag
 		}
 		return ""
 	}
-	modified, err1 := http.ParseTime(ans.Header.Get("Last-Modified"))
-	date, err2 := http.ParseTime(ans.Header.Get("Date"))
+	modified, err1 := http.ParseTime(resp.Header.Get("Last-Modified"))
+	date, err2 := http.ParseTime(resp.Header.Get("Date"))
 	if err1 == nil && err2 == nil && date.Sub(modified) >= time.Minute {
-		return ans.Header.Get("Last-Modified")
+		return resp.Header.Get("Last-Modified")
 	}
 	return ""
 }
 
 // resume asks for the rest of a body that broke off with err the nth time. Its
 // error is how the flight ends.
-func (f *flight) resume(err error, n int) (*answer, error) {
+func (f *flight) resume(err error, n int) (*upstreamResponse, error) {
 	if _, full := errors.AsType[*spoolError](err); full {
 		f.c.storeFailed("spool", "growing", f.key, err)
 		return nil, err
@@ -151,15 +151,15 @@ func (f *flight) resume(err error, n int) (*answer, error) {
 	if n >= resumes {
 		return nil, broken
 	}
-	ans, err := f.c.askRest(f.ctx, f.restOf(f.written, -1))
+	resp, err := f.c.askRest(f.ctx, f.restOf(f.written, -1))
 	if err != nil {
 		return nil, fmt.Errorf("%w; it cannot be resumed: %w", broken, err)
 	}
 	f.mu.Lock()
-	f.total = ans.whole()
+	f.total = resp.whole()
 	f.mu.Unlock()
 	f.c.log.Info("resumed a body that broke off", "remote", f.want.remote.name, "path", f.want.path, "at", f.written)
-	return ans, nil
+	return resp, nil
 }
 
 // rest describes the part of a body that is asked for by Range.
@@ -179,7 +179,7 @@ func (f *flight) restOf(from, to int64) rest {
 
 // askRest asks upstream for a part, and accepts exactly that part of the very
 // same body.
-func (c *cache) askRest(ctx context.Context, p rest) (*answer, error) {
+func (c *cache) askRest(ctx context.Context, p rest) (*upstreamResponse, error) {
 	if p.validator == "" && p.want.digest == "" {
 		return nil, errors.New("the upstream gave no strong validator")
 	}
@@ -190,25 +190,25 @@ func (c *cache) askRest(ctx context.Context, p rest) (*answer, error) {
 	if p.validator != "" {
 		h["If-Range"] = []string{p.validator}
 	}
-	ask := p.want.question(http.MethodGet, h)
-	ask.first = p.origin
-	ans, err := c.up.ask(ctx, ask)
+	req := p.want.question(http.MethodGet, h)
+	req.first = p.origin
+	resp, err := c.up.send(ctx, req)
 	if err != nil {
 		return nil, err
 	}
-	first, last, size, ok := contentRange(ans.Header.Get("Content-Range"))
+	first, last, size, ok := parseContentRange(resp.Header.Get("Content-Range"))
 	if p.size < 0 && last != size-1 {
 		ok = false // where the whole ends would still not be known
 	}
-	if ans.StatusCode != http.StatusPartialContent || !ok || first != p.from || p.size >= 0 && size != p.size {
-		ans.Body.Close()
-		return nil, fmt.Errorf("%w: status %d, Content-Range %q for a part from %d", errBadUpstream, ans.StatusCode, ans.Header.Get("Content-Range"), p.from)
+	if resp.StatusCode != http.StatusPartialContent || !ok || first != p.from || p.size >= 0 && size != p.size {
+		resp.Body.Close()
+		return nil, fmt.Errorf("%w: status %d, Content-Range %q for a part from %d", errBadUpstream, resp.StatusCode, resp.Header.Get("Content-Range"), p.from)
 	}
-	return ans, nil
+	return resp, nil
 }
 
 // whole is the size of the body of which askRest's answer is a part.
-func (a *answer) whole() int64 {
-	_, _, size, _ := contentRange(a.Header.Get("Content-Range"))
+func (resp *upstreamResponse) whole() int64 {
+	_, _, size, _ := parseContentRange(resp.Header.Get("Content-Range"))
 	return size
 }

@@ -16,18 +16,18 @@ import (
 // direct answers when there is no spool: straight from upstream, for this
 // client alone.
 func (c *cache) direct(ctx context.Context, q want, a asked, cp *stored) (*reply, error) {
-	ask := q.question(http.MethodGet, a.header(q))
-	ask.hasCopy = cp != nil
-	ans, err := c.askBody(ctx, q, ask)
-	if err == nil && ans.StatusCode == http.StatusRequestedRangeNotSatisfiable {
-		ans.Body.Close() // refused here, with the size that only the whole has
-		ask.header.Del("Range")
-		ans, err = c.askBody(ctx, q, ask)
+	req := q.question(http.MethodGet, a.header(q))
+	req.hasCopy = cp != nil
+	resp, err := c.askBody(ctx, q, req)
+	if err == nil && resp.StatusCode == http.StatusRequestedRangeNotSatisfiable {
+		resp.Body.Close() // refused here, with the size that only the whole has
+		req.header.Del("Range")
+		resp, err = c.askBody(ctx, q, req)
 	}
 	var at, size int64
 	if err == nil {
-		if at, size, err = c.part(q, ans, ask.header.Get("Range") != ""); err != nil {
-			ans.Body.Close()
+		if at, size, err = c.part(q, resp, req.header.Get("Range") != ""); err != nil {
+			resp.Body.Close()
 		}
 	}
 	if err != nil {
@@ -36,15 +36,15 @@ func (c *cache) direct(ctx context.Context, q want, a asked, cp *stored) (*reply
 		}
 		return nil, err
 	}
-	rec := c.newRecord(q, ans.Header)
+	rec := c.newRecord(q, resp.Header)
 	rep := &reply{rec: rec, size: size, remote: true, outcome: "MISS", status: "fwd=miss"}
 	if cp != nil {
 		rep.status = "fwd=stale; fwd-status=200"
 	}
 	if q.whole {
-		return rep, c.inMemory(ctx, q, rep, ans)
+		return rep, c.inMemory(ctx, q, rep, resp)
 	}
-	body := &remoteBody{c: c, ctx: ctx, ans: ans, at: at, part: rest{want: q, validator: rangeValidator(ans), size: size, to: a.to, origin: ans.origin}}
+	body := &remoteBody{c: c, ctx: ctx, ans: resp, at: at, part: rest{want: q, validator: rangeValidator(resp), size: size, to: a.to, origin: resp.origin}}
 	if q.digest != "" {
 		body.sums = newSums(q.digest)
 	}
@@ -69,18 +69,18 @@ func (a asked) header(q want) http.Header {
 
 // part judges the answer to a question that may have asked for a range: where
 // its body begins, and the size of the whole (-1: not known).
-func (c *cache) part(q want, ans *answer, ranged bool) (at, size int64, err error) {
-	first, _, size, ok := contentRange(ans.Header.Get("Content-Range"))
-	if ranged && ans.StatusCode == http.StatusPartialContent && ok && size >= 0 {
+func (c *cache) part(q want, resp *upstreamResponse, ranged bool) (at, size int64, err error) {
+	first, _, size, ok := parseContentRange(resp.Header.Get("Content-Range"))
+	if ranged && resp.StatusCode == http.StatusPartialContent && ok && size >= 0 {
 		return first, size, nil
 	}
-	return 0, ans.ContentLength, c.refused(q, ans)
+	return 0, resp.ContentLength, c.refused(q, resp)
 }
 
 // inMemory makes rep of a small body that must be whole before it is answered.
-func (c *cache) inMemory(ctx context.Context, q want, rep *reply, ans *answer) error {
-	defer ans.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(ans.Body, q.limit+1))
+func (c *cache) inMemory(ctx context.Context, q want, rep *reply, resp *upstreamResponse) error {
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, q.limit+1))
 	if err != nil {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
@@ -110,13 +110,13 @@ type remoteBody struct {
 	c    *cache
 	ctx  context.Context
 	part rest
-	ans  *answer // may be nil: asked for when read
-	at   int64   // where ans stands
-	off  int64   // where the reader stands
-	sums *sums   // of a body with a digest, up to at; nil: it is not verified
-	held []byte  // read and hashed, not yet given out
-	done bool    // all is read and verified
-	tear int     // how often it broke off
+	ans  *upstreamResponse // may be nil: asked for when read
+	at   int64             // where ans stands
+	off  int64             // where the reader stands
+	sums *sums             // of a body with a digest, up to at; nil: it is not verified
+	held []byte            // read and hashed, not yet given out
+	done bool              // all is read and verified
+	tear int               // how often it broke off
 }
 
 func (b *remoteBody) Read(p []byte) (int, error) {
@@ -218,10 +218,10 @@ func (b *remoteBody) reach(off int64) error {
 	if part.to < off {
 		part.to = -1
 	}
-	ans, err := b.c.askRest(b.ctx, part)
+	resp, err := b.c.askRest(b.ctx, part)
 	if err == nil {
 		b.drop()
-		b.ans, b.at, b.part.size = ans, off, ans.whole()
+		b.ans, b.at, b.part.size = resp, off, resp.whole()
 		return nil
 	}
 	if b.ans == nil || off < b.at {

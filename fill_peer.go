@@ -193,49 +193,49 @@ func (f *flight) takeOver(cause error) error {
 	f.mu.Lock()
 	f.storable, f.followed = true, false
 	f.mu.Unlock()
-	var ans *answer
+	var resp *upstreamResponse
 	err := cause
 	if !errors.Is(cause, errDigest) {
-		ans, err = f.resume(cause, 0)
+		resp, err = f.resume(cause, 0)
 	}
 	if err != nil && !errors.Is(err, errUnreachable) && !errors.Is(err, errTimeout) && f.ctx.Err() == nil {
-		ans, err = f.repeat()
+		resp, err = f.repeat()
 	}
 	if err != nil {
 		return err
 	}
-	return f.receive(ans, 1)
+	return f.receive(resp, 1)
 }
 
 // repeat asks for the whole body and reads over what the spool has already,
 // which clients have seen: it must be the same.
-func (f *flight) repeat() (*answer, error) {
-	ans, err := f.c.askBody(f.ctx, f.want, f.want.question(http.MethodGet, nil))
+func (f *flight) repeat() (*upstreamResponse, error) {
+	resp, err := f.c.askBody(f.ctx, f.want, f.want.question(http.MethodGet, nil))
 	if err != nil {
 		return nil, err
 	}
-	if err = f.c.refused(f.want, ans); err == nil {
-		err = f.readOver(ans)
+	if err = f.c.refused(f.want, resp); err == nil {
+		err = f.readOver(resp)
 	}
 	if err != nil {
-		ans.Body.Close()
+		resp.Body.Close()
 		return nil, err
 	}
-	storable := f.mayStore(ans)
+	storable := f.mayStore(resp)
 	f.mu.Lock()
 	f.storable = storable
 	f.mu.Unlock()
-	return ans, nil
+	return resp, nil
 }
 
-func (f *flight) readOver(ans *answer) error {
-	now := f.c.newRecord(f.want, ans.Header)
-	if ans.ContentLength != f.total || now.ETag != f.rec.ETag || now.LastModified != f.rec.LastModified {
+func (f *flight) readOver(resp *upstreamResponse) error {
+	now := f.c.newRecord(f.want, resp.Header)
+	if resp.ContentLength != f.total || now.ETag != f.rec.ETag || now.LastModified != f.rec.LastModified {
 		return fmt.Errorf("%w: it has changed since", errBroken)
 	}
 	got, had := make([]byte, copyBufferSize), make([]byte, copyBufferSize)
 	for off := int64(0); off < f.written; {
-		n, err := io.ReadFull(ans.Body, got[:min(copyBufferSize, f.written-off)])
+		n, err := io.ReadFull(resp.Body, got[:min(copyBufferSize, f.written-off)])
 		if err != nil {
 			return fmt.Errorf("%w: %w", errBroken, err)
 		}

@@ -273,7 +273,7 @@ func (r *spoolReader) leap(changed chan struct{}) error {
 	}
 	r.jump = false
 	part := r.f.restOf(r.off, r.to)
-	ans, err := r.f.c.askRest(r.ctx, part)
+	resp, err := r.f.c.askRest(r.ctx, part)
 	if err != nil { // the fill will come by
 		r.f.mu.Lock()
 		r.f.noRanges = r.f.noRanges || errors.Is(err, errBadUpstream)
@@ -281,7 +281,7 @@ func (r *spoolReader) leap(changed chan struct{}) error {
 		r.land()
 		return nil
 	}
-	r.rest = &remoteBody{c: r.f.c, ctx: r.ctx, part: part, off: r.off, ans: ans, at: r.off}
+	r.rest = &remoteBody{c: r.f.c, ctx: r.ctx, part: part, off: r.off, ans: resp, at: r.off}
 	return nil
 }
 

@@ -482,7 +482,7 @@ func TestExpiredCopyBehindFillsThatHang(t *testing.T) {
 		synctest.Wait()
 		began := time.Now()
 		tt.get("/api/r/m").wantFrom("cache", "hit; ttl=-N; detail=crowded").wantBody("old")
-		if d := time.Since(began); d != copyPatience {
+		if d := time.Since(began); d != copyTimeout {
 			t.Errorf("the copy came after %v", d)
 		}
 		all.Wait()
@@ -1015,7 +1015,7 @@ func bodyOf(t *testing.T, r *httptest.ResponseRecorder) string {
 func newRecorderTester(t testing.TB, upstream func(*http.Request) (*http.Response, error)) *tester {
 	t.Helper()
 	tt := setup{unserved: true}.start(t)
-	tt.up.anyhow, tt.up.strict = transportFunc(upstream), transportFunc(upstream)
+	tt.up.transport, tt.up.publicTransport = transportFunc(upstream), transportFunc(upstream)
 	return tt
 }
 
@@ -1401,8 +1401,8 @@ func TestUpstreamThatStopsInTheMiddle(t *testing.T) {
 			t.Errorf("what was there came after %v", d)
 		}
 		s.rest().wantAborted()
-		if d := time.Since(began); d != idleLimit {
-			t.Errorf("aborted after %v of silence, want %v", d, idleLimit)
+		if d := time.Since(began); d != bodyIdleTimeout {
+			t.Errorf("aborted after %v of silence, want %v", d, bodyIdleTimeout)
 		}
 		tt.wantStored("a", false)
 	})

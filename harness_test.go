@@ -260,9 +260,9 @@ func (tt *tester) newUpstream(log *slog.Logger) *upstream {
 		tr.TLSClientConfig = tt.origin.trust(tr.TLSClientConfig)
 		return tr
 	}, tt.clock.now, log, tt.api.metrics)
-	up.proxy = func(*http.Request) (*url.URL, error) { return nil, nil }
+	up.proxyFor = func(*http.Request) (*url.URL, error) { return nil, nil }
 	// 127.0.0.1 plays the outside world, the rest of 127/8 the inside.
-	up.private = func(a netip.Addr) bool { return a != outside && privateAddr(a) }
+	up.isPrivate = func(a netip.Addr) bool { return a != outside && isPrivateAddress(a) }
 	up.version = "test"
 	return up
 }
@@ -318,7 +318,7 @@ func (tt *tester) closer() func() {
 		cancel() // whatever still fills is dropped
 		server.cache.close(ctx)
 		_ = server.stores.close()
-		up.close()
+		up.Close()
 	}
 }
 
@@ -1218,7 +1218,7 @@ type faultyWriter struct {
 }
 
 func (w *faultyWriter) WriteHeader(status int) {
-	if first, _, _, ok := contentRange(w.Header().Get("Content-Range")); ok && status == http.StatusPartialContent {
+	if first, _, _, ok := parseContentRange(w.Header().Get("Content-Range")); ok && status == http.StatusPartialContent {
 		w.off = first
 	}
 	w.begun = true

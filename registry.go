@@ -207,26 +207,28 @@ func (g *registry) tags(c *call) want {
 func (g *registry) referrers(c *call) want {
 	return want{target: c.target(c.image + "/referrers/" + c.ref), accept: acceptManifests, limit: maxList, whole: true,
 		staleOn429: true, staleOn5xx: true, note: notePages, check: checkList("manifests"), dress: c.dress,
-		ask: func(ctx context.Context, ask question) (*answer, error) { return g.askReferrers(ctx, c, ask) }}
+		ask: func(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
+			return g.askReferrers(ctx, c, req)
+		}}
 }
 
 // askReferrers asks for referrers: by the API, by the tag that stands in for it
 // at registries without one, or else there are none. Denials, 429 and failures
 // are no such answer.
-func (g *registry) askReferrers(ctx context.Context, c *call, ask question) (*answer, error) {
-	ans, err := g.cache.up.ask(ctx, ask)
-	if err != nil || !none(ans.StatusCode) {
-		return ans, err
+func (g *registry) askReferrers(ctx context.Context, c *call, req upstreamRequest) (*upstreamResponse, error) {
+	resp, err := g.cache.up.send(ctx, req)
+	if err != nil || !none(resp.StatusCode) {
+		return resp, err
 	}
-	ans.discard()
+	resp.discardBody()
 	algorithm, sum, _ := strings.Cut(c.digest, ":")
-	ask.wire = "v2/" + c.image + "/manifests/" + algorithm + "-" + sum[:64]
-	ans, err = g.cache.up.ask(ctx, ask)
-	if err != nil || !none(ans.StatusCode) {
-		return ans, err
+	req.wire = "v2/" + c.image + "/manifests/" + algorithm + "-" + sum[:64]
+	resp, err = g.cache.up.send(ctx, req)
+	if err != nil || !none(resp.StatusCode) {
+		return resp, err
 	}
-	ans.discard()
-	return &answer{origin: ans.origin, Response: &http.Response{
+	resp.discardBody()
+	return &upstreamResponse{origin: resp.origin, Response: &http.Response{
 		StatusCode: http.StatusOK, ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{"Content-Type": {typeIndex}},
 		ContentLength: int64(len(emptyIndex)), Body: io.NopCloser(strings.NewReader(emptyIndex)),
 	}}, nil

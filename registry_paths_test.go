@@ -149,7 +149,7 @@ func FuzzRegistryPath(f *testing.F) {
 				t.Fatalf("%q: wire %q", s, q.wire)
 			}
 		}
-		if wire, err := below(q.remote.origins[0].url, q.wire); err != nil || wire.String() != q.remote.origins[0].url.String()+"/"+q.wire {
+		if wire, err := joinURL(q.remote.origins[0].url, q.wire); err != nil || wire.String() != q.remote.origins[0].url.String()+"/"+q.wire {
 			t.Fatalf("%q: %q goes out as %v, %v", s, q.wire, wire, err)
 		}
 		if query, _ := url.ParseQuery(c.query); query.Has("ns") {

@@ -387,7 +387,7 @@ func (m *mirror) start() {
 	m.srv = httptest.NewServer(&api{cache: m.cache, config: m.reg.config, responder: m.reg.responder, metrics: met, now: now, token: "t",
 		origin: http.NewCrossOriginProtection(), registry: m.reg})
 	m.client = &http.Client{Transport: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 100}}
-	m.ends = append(m.ends, up.close)
+	m.ends = append(m.ends, up.Close)
 }
 
 func (m *mirror) stop() {

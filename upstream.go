@@ -24,15 +24,15 @@ const (
 	maxRedirects = 10
 	// maxRetries is small because clients retry too; more would multiply.
 	maxRetries = 2
-	// firstPause doubles twice per retry (200 ms, 800 ms): long enough for a
+	// firstRetryDelay doubles twice per retry (200 ms, 800 ms): long enough for a
 	// load balancer to drop a dead backend, short enough for a waiting client.
-	firstPause = 200 * time.Millisecond
-	// copyPatience is how long an attempt may take when a copy can answer:
+	firstRetryDelay = 200 * time.Millisecond
+	// copyTimeout is how long an attempt may take when a copy can answer:
 	// package managers give up after 30 s of silence.
-	copyPatience = 10 * time.Second
-	// idleLimit is how long a body may stay silent. There is no total limit: a
+	copyTimeout = 10 * time.Second
+	// bodyIdleTimeout is how long a body may stay silent. There is no total limit: a
 	// 50 GB file over a slow line must work.
-	idleLimit = 60 * time.Second
+	bodyIdleTimeout = 60 * time.Second
 	// drainBytes and drainTime bound what is read of a body that nobody wants
 	// so that its HTTP/1 connection can be used again.
 	drainBytes = 64 << 10
@@ -41,53 +41,53 @@ const (
 	downTime = 10 * time.Second
 	// probeTime frees the probe's place if its caller never asked.
 	probeTime = 60 * time.Second
-	// abandonedDial ends a dial that its request has long left; the Transport
+	// maxDialTime ends a dial that its request has long left; the Transport
 	// lets those run on. It is over any sensible timeout, which rule otherwise.
-	abandonedDial = 5 * time.Minute
+	maxDialTime = 5 * time.Minute
 	// maxTokenBytes is ample: tokens with many claims have some 10 KiB.
 	maxTokenBytes = 1 << 20
-	// tokenLife is what the token specification gives a token without
+	// defaultTokenLife is what the token specification gives a token without
 	// expires_in; maxTokenLife keeps absurd ones from overflowing.
-	tokenLife    = 60 * time.Second
-	maxTokenLife = 24 * time.Hour
+	defaultTokenLife = 60 * time.Second
+	maxTokenLife     = 24 * time.Hour
 	// maxRemembered bounds each table kept about upstreams. Entries are a few
 	// KiB at most, and losing one costs a request.
 	maxRemembered = 10_000
 	// maxRetryAfter bounds what we pass on: a client told to come back
 	// tomorrow is as good as broken.
 	maxRetryAfter = time.Hour
-	// maxReason bounds what a library's error, which may quote the upstream,
+	// maxErrorText bounds what a library's error, which may quote the upstream,
 	// adds to a log line.
-	maxReason = 300
+	maxErrorText = 300
 )
 
 var (
 	// errCredentials says that an upstream's token service refused us. It comes
 	// in a problem with status 403 that names the remote.
 	errCredentials = errors.New("upstream credentials are missing or wrong")
-	// errPrivate is the strict transport's refusal to dial.
-	errPrivate = errors.New("a redirect may not lead to a private address")
+	// errPrivateAddress is the strict transport's refusal to dial.
+	errPrivateAddress = errors.New("a redirect may not lead to a private address")
 )
 
 // upstream asks the remotes' origins. It is safe for concurrent use.
 type upstream struct {
-	version string // for User-Agent; set before the first ask
-	anyhow  http.RoundTripper
-	strict  http.RoundTripper // refuses private addresses
-	now     func() time.Time
-	log     *slog.Logger
-	metrics *metrics
-	breaker breaker
-	tokens  tokens
+	version         string // for User-Agent; set before the first ask
+	transport       http.RoundTripper
+	publicTransport http.RoundTripper // refuses private addresses
+	now             func() time.Time
+	log             *slog.Logger
+	metrics         *metrics
+	breaker         breaker
+	tokens          tokenCache
 
-	// proxy tells whether a proxy dials for a request; it must agree with the
+	// proxyFor tells whether a proxy dials for a request; it must agree with the
 	// transports' own. Tests set it, and private.
-	proxy   func(*http.Request) (*url.URL, error)
-	private func(netip.Addr) bool
+	proxyFor  func(*http.Request) (*url.URL, error)
+	isPrivate func(netip.Addr) bool
 }
 
-// question is one request to a remote.
-type question struct {
+// upstreamRequest is one request to a remote.
+type upstreamRequest struct {
 	remote  *remote
 	method  string      // GET or HEAD
 	wire    string      // target.wire
@@ -97,11 +97,11 @@ type question struct {
 	first   int         // index in remote.origins of whom to ask first; the others follow in order
 }
 
-// answer is an upstream's response; the caller closes Body, and the context
+// upstreamResponse is an upstream's response; the caller closes Body, and the context
 // given to ask bounds it too. Reading Body fails with errTimeout when no byte
 // arrives for 60 s; its bytes, and that it broke, are counted here. Request.URL
 // may hold the secret query of a redirect target: it is not for logs.
-type answer struct {
+type upstreamResponse struct {
 	*http.Response
 	origin int // index in remote.origins of who answered
 }
@@ -110,53 +110,53 @@ type answer struct {
 // of transport (see newTransport).
 func newUpstream(rt func(strict bool) http.RoundTripper, now func() time.Time, log *slog.Logger, m *metrics) *upstream {
 	return &upstream{
-		version: "dev",
-		anyhow:  rt(false),
-		strict:  rt(true),
-		now:     now,
-		log:     log,
-		metrics: m,
-		breaker: breaker{remotes: make(map[string]*health)},
-		tokens: tokens{
-			live:    make(map[tokenKey]token),
-			flights: make(map[tokenKey]*exchange),
-			asked:   make(map[registryKey]challenge),
+		version:         "dev",
+		transport:       rt(false),
+		publicTransport: rt(true),
+		now:             now,
+		log:             log,
+		metrics:         m,
+		breaker:         breaker{remotes: make(map[string]*health)},
+		tokens: tokenCache{
+			valid:      make(map[tokenKey]bearerToken),
+			pending:    make(map[tokenKey]*tokenRequest),
+			challenges: make(map[registryKey]authChallenge),
 		},
-		proxy:   http.ProxyFromEnvironment,
-		private: privateAddr,
+		proxyFor:  http.ProxyFromEnvironment,
+		isPrivate: isPrivateAddress,
 	}
 }
 
-// close drops idle connections; the last thing at shutdown.
-func (u *upstream) close() {
-	for _, rt := range []http.RoundTripper{u.anyhow, u.strict} {
+// Close drops idle connections; the last thing at shutdown.
+func (u *upstream) Close() {
+	for _, rt := range []http.RoundTripper{u.transport, u.publicTransport} {
 		if c, ok := rt.(interface{ CloseIdleConnections() }); ok {
 			c.CloseIdleConnections()
 		}
 	}
 }
 
-// ask sends q and returns the first usable answer of any status: all origins
+// send sends q and returns the first usable answer of any status: all origins
 // are tried before anything is tried again. Its error is errUnreachable,
 // errTimeout, errBadUpstream, errCredentials or the context's.
-func (u *upstream) ask(ctx context.Context, q question) (*answer, error) {
-	if q.hasCopy { // then this may be the probe: it never keeps its place
-		defer u.breaker.release(q.remote.name)
+func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
+	if req.hasCopy { // then this may be the probe: it never keeps its place
+		defer u.breaker.release(req.remote.name)
 	}
 	for try := 0; ; try++ {
-		a, again, err := u.round(ctx, q)
+		resp, again, err := u.tryOrigins(ctx, req)
 		if !again || try == maxRetries {
-			return a, err
+			return resp, err
 		}
-		a.discard()
-		if err := pause(ctx, firstPause<<(2*try)); err != nil {
+		resp.discardBody()
+		if err := sleepUnlessDone(ctx, firstRetryDelay<<(2*try)); err != nil {
 			return nil, err
 		}
 	}
 }
 
-// pause waits for d or for ctx's end.
-func pause(ctx context.Context, d time.Duration) error {
+// sleepUnlessDone waits for d or for ctx's end.
+func sleepUnlessDone(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
@@ -167,92 +167,92 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// round asks each origin once, in order, until one has a usable answer. If
+// tryOrigins asks each origin once, in order, until one has a usable answer. If
 // none has, base_url's own failure decides: a mirror that lacks a file, or
 // knows us not, says nothing about the file. again tells whether another round
 // makes sense.
-func (u *upstream) round(ctx context.Context, q question) (own *answer, again bool, ownErr error) {
+func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (own *upstreamResponse, again bool, ownErr error) {
 	reached, timedOut := false, false
-	for _, i := range q.order() {
-		a, err := u.attempt(ctx, q, i)
+	for _, i := range req.originOrder() {
+		resp, err := u.tryOrigin(ctx, req, i)
 		if err != nil && ctx.Err() != nil {
-			own.discard()
+			own.discardBody()
 			return nil, false, ctx.Err()
 		}
-		if i == 0 && !failed(a, err) || i > 0 && err == nil && a.StatusCode < 400 {
-			own.discard()
-			return a, false, err
+		if i == 0 && !needsMirror(resp, err) || i > 0 && err == nil && resp.StatusCode < 400 {
+			own.discardBody()
+			return resp, false, err
 		}
-		reached = reached || !trips(err)
+		reached = reached || !countsAsDown(err)
 		timedOut = timedOut || errors.Is(err, errTimeout)
 		if i > 0 {
-			a.discard()
+			resp.discardBody()
 			continue
 		}
-		own, ownErr = a, err
+		own, ownErr = resp, err
 	}
 	if !reached {
-		u.trip(q.remote)
+		u.markDown(req.remote)
 	}
-	return own, !timedOut && !q.hasCopy && q.method == http.MethodGet && passing(own, ownErr), ownErr
+	return own, !timedOut && !req.hasCopy && req.method == http.MethodGet && isTransient(own, ownErr), ownErr
 }
 
-// order lists the indexes of q's origins as they are to be asked.
-func (q question) order() []int {
+// originOrder lists the indexes of q's origins as they are to be asked.
+func (req upstreamRequest) originOrder() []int {
 	var is []int
-	for i := range q.remote.origins {
+	for i := range req.remote.origins {
 		is = append(is, i)
 	}
-	if q.first > 0 && q.first < len(is) {
-		is = slices.Insert(slices.Delete(is, q.first, q.first+1), 0, q.first)
+	if req.first > 0 && req.first < len(is) {
+		is = slices.Insert(slices.Delete(is, req.first, req.first+1), 0, req.first)
 	}
 	return is
 }
 
-// failed reports whether base_url failed in a way that sends us to mirrors.
-func failed(a *answer, err error) bool {
+// needsMirror reports whether base_url failed in a way that sends us to mirrors.
+func needsMirror(resp *upstreamResponse, err error) bool {
 	if err != nil {
 		return errors.Is(err, errUnreachable) || errors.Is(err, errTimeout)
 	}
-	return a.StatusCode >= 500
+	return resp.StatusCode >= 500
 }
 
-// passing reports whether a failure may be over in a second.
-func passing(a *answer, err error) bool {
-	if a == nil {
+// isTransient reports whether a failure may be over in a second.
+func isTransient(resp *upstreamResponse, err error) bool {
+	if resp == nil {
 		return errors.Is(err, errUnreachable)
 	}
-	switch a.StatusCode {
+	switch resp.StatusCode {
 	case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
 		return true
 	}
 	return false
 }
 
-// attempt asks origin i. With a copy in hand it may take copyPatience for all
+// tryOrigin asks origin i. With a copy in hand it may take copyTimeout for all
 // of it, redirects and token included.
-func (u *upstream) attempt(ctx context.Context, q question, i int) (*answer, error) {
+func (u *upstream) tryOrigin(ctx context.Context, req upstreamRequest, i int) (*upstreamResponse, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	if q.hasCopy {
-		limit := min(q.remote.patience(), copyPatience)
+	if req.hasCopy {
+		limit := min(req.remote.headerTimeout(), copyTimeout)
 		defer time.AfterFunc(limit, func() { cancel(errTimeout) }).Stop()
 	}
-	resp, err := u.authorized(ctx, q, i)
-	u.countFailure(q.remote, resp, err)
+	resp, err := u.sendAuthorized(ctx, req, i)
+	u.countFailure(req.remote, resp, err)
 	if err != nil {
 		cancel(nil)
 		return nil, err
 	}
-	if b, ok := resp.Body.(*body); ok {
+	if b, ok := resp.Body.(*upstreamBody); ok {
 		b.release = cancel
 	} else {
 		cancel(nil)
 	}
-	return &answer{Response: resp, origin: i}, nil
+	return &upstreamResponse{Response: resp, origin: i}, nil
 }
 
-// patience is how long connecting and the response header may take.
-func (r *remote) patience() time.Duration { return cmp.Or(r.timeout, defaultTimeout) }
+// headerTimeout is how long connecting and the response header may take.
+func (r *remote) headerTimeout() time.Duration { return cmp.Or(r.timeout, defaultTimeout) }
 
 // countFailure counts what went wrong at one origin by kind.
 func (u *upstream) countFailure(r *remote, resp *http.Response, err error) {
@@ -268,10 +268,10 @@ func (u *upstream) countFailure(r *remote, resp *http.Response, err error) {
 	}
 }
 
-// discard gives up an answer that nobody will read. a may be nil.
-func (a *answer) discard() {
-	if a != nil {
-		discard(a.Response)
+// discardBody gives up an answer that nobody will read. a may be nil.
+func (resp *upstreamResponse) discardBody() {
+	if resp != nil {
+		discardResponse(resp.Response)
 	}
 }
 
@@ -324,8 +324,8 @@ func (b *breaker) release(name string) {
 	b.of(name).probe = time.Time{}
 }
 
-// trip counts r as down from now on.
-func (u *upstream) trip(r *remote) {
+// markDown counts r as down from now on.
+func (u *upstream) markDown(r *remote) {
 	u.breaker.mu.Lock()
 	h := u.breaker.of(r.name)
 	before := h.tripped
@@ -336,10 +336,10 @@ func (u *upstream) trip(r *remote) {
 	}
 }
 
-// down reports whether r counts as down, for callers that have a copy. When
+// isDown reports whether r counts as down, for callers that have a copy. When
 // its time is over, the first caller gets false and is the probe: it must ask.
 // The others get true until the probe's verdict.
-func (u *upstream) down(r *remote) bool {
+func (u *upstream) isDown(r *remote) bool {
 	u.breaker.mu.Lock()
 	defer u.breaker.mu.Unlock()
 	h, now := u.breaker.of(r.name), u.now()
@@ -353,9 +353,9 @@ func (u *upstream) down(r *remote) bool {
 	return false
 }
 
-// retryAfter reads Retry-After, seconds or a date, as a wait from now on.
+// parseRetryAfter reads Retry-After, seconds or a date, as a wait from now on.
 // Without a usable one it is 0; it is never over maxRetryAfter.
-func retryAfter(h http.Header, now time.Time) time.Duration {
+func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	v := strings.TrimSpace(h.Get("Retry-After"))
 	var d time.Duration
 	if s, err := strconv.ParseUint(v, 10, 64); err == nil {
@@ -366,18 +366,18 @@ func retryAfter(h http.Header, now time.Time) time.Duration {
 	return min(max(d, 0), maxRetryAfter)
 }
 
-// contentRange reads the Content-Range of a 206: "bytes FIRST-LAST/SIZE". size
+// parseContentRange reads the Content-Range of a 206: "bytes FIRST-LAST/SIZE". size
 // is -1 where it is "*". A 416's, which has no range, is not ok.
-func contentRange(s string) (first, last, size int64, ok bool) {
+func parseContentRange(s string) (first, last, size int64, ok bool) {
 	unit, rest, _ := strings.Cut(strings.TrimSpace(s), " ")
 	span, total, found := strings.Cut(strings.TrimSpace(rest), "/")
 	from, to, dashed := strings.Cut(span, "-")
 	if !strings.EqualFold(unit, "bytes") || !found || !dashed {
 		return 0, 0, 0, false
 	}
-	first, ok1 := digits(from)
-	last, ok2 := digits(to)
-	size, ok3 := digits(total)
+	first, ok1 := parseDigits(from)
+	last, ok2 := parseDigits(to)
+	size, ok3 := parseDigits(total)
 	if total == "*" {
 		size, ok3 = -1, true
 	}
@@ -387,8 +387,8 @@ func contentRange(s string) (first, last, size int64, ok bool) {
 	return first, last, size, true
 }
 
-// digits reads a number without sign.
-func digits(s string) (int64, bool) {
+// parseDigits reads a number without sign.
+func parseDigits(s string) (int64, bool) {
 	n, err := strconv.ParseUint(s, 10, 63)
 	return int64(n), err == nil
 }

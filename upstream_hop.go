@@ -28,7 +28,7 @@ import (
 // differ: hop has them. How many connections there are is bounded by how many
 // questions the cache asks at once.
 func newTransport(strict bool) *http.Transport {
-	d := &net.Dialer{Timeout: abandonedDial, KeepAlive: 30 * time.Second}
+	d := &net.Dialer{Timeout: maxDialTime, KeepAlive: 30 * time.Second}
 	if strict {
 		d.ControlContext = refusePrivate
 	}
@@ -36,7 +36,7 @@ func newTransport(strict bool) *http.Transport {
 		Proxy:                  http.ProxyFromEnvironment,
 		DialContext:            d.DialContext,
 		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},
-		TLSHandshakeTimeout:    abandonedDial,
+		TLSHandshakeTimeout:    maxDialTime,
 		DisableCompression:     true, // bodies are stored as they are sent
 		ForceAttemptHTTP2:      true, // off by default with a dialer of our own
 		HTTP2:                  &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
@@ -51,42 +51,42 @@ func newTransport(strict bool) *http.Transport {
 // changes its address between a check and the dial gains nothing.
 func refusePrivate(_ context.Context, _, address string, _ syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
-	if err != nil || privateAddr(ap.Addr()) {
-		return errPrivate
+	if err != nil || isPrivateAddress(ap.Addr()) {
+		return errPrivateAddress
 	}
 	return nil
 }
 
-// privateAddr reports whether a names this machine or its neighbourhood.
-func privateAddr(a netip.Addr) bool {
+// isPrivateAddress reports whether a names this machine or its neighbourhood.
+func isPrivateAddress(a netip.Addr) bool {
 	a = a.Unmap()
 	return a.IsLoopback() || a.IsPrivate() || a.IsUnspecified() ||
 		a.IsLinkLocalUnicast() || a.IsLinkLocalMulticast() || a.IsInterfaceLocalMulticast()
 }
 
-// trip is one way to an answer: a URL and the redirects behind it.
-type trip struct {
-	remote *remote
-	method string
-	start  *url.URL
-	header http.Header // ours: goes everywhere
-	auth   string      // docker's Authorization: goes to start's scheme, host and port alone
-	origin *url.URL    // the origin it is made for, whose host may be anywhere
-	inside bool        // private addresses may be dialled for other hosts too
+// exchange is one way to an answer: a URL and the redirects behind it.
+type exchange struct {
+	remote         *remote
+	method         string
+	start          *url.URL
+	header         http.Header // ours: goes everywhere
+	auth           string      // docker's Authorization: goes to start's scheme, host and port alone
+	origin         *url.URL    // the origin it is made for, whose host may be anywhere
+	mayDialPrivate bool        // private addresses may be dialled for other hosts too
 }
 
-// tripTo makes the trip to wire below r's origin i.
-func tripTo(q question, i int) (*trip, error) {
-	o := q.remote.origins[i].url
-	start, err := below(o, q.wire)
+// newExchange makes the trip to wire below r's origin i.
+func newExchange(req upstreamRequest, i int) (*exchange, error) {
+	o := req.remote.origins[i].url
+	start, err := joinURL(o, req.wire)
 	if err != nil {
 		return nil, err
 	}
-	return &trip{remote: q.remote, method: q.method, start: start, header: q.header, origin: o}, nil
+	return &exchange{remote: req.remote, method: req.method, start: start, header: req.header, origin: o}, nil
 }
 
-// below is base + "/" + wire with exactly those bytes on the wire.
-func below(base *url.URL, wire string) (*url.URL, error) {
+// joinURL is base + "/" + wire with exactly those bytes on the wire.
+func joinURL(base *url.URL, wire string) (*url.URL, error) {
 	path, query, asked := strings.Cut(wire, "?")
 	raw := base.EscapedPath() + "/" + path
 	plain, err := url.PathUnescape(raw)
@@ -100,61 +100,61 @@ func below(base *url.URL, wire string) (*url.URL, error) {
 	}, nil
 }
 
-// gives reports whether r's credentials and headers may go to at.
-func (r *remote) gives(at *url.URL) bool {
+// sendsCredentialsTo reports whether r's credentials and headers may go to at.
+func (r *remote) sendsCredentialsTo(at *url.URL) bool {
 	for i, o := range r.origins {
-		if (i == 0 || o.auth) && samePlace(o.url, at) {
+		if (i == 0 || o.auth) && sameServer(o.url, at) {
 			return true
 		}
 	}
 	return false
 }
 
-// basic is the Authorization that r's credentials make, or "".
-func (r *remote) basic() string {
+// basicAuthorization is the Authorization that r's credentials make, or "".
+func (r *remote) basicAuthorization() string {
 	if r.username == "" {
 		return ""
 	}
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(r.username+":"+string(r.password)))
 }
 
-// samePlace reports whether a and b have one scheme, host and port.
-func samePlace(a, b *url.URL) bool {
-	return a.Scheme == b.Scheme && sameHost(a, b) && portOf(a) == portOf(b)
+// sameServer reports whether a and b have one scheme, host and port.
+func sameServer(a, b *url.URL) bool {
+	return a.Scheme == b.Scheme && sameHost(a, b) && effectivePort(a) == effectivePort(b)
 }
 
 func sameHost(a, b *url.URL) bool { return strings.EqualFold(a.Hostname(), b.Hostname()) }
 
-func portOf(u *url.URL) string {
+func effectivePort(u *url.URL) string {
 	if u.Scheme == "https" {
 		return cmp.Or(u.Port(), "443")
 	}
 	return cmp.Or(u.Port(), "80")
 }
 
-// walk goes from t.start along redirects to an answer. It does by hand what
+// followRedirects goes from t.start along redirects to an answer. It does by hand what
 // http.Client would: that one keeps Authorization on sub-domains, adds Referer,
 // and puts whole URLs into errors.
-func (u *upstream) walk(ctx context.Context, t *trip) (*http.Response, error) {
-	at := t.start
+func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Response, error) {
+	at := x.start
 	for n := 0; ; n++ {
-		resp, err := u.hop(ctx, t, at, n == 0)
-		if err != nil || !redirects(resp.StatusCode) {
+		resp, err := u.roundTrip(ctx, x, at, n == 0)
+		if err != nil || !isRedirect(resp.StatusCode) {
 			return resp, err
 		}
-		next, reason := follow(at, resp.Header.Get("Location"))
-		discard(resp)
+		next, reason := resolveLocation(at, resp.Header.Get("Location"))
+		discardResponse(resp)
 		if n == maxRedirects {
 			reason = "redirect loop"
 		}
 		if reason != "" {
-			return nil, t.unusable(at, reason)
+			return nil, x.newUnusableError(at, reason)
 		}
 		at = next
 	}
 }
 
-func redirects(status int) bool {
+func isRedirect(status int) bool {
 	switch status {
 	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
 		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
@@ -163,9 +163,9 @@ func redirects(status int) bool {
 	return false
 }
 
-// follow resolves a Location, or says why it is refused. The reason never
+// resolveLocation resolves a Location, or says why it is refused. The reason never
 // holds the location, whose query may be a signature.
-func follow(at *url.URL, location string) (next *url.URL, reason string) {
+func resolveLocation(at *url.URL, location string) (next *url.URL, reason string) {
 	if location == "" {
 		return nil, "a redirect without Location"
 	}
@@ -183,160 +183,160 @@ func follow(at *url.URL, location string) (next *url.URL, reason string) {
 	return next, ""
 }
 
-// hop makes one request. The remote's timeout covers all up to the response
+// roundTrip makes one request. The remote's timeout covers all up to the response
 // header; then the body watches itself.
-func (u *upstream) hop(ctx context.Context, t *trip, at *url.URL, first bool) (*http.Response, error) {
+func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, first bool) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	name := t.remote.name
+	name := x.remote.name
 	answers := u.breaker.answers(name)
-	var c contact
-	req := t.request(c.trace(ctx), at, u.version)
-	proxied := u.proxied(req)
-	timer := time.AfterFunc(t.remote.patience(), func() { cancel(errTimeout) })
-	resp, err := u.transport(t, at, proxied).RoundTrip(req)
+	var c connectionTrace
+	req := x.newRequest(c.withTrace(ctx), at, u.version)
+	proxied := u.usesProxy(req)
+	timer := time.AfterFunc(x.remote.headerTimeout(), func() { cancel(errTimeout) })
+	resp, err := u.chooseTransport(x, at, proxied).RoundTrip(req)
 	if !timer.Stop() && err == nil { // too late by a hair: the body is cut off already
 		resp.Body.Close()
 		err = errTimeout
 	}
 	if err != nil {
-		err = t.failure(ctx, at, err)
-		var f *fault
-		if errors.As(err, &f) {
-			f.trips = first && (c.never(f) || answers == u.breaker.answers(name))
+		err = x.explainFailure(ctx, at, err)
+		var e *transportError
+		if errors.As(err, &e) {
+			e.countsAsDown = first && (c.neverConnected(e) || answers == u.breaker.answers(name))
 		}
 		cancel(nil)
 		return nil, err
 	}
 	u.breaker.answered(name)
-	if sameHost(at, t.origin) && !proxied && c.near(u.private) {
-		t.inside = true
+	if sameHost(at, x.origin) && !proxied && c.wentTo(u.isPrivate) {
+		x.mayDialPrivate = true
 	}
 	resp.Request = req
-	resp.Body = u.newBody(ctx, cancel, name, at.Host, resp.Body)
+	resp.Body = u.newUpstreamBody(ctx, cancel, name, at.Host, resp.Body)
 	return resp, nil
 }
 
-// request builds the request for one hop. Nothing of a client's request is in
+// newRequest builds the request for one hop. Nothing of a client's request is in
 // it but what the question took over. What is ours wins over configured
 // headers where an answer would be unusable otherwise.
-func (t *trip) request(ctx context.Context, at *url.URL, version string) *http.Request {
+func (x *exchange) newRequest(ctx context.Context, at *url.URL, version string) *http.Request {
 	h := http.Header{"User-Agent": {"artifactapi/" + version}}
 	req := &http.Request{
-		Method: t.method, URL: at, Host: at.Host, Header: h,
+		Method: x.method, URL: at, Host: at.Host, Header: h,
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}
-	if t.remote.gives(at) {
-		maps.Copy(h, t.remote.headers)
+	if x.remote.sendsCredentialsTo(at) {
+		maps.Copy(h, x.remote.headers)
 		req.Host = cmp.Or(h.Get("Host"), at.Host)
-		if basic := t.remote.basic(); basic != "" && t.remote.packageType != "docker" {
+		if basic := x.remote.basicAuthorization(); basic != "" && x.remote.packageType != "docker" {
 			h["Authorization"] = []string{basic}
 		}
 	}
-	maps.Copy(h, t.header)
+	maps.Copy(h, x.header)
 	h["Accept-Encoding"] = []string{"identity"}
-	if t.auth != "" && samePlace(at, t.start) {
-		h["Authorization"] = []string{t.auth}
+	if x.auth != "" && sameServer(at, x.start) {
+		h["Authorization"] = []string{x.auth}
 	}
 	return req.WithContext(ctx)
 }
 
-// proxied reports whether a proxy dials for req: then addresses are its matter.
-func (u *upstream) proxied(req *http.Request) bool {
-	p, err := u.proxy(req)
+// usesProxy reports whether a proxy dials for req: then addresses are its matter.
+func (u *upstream) usesProxy(req *http.Request) bool {
+	p, err := u.proxyFor(req)
 	return err == nil && p != nil
 }
 
-// transport picks who dials for a hop to at. An upstream may not point us at
+// chooseTransport picks who dials for a hop to at. An upstream may not point us at
 // our own neighbourhood, unless it lives there itself.
-func (u *upstream) transport(t *trip, at *url.URL, proxied bool) http.RoundTripper {
-	if proxied || t.inside || sameHost(at, t.origin) || u.literal(t.origin) {
-		return u.anyhow
+func (u *upstream) chooseTransport(x *exchange, at *url.URL, proxied bool) http.RoundTripper {
+	if proxied || x.mayDialPrivate || sameHost(at, x.origin) || u.hasPrivateAddress(x.origin) {
+		return u.transport
 	}
-	return u.strict
+	return u.publicTransport
 }
 
-// literal reports whether at's host is written as a private address: known
+// hasPrivateAddress reports whether at's host is written as a private address: known
 // even where a proxy dials.
-func (u *upstream) literal(at *url.URL) bool {
+func (u *upstream) hasPrivateAddress(at *url.URL) bool {
 	a, err := netip.ParseAddr(at.Hostname())
-	return err == nil && u.private(a)
+	return err == nil && u.isPrivate(a)
 }
 
-// contact is what the transport told about the connection of one hop.
-type contact struct {
+// connectionTrace is what the transport told about the connection of one hop.
+type connectionTrace struct {
 	addr atomic.Value // net.Addr as a string; unset: there was none
 }
 
-func (c *contact) trace(ctx context.Context) context.Context {
+func (c *connectionTrace) withTrace(ctx context.Context) context.Context {
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(i httptrace.GotConnInfo) { c.addr.Store(i.Conn.RemoteAddr().String()) },
 	})
 }
 
-// near reports whether the connection went to a private address.
-func (c *contact) near(private func(netip.Addr) bool) bool {
+// wentTo reports whether the connection went to a private address.
+func (c *connectionTrace) wentTo(private func(netip.Addr) bool) bool {
 	s, _ := c.addr.Load().(string)
 	ap, err := netip.ParseAddrPort(s)
 	return err == nil && private(ap.Addr())
 }
 
-// never reports whether dial, DNS or TLS failed outright: no connection came
+// neverConnected reports whether dial, DNS or TLS failed outright: no connection came
 // about, and it was neither silence nor a reset that ended it.
-func (c *contact) never(f *fault) bool {
-	return c.addr.Load() == nil && f.kind == errUnreachable && !f.reset
+func (c *connectionTrace) neverConnected(e *transportError) bool {
+	return c.addr.Load() == nil && e.kind == errUnreachable && !e.reset
 }
 
-// fault is how a hop failed. It is one of the error kinds, and its text is the
+// transportError is how a hop failed. It is one of the error kinds, and its text is the
 // library's, which holds hosts and addresses but no URL.
-type fault struct {
-	kind   error
-	reason string
-	reset  bool // cut by the other side
-	trips  bool // counts for the breaker
+type transportError struct {
+	kind         error
+	reason       string
+	reset        bool // cut by the other side
+	countsAsDown bool // counts for the breaker
 }
 
-func (f *fault) Error() string { return f.reason }
+func (e *transportError) Error() string { return e.reason }
 
-func (f *fault) Unwrap() error { return f.kind }
+func (e *transportError) Unwrap() error { return e.kind }
 
-// trips reports whether err, an origin's failure, counts for the breaker.
-func trips(err error) bool {
-	var f *fault
-	return errors.As(err, &f) && f.trips
+// countsAsDown reports whether err, an origin's failure, counts for the breaker.
+func countsAsDown(err error) bool {
+	var e *transportError
+	return errors.As(err, &e) && e.countsAsDown
 }
 
-// failure says what err, the transport's, means for a hop to at under ctx. An
+// explainFailure says what err, the transport's, means for a hop to at under ctx. An
 // answer that is no HTTP counts as unreachable: a captive portal or a wrong
 // port is no verdict about a file. err itself is not wrapped, so that a
 // context error inside of it is not taken for the client's.
-func (t *trip) failure(ctx context.Context, at *url.URL, err error) error {
-	f := &fault{kind: errUnreachable, reason: clip(err.Error()), reset: isReset(err)}
+func (x *exchange) explainFailure(ctx context.Context, at *url.URL, err error) error {
+	e := &transportError{kind: errUnreachable, reason: clipText(err.Error()), reset: isReset(err)}
 	switch cause := context.Cause(ctx); {
-	case errors.Is(err, errPrivate):
-		return t.unusable(at, errPrivate.Error())
+	case errors.Is(err, errPrivateAddress):
+		return x.newUnusableError(at, errPrivateAddress.Error())
 	case errors.Is(cause, errTimeout), errors.Is(err, errTimeout):
-		f.kind, f.reason = errTimeout, "no answer in time"
+		e.kind, e.reason = errTimeout, "no answer in time"
 	case cause != nil:
 		return ctx.Err()
 	}
-	return t.problem(f.kind, at, f.kind.Error(), f)
+	return x.newExchangeProblem(e.kind, at, e.kind.Error(), e)
 }
 
-// unusable makes the error for an answer that cannot be used.
-func (t *trip) unusable(at *url.URL, reason string) error {
-	return t.problem(errBadUpstream, at, reason, errBadUpstream)
+// newUnusableError makes the error for an answer that cannot be used.
+func (x *exchange) newUnusableError(at *url.URL, reason string) error {
+	return x.newExchangeProblem(errBadUpstream, at, reason, errBadUpstream)
 }
 
-func (t *trip) problem(kind error, at *url.URL, text string, cause error) error {
-	p := newProblem(statusOf(kind), "remote %q: %s: %s", t.remote.name, clip(at.Host), clip(text))
+func (x *exchange) newExchangeProblem(kind error, at *url.URL, text string, cause error) error {
+	p := newProblem(statusOf(kind), "remote %q: %s: %s", x.remote.name, clipText(at.Host), clipText(text))
 	p.cause = cause
 	return p
 }
 
-// clip bounds a foreign text.
-func clip(s string) string {
-	if len(s) > maxReason {
-		return strings.ToValidUTF8(s[:maxReason], "") + "..."
+// clipText bounds a foreign text.
+func clipText(s string) string {
+	if len(s) > maxErrorText {
+		return strings.ToValidUTF8(s[:maxErrorText], "") + "..."
 	}
 	return s
 }
@@ -347,10 +347,10 @@ func isReset(err error) bool {
 		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
-// body is a response body that ends its request when nothing arrives for
-// idleLimit. The clock runs during Read alone: a slow reader is not a silent
+// upstreamBody is a response body that ends its request when nothing arrives for
+// bodyIdleTimeout. The clock runs during Read alone: a slow reader is not a silent
 // upstream.
-type body struct {
+type upstreamBody struct {
 	io.ReadCloser
 	u            *upstream
 	ctx          context.Context
@@ -360,28 +360,28 @@ type body struct {
 	remote, host string
 }
 
-func (u *upstream) newBody(ctx context.Context, cancel context.CancelCauseFunc, remote, host string, rc io.ReadCloser) *body {
-	idle := time.AfterFunc(idleLimit, func() { cancel(errTimeout) })
+func (u *upstream) newUpstreamBody(ctx context.Context, cancel context.CancelCauseFunc, remote, host string, rc io.ReadCloser) *upstreamBody {
+	idle := time.AfterFunc(bodyIdleTimeout, func() { cancel(errTimeout) })
 	idle.Stop()
-	return &body{ReadCloser: rc, u: u, ctx: ctx, cancel: cancel, idle: idle, remote: remote, host: host}
+	return &upstreamBody{ReadCloser: rc, u: u, ctx: ctx, cancel: cancel, idle: idle, remote: remote, host: host}
 }
 
-func (b *body) Read(p []byte) (int, error) {
-	b.idle.Reset(idleLimit)
+func (b *upstreamBody) Read(p []byte) (int, error) {
+	b.idle.Reset(bodyIdleTimeout)
 	n, err := b.ReadCloser.Read(p)
 	b.idle.Stop()
 	b.u.metrics.countFetchedBytes(b.remote, int64(n))
 	if err == nil || err == io.EOF {
 		return n, err
 	}
-	return n, b.failure(err)
+	return n, b.explainReadError(err)
 }
 
-// failure says what a broken Read means. A body that breaks is no answer, so
+// explainReadError says what a broken Read means. A body that breaks is no answer, so
 // its error is of no other kind than errTimeout, errUnreachable or the
 // context's.
-func (b *body) failure(err error) error {
-	kind, reason := errUnreachable, clip(err.Error())
+func (b *upstreamBody) explainReadError(err error) error {
+	kind, reason := errUnreachable, clipText(err.Error())
 	switch cause := context.Cause(b.ctx); {
 	case errors.Is(cause, errTimeout):
 		kind, reason = errTimeout, "no byte in time"
@@ -389,11 +389,11 @@ func (b *body) failure(err error) error {
 		return b.ctx.Err()
 	}
 	b.u.metrics.countUpstreamError(b.remote, "broken")
-	return fmt.Errorf("remote %q: reading from %s: %w", b.remote, b.host, &fault{kind: kind, reason: reason})
+	return fmt.Errorf("remote %q: reading from %s: %w", b.remote, b.host, &transportError{kind: kind, reason: reason})
 }
 
 // Close releases all that the request held.
-func (b *body) Close() error {
+func (b *upstreamBody) Close() error {
 	err := b.ReadCloser.Close()
 	b.idle.Stop()
 	b.cancel(nil)
@@ -403,18 +403,18 @@ func (b *body) Close() error {
 	return err
 }
 
-// drain reads the rest of b if it is short and there.
-func (b *body) drain() {
+// drainRest reads the rest of b if it is short and there.
+func (b *upstreamBody) drainRest() {
 	b.idle.Reset(drainTime)
 	io.CopyN(io.Discard, b.ReadCloser, drainBytes)
 	b.idle.Stop()
 }
 
-// discard drains resp a little, so that its connection can be used again, and
+// discardResponse drains resp a little, so that its connection can be used again, and
 // closes it.
-func discard(resp *http.Response) {
-	if b, ok := resp.Body.(*body); ok && resp.ContentLength <= drainBytes {
-		b.drain()
+func discardResponse(resp *http.Response) {
+	if b, ok := resp.Body.(*upstreamBody); ok && resp.ContentLength <= drainBytes {
+		b.drainRest()
 	}
 	resp.Body.Close()
 }

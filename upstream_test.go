@@ -48,13 +48,13 @@ func newAskerOver(t *testing.T, rt roundTrip, origins ...string) *asker {
 		}
 		return newTransport(strict)
 	}, time.Now, slog.New(slog.NewTextHandler(a.log, nil)), newMetrics())
-	a.u.proxy = func(*http.Request) (*url.URL, error) { return nil, nil }
+	a.u.proxyFor = func(*http.Request) (*url.URL, error) { return nil, nil }
 	a.u.version = "test"
 	for i, s := range origins {
 		s, auth := strings.CutPrefix(s, "auth ")
 		a.r.origins = append(a.r.origins, origin{mustURL(t, s), auth || i == 0})
 	}
-	t.Cleanup(a.u.close)
+	t.Cleanup(a.u.Close)
 	return a
 }
 
@@ -69,33 +69,33 @@ func mustURL(t testing.TB, s string) *url.URL {
 
 // get asks for wire and reads the whole answer.
 func (a *asker) get(wire string) *told {
-	return a.ask(question{remote: a.r, method: "GET", wire: wire})
+	return a.ask(upstreamRequest{remote: a.r, method: "GET", wire: wire})
 }
 
-func (a *asker) ask(q question) *told { return a.askUnder(context.Background(), q) }
+func (a *asker) ask(req upstreamRequest) *told { return a.askUnder(context.Background(), req) }
 
-func (a *asker) askUnder(ctx context.Context, q question) *told {
+func (a *asker) askUnder(ctx context.Context, req upstreamRequest) *told {
 	a.Helper()
-	q.remote = a.r
-	if q.method == "" {
-		q.method = "GET"
+	req.remote = a.r
+	if req.method == "" {
+		req.method = "GET"
 	}
-	ans, err := a.u.ask(ctx, q)
+	resp, err := a.u.send(ctx, req)
 	if err != nil {
-		if ans != nil {
+		if resp != nil {
 			a.Error("an answer beside an error")
 		}
 		return &told{T: a.T, err: err}
 	}
-	defer ans.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(ans.Body, 1<<20))
-	return &told{T: a.T, answer: ans, text: string(text), bodyErr: err}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	return &told{T: a.T, upstreamResponse: resp, text: string(text), bodyErr: err}
 }
 
 // told is what came of a question.
 type told struct {
 	*testing.T
-	*answer
+	*upstreamResponse
 	text    string
 	bodyErr error
 	err     error
@@ -189,7 +189,7 @@ func TestAskGoesUpstreamAsOurs(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, says(200, "x"))
 	a := newAsker(t, s.URL+"/base/p%2Fq")
-	a.ask(question{wire: "f?q=1", header: http.Header{"Range": {"bytes=5-"}}}).want(200, "x")
+	a.ask(upstreamRequest{wire: "f?q=1", header: http.Header{"Range": {"bytes=5-"}}}).want(200, "x")
 	h := s.requests()[0].Header
 	for name, want := range map[string]string{
 		"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "Range": "bytes=5-",
@@ -256,16 +256,16 @@ func TestMirrors4xxNeverCounts(t *testing.T) {
 	a := newAsker(t, newSite(t, says(500, "base")).URL, mirror)
 	a.get("f").want(500, "base")
 	b := newAsker(t, closedPort(t), mirror)
-	b.ask(question{wire: "f", hasCopy: true}).wantErr(errUnreachable, `remote "r"`, "127.0.0.1", "refused")
+	b.ask(upstreamRequest{wire: "f", hasCopy: true}).wantErr(errUnreachable, `remote "r"`, "127.0.0.1", "refused")
 }
 
 func TestResumeAsksTheNamedOriginFirst(t *testing.T) {
 	t.Parallel()
 	base, m1, m2 := newSite(t, says(200, "base")), newSite(t, says(200, "m1")), newSite(t, says(404, ""))
 	a := newAsker(t, base.URL, m1.URL, m2.URL)
-	a.ask(question{wire: "f", first: 1}).want(200, "m1")
-	a.ask(question{wire: "f", first: 2}).want(200, "base")
-	a.ask(question{wire: "f", first: 9}).want(200, "base")
+	a.ask(upstreamRequest{wire: "f", first: 1}).want(200, "m1")
+	a.ask(upstreamRequest{wire: "f", first: 2}).want(200, "base")
+	a.ask(upstreamRequest{wire: "f", first: 9}).want(200, "base")
 	if len(m2.requests()) != 1 {
 		t.Error("the second mirror was not asked first")
 	}
@@ -311,7 +311,7 @@ var errDial = &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
 func TestRetries(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
-		q       question
+		q       upstreamRequest
 		do      func(n int, r *http.Request) (*http.Response, error)
 		want    string // hosts asked
 		status  int
@@ -360,12 +360,12 @@ func TestRetries(t *testing.T) {
 			want: "b", status: 404,
 		},
 		"never for HEAD": {
-			q:    question{method: "HEAD"},
+			q:    upstreamRequest{method: "HEAD"},
 			do:   func(int, *http.Request) (*http.Response, error) { return fake(503, ""), nil },
 			want: "b", status: 503,
 		},
 		"never with a copy": {
-			q:    question{hasCopy: true},
+			q:    upstreamRequest{hasCopy: true},
 			do:   func(int, *http.Request) (*http.Response, error) { return nil, errDial },
 			want: "b", err: errUnreachable,
 		},
@@ -438,7 +438,7 @@ func TestPauseEndsWithTheQuestion(t *testing.T) {
 		s := &script{do: func(int, *http.Request) (*http.Response, error) { return nil, errDial }}
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
-		newAskerOver(t, s.rt, "http://b").askUnder(ctx, question{}).wantErr(context.DeadlineExceeded)
+		newAskerOver(t, s.rt, "http://b").askUnder(ctx, upstreamRequest{}).wantErr(context.DeadlineExceeded)
 		if len(s.lines) != 1 {
 			t.Errorf("asked %d times; want 1", len(s.lines))
 		}
@@ -464,12 +464,12 @@ func TestTimeoutIsPerHop(t *testing.T) {
 		a := newAskerOver(t, s.rt, "http://b")
 		a.get("f").want(200, "x")
 		began := time.Now()
-		a.ask(question{wire: "f", hasCopy: true}).wantErr(errTimeout, `remote "r"`)
+		a.ask(upstreamRequest{wire: "f", hasCopy: true}).wantErr(errTimeout, `remote "r"`)
 		if d := time.Since(began); d != 5*time.Second {
 			t.Errorf("gave up after %v; want 5s", d)
 		}
 		a.r.timeout = time.Minute
-		a.ask(question{wire: "f", hasCopy: true}).want(200, "x")
+		a.ask(upstreamRequest{wire: "f", hasCopy: true}).want(200, "x")
 	})
 }
 
@@ -499,7 +499,7 @@ func TestTransportSpeaksHTTP2(t *testing.T) {
 	s.StartTLS()
 	t.Cleanup(s.Close)
 	a := newAsker(t, s.URL)
-	a.u.anyhow.(*http.Transport).TLSClientConfig.RootCAs = s.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
+	a.u.transport.(*http.Transport).TLSClientConfig.RootCAs = s.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
 	a.get("f").wantErr(errBadUpstream, "https to http")
 	if len(plain.requests()) != 0 {
 		t.Error("it went from https to http")
@@ -523,7 +523,7 @@ func TestWithACopyTenSecondsAreEnough(t *testing.T) {
 			a.r.timeout = timeout
 			for i, hasCopy := range []bool{true, false} {
 				began := time.Now()
-				a.ask(question{hasCopy: hasCopy}).wantErr(errTimeout)
+				a.ask(upstreamRequest{hasCopy: hasCopy}).wantErr(errTimeout)
 				if d := time.Since(began); d != want[i] {
 					t.Errorf("timeout %v, copy %v: gave up after %v; want %v", timeout, hasCopy, d, want[i])
 				}
@@ -566,7 +566,7 @@ func TestBodyMayBeSlowButNotSilent(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{do: drip(59*time.Second, 59*time.Second, 59*time.Second)}
-		newAskerOver(t, s.rt, "http://b").ask(question{hasCopy: true}).want(200, "...")
+		newAskerOver(t, s.rt, "http://b").ask(upstreamRequest{hasCopy: true}).want(200, "...")
 
 		s = &script{do: drip(59*time.Second, 61*time.Second)}
 		r := newAskerOver(t, s.rt, "http://b").get("f")
@@ -581,14 +581,14 @@ func TestSlowReaderIsNoSilentUpstream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{do: drip(time.Second, time.Second)}
 		a := newAskerOver(t, s.rt, "http://b")
-		ans, err := a.u.ask(t.Context(), question{remote: a.r, method: "GET"})
+		resp, err := a.u.send(t.Context(), upstreamRequest{remote: a.r, method: "GET"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer ans.Body.Close()
+		defer resp.Body.Close()
 		for _, want := range []error{nil, nil, io.EOF} {
 			time.Sleep(time.Hour)
-			if _, err := ans.Body.Read(make([]byte, 10)); err != want {
+			if _, err := resp.Body.Read(make([]byte, 10)); err != want {
 				t.Fatalf("read: %v; want %v", err, want)
 			}
 		}
@@ -613,7 +613,7 @@ func TestCloseReleasesTheRequest(t *testing.T) {
 			}}
 			a := newAskerOver(t, s.rt, "http://b")
 			ctx := foreign{t.Context(), make(chan struct{})}
-			ans, err := a.u.ask(ctx, question{remote: a.r, method: "GET", hasCopy: hasCopy})
+			resp, err := a.u.send(ctx, upstreamRequest{remote: a.r, method: "GET", hasCopy: hasCopy})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -623,7 +623,7 @@ func TestCloseReleasesTheRequest(t *testing.T) {
 			if s.reqs[1].Context().Err() != nil {
 				t.Error("the body's request ended before Close")
 			}
-			ans.Body.Close()
+			resp.Body.Close()
 			if s.reqs[1].Context().Err() == nil {
 				t.Error("Close did not release the request")
 			}
@@ -638,11 +638,11 @@ func TestDiscardedAnswersAreReleased(t *testing.T) {
 			return fake([]int{503, 404, 503, 404, 500, 200}[n], "text"), nil
 		}}
 		a := newAskerOver(t, s.rt, "http://b", "http://m")
-		ans, err := a.u.ask(t.Context(), question{remote: a.r, method: "GET"})
+		resp, err := a.u.send(t.Context(), upstreamRequest{remote: a.r, method: "GET"})
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer ans.Body.Close()
+		defer resp.Body.Close()
 		for i, r := range s.reqs {
 			if ended := r.Context().Err() != nil; ended != (i < 5) {
 				t.Errorf("request %d released: %v", i, ended)
@@ -658,11 +658,11 @@ func TestClientsEndIsItsOwnError(t *testing.T) {
 		a := newAskerOver(t, s.rt, "http://b", "http://m")
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(time.Second, cancel)
-		a.askUnder(ctx, question{}).wantErr(context.Canceled)
+		a.askUnder(ctx, upstreamRequest{}).wantErr(context.Canceled)
 		if len(s.lines) != 1 {
 			t.Error("the mirror was asked for a client that had left")
 		}
-		if _, err := a.u.attempt(ctx, question{remote: a.r}, 0); err != context.Canceled {
+		if _, err := a.u.tryOrigin(ctx, upstreamRequest{remote: a.r}, 0); err != context.Canceled {
 			t.Errorf("one attempt: %v; want context.Canceled", err)
 		}
 
@@ -674,12 +674,12 @@ func TestClientsEndIsItsOwnError(t *testing.T) {
 		}
 		ctx, cancel = context.WithCancel(t.Context())
 		time.AfterFunc(time.Second, cancel)
-		a.askUnder(ctx, question{hasCopy: true}).wantErr(context.Canceled)
+		a.askUnder(ctx, upstreamRequest{hasCopy: true}).wantErr(context.Canceled)
 
 		s.do = drip(time.Second, time.Hour)
 		ctx, cancel = context.WithCancel(t.Context())
 		time.AfterFunc(2*time.Second, cancel)
-		if r := a.askUnder(ctx, question{}); !errors.Is(r.bodyErr, context.Canceled) {
+		if r := a.askUnder(ctx, upstreamRequest{}); !errors.Is(r.bodyErr, context.Canceled) {
 			t.Errorf("body: %v; want context.Canceled", r.bodyErr)
 		}
 	})
@@ -694,7 +694,7 @@ func TestRedirectsAreFollowed(t *testing.T) {
 				return []*http.Response{fake(status, "moved", "Location: ../x%2Fy?sig=a%2Fb c#frag"), fake(206, "")}[n], nil
 			}}
 			a := newAskerOver(t, s.rt, "http://b/p")
-			a.ask(question{method: method, wire: "q/f", header: header}).want(206, "")
+			a.ask(upstreamRequest{method: method, wire: "q/f", header: header}).want(206, "")
 			to := s.reqs[1]
 			if to.Method != method || to.URL.String() != "http://b/p/x%2Fy?sig=a%2Fb%20c" {
 				t.Errorf("%d: went to %s %s", status, to.Method, to.URL)
@@ -833,7 +833,7 @@ func TestConfiguredHeadersCannotBreakAnswers(t *testing.T) {
 	s := newSite(t, says(200, ""))
 	a := newAsker(t, s.URL)
 	a.r.headers = http.Header{"Accept-Encoding": {"gzip"}, "User-Agent": {"mine"}, "Host": {"vhost"}, "Accept": {"x"}}
-	a.ask(question{wire: "f", header: http.Header{"Accept": {"y"}}}).want(200, "")
+	a.ask(upstreamRequest{wire: "f", header: http.Header{"Accept": {"y"}}}).want(200, "")
 	r := s.requests()[0]
 	if h := r.Header; h.Get("Accept-Encoding") != "identity" || h.Get("User-Agent") != "mine" || h.Get("Accept") != "y" || r.Host != "vhost" {
 		t.Errorf("went out: Host %s, %v", r.Host, h)
@@ -868,7 +868,7 @@ func TestRedirectMayNotLeadInside(t *testing.T) {
 	newAsker(t, elsewhere(byName)).get("f").want(200, "inside") // as its connection tells
 
 	a = newAsker(t, base.URL)
-	a.u.private = func(netip.Addr) bool { return false } // base_url counts as public
+	a.u.isPrivate = func(netip.Addr) bool { return false } // base_url counts as public
 	r := a.get("f")
 	r.wantErr(errBadUpstream, "private address", "localhost")
 	if statusOf(r.err) != 502 {
@@ -885,7 +885,7 @@ func TestRedirectMayNotLeadInside(t *testing.T) {
 		}
 	})
 	a = newAsker(t, elsewhere(home))
-	a.u.private = func(netip.Addr) bool { return false }
+	a.u.isPrivate = func(netip.Addr) bool { return false }
 	a.get("f").want(200, "") // its own host is where base_url said
 }
 
@@ -898,9 +898,9 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 		}
 	})
 	a := newAsker(t, "http://base.test")
-	a.u.proxy = http.ProxyURL(mustURL(t, s.URL))
-	for _, rt := range []http.RoundTripper{a.u.anyhow, a.u.strict} {
-		rt.(*http.Transport).Proxy = a.u.proxy
+	a.u.proxyFor = http.ProxyURL(mustURL(t, s.URL))
+	for _, rt := range []http.RoundTripper{a.u.transport, a.u.publicTransport} {
+		rt.(*http.Transport).Proxy = a.u.proxyFor
 	}
 	a.get("f").want(200, "")
 	if n := len(s.requests()); n != 2 {
@@ -910,10 +910,10 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 	// A proxy near us does not make the origin a neighbour.
 	inside := newSite(t, says(200, "inside"))
 	s.Config.Handler = sends(302, inside.URL+"/f")
-	for _, rt := range []http.RoundTripper{a.u.anyhow, a.u.strict} {
-		rt.(*http.Transport).Proxy = func(r *http.Request) (*url.URL, error) { return a.u.proxy(r) }
+	for _, rt := range []http.RoundTripper{a.u.transport, a.u.publicTransport} {
+		rt.(*http.Transport).Proxy = func(r *http.Request) (*url.URL, error) { return a.u.proxyFor(r) }
 	}
-	a.u.proxy = func(r *http.Request) (*url.URL, error) {
+	a.u.proxyFor = func(r *http.Request) (*url.URL, error) {
 		if r.URL.Host == "base.test" {
 			return mustURL(t, s.URL), nil
 		}
@@ -931,7 +931,7 @@ func TestPrivateAddresses(t *testing.T) {
 		"172.32.0.1": false, "8.8.8.8": false, "2606:4700::1111": false, "::ffff:8.8.8.8": false,
 	} {
 		a := netip.MustParseAddr(s)
-		if privateAddr(a) != want {
+		if isPrivateAddress(a) != want {
 			t.Errorf("%s private: %v; want %v", s, !want, want)
 		}
 		err := refusePrivate(context.Background(), "tcp", netip.AddrPortFrom(a, 443).String(), nil)
@@ -971,7 +971,7 @@ func TestUnreachableInAllItsKinds(t *testing.T) {
 		"cut in the header":   raw("HTTP/1.1 200 OK\r\nContent-Le"),
 		"malformed in header": raw("HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n"),
 	} {
-		r := newAsker(t, base).ask(question{wire: "f?SECRET", hasCopy: true})
+		r := newAsker(t, base).ask(upstreamRequest{wire: "f?SECRET", hasCopy: true})
 		if !errors.Is(r.err, errUnreachable) || statusOf(r.err) != 502 {
 			t.Errorf("%s: %v", name, r.err)
 			continue
@@ -985,7 +985,7 @@ func TestUnreachableInAllItsKinds(t *testing.T) {
 	s := &script{do: func(int, *http.Request) (*http.Response, error) {
 		return nil, &net.DNSError{Err: "no such host " + strings.Repeat("é", 1000), Name: "b"}
 	}}
-	r := newAskerOver(t, s.rt, "http://b").ask(question{hasCopy: true})
+	r := newAskerOver(t, s.rt, "http://b").ask(upstreamRequest{hasCopy: true})
 	r.wantErr(errUnreachable, "no such host")
 	if len(r.err.Error()) > 500 {
 		t.Errorf("error of %d bytes", len(r.err.Error()))
@@ -1063,8 +1063,8 @@ func TestDown(t *testing.T) {
 		t.Run(how, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				a := newAskerOver(t, (&answersAs{how}).rt, "http://b", "http://m")
-				a.ask(question{hasCopy: true})
-				if got := a.u.down(a.r); got != want {
+				a.ask(upstreamRequest{hasCopy: true})
+				if got := a.u.isDown(a.r); got != want {
 					t.Errorf("down: %v; want %v", got, want)
 				}
 			})
@@ -1081,20 +1081,20 @@ func TestDownLastsTenSecondsThenOneProbes(t *testing.T) {
 			t.Helper()
 			for i, w := range want {
 				// A reload makes a new remote of the same name.
-				if got := a.u.down(&remote{name: "r"}); got != w {
+				if got := a.u.isDown(&remote{name: "r"}); got != w {
 					t.Errorf("caller %d: down is %v; want %v", i, got, w)
 				}
 			}
 		}
 		down(false, false)
-		a.ask(question{hasCopy: true}).wantErr(errUnreachable)
+		a.ask(upstreamRequest{hasCopy: true}).wantErr(errUnreachable)
 		down(true, true)
 		time.Sleep(10*time.Second - time.Nanosecond)
 		down(true)
 		time.Sleep(time.Nanosecond)
 		down(false, true, true) // the first is the probe
 
-		a.ask(question{hasCopy: true}).wantErr(errUnreachable) // its verdict: still down
+		a.ask(upstreamRequest{hasCopy: true}).wantErr(errUnreachable) // its verdict: still down
 		down(true)
 		time.Sleep(10 * time.Second)
 		down(false, true)
@@ -1102,14 +1102,14 @@ func TestDownLastsTenSecondsThenOneProbes(t *testing.T) {
 		s.how = "hangs" // a probe that ends without verdict frees the place
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		a.askUnder(ctx, question{hasCopy: true}).wantErr(context.DeadlineExceeded)
+		a.askUnder(ctx, upstreamRequest{hasCopy: true}).wantErr(context.DeadlineExceeded)
 		down(false, true)
 
 		time.Sleep(probeTime) // so does one that never asked
 		down(false, true)
 
 		s.how = "answers" // any status will do
-		a.ask(question{hasCopy: true}).want(404, "")
+		a.ask(upstreamRequest{hasCopy: true}).want(404, "")
 		down(false, false, false)
 	})
 }
@@ -1138,13 +1138,13 @@ func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 				}, "http://b")
 				a.get("good").want(200, "") // before: does not count
 				var wg sync.WaitGroup
-				wg.Go(func() { a.ask(question{wire: "bad", hasCopy: true}) })
+				wg.Go(func() { a.ask(upstreamRequest{wire: "bad", hasCopy: true}) })
 				time.Sleep(2 * time.Second)
 				if c.answered {
 					a.get("good").want(200, "")
 				}
 				wg.Wait()
-				if got := a.u.down(a.r); got != c.wantsDown {
+				if got := a.u.isDown(a.r); got != c.wantsDown {
 					t.Errorf("down: %v; want %v", got, c.wantsDown)
 				}
 			})
@@ -1221,7 +1221,7 @@ func (g *registrySite) exchanged() int {
 
 func (g *registrySite) pull() *told {
 	g.Helper()
-	return g.asker.ask(question{wire: "i/manifests/x", scope: "repository:i:pull"})
+	return g.asker.ask(upstreamRequest{wire: "i/manifests/x", scope: "repository:i:pull"})
 }
 
 // wantTraffic checks how many requests and exchanges there were so far.
@@ -1245,7 +1245,7 @@ func TestTokenIsExchangedAndKept(t *testing.T) {
 	g.pull().want(200, "manifest")
 	g.wantTraffic(4, 1)
 
-	other := question{wire: "j/manifests/x", scope: "repository:j:pull"}
+	other := upstreamRequest{wire: "j/manifests/x", scope: "repository:j:pull"}
 	g.ask(other).want(200, "manifest") // another scope, another token
 	g.wantTraffic(7, 2)
 }
@@ -1254,7 +1254,7 @@ func TestTokenGoesNotToBlobStorage(t *testing.T) {
 	t.Parallel()
 	g := newTokenRegistry(t)
 	g.r.username, g.r.headers = "u", http.Header{"X-Key": {"k"}}
-	g.ask(question{wire: "i/blobs/x", scope: "s"}).want(200, "blob") // the fake checks
+	g.ask(upstreamRequest{wire: "i/blobs/x", scope: "s"}).want(200, "blob") // the fake checks
 	for _, r := range g.reqs {
 		if got, want := r.Header.Get("X-Key") != "", r.URL.Host == "registry.test.test"; got != want {
 			t.Errorf("%s: configured header sent: %v", r.URL.Host, got)
@@ -1269,7 +1269,7 @@ func TestTokenGoesNotToBlobStorage(t *testing.T) {
 		return do(n, r)
 	}
 	n := g.exchanged()
-	g.ask(question{wire: "i/blobs/x", scope: "s"}).want(401, "")
+	g.ask(upstreamRequest{wire: "i/blobs/x", scope: "s"}).want(401, "")
 	if g.exchanged() != n {
 		t.Error("a token was asked for blob storage")
 	}
@@ -1303,7 +1303,7 @@ func TestWaitersShareAFailureButNotAnAbandonedExchange(t *testing.T) {
 		}
 		var wg sync.WaitGroup
 		for range 10 {
-			wg.Go(func() { g.asker.ask(question{hasCopy: true, scope: "s"}).wantErr(errUnreachable) })
+			wg.Go(func() { g.asker.ask(upstreamRequest{hasCopy: true, scope: "s"}).wantErr(errUnreachable) })
 		}
 		wg.Wait()
 		g.wantTraffic(10+1, 1)
@@ -1320,14 +1320,14 @@ func TestWaitersShareAFailureButNotAnAbandonedExchange(t *testing.T) {
 			return do(n, r)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
-		wg.Go(func() { g.askUnder(ctx, question{scope: "s"}).wantErr(context.Canceled) })
+		wg.Go(func() { g.askUnder(ctx, upstreamRequest{scope: "s"}).wantErr(context.Canceled) })
 		synctest.Wait()
 		for range 10 {
-			wg.Go(func() { g.asker.ask(question{scope: "s"}).want(200, "manifest") })
+			wg.Go(func() { g.asker.ask(upstreamRequest{scope: "s"}).want(200, "manifest") })
 		}
 		short, stop := context.WithTimeout(t.Context(), time.Second)
 		defer stop()
-		wg.Go(func() { g.askUnder(short, question{scope: "s"}).wantErr(context.DeadlineExceeded) })
+		wg.Go(func() { g.askUnder(short, upstreamRequest{scope: "s"}).wantErr(context.DeadlineExceeded) })
 		time.Sleep(2 * time.Second)
 		cancel()
 		wg.Wait()
@@ -1391,7 +1391,7 @@ func TestRefusedTokenIsRenewedOnce(t *testing.T) {
 
 	// A token that was there already is no fresh one.
 	g.accepts = func(auth string) bool { return auth == "Bearer t4" }
-	clear(g.u.tokens.asked)
+	clear(g.u.tokens.challenges)
 	g.pull().want(200, "manifest")
 	g.wantTraffic(13, 4)
 }
@@ -1402,7 +1402,7 @@ func TestRefusedTokensComeToAnEnd(t *testing.T) {
 	g := newTokenRegistry(t)
 	g.accepts = func(string) bool {
 		k := tokenKey{"r", "https://auth.test.test/token", "svc", "repository:i:pull", ""}
-		g.u.tokens.live[k] = token{fmt.Sprint(len(g.lines)), time.Now().Add(time.Hour)}
+		g.u.tokens.valid[k] = bearerToken{fmt.Sprint(len(g.lines)), time.Now().Add(time.Hour)}
 		return false
 	}
 	g.pull().want(401, "")
@@ -1429,12 +1429,12 @@ func TestTokenServiceFailures(t *testing.T) {
 		g := newTokenRegistry(t)
 		g.r.username, g.r.password = "u", "SECRET"
 		g.tokens = c.answer
-		r := g.asker.ask(question{scope: "s", hasCopy: true})
+		r := g.asker.ask(upstreamRequest{scope: "s", hasCopy: true})
 		r.wantErr(c.err, `remote "r"`, "auth.test.test")
 		if statusOf(r.err) != c.status {
 			t.Errorf("%s: status %d; want %d", name, statusOf(r.err), c.status)
 		}
-		if g.u.down(g.r) {
+		if g.u.isDown(g.r) {
 			t.Errorf("%s: the remote counts as down though it answers", name)
 		}
 	}
@@ -1455,11 +1455,11 @@ func TestTokenServiceUnreachableCountsForTheRemote(t *testing.T) {
 				}
 				return do(n, r)
 			}
-			r := g.asker.ask(question{scope: "s", hasCopy: true})
+			r := g.asker.ask(upstreamRequest{scope: "s", hasCopy: true})
 			if !errors.Is(r.err, errUnreachable) && !errors.Is(r.err, errTimeout) {
 				t.Errorf("got %v", r.err)
 			}
-			if !g.u.down(g.r) {
+			if !g.u.isDown(g.r) {
 				t.Error("not down")
 			}
 		}
@@ -1574,7 +1574,7 @@ func TestRealmTrust(t *testing.T) {
 		{"https://plain.example/v2", "https://configured.example/other", false},
 	} {
 		r := &remote{origins: []origin{{url: mustURL(t, c.base)}}, tokenRealm: mustURL(t, "https://configured.example/token")}
-		if got := r.trusts(mustURL(t, c.realm)); got != c.want {
+		if got := r.trustsRealm(mustURL(t, c.realm)); got != c.want {
 			t.Errorf("%s trusts %s: %v; want %v", c.base, c.realm, got, c.want)
 		}
 	}
@@ -1601,9 +1601,9 @@ func TestRealmMayNotLeadInside(t *testing.T) {
 		a := newAsker(t, base.URL)
 		a.r.packageType, a.r.tokenRealm = "docker", c.realm
 		if c.public {
-			a.u.private = func(netip.Addr) bool { return false }
+			a.u.isPrivate = func(netip.Addr) bool { return false }
 		}
-		if r := a.ask(question{scope: "s"}); c.ok {
+		if r := a.ask(upstreamRequest{scope: "s"}); c.ok {
 			r.want(200, "")
 		} else {
 			r.wantErr(errBadUpstream, "private address")
@@ -1638,18 +1638,18 @@ func TestBasicRegistry(t *testing.T) {
 		g.challenge = `Negotiate abc==, BASIC realm="x"`
 		g.r.username, g.r.password = "u", "p"
 		g.accepts = func(auth string) bool { return auth == "Basic dTpw" }
-		q := question{wire: "f", scope: scope}
-		g.ask(q).want(200, "manifest")
-		g.ask(q).want(200, "manifest") // remembered
+		req := upstreamRequest{wire: "f", scope: scope}
+		g.ask(req).want(200, "manifest")
+		g.ask(req).want(200, "manifest") // remembered
 		g.wantTraffic(3, 0)
 		g.accepts = func(string) bool { return false }
-		g.ask(q).want(401, "") // wrong password: no use in trying it twice
+		g.ask(req).want(401, "") // wrong password: no use in trying it twice
 		g.wantTraffic(4, 0)
 
 		for _, g.challenge = range []string{`Basic realm="x"`, `Bearer service="s"`, `Digest realm="x"`, ``} {
 			g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins}
 			before := len(g.lines)
-			g.ask(q).want(401, "") // nothing to offer
+			g.ask(req).want(401, "") // nothing to offer
 			g.wantTraffic(before+1, 0)
 		}
 	}
@@ -1666,7 +1666,7 @@ func TestUnmarkedMirrorGetsNoBoughtToken(t *testing.T) {
 	}
 	g.accepts = func(auth string) bool { return strings.HasPrefix(auth, "Bearer bought") }
 	for i, want := range []string{"Bearer bought-true", "Bearer bought-false", "Bearer bought-true"} {
-		g.asker.ask(question{wire: "f", scope: "s", first: i}).want(200, "manifest")
+		g.asker.ask(upstreamRequest{wire: "f", scope: "s", first: i}).want(200, "manifest")
 		if got := g.reqs[len(g.reqs)-1].Header.Get("Authorization"); got != want {
 			t.Errorf("origin %d got %q; want %q", i, got, want)
 		}
@@ -1695,13 +1695,13 @@ func TestTokenTablesAreBounded(t *testing.T) {
 	g.accepts = func(auth string) bool { return auth != "" }
 	for i := range maxRemembered + 10 {
 		s := fmt.Sprint(i)
-		g.u.tokens.remember(registryKey{place: s}, challenge{})
-		_, x, _ := g.u.tokens.join(tokenKey{scope: s}, "", time.Now())
-		x.token = token{s, time.Now().Add(time.Hour)}
-		g.u.tokens.settle(tokenKey{scope: s}, x, time.Now)
+		g.u.tokens.rememberChallenge(registryKey{place: s}, authChallenge{})
+		_, pending, _ := g.u.tokens.claimToken(tokenKey{scope: s}, "", time.Now())
+		pending.token = bearerToken{s, time.Now().Add(time.Hour)}
+		g.u.tokens.finishTokenRequest(tokenKey{scope: s}, pending, time.Now)
 	}
-	if ts := &g.u.tokens; len(ts.live) > maxRemembered || len(ts.asked) > maxRemembered || len(ts.flights) != 0 {
-		t.Errorf("kept %d tokens, %d challenges, %d flights", len(ts.live), len(ts.asked), len(ts.flights))
+	if ts := &g.u.tokens; len(ts.valid) > maxRemembered || len(ts.challenges) > maxRemembered || len(ts.pending) != 0 {
+		t.Errorf("kept %d tokens, %d challenges, %d flights", len(ts.valid), len(ts.challenges), len(ts.pending))
 	}
 }
 
@@ -1733,7 +1733,7 @@ func TestParseChallenges(t *testing.T) {
 }
 
 // render writes challenges with all values quoted.
-func render(cs []challenge, between, after string) string {
+func render(cs []authChallenge, between, after string) string {
 	var all []string
 	for _, c := range cs {
 		var params []string
@@ -1770,7 +1770,7 @@ func TestRetryAfter(t *testing.T) {
 		now.AddDate(7000, 0, 0).Format(http.TimeFormat):               time.Hour,
 		now.Add(time.Minute).Format("Monday, 02-Jan-06 15:04:05 GMT"): time.Minute,
 	} {
-		if got := retryAfter(http.Header{"Retry-After": {s}}, now); got != want {
+		if got := parseRetryAfter(http.Header{"Retry-After": {s}}, now); got != want {
 			t.Errorf("%q: %v; want %v", s, got, want)
 		}
 	}
@@ -1780,7 +1780,7 @@ func FuzzRetryAfter(f *testing.F) {
 	f.Add("7", int64(0))
 	f.Add("Fri, 02 Jan 2026 03:04:05 GMT", int64(1767323045))
 	f.Fuzz(func(t *testing.T, s string, now int64) {
-		if d := retryAfter(http.Header{"Retry-After": {s}}, time.Unix(now, 0)); d < 0 || d > maxRetryAfter {
+		if d := parseRetryAfter(http.Header{"Retry-After": {s}}, time.Unix(now, 0)); d < 0 || d > maxRetryAfter {
 			t.Errorf("%q: %v", s, d)
 		}
 	})
@@ -1796,7 +1796,7 @@ func TestContentRange(t *testing.T) {
 		"bytes 0-9223372036854775808/*": "", "bytes 0-9/100/1": "",
 	} {
 		got := ""
-		if first, last, size, ok := contentRange(s); ok {
+		if first, last, size, ok := parseContentRange(s); ok {
 			got = fmt.Sprint(first, last, size)
 		}
 		if got != want {
@@ -1809,7 +1809,7 @@ func FuzzContentRange(f *testing.F) {
 	f.Add("bytes 0-9/100")
 	f.Add("bytes 5-9/*")
 	f.Fuzz(func(t *testing.T, s string) {
-		first, last, size, ok := contentRange(s)
+		first, last, size, ok := parseContentRange(s)
 		if !ok {
 			return
 		}
@@ -1817,7 +1817,7 @@ func FuzzContentRange(f *testing.F) {
 			t.Fatalf("%q: %d-%d/%d", s, first, last, size)
 		}
 		again := fmt.Sprintf("bytes %d-%d/%d", first, last, size)
-		if a, b, c, ok := contentRange(strings.Replace(again, "/-1", "/*", 1)); !ok || a != first || b != last || c != size {
+		if a, b, c, ok := parseContentRange(strings.Replace(again, "/-1", "/*", 1)); !ok || a != first || b != last || c != size {
 			t.Errorf("%q: not the same as %q", s, again)
 		}
 	})
