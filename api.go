@@ -61,7 +61,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return a.serveFile(w, r, strings.TrimPrefix(rest, "v1/remote/"))
 		}
 	case ".fill": // another replica follows a fill of ours
-		h = func(w *response, r *http.Request) error { return a.cache.servePeer(w, r, rest) }
+		h = func(w *response, r *http.Request) error { return a.cache.serveReplica(w, r, rest) }
 	case "artifacts":
 		h = func(w *response, r *http.Request) error { return a.serveArtifacts(w, r, rest) }
 	default:
@@ -145,7 +145,7 @@ func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 		if t.spelling == "" {
 			return a.serveList(w, r, t.remote)
 		}
-		return a.cache.serve(w, r, want{target: t})
+		return a.cache.serveFile(w, r, fileRequest{target: t})
 	case writable && r.Method == http.MethodPut:
 		return a.servePut(w, r, t)
 	case writable && r.Method == http.MethodDelete:
@@ -168,7 +168,7 @@ func (a *api) serveLocalDelete(w *response, r *http.Request, t target) error {
 }
 
 func (a *api) purgeKey(w *response, r *http.Request, t target) error {
-	if err := a.cache.purge(r.Context(), t.remote.name, t.key()); err != nil {
+	if err := a.cache.purgeFile(r.Context(), t.remote.name, t.key()); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -191,7 +191,7 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 		return err
 	}
 	u := upload{body: &uploadBody{r.Body, w, a.now, sums}, size: r.ContentLength, create: r.Header.Get("If-None-Match") == "*"}
-	created, err := a.cache.put(r.Context(), want{target: t}, u)
+	created, err := a.cache.putFile(r.Context(), fileRequest{target: t}, u)
 	if err != nil {
 		return err
 	}
@@ -354,7 +354,7 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	if err != nil {
 		return err
 	}
-	p, err := a.cache.index.page(r.Context(), q)
+	p, err := a.cache.index.listPage(r.Context(), q)
 	if err != nil {
 		return err
 	}
@@ -402,9 +402,9 @@ func compilePattern(s string) (*regexp.Regexp, error) {
 }
 
 // artifact is a row as a listing shows it.
-func (a *api) artifact(r *http.Request, rem *remote, row row) artifact {
+func (a *api) artifact(r *http.Request, rem *remote, row indexRow) artifact {
 	e := artifact{Path: decodePath(row.Path), Key: row.Key, Size: row.Size, SHA256: row.SHA256,
-		ContentType: contentType(decodePath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
+		ContentType: contentTypeOf(decodePath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
 		LastAccess: row.LastAccess.UTC(), Hits: row.Hits, Class: row.Class, Fresh: true}
 	if len(rem.origins) > 0 {
 		base := rem.origins[0].url.String() + "/"
@@ -413,7 +413,7 @@ func (a *api) artifact(r *http.Request, rem *remote, row row) artifact {
 		}
 		e.Source = base + row.Path
 	}
-	if until, forever := a.cache.expires(r.Context(), rem, row); !forever {
+	if until, forever := a.cache.expiryOf(r.Context(), rem, row); !forever {
 		e.ExpiresAt, e.Fresh = &until, a.now().Before(until)
 	}
 	return e
@@ -433,15 +433,15 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 	}
 	w.path = path
 	found := false
-	err = a.cache.purge(r.Context(), rem.name, target{remote: rem, spelling: spelling}.key())
+	err = a.cache.purgeFile(r.Context(), rem.name, target{remote: rem, spelling: spelling}.key())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	found = err == nil
-	if err := a.cache.purgeFills(r.Context(), rem.name, regexp.MustCompile("^"+regexp.QuoteMeta(path)+"$")); err != nil {
+	if err := a.cache.purgeMatchingFills(r.Context(), rem.name, regexp.MustCompile("^"+regexp.QuoteMeta(path)+"$")); err != nil {
 		return err
 	}
-	n, err := a.purgeRows(r, pageQuery{remote: rem.name, prefix: w.path}, func(row row) bool {
+	n, err := a.purgeRows(r, pageQuery{remote: rem.name, prefix: w.path}, func(row indexRow) bool {
 		path, _, query := strings.Cut(row.Path, "?")
 		return query && path == spelling
 	})
@@ -467,10 +467,10 @@ func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) erro
 	if re == nil {
 		return newProblem(http.StatusBadRequest, "say what to purge: ?pattern=REGEX (\".\" purges everything)")
 	}
-	if err := a.cache.purgeFills(r.Context(), rem.name, re); err != nil {
+	if err := a.cache.purgeMatchingFills(r.Context(), rem.name, re); err != nil {
 		return err
 	}
-	n, err := a.purgeRows(r, pageQuery{remote: rem.name, pattern: re}, func(row) bool { return true })
+	n, err := a.purgeRows(r, pageQuery{remote: rem.name, pattern: re}, func(indexRow) bool { return true })
 	if err != nil {
 		return err
 	}
@@ -478,10 +478,10 @@ func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) erro
 }
 
 // purgeRows purges the rows of q for which is holds, page by page.
-func (a *api) purgeRows(r *http.Request, q pageQuery, is func(row) bool) (n int, err error) {
+func (a *api) purgeRows(r *http.Request, q pageQuery, is func(indexRow) bool) (n int, err error) {
 	q.limit = defaultPage
 	for {
-		p, err := a.cache.index.page(r.Context(), q)
+		p, err := a.cache.index.listPage(r.Context(), q)
 		if err != nil {
 			return n, err
 		}
@@ -489,7 +489,7 @@ func (a *api) purgeRows(r *http.Request, q pageQuery, is func(row) bool) (n int,
 			if !is(row) {
 				continue
 			}
-			switch err := a.cache.purge(r.Context(), row.Remote, row.Key); {
+			switch err := a.cache.purgeFile(r.Context(), row.Remote, row.Key); {
 			case err == nil:
 				n++
 			case !errors.Is(err, fs.ErrNotExist):

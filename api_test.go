@@ -129,11 +129,11 @@ func TestEndDoesNotWaitForAStoreThatHangs(t *testing.T) {
 		began := time.Now()
 		ctx, cancel := context.WithTimeout(context.Background(), drainFor)
 		defer cancel()
-		tt.cache.close(ctx)
+		tt.cache.Close(ctx)
 		if took := time.Since(began); took > drainFor+5*time.Second {
 			t.Errorf("the end took %v", took)
 		}
-		tt.cache.fills.Wait() // no goroutine outlives a bubble
+		tt.cache.fillsRunning.Wait() // no goroutine outlives a bubble
 	})
 }
 
@@ -573,7 +573,7 @@ func TestListingInPages(t *testing.T) {
 	tt.get("/artifacts/nobody").wantDetail(404, "nobody")
 	tt.get("/artifacts/").wantStatus(404)
 	for i := range 1000 {
-		must(t, tt.cache.index.save(t.Context(), testRow("r", fmt.Sprintf("y%03d", i))))
+		must(t, tt.cache.index.saveRow(t.Context(), testRow("r", fmt.Sprintf("y%03d", i))))
 	}
 	if got, next := tt.page(""); len(got) != 1000 || next == nil {
 		t.Errorf("a page without a limit has %d entries, next %v", len(got), next)
@@ -612,7 +612,7 @@ func TestListingTellsEverythingAboutAFile(t *testing.T) {
 	tt.advance(time.Minute)
 	tt.get("/api/r/d/a.idx?v=1")
 	tt.get("/api/r/d/a.idx?v=1")
-	tt.cache.flush(context.Background())
+	tt.cache.flushCounts(context.Background())
 	list := tt.list("r")
 	if len(list) != 1 {
 		t.Fatalf("%+v", list)
@@ -633,7 +633,7 @@ func TestListingTellsEverythingAboutAFile(t *testing.T) {
 	if a := tt.list("r")[0]; a.Fresh {
 		t.Errorf("an expired file is listed as fresh: %+v", a)
 	}
-	must(t, tt.cache.fresh.set(t.Context(), a.Key, mark{tt.clock.now().AddDate(1, 0, 0), a.SHA256}))
+	must(t, tt.cache.marks.setMark(t.Context(), a.Key, freshnessMark{tt.clock.now().AddDate(1, 0, 0), a.SHA256}))
 	if a := tt.list("r")[0]; a.Fresh {
 		t.Errorf("by a clock that is a year ahead it is listed as fresh: %+v", a)
 	}
@@ -815,7 +815,7 @@ remotes:
 	}
 	tt.put("/api/l/keep", noise(1, 50_000), bearer).wantStatus(201)
 	tt.get("/api/r/f00").wantHit() // used: not the oldest any more
-	tt.cache.evict(context.Background(), tt.server.config.Load(), 0)
+	tt.cache.evictFiles(context.Background(), tt.server.config.Load(), 0)
 	var bytes int64
 	list := tt.list("r")
 	for _, a := range list {
@@ -825,7 +825,7 @@ remotes:
 		t.Errorf("%d bytes are left, the first of %d is %s", bytes, len(list), list[0].Path)
 	}
 	tt.get("/api/r/f01").wantMiss() // the least recently used went
-	tt.cache.evict(context.Background(), tt.server.config.Load(), 20_000)
+	tt.cache.evictFiles(context.Background(), tt.server.config.Load(), 20_000)
 	if left := tt.list("r"); len(left) > 0 {
 		t.Errorf("CACHE_MAX_SIZE is passed by local files alone, and %d others are left", len(left))
 	}

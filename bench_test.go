@@ -159,7 +159,7 @@ func BenchmarkFill(b *testing.B) {
 				tt.settle()
 				b.StopTimer()
 				key := target{remote: tt.server.config.Load().remotes["r"], spelling: path[1:]}.key()
-				if err := tt.cache.purge(context.Background(), "r", key); err != nil {
+				if err := tt.cache.purgeFile(context.Background(), "r", key); err != nil {
 					b.Fatal(err)
 				}
 				b.StartTimer()

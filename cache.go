@@ -54,7 +54,7 @@ type objects interface {
 	// key and replaces what was there. On return all is durable, or an error
 	// says that the old state still holds. The spool's name may be moved away;
 	// its descriptor stays usable and belongs to the caller. Where other
-	// processes put as well, rec.create is heeded: errExists.
+	// processes put as well, rec.create is heeded: errFileExists.
 	put(ctx context.Context, key string, rec *record, spool *os.File) error
 	// open returns key's object; reading will begin at off. off < 0 asks for
 	// the record alone (body is nil). A miss, damage included, is
@@ -68,19 +68,19 @@ type objects interface {
 	walk(ctx context.Context, f func(key string, rec *record) error) error
 }
 
-// forgetter is an objects that keeps copies of what is elsewhere.
-type forgetter interface {
-	// forget drops what is kept of key: another process replaced or removed it.
-	forget(key string)
-	// forgetAll has everything looked at again before it is used: something may
+// cachingObjects is an objects that keeps copies of what is elsewhere.
+type cachingObjects interface {
+	// invalidate drops what is kept of key: another process replaced or removed it.
+	invalidate(key string)
+	// invalidateAll has everything looked at again before it is used: something may
 	// have been missed.
-	forgetAll()
-	// refuses says that nothing can be stored, as the last attempt found.
-	refuses() bool
+	invalidateAll()
+	// refusesWrites says that nothing can be stored, as the last attempt found.
+	refusesWrites() bool
 }
 
-// row is what the index knows of one object. Its JSON is a line of the journal.
-type row struct {
+// indexRow is what the index knows of one object. Its JSON is a line of the journal.
+type indexRow struct {
 	Remote      string    `json:"Remote"`
 	Path        string    `json:"Path"` // upstream spelling
 	Key         string    `json:"Key"`
@@ -103,108 +103,108 @@ type pageQuery struct {
 	oldest  bool // by last access, oldest first, instead of by decoded path
 }
 
-// page is a part of a listing, in byte order of the decoded path.
-type page struct {
-	rows     []row
+// indexPage is a part of a listing, in byte order of the decoded path.
+type indexPage struct {
+	rows     []indexRow
 	next     string // "" at the end
 	complete bool   // false while the embedded index is being loaded
 }
 
-// touch counts uses of one key since the last flush.
-type touch struct {
+// fileUse counts uses of one key since the last flush.
+type fileUse struct {
 	remote, key string
 	hits        int64
 	last        time.Time
 }
 
-// total is what one remote has stored.
-type total struct{ Files, Bytes int64 }
+// remoteTotal is what one remote has stored.
+type remoteTotal struct{ Files, Bytes int64 }
 
 // index lists what is stored. It is written after the object and can be
 // rebuilt from it. All methods may be called concurrently.
 type index interface {
-	save(ctx context.Context, r row) error // insert or replace by key, hits kept
+	saveRow(ctx context.Context, r indexRow) error // insert or replace by key, hits kept
 	delete(ctx context.Context, remote, key string) error
-	page(ctx context.Context, q pageQuery) (page, error)
-	touch(ctx context.Context, batch []touch) error // unknown keys are ignored
-	totals(ctx context.Context) (map[string]total, error)
+	listPage(ctx context.Context, q pageQuery) (indexPage, error)
+	countUses(ctx context.Context, batch []fileUse) error // unknown keys are ignored
+	totals(ctx context.Context) (map[string]remoteTotal, error)
 }
 
-// mark says when a copy was last found good upstream. It counts only for a
+// freshnessMark says when a copy was last found good upstream. It counts only for a
 // record with that SHA-256.
-type mark struct {
-	At     time.Time
+type freshnessMark struct {
+	GoodAt time.Time
 	SHA256 string
 }
 
 // freshness keeps marks. It is advisory: losing it costs a revalidation.
 type freshness interface {
-	get(ctx context.Context, key string) (mark, error) // fs.ErrNotExist when unknown; an error has no mark
-	set(ctx context.Context, key string, m mark) error
+	getMark(ctx context.Context, key string) (freshnessMark, error) // fs.ErrNotExist when unknown; an error has no mark
+	setMark(ctx context.Context, key string, m freshnessMark) error
 	delete(ctx context.Context, key string) error
 }
 
 // replicas is what the processes of one cache tell each other. nil on a single
 // machine. No failure of it is ever a reason for a client's error.
 type replicas interface {
-	// lease makes this process the only one that fills key, until release; a
+	// acquireLease makes this process the only one that fills key, until release; a
 	// heartbeat keeps it. Others will show token, perhaps before lease returns.
 	// A nil release says that there is no lease to be had; other is who has it,
 	// if another process does.
-	lease(ctx context.Context, key, token string) (release func(), other *filler, err error)
-	// announce tells the others that key was replaced, or with removedMark
+	acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error)
+	// announceChange tells the others that key was replaced, or with removedPrefix
 	// before it that it was removed.
-	announce(ctx context.Context, key string) error
-	// watch calls changed for each announcement of another process, and reset
+	announceChange(ctx context.Context, key string) error
+	// watchChanges calls changed for each announcement of another process, and reset
 	// whenever some may have been missed (a new connection), until ctx ends.
-	watch(ctx context.Context, changed func(key string), reset func())
-	// online says whether announcements arrive at the moment.
-	online() bool
+	watchChanges(ctx context.Context, changed func(key string), reset func())
+	// hearsChanges says whether announcements arrive at the moment.
+	hearsChanges() bool
 }
 
-// filler is the process that holds a lease: where it can be asked for the
+// leaseHolder is the process that holds a lease: where it can be asked for the
 // growing file, and the lease's random token, which the request carries.
-type filler struct{ addr, token string }
+type leaseHolder struct{ addr, token string }
 
 // spooler makes the temporary files that bodies grow in.
 type spooler interface {
-	// spool returns a new empty file that objects.put can take; the caller
+	// newSpool returns a new empty file that objects.put can take; the caller
 	// closes it and removes what is left of its name. errNoSpace and
 	// errStoreDown say why there is none.
-	spool() (*os.File, error)
-	// room is nil while n more bytes may be written and MIN_FREE stays free;
+	newSpool() (*os.File, error)
+	// checkRoom is nil while n more bytes may be written and MIN_FREE stays free;
 	// errNoSpace otherwise.
-	room(n int64) error
+	checkRoom(n int64) error
 }
 
 // cache serves files of remotes: from the store, or by filling it. It is safe
 // for concurrent use; close ends its fills.
 type cache struct {
-	objects objects
-	index   index
-	fresh   freshness
-	spools  spooler
-	up      *upstream
-	now     func() time.Time
-	log     *slog.Logger
-	metrics *metrics
+	objects  objects
+	index    index
+	marks    freshness
+	spools   spooler
+	upstream *upstream
+	now      func() time.Time
+	log      *slog.Logger
+	metrics  *metrics
 
 	// Of several replicas; nil on a single machine. Set before the first request.
-	replicas replicas
-	peers    *http.Client
+	replicas      replicas
+	replicaClient *http.Client
 
-	ctx    context.Context // of all fills
-	cancel context.CancelFunc
-	fills  sync.WaitGroup
-	ended  atomic.Int64 // flights that have ended: a lookup before may be out of date
+	ctx          context.Context // of all fills
+	cancel       context.CancelFunc
+	fillsRunning sync.WaitGroup
+	endedFills   atomic.Int64 // flights that have ended: a lookup before may be out of date
 
-	mu      sync.Mutex // guards what follows; never held across I/O
-	flights map[string]*flight
-	slots   map[string]chan struct{} // by remote name: fills that run
-	noHEAD  map[string]time.Time     // by remote name: HEAD is refused until then
-	writing map[string]*keyLock      // keys of local files being changed
-	untold  map[string]bool          // keys whose change is still to be announced
-	passed  map[string]time.Time     // keys whose bodies are not spooled until then
+	mu                  sync.Mutex // guards what follows; never held across I/O
+	fills               map[string]*fill
+	fillSlots           map[string]chan struct{} // by remote name: fills that run
+	headRefusedUntil    map[string]time.Time     // by remote name: HEAD is refused until then
+	writing             map[string]*keyLock      // keys of local files being changed
+	unsentAnnouncements map[string]bool          // keys whose change is still to be announced
+	passOnUntil         map[string]time.Time     // keys whose bodies are not spooled until then
 
 	negative negatives
 	uses     uses
@@ -214,31 +214,31 @@ type cache struct {
 func newCache(o objects, ix index, f freshness, s spooler, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &cache{
-		objects: o, index: ix, fresh: f, spools: s, up: up, now: now, log: log, metrics: m,
+		objects: o, index: ix, marks: f, spools: s, upstream: up, now: now, log: log, metrics: m,
 		ctx: ctx, cancel: cancel,
-		flights: map[string]*flight{}, slots: map[string]chan struct{}{},
-		noHEAD: map[string]time.Time{}, writing: map[string]*keyLock{}, untold: map[string]bool{}, passed: map[string]time.Time{}, peers: newPeerClient(),
+		fills: map[string]*fill{}, fillSlots: map[string]chan struct{}{},
+		headRefusedUntil: map[string]time.Time{}, writing: map[string]*keyLock{}, unsentAnnouncements: map[string]bool{}, passOnUntil: map[string]time.Time{}, replicaClient: newReplicaClient(),
 	}
 }
 
-// want is a file to serve and what is known about it beforehand.
-type want struct {
+// fileRequest is a file to serve and what is known about it beforehand.
+type fileRequest struct {
 	target
-	accept string // Accept sent upstream
-	scope  string // registry token scope
-	digest string // the body must have it ("sha256:HEX"); "" unknown
-	limit  int64  // most bytes of a body; 0: any
-	// whole: answered only when complete and checked, and HEAD fetches as GET
+	accept   string // Accept sent upstream
+	scope    string // registry token scope
+	digest   string // the body must have it ("sha256:HEX"); "" unknown
+	maxBytes int64  // most bytes of a body; 0: any
+	// needsWholeBody: answered only when complete and checked, and HEAD fetches as GET
 	// does (manifests).
-	whole bool
+	needsWholeBody bool
 	// staleOn429: a 429 serves the expired copy even without stale_if_error;
 	// staleOn5xx: a 5xx does.
 	staleOn429, staleOn5xx bool
-	// shared: requests of other wires have this key too (a blob of several
+	// sharedKey: requests of other wires have this key too (a blob of several
 	// images), so the upstream's refusal of one says nothing about another.
-	shared bool
-	// size answers HEAD while the file is not stored; 0: ask upstream.
-	size int64
+	sharedKey bool
+	// knownSize answers HEAD while the file is not stored; 0: ask upstream.
+	knownSize int64
 	// ask replaces the question for the body; the want is never revalidated
 	// then, only asked again. nil: upstream.ask.
 	ask func(ctx context.Context, req upstreamRequest) (*upstreamResponse, error)
@@ -251,31 +251,31 @@ type want struct {
 	dress func(h http.Header, rec *record)
 }
 
-// reply is an answer that is ready to be sent.
-type reply struct {
-	rec     *record
-	size    int64 // of the whole body; -1: not known yet
-	body    io.ReadSeekCloser
-	at      time.Time // when the copy was last found good; zero: just fetched
-	remote  bool      // X-Artifact-Source: remote
-	sum     bool      // rec.SHA256 is known and will be what was sent
-	status  string    // Cache-Status, behind the name
-	stored  bool      // Cache-Status says "stored": the body is to be kept
-	outcome string    // HIT, MISS, STALE, REVALIDATED: for log and counters
+// fileReply is an answer that is ready to be sent.
+type fileReply struct {
+	rec          *record
+	size         int64 // of the whole body; -1: not known yet
+	body         io.ReadSeekCloser
+	goodAt       time.Time // when the copy was last found good; zero: just fetched
+	fromRemote   bool      // X-Artifact-Source: remote
+	hashKnown    bool      // rec.SHA256 is known and will be what was sent
+	cacheStatus  string    // Cache-Status, behind the name
+	willBeStored bool      // Cache-Status says "stored": the body is to be kept
+	result       string    // HIT, MISS, STALE, REVALIDATED: for log and counters
 }
 
-// asked is what of a client's request matters before the answer: the method
+// byteRange is what of a client's request matters before the answer: the method
 // and a single range, which says where reading will begin.
-type asked struct {
-	head     bool
-	from, to int64 // of a single Range with a known beginning; to is -1 for "to the end"
-	suffix   int64 // of a single suffix Range
-	ifRange  bool  // the whole may be wanted after all
+type byteRange struct {
+	head       bool
+	from, to   int64 // of a single Range with a known beginning; to is -1 for "to the end"
+	suffix     int64 // of a single suffix Range
+	hasIfRange bool  // the whole may be wanted after all
 }
 
-// serve answers GET and HEAD for q.
-func (c *cache) serve(w *response, r *http.Request, q want) error {
-	w.remote, w.path = q.remote.name, q.path
+// serveFile answers GET and HEAD for q.
+func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error {
+	w.remote, w.path = file.remote.name, file.path
 	if strings.Count(r.Header.Get("Range"), ",") >= maxRanges {
 		r.Header.Del("Range")
 	}
@@ -285,77 +285,77 @@ func (c *cache) serve(w *response, r *http.Request, q want) error {
 		ctx, cancel = context.WithCancel(ctx)
 		defer cancel()
 	}
-	rep, err := c.get(ctx, q, askedOf(r))
+	reply, err := c.findOrFetch(ctx, file, parseByteRange(r))
 	if err != nil {
-		w.result = outcomeOf(err)
+		w.result = resultOfError(err)
 		return err
 	}
 	if cancel != nil {
-		rep.body = &sharedBody{body: rep.body, cancel: cancel}
+		reply.body = &closableBody{body: reply.body, cancel: cancel}
 	}
-	defer rep.body.Close()
-	w.result = rep.outcome
-	c.send(w, r, q, rep)
+	defer reply.body.Close()
+	w.result = reply.result
+	c.sendReply(w, r, file, reply)
 	return nil
 }
 
-// stored is a copy found in the store and how good it still is.
-type stored struct {
+// storedCopy is a copy found in the store and how good it still is.
+type storedCopy struct {
 	*object
-	at      time.Time     // when it was last found good
-	ttl     time.Duration // what is left; negative: expired
+	goodAt  time.Time     // when it was last found good
+	ttlLeft time.Duration // what is left; negative: expired
 	forever bool
 	// outdated: a later version was stored, if this one is a copy of a copy.
 	outdated bool
 }
 
-func (s *stored) fresh() bool { return s.forever || s.ttl > 0 }
+func (s *storedCopy) isFresh() bool { return s.forever || s.ttlLeft > 0 }
 
-// lookAgains bounds how often a request may find that the store has the file
+// maxLookAgains bounds how often a request may find that the store has the file
 // after all and then not find it there.
-const lookAgains = 3
+const maxLookAgains = 3
 
-// get finds or fetches q and returns what to send; the caller closes its body.
-func (c *cache) get(ctx context.Context, q want, a asked) (*reply, error) {
-	key := q.key()
+// findOrFetch finds or fetches q and returns what to send; the caller closes its body.
+func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange) (*fileReply, error) {
+	key := file.key()
 	// A flight may end between a lookup that misses and the next flight: then
 	// the store has the file after all, and the flight looks again.
 	for n := 0; ; {
-		ended := c.ended.Load()
-		cp, storeErr := c.lookup(ctx, key, q, a)
+		ended := c.endedFills.Load()
+		cp, storeErr := c.findCopy(ctx, key, file, rng)
 		if err := context.Cause(ctx); err != nil && storeErr != nil {
 			return nil, err
 		}
 		if storeErr != nil && !errors.Is(storeErr, fs.ErrNotExist) {
-			c.storeFailed("storage", "opening", key, storeErr)
+			c.noteStoreError("storage", "opening", key, storeErr)
 		}
-		if cp != nil && cp.fresh() {
-			c.used(q.remote.name, key)
-			return c.hit(cp, ""), nil
+		if cp != nil && cp.isFresh() {
+			c.countUse(file.remote.name, key)
+			return c.hitReply(cp, ""), nil
 		}
-		if q.remote.local {
+		if file.remote.local {
 			return nil, storeErr
 		}
-		rep, again, err := c.absent(ctx, key, q, a, cp, ended)
+		reply, again, err := c.fillOrStale(ctx, key, file, rng, cp, ended)
 		if again && !errors.Is(err, errLookAgain) {
 			continue // others were refused: our turn comes
 		}
 		if again {
-			if n++; n <= lookAgains {
+			if n++; n <= maxLookAgains {
 				continue
 			}
 			err = errStoreDown
 		}
-		if f, ok := c.objects.(forgetter); rep != nil && (errors.Is(storeErr, errStoreDown) || ok && f.refuses()) {
-			rep.stored = false // it may be, if the store is back by then
+		if f, ok := c.objects.(cachingObjects); reply != nil && (errors.Is(storeErr, errStoreDown) || ok && f.refusesWrites()) {
+			reply.willBeStored = false // it may be, if the store is back by then
 		}
-		return rep, joinStoreDown(err, storeErr)
+		return reply, withStoreError(err, storeErr)
 	}
 }
 
-// joinStoreDown: with neither the store nor the upstream there is nothing to
+// withStoreError: with neither the store nor the upstream there is nothing to
 // answer with, and it is not the upstream alone that is to blame.
-func joinStoreDown(err, storeErr error) error {
+func withStoreError(err, storeErr error) error {
 	if err == nil || !errors.Is(storeErr, errStoreDown) {
 		return err
 	}
@@ -366,157 +366,157 @@ func joinStoreDown(err, storeErr error) error {
 	return err
 }
 
-// absent answers when the store has no fresh copy; cp is the expired one or
+// fillOrStale answers when the store has no fresh copy; cp is the expired one or
 // nil. again says that get must look again: the store has one now
 // (errLookAgain), or the answer was to another way to the file.
-func (c *cache) absent(ctx context.Context, key string, q want, a asked, cp *stored, ended int64) (rep *reply, again bool, err error) {
+func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, rng byteRange, cp *storedCopy, ended int64) (reply *fileReply, again bool, err error) {
 	if cp == nil {
 		if err := c.negative.get(key, c.now()); err != nil {
 			return nil, false, err
 		}
-		if a.head && !q.whole && !c.flying(key) {
-			if q.size > 0 {
-				return c.known(q), false, nil
+		if rng.head && !file.needsWholeBody && !c.isFilling(key) {
+			if file.knownSize > 0 {
+				return c.headFromKnownSize(file), false, nil
 			}
-			rep, err := c.headUpstream(ctx, q)
-			return rep, false, err
+			reply, err := c.headUpstream(ctx, file)
+			return reply, false, err
 		}
-	} else if c.up.isDown(q.remote) {
-		c.used(q.remote.name, key)
-		return c.stale(cp, "unreachable"), false, nil
+	} else if c.upstream.isDown(file.remote) {
+		c.countUse(file.remote.name, key)
+		return c.staleReply(cp, "unreachable"), false, nil
 	}
-	f, lead := c.join(key, q, cp, ended)
-	rep, err = c.await(ctx, f, lead, a, cp)
-	return rep, errors.Is(err, errLookAgain) || f.want.wire != q.wire && saidNo(err), err
+	f, lead := c.joinFill(key, file, cp, ended)
+	reply, err = c.awaitFill(ctx, f, lead, rng, cp)
+	return reply, errors.Is(err, errLookAgain) || f.file.wire != file.wire && isRefusal(err), err
 }
 
-// saidNo: the upstream refused one way to a file. Who joined the flight of
+// isRefusal: the upstream refused one way to a file. Who joined the flight of
 // another way to it (want.shared) asks in his own.
-func saidNo(err error) bool {
+func isRefusal(err error) bool {
 	_, status := errors.AsType[*upstreamStatus](err)
 	return status || errors.Is(err, errCredentials)
 }
 
-// known answers HEAD from what is known of q beforehand.
-func (c *cache) known(q want) *reply {
-	rec := c.newRecord(q, http.Header{})
-	sum, ok := strings.CutPrefix(q.digest, "sha256:")
+// headFromKnownSize answers HEAD from what is known of q beforehand.
+func (c *cache) headFromKnownSize(file fileRequest) *fileReply {
+	rec := c.newRecord(file, http.Header{})
+	sum, ok := strings.CutPrefix(file.digest, "sha256:")
 	rec.SHA256 = sum
-	return &reply{rec: rec, size: q.size, body: unread(q.size), sum: ok, status: "hit; detail=size-known", outcome: "HIT"}
+	return &fileReply{rec: rec, size: file.knownSize, body: unreadBody(file.knownSize), hashKnown: ok, cacheStatus: "hit; detail=size-known", result: "HIT"}
 }
 
-// lookup finds key's copy and judges it. A miss is a nil copy; the error says
+// findCopy finds key's copy and judges it. A miss is a nil copy; the error says
 // why.
-func (c *cache) lookup(ctx context.Context, key string, q want, a asked) (*stored, error) {
-	off := a.from
-	if a.head {
+func (c *cache) findCopy(ctx context.Context, key string, file fileRequest, rng byteRange) (*storedCopy, error) {
+	off := rng.from
+	if rng.head {
 		off = -1
 	}
-	s, err := c.look(ctx, key, q, off)
-	if f, ok := c.objects.(forgetter); ok && err == nil && s.outdated {
+	s, err := c.openCopy(ctx, key, file, off)
+	if f, ok := c.objects.(cachingObjects); ok && err == nil && s.outdated {
 		// Once: an older version in the store itself is all there is.
 		s.body.Close()
-		f.forget(key)
-		return c.look(ctx, key, q, off)
+		f.invalidate(key)
+		return c.openCopy(ctx, key, file, off)
 	}
 	return s, err
 }
 
-func (c *cache) look(ctx context.Context, key string, q want, off int64) (*stored, error) {
+func (c *cache) openCopy(ctx context.Context, key string, file fileRequest, off int64) (*storedCopy, error) {
 	obj, err := c.objects.open(ctx, key, off)
 	if err != nil {
 		return nil, err
 	}
 	if obj.body == nil {
-		obj.body = unread(obj.rec.Size)
+		obj.body = unreadBody(obj.rec.Size)
 	}
-	if obj.rec.Path != q.spelling || obj.rec.Remote != q.remote.name {
+	if obj.rec.Path != file.spelling || obj.rec.Remote != file.remote.name {
 		obj.body.Close()
 		return nil, fmt.Errorf("key %s holds another path: %w", key, fs.ErrNotExist)
 	}
-	return c.judge(ctx, key, q, obj), nil
+	return c.freshnessOf(ctx, key, file, obj), nil
 }
 
-// judge tells how fresh obj is.
-func (c *cache) judge(ctx context.Context, key string, q want, obj *object) *stored {
-	s := &stored{object: obj, at: obj.rec.Fetched}
-	ttl, forever := q.remote.ttlOf(q.class)
+// freshnessOf tells how fresh obj is.
+func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, obj *object) *storedCopy {
+	s := &storedCopy{object: obj, goodAt: obj.rec.Fetched}
+	ttl, forever := file.remote.ttlOf(file.class)
 	if forever {
 		s.forever = true
 		return s
 	}
-	m, err := c.fresh.get(ctx, key)
+	m, err := c.marks.getMark(ctx, key)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		c.storeFailed("redis", "reading freshness of", key, err)
+		c.noteStoreError("redis", "reading freshness of", key, err)
 	}
 	now := c.now()
-	s.at = lastGood(obj.rec.Fetched, obj.rec.SHA256, m, now, ttl)
-	s.outdated = m.SHA256 != obj.rec.SHA256 && m.At.After(s.at)
-	s.ttl = ttl - now.Sub(s.at)
+	s.goodAt = lastGood(obj.rec.Fetched, obj.rec.SHA256, m, now, ttl)
+	s.outdated = m.SHA256 != obj.rec.SHA256 && m.GoodAt.After(s.goodAt)
+	s.ttlLeft = ttl - now.Sub(s.goodAt)
 	return s
 }
 
 // lastGood is when a copy with that sha256 was last found good: fetched, or
 // marked since (a zero mark is none).
-func lastGood(fetched time.Time, sum string, m mark, now time.Time, ttl time.Duration) time.Time {
-	at := past(fetched, now, ttl)
-	if marked := past(m.At, now, ttl); m.SHA256 == sum && marked.After(at) {
+func lastGood(fetched time.Time, sum string, m freshnessMark, now time.Time, ttl time.Duration) time.Time {
+	at := notAfterTTL(fetched, now, ttl)
+	if marked := notAfterTTL(m.GoodAt, now, ttl); m.SHA256 == sum && marked.After(at) {
 		return marked
 	}
 	return at
 }
 
-// past is t, the time at which a copy was good, unless it lies further ahead
+// notAfterTTL is t, the time at which a copy was good, unless it lies further ahead
 // than the TTL: then a clock was wrong, and the copy's age is not known.
-func past(t, now time.Time, ttl time.Duration) time.Time {
+func notAfterTTL(t, now time.Time, ttl time.Duration) time.Time {
 	if t.Sub(now) > ttl {
 		return now.Add(-ttl)
 	}
 	return t
 }
 
-// hit answers with a stored copy.
-func (c *cache) hit(s *stored, extra string) *reply {
+// hitReply answers with a stored copy.
+func (c *cache) hitReply(s *storedCopy, extra string) *fileReply {
 	status := "hit"
 	if !s.forever {
-		status += "; ttl=" + strconv.FormatInt(int64(s.ttl/time.Second), 10)
+		status += "; ttl=" + strconv.FormatInt(int64(s.ttlLeft/time.Second), 10)
 	}
-	return &reply{rec: s.rec, size: s.rec.Size, body: s.body, at: s.at, sum: true, status: status + extra, outcome: "HIT"}
+	return &fileReply{rec: s.rec, size: s.rec.Size, body: s.body, goodAt: s.goodAt, hashKnown: true, cacheStatus: status + extra, result: "HIT"}
 }
 
-// stale answers with an expired copy; why goes into Cache-Status.
-func (c *cache) stale(s *stored, why string) *reply {
-	s.ttl = min(s.ttl, -time.Second) // never the 0 of a copy that is fresh
-	rep := c.hit(s, "; detail="+why)
-	rep.outcome = "STALE"
-	return rep
+// staleReply answers with an expired copy; why goes into Cache-Status.
+func (c *cache) staleReply(s *storedCopy, why string) *fileReply {
+	s.ttlLeft = min(s.ttlLeft, -time.Second) // never the 0 of a copy that is fresh
+	reply := c.hitReply(s, "; detail="+why)
+	reply.result = "STALE"
+	return reply
 }
 
 // headUpstream answers HEAD for a file that is not stored; nothing is stored.
 // Where HEAD is refused, a GET is asked and its body not read.
-func (c *cache) headUpstream(ctx context.Context, q want) (*reply, error) {
-	req := q.question(http.MethodHead, nil)
-	resp, err := c.up.send(ctx, req)
+func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply, error) {
+	req := file.newUpstreamRequest(http.MethodHead, nil)
+	resp, err := c.upstream.send(ctx, req)
 	if err != nil {
 		return nil, err
 	}
-	if headRefused(resp.StatusCode) {
+	if refusesHEAD(resp.StatusCode) {
 		resp.Body.Close()
 		req.method = http.MethodGet
-		if resp, err = c.up.send(ctx, req); err != nil {
+		if resp, err = c.upstream.send(ctx, req); err != nil {
 			return nil, err
 		}
 	}
 	defer resp.Body.Close()
-	if err := c.refused(q, resp); err != nil {
+	if err := c.statusError(file, resp); err != nil {
 		return nil, err
 	}
-	rec := c.newRecord(q, resp.Header)
-	return &reply{rec: rec, size: resp.ContentLength, body: unread(resp.ContentLength), remote: true, status: "fwd=miss", outcome: "MISS"}, nil
+	rec := c.newRecord(file, resp.Header)
+	return &fileReply{rec: rec, size: resp.ContentLength, body: unreadBody(resp.ContentLength), fromRemote: true, cacheStatus: "fwd=miss", result: "MISS"}, nil
 }
 
-// headRefused: presigned and CDN origins refuse HEAD in all these ways.
-func headRefused(status int) bool {
+// refusesHEAD: presigned and CDN origins refuse HEAD in all these ways.
+func refusesHEAD(status int) bool {
 	switch status {
 	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotImplemented:
 		return true
@@ -524,30 +524,30 @@ func headRefused(status int) bool {
 	return false
 }
 
-// question is what is asked upstream for q.
-func (q want) question(method string, header http.Header) upstreamRequest {
+// newUpstreamRequest is what is asked upstream for q.
+func (file fileRequest) newUpstreamRequest(method string, header http.Header) upstreamRequest {
 	h := http.Header{}
 	for k, v := range header {
 		h[k] = v
 	}
-	if q.accept != "" {
-		h.Set("Accept", q.accept)
+	if file.accept != "" {
+		h.Set("Accept", file.accept)
 	}
-	return upstreamRequest{remote: q.remote, method: method, wire: q.wire, header: h, scope: q.scope}
+	return upstreamRequest{remote: file.remote, method: method, wire: file.wire, header: h, scope: file.scope}
 }
 
-// refused turns an upstream's status other than 200 into the error a client
+// statusError turns an upstream's status other than 200 into the error a client
 // gets (SPEC.md section 4, Responses); nil for 200.
-func (c *cache) refused(q want, resp *upstreamResponse) error {
+func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 	p := &problem{status: resp.StatusCode, cause: &upstreamStatus{resp.StatusCode}}
-	name := q.remote.name
+	name := file.remote.name
 	switch code := resp.StatusCode; {
 	case code == http.StatusOK:
 		return nil
 	case code == http.StatusNotFound, code == http.StatusGone:
 		p.detail = fmt.Sprintf("not found: the upstream of remote %q answered %d", name, code)
-		if !q.shared {
-			c.negative.put(q.key(), p, c.now(), q.remote.negativeTTL)
+		if !file.sharedKey {
+			c.negative.put(file.key(), p, c.now(), file.remote.negativeTTL)
 		}
 	case code == http.StatusUnauthorized:
 		p.status = http.StatusBadGateway
@@ -574,10 +574,10 @@ func (e *upstreamStatus) Error() string { return "upstream status " + strconv.It
 
 // Is: a 404 or 410 upstream is a file that is not there.
 func (e *upstreamStatus) Is(target error) bool {
-	return target == fs.ErrNotExist && e.gone()
+	return target == fs.ErrNotExist && e.isGone()
 }
 
-func (e *upstreamStatus) gone() bool {
+func (e *upstreamStatus) isGone() bool {
 	return e.code == http.StatusNotFound || e.code == http.StatusGone
 }
 
@@ -586,26 +586,26 @@ func (e *upstreamStatus) gone() bool {
 const maxHeaderValue = 128
 
 // newRecord begins the record of a body that is about to be fetched.
-func (c *cache) newRecord(q want, h http.Header) *record {
+func (c *cache) newRecord(file fileRequest, h http.Header) *record {
 	now := c.now().UTC()
 	rec := &record{
-		Remote: q.remote.name, Path: q.spelling, Class: q.class, Fetched: now, Modified: now.Truncate(time.Second),
-		ContentType: bounded(h.Get("Content-Type")), Encoding: bounded(h.Get("Content-Encoding")),
-		ETag: bounded(h.Get("ETag")), LastModified: bounded(h.Get("Last-Modified")),
-		Digest: bounded(h.Get("Docker-Content-Digest")),
+		Remote: file.remote.name, Path: file.spelling, Class: file.class, Fetched: now, Modified: now.Truncate(time.Second),
+		ContentType: boundedHeader(h.Get("Content-Type")), Encoding: boundedHeader(h.Get("Content-Encoding")),
+		ETag: boundedHeader(h.Get("ETag")), LastModified: boundedHeader(h.Get("Last-Modified")),
+		Digest: boundedHeader(h.Get("Docker-Content-Digest")),
 	}
 	if t, err := http.ParseTime(rec.LastModified); err == nil {
 		rec.Modified = t.UTC()
 	} else {
 		rec.LastModified = ""
 	}
-	if q.note != nil {
-		q.note(rec, h)
+	if file.note != nil {
+		file.note(rec, h)
 	}
 	return rec
 }
 
-func bounded(v string) string {
+func boundedHeader(v string) string {
 	if len(v) > maxHeaderValue {
 		return ""
 	}
@@ -613,21 +613,21 @@ func bounded(v string) string {
 }
 
 // countStoreError logs and counts a failure of a store that the request survives.
-func (c *cache) storeFailed(what, doing, key string, err error) {
+func (c *cache) noteStoreError(what, doing, key string, err error) {
 	c.metrics.countStoreError(what)
 	c.log.Warn("store failed, going on without it", "store", what, "doing", doing, "key", key, "error", err)
 }
 
-// cleanUp is how long fills that were told to end may take for it: a store that
+// cleanUpTimeout is how long fills that were told to end may take for it: a store that
 // hangs would keep the process beyond the time that it is given.
-const cleanUp = 2 * time.Second
+const cleanUpTimeout = 2 * time.Second
 
-// close ends all fills, after at most the patience of ctx, and writes what is
+// Close ends all fills, after at most the patience of ctx, and writes what is
 // left of the accounting.
-func (c *cache) close(ctx context.Context) {
+func (c *cache) Close(ctx context.Context) {
 	idle := make(chan struct{})
 	go func() {
-		c.fills.Wait()
+		c.fillsRunning.Wait()
 		close(idle)
 	}()
 	select {
@@ -636,20 +636,20 @@ func (c *cache) close(ctx context.Context) {
 		c.cancel()
 		select {
 		case <-idle:
-		case <-time.After(cleanUp):
+		case <-time.After(cleanUpTimeout):
 			c.log.Warn("a fill does not end: what it left is swept later")
 		}
 	}
 	c.cancel()
-	c.flush(context.WithoutCancel(ctx))
+	c.flushCounts(context.WithoutCancel(ctx))
 }
 
-// expires is when a listed file stops being fresh.
-func (c *cache) expires(ctx context.Context, rem *remote, r row) (until time.Time, forever bool) {
+// expiryOf is when a listed file stops being fresh.
+func (c *cache) expiryOf(ctx context.Context, rem *remote, r indexRow) (until time.Time, forever bool) {
 	ttl, forever := rem.ttlOf(r.Class)
 	if forever {
 		return time.Time{}, true
 	}
-	m, _ := c.fresh.get(ctx, r.Key) // none if it cannot be had
+	m, _ := c.marks.getMark(ctx, r.Key) // none if it cannot be had
 	return lastGood(r.Fetched, r.SHA256, m, c.now(), ttl).Add(ttl).UTC(), false
 }

@@ -9,18 +9,18 @@ import (
 	"time"
 )
 
-// used counts an answer from the store; flush writes the counts.
-func (c *cache) used(remote, key string) { c.uses.add(remote, key, c.now()) }
+// countUse counts an answer from the store; flush writes the counts.
+func (c *cache) countUse(remote, key string) { c.uses.add(remote, key, c.now()) }
 
-// flush writes the uses that have gathered to the index.
-func (c *cache) flush(ctx context.Context) {
-	c.tell(ctx)
+// flushCounts writes the uses that have gathered to the index.
+func (c *cache) flushCounts(ctx context.Context) {
+	c.sendUnsentAnnouncements(ctx)
 	batch := c.uses.take()
 	if len(batch) == 0 {
 		return
 	}
-	if err := c.index.touch(ctx, batch); err != nil {
-		c.storeFailed("database", "counting uses of", batch[0].key, err)
+	if err := c.index.countUses(ctx, batch); err != nil {
+		c.noteStoreError("database", "counting uses of", batch[0].key, err)
 	}
 }
 
@@ -28,7 +28,7 @@ func (c *cache) flush(ctx context.Context) {
 // few seconds and not with every hit.
 type uses struct {
 	mu sync.Mutex // guards m; held for a map write only
-	m  map[string]*touch
+	m  map[string]*fileUse
 }
 
 // maxUses bounds the map where the index cannot be written for long.
@@ -40,24 +40,24 @@ func (u *uses) add(remote, key string, now time.Time) {
 	t := u.m[key]
 	if t == nil {
 		if u.m == nil {
-			u.m = map[string]*touch{}
+			u.m = map[string]*fileUse{}
 		}
 		if len(u.m) >= maxUses {
 			return
 		}
-		t = &touch{remote: remote, key: key}
+		t = &fileUse{remote: remote, key: key}
 		u.m[key] = t
 	}
 	t.hits++
 	t.last = now
 }
 
-func (u *uses) take() []touch {
+func (u *uses) take() []fileUse {
 	u.mu.Lock()
 	m := u.m
 	u.m = nil
 	u.mu.Unlock()
-	batch := make([]touch, 0, len(m))
+	batch := make([]fileUse, 0, len(m))
 	for _, t := range m {
 		batch = append(batch, *t)
 	}

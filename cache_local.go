@@ -52,56 +52,56 @@ type upload struct {
 	create bool  // If-None-Match: *
 }
 
-// errExists: create found a file; errChecksum: the body is another, says who
+// errFileExists: create found a file; errChecksum: the body is another, says who
 // reads it.
 var (
-	errExists   = &problem{status: http.StatusPreconditionFailed, detail: "the file exists already"}
-	errChecksum = &problem{status: http.StatusUnprocessableEntity, detail: "the body does not have the checksum that was sent with it"}
+	errFileExists = &problem{status: http.StatusPreconditionFailed, detail: "the file exists already"}
+	errChecksum   = &problem{status: http.StatusUnprocessableEntity, detail: "the body does not have the checksum that was sent with it"}
 )
 
-// put stores an upload; created says that there was no such file. When it
+// putFile stores an upload; created says that there was no such file. When it
 // returns nil the file is durable; otherwise the old one is still there.
-func (c *cache) put(ctx context.Context, q want, u upload) (created bool, err error) {
-	spool, err := c.spools.spool()
+func (c *cache) putFile(ctx context.Context, file fileRequest, u upload) (created bool, err error) {
+	spool, err := c.spools.newSpool()
 	if err != nil {
 		return false, err
 	}
 	defer spool.Close()
 	defer os.Remove(spool.Name())
-	rec := c.newRecord(q, http.Header{})
-	if err := c.receive(spool, u, rec); err != nil {
+	rec := c.newRecord(file, http.Header{})
+	if err := c.receiveUpload(spool, u, rec); err != nil {
 		return false, err
 	}
-	key := q.key()
+	key := file.key()
 	defer c.lockKey(key)()
 	_, err = c.objects.open(ctx, key, -1)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err
 	}
 	if created = err != nil; !created && u.create {
-		return false, errExists
+		return false, errFileExists
 	}
 	rec.create = u.create
-	return created, c.store(ctx, key, rec, spool)
+	return created, c.storeBody(ctx, key, rec, spool)
 }
 
-// receive spools an upload and completes its record.
-func (c *cache) receive(spool *os.File, u upload, rec *record) error {
-	if err := c.spools.room(max(0, u.size)); err != nil {
+// receiveUpload spools an upload and completes its record.
+func (c *cache) receiveUpload(spool *os.File, u upload, rec *record) error {
+	if err := c.spools.checkRoom(max(0, u.size)); err != nil {
 		return err
 	}
-	sums, buf := newSums(""), make([]byte, copyBufferSize)
+	sums, buf := newBodyHash(""), make([]byte, copyBufferSize)
 	for {
 		n, err := u.body.Read(buf)
 		if rec.Size/roomEvery != (rec.Size+int64(n))/roomEvery {
-			if err := c.spools.room(0); err != nil {
+			if err := c.spools.checkRoom(0); err != nil {
 				return err
 			}
 		}
 		if _, err := spool.Write(buf[:n]); err != nil {
 			return fmt.Errorf("%w: %w", errNoSpace, err)
 		}
-		sums.write(buf[:n])
+		sums.Write(buf[:n])
 		rec.Size += int64(n)
 		if err == io.EOF {
 			break
@@ -110,89 +110,89 @@ func (c *cache) receive(spool *os.File, u upload, rec *record) error {
 			return fmt.Errorf("%w: reading the upload: %w", errBadRequest, err)
 		}
 	}
-	rec.SHA256 = sums.hex()
+	rec.SHA256 = sums.sumHex()
 	return nil
 }
 
-// purge removes key from the store; fs.ErrNotExist when nothing was there. A
+// purgeFile removes key from the store; fs.ErrNotExist when nothing was there. A
 // fill of it in progress serves its clients and is not stored.
-func (c *cache) purge(ctx context.Context, remote, key string) error {
+func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 	defer c.lockKey(key)()
 	c.negative.delete(key)
-	if err := c.purgeFill(ctx, key); err != nil {
+	if err := c.stopFill(ctx, key); err != nil {
 		return err
 	}
-	return c.remove(ctx, remote, key)
+	return c.removeFile(ctx, remote, key)
 }
 
-// purgeFill keeps what is being filled here under key from being stored.
-func (c *cache) purgeFill(ctx context.Context, key string) error {
-	if f := c.ground(key); f != nil {
-		return f.neverStore(ctx)
+// stopFill keeps what is being filled here under key from being stored.
+func (c *cache) stopFill(ctx context.Context, key string) error {
+	if f := c.takeFill(key); f != nil {
+		return f.preventStoring(ctx)
 	}
 	return nil
 }
 
-// ground takes key's flight out of the table, so that later requests begin
+// takeFill takes key's flight out of the table, so that later requests begin
 // another.
-func (c *cache) ground(key string) *flight {
+func (c *cache) takeFill(key string) *fill {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	f := c.flights[key]
+	f := c.fills[key]
 	if f != nil {
-		c.land(f)
+		c.dropFill(f)
 	}
 	return f
 }
 
-// purgeFills keeps what is being filled of a remote, here or on another replica,
+// purgeMatchingFills keeps what is being filled of a remote, here or on another replica,
 // from being stored if pattern is found in its path: it has no row yet.
-func (c *cache) purgeFills(ctx context.Context, remote string, pattern *regexp.Regexp) error {
-	for _, key := range c.fillsOf(remote, pattern) {
-		if err := c.purgeFill(ctx, key); err != nil {
+func (c *cache) purgeMatchingFills(ctx context.Context, remote string, pattern *regexp.Regexp) error {
+	for _, key := range c.matchingFills(remote, pattern) {
+		if err := c.stopFill(ctx, key); err != nil {
 			return err
 		}
 	}
-	c.announce(ctx, fillsMark+remote+" "+pattern.String())
+	c.announceChange(ctx, fillsPrefix+remote+" "+pattern.String())
 	return nil
 }
 
-// fillsOf are the keys of those fills.
-func (c *cache) fillsOf(remote string, pattern *regexp.Regexp) (keys []string) {
+// matchingFills are the keys of those fills.
+func (c *cache) matchingFills(remote string, pattern *regexp.Regexp) (keys []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for key, f := range c.flights {
-		if f.want.remote.name == remote && pattern.MatchString(decodePath(f.want.spelling)) {
+	for key, f := range c.fills {
+		if f.file.remote.name == remote && pattern.MatchString(decodePath(f.file.spelling)) {
 			keys = append(keys, key)
 		}
 	}
 	return keys
 }
 
-// remove deletes key everywhere.
-func (c *cache) remove(ctx context.Context, remote, key string) error {
+// removeFile deletes key everywhere.
+func (c *cache) removeFile(ctx context.Context, remote, key string) error {
 	err := c.objects.delete(ctx, key)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	c.announce(ctx, removedMark+key)
+	c.announceChange(ctx, removedPrefix+key)
 	if ierr := c.index.delete(ctx, remote, key); ierr != nil && !errors.Is(ierr, fs.ErrNotExist) {
-		c.storeFailed("database", "deleting", key, ierr)
+		c.noteStoreError("database", "deleting", key, ierr)
 	}
-	if ferr := c.fresh.delete(ctx, key); ferr != nil && !errors.Is(ferr, fs.ErrNotExist) {
-		c.storeFailed("redis", "deleting", key, ferr)
+	if ferr := c.marks.delete(ctx, key); ferr != nil && !errors.Is(ferr, fs.ErrNotExist) {
+		c.noteStoreError("redis", "deleting", key, ferr)
 	}
 	return err
 }
 
-// evict makes room: the least recently used files of a remote above its
+// evictFiles makes room: the least recently used files of a remote above its
 // cache.max_size, and of all above most (CACHE_MAX_SIZE; 0: none), go until 90 %
 // is left. Files of local repositories stay.
-func (c *cache) evict(ctx context.Context, cfg *config, most int64) {
-	c.flush(ctx) // the order is by last access
+func (c *cache) evictFiles(ctx context.Context, cfg *config, most int64) {
+	c.flushCounts(ctx) // the order is by last access
 	totals, err := c.index.totals(ctx)
 	if err != nil {
-		c.storeFailed("database", "adding up", "", err)
+		c.noteStoreError("database", "adding up", "", err)
 		return
 	}
 	var all int64
@@ -212,20 +212,20 @@ func (c *cache) evictOldest(ctx context.Context, remote string, bytes int64) (fr
 	q := pageQuery{remote: remote, oldest: true, limit: 1000}
 	files := 0
 	for freed < bytes {
-		p, err := c.index.page(ctx, q)
+		p, err := c.index.listPage(ctx, q)
 		if err != nil {
-			c.storeFailed("database", "listing for eviction", "", err)
+			c.noteStoreError("database", "listing for eviction", "", err)
 			return freed
 		}
 		for _, r := range p.rows {
 			if freed >= bytes {
 				break
 			}
-			if r.Class == local || c.flying(r.Key) {
+			if r.Class == local || c.isFilling(r.Key) {
 				continue
 			}
-			if err := c.purge(ctx, r.Remote, r.Key); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				c.storeFailed("storage", "evicting", r.Key, err)
+			if err := c.purgeFile(ctx, r.Remote, r.Key); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				c.noteStoreError("storage", "evicting", r.Key, err)
 				return freed
 			}
 			freed += r.Size
@@ -239,81 +239,81 @@ func (c *cache) evictOldest(ctx context.Context, remote string, bytes int64) (fr
 	return freed
 }
 
-// removedMark begins the announcement of a key that was removed, fillsMark that
+// removedPrefix begins the announcement of a key that was removed, fillsPrefix that
 // of a pattern, behind a remote's name, whose fills were purged. No key does.
 const (
-	removedMark = "-"
-	fillsMark   = "?"
+	removedPrefix = "-"
+	fillsPrefix   = "?"
 )
 
-// changed is what another replica announced: key was replaced or removed. A
+// onChange is what another replica announced: key was replaced or removed. A
 // fill of it that goes on here began before that, and is not stored.
-func (c *cache) changed(told string) {
-	if what, ok := strings.CutPrefix(told, fillsMark); ok {
+func (c *cache) onChange(told string) {
+	if what, ok := strings.CutPrefix(told, fillsPrefix); ok {
 		remote, text, _ := strings.Cut(what, " ")
 		if pattern, err := regexp.Compile(text); err == nil {
-			for _, key := range c.fillsOf(remote, pattern) {
-				c.changed(removedMark + key)
+			for _, key := range c.matchingFills(remote, pattern) {
+				c.onChange(removedPrefix + key)
 			}
 		}
 		return
 	}
-	key, gone := strings.CutPrefix(told, removedMark)
+	key, gone := strings.CutPrefix(told, removedPrefix)
 	c.negative.delete(key)
-	if f, ok := c.objects.(forgetter); ok {
-		f.forget(key)
+	if f, ok := c.objects.(cachingObjects); ok {
+		f.invalidate(key)
 	}
-	if f := c.ground(key); f != nil {
+	if f := c.takeFill(key); f != nil {
 		f.mu.Lock()
 		f.purged, f.gone = true, f.gone || gone
 		f.mu.Unlock()
 	}
 }
 
-// missed: announcements may have been lost.
-func (c *cache) missed() {
-	if f, ok := c.objects.(forgetter); ok {
-		f.forgetAll()
+// onMissedChanges: announcements may have been lost.
+func (c *cache) onMissedChanges() {
+	if f, ok := c.objects.(cachingObjects); ok {
+		f.invalidateAll()
 	}
 }
 
-// maxUntold bounds the announcements that wait for Redis.
-const maxUntold = 100_000
+// maxUnsentAnnouncements bounds the announcements that wait for Redis.
+const maxUnsentAnnouncements = 100_000
 
-// announce tells the other replicas to drop what they keep of key. They may
+// announceChange tells the other replicas to drop what they keep of key. They may
 // hear each other while we cannot be heard: what fails is told by flush later.
-func (c *cache) announce(ctx context.Context, key string) {
+func (c *cache) announceChange(ctx context.Context, key string) {
 	if c.replicas == nil {
 		return
 	}
-	err := c.replicas.announce(ctx, key)
+	err := c.replicas.announceChange(ctx, key)
 	if err == nil {
 		return
 	}
-	c.storeFailed("redis", "announcing", key, err)
+	c.noteStoreError("redis", "announcing", key, err)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.untold) < maxUntold {
-		c.untold[key] = true
+	if len(c.unsentAnnouncements) < maxUnsentAnnouncements {
+		c.unsentAnnouncements[key] = true
 	}
 }
 
-// tell makes up for announcements that failed.
-func (c *cache) tell(ctx context.Context) {
-	if c.replicas == nil || !c.replicas.online() {
+// sendUnsentAnnouncements makes up for announcements that failed.
+func (c *cache) sendUnsentAnnouncements(ctx context.Context) {
+	if c.replicas == nil || !c.replicas.hearsChanges() {
 		return
 	}
 	c.mu.Lock()
-	untold := c.untold
-	c.untold = map[string]bool{}
+	untold := c.unsentAnnouncements
+	c.unsentAnnouncements = map[string]bool{}
 	c.mu.Unlock()
 	for key := range untold {
-		if c.replicas.announce(ctx, key) != nil {
+		if c.replicas.announceChange(ctx, key) != nil {
 			break
 		}
 		delete(untold, key)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	maps.Copy(c.untold, untold)
+	maps.Copy(c.unsentAnnouncements, untold)
 }

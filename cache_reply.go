@@ -19,17 +19,17 @@ import (
 // takes seconds for 200,000. zchunk asks for 256.
 const maxRanges = 1000
 
-// sharedBody is a body that may be closed while it is read. ServeContent reads
+// closableBody is a body that may be closed while it is read. ServeContent reads
 // the parts of a multi-range answer in a goroutine that it does not wait for
 // when the client leaves.
-type sharedBody struct {
+type closableBody struct {
 	mu     sync.Mutex // held for all of a read: Close waits for it
 	body   io.ReadSeekCloser
 	cancel context.CancelFunc // ends a read that waits for more
 	closed bool
 }
 
-func (b *sharedBody) Read(p []byte) (int, error) {
+func (b *closableBody) Read(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
@@ -38,7 +38,7 @@ func (b *sharedBody) Read(p []byte) (int, error) {
 	return b.body.Read(p)
 }
 
-func (b *sharedBody) Seek(off int64, whence int) (int64, error) {
+func (b *closableBody) Seek(off int64, whence int) (int64, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {
@@ -47,7 +47,7 @@ func (b *sharedBody) Seek(off int64, whence int) (int64, error) {
 	return b.body.Seek(off, whence)
 }
 
-func (b *sharedBody) Close() error {
+func (b *closableBody) Close() error {
 	b.cancel()
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -55,100 +55,100 @@ func (b *sharedBody) Close() error {
 	return b.body.Close()
 }
 
-// outcomeOf names a request that failed: one that went upstream was a miss.
-func outcomeOf(err error) string {
+// resultOfError names a request that failed: one that went upstream was a miss.
+func resultOfError(err error) string {
 	if status, _ := statusAndDetail(err); status == http.StatusForbidden || status == http.StatusBadRequest {
 		return ""
 	}
 	return "MISS"
 }
 
-// askedOf reads what get needs to know of r. ServeContent judges the Range
+// parseByteRange reads what get needs to know of r. ServeContent judges the Range
 // again and is what answers it.
-func askedOf(r *http.Request) asked {
-	a := asked{head: r.Method == http.MethodHead, to: -1, ifRange: r.Header.Get("If-Range") != ""}
+func parseByteRange(r *http.Request) byteRange {
+	rng := byteRange{head: r.Method == http.MethodHead, to: -1, hasIfRange: r.Header.Get("If-Range") != ""}
 	spec, ok := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
 	if !ok || strings.Contains(spec, ",") {
-		return a
+		return rng
 	}
 	first, last, ok := strings.Cut(strings.TrimSpace(spec), "-")
 	if !ok {
-		return a
+		return rng
 	}
 	if first == "" {
-		a.suffix, _ = strconv.ParseInt(last, 10, 64)
-		return a
+		rng.suffix, _ = strconv.ParseInt(last, 10, 64)
+		return rng
 	}
 	from, err := strconv.ParseInt(first, 10, 64)
 	if err != nil || from < 0 {
-		return a
+		return rng
 	}
-	a.from = from
+	rng.from = from
 	if to, err := strconv.ParseInt(last, 10, 64); err == nil && to >= from {
-		a.to = to
+		rng.to = to
 	}
-	return a
+	return rng
 }
 
-// send writes headers and body. http.ServeContent judges ranges and
+// sendReply writes headers and body. http.ServeContent judges ranges and
 // conditions; where the length is not known yet the body goes out in full.
-func (c *cache) send(w *response, r *http.Request, q want, rep *reply) {
-	c.headers(w.Header(), r, q, rep)
-	if rep.size >= 0 {
-		if rep.rec.Encoding != "" {
+func (c *cache) sendReply(w *response, r *http.Request, file fileRequest, reply *fileReply) {
+	c.setReplyHeaders(w.Header(), r, file, reply)
+	if reply.size >= 0 {
+		if reply.rec.Encoding != "" {
 			// ServeContent leaves it out for coded bodies, fearing a wrapper.
-			w.Header().Set("Content-Length", strconv.FormatInt(rep.size, 10))
+			w.Header().Set("Content-Length", strconv.FormatInt(reply.size, 10))
 		}
-		http.ServeContent(w, r, "", rep.rec.Modified, rep.body)
+		http.ServeContent(w, r, "", reply.rec.Modified, reply.body)
 		return
 	}
-	w.Header().Set("Last-Modified", rep.rec.Modified.Format(http.TimeFormat))
+	w.Header().Set("Last-Modified", reply.rec.Modified.Format(http.TimeFormat))
 	w.WriteHeader(http.StatusOK)
 	if r.Method != http.MethodHead {
-		_, _ = io.Copy(w, rep.body) // its failures are noted in w
+		_, _ = io.Copy(w, reply.body) // its failures are noted in w
 	}
 }
 
-// headers sets all headers of an answer but those ServeContent sets. Their
+// setReplyHeaders sets all headers of an answer but those ServeContent sets. Their
 // values share one array: this runs for every hit.
-func (c *cache) headers(h http.Header, r *http.Request, q want, rep *reply) {
+func (c *cache) setReplyHeaders(h http.Header, r *http.Request, file fileRequest, reply *fileReply) {
 	values := make([]string, 0, 6)
 	set := func(name, value string) {
 		values = append(values, value)
 		h[name] = values[len(values)-1 : len(values) : len(values)]
 	}
-	status := "artifactapi; " + rep.status
-	if rep.stored {
+	status := "artifactapi; " + reply.cacheStatus
+	if reply.willBeStored {
 		status += "; stored"
 	}
 	set("Cache-Status", status)
 	h["X-Artifact-Source"] = sourceCache
-	if rep.remote {
+	if reply.fromRemote {
 		h["X-Artifact-Source"] = sourceRemote
 	}
-	if !rep.at.IsZero() {
-		set("Age", strconv.FormatInt(max(0, int64(c.now().Sub(rep.at)/time.Second)), 10))
+	if !reply.goodAt.IsZero() {
+		set("Age", strconv.FormatInt(max(0, int64(c.now().Sub(reply.goodAt)/time.Second)), 10))
 	}
-	if rep.size >= 0 {
+	if reply.size >= 0 {
 		h["Accept-Ranges"] = acceptRanges
 	}
-	if rep.sum {
-		set("Etag", `"sha256-`+rep.rec.SHA256+`"`)
+	if reply.hashKnown {
+		set("Etag", `"sha256-`+reply.rec.SHA256+`"`)
 	}
-	if rep.rec.Encoding != "" {
-		set("Content-Encoding", rep.rec.Encoding)
+	if reply.rec.Encoding != "" {
+		set("Content-Encoding", reply.rec.Encoding)
 	}
 	h["X-Content-Type-Options"] = noSniff
 	h["Content-Security-Policy"] = sandbox
 	if r.ProtoMajor == 1 && r.ProtoMinor == 1 && r.ContentLength == 0 {
 		h["Connection"] = keepAlive // apk reuses a connection only then
 	}
-	if q.dress != nil {
-		q.dress(h, rep.rec)
+	if file.dress != nil {
+		file.dress(h, reply.rec)
 		return
 	}
-	set("Content-Type", contentType(q.path, rep.rec.ContentType))
-	set("Content-Disposition", disposition(path.Base(q.path)))
+	set("Content-Type", contentTypeOf(file.path, reply.rec.ContentType))
+	set("Content-Disposition", contentDisposition(path.Base(file.path)))
 }
 
 // Header values that never change, shared by all answers.
@@ -161,17 +161,17 @@ var (
 	keepAlive    = []string{"keep-alive"}
 )
 
-// disposition names the file to save (RFC 6266). Most names need no quotes.
-func disposition(name string) string {
+// contentDisposition names the file to save (RFC 6266). Most names need no quotes.
+func contentDisposition(name string) string {
 	if strings.Trim(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-+") == "" {
 		return "attachment; filename=" + name
 	}
 	return mime.FormatMediaType("attachment", map[string]string{"filename": name})
 }
 
-// types are the content types by file name, longest suffix first where one
+// contentTypes are the content types by file name, longest suffix first where one
 // ends in another. A scratch image has no mime.types to ask.
-var types = map[string]string{
+var contentTypes = map[string]string{
 	".7z": "application/x-7z-compressed", ".apk": "application/vnd.android.package-archive",
 	".asc": "application/pgp-signature", ".bz2": "application/x-bzip2", ".crate": "application/gzip",
 	".css": "text/css; charset=utf-8", ".deb": "application/vnd.debian.binary-package",
@@ -188,12 +188,12 @@ var types = map[string]string{
 	".zip": "application/zip", ".zst": "application/zstd",
 }
 
-// contentType is the type of a file by its name; upstream's for JSON and XML
+// contentTypeOf is the type of a file by its name; upstream's for JSON and XML
 // metadata (npm and others have types of their own) and where the name says
 // nothing.
-func contentType(name, upstream string) string {
+func contentTypeOf(name, upstream string) string {
 	ext := strings.ToLower(path.Ext(name))
-	t := types[ext]
+	t := contentTypes[ext]
 	metadata := ext == ".json" || ext == ".xml"
 	switch {
 	case upstream != "" && (t == "" || metadata):
@@ -204,14 +204,14 @@ func contentType(name, upstream string) string {
 	return "application/octet-stream"
 }
 
-// unread is the body of an answer to HEAD: its size is all that is asked of it.
-type unread int64
+// unreadBody is the body of an answer to HEAD: its size is all that is asked of it.
+type unreadBody int64
 
-func (unread) Read([]byte) (int, error) { return 0, io.EOF }
+func (unreadBody) Read([]byte) (int, error) { return 0, io.EOF }
 
-func (unread) Close() error { return nil }
+func (unreadBody) Close() error { return nil }
 
-func (u unread) Seek(off int64, whence int) (int64, error) {
+func (u unreadBody) Seek(off int64, whence int) (int64, error) {
 	if whence == io.SeekEnd {
 		off += int64(u)
 	}

@@ -295,7 +295,7 @@ func TestContentTypes(t *testing.T) {
 		{"a.weird", "", "application/octet-stream"},
 		{"LICENSE", "", "application/octet-stream"},
 	} {
-		if got := contentType(c.name, c.upstream); got != c.want {
+		if got := contentTypeOf(c.name, c.upstream); got != c.want {
 			t.Errorf("%s from upstream as %q: %q, want %q", c.name, c.upstream, got, c.want)
 		}
 	}

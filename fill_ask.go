@@ -13,16 +13,16 @@ import (
 	"time"
 )
 
-// checks says whether an expired copy of q is revalidated rather than fetched
+// isRevalidated says whether an expired copy of q is revalidated rather than fetched
 // again (SPEC.md section 5).
-func (q want) checks() bool {
+func (file fileRequest) isRevalidated() bool {
 	switch {
-	case q.ask != nil:
+	case file.ask != nil:
 		return false
-	case q.builtin:
-		return q.remote.checkBuiltin
+	case file.builtin:
+		return file.remote.checkBuiltin
 	}
-	return q.remote.checkMutable
+	return file.remote.checkMutable
 }
 
 func validatorsOf(rec *record) http.Header {
@@ -36,41 +36,41 @@ func validatorsOf(rec *record) http.Header {
 	return h
 }
 
-// askHEAD asks whether the copy is still good: errUnchanged if so. again says
+// revalidateByHEAD asks whether the copy is still good: errUnchanged if so. again says
 // that HEAD is refused here and a conditional GET must ask once more.
-func (f *flight) askHEAD(validators http.Header) (again bool, err error) {
-	c, name := f.c, f.want.remote.name
-	if c.refusesHEAD(name) {
+func (f *fill) revalidateByHEAD(validators http.Header) (again bool, err error) {
+	c, name := f.c, f.file.remote.name
+	if c.headIsRefused(name) {
 		return true, nil
 	}
-	req := f.want.question(http.MethodHead, validators)
+	req := f.file.newUpstreamRequest(http.MethodHead, validators)
 	req.hasCopy = true
-	resp, err := c.up.send(f.ctx, req)
+	resp, err := c.upstream.send(f.ctx, req)
 	if err != nil {
 		return false, err
 	}
 	resp.Body.Close()
 	switch {
-	case f.unchanged(resp):
+	case f.isUnchanged(resp):
 		return false, errUnchanged
-	case headRefused(resp.StatusCode):
+	case refusesHEAD(resp.StatusCode):
 		c.mu.Lock()
-		c.noHEAD[name] = c.now().Add(noHEADFor)
+		c.headRefusedUntil[name] = c.now().Add(headRefusedFor)
 		c.mu.Unlock()
 		return true, nil
 	}
-	return false, c.refused(f.want, resp)
+	return false, c.statusError(f.file, resp)
 }
 
-func (c *cache) refusesHEAD(name string) bool {
+func (c *cache) headIsRefused(name string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.now().Before(c.noHEAD[name])
+	return c.now().Before(c.headRefusedUntil[name])
 }
 
-// unchanged says whether an answer to a conditional request means that the
+// isUnchanged says whether an answer to a conditional request means that the
 // copy is still good: 304, or a 200 that names the very same bytes.
-func (f *flight) unchanged(resp *upstreamResponse) bool {
+func (f *fill) isUnchanged(resp *upstreamResponse) bool {
 	if resp.StatusCode == http.StatusNotModified {
 		return true
 	}
@@ -78,53 +78,53 @@ func (f *flight) unchanged(resp *upstreamResponse) bool {
 		return false
 	}
 	digest := resp.Header.Get("Docker-Content-Digest")
-	if digest != "" && digest == f.old.Digest {
+	if digest != "" && digest == f.oldRecord.Digest {
 		return true
 	}
-	return strong(f.old.ETag) && resp.Header.Get("ETag") == f.old.ETag
+	return isStrongETag(f.oldRecord.ETag) && resp.Header.Get("ETag") == f.oldRecord.ETag
 }
 
-func strong(etag string) bool { return strings.HasPrefix(etag, `"`) }
+func isStrongETag(etag string) bool { return strings.HasPrefix(etag, `"`) }
 
-// askBody asks for q's body, in its own way where it has one.
-func (c *cache) askBody(ctx context.Context, q want, req upstreamRequest) (*upstreamResponse, error) {
-	if q.ask != nil {
-		return q.ask(ctx, req)
+// requestBody asks for q's body, in its own way where it has one.
+func (c *cache) requestBody(ctx context.Context, file fileRequest, req upstreamRequest) (*upstreamResponse, error) {
+	if file.ask != nil {
+		return file.ask(ctx, req)
 	}
-	return c.up.send(ctx, req)
+	return c.upstream.send(ctx, req)
 }
 
-// mayStore: a body that only the connection's end delimits cannot be told from
+// mayBeStored: a body that only the connection's end delimits cannot be told from
 // a cut one, and one over the remote's whole budget would push out the rest.
-func (f *flight) mayStore(resp *upstreamResponse) bool {
-	c, name := f.c, f.want.remote.name
+func (f *fill) mayBeStored(resp *upstreamResponse) bool {
+	c, name := f.c, f.file.remote.name
 	if resp.ContentLength < 0 && resp.ProtoMajor == 1 && len(resp.TransferEncoding) == 0 {
-		c.log.Warn("not stored: the upstream gave neither length nor chunks, so a cut body could not be told from a whole one", "remote", name, "path", f.want.path)
+		c.log.Warn("not stored: the upstream gave neither length nor chunks, so a cut body could not be told from a whole one", "remote", name, "path", f.file.path)
 		return false
 	}
-	return f.fits(resp.ContentLength)
+	return f.fitsMaxSize(resp.ContentLength)
 }
 
-// fits says whether cache.max_size allows for a body of that size.
-func (f *flight) fits(size int64) bool {
-	rem := f.want.remote
+// fitsMaxSize says whether cache.max_size allows for a body of that size.
+func (f *fill) fitsMaxSize(size int64) bool {
+	rem := f.file.remote
 	if rem.maxSize > 0 && size > rem.maxSize {
-		f.c.log.Warn("not stored: larger than cache.max_size", "remote", rem.name, "path", f.want.path, "size", size)
+		f.c.log.Warn("not stored: larger than cache.max_size", "remote", rem.name, "path", f.file.path, "size", size)
 		return false
 	}
 	return true
 }
 
-func (f *flight) tooLarge() error {
+func (f *fill) newTooLargeError() error {
 	return &problem{status: http.StatusBadGateway, cause: errTooLarge,
-		detail: fmt.Sprintf("the upstream's body is larger than the %d bytes that are allowed here", f.want.limit)}
+		detail: fmt.Sprintf("the upstream's body is larger than the %d bytes that are allowed here", f.file.maxBytes)}
 }
 
 // rangeValidator is what If-Range may carry (RFC 9110 section 13.1.5): a strong
 // ETag, or a date that is strong because it is well before the answer's.
 func rangeValidator(resp *upstreamResponse) string {
 	if tag := resp.Header.Get("ETag"); tag != "" {
-		if strong(tag) {
+		if isStrongETag(tag) {
 			return tag
 		}
 		return ""
@@ -137,49 +137,49 @@ func rangeValidator(resp *upstreamResponse) string {
 	return ""
 }
 
-// resume asks for the rest of a body that broke off with err the nth time. Its
+// resumeBody asks for the rest of a body that broke off with err the nth time. Its
 // error is how the flight ends.
-func (f *flight) resume(err error, n int) (*upstreamResponse, error) {
+func (f *fill) resumeBody(err error, n int) (*upstreamResponse, error) {
 	if _, full := errors.AsType[*spoolError](err); full {
-		f.c.storeFailed("spool", "growing", f.key, err)
+		f.c.noteStoreError("spool", "growing", f.key, err)
 		return nil, err
 	}
 	if _, fatal := errors.AsType[*problem](err); fatal || errors.Is(err, errBroken) || f.ctx.Err() != nil {
 		return nil, err
 	}
-	broken := fmt.Errorf("%w after %d of %d bytes: %w", errBroken, f.written, f.total, err)
-	if n >= resumes {
+	broken := fmt.Errorf("%w after %d of %d bytes: %w", errBroken, f.written, f.size, err)
+	if n >= maxResumes {
 		return nil, broken
 	}
-	resp, err := f.c.askRest(f.ctx, f.restOf(f.written, -1))
+	resp, err := f.c.requestPart(f.ctx, f.partFrom(f.written, -1))
 	if err != nil {
 		return nil, fmt.Errorf("%w; it cannot be resumed: %w", broken, err)
 	}
 	f.mu.Lock()
-	f.total = resp.whole()
+	f.size = resp.completeLength()
 	f.mu.Unlock()
-	f.c.log.Info("resumed a body that broke off", "remote", f.want.remote.name, "path", f.want.path, "at", f.written)
+	f.c.log.Info("resumed a body that broke off", "remote", f.file.remote.name, "path", f.file.path, "at", f.written)
 	return resp, nil
 }
 
-// rest describes the part of a body that is asked for by Range.
-type rest struct {
-	want      want
+// bodyPart describes the part of a body that is asked for by Range.
+type bodyPart struct {
+	want      fileRequest
 	validator string
 	size      int64 // of the whole body, -1 unknown
 	from, to  int64 // to -1: the end
 	origin    int
 }
 
-func (f *flight) restOf(from, to int64) rest {
+func (f *fill) partFrom(from, to int64) bodyPart {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return rest{f.want, f.validator, f.total, from, to, f.origin}
+	return bodyPart{f.file, f.validator, f.size, from, to, f.origin}
 }
 
-// askRest asks upstream for a part, and accepts exactly that part of the very
+// requestPart asks upstream for a part, and accepts exactly that part of the very
 // same body.
-func (c *cache) askRest(ctx context.Context, p rest) (*upstreamResponse, error) {
+func (c *cache) requestPart(ctx context.Context, p bodyPart) (*upstreamResponse, error) {
 	if p.validator == "" && p.want.digest == "" {
 		return nil, errors.New("the upstream gave no strong validator")
 	}
@@ -190,9 +190,9 @@ func (c *cache) askRest(ctx context.Context, p rest) (*upstreamResponse, error) 
 	if p.validator != "" {
 		h["If-Range"] = []string{p.validator}
 	}
-	req := p.want.question(http.MethodGet, h)
+	req := p.want.newUpstreamRequest(http.MethodGet, h)
 	req.first = p.origin
-	resp, err := c.up.send(ctx, req)
+	resp, err := c.upstream.send(ctx, req)
 	if err != nil {
 		return nil, err
 	}
@@ -207,8 +207,8 @@ func (c *cache) askRest(ctx context.Context, p rest) (*upstreamResponse, error) 
 	return resp, nil
 }
 
-// whole is the size of the body of which askRest's answer is a part.
-func (resp *upstreamResponse) whole() int64 {
+// completeLength is the size of the body of which requestPart's answer is a part.
+func (resp *upstreamResponse) completeLength() int64 {
 	_, _, size, _ := parseContentRange(resp.Header.Get("Content-Range"))
 	return size
 }

@@ -13,115 +13,115 @@ import (
 	"time"
 )
 
-// direct answers when there is no spool: straight from upstream, for this
+// passOnReply answers when there is no spool: straight from upstream, for this
 // client alone.
-func (c *cache) direct(ctx context.Context, q want, a asked, cp *stored) (*reply, error) {
-	req := q.question(http.MethodGet, a.header(q))
+func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy) (*fileReply, error) {
+	req := file.newUpstreamRequest(http.MethodGet, rng.rangeHeader(file))
 	req.hasCopy = cp != nil
-	resp, err := c.askBody(ctx, q, req)
+	resp, err := c.requestBody(ctx, file, req)
 	if err == nil && resp.StatusCode == http.StatusRequestedRangeNotSatisfiable {
 		resp.Body.Close() // refused here, with the size that only the whole has
 		req.header.Del("Range")
-		resp, err = c.askBody(ctx, q, req)
+		resp, err = c.requestBody(ctx, file, req)
 	}
 	var at, size int64
 	if err == nil {
-		if at, size, err = c.part(q, resp, req.header.Get("Range") != ""); err != nil {
+		if at, size, err = c.readPartHeaders(file, resp, req.header.Get("Range") != ""); err != nil {
 			resp.Body.Close()
 		}
 	}
 	if err != nil {
-		if why := q.staleFor(err); why != "" && cp != nil {
-			return c.stale(cp, why), nil
+		if why := file.staleReason(err); why != "" && cp != nil {
+			return c.staleReply(cp, why), nil
 		}
 		return nil, err
 	}
-	rec := c.newRecord(q, resp.Header)
-	rep := &reply{rec: rec, size: size, remote: true, outcome: "MISS", status: "fwd=miss"}
+	rec := c.newRecord(file, resp.Header)
+	reply := &fileReply{rec: rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss"}
 	if cp != nil {
-		rep.status = "fwd=stale; fwd-status=200"
+		reply.cacheStatus = "fwd=stale; fwd-status=200"
 	}
-	if q.whole {
-		return rep, c.inMemory(ctx, q, rep, resp)
+	if file.needsWholeBody {
+		return reply, c.readSmallBody(ctx, file, reply, resp)
 	}
-	body := &remoteBody{c: c, ctx: ctx, ans: resp, at: at, part: rest{want: q, validator: rangeValidator(resp), size: size, to: a.to, origin: resp.origin}}
-	if q.digest != "" {
-		body.sums = newSums(q.digest)
+	body := &upstreamReader{c: c, ctx: ctx, resp: resp, respOffset: at, part: bodyPart{want: file, validator: rangeValidator(resp), size: size, to: rng.to, origin: resp.origin}}
+	if file.digest != "" {
+		body.hash = newBodyHash(file.digest)
 	}
-	rep.body = body
-	return rep, nil
+	reply.body = body
+	return reply, nil
 }
 
-// header asks for the single range that a client wants. A body with a digest is
+// rangeHeader asks for the single range that a client wants. A body with a digest is
 // asked for as a whole, since only that can be verified; and so is one of which
 // the client has an older part, perhaps (If-Range).
-func (a asked) header(q want) http.Header {
+func (rng byteRange) rangeHeader(file fileRequest) http.Header {
 	switch {
-	case q.whole || q.digest != "" || a.ifRange || a.from == 0 && a.to < 0 && a.suffix == 0:
+	case file.needsWholeBody || file.digest != "" || rng.hasIfRange || rng.from == 0 && rng.to < 0 && rng.suffix == 0:
 		return nil
-	case a.suffix > 0:
-		return http.Header{"Range": {"bytes=-" + strconv.FormatInt(a.suffix, 10)}}
-	case a.to >= 0:
-		return http.Header{"Range": {fmt.Sprintf("bytes=%d-%d", a.from, a.to)}}
+	case rng.suffix > 0:
+		return http.Header{"Range": {"bytes=-" + strconv.FormatInt(rng.suffix, 10)}}
+	case rng.to >= 0:
+		return http.Header{"Range": {fmt.Sprintf("bytes=%d-%d", rng.from, rng.to)}}
 	}
-	return http.Header{"Range": {fmt.Sprintf("bytes=%d-", a.from)}}
+	return http.Header{"Range": {fmt.Sprintf("bytes=%d-", rng.from)}}
 }
 
-// part judges the answer to a question that may have asked for a range: where
+// readPartHeaders judges the answer to a question that may have asked for a range: where
 // its body begins, and the size of the whole (-1: not known).
-func (c *cache) part(q want, resp *upstreamResponse, ranged bool) (at, size int64, err error) {
+func (c *cache) readPartHeaders(file fileRequest, resp *upstreamResponse, ranged bool) (at, size int64, err error) {
 	first, _, size, ok := parseContentRange(resp.Header.Get("Content-Range"))
 	if ranged && resp.StatusCode == http.StatusPartialContent && ok && size >= 0 {
 		return first, size, nil
 	}
-	return 0, resp.ContentLength, c.refused(q, resp)
+	return 0, resp.ContentLength, c.statusError(file, resp)
 }
 
-// inMemory makes rep of a small body that must be whole before it is answered.
-func (c *cache) inMemory(ctx context.Context, q want, rep *reply, resp *upstreamResponse) error {
+// readSmallBody makes rep of a small body that must be whole before it is answered.
+func (c *cache) readSmallBody(ctx context.Context, file fileRequest, reply *fileReply, resp *upstreamResponse) error {
 	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, q.limit+1))
+	b, err := io.ReadAll(io.LimitReader(resp.Body, file.maxBytes+1))
 	if err != nil {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
-	if int64(len(b)) > q.limit {
-		return (&flight{want: q}).tooLarge()
+	if int64(len(b)) > file.maxBytes {
+		return (&fill{file: file}).newTooLargeError()
 	}
-	s := newSums(q.digest)
-	s.write(b)
-	if err := s.verify(q.digest); err != nil {
+	s := newBodyHash(file.digest)
+	s.Write(b)
+	if err := s.verifyDigest(file.digest); err != nil {
 		return err
 	}
-	rep.rec.Size, rep.rec.SHA256, rep.size, rep.sum = int64(len(b)), s.hex(), int64(len(b)), true
+	reply.rec.Size, reply.rec.SHA256, reply.size, reply.hashKnown = int64(len(b)), s.sumHex(), int64(len(b)), true
 	body := bytes.NewReader(b)
-	rep.body = struct {
+	reply.body = struct {
 		io.ReadSeeker
 		io.Closer
 	}{body, io.NopCloser(nil)}
-	if q.check != nil {
-		return q.check(ctx, rep.rec, body)
+	if file.check != nil {
+		return file.check(ctx, reply.rec, body)
 	}
 	return nil
 }
 
-// remoteBody reads a body straight from upstream, from wherever it is sought
+// upstreamReader reads a body straight from upstream, from wherever it is sought
 // to, and asks again by Range when it breaks off.
-type remoteBody struct {
-	c    *cache
-	ctx  context.Context
-	part rest
-	ans  *upstreamResponse // may be nil: asked for when read
-	at   int64             // where ans stands
-	off  int64             // where the reader stands
-	sums *sums             // of a body with a digest, up to at; nil: it is not verified
-	held []byte            // read and hashed, not yet given out
-	done bool              // all is read and verified
-	tear int               // how often it broke off
+type upstreamReader struct {
+	c          *cache
+	ctx        context.Context
+	part       bodyPart
+	resp       *upstreamResponse // may be nil: asked for when read
+	respOffset int64             // where ans stands
+	offset     int64             // where the reader stands
+	hash       *bodyHash         // of a body with a digest, up to at; nil: it is not verified
+	held       []byte            // read and hashed, not yet given out
+	done       bool              // all is read and verified
+	breaks     int               // how often it broke off
 }
 
-func (b *remoteBody) Read(p []byte) (int, error) {
-	for b.sums != nil {
-		switch ahead := b.off - (b.at - int64(len(b.held))); {
+func (b *upstreamReader) Read(p []byte) (int, error) {
+	for b.hash != nil {
+		switch ahead := b.offset - (b.respOffset - int64(len(b.held))); {
 		case ahead == 0:
 			return b.readHeld(p)
 		case ahead > 0 && !b.done && b.wantsEnd():
@@ -129,37 +129,37 @@ func (b *remoteBody) Read(p []byte) (int, error) {
 				return 0, err
 			}
 		default: // a part from the middle, which proves nothing about the whole
-			b.sums, b.held = nil, nil
+			b.hash, b.held = nil, nil
 		}
 	}
-	n, err := b.readAt(p, b.off)
-	b.off += int64(n)
+	n, err := b.readAt(p, b.offset)
+	b.offset += int64(n)
 	return n, err
 }
 
 // wantsEnd: the range that was asked for reaches into what is held back.
-func (b *remoteBody) wantsEnd() bool {
+func (b *upstreamReader) wantsEnd() bool {
 	return b.part.to < 0 || b.part.to >= b.part.size-holdBack
 }
 
 // skipHeld reads n bytes that nobody wants but the digest, or some of them.
-func (b *remoteBody) skipHeld(n int64) error {
-	to := b.off
-	b.off -= n
+func (b *upstreamReader) skipHeld(n int64) error {
+	to := b.offset
+	b.offset -= n
 	_, err := b.readHeld(make([]byte, min(n, copyBufferSize)))
-	b.off = to
+	b.offset = to
 	return err
 }
 
 // readHeld gives out what lies holdBack behind, and the rest once it verified.
-func (b *remoteBody) readHeld(p []byte) (int, error) {
+func (b *upstreamReader) readHeld(p []byte) (int, error) {
 	for !b.done && len(b.held) <= holdBack {
 		buf := make([]byte, copyBufferSize)
-		n, err := b.readAt(buf, b.at)
-		b.sums.write(buf[:n])
+		n, err := b.readAt(buf, b.respOffset)
+		b.hash.Write(buf[:n])
 		b.held = append(b.held, buf[:n]...)
 		if err == io.EOF {
-			if err := b.sums.verify(b.part.want.digest); err != nil {
+			if err := b.hash.verifyDigest(b.part.want.digest); err != nil {
 				return 0, err
 			}
 			b.done = true
@@ -176,41 +176,41 @@ func (b *remoteBody) readHeld(p []byte) (int, error) {
 	}
 	n := copy(p, b.held[:free])
 	b.held = b.held[n:]
-	b.off += int64(n)
+	b.offset += int64(n)
 	return n, nil
 }
 
 // readyToRead makes it live.
-func (b *remoteBody) readyToRead() bool { return b.done }
+func (b *upstreamReader) readyToRead() bool { return b.done }
 
 // readAt reads from off, asking for what is not at hand.
-func (b *remoteBody) readAt(p []byte, off int64) (int, error) {
+func (b *upstreamReader) readAt(p []byte, off int64) (int, error) {
 	for {
 		if b.part.size >= 0 && off >= b.part.size {
 			return 0, io.EOF
 		}
-		if err := b.reach(off); err != nil {
+		if err := b.seekUpstream(off); err != nil {
 			return 0, err
 		}
-		n, err := b.ans.Body.Read(p)
-		b.at += int64(n)
+		n, err := b.resp.Body.Read(p)
+		b.respOffset += int64(n)
 		if n > 0 || err == nil {
 			return n, nil
 		}
 		if err == io.EOF && (b.part.size < 0 || off >= b.part.size) {
 			return 0, io.EOF
 		}
-		b.drop()
-		if b.tear++; b.tear > resumes || b.ctx.Err() != nil {
+		b.closeResponse()
+		if b.breaks++; b.breaks > maxResumes || b.ctx.Err() != nil {
 			return 0, fmt.Errorf("%w: %w", errBroken, err)
 		}
 	}
 }
 
-// reach brings b.ans to off: by asking for the part, or by reading on where
+// seekUpstream brings b.ans to off: by asking for the part, or by reading on where
 // upstream has no ranges.
-func (b *remoteBody) reach(off int64) error {
-	if b.ans != nil && b.at == off {
+func (b *upstreamReader) seekUpstream(off int64) error {
+	if b.resp != nil && b.respOffset == off {
 		return nil
 	}
 	part := b.part
@@ -218,18 +218,18 @@ func (b *remoteBody) reach(off int64) error {
 	if part.to < off {
 		part.to = -1
 	}
-	resp, err := b.c.askRest(b.ctx, part)
+	resp, err := b.c.requestPart(b.ctx, part)
 	if err == nil {
-		b.drop()
-		b.ans, b.at, b.part.size = resp, off, resp.whole()
+		b.closeResponse()
+		b.resp, b.respOffset, b.part.size = resp, off, resp.completeLength()
 		return nil
 	}
-	if b.ans == nil || off < b.at {
-		b.c.passOn(b.part.want.key())
+	if b.resp == nil || off < b.respOffset {
+		b.c.rememberPassOn(b.part.want.key())
 		return err
 	}
-	n, err := io.CopyN(io.Discard, b.ans.Body, off-b.at)
-	b.at += n
+	n, err := io.CopyN(io.Discard, b.resp.Body, off-b.respOffset)
+	b.respOffset += n
 	if err != nil {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
@@ -240,47 +240,47 @@ func (b *remoteBody) reach(off int64) error {
 // small for it and upstream would not go on from there.
 const passOnFor = time.Minute
 
-// passOn has each client of key ask upstream itself for a while: a spool that
+// rememberPassOn has each client of key ask upstream itself for a while: a spool that
 // breaks off again, at the same place, would help nobody.
-func (c *cache) passOn(key string) {
+func (c *cache) rememberPassOn(key string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.passed) >= maxRemembered {
-		clear(c.passed)
+	if len(c.passOnUntil) >= maxRemembered {
+		clear(c.passOnUntil)
 	}
-	c.passed[key] = c.now().Add(passOnFor)
+	c.passOnUntil[key] = c.now().Add(passOnFor)
 }
 
-func (c *cache) passesOn(key string) bool {
+func (c *cache) isPassedOn(key string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	until, ok := c.passed[key]
+	until, ok := c.passOnUntil[key]
 	if ok && !c.now().Before(until) {
-		delete(c.passed, key)
+		delete(c.passOnUntil, key)
 		return false
 	}
 	return ok
 }
 
-func (b *remoteBody) drop() {
-	if b.ans != nil {
-		b.ans.Body.Close()
-		b.ans = nil
+func (b *upstreamReader) closeResponse() {
+	if b.resp != nil {
+		b.resp.Body.Close()
+		b.resp = nil
 	}
 }
 
-func (b *remoteBody) Seek(off int64, whence int) (int64, error) {
+func (b *upstreamReader) Seek(off int64, whence int) (int64, error) {
 	switch whence {
 	case io.SeekEnd:
 		off += b.part.size
 	case io.SeekCurrent:
-		off += b.off
+		off += b.offset
 	}
-	b.off = off
+	b.offset = off
 	return off, nil
 }
 
-func (b *remoteBody) Close() error {
-	b.drop()
+func (b *upstreamReader) Close() error {
+	b.closeResponse()
 	return nil
 }

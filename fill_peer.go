@@ -22,34 +22,34 @@ import (
 )
 
 const (
-	// peerPath is where a replica is asked for a fill of its own. No remote's
+	// replicaPath is where a replica is asked for a fill of its own. No remote's
 	// name begins with a dot.
-	peerPath = "/.fill/"
+	replicaPath = "/.fill/"
 	// leaseHeader carries the lease's token, there and back: a request with
 	// another one is for another program or another time.
 	leaseHeader = "Artifactapi-Lease"
-	// peerBeat is how often a filling replica shows that it lives while it has
-	// nothing to send; peerSilence is when it is given up.
-	peerBeat    = 2 * time.Second
-	peerSilence = 5 * time.Second
-	// maxPeerFrame bounds what is read for one frame.
-	maxPeerFrame = 1 << 20
+	// replicaHeartbeat is how often a filling replica shows that it lives while it has
+	// nothing to send; replicaTimeout is when it is given up.
+	replicaHeartbeat = 2 * time.Second
+	replicaTimeout   = 5 * time.Second
+	// maxReplicaFrame bounds what is read for one frame.
+	maxReplicaFrame = 1 << 20
 )
 
-// errPeer is a filling replica that cannot be followed any further.
-var errPeer = errors.New("the filling replica is gone")
+// errReplica is a filling replica that cannot be followed any further.
+var errReplica = errors.New("the filling replica is gone")
 
 // The frames of a followed fill: one byte of kind, four of length, payload.
 const (
-	frameBeat byte = 'b' // nothing, but alive
-	frameHead byte = 'h' // peerHead: upstream's headers are there
-	frameData byte = 'd' // a piece of the body
-	frameEnd  byte = 'e' // record: the body is whole and verified; beats follow until it is stored
-	frameOver byte = 'o' // peerVerdict: there will be no body
+	frameHeartbeat byte = 'b' // nothing, but alive
+	frameHead      byte = 'h' // replicaHead: upstream's headers are there
+	frameData      byte = 'd' // a piece of the body
+	frameEnd       byte = 'e' // record: the body is whole and verified; beats follow until it is stored
+	frameOutcome   byte = 'o' // replicaOutcome: there will be no body
 )
 
-// peerHead is what clients of a follower need before the body.
-type peerHead struct {
+// replicaHead is what clients of a follower need before the body.
+type replicaHead struct {
 	Record    *record `json:"Record"`
 	Total     int64   `json:"Total"`
 	Validator string  `json:"Validator"`
@@ -57,8 +57,8 @@ type peerHead struct {
 	Storable  bool    `json:"Storable"`
 }
 
-// peerVerdict is how a fill ended without a body.
-type peerVerdict struct {
+// replicaOutcome is how a fill ended without a body.
+type replicaOutcome struct {
 	Kind   string        `json:"Kind"`   // unchanged, again, unreachable, timeout, broken, self, or "" with the rest
 	Status int           `json:"Status"` // for the client
 	Detail string        `json:"Detail"`
@@ -67,24 +67,24 @@ type peerVerdict struct {
 	Copy   string        `json:"Copy"`  // the sha256 of what is unchanged
 }
 
-// newPeerClient makes the client for other replicas: never through a proxy,
+// newReplicaClient makes the client for other replicas: never through a proxy,
 // and not verifying a certificate, which names the outside and not the address
 // that replicas know each other by; the token is what they trust.
-func newPeerClient() *http.Client {
+func newReplicaClient() *http.Client {
 	return &http.Client{Transport: &http.Transport{
 		DialContext:           (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
 		TLSClientConfig:       &tls.Config{InsecureSkipVerify: true},
-		ResponseHeaderTimeout: peerSilence,
+		ResponseHeaderTimeout: replicaTimeout,
 		DisableCompression:    true,
 		MaxIdleConnsPerHost:   16,
 		IdleConnTimeout:       time.Minute,
 	}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 }
 
-// takeLease makes this process the one that fills f's key. other is the
+// acquireLease makes this process the one that fills f's key. other is the
 // process that does already. Without Redis there is no lease, and everyone
 // fills for himself.
-func (f *flight) takeLease() (other *filler) {
+func (f *fill) acquireLease() (other *leaseHolder) {
 	if f.c.replicas == nil {
 		return nil
 	}
@@ -92,22 +92,22 @@ func (f *flight) takeLease() (other *filler) {
 	f.mu.Lock()
 	f.token = token // first: who reads the lease may be here before its taker knows
 	f.mu.Unlock()
-	release, other, err := f.c.replicas.lease(f.ctx, f.key, token)
+	release, other, err := f.c.replicas.acquireLease(f.ctx, f.key, token)
 	f.mu.Lock()
 	if f.release = release; release == nil {
 		f.token = ""
 	}
 	f.mu.Unlock()
 	if err != nil {
-		f.c.storeFailed("redis", "leasing", f.key, err)
+		f.c.noteStoreError("redis", "leasing", f.key, err)
 	}
 	return other
 }
 
-// follow brings the body from the replica p into f's own spool, and keeps it
-// there until p has stored it. errPeer says that p can do no more and what it
+// followReplica brings the body from the replica p into f's own spool, and keeps it
+// there until p has stored it. errReplica says that p can do no more and what it
 // sent, if anything, is in the spool.
-func (f *flight) follow(p *filler) error {
+func (f *fill) followReplica(p *leaseHolder) error {
 	if err := f.openSpool(); err != nil {
 		return err
 	}
@@ -116,11 +116,11 @@ func (f *flight) follow(p *filler) error {
 	f.mu.Unlock()
 	ctx, cancel := context.WithCancel(f.ctx)
 	defer cancel()
-	silence := time.AfterFunc(peerSilence, cancel)
+	silence := time.AfterFunc(replicaTimeout, cancel)
 	defer silence.Stop()
-	body, err := f.c.askPeer(ctx, p, f.key)
+	body, err := f.c.openReplicaStream(ctx, p, f.key)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errPeer, err)
+		return fmt.Errorf("%w: %w", errReplica, err)
 	}
 	defer body.Close()
 	r := bufio.NewReaderSize(body, largeBufferSize)
@@ -129,10 +129,10 @@ func (f *flight) follow(p *filler) error {
 		kind, data, err := readFrame(r, payload)
 		if err == nil {
 			payload = data
-			silence.Reset(peerSilence)
-			err = f.take(kind, data)
+			silence.Reset(replicaTimeout)
+			err = f.applyFrame(kind, data)
 		} else {
-			err = fmt.Errorf("%w: %w", errPeer, err)
+			err = fmt.Errorf("%w: %w", errReplica, err)
 		}
 		switch {
 		case err != nil && !f.complete:
@@ -140,97 +140,97 @@ func (f *flight) follow(p *filler) error {
 		case errors.Is(err, io.EOF), f.ctx.Err() != nil: // it has stored the file, as far as it could
 			return nil
 		case err != nil: // it died over that
-			return f.arrive()
+			return f.completeFill()
 		}
 	}
 }
 
-// take applies one frame.
-func (f *flight) take(kind byte, data []byte) error {
+// applyFrame applies one frame.
+func (f *fill) applyFrame(kind byte, data []byte) error {
 	switch kind {
 	case frameHead:
-		var h peerHead
+		var h replicaHead
 		if err := json.Unmarshal(data, &h); err != nil || h.Record == nil || f.rec != nil {
-			return fmt.Errorf("%w: its head cannot be read, or is the second", errPeer)
+			return fmt.Errorf("%w: its head cannot be read, or is the second", errReplica)
 		}
-		f.show(h.Record, h.Total, h.Origin, h.Validator, h.Storable)
+		f.publishHeaders(h.Record, h.Total, h.Origin, h.Validator, h.Storable)
 	case frameData:
 		if f.rec == nil {
-			return fmt.Errorf("%w: data before its head", errPeer)
+			return fmt.Errorf("%w: data before its head", errReplica)
 		}
-		if f.total >= 0 && f.written+int64(len(data)) > f.total {
-			return fmt.Errorf("%w: %w: the body is longer than it said", errPeer, errDigest)
+		if f.size >= 0 && f.written+int64(len(data)) > f.size {
+			return fmt.Errorf("%w: %w: the body is longer than it said", errReplica, errDigest)
 		}
-		return f.append(data)
+		return f.appendToSpool(data)
 	case frameEnd:
 		var rec record
-		if err := json.Unmarshal(data, &rec); err != nil || rec.Size != f.written || rec.SHA256 != f.sums.hex() {
-			return fmt.Errorf("%w: %w: the body is not what it says", errPeer, errDigest)
+		if err := json.Unmarshal(data, &rec); err != nil || rec.Size != f.written || rec.SHA256 != f.hash.sumHex() {
+			return fmt.Errorf("%w: %w: the body is not what it says", errReplica, errDigest)
 		}
-		if err := f.sums.verify(f.want.digest); err != nil {
-			return fmt.Errorf("%w: %w", errPeer, err)
+		if err := f.hash.verifyDigest(f.file.digest); err != nil {
+			return fmt.Errorf("%w: %w", errReplica, err)
 		}
-		f.present(&rec) // storing, as far as a purge here is concerned
-	case frameOver:
-		var v peerVerdict
+		f.publishBody(&rec) // storing, as far as a purge here is concerned
+	case frameOutcome:
+		var v replicaOutcome
 		if err := json.Unmarshal(data, &v); err != nil {
-			return fmt.Errorf("%w: its verdict cannot be read", errPeer)
+			return fmt.Errorf("%w: its verdict cannot be read", errReplica)
 		}
 		switch {
-		case v.Kind == "" && f.want.shared:
-			return fmt.Errorf("%w: its way to the file is refused, ours may not be", errPeer)
-		case v.Kind == "unchanged" && f.old != nil && f.old.SHA256 != v.Copy:
-			return fmt.Errorf("%w: it has another copy", errPeer)
+		case v.Kind == "" && f.file.sharedKey:
+			return fmt.Errorf("%w: its way to the file is refused, ours may not be", errReplica)
+		case v.Kind == "unchanged" && f.oldRecord != nil && f.oldRecord.SHA256 != v.Copy:
+			return fmt.Errorf("%w: it has another copy", errReplica)
 		}
-		return v.err()
+		return v.toError()
 	}
 	return nil
 }
 
 // takeOver fetches what is missing of a body whose replica is gone: by Range,
 // or as a whole where upstream has no ranges or what came is in doubt.
-func (f *flight) takeOver(cause error) error {
+func (f *fill) takeOver(cause error) error {
 	f.mu.Lock()
 	f.storable, f.followed = true, false
 	f.mu.Unlock()
 	var resp *upstreamResponse
 	err := cause
 	if !errors.Is(cause, errDigest) {
-		resp, err = f.resume(cause, 0)
+		resp, err = f.resumeBody(cause, 0)
 	}
 	if err != nil && !errors.Is(err, errUnreachable) && !errors.Is(err, errTimeout) && f.ctx.Err() == nil {
-		resp, err = f.repeat()
+		resp, err = f.refetchWhole()
 	}
 	if err != nil {
 		return err
 	}
-	return f.receive(resp, 1)
+	return f.receiveBody(resp, 1)
 }
 
-// repeat asks for the whole body and reads over what the spool has already,
+// refetchWhole asks for the whole body and reads over what the spool has already,
 // which clients have seen: it must be the same.
-func (f *flight) repeat() (*upstreamResponse, error) {
-	resp, err := f.c.askBody(f.ctx, f.want, f.want.question(http.MethodGet, nil))
+func (f *fill) refetchWhole() (*upstreamResponse, error) {
+	resp, err := f.c.requestBody(f.ctx, f.file, f.file.newUpstreamRequest(http.MethodGet, nil))
 	if err != nil {
 		return nil, err
 	}
-	if err = f.c.refused(f.want, resp); err == nil {
-		err = f.readOver(resp)
+	if err = f.c.statusError(f.file, resp); err == nil {
+		err = f.compareWithSpool(resp)
 	}
 	if err != nil {
 		resp.Body.Close()
 		return nil, err
 	}
-	storable := f.mayStore(resp)
+	storable := f.mayBeStored(resp)
 	f.mu.Lock()
 	f.storable = storable
 	f.mu.Unlock()
 	return resp, nil
 }
 
-func (f *flight) readOver(resp *upstreamResponse) error {
-	now := f.c.newRecord(f.want, resp.Header)
-	if resp.ContentLength != f.total || now.ETag != f.rec.ETag || now.LastModified != f.rec.LastModified {
+func (f *fill) compareWithSpool(resp *upstreamResponse) error {
+	now := f.c.newRecord(f.file, resp.Header)
+	if resp.ContentLength != f.size || now.ETag != f.rec.ETag || now.LastModified != f.rec.LastModified {
 		return fmt.Errorf("%w: it has changed since", errBroken)
 	}
 	got, had := make([]byte, copyBufferSize), make([]byte, copyBufferSize)
@@ -250,14 +250,14 @@ func (f *flight) readOver(resp *upstreamResponse) error {
 	return nil
 }
 
-// askPeer opens the stream of p's fill of key.
-func (c *cache) askPeer(ctx context.Context, p *filler, key string) (io.ReadCloser, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.addr+peerPath+key, nil)
+// openReplicaStream opens the stream of p's fill of key.
+func (c *cache) openReplicaStream(ctx context.Context, p *leaseHolder, key string) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.addr+replicaPath+key, nil)
 	if err != nil {
 		return nil, err
 	}
 	req.Header.Set(leaseHeader, p.token)
-	res, err := c.peers.Do(req)
+	res, err := c.replicaClient.Do(req)
 	if err != nil {
 		return nil, err
 	}
@@ -275,7 +275,7 @@ func readFrame(r io.Reader, buf []byte) (kind byte, payload []byte, err error) {
 		return 0, buf, err
 	}
 	n := binary.BigEndian.Uint32(head[1:])
-	if n > maxPeerFrame {
+	if n > maxReplicaFrame {
 		return 0, buf, fmt.Errorf("a frame of %d bytes", n)
 	}
 	if cap(buf) < int(n) {
@@ -305,11 +305,11 @@ func writeJSONFrame(w io.Writer, kind byte, v any) error {
 	return writeFrame(w, kind, b)
 }
 
-// verdictOf turns the end of a flight into what followers are told.
-func verdictOf(err error) peerVerdict {
+// newReplicaOutcome turns the end of a flight into what followers are told.
+func newReplicaOutcome(err error) replicaOutcome {
 	p, _ := errors.AsType[*problem](err)
 	status, _ := errors.AsType[*upstreamStatus](err)
-	v := peerVerdict{Kind: "self"} // what is this replica's own trouble, another may not have
+	v := replicaOutcome{Kind: "self"} // what is this replica's own trouble, another may not have
 	switch {
 	case errors.Is(err, errUnchanged):
 		v.Kind = "unchanged"
@@ -320,13 +320,13 @@ func verdictOf(err error) peerVerdict {
 	case errors.Is(err, errTimeout):
 		v.Kind = "timeout"
 	case p != nil && status != nil:
-		v = peerVerdict{Status: p.status, Detail: p.detail, Code: status.code, Retry: p.retryAfter}
+		v = replicaOutcome{Status: p.status, Detail: p.detail, Code: status.code, Retry: p.retryAfter}
 	}
 	return v
 }
 
-// err is verdictOf's inverse.
-func (v peerVerdict) err() error {
+// toError is newReplicaOutcome's inverse.
+func (v replicaOutcome) toError() error {
 	const found = "as the filling replica found"
 	switch v.Kind {
 	case "":
@@ -340,15 +340,15 @@ func (v peerVerdict) err() error {
 	case "timeout":
 		return fmt.Errorf("%w, %s", errTimeout, found)
 	}
-	return fmt.Errorf("%w: it could not fill", errPeer)
+	return fmt.Errorf("%w: it could not fill", errReplica)
 }
 
-// servePeer streams this replica's fill of key to another, which shows by the
-// token that it read the lease. The caller has routed peerPath here.
-func (c *cache) servePeer(w *response, r *http.Request, key string) error {
+// serveReplica streams this replica's fill of key to another, which shows by the
+// token that it read the lease. The caller has routed replicaPath here.
+func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	w.quiet = true
 	token := r.Header.Get(leaseHeader)
-	f := c.leading(key, token)
+	f := c.joinLeasedFill(key, token)
 	if f == nil {
 		return newProblem(http.StatusNotFound, "no such fill")
 	}
@@ -356,14 +356,14 @@ func (c *cache) servePeer(w *response, r *http.Request, key string) error {
 	w.Header().Set(leaseHeader, token)
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.WriteHeader(http.StatusOK)
-	return f.stream(r.Context(), w)
+	return f.streamFrames(r.Context(), w)
 }
 
-// leading joins the flight of key if it holds the lease with that token.
-func (c *cache) leading(key, token string) *flight {
+// joinLeasedFill joins the flight of key if it holds the lease with that token.
+func (c *cache) joinLeasedFill(key, token string) *fill {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	f := c.flights[key]
+	f := c.fills[key]
 	if f == nil {
 		return nil
 	}
@@ -376,9 +376,9 @@ func (c *cache) leading(key, token string) *flight {
 	return f
 }
 
-// stream writes the flight's frames until it ends.
-func (f *flight) stream(ctx context.Context, w *response) error {
-	beat := time.NewTicker(peerBeat)
+// streamFrames writes the flight's frames until it ends.
+func (f *fill) streamFrames(ctx context.Context, w *response) error {
+	beat := time.NewTicker(replicaHeartbeat)
 	defer beat.Stop()
 	var off int64
 	headed, ending := false, false
@@ -387,7 +387,7 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 	for {
 		f.mu.Lock()
 		rec, written, complete, done, ended, changed := f.rec, f.written, f.complete, f.done, f.err, f.changed
-		head := peerHead{rec, f.total, f.validator, f.origin, f.storable}
+		head := replicaHead{rec, f.size, f.validator, f.origin, f.storable}
 		f.mu.Unlock()
 		var err error
 		switch {
@@ -407,11 +407,11 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 		case complete && done:
 			return nil
 		case done:
-			v := verdictOf(ended)
-			if f.old != nil {
-				v.Copy = f.old.SHA256
+			v := newReplicaOutcome(ended)
+			if f.oldRecord != nil {
+				v.Copy = f.oldRecord.SHA256
 			}
-			return writeJSONFrame(w, frameOver, v)
+			return writeJSONFrame(w, frameOutcome, v)
 		default:
 			if err := w.controller.Flush(); err != nil {
 				return fmt.Errorf("%w: %w", errClientGone, err)
@@ -419,7 +419,7 @@ func (f *flight) stream(ctx context.Context, w *response) error {
 			select {
 			case <-changed:
 			case <-beat.C:
-				err = writeFrame(w, frameBeat, nil)
+				err = writeFrame(w, frameHeartbeat, nil)
 			case <-ctx.Done():
 				return context.Cause(ctx)
 			}

@@ -20,10 +20,10 @@ import (
 type board struct {
 	mu      sync.Mutex // guards all below
 	down    bool
-	holders map[string]*filler
+	holders map[string]*leaseHolder
 	members []*member
-	wait    chan struct{}                  // announcements wait for it, unless nil
-	decided func(m *member, other *filler) // runs between a lease's decision and its answer, unless nil
+	wait    chan struct{}                       // announcements wait for it, unless nil
+	decided func(m *member, other *leaseHolder) // runs between a lease's decision and its answer, unless nil
 }
 
 // member is one replica's access to a board.
@@ -35,16 +35,16 @@ type member struct {
 
 var _ replicas = (*member)(nil)
 
-func newBoard() *board { return &board{holders: map[string]*filler{}} }
+func newBoard() *board { return &board{holders: map[string]*leaseHolder{}} }
 
-func (m *member) lease(_ context.Context, key, token string) (release func(), other *filler, err error) {
+func (m *member) acquireLease(_ context.Context, key, token string) (release func(), other *leaseHolder, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	switch holder := m.holders[key]; {
 	case m.down:
 		return nil, nil, errStoreDown
 	case holder == nil:
-		mine := &filler{addr: m.url, token: token}
+		mine := &leaseHolder{addr: m.url, token: token}
 		m.holders[key] = mine
 		release = func() {
 			m.mu.Lock()
@@ -64,7 +64,7 @@ func (m *member) lease(_ context.Context, key, token string) (release func(), ot
 	return release, other, nil
 }
 
-func (m *member) announce(_ context.Context, key string) error {
+func (m *member) announceChange(_ context.Context, key string) error {
 	m.mu.Lock()
 	members, down, wait := m.members, m.down, m.wait
 	m.mu.Unlock()
@@ -76,14 +76,14 @@ func (m *member) announce(_ context.Context, key string) error {
 	}
 	for _, other := range members {
 		if other != m {
-			other.cache.changed(key)
+			other.cache.onChange(key)
 		}
 	}
 	return nil
 }
 
-func (m *member) watch(context.Context, func(string), func()) {}
-func (m *member) online() bool                                { return true }
+func (m *member) watchChanges(context.Context, func(string), func()) {}
+func (m *member) hearsChanges() bool                                 { return true }
 
 func (b *board) set(change func()) {
 	b.mu.Lock()
@@ -93,7 +93,7 @@ func (b *board) set(change func()) {
 
 // leaseTo gives a lease to whatever is at addr.
 func (b *board) leaseTo(key, addr string) {
-	b.set(func() { b.holders[key] = &filler{addr, "the token"} })
+	b.set(func() { b.holders[key] = &leaseHolder{addr, "the token"} })
 }
 
 // fleet is replicas over one store and one board, in front of one origin. Its
@@ -114,7 +114,7 @@ func newFleet(t testing.TB, n int, keys ...string) *fleet {
 			tt.origin = f.all[0].origin
 			tt.configure(remoteYAML(tt.origin.url, keys...))
 			first := f.all[0].cache
-			tt.cache.objects, tt.cache.index, tt.cache.fresh = first.objects, first.index, first.fresh
+			tt.cache.objects, tt.cache.index, tt.cache.marks = first.objects, first.index, first.marks
 		}
 		f.join(tt)
 	}
@@ -127,7 +127,7 @@ func (f *fleet) join(tt *tester) {
 	m := &member{board: f.board, cache: tt.cache, url: tt.url}
 	f.board.members = append(f.board.members, m)
 	tt.cache.replicas = m
-	tt.Cleanup(tt.cache.peers.CloseIdleConnections)
+	tt.Cleanup(tt.cache.replicaClient.CloseIdleConnections)
 }
 
 // key is /api/r/path's.
@@ -156,7 +156,7 @@ func (f *fleet) settled() {
 // awaitEnds waits for the nth fill of a replica to end, purged ones included.
 func (tt *tester) awaitEnds(n int64) {
 	tt.Helper()
-	tt.eventually("fills to end", func() bool { return tt.cache.ended.Load() >= n })
+	tt.eventually("fills to end", func() bool { return tt.cache.endedFills.Load() >= n })
 }
 
 func TestOneFetchForAllReplicas(t *testing.T) {
@@ -200,7 +200,7 @@ func TestLeaseThatIsReadTooEarlyOrTooLate(t *testing.T) {
 	replies := make(chan *got, 2)
 	ask := func(tt *tester, path string) { go func() { replies <- tt.get(path) }() }
 	f.origin.file("/early", "x")
-	f.board.decided = func(m *member, other *filler) {
+	f.board.decided = func(m *member, other *leaseHolder) {
 		if other != nil {
 			return
 		}
@@ -215,7 +215,7 @@ func TestLeaseThatIsReadTooEarlyOrTooLate(t *testing.T) {
 	release := f.origin.file("/late", "x").stallAt(0)
 	defer release()
 	f.board.set(func() {
-		f.board.decided = func(m *member, other *filler) {
+		f.board.decided = func(m *member, other *leaseHolder) {
 			if other != nil {
 				release()
 				f.all[0].eventually("the end of the fill", func() bool { return f.all[0].flying() == 0 })
@@ -271,12 +271,12 @@ type peerScript struct {
 
 // Who is told nonsense may hang up before the end of it.
 func (p *peerScript) head(rec *record, total int64, validator string) {
-	_ = writeJSONFrame(p, frameHead, peerHead{rec, total, validator, 0, true})
+	_ = writeJSONFrame(p, frameHead, replicaHead{rec, total, validator, 0, true})
 }
 func (p *peerScript) frame(kind byte, text string) { _ = writeFrame(p, kind, []byte(text)) }
 func (p *peerScript) data(text string)             { p.frame(frameData, text) }
 func (p *peerScript) end(rec *record)              { _ = writeJSONFrame(p, frameEnd, rec) }
-func (p *peerScript) over(v peerVerdict)           { _ = writeJSONFrame(p, frameOver, v) }
+func (p *peerScript) over(v replicaOutcome)        { _ = writeJSONFrame(p, frameOutcome, v) }
 func (p *peerScript) raw(text string)              { _, _ = io.WriteString(p, text) }
 
 // cut breaks the connection.
@@ -294,7 +294,7 @@ func (f *fleet) script(play func(p *peerScript)) (asked func() int) {
 		mu.Lock()
 		n++
 		mu.Unlock()
-		if r.Header.Get(leaseHeader) != "the token" || r.URL.Path != peerPath+f.key("a") {
+		if r.Header.Get(leaseHeader) != "the token" || r.URL.Path != replicaPath+f.key("a") {
 			f.Errorf("another replica was asked for %s with token %q", r.URL, r.Header.Get(leaseHeader))
 		}
 		w.Header().Set(leaseHeader, "the token")
@@ -346,7 +346,7 @@ func TestReplicaThatGoesWrong(t *testing.T) {
 		{"talks nonsense", func(p *peerScript) { begin(p); p.raw("<html>Bad gateway</html>") }, rest},
 		{"sends too large a frame", func(p *peerScript) {
 			begin(p)
-			p.raw("?\x00\x10\x00\x01x" + strings.Repeat("x", maxPeerFrame))
+			p.raw("?\x00\x10\x00\x01x" + strings.Repeat("x", maxReplicaFrame))
 			p.data(text[len(half):])
 			p.end(rec)
 		}, rest},
@@ -357,9 +357,9 @@ func TestReplicaThatGoesWrong(t *testing.T) {
 		{"ends too early", func(p *peerScript) { begin(p); p.end(rec) }, "GET /a"},
 		{"sends too much", func(p *peerScript) { begin(p); p.data(text) }, "GET /a"},
 		{"has an end that is none", func(p *peerScript) { begin(p); p.frame(frameEnd, "[") }, "GET /a"},
-		{"gives up", func(p *peerScript) { begin(p); p.over(peerVerdict{Kind: "self"}) }, rest},
-		{"cannot fill", func(p *peerScript) { p.over(peerVerdict{Kind: "self"}) }, "GET /a"},
-		{"has a verdict that is none", func(p *peerScript) { p.frame(frameOver, "[") }, "GET /a"},
+		{"gives up", func(p *peerScript) { begin(p); p.over(replicaOutcome{Kind: "self"}) }, rest},
+		{"cannot fill", func(p *peerScript) { p.over(replicaOutcome{Kind: "self"}) }, "GET /a"},
+		{"has a verdict that is none", func(p *peerScript) { p.frame(frameOutcome, "[") }, "GET /a"},
 		{"gives no validator", func(p *peerScript) { p.head(rec, peerSize, ""); p.data(half); p.cut() }, "GET /a"},
 		{"does not know the length", func(p *peerScript) { p.head(rec, -1, `"1"`); p.data(half); p.cut() }, rest},
 	} {
@@ -438,7 +438,7 @@ func TestReplicaThatLiesAboutADigest(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			f := newFleet(t, 1)
-			f.digested(func(q *want) { q.digest = sha256Of([]byte(text)) })
+			f.digested(func(q *fileRequest) { q.digest = sha256Of([]byte(text)) })
 			f.origin.file("/a", text).etag(`"1"`)
 			f.script(func(p *peerScript) {
 				rec := peerRecord(sent)
@@ -473,19 +473,19 @@ func TestSilentReplica(t *testing.T) {
 		want time.Duration
 		asks int
 	}{
-		{"before its headers", nil, peerSilence, 1},
-		{"after its headers", func(p *peerScript) { <-p.r.Context().Done() }, peerSilence, 1},
-		{"in the middle", func(p *peerScript) { head(p); <-p.r.Context().Done() }, peerSilence, 1},
-		{"in a frame", func(p *peerScript) { head(p); p.raw("d\x00\x00\x00\xffabc"); <-p.r.Context().Done() }, peerSilence, 1},
+		{"before its headers", nil, replicaTimeout, 1},
+		{"after its headers", func(p *peerScript) { <-p.r.Context().Done() }, replicaTimeout, 1},
+		{"in the middle", func(p *peerScript) { head(p); <-p.r.Context().Done() }, replicaTimeout, 1},
+		{"in a frame", func(p *peerScript) { head(p); p.raw("d\x00\x00\x00\xffabc"); <-p.r.Context().Done() }, replicaTimeout, 1},
 		{"but for its heart", func(p *peerScript) {
 			head(p)
 			for range 30 {
-				time.Sleep(peerBeat)
-				p.frame(frameBeat, "")
+				time.Sleep(replicaHeartbeat)
+				p.frame(frameHeartbeat, "")
 			}
 			p.data(text[len(half):])
 			p.end(peerRecord(text))
-		}, 30 * peerBeat, 0},
+		}, 30 * replicaHeartbeat, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
@@ -493,7 +493,7 @@ func TestSilentReplica(t *testing.T) {
 				f := &fleet{tester: tt, board: newBoard(), all: []*tester{tt}}
 				f.join(tt)
 				f.board.leaseTo(f.key("a"), "http://peer")
-				tt.cache.peers.Transport = playedBy(t, c.play)
+				tt.cache.replicaClient.Transport = playedBy(t, c.play)
 				f.origin.file("/a", text).etag(`"1"`)
 				began := time.Now()
 				tt.get("/api/r/a").wantStatus(200).wantBody(text)
@@ -581,7 +581,7 @@ func (f *fleet) askBoth(path string) chan *got {
 	return replies
 }
 
-func (f *fleet) holder(path string) *filler {
+func (f *fleet) holder(path string) *leaseHolder {
 	f.board.mu.Lock()
 	defer f.board.mu.Unlock()
 	return f.board.holders[f.key(path)]
@@ -641,11 +641,11 @@ func TestUnchangedIsSaidOfAVersion(t *testing.T) {
 	f.get("/api/r/a").wantMiss()
 	f.advance(2 * time.Hour)
 	f.origin.file("/a", "two").etag(`"2"`)
-	f.script(func(p *peerScript) { p.over(peerVerdict{Kind: "unchanged", Copy: peerRecord("two").SHA256}) })
+	f.script(func(p *peerScript) { p.over(replicaOutcome{Kind: "unchanged", Copy: peerRecord("two").SHA256}) })
 	f.get("/api/r/a").wantStatus(200).wantBody("two")
 	f.settled()
 	f.advance(2 * time.Hour)
-	f.script(func(p *peerScript) { p.over(peerVerdict{Kind: "unchanged", Copy: peerRecord("two").SHA256}) })
+	f.script(func(p *peerScript) { p.over(replicaOutcome{Kind: "unchanged", Copy: peerRecord("two").SHA256}) })
 	f.origin.forget()
 	f.get("/api/r/a").wantRevalidated().wantBody("two")
 	f.wantRequests("/a", 0)
@@ -656,8 +656,8 @@ func TestRefusalOfASharedFileIsNotHandedOver(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 1)
 	f.origin.file("/a", "text")
-	f.digested(func(q *want) { q.shared = true })
-	f.script(func(p *peerScript) { p.over(peerVerdict{Status: 404, Code: 404, Detail: "not there"}) })
+	f.digested(func(q *fileRequest) { q.sharedKey = true })
+	f.script(func(p *peerScript) { p.over(replicaOutcome{Status: 404, Code: 404, Detail: "not there"}) })
 	f.get("/api/r/a").wantMiss().wantBody("text")
 }
 
@@ -773,7 +773,7 @@ func TestFollowersKeepTheFileUntilItIsStored(t *testing.T) {
 		} else {
 			g.wantHit() // it is all there, and as good as stored
 		}
-		if n := f.all[1].cache.ended.Load(); n > 0 || f.all[1].flying() != 1 {
+		if n := f.all[1].cache.endedFills.Load(); n > 0 || f.all[1].flying() != 1 {
 			t.Fatalf("%d copies were made and dropped", n)
 		}
 	}
@@ -790,10 +790,10 @@ func TestReplicaThatDiesWhileItStores(t *testing.T) {
 	for _, storable := range []bool{true, false} {
 		f := newFleet(t, 1)
 		f.script(func(p *peerScript) {
-			_ = writeJSONFrame(p, frameHead, peerHead{peerRecord(text), peerSize, `"1"`, 0, storable})
+			_ = writeJSONFrame(p, frameHead, replicaHead{peerRecord(text), peerSize, `"1"`, 0, storable})
 			p.data(text)
 			p.end(peerRecord(text))
-			p.frame(frameBeat, "")
+			p.frame(frameHeartbeat, "")
 			p.cut()
 		})
 		f.get("/api/r/a").wantJoined().wantBody(text)
@@ -884,13 +884,13 @@ func TestTokenOfALease(t *testing.T) {
 	s.read(1000)
 	token := f.holder("a").token
 	for _, bad := range []string{"", "x", token + "x"} {
-		g := f.open(peerPath+f.key("a"), leaseHeader+": "+bad)
+		g := f.open(replicaPath+f.key("a"), leaseHeader+": "+bad)
 		g.wantStatus(404).wantHeader(leaseHeader, "")
 		g.leave()
 	}
-	f.get(peerPath+f.key("b"), leaseHeader+": "+token).wantStatus(404)
-	f.get(peerPath, leaseHeader+": "+token).wantStatus(404)
-	p := f.open(peerPath+f.key("a"), leaseHeader+": "+token)
+	f.get(replicaPath+f.key("b"), leaseHeader+": "+token).wantStatus(404)
+	f.get(replicaPath, leaseHeader+": "+token).wantStatus(404)
+	p := f.open(replicaPath+f.key("a"), leaseHeader+": "+token)
 	defer p.leave()
 	p.wantStatus(200).wantHeader(leaseHeader, token)
 	q := f.open("/api/r/a", leaseHeader+": "+token)
@@ -912,19 +912,19 @@ func TestTokenOfALease(t *testing.T) {
 		t.Errorf("frames %q with %d bytes", kinds, len(body))
 	}
 	f.settled()
-	f.get(peerPath+f.key("a"), leaseHeader+": "+token).wantStatus(404) // it has ended
+	f.get(replicaPath+f.key("a"), leaseHeader+": "+token).wantStatus(404) // it has ended
 	f.wantRequests("/a", 1)
 }
 
 func TestVerdictsSurviveTheWay(t *testing.T) {
 	t.Parallel()
-	for _, v := range []peerVerdict{{Kind: "unchanged"}, {Kind: "again"}, {Kind: "unreachable"}, {Kind: "timeout"}, {Kind: "self"},
+	for _, v := range []replicaOutcome{{Kind: "unchanged"}, {Kind: "again"}, {Kind: "unreachable"}, {Kind: "timeout"}, {Kind: "self"},
 		{Status: 503, Code: 429, Detail: "limits", Retry: 7 * time.Second}} {
-		if got := verdictOf(v.err()); got != v {
+		if got := newReplicaOutcome(v.toError()); got != v {
 			t.Errorf("%+v came as %+v", v, got)
 		}
 	}
-	if v := verdictOf(errDigest); v.Kind != "self" {
+	if v := newReplicaOutcome(errDigest); v.Kind != "self" {
 		t.Errorf("%+v", v)
 	}
 }
@@ -943,7 +943,7 @@ func FuzzPeerFrames(f *testing.F) {
 			if err != nil {
 				break
 			}
-			if buf = payload; len(payload) > maxPeerFrame || r.Len() != left-5-len(payload) {
+			if buf = payload; len(payload) > maxReplicaFrame || r.Len() != left-5-len(payload) {
 				t.Fatalf("%d bytes of payload, %d read", len(payload), left-r.Len())
 			}
 			must(t, writeFrame(&out, kind, payload))
@@ -951,8 +951,8 @@ func FuzzPeerFrames(f *testing.F) {
 		if !bytes.HasPrefix(in, out.Bytes()) {
 			t.Errorf("%q came back as %q", in, out.Bytes())
 		}
-		var v peerVerdict
-		if json.Unmarshal(in, &v) == nil && v.err() == nil {
+		var v replicaOutcome
+		if json.Unmarshal(in, &v) == nil && v.toError() == nil {
 			t.Errorf("%+v is no error", v)
 		}
 	})

@@ -12,31 +12,31 @@ import (
 	"strconv"
 )
 
-// await waits until f has something to answer with. It closes cp's body unless
+// awaitFill waits until f has something to answer with. It closes cp's body unless
 // the reply sends it.
-func (c *cache) await(ctx context.Context, f *flight, lead bool, a asked, cp *stored) (rep *reply, err error) {
+func (c *cache) awaitFill(ctx context.Context, f *fill, lead bool, rng byteRange, cp *storedCopy) (reply *fileReply, err error) {
 	defer func() {
-		if cp != nil && (rep == nil || rep.body != cp.body) {
+		if cp != nil && (reply == nil || reply.body != cp.body) {
 			cp.body.Close()
 		}
 	}()
 	f.mu.Lock()
-	arrived := !lead && f.written == f.total // all there before this client was
+	arrived := !lead && f.written == f.size // all there before this client was
 	f.mu.Unlock()
 	for {
 		f.mu.Lock()
-		ready, done, changed, err := f.ready(cp != nil), f.done, f.changed, f.err
+		ready, done, changed, err := f.canAnswer(cp != nil), f.done, f.changed, f.err
 		ready = ready && (!arrived || f.complete) // it is being verified
 		stored := arrived && f.storing
 		f.mu.Unlock()
 		switch {
 		case ready && stored:
-			return f.hit(ctx, a), nil
+			return f.hitFromSpool(ctx, rng), nil
 		case ready:
-			return f.reply(ctx, lead, a), nil
+			return f.replyFromSpool(ctx, lead, rng), nil
 		case done:
 			f.leave()
-			return c.fallBack(ctx, f.want, a, cp, err)
+			return c.replyWithoutBody(ctx, f.file, rng, cp, err)
 		}
 		select {
 		case <-changed:
@@ -47,110 +47,110 @@ func (c *cache) await(ctx context.Context, f *flight, lead bool, a asked, cp *st
 	}
 }
 
-// ready says whether a client can be sent the growing or complete body. f.mu
+// canAnswer says whether a client can be sent the growing or complete body. f.mu
 // is held.
-func (f *flight) ready(hasCopy bool) bool {
+func (f *fill) canAnswer(hasCopy bool) bool {
 	switch {
 	case f.complete:
 		return true
-	case f.rec == nil || f.done || f.want.whole:
+	case f.rec == nil || f.done || f.file.needsWholeBody:
 		return false
-	case f.want.digest != "" && f.total >= 0 && f.total <= holdBack:
+	case f.file.digest != "" && f.size >= 0 && f.size <= holdBack:
 		return false // nothing may be sent before it verifies: a 502 is still possible
 	}
 	return !hasCopy || f.late
 }
 
-// reply is the answer out of a spool. Closing its body leaves the flight.
-func (f *flight) reply(ctx context.Context, lead bool, a asked) *reply {
+// replyFromSpool is the answer out of a spool. Closing its body leaves the flight.
+func (f *fill) replyFromSpool(ctx context.Context, lead bool, rng byteRange) *fileReply {
 	f.mu.Lock()
-	rep := &reply{rec: f.rec, size: f.total, remote: true, outcome: "MISS", sum: f.complete || f.rec.SHA256 != ""}
-	rep.status = "fwd=miss"
-	if f.old != nil {
-		rep.status = "fwd=stale; fwd-status=200"
+	reply := &fileReply{rec: f.rec, size: f.size, fromRemote: true, result: "MISS", hashKnown: f.complete || f.rec.SHA256 != ""}
+	reply.cacheStatus = "fwd=miss"
+	if f.oldRecord != nil {
+		reply.cacheStatus = "fwd=stale; fwd-status=200"
 	}
 	if lead && !f.followed {
-		rep.stored = f.storable
+		reply.willBeStored = f.storable
 	} else {
-		rep.status += "; collapsed"
+		reply.cacheStatus += "; collapsed"
 	}
 	f.mu.Unlock()
-	if a.head {
+	if rng.head {
 		f.leave()
-		rep.body = unread(rep.size)
-		return rep
+		reply.body = unreadBody(reply.size)
+		return reply
 	}
-	rep.body = f.reader(ctx, a)
-	return rep
+	reply.body = f.newReader(ctx, rng)
+	return reply
 }
 
-// hit is the answer out of a spool whose body is complete and being stored:
+// hitFromSpool is the answer out of a spool whose body is complete and being stored:
 // for who comes now there is no download to join.
-func (f *flight) hit(ctx context.Context, a asked) *reply {
-	c, q := f.c, f.want
-	rep := f.reply(ctx, false, a)
-	ttl, forever := q.remote.ttlOf(q.class)
-	c.used(q.remote.name, f.key)
-	return c.hit(&stored{object: &object{rep.rec, rep.body}, at: c.now(), ttl: ttl, forever: forever}, "")
+func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
+	c, file := f.c, f.file
+	reply := f.replyFromSpool(ctx, false, rng)
+	ttl, forever := file.remote.ttlOf(file.class)
+	c.countUse(file.remote.name, f.key)
+	return c.hitReply(&storedCopy{object: &object{reply.rec, reply.body}, goodAt: c.now(), ttlLeft: ttl, forever: forever}, "")
 }
 
-// fallBack answers when the flight brought no body.
-func (c *cache) fallBack(ctx context.Context, q want, a asked, cp *stored, err error) (*reply, error) {
+// replyWithoutBody answers when the flight brought no body.
+func (c *cache) replyWithoutBody(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy, err error) (*fileReply, error) {
 	_, full := errors.AsType[*spoolError](err)
 	switch {
 	case errors.Is(err, errUnchanged) && cp != nil:
-		cp.at = c.now()
-		c.used(q.remote.name, q.key())
-		return &reply{rec: cp.rec, size: cp.rec.Size, body: cp.body, at: cp.at, sum: true,
-			status: "fwd=stale; fwd-status=304", outcome: "REVALIDATED"}, nil
+		cp.goodAt = c.now()
+		c.countUse(file.remote.name, file.key())
+		return &fileReply{rec: cp.rec, size: cp.rec.Size, body: cp.body, goodAt: cp.goodAt, hashKnown: true,
+			cacheStatus: "fwd=stale; fwd-status=304", result: "REVALIDATED"}, nil
 	case errors.Is(err, errUnchanged), errors.Is(err, errAbandoned):
 		return nil, errLookAgain
 	case full, errors.Is(err, errNoSpool):
-		return c.direct(ctx, q, a, cp)
+		return c.passOnReply(ctx, file, rng, cp)
 	case cp != nil:
-		if why := q.staleFor(err); why != "" {
-			c.used(q.remote.name, q.key())
-			return c.stale(cp, why), nil
+		if why := file.staleReason(err); why != "" {
+			c.countUse(file.remote.name, file.key())
+			return c.staleReply(cp, why), nil
 		}
 	}
 	return nil, err
 }
 
-// staleFor says why the expired copy may answer for err; "" if it may not.
-func (q want) staleFor(err error) string {
-	if outOfReach(err) {
+// staleReason says why the expired copy may answer for err; "" if it may not.
+func (file fileRequest) staleReason(err error) string {
+	if isUnreachable(err) {
 		return "unreachable"
 	}
-	if errors.Is(err, errCrowded) {
+	if errors.Is(err, errFillQueueFull) {
 		return "crowded"
 	}
 	status, _ := errors.AsType[*upstreamStatus](err)
 	switch {
 	case status == nil:
 		return ""
-	case status.code == http.StatusTooManyRequests && (q.staleOn429 || q.remote.staleIfError),
-		status.code >= 500 && (q.staleOn5xx || q.remote.staleIfError):
+	case status.code == http.StatusTooManyRequests && (file.staleOn429 || file.remote.staleIfError),
+		status.code >= 500 && (file.staleOn5xx || file.remote.staleIfError):
 		return "upstream-" + strconv.Itoa(status.code)
 	}
 	return ""
 }
 
-// reader follows f's spool for one client.
-func (f *flight) reader(ctx context.Context, a asked) io.ReadSeekCloser {
-	r := &spoolReader{f: f, ctx: ctx, to: a.to}
+// newReader follows f's spool for one client.
+func (f *fill) newReader(ctx context.Context, rng byteRange) io.ReadSeekCloser {
+	r := &spoolReader{f: f, ctx: ctx, to: rng.to}
 	// An open file of its own has an offset of its own, which sendfile needs.
 	// Where the store has taken the name away already, the shared one is read;
 	// the name may be another spool's by now.
 	if own, err := os.Open(f.spool.Name()); err == nil && sameFile(own, f.spool) {
-		r.own = own
+		r.ownFile = own
 	} else if err == nil {
 		_ = own.Close()
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	single := a.from > 0 || a.suffix > 0
-	r.size = f.total
-	r.jump = single && !f.complete && (f.validator != "" || f.want.digest != "")
+	single := rng.from > 0 || rng.suffix > 0
+	r.size = f.size
+	r.mayRequestFar = single && !f.complete && (f.validator != "" || f.file.digest != "")
 	return r
 }
 
@@ -163,34 +163,34 @@ func sameFile(a, b *os.File) bool {
 // spoolReader is one client's view of a growing body: a source, and an
 // io.ReadSeeker where the size is known. Closing it leaves the flight.
 type spoolReader struct {
-	f    *flight
-	ctx  context.Context
-	size int64    // of the whole body as it was known in the beginning; -1: not known
-	own  *os.File // nil: read through the flight's descriptor
-	off  int64
-	to   int64       // last byte that was asked for, -1: the end
-	jump bool        // a far range may be asked for upstream
-	rest *remoteBody // reads beyond the spool, if it does
-	slot bool        // rest holds a far slot
+	f             *fill
+	ctx           context.Context
+	size          int64    // of the whole body as it was known in the beginning; -1: not known
+	ownFile       *os.File // nil: read through the flight's descriptor
+	offset        int64
+	to            int64           // last byte that was asked for, -1: the end
+	mayRequestFar bool            // a far range may be asked for upstream
+	beyond        *upstreamReader // reads beyond the spool, if it does
+	holdsFarSlot  bool            // rest holds a far slot
 }
 
-// readable is how far clients may read. f.mu is held.
-func (f *flight) readable() int64 {
+// readableBytes is how far clients may read. f.mu is held.
+func (f *fill) readableBytes() int64 {
 	switch {
-	case f.complete || f.want.digest == "":
+	case f.complete || f.file.digest == "":
 		return f.written
-	case f.total >= 0:
-		return max(0, min(f.written, f.total-holdBack))
+	case f.size >= 0:
+		return max(0, min(f.written, f.size-holdBack))
 	}
 	return max(0, f.written-holdBack)
 }
 
-// state is what a reader at off can do now: read n bytes, or stop with err, or
+// readState is what a reader at off can do now: read n bytes, or stop with err, or
 // wait for changed.
-func (f *flight) state(off int64) (n int64, changed chan struct{}, err error) {
+func (f *fill) readState(off int64) (n int64, changed chan struct{}, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	switch n := f.readable() - off; {
+	switch n := f.readableBytes() - off; {
 	case n > 0:
 		return n, nil, nil
 	case f.complete:
@@ -201,15 +201,15 @@ func (f *flight) state(off int64) (n int64, changed chan struct{}, err error) {
 	return 0, f.changed, nil
 }
 
-// wait blocks until bytes can be read from the spool, or from r.rest.
-func (r *spoolReader) wait() (n int64, err error) {
+// waitForBytes blocks until bytes can be read from the spool, or from r.rest.
+func (r *spoolReader) waitForBytes() (n int64, err error) {
 	for {
-		if r.rest != nil {
+		if r.beyond != nil {
 			return 0, nil
 		}
-		n, changed, err := r.f.state(r.off)
+		n, changed, err := r.f.readState(r.offset)
 		if _, full := errors.AsType[*spoolError](err); full {
-			if r.rest, err = r.goOn(); err != nil {
+			if r.beyond, err = r.continueUpstream(); err != nil {
 				return 0, err
 			}
 			continue
@@ -217,8 +217,8 @@ func (r *spoolReader) wait() (n int64, err error) {
 		if n > 0 || err != nil {
 			return n, err
 		}
-		if r.jump && r.isFar() {
-			if err := r.leap(changed); err != nil {
+		if r.mayRequestFar && r.isFar() {
+			if err := r.requestFarRange(changed); err != nil {
 				return 0, err
 			}
 			continue
@@ -231,16 +231,16 @@ func (r *spoolReader) wait() (n int64, err error) {
 	}
 }
 
-// goOn is what a client reads on from when the spool could not grow: what has
+// continueUpstream is what a client reads on from when the spool could not grow: what has
 // arrived and is not verified yet, and behind it an upstream request of its own.
-func (r *spoolReader) goOn() (*remoteBody, error) {
+func (r *spoolReader) continueUpstream() (*upstreamReader, error) {
 	f := r.f // has ended: nothing of it changes any more
-	b := &remoteBody{c: f.c, ctx: r.ctx, part: f.restOf(r.off, r.to), off: r.off, at: f.written}
-	if f.want.digest == "" {
+	b := &upstreamReader{c: f.c, ctx: r.ctx, part: f.partFrom(r.offset, r.to), offset: r.offset, respOffset: f.written}
+	if f.file.digest == "" {
 		return b, nil
 	}
-	b.sums, b.held = f.sums.clone(), make([]byte, max(0, f.written-r.off))
-	if _, err := f.spool.ReadAt(b.held, r.off); err != nil && len(b.held) > 0 {
+	b.hash, b.held = f.hash.clone(), make([]byte, max(0, f.written-r.offset))
+	if _, err := f.spool.ReadAt(b.held, r.offset); err != nil && len(b.held) > 0 {
 		return nil, fmt.Errorf("reading the spool: %w", err)
 	}
 	return b, nil
@@ -249,81 +249,81 @@ func (r *spoolReader) goOn() (*remoteBody, error) {
 func (r *spoolReader) isFar() bool {
 	r.f.mu.Lock()
 	defer r.f.mu.Unlock()
-	end := r.f.total
-	if r.f.want.digest != "" {
+	end := r.f.size
+	if r.f.file.digest != "" {
 		end -= holdBack // that part waits until the whole body verifies
 	}
-	return !r.f.noRanges && r.off-r.f.written > farAhead && r.off < end
+	return !r.f.noRanges && r.offset-r.f.written > farRangeDistance && r.offset < end
 }
 
-// leap begins a ranged request for what is far ahead of the fill, or waits for
+// requestFarRange begins a ranged request for what is far ahead of the fill, or waits for
 // a slot to do so.
-func (r *spoolReader) leap(changed chan struct{}) error {
+func (r *spoolReader) requestFarRange(changed chan struct{}) error {
 	select {
-	case r.f.far <- struct{}{}:
+	case r.f.farSlots <- struct{}{}:
 	case <-changed:
 		return nil // the fill came closer: judge again
 	case <-r.ctx.Done():
 		return context.Cause(r.ctx)
 	}
-	r.slot = true
+	r.holdsFarSlot = true
 	if !r.isFar() { // any more, after the wait
-		r.land()
+		r.leaveFarRange()
 		return nil
 	}
-	r.jump = false
-	part := r.f.restOf(r.off, r.to)
-	resp, err := r.f.c.askRest(r.ctx, part)
+	r.mayRequestFar = false
+	part := r.f.partFrom(r.offset, r.to)
+	resp, err := r.f.c.requestPart(r.ctx, part)
 	if err != nil { // the fill will come by
 		r.f.mu.Lock()
 		r.f.noRanges = r.f.noRanges || errors.Is(err, errBadUpstream)
 		r.f.mu.Unlock()
-		r.land()
+		r.leaveFarRange()
 		return nil
 	}
-	r.rest = &remoteBody{c: r.f.c, ctx: r.ctx, part: part, off: r.off, ans: resp, at: r.off}
+	r.beyond = &upstreamReader{c: r.f.c, ctx: r.ctx, part: part, offset: r.offset, resp: resp, respOffset: r.offset}
 	return nil
 }
 
-// land goes back from the ranged request to the spool.
-func (r *spoolReader) land() {
-	if r.rest != nil {
-		r.rest.Close()
-		r.rest = nil
+// leaveFarRange goes back from the ranged request to the spool.
+func (r *spoolReader) leaveFarRange() {
+	if r.beyond != nil {
+		r.beyond.Close()
+		r.beyond = nil
 	}
-	if r.slot {
-		<-r.f.far
-		r.slot = false
+	if r.holdsFarSlot {
+		<-r.f.farSlots
+		r.holdsFarSlot = false
 	}
 }
 
 func (r *spoolReader) Read(p []byte) (int, error) {
-	n, err := r.wait()
+	n, err := r.waitForBytes()
 	if err != nil {
 		return 0, err
 	}
-	if r.rest != nil {
-		return r.readRest(p)
+	if r.beyond != nil {
+		return r.readBeyond(p)
 	}
-	k, err := r.f.spool.ReadAt(p[:min(int64(len(p)), n)], r.off)
-	r.off += int64(k)
+	k, err := r.f.spool.ReadAt(p[:min(int64(len(p)), n)], r.offset)
+	r.offset += int64(k)
 	return k, err
 }
 
-// readRest reads beyond the spool. What a far range cannot give, the fill will.
-func (r *spoolReader) readRest(p []byte) (int, error) {
-	if r.slot && r.f.want.digest != "" {
-		held := r.size - holdBack - r.off
+// readBeyond reads beyond the spool. What a far range cannot give, the fill will.
+func (r *spoolReader) readBeyond(p []byte) (int, error) {
+	if r.holdsFarSlot && r.f.file.digest != "" {
+		held := r.size - holdBack - r.offset
 		if held <= 0 {
-			r.land()
+			r.leaveFarRange()
 			return 0, nil
 		}
 		p = p[:min(int64(len(p)), held)]
 	}
-	n, err := r.rest.Read(p)
-	r.off += int64(n)
-	if err != nil && r.slot {
-		r.land()
+	n, err := r.beyond.Read(p)
+	r.offset += int64(n)
+	if err != nil && r.holdsFarSlot {
+		r.leaveFarRange()
 		return n, nil
 	}
 	return n, err
@@ -331,27 +331,27 @@ func (r *spoolReader) readRest(p []byte) (int, error) {
 
 // nextFile is for sendfile.
 func (r *spoolReader) nextFile(limit int64) (*os.File, int64, error) {
-	if r.own == nil || r.rest != nil {
+	if r.ownFile == nil || r.beyond != nil {
 		return nil, 0, nil
 	}
-	n, err := r.wait()
-	if err != nil || r.rest != nil {
+	n, err := r.waitForBytes()
+	if err != nil || r.beyond != nil {
 		return nil, 0, err
 	}
-	if _, err := r.own.Seek(r.off, io.SeekStart); err != nil {
+	if _, err := r.ownFile.Seek(r.offset, io.SeekStart); err != nil {
 		return nil, 0, err
 	}
-	return r.own, min(n, limit), nil
+	return r.ownFile, min(n, limit), nil
 }
 
-func (r *spoolReader) advanceBy(n int64) { r.off += n }
+func (r *spoolReader) advanceBy(n int64) { r.offset += n }
 
 // readyToRead makes it live.
 func (r *spoolReader) readyToRead() bool {
-	if r.rest != nil {
+	if r.beyond != nil {
 		return false
 	}
-	n, _, err := r.f.state(r.off)
+	n, _, err := r.f.readState(r.offset)
 	return n > 0 || err != nil
 }
 
@@ -360,16 +360,16 @@ func (r *spoolReader) Seek(off int64, whence int) (int64, error) {
 	case io.SeekEnd:
 		off += r.size
 	case io.SeekCurrent:
-		off += r.off
+		off += r.offset
 	}
-	r.off = off
+	r.offset = off
 	return off, nil
 }
 
 func (r *spoolReader) Close() error {
-	r.land()
-	if r.own != nil {
-		_ = r.own.Close()
+	r.leaveFarRange()
+	if r.ownFile != nil {
+		_ = r.ownFile.Close()
 	}
 	r.f.leave()
 	return nil

@@ -405,7 +405,7 @@ func TestBodiesThatAreBeingStoredAreNotDropped(t *testing.T) {
 	held := &heldObjects{gate: make(chan struct{})}
 	tt := setup{objects: func(o objects) objects { held.objects = o; return held }}.start(t)
 	for range 2 {
-		for i := range 2 * alonePerRemote {
+		for i := range 2 * maxAbandonedPerRemote {
 			path := fmt.Sprintf("/f%d", i)
 			tt.origin.file(path, path)
 			s := tt.open("/api/r" + path)
@@ -414,7 +414,7 @@ func TestBodiesThatAreBeingStoredAreNotDropped(t *testing.T) {
 			tt.eventually("the client to be gone", func() bool { return tt.waiting(path[1:]) == 0 })
 		}
 	}
-	for i := range 2 * alonePerRemote {
+	for i := range 2 * maxAbandonedPerRemote {
 		tt.wantRequests(fmt.Sprintf("/f%d", i), 1)
 	}
 	close(held.gate)
@@ -442,26 +442,26 @@ func TestFillsPerRemoteAreBounded(t *testing.T) {
 		_, _ = io.WriteString(w, r.URL.Path)
 	})
 	var all sync.WaitGroup
-	for i := range fillsPerRemote + 6 {
+	for i := range maxFillsPerRemote + 6 {
 		path := fmt.Sprintf("/f%d", i)
 		all.Go(func() { tt.get("/api/r" + path).wantStatus(200).wantBody(path) })
 	}
-	tt.eventually("64 fills", func() bool { return inside.Load() == fillsPerRemote })
-	tt.eventually("the rest to wait", func() bool { return tt.flying() == fillsPerRemote+6 })
+	tt.eventually("64 fills", func() bool { return inside.Load() == maxFillsPerRemote })
+	tt.eventually("the rest to wait", func() bool { return tt.flying() == maxFillsPerRemote+6 })
 	impatient := make(chan struct{})
 	ctx, leave := context.WithCancel(context.Background())
 	go func() {
 		defer close(impatient)
 		tt.start(ctx, "GET", "/api/r/impatient", nil).leave()
 	}()
-	tt.eventually("one more", func() bool { return tt.flying() == fillsPerRemote+7 })
+	tt.eventually("one more", func() bool { return tt.flying() == maxFillsPerRemote+7 })
 	leave()
 	<-impatient
-	tt.eventually("it to be gone", func() bool { return tt.flying() == fillsPerRemote+6 })
+	tt.eventually("it to be gone", func() bool { return tt.flying() == maxFillsPerRemote+6 })
 	close(open)
 	all.Wait()
-	if n := most.Load(); n != fillsPerRemote {
-		t.Errorf("%d fills at once, want %d", n, fillsPerRemote)
+	if n := most.Load(); n != maxFillsPerRemote {
+		t.Errorf("%d fills at once, want %d", n, maxFillsPerRemote)
 	}
 	tt.wantRequests("/impatient", 0)
 }
@@ -476,7 +476,7 @@ func TestExpiredCopyBehindFillsThatHang(t *testing.T) {
 		tt.advance(2 * time.Hour)
 		tt.origin.troubled(tt.origin.stalls)
 		var all sync.WaitGroup
-		for i := range fillsPerRemote {
+		for i := range maxFillsPerRemote {
 			all.Go(func() { tt.get(fmt.Sprintf("/api/r/f%d", i)).wantStatus(504) })
 		}
 		synctest.Wait()
@@ -832,7 +832,7 @@ func TestFarRangesAreBoundedAndComeBackToTheFill(t *testing.T) {
 	var streams []*stream
 	var opened sync.WaitGroup
 	var mu sync.Mutex
-	for range farPerFill + 3 {
+	for range maxFarRanges + 3 {
 		opened.Go(func() {
 			s := tt.open("/api/r/a", "Range: bytes=20000000-20000999")
 			mu.Lock()
@@ -840,9 +840,9 @@ func TestFarRangesAreBoundedAndComeBackToTheFill(t *testing.T) {
 			streams = append(streams, s)
 		})
 	}
-	tt.origin.awaitRequests("/a", 1+farPerFill)
-	tt.eventually("the others to wait", func() bool { return tt.waiting("a") == 1+farPerFill+3 })
-	tt.wantRequests("/a", 1+farPerFill)
+	tt.origin.awaitRequests("/a", 1+maxFarRanges)
+	tt.eventually("the others to wait", func() bool { return tt.waiting("a") == 1+maxFarRanges+3 })
+	tt.wantRequests("/a", 1+maxFarRanges)
 	first() // the fill comes by and serves those that wait; far ones are held
 	far()
 	opened.Wait()
@@ -895,7 +895,7 @@ func TestFarRangeWithoutRangesUpstreamWaits(t *testing.T) {
 func (tt *tester) learnt() (noRanges bool) {
 	tt.cache.mu.Lock()
 	defer tt.cache.mu.Unlock()
-	for _, f := range tt.cache.flights {
+	for _, f := range tt.cache.fills {
 		f.mu.Lock()
 		noRanges = f.noRanges
 		f.mu.Unlock()
@@ -1038,7 +1038,7 @@ func TestWrongDigestIsNeverCompleted(t *testing.T) {
 					f.chunked()
 				}
 				wrong := sha256.Sum256([]byte("another body"))
-				tt.digested(func(q *want) { q.digest = "sha256:" + hex.EncodeToString(wrong[:]) })
+				tt.digested(func(q *fileRequest) { q.digest = "sha256:" + hex.EncodeToString(wrong[:]) })
 				g := tt.get("/api/r/a")
 				if g.err == nil && g.status != 502 {
 					t.Errorf("a wrong body of %d bytes was completed: %d with %d bytes", size, g.status, len(g.text))
@@ -1051,7 +1051,7 @@ func TestWrongDigestIsNeverCompleted(t *testing.T) {
 				}
 				tt.wantStored("a", false)
 				right := sha256.Sum256([]byte(text))
-				tt.digested(func(q *want) { q.digest = "sha256:" + hex.EncodeToString(right[:]) })
+				tt.digested(func(q *fileRequest) { q.digest = "sha256:" + hex.EncodeToString(right[:]) })
 				tt.get("/api/r/a").wantStatus(200).wantMiss().wantBody(text)
 				tt.get("/api/r/a").wantHit().wantBody(text)
 				tt.wantNoSpools()
@@ -1066,7 +1066,7 @@ func TestSmallDigestedBodyIsA502WhenItIsWrong(t *testing.T) {
 	tt := newTester(t)
 	release := tt.origin.file("/a", noise(1, holdBack)).stallAt(holdBack - 1)
 	defer release()
-	tt.digested(func(q *want) { q.digest = "sha256:" + strings.Repeat("00", 32) })
+	tt.digested(func(q *fileRequest) { q.digest = "sha256:" + strings.Repeat("00", 32) })
 	answer := make(chan *got)
 	go func() { answer <- tt.get("/api/r/a") }()
 	tt.eventually("all but the last byte", func() bool { return tt.filled("a") == holdBack-1 })
@@ -1080,9 +1080,9 @@ func TestSHA512IsVerified(t *testing.T) {
 	text := noise(1, 200_000)
 	tt.origin.file("/a", text)
 	sum := sha512.Sum512([]byte(text))
-	tt.digested(func(q *want) { q.digest = "sha512:" + hex.EncodeToString(sum[:]) })
+	tt.digested(func(q *fileRequest) { q.digest = "sha512:" + hex.EncodeToString(sum[:]) })
 	tt.get("/api/r/a").wantMiss().wantBody(text)
-	tt.digested(func(q *want) { q.digest = "sha512:" + strings.Repeat("00", 64) })
+	tt.digested(func(q *fileRequest) { q.digest = "sha512:" + strings.Repeat("00", 64) })
 	tt.origin.file("/b", text)
 	if g := tt.get("/api/r/b"); g.err == nil && g.status != 502 {
 		t.Errorf("a body without its digest was completed: status %d", g.status)
@@ -1095,7 +1095,7 @@ func TestCutBodyWithADigestIsResumedWithoutValidator(t *testing.T) {
 	text := noise(1, 1<<20)
 	tt.origin.file("/a", text).undated().cut(300_000)
 	sum := sha256.Sum256([]byte(text))
-	tt.digested(func(q *want) { q.digest = "sha256:" + hex.EncodeToString(sum[:]) })
+	tt.digested(func(q *fileRequest) { q.digest = "sha256:" + hex.EncodeToString(sum[:]) })
 	tt.get("/api/r/a").wantMiss().wantBody(text)
 }
 
@@ -1107,7 +1107,7 @@ func TestFarRangeOfADigestedBodyHoldsBackItsEnd(t *testing.T) {
 	release := tt.origin.file("/a", text).etag(`"1"`).stallAt(1 << 20)
 	defer release()
 	sum := sha256.Sum256([]byte("another body"))
-	tt.digested(func(q *want) { q.digest = "sha256:" + hex.EncodeToString(sum[:]) })
+	tt.digested(func(q *fileRequest) { q.digest = "sha256:" + hex.EncodeToString(sum[:]) })
 	first := tt.open("/api/r/a")
 	defer first.leave()
 	first.read(1<<20 - holdBack)
@@ -1128,8 +1128,8 @@ func TestWholeBodiesAreCheckedBeforeTheyAreAnswered(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
 	refused := &problem{status: 502, detail: "no manifest", cause: errBadUpstream}
-	tt.digested(func(q *want) {
-		q.whole, q.limit = true, 1000
+	tt.digested(func(q *fileRequest) {
+		q.needsWholeBody, q.maxBytes = true, 1000
 		q.check = func(_ context.Context, rec *record, body io.ReaderAt) error {
 			b := make([]byte, rec.Size)
 			if _, err := body.ReadAt(b, 0); err != nil && err != io.EOF {
@@ -1183,7 +1183,7 @@ func (b *brokenSpools) heal() {
 	b.none, b.full, b.noRoom = nil, false, nil
 }
 
-func (b *brokenSpools) spool() (*os.File, error) {
+func (b *brokenSpools) newSpool() (*os.File, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
@@ -1196,16 +1196,16 @@ func (b *brokenSpools) spool() (*os.File, error) {
 		}
 		return os.OpenFile(name, os.O_RDWR, 0)
 	}
-	return b.spooler.spool()
+	return b.spooler.newSpool()
 }
 
-func (b *brokenSpools) room(n int64) error {
+func (b *brokenSpools) checkRoom(n int64) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.noRoom != nil {
 		return b.noRoom
 	}
-	return b.spooler.room(n)
+	return b.spooler.checkRoom(n)
 }
 
 // Fault 5: whatever is wrong with the store, clients get their bytes.
@@ -1302,7 +1302,7 @@ func TestWithoutAStoreErrorsAreStillErrors(t *testing.T) {
 	sum := sha256.Sum256([]byte(text))
 	tt.origin.file("/right", text)
 	tt.origin.file("/wrong", text+"x")
-	tt.digested(func(q *want) { q.digest = "sha256:" + hex.EncodeToString(sum[:]) })
+	tt.digested(func(q *fileRequest) { q.digest = "sha256:" + hex.EncodeToString(sum[:]) })
 	tt.get("/api/r/right").wantBody(text)
 	tt.get("/api/r/wrong").wantAborted()
 }
@@ -1574,7 +1574,7 @@ func TestDigestIsKeptWhenTheSpoolIsFull(t *testing.T) {
 			if !right {
 				digest = sha256Of([]byte("another body"))
 			}
-			tt.digested(func(q *want) { q.digest = digest })
+			tt.digested(func(q *fileRequest) { q.digest = digest })
 			s, end := tt.open("/api/r/a"), tt.open("/api/r/a", fmt.Sprintf("Range: bytes=%d-", roomEvery-1000))
 			defer s.leave()
 			defer end.leave()
@@ -1604,12 +1604,12 @@ func TestRangeOfADigestedBodyWithoutASpool(t *testing.T) {
 	tt := setup{spools: spools.wrap}.start(t)
 	text := noise(1, 400_000)
 	tt.origin.file("/a", text)
-	tt.digested(func(q *want) { q.digest = sha256Of([]byte(text)) })
+	tt.digested(func(q *fileRequest) { q.digest = sha256Of([]byte(text)) })
 	tt.get("/api/r/a", "Range: bytes=100-").wantStatus(206).wantBody(text[100:])
 	tt.get("/api/r/a", "Range: bytes=100-200000").wantStatus(206).wantBody(text[100:200001])
 	tt.get("/api/r/a", "Range: bytes=-70000").wantStatus(206).wantBody(text[330_000:])
 	tt.get("/api/r/a", "Range: bytes=399999-,0-99999").wantStatus(206)
-	tt.digested(func(q *want) { q.digest = sha256Of([]byte("another body")) })
+	tt.digested(func(q *fileRequest) { q.digest = sha256Of([]byte("another body")) })
 	tt.get("/api/r/a", "Range: bytes=100-").wantAborted()
 	tt.get("/api/r/a", "Range: bytes=-5").wantAborted()
 }

@@ -107,7 +107,7 @@ type tester struct {
 	url    string // of the server
 
 	setup  setup
-	wants  atomic.Pointer[func(*want)] // see digested
+	wants  atomic.Pointer[func(*fileRequest)] // see digested
 	front  *http.Server
 	client *http.Transport
 	dials  map[string]string // address that a test has a name for -> where it is
@@ -184,8 +184,8 @@ func (tt *tester) begin() {
 	tt.server, tt.api = s, s.wire().(*api)
 	tt.cache, tt.disk = s.cache, s.stores.disk
 	tt.useClock()
-	tt.cache.up = tt.newUpstream(s.log)
-	tt.up = tt.cache.up
+	tt.cache.upstream = tt.newUpstream(s.log)
+	tt.up = tt.cache.upstream
 	if tt.setup.objects != nil {
 		tt.cache.objects = tt.setup.objects(tt.cache.objects)
 	}
@@ -316,7 +316,7 @@ func (tt *tester) closer() func() {
 	return func() {
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel() // whatever still fills is dropped
-		server.cache.close(ctx)
+		server.cache.Close(ctx)
 		_ = server.stores.close()
 		up.Close()
 	}
@@ -335,15 +335,15 @@ func (tt *tester) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return err
 		}
-		q := want{target: t}
-		(*change)(&q)
-		return tt.cache.serve(w, r, q)
+		file := fileRequest{target: t}
+		(*change)(&file)
+		return tt.cache.serveFile(w, r, file)
 	}, writeJSONError)
 }
 
 // digested makes every request below /api/r/ one for what change makes of it,
 // as the registry asks for bodies with a digest.
-func (tt *tester) digested(change func(*want)) { tt.wants.Store(&change) }
+func (tt *tester) digested(change func(*fileRequest)) { tt.wants.Store(&change) }
 
 func (tt *tester) listen() net.Listener {
 	tt.Helper()
@@ -461,9 +461,9 @@ func (tt *tester) settle() {
 	for {
 		var wait chan struct{}
 		c.mu.Lock()
-		for _, f := range c.flights {
+		for _, f := range c.fills {
 			f.mu.Lock()
-			if !f.done && (f.complete || f.rec != nil && f.written == f.total) {
+			if !f.done && (f.complete || f.rec != nil && f.written == f.size) {
 				wait = f.changed
 			}
 			f.mu.Unlock()
@@ -480,7 +480,7 @@ func (tt *tester) settle() {
 func (tt *tester) flying() int {
 	tt.cache.mu.Lock()
 	defer tt.cache.mu.Unlock()
-	return len(tt.cache.flights)
+	return len(tt.cache.fills)
 }
 
 // filled is how many bytes of /api/r/path have arrived so far, -1 when no fill
@@ -488,8 +488,8 @@ func (tt *tester) flying() int {
 func (tt *tester) filled(path string) int64 {
 	tt.cache.mu.Lock()
 	defer tt.cache.mu.Unlock()
-	for _, f := range tt.cache.flights {
-		if f.want.path == path {
+	for _, f := range tt.cache.fills {
+		if f.file.path == path {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			return f.written
@@ -502,8 +502,8 @@ func (tt *tester) filled(path string) int64 {
 func (tt *tester) waiting(path string) int {
 	tt.cache.mu.Lock()
 	defer tt.cache.mu.Unlock()
-	for _, f := range tt.cache.flights {
-		if f.want.path == path {
+	for _, f := range tt.cache.fills {
+		if f.file.path == path {
 			return f.waiters
 		}
 	}

@@ -332,7 +332,7 @@ func (s *server) run(ctx context.Context, listener net.Listener, handler http.Ha
 	if err == nil {
 		s.drain(ended, srv)
 	}
-	s.cache.close(ended)
+	s.cache.Close(ended)
 	stop()
 	loops.Wait()
 	if err := s.stores.close(); err != nil {
@@ -389,8 +389,8 @@ func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 	for _, b := range st.backends {
 		atOnceAndEvery(checkEvery, func() { s.check(b) })
 	}
-	every(2*time.Second, func() { s.cache.flush(ctx) })
-	every(5*time.Second, func() { s.cache.evict(ctx, s.config.Load(), s.set.maxSize) })
+	every(2*time.Second, func() { s.cache.flushCounts(ctx) })
+	every(5*time.Second, func() { s.cache.evictFiles(ctx, s.config.Load(), s.set.maxSize) })
 	// It looks at all directories, which the first request is not to wait for.
 	loop(func() { s.sweep(ctx) }, time.Hour, func() { s.openData(); s.sweep(ctx) })
 	loops.Go(func() { s.watchFiles(ctx) })
@@ -402,7 +402,7 @@ func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 	}
 	if st.redis != nil {
 		every(leaseBeat, func() { s.try(ctx, "keeping leases", func() error { return st.redis.beat(ctx) }) })
-		loops.Go(func() { st.redis.watch(ctx, s.cache.changed, s.cache.missed) })
+		loops.Go(func() { st.redis.watchChanges(ctx, s.cache.onChange, s.cache.onMissedChanges) })
 	}
 	if st.hot != nil {
 		loops.Go(func() { s.retry(ctx, "finding hot copies", func() error { return st.hot.load(ctx) }) })

@@ -64,11 +64,11 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 	}
 	var online func() bool
 	if st.redis != nil {
-		online = st.redis.online
+		online = st.redis.hearsChanges
 	}
 	st.s3 = newS3Store(client, online)
 	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
-	st.hot = newTiered(st.s3, copies, set.hotSize, (&diskSpools{disk: st.disk, minFree: set.minFree}).room)
+	st.hot = newTiered(st.s3, copies, set.hotSize, (&diskSpools{disk: st.disk, minFree: set.minFree}).checkRoom)
 	st.objects = st.hot
 	st.add(&backend{name: "storage", kind: "S3 " + set.s3.String(), good: "ok", ping: func(ctx context.Context) error {
 		return errors.Join(st.disk.ping(ctx), st.s3.ping(ctx)) // spools are in DATA_DIR
@@ -156,10 +156,10 @@ type diskSpools struct {
 	shrink func(n int64) bool
 }
 
-func (d *diskSpools) spool() (*os.File, error) { return d.disk.spool() }
+func (d *diskSpools) newSpool() (*os.File, error) { return d.disk.spool() }
 
-// room: see spooler. Local copies of what S3 has make way.
-func (d *diskSpools) room(n int64) error {
+// checkRoom: see spooler. Local copies of what S3 has make way.
+func (d *diskSpools) checkRoom(n int64) error {
 	err := d.free(n)
 	if errors.Is(err, errNoSpace) && d.shrink != nil && d.shrink(n) {
 		err = d.free(n)

@@ -839,10 +839,10 @@ func TestHealthIsQuickWhateverHangs(t *testing.T) {
 	tt := c.tester()
 	ctx, leave := context.WithCancel(context.Background())
 	var hanging sync.WaitGroup
-	for i := range fillsPerRemote + 5 {
+	for i := range maxFillsPerRemote + 5 {
 		hanging.Go(func() { tt.start(ctx, "GET", fmt.Sprintf("/api/r/f%d", i), nil).leave() })
 	}
-	awaitThat(t, "every place to be taken", func() bool { return len(o.all()) == fillsPerRemote })
+	awaitThat(t, "every place to be taken", func() bool { return len(o.all()) == maxFillsPerRemote })
 	best := time.Hour
 	for range 5 {
 		began := time.Now()

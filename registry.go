@@ -127,9 +127,9 @@ func (g *registry) serve(w *response, r *http.Request) error {
 		_, _ = io.WriteString(w, "{}") // as registries write it, without a line's end
 		return nil
 	}
-	q, err := g.want(c)
+	file, err := g.want(c)
 	if err == nil {
-		err = g.cache.serve(w, r, q)
+		err = g.cache.serveFile(w, r, file)
 	}
 	if err != nil {
 		return c.explain(err)
@@ -144,25 +144,25 @@ var (
 )
 
 // want is what the cache has to find for c.
-func (g *registry) want(c *call) (want, error) {
-	var q want
+func (g *registry) want(c *call) (fileRequest, error) {
+	var file fileRequest
 	switch c.route {
 	case routeManifest:
-		q = g.manifest(c)
+		file = g.manifest(c)
 	case routeBlob:
-		q = g.blob(c)
+		file = g.blob(c)
 	case routeTags:
-		q = g.tags(c)
+		file = g.tags(c)
 	default:
-		q = g.referrers(c)
+		file = g.referrers(c)
 	}
-	q.scope = "repository:" + c.image + ":pull"
-	if len(q.wire) > maxSpelling {
-		return q, newTooLongError()
+	file.scope = "repository:" + c.image + ":pull"
+	if len(file.wire) > maxSpelling {
+		return file, newTooLongError()
 	}
 	var err error
-	q.class, q.builtin, err = c.remote.classifyPath(q.path)
-	return q, err
+	file.class, file.builtin, err = c.remote.classifyPath(file.path)
+	return file, err
 }
 
 // target is c's file: path is what patterns see. Registries are asked with ":"
@@ -177,10 +177,10 @@ func (c *call) target(path string) target {
 }
 
 // manifest wants a manifest, by tag or by digest.
-func (g *registry) manifest(c *call) want {
-	return want{
+func (g *registry) manifest(c *call) fileRequest {
+	return fileRequest{
 		target: c.target(c.image + "/manifests/" + c.ref), accept: acceptManifests, digest: c.digest,
-		limit: maxManifest, whole: true, staleOn429: true, note: noteDigest,
+		maxBytes: maxManifest, needsWholeBody: true, staleOn429: true, note: noteDigest,
 		check: func(ctx context.Context, rec *record, body io.ReaderAt) error {
 			return g.checkManifest(ctx, c, rec, body)
 		},
@@ -189,23 +189,23 @@ func (g *registry) manifest(c *call) want {
 }
 
 // blob wants a blob: one copy for all images of the remote that have it.
-func (g *registry) blob(c *call) want {
-	q := want{target: c.target(c.image + "/blobs/" + c.ref), digest: c.digest, shared: true, dress: c.dress}
-	q.spelling = "blobs/" + c.ref
-	q.size = g.sizes.get(c.sizeKey(c.digest))
-	return q
+func (g *registry) blob(c *call) fileRequest {
+	file := fileRequest{target: c.target(c.image + "/blobs/" + c.ref), digest: c.digest, sharedKey: true, dress: c.dress}
+	file.spelling = "blobs/" + c.ref
+	file.knownSize = g.sizes.get(c.sizeKey(c.digest))
+	return file
 }
 
 // tags wants a page of a list of tags.
-func (g *registry) tags(c *call) want {
+func (g *registry) tags(c *call) fileRequest {
 	// An empty repository's list is null at some registries.
-	return want{target: c.target(c.image + "/tags/list"), accept: typeJSON, limit: maxList, whole: true,
+	return fileRequest{target: c.target(c.image + "/tags/list"), accept: typeJSON, maxBytes: maxList, needsWholeBody: true,
 		staleOn429: true, note: notePages, check: checkList("tags"), dress: c.dress}
 }
 
 // referrers wants the manifests that refer to a digest.
-func (g *registry) referrers(c *call) want {
-	return want{target: c.target(c.image + "/referrers/" + c.ref), accept: acceptManifests, limit: maxList, whole: true,
+func (g *registry) referrers(c *call) fileRequest {
+	return fileRequest{target: c.target(c.image + "/referrers/" + c.ref), accept: acceptManifests, maxBytes: maxList, needsWholeBody: true,
 		staleOn429: true, staleOn5xx: true, note: notePages, check: checkList("manifests"), dress: c.dress,
 		ask: func(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
 			return g.askReferrers(ctx, c, req)
@@ -216,14 +216,14 @@ func (g *registry) referrers(c *call) want {
 // at registries without one, or else there are none. Denials, 429 and failures
 // are no such answer.
 func (g *registry) askReferrers(ctx context.Context, c *call, req upstreamRequest) (*upstreamResponse, error) {
-	resp, err := g.cache.up.send(ctx, req)
+	resp, err := g.cache.upstream.send(ctx, req)
 	if err != nil || !none(resp.StatusCode) {
 		return resp, err
 	}
 	resp.discardBody()
 	algorithm, sum, _ := strings.Cut(c.digest, ":")
 	req.wire = "v2/" + c.image + "/manifests/" + algorithm + "-" + sum[:64]
-	resp, err = g.cache.up.send(ctx, req)
+	resp, err = g.cache.upstream.send(ctx, req)
 	if err != nil || !none(resp.StatusCode) {
 		return resp, err
 	}
@@ -344,7 +344,7 @@ func (g *registry) checkManifest(ctx context.Context, c *call, rec *record, body
 	rec.Digest = digestOf(text, rec.Digest)
 	t := c.target(c.image + "/manifests/" + rec.Digest)
 	t.class = immutable
-	g.cache.storeAs(ctx, t, rec, body)
+	g.cache.storeUnderSecondKey(ctx, t, rec, body)
 	return nil
 }
 
@@ -370,7 +370,7 @@ func (m *manifest) mediaType(upstream string) string {
 	if strings.HasPrefix(upstream, "application/vnd.") {
 		return upstream
 	}
-	if _, _, err := mime.ParseMediaType(m.MediaType); err == nil && bounded(m.MediaType) != "" {
+	if _, _, err := mime.ParseMediaType(m.MediaType); err == nil && boundedHeader(m.MediaType) != "" {
 		return m.MediaType
 	}
 	switch {
@@ -387,12 +387,12 @@ func (m *manifest) mediaType(upstream string) string {
 // digestOf is the digest of a tag's manifest: by SHA-256, unless upstream knows
 // it by its SHA-512. What upstream says otherwise does not count.
 func digestOf(text []byte, upstream string) string {
-	s := newSums(upstream)
-	s.write(text)
-	if upstream != "" && s.verify(upstream) == nil {
+	s := newBodyHash(upstream)
+	s.Write(text)
+	if upstream != "" && s.verifyDigest(upstream) == nil {
 		return upstream
 	}
-	return "sha256:" + s.hex()
+	return "sha256:" + s.sumHex()
 }
 
 // remember keeps the sizes of an image's blobs for HEAD.

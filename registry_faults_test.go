@@ -313,8 +313,8 @@ func TestRegistryWithoutASpool(t *testing.T) {
 // noSpools is a full disk.
 type noSpools struct{}
 
-func (noSpools) spool() (*os.File, error) { return nil, errNoSpace }
-func (noSpools) room(int64) error         { return errNoSpace }
+func (noSpools) newSpool() (*os.File, error) { return nil, errNoSpace }
+func (noSpools) checkRoom(int64) error       { return errNoSpace }
 
 // The link of a list is cut off with its tags, or not at all.
 func TestRegistryLinkThatCannotBeKept(t *testing.T) {

@@ -136,7 +136,7 @@ func FuzzRegistryPath(f *testing.F) {
 		if c.route == routePing {
 			return
 		}
-		q, err := g.want(c)
+		file, err := g.want(c)
 		if err != nil {
 			if statusOf(err) != http.StatusRequestURITooLong {
 				t.Fatalf("%q: error %v", s, err)
@@ -144,24 +144,24 @@ func FuzzRegistryPath(f *testing.F) {
 			return
 		}
 		for _, bad := range []string{"..", "//", "\\", " ", "\x00", "\n", "%2F", "%2f", "#"} {
-			path, _, _ := strings.Cut(q.wire, "?")
+			path, _, _ := strings.Cut(file.wire, "?")
 			if strings.Contains(path, bad) {
-				t.Fatalf("%q: wire %q", s, q.wire)
+				t.Fatalf("%q: wire %q", s, file.wire)
 			}
 		}
-		if wire, err := joinURL(q.remote.origins[0].url, q.wire); err != nil || wire.String() != q.remote.origins[0].url.String()+"/"+q.wire {
-			t.Fatalf("%q: %q goes out as %v, %v", s, q.wire, wire, err)
+		if wire, err := joinURL(file.remote.origins[0].url, file.wire); err != nil || wire.String() != file.remote.origins[0].url.String()+"/"+file.wire {
+			t.Fatalf("%q: %q goes out as %v, %v", s, file.wire, wire, err)
 		}
 		if query, _ := url.ParseQuery(c.query); query.Has("ns") {
 			t.Fatalf("%q: the query %q has ns", s, c.query)
 		}
 		// The canonical shape is the same call.
-		again, err := parseCall(cfg, &url.URL{Path: "/" + c.remote.name + "/" + "v2/" + q.path, RawQuery: c.query})
+		again, err := parseCall(cfg, &url.URL{Path: "/" + c.remote.name + "/" + "v2/" + file.path, RawQuery: c.query})
 		if err != nil {
 			t.Fatalf("%q: its canonical shape fails: %v", s, err)
 		}
-		if w, err := g.want(again); err != nil || w.target != q.target {
-			t.Fatalf("%q is %+v, its canonical shape %+v (%v)", s, q.target, w.target, err)
+		if w, err := g.want(again); err != nil || w.target != file.target {
+			t.Fatalf("%q is %+v, its canonical shape %+v (%v)", s, file.target, w.target, err)
 		}
 	})
 }

@@ -147,9 +147,9 @@ func layerOf(seed string, n int) []byte {
 }
 
 func sha256Of(b []byte) string {
-	s := newSums("")
-	s.write(b)
-	return "sha256:" + s.hex()
+	s := newBodyHash("")
+	s.Write(b)
+	return "sha256:" + s.sumHex()
 }
 
 func sha512Of(b []byte) string {
@@ -395,7 +395,7 @@ func (m *mirror) stop() {
 	m.srv.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	m.cache.close(ctx)
+	m.cache.Close(ctx)
 	for _, end := range m.ends {
 		end()
 	}
@@ -894,7 +894,7 @@ func TestRegistryRefusalsOfManyImages(t *testing.T) {
 func (m *mirror) storing() bool {
 	m.cache.mu.Lock()
 	defer m.cache.mu.Unlock()
-	for _, f := range m.cache.flights {
+	for _, f := range m.cache.fills {
 		f.mu.Lock()
 		complete := f.complete
 		f.mu.Unlock()
@@ -910,7 +910,7 @@ func (m *mirror) waiters(spelling string) int {
 	key := target{remote: m.reg.config().remotes["reg"], spelling: spelling}.key()
 	m.cache.mu.Lock()
 	defer m.cache.mu.Unlock()
-	if f := m.cache.flights[key]; f != nil {
+	if f := m.cache.fills[key]; f != nil {
 		return f.waiters
 	}
 	return 0

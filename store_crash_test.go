@@ -710,10 +710,10 @@ func TestIndexSurvivesRestart(t *testing.T) {
 	x := newTestIndex(t, s.d.dir, s.d)
 	for _, spelling := range []string{"a", "b%20c", "d?q=1", "lost"} {
 		s.mustPut(spelling, spelling)
-		must(t, x.save(t.Context(), rowOf(testKey(spelling), testRecord(spelling, spelling))))
-		must(t, x.touch(t.Context(), []touch{{"r", testKey(spelling), 3, testDay.Add(time.Hour)}}))
+		must(t, x.saveRow(t.Context(), newIndexRow(testKey(spelling), testRecord(spelling, spelling))))
+		must(t, x.countUses(t.Context(), []fileUse{{"r", testKey(spelling), 3, testDay.Add(time.Hour)}}))
 	}
-	before, err := x.page(t.Context(), pageQuery{remote: "r", limit: 3})
+	before, err := x.listPage(t.Context(), pageQuery{remote: "r", limit: 3})
 	must(t, err, x.close(), s.delete(t.Context(), testKey("lost")))
 	s.mustPut("unknown", "12345")
 
@@ -722,7 +722,7 @@ func TestIndexSurvivesRestart(t *testing.T) {
 	for _, r := range before.rows {
 		it.wantRow(r)
 	}
-	it.wantRow(rowOf(testKey("unknown"), testRecord("unknown", "12345")))
+	it.wantRow(newIndexRow(testKey("unknown"), testRecord("unknown", "12345")))
 }
 
 func TestIndexIgnoresDamagedSnapshot(t *testing.T) {
@@ -732,7 +732,7 @@ func TestIndexIgnoresDamagedSnapshot(t *testing.T) {
 	for i := range 50 {
 		spelling := fmt.Sprint("f", i)
 		s.mustPut(spelling, "x")
-		must(t, x.save(t.Context(), rowOf(testKey(spelling), testRecord(spelling, "x"))))
+		must(t, x.saveRow(t.Context(), newIndexRow(testKey(spelling), testRecord(spelling, "x"))))
 	}
 	must(t, x.close())
 	name := s.d.dir + "/" + indexFile
@@ -763,29 +763,29 @@ func TestIndexLoadsBesideWriters(t *testing.T) {
 	x := newTestIndex(t, dir, walker{f: func(f func(string, *record) error) error {
 		return errors.Join(f(testKey("kept"), rec("kept")), f(testKey("gone"), rec("gone")), f(testKey("vanished"), rec("vanished")))
 	}})
-	must(t, x.touch(t.Context(), []touch{{"r", testKey("kept"), 4, testDay}}), x.close())
+	must(t, x.countUses(t.Context(), []fileUse{{"r", testKey("kept"), 4, testDay}}), x.close())
 
 	x = newEmbeddedIndex(dir, slog.New(slog.DiscardHandler))
 	ctx := t.Context()
-	newer := rowOf(testKey("kept"), testRecord("kept", "newer"))
+	newer := newIndexRow(testKey("kept"), testRecord("kept", "newer"))
 	down := walker{f: func(func(string, *record) error) error { return errStoreDown }}
 	if err := x.load(ctx, down); !errors.Is(err, errStoreDown) {
 		t.Errorf("load: %v", err)
 	}
-	if p, err := x.page(ctx, pageQuery{remote: "r", limit: 9}); err != nil || p.complete || len(p.rows) != 3 {
+	if p, err := x.listPage(ctx, pageQuery{remote: "r", limit: 9}); err != nil || p.complete || len(p.rows) != 3 {
 		t.Errorf("while the store is down: %+v, %v", p, err)
 	}
 	must(t, x.load(ctx, walker{f: func(f func(string, *record) error) error {
-		must(t, x.save(ctx, newer), x.delete(ctx, "r", testKey("gone")))
-		must(t, x.save(ctx, rowOf(testKey("came"), rec("came"))), x.flush())
-		must(t, x.touch(ctx, []touch{{"r", testKey("late"), 2, testDay}}))
+		must(t, x.saveRow(ctx, newer), x.delete(ctx, "r", testKey("gone")))
+		must(t, x.saveRow(ctx, newIndexRow(testKey("came"), rec("came"))), x.flush())
+		must(t, x.countUses(ctx, []fileUse{{"r", testKey("late"), 2, testDay}}))
 		return errors.Join(f(testKey("gone"), rec("gone")), f(testKey("kept"), rec("kept")), f(testKey("late"), rec("late")))
 	}}))
 	it := &indexTester{t, x}
 	it.wantPaths(pageQuery{remote: "r", limit: 9}, "came", "kept", "late")
 	newer.Hits, newer.LastAccess = 4, testDay
 	it.wantRow(newer)
-	late := rowOf(testKey("late"), rec("late"))
+	late := newIndexRow(testKey("late"), rec("late"))
 	late.Hits, late.LastAccess = 2, testDay
 	it.wantRow(late)
 }
@@ -802,7 +802,7 @@ func TestIndexMemory(t *testing.T) {
 	}
 	before := heap()
 	for i := range rows {
-		must(t, x.save(t.Context(), testRow("r", fmt.Sprintf("pool/main/p/package/package_%d_amd64.deb", i))))
+		must(t, x.saveRow(t.Context(), testRow("r", fmt.Sprintf("pool/main/p/package/package_%d_amd64.deb", i))))
 	}
 	if per := (heap() - before) / rows; per > 300 {
 		t.Errorf("%d bytes a row", per)
@@ -817,20 +817,20 @@ func TestFreshnessSurvivesRestart(t *testing.T) {
 	dir, log := t.TempDir(), slog.New(slog.DiscardHandler)
 	// None of these is closed: a killed process closes nothing.
 	f := newLocalFreshness(dir, time.Now, log)
-	a, b := mark{testDay, "aa"}, mark{testDay.Add(time.Hour), "bb"}
-	must(t, f.set(t.Context(), "a", b), f.set(t.Context(), "a", a), f.set(t.Context(), "b", b),
-		f.set(t.Context(), "c", b), f.delete(t.Context(), "c"))
+	a, b := freshnessMark{testDay, "aa"}, freshnessMark{testDay.Add(time.Hour), "bb"}
+	must(t, f.setMark(t.Context(), "a", b), f.setMark(t.Context(), "a", a), f.setMark(t.Context(), "b", b),
+		f.setMark(t.Context(), "c", b), f.delete(t.Context(), "c"))
 	f = newLocalFreshness(dir, time.Now, log)
 	wantMark(t, f, "a", a)
 	wantMark(t, f, "b", b)
 	wantNoMark(t, f, "c")
-	must(t, f.set(t.Context(), "c", a))
+	must(t, f.setMark(t.Context(), "c", a))
 
 	tamper(t, f.path(), func(data []byte) []byte { return data[:len(data)-3] })
 	f = newLocalFreshness(dir, time.Now, log)
 	wantMark(t, f, "b", b)
 	wantNoMark(t, f, "c")
-	must(t, f.set(t.Context(), "d", a)) // behind the damage it would be lost
+	must(t, f.setMark(t.Context(), "d", a)) // behind the damage it would be lost
 	f = newLocalFreshness(dir, time.Now, log)
 	wantMark(t, f, "a", a)
 	wantMark(t, f, "d", a)
@@ -840,14 +840,14 @@ func TestFreshnessLogIsCompacted(t *testing.T) {
 	t.Parallel()
 	f := newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
 	for i := range 5 * deadMarks {
-		must(t, f.set(t.Context(), "k", mark{testDay.Add(time.Duration(i)), "s"}))
+		must(t, f.setMark(t.Context(), "k", freshnessMark{testDay.Add(time.Duration(i)), "s"}))
 	}
 	if fi, err := os.Stat(f.path()); err != nil || fi.Size() > 50*deadMarks {
 		t.Errorf("log of %d bytes, %v", fi.Size(), err)
 	}
 	must(t, f.close())
 	f = newLocalFreshness(f.dir, time.Now, f.log)
-	wantMark(t, f, "k", mark{testDay.Add(5*deadMarks - 1), "s"})
+	wantMark(t, f, "k", freshnessMark{testDay.Add(5*deadMarks - 1), "s"})
 }
 
 func TestFreshnessWithoutDisk(t *testing.T) {
@@ -856,16 +856,16 @@ func TestFreshnessWithoutDisk(t *testing.T) {
 	must(t, os.WriteFile(blocker, nil, 0o600))
 	log, now := new(bytes.Buffer), testDay
 	f := newLocalFreshness(blocker+"/data", func() time.Time { return now }, slog.New(slog.NewTextHandler(log, nil)))
-	m := mark{testDay, "s"}
+	m := freshnessMark{testDay, "s"}
 	for range 3 {
-		must(t, f.set(t.Context(), "k", m))
+		must(t, f.setMark(t.Context(), "k", m))
 		wantMark(t, f, "k", m)
 		now = now.Add(2 * freshRetry)
 	}
 	if n := strings.Count(log.String(), "memory alone"); n != 1 {
 		t.Errorf("said %d times: %s", n, log)
 	}
-	must(t, os.Remove(blocker), f.set(t.Context(), "l", m))
+	must(t, os.Remove(blocker), f.setMark(t.Context(), "l", m))
 	f = newLocalFreshness(f.dir, time.Now, f.log)
 	wantMark(t, f, "k", m)
 	wantMark(t, f, "l", m)
@@ -956,7 +956,7 @@ func BenchmarkDiskPut(b *testing.B) {
 func BenchmarkIndexPage(b *testing.B) {
 	x := newTestIndex(b, b.TempDir(), newTestDisk(b))
 	for i := range 100_000 {
-		must(b, x.save(b.Context(), testRow("r", fmt.Sprintf("dir%d/file%d", i%100, i))))
+		must(b, x.saveRow(b.Context(), testRow("r", fmt.Sprintf("dir%d/file%d", i%100, i))))
 	}
 	for name, q := range map[string]pageQuery{
 		"Prefix":  {remote: "r", prefix: "dir50/", limit: 1000},
@@ -966,7 +966,7 @@ func BenchmarkIndexPage(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := x.page(b.Context(), q); err != nil {
+				if _, err := x.listPage(b.Context(), q); err != nil {
 					b.Fatal(err)
 				}
 			}

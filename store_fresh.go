@@ -42,7 +42,7 @@ type localFreshness struct {
 	log *slog.Logger
 
 	mu    sync.RWMutex // guards marks; never held across I/O
-	marks map[string]mark
+	marks map[string]freshnessMark
 
 	logging sync.Mutex // guards the rest; a slow disk keeps only writers waiting
 	file    *os.File   // nil: to be written anew before the next frame
@@ -52,7 +52,7 @@ type localFreshness struct {
 
 // newLocalFreshness reads the log that is there, if any.
 func newLocalFreshness(dir string, now func() time.Time, log *slog.Logger) *localFreshness {
-	l := &localFreshness{disk: newDisk(), dir: dir, now: now, log: log, marks: map[string]mark{}}
+	l := &localFreshness{disk: newDisk(), dir: dir, now: now, log: log, marks: map[string]freshnessMark{}}
 	l.load()
 	return l
 }
@@ -83,7 +83,7 @@ func (l *localFreshness) load() {
 func (l *localFreshness) restore(payload []byte) error {
 	p := fields{b: payload}
 	set, key := p.num(), p.str()
-	m := mark{At: time.Unix(0, p.num()).UTC(), SHA256: p.str()}
+	m := freshnessMark{GoodAt: time.Unix(0, p.num()).UTC(), SHA256: p.str()}
 	if p.bad || len(p.b) > 0 {
 		return errDamaged
 	}
@@ -97,7 +97,7 @@ func (l *localFreshness) restore(payload []byte) error {
 }
 
 // keep sets a mark within the bound. mu is held, or nobody else is there yet.
-func (l *localFreshness) keep(key string, m mark) {
+func (l *localFreshness) keep(key string, m freshnessMark) {
 	if _, known := l.marks[key]; !known && len(l.marks) >= maxMarks {
 		for any := range l.marks {
 			delete(l.marks, any)
@@ -107,20 +107,20 @@ func (l *localFreshness) keep(key string, m mark) {
 	l.marks[key] = m
 }
 
-// get: see freshness.
-func (l *localFreshness) get(ctx context.Context, key string) (mark, error) {
+// getMark: see freshness.
+func (l *localFreshness) getMark(ctx context.Context, key string) (freshnessMark, error) {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	m, ok := l.marks[key]
 	if !ok {
-		return mark{}, fmt.Errorf("freshness of %s: %w", key, fs.ErrNotExist)
+		return freshnessMark{}, fmt.Errorf("freshness of %s: %w", key, fs.ErrNotExist)
 	}
 	return m, nil
 }
 
-// set: see freshness. A log that fails is no error: memory has the mark.
-func (l *localFreshness) set(ctx context.Context, key string, m mark) error {
-	m.At = m.At.Round(0).UTC() // as it would be read back
+// setMark: see freshness. A log that fails is no error: memory has the mark.
+func (l *localFreshness) setMark(ctx context.Context, key string, m freshnessMark) error {
+	m.GoodAt = m.GoodAt.Round(0).UTC() // as it would be read back
 	l.mu.Lock()
 	l.keep(key, m)
 	l.mu.Unlock()
@@ -135,14 +135,14 @@ func (l *localFreshness) delete(ctx context.Context, key string) error {
 	delete(l.marks, key)
 	l.mu.Unlock()
 	if known {
-		l.append(markFrame(0, key, mark{At: time.Unix(0, 0)}))
+		l.append(markFrame(0, key, freshnessMark{GoodAt: time.Unix(0, 0)}))
 	}
 	return nil
 }
 
-func markFrame(set int64, key string, m mark) []byte {
+func markFrame(set int64, key string, m freshnessMark) []byte {
 	p := binary.AppendVarint(nil, set)
-	p = binary.AppendVarint(appendString(p, key), m.At.UnixNano())
+	p = binary.AppendVarint(appendString(p, key), m.GoodAt.UnixNano())
 	return appendFrame(nil, appendString(p, m.SHA256))
 }
 

@@ -35,8 +35,8 @@ const (
 )
 
 var (
-	_ objects   = (*tiered)(nil)
-	_ forgetter = (*tiered)(nil)
+	_ objects        = (*tiered)(nil)
+	_ cachingObjects = (*tiered)(nil)
 )
 
 // tiered implements objects in S3 with copies on disk. What is stored is
@@ -112,7 +112,7 @@ func (t *tiered) warm(ctx context.Context, key string, off int64, k kept) (*obje
 	}
 	if err != nil {
 		t.log.Debug("a local copy cannot be used", "key", key, "error", err)
-		t.forget(key)
+		t.invalidate(key)
 		return nil, nil
 	}
 	if t.cold.trusts(obj.rec.Class, k.ticket) {
@@ -142,7 +142,7 @@ func (t *tiered) recheck(ctx context.Context, key string, rec *record) (good boo
 	case errors.Is(err, errStoreDown):
 		return rec.Class == immutable, err
 	case err == nil, errors.Is(err, fs.ErrNotExist):
-		t.forget(key)
+		t.invalidate(key)
 	}
 	return false, err
 }
@@ -200,7 +200,7 @@ func (t *tiered) exchange(ctx context.Context, key string, rec *record, spool *o
 func (t *tiered) delete(ctx context.Context, key string) error {
 	err := t.cold.delete(ctx, key)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
-		t.forget(key)
+		t.invalidate(key)
 	} else {
 		t.files.confirm(key, ticket{})
 	}
@@ -212,19 +212,19 @@ func (t *tiered) walk(ctx context.Context, f func(key string, rec *record) error
 	return t.cold.walk(ctx, f)
 }
 
-// forget drops key's copy: the object was replaced or removed. The copy is not
+// invalidate drops key's copy: the object was replaced or removed. The copy is not
 // used any more when it returns; its file goes in the background.
-func (t *tiered) forget(key string) {
-	t.cold.forget(key)
+func (t *tiered) invalidate(key string) {
+	t.cold.invalidate(key)
 	if t.files.drop(key) && t.ctx.Err() == nil {
 		t.wg.Go(func() { t.remove(key) })
 	}
 }
 
-// forgetAll has S3 asked about each copy before it is used again.
-func (t *tiered) forgetAll() { t.cold.forgetAll() }
+// invalidateAll has S3 asked about each copy before it is used again.
+func (t *tiered) invalidateAll() { t.cold.invalidateAll() }
 
-func (t *tiered) refuses() bool { return t.cold.refuses() }
+func (t *tiered) refusesWrites() bool { return t.cold.refusesWrites() }
 
 // shrink frees about n bytes of disk for what needs them more, and says
 // whether it freed any.

@@ -292,7 +292,7 @@ func TestTrust(t *testing.T) {
 			b.online.Store(c.online)
 			b.advance(c.age)
 			if c.reset {
-				b.tier.forgetAll()
+				b.tier.invalidateAll()
 			}
 			b.fake.count("")
 			wantBody(t, b.mustOpen("f", 0).body, "content")
@@ -315,13 +315,13 @@ func TestAnnouncementsReachTheCopy(t *testing.T) {
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	b.read("f", "old")
 	a.putClass("f", "new", mutable)
-	b.tier.forget(testKey("f"))
+	b.tier.invalidate(testKey("f"))
 	b.read("f", "new")
 	wantBody(t, b.mustOpen("f", 0).body, "new")
 	if err := a.delete(t.Context(), testKey("f")); err != nil {
 		t.Fatal(err)
 	}
-	b.tier.forget(testKey("f"))
+	b.tier.invalidate(testKey("f"))
 	b.wantMiss("f")
 	b.wantCold("f")
 }
@@ -336,7 +336,7 @@ func TestAnnouncementsDuringACopy(t *testing.T) {
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	o := b.mustOpen("f", 0)
 	io.CopyN(io.Discard, o.body, 100_000)
-	b.tier.forget(testKey("f"))
+	b.tier.invalidate(testKey("f"))
 	io.Copy(io.Discard, o.body)
 	b.wantCold("f")
 }
@@ -447,9 +447,9 @@ type toldReplicas struct {
 	told []string
 }
 
-func (r *toldReplicas) online() bool { return !r.down }
+func (r *toldReplicas) hearsChanges() bool { return !r.down }
 
-func (r *toldReplicas) announce(_ context.Context, key string) error {
+func (r *toldReplicas) announceChange(_ context.Context, key string) error {
 	if r.down {
 		return errStoreDown
 	}
@@ -467,25 +467,25 @@ func TestChangesAreAnnounced(t *testing.T) {
 	change := func(spelling string) {
 		t.Helper()
 		rec := testRecord(spelling, "x")
-		if err := c.store(t.Context(), testKey(spelling), rec, tempSpool(t, t.TempDir(), "x")); err != nil {
+		if err := c.storeBody(t.Context(), testKey(spelling), rec, tempSpool(t, t.TempDir(), "x")); err != nil {
 			t.Fatal(err)
 		}
 	}
 	change("a")
 	r.down = true
 	change("b")
-	if err := c.remove(t.Context(), "r", testKey("a")); err != nil {
+	if err := c.removeFile(t.Context(), "r", testKey("a")); err != nil {
 		t.Fatal(err)
 	}
-	c.flush(t.Context())
+	c.flushCounts(t.Context())
 	if want := []string{testKey("a")}; !slices.Equal(r.told, want) {
 		t.Errorf("told %q, want %q", r.told, want)
 	}
 	r.down, r.told = false, nil
-	c.flush(t.Context())
-	c.flush(t.Context())
+	c.flushCounts(t.Context())
+	c.flushCounts(t.Context())
 	slices.Sort(r.told)
-	want := []string{removedMark + testKey("a"), testKey("b")}
+	want := []string{removedPrefix + testKey("a"), testKey("b")}
 	if slices.Sort(want); !slices.Equal(r.told, want) {
 		t.Errorf("told late %q, want %q", r.told, want)
 	}
@@ -501,10 +501,10 @@ func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 	fresh := newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { fresh.close() })
 	c := newCache(b.tier, nil, fresh, nil, nil, time.Now, b.store.log, newMetrics())
-	q := want{target: target{remote: &remote{name: "r"}, path: "f", spelling: "f", class: mutable}}
+	file := fileRequest{target: target{remote: &remote{name: "r"}, path: "f", spelling: "f", class: mutable}}
 	wantLookup := func(content string) {
 		t.Helper()
-		s, err := c.lookup(t.Context(), testKey("f"), q, asked{})
+		s, err := c.findCopy(t.Context(), testKey("f"), file, byteRange{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -512,14 +512,14 @@ func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 		wantBody(t, s.body, content)
 	}
 	wantLookup("old") // nobody told
-	fresh.set(t.Context(), testKey("f"), mark{At: time.Now(), SHA256: testRecord("f", "new").SHA256})
+	fresh.setMark(t.Context(), testKey("f"), freshnessMark{GoodAt: time.Now(), SHA256: testRecord("f", "new").SHA256})
 	b.fake.count("")
 	wantLookup("new")
 	b.wantRequests("GetObject", 1)
 	b.tier.wg.Wait()
 	wantLookup("new")
 	b.wantRequests()
-	fresh.set(t.Context(), testKey("f"), mark{At: time.Now(), SHA256: testRecord("f", "lost").SHA256})
+	fresh.setMark(t.Context(), testKey("f"), freshnessMark{GoodAt: time.Now(), SHA256: testRecord("f", "lost").SHA256})
 	wantLookup("new") // and not for ever
 	b.wantRequests("GetObject", 1)
 }

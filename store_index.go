@@ -84,9 +84,9 @@ func keyHash(key string) (uint64, bool) {
 	return n, err == nil && len(digits) == 16
 }
 
-func (e *entry) row(remote string) row {
+func (e *entry) row(remote string) indexRow {
 	k := e.kind.Value()
-	return row{
+	return indexRow{
 		Remote: remote, Path: e.spelling, Key: storageKey(remote, e.spelling), SHA256: hex.EncodeToString(e.sum[:]),
 		ContentType: k.contentType, Class: k.class, Size: e.size, Hits: e.hits,
 		Fetched: time.Unix(0, e.fetched).UTC(), LastAccess: time.Unix(0, e.last).UTC(),
@@ -95,7 +95,7 @@ func (e *entry) row(remote string) row {
 
 // newEntry takes a row apart. A row that was never used was used when it was
 // fetched.
-func newEntry(r row) (*entry, error) {
+func newEntry(r indexRow) (*entry, error) {
 	hash, ok := keyHash(r.Key)
 	sum, err := hex.DecodeString(r.SHA256)
 	if !ok || err != nil || len(sum) != 32 {
@@ -191,15 +191,15 @@ type embeddedIndex struct {
 	read     bool   // the snapshot was loaded
 	gen      uint32 // of the load that runs or ran last
 	gone     map[string]bool
-	late     []touch
+	late     []fileUse
 }
 
 func newEmbeddedIndex(dir string, log *slog.Logger) *embeddedIndex {
 	return &embeddedIndex{disk: newDisk(), dir: dir, log: log, shelves: map[string]*shelf{}, gone: map[string]bool{}}
 }
 
-// save: see index.
-func (x *embeddedIndex) save(ctx context.Context, r row) error {
+// saveRow: see index.
+func (x *embeddedIndex) saveRow(ctx context.Context, r indexRow) error {
 	e, err := newEntry(r)
 	if err = cmp.Or(ctx.Err(), err); err != nil {
 		return err
@@ -250,8 +250,8 @@ func (x *embeddedIndex) find(remote, key string) *entry {
 	return s.byHash[hash]
 }
 
-// touch: see index. While rows are loaded, uses of unknown ones are kept.
-func (x *embeddedIndex) touch(ctx context.Context, batch []touch) error {
+// countUses: see index. While rows are loaded, uses of unknown ones are kept.
+func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -271,20 +271,20 @@ func (x *embeddedIndex) touch(ctx context.Context, batch []touch) error {
 }
 
 // totals: see index.
-func (x *embeddedIndex) totals(ctx context.Context) (map[string]total, error) {
+func (x *embeddedIndex) totals(ctx context.Context) (map[string]remoteTotal, error) {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
-	all := map[string]total{}
+	all := map[string]remoteTotal{}
 	for name, s := range x.shelves {
 		if len(s.byHash) > 0 {
-			all[name] = total{int64(len(s.byHash)), s.bytes}
+			all[name] = remoteTotal{int64(len(s.byHash)), s.bytes}
 		}
 	}
 	return all, ctx.Err()
 }
 
-// page: see index.
-func (x *embeddedIndex) page(ctx context.Context, q pageQuery) (page, error) {
+// listPage: see index.
+func (x *embeddedIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error) {
 	q.limit = max(q.limit, 1)
 	if q.oldest {
 		return x.oldest(ctx, q)
@@ -299,7 +299,7 @@ func (x *embeddedIndex) page(ctx context.Context, q pageQuery) (page, error) {
 		}
 		return len(found) <= q.limit // one more, to see whether there is a next page
 	})
-	p := page{complete: x.isComplete()}
+	p := indexPage{complete: x.isComplete()}
 	for i := range min(len(found), q.limit) {
 		p.rows = append(p.rows, found[i].row(q.remote))
 	}
@@ -430,7 +430,7 @@ func (k *eldest) shrink() {
 
 // oldest is a page by last access. It looks at every row of the remotes asked
 // for and keeps twice the page at most. A token is a time and a key.
-func (x *embeddedIndex) oldest(ctx context.Context, q pageQuery) (page, error) {
+func (x *embeddedIndex) oldest(ctx context.Context, q pageQuery) (indexPage, error) {
 	names := []string{q.remote}
 	if q.remote == "" {
 		names = x.names()
@@ -445,11 +445,11 @@ func (x *embeddedIndex) oldest(ctx context.Context, q pageQuery) (page, error) {
 			return more
 		})
 		if err != nil {
-			return page{}, err
+			return indexPage{}, err
 		}
 	}
 	first.shrink()
-	p := page{complete: x.isComplete()}
+	p := indexPage{complete: x.isComplete()}
 	for _, a := range first.kept[:min(len(first.kept), q.limit)] {
 		p.rows = append(p.rows, a.row(a.remote))
 	}
@@ -497,7 +497,7 @@ func (x *embeddedIndex) load(ctx context.Context, from objects) error {
 
 // found takes a stored record into the index, unless the row is newer.
 func (x *embeddedIndex) found(key string, rec *record) {
-	e, err := newEntry(rowOf(key, rec))
+	e, err := newEntry(newIndexRow(key, rec))
 	if err != nil {
 		x.log.Warn("stored file is not indexed", "err", err)
 		return
@@ -530,7 +530,7 @@ func (x *embeddedIndex) finish() {
 	x.complete, x.late = true, nil
 	clear(x.gone)
 	x.mu.Unlock()
-	x.touch(context.Background(), late)
+	x.countUses(context.Background(), late)
 }
 
 func (s *shelf) unseen(gen uint32) (es []*entry) {
@@ -636,7 +636,7 @@ func (e *entry) append(b []byte, remote string) []byte {
 // decodeEntry is nil for what append did not write.
 func decodeEntry(payload []byte) (remote string, e *entry) {
 	p := fields{b: payload}
-	r := row{Remote: p.str(), Path: p.str(), SHA256: hex.EncodeToString([]byte(p.str())), ContentType: p.str()}
+	r := indexRow{Remote: p.str(), Path: p.str(), SHA256: hex.EncodeToString([]byte(p.str())), ContentType: p.str()}
 	r.Class, r.Size, r.Hits = class(p.str()), p.num(), p.num()
 	r.Fetched, r.LastAccess = time.Unix(0, p.num()), time.Unix(0, p.num())
 	if p.bad || len(p.b) > 0 {

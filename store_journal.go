@@ -41,7 +41,7 @@ var (
 
 // change is a line of the journal: one of the three.
 type change struct {
-	Save   *row      `json:"save,omitempty"`
+	Save   *indexRow `json:"save,omitempty"`
 	Delete string    `json:"delete,omitempty"` // a key
 	Uses   []use     `json:"uses,omitempty"`
 	At     time.Time `json:"at"` // when it was made
@@ -329,7 +329,7 @@ func (x *sqlIndex) replayLines(ctx context.Context, id string, n int, write bool
 
 // restore saves rows that were found to be stored, unless newer ones are
 // there. Nothing is journalled: whoever asks wants to know.
-func (x *sqlIndex) restore(ctx context.Context, rows []row) error {
+func (x *sqlIndex) restore(ctx context.Context, rows []indexRow) error {
 	return x.late(ctx, func(ctx context.Context, tx *sql.Tx) error {
 		for i := range rows {
 			if err := (&change{Save: &rows[i]}).apply(ctx, tx, true); err != nil {
@@ -341,7 +341,7 @@ func (x *sqlIndex) restore(ctx context.Context, rows []row) error {
 }
 
 // drop deletes r, unless there is a newer row in its place.
-func (x *sqlIndex) drop(ctx context.Context, r row) error {
+func (x *sqlIndex) drop(ctx context.Context, r indexRow) error {
 	return x.late(ctx, func(ctx context.Context, tx *sql.Tx) error {
 		return (&change{Delete: r.Key, At: r.Fetched}).apply(ctx, tx, true)
 	})

@@ -163,8 +163,8 @@ func (r *redisStore) localIP() string {
 	return r.ip
 }
 
-// get: see freshness. A mark that cannot be read is none.
-func (r *redisStore) get(ctx context.Context, key string) (m mark, err error) {
+// getMark: see freshness. A mark that cannot be read is none.
+func (r *redisStore) getMark(ctx context.Context, key string) (m freshnessMark, err error) {
 	err = r.do(ctx, func(ctx context.Context, c redis.Conn) error {
 		v, err := redis.String(redis.DoContext(c, ctx, "GET", r.markKey(key)))
 		if err != nil && !errors.Is(err, redis.ErrNil) {
@@ -177,14 +177,14 @@ func (r *redisStore) get(ctx context.Context, key string) (m mark, err error) {
 		return nil
 	})
 	if err != nil {
-		return mark{}, fmt.Errorf("freshness of %s: %w", key, err)
+		return freshnessMark{}, fmt.Errorf("freshness of %s: %w", key, err)
 	}
 	return m, nil
 }
 
-// set: see freshness.
-func (r *redisStore) set(ctx context.Context, key string, m mark) error {
-	value := strconv.FormatInt(m.At.UnixNano(), 10) + " " + m.SHA256
+// setMark: see freshness.
+func (r *redisStore) setMark(ctx context.Context, key string, m freshnessMark) error {
+	value := strconv.FormatInt(m.GoodAt.UnixNano(), 10) + " " + m.SHA256
 	return r.run(ctx, "SET", r.markKey(key), value, "PX", markLife.Milliseconds())
 }
 
@@ -196,15 +196,15 @@ func (r *redisStore) delete(ctx context.Context, key string) error {
 func (r *redisStore) markKey(key string) string  { return r.prefix + "fresh:" + key }
 func (r *redisStore) leaseKey(key string) string { return r.prefix + "lease:" + key }
 
-func parseMark(v string) (mark, bool) {
+func parseMark(v string) (freshnessMark, bool) {
 	at, sum, ok := strings.Cut(v, " ")
 	nanos, err := strconv.ParseInt(at, 10, 64)
-	return mark{time.Unix(0, nanos).UTC(), sum}, ok && err == nil
+	return freshnessMark{time.Unix(0, nanos).UTC(), sum}, ok && err == nil
 }
 
-// lease: see replicas. A key that this process has leased already (its fill
+// acquireLease: see replicas. A key that this process has leased already (its fill
 // was purged and goes on for its clients) is not leased again.
-func (r *redisStore) lease(ctx context.Context, key, token string) (release func(), other *filler, err error) {
+func (r *redisStore) acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error) {
 	at := r.leaseKey(key)
 	err = r.do(ctx, func(ctx context.Context, c redis.Conn) error {
 		// The address is known now that there is a connection.
@@ -233,7 +233,7 @@ func (r *redisStore) lease(ctx context.Context, key, token string) (release func
 	return release, other, nil
 }
 
-// takeLease returns the value that holds the lease: ours, another's, or none
+// acquireLease returns the value that holds the lease: ours, another's, or none
 // if the other's has just ended.
 func takeLease(ctx context.Context, c redis.Conn, at, value string) (string, error) {
 	_, err := redis.String(redis.DoContext(c, ctx, "SET", at, value, "NX", "PX", leaseLife.Milliseconds()))
@@ -248,10 +248,10 @@ func takeLease(ctx context.Context, c redis.Conn, at, value string) (string, err
 }
 
 // parseFiller reads a lease: process, token and address.
-func parseFiller(v string) *filler {
+func parseFiller(v string) *leaseHolder {
 	_, rest, _ := strings.Cut(v, " ")
 	token, addr, _ := strings.Cut(rest, " ")
-	return &filler{addr: addr, token: token}
+	return &leaseHolder{addr: addr, token: token}
 }
 
 func (r *redisStore) hold(at, value string) {
@@ -324,20 +324,20 @@ func (r *redisStore) holds(at, value string) bool {
 	return r.leases[at] == value
 }
 
-// announce: see replicas.
-func (r *redisStore) announce(ctx context.Context, key string) error {
+// announceChange: see replicas.
+func (r *redisStore) announceChange(ctx context.Context, key string) error {
 	return r.run(ctx, "PUBLISH", r.channel, r.self+" "+key)
 }
 
-// online: see replicas.
-func (r *redisStore) online() bool {
+// hearsChanges: see replicas.
+func (r *redisStore) hearsChanges() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.subscribed && r.broken == nil
 }
 
-// watch: see replicas. It connects again until ctx ends.
-func (r *redisStore) watch(ctx context.Context, changed func(key string), reset func()) {
+// watchChanges: see replicas. It connects again until ctx ends.
+func (r *redisStore) watchChanges(ctx context.Context, changed func(key string), reset func()) {
 	told := false // of an outage
 	for ctx.Err() == nil {
 		err := r.listen(ctx, changed, func() {

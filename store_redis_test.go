@@ -301,7 +301,7 @@ func (r *redisTester) listenIn() heard {
 	h := make(heard, 1000)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
-	wg.Go(func() { r.watch(ctx, func(key string) { h <- key }, func() { h <- "reset" }) })
+	wg.Go(func() { r.watchChanges(ctx, func(key string) { h <- key }, func() { h <- "reset" }) })
 	r.Cleanup(func() {
 		cancel()
 		wg.Wait()
@@ -322,9 +322,9 @@ func (h heard) want(t *testing.T, want string) {
 }
 
 // mayLease asks for a lease and wants to get it, or another to have it.
-func (r *redisTester) mayLease(key string, wantOther bool) (func(), *filler) {
+func (r *redisTester) mayLease(key string, wantOther bool) (func(), *leaseHolder) {
 	r.Helper()
-	release, other, err := r.lease(r.Context(), key, rand.Text())
+	release, other, err := r.acquireLease(r.Context(), key, rand.Text())
 	if err != nil || (other != nil) != wantOther || (release == nil) != wantOther {
 		r.Fatalf("lease %s: %v, %v; want another to have it: %v", key, other, err, wantOther)
 	}
@@ -343,8 +343,8 @@ func TestRedisMarksAreSharedAndDie(t *testing.T) {
 	f := newFakeRedis(t)
 	a, b := startRedis(t, "redis://"+f.name, "b", "1"), startRedis(t, "redis://"+f.name, "b", "2")
 	c := startRedis(t, "redis://"+f.name, "c", "3")
-	m := mark{testDay, "sum"}
-	if err := a.set(t.Context(), "k", m); err != nil {
+	m := freshnessMark{testDay, "sum"}
+	if err := a.setMark(t.Context(), "k", m); err != nil {
 		t.Fatal(err)
 	}
 	wantMark(t, b, "k", m)
@@ -365,7 +365,7 @@ func TestRedisLease(t *testing.T) {
 		t.Errorf("%+v", other)
 	}
 	b.mayLease("another", false)
-	if again, other, err := a.lease(t.Context(), "k", rand.Text()); again != nil || other != nil || err != nil {
+	if again, other, err := a.acquireLease(t.Context(), "k", rand.Text()); again != nil || other != nil || err != nil {
 		t.Errorf("its own lease is another's: %v, %v", other, err)
 	}
 	b.mayLease("k", true)
@@ -429,7 +429,7 @@ func TestRedisAnnounce(t *testing.T) {
 	t.Parallel()
 	f := newFakeRedis(t)
 	a, b := startRedis(t, "redis://"+f.name, "", "1"), startRedis(t, "redis://"+f.name, "", "2")
-	if a.online() {
+	if a.hearsChanges() {
 		t.Error("online without a subscription")
 	}
 	testAnnounce(t, a, b, f.stop, f.start)
@@ -442,7 +442,7 @@ func testAnnounce(t *testing.T, a, b *redisTester, stop, start func()) {
 	hb.want(t, "reset")
 	announce := func(from *redisTester, key string) {
 		t.Helper()
-		if err := from.announce(t.Context(), key); err != nil {
+		if err := from.announceChange(t.Context(), key); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -453,11 +453,11 @@ func testAnnounce(t *testing.T, a, b *redisTester, stop, start func()) {
 	hb.want(t, "r/3/of a")
 	ha.want(t, "r/2/of b") // and none of its own
 	stop()
-	waitUntil(t, "offline", func() bool { return !a.online() && !b.online() })
+	waitUntil(t, "offline", func() bool { return !a.hearsChanges() && !b.hearsChanges() })
 	start()
 	ha.want(t, "reset")
 	hb.want(t, "reset")
-	waitUntil(t, "online", func() bool { return a.online() && b.online() })
+	waitUntil(t, "online", func() bool { return a.hearsChanges() && b.hearsChanges() })
 	announce(a, "r/4/again")
 	hb.want(t, "r/4/again")
 }
@@ -485,9 +485,9 @@ func TestRedisDown(t *testing.T) {
 	}
 	f.stop()
 	for range 3 {
-		_, err := r.get(t.Context(), "k")
-		_, _, lerr := r.lease(t.Context(), "k", "token")
-		for _, err := range []error{err, lerr, r.set(t.Context(), "k", mark{}), r.announce(t.Context(), "k"), r.ping(t.Context())} {
+		_, err := r.getMark(t.Context(), "k")
+		_, _, lerr := r.acquireLease(t.Context(), "k", "token")
+		for _, err := range []error{err, lerr, r.setMark(t.Context(), "k", freshnessMark{}), r.announceChange(t.Context(), "k"), r.ping(t.Context())} {
 			if !errors.Is(err, errStoreDown) {
 				t.Errorf("while it is down: %v", err)
 			}
@@ -504,7 +504,7 @@ func TestRedisDown(t *testing.T) {
 	if err := r.ping(t.Context()); err != nil {
 		t.Errorf("back, and not used: %v", err)
 	}
-	if _, err := r.get(t.Context(), "k"); errors.Is(err, errStoreDown) {
+	if _, err := r.getMark(t.Context(), "k"); errors.Is(err, errStoreDown) {
 		t.Errorf("get: %v", err)
 	}
 }
@@ -515,7 +515,7 @@ func TestRedisStartedAgain(t *testing.T) {
 	f := newFakeRedis(t)
 	r := startRedis(t, "redis://"+f.name, "", "1")
 	for range 3 {
-		if err := r.set(t.Context(), "k", mark{testDay, "s"}); err != nil {
+		if err := r.setMark(t.Context(), "k", freshnessMark{testDay, "s"}); err != nil {
 			t.Fatal(err)
 		}
 		f.stop()
@@ -540,13 +540,13 @@ func TestRedisThatNeverAnswers(t *testing.T) {
 		t.Errorf("a caller in a hurry: %v, %v", err, r.broken)
 	}
 	within(t, redisWait+300*time.Millisecond, func() {
-		if _, err := r.get(t.Context(), "k"); !errors.Is(err, errStoreDown) {
+		if _, err := r.getMark(t.Context(), "k"); !errors.Is(err, errStoreDown) {
 			t.Errorf("get: %v", err)
 		}
 	})
 	within(t, 100*time.Millisecond, func() {
 		for range 100 {
-			r.get(t.Context(), "k")
+			r.getMark(t.Context(), "k")
 		}
 	})
 }
@@ -557,9 +557,9 @@ func TestRedisWatchOfSilence(t *testing.T) {
 	r := startRedis(t, "redis://"+f.name, "", "1")
 	h := r.listenIn()
 	h.want(t, "reset")
-	waitUntil(t, "online", r.online)
+	waitUntil(t, "online", r.hearsChanges)
 	f.with(func() { f.silent = true })
-	waitUntil(t, "offline", func() bool { return !r.online() })
+	waitUntil(t, "offline", func() bool { return !r.hearsChanges() })
 	f.with(func() { f.silent = false })
 	h.want(t, "reset")
 }
@@ -569,7 +569,7 @@ func TestRedisThatRefuses(t *testing.T) {
 	f := newFakeRedis(t)
 	f.refuse = "-OOM command not allowed when used memory > 'maxmemory'\r\n"
 	r := startRedis(t, "redis://"+f.name, "", "1")
-	if err := r.set(t.Context(), "k", mark{}); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "OOM") {
+	if err := r.setMark(t.Context(), "k", freshnessMark{}); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "OOM") {
 		t.Errorf("set: %v", err)
 	}
 	if err := r.ping(t.Context()); err != nil {
@@ -689,11 +689,11 @@ func TestRealRedisThatNeverAnswers(t *testing.T) {
 	h.want(t, "reset")
 	w.hush()
 	within(t, redisWait+300*time.Millisecond, func() {
-		if err := r.set(t.Context(), "k", mark{testDay, "s"}); !errors.Is(err, errStoreDown) {
+		if err := r.setMark(t.Context(), "k", freshnessMark{testDay, "s"}); !errors.Is(err, errStoreDown) {
 			t.Errorf("set: %v", err)
 		}
 	})
-	if r.online() {
+	if r.hearsChanges() {
 		t.Error("online while Redis is silent")
 	}
 	waitUntil(t, "unsubscribed", func() bool {
@@ -703,7 +703,7 @@ func TestRealRedisThatNeverAnswers(t *testing.T) {
 	})
 	w.speak()
 	h.want(t, "reset")
-	waitUntil(t, "usable again", func() bool { return r.ping(t.Context()) == nil && r.online() })
+	waitUntil(t, "usable again", func() bool { return r.ping(t.Context()) == nil && r.hearsChanges() })
 }
 
 // TestRedisServerStops runs a server of its own, for real: stopped, started

@@ -18,13 +18,13 @@ const reindexRows = 500
 
 // rebuildable is an index that reindex corrects while others write to it.
 type rebuildable interface {
-	page(ctx context.Context, q pageQuery) (page, error)
-	totals(ctx context.Context) (map[string]total, error)
+	listPage(ctx context.Context, q pageQuery) (indexPage, error)
+	totals(ctx context.Context) (map[string]remoteTotal, error)
 	// restore saves rows of what is stored, unless the one there was fetched
 	// later.
-	restore(ctx context.Context, rows []row) error
+	restore(ctx context.Context, rows []indexRow) error
 	// drop deletes a row, unless the one there was fetched later.
-	drop(ctx context.Context, r row) error
+	drop(ctx context.Context, r indexRow) error
 }
 
 var _ rebuildable = (*sqlIndex)(nil)
@@ -37,7 +37,7 @@ type reindexer struct {
 	report func(what, key string)
 	seed   maphash.Seed
 	rows   map[uint64]uint64 // of the key: of the row, until its object is found
-	due    []row             // to be restored
+	due    []indexRow        // to be restored
 }
 
 // reindex gives each stored object its row and drops rows that were there
@@ -47,14 +47,14 @@ func reindex(ctx context.Context, from objects, to rebuildable, report func(what
 	x := &reindexer{from: from, to: to, report: report, seed: maphash.MakeSeed(), rows: map[uint64]uint64{}}
 	// The rows come first: one that is saved during the run is not among them
 	// and is left alone.
-	err := x.eachRow(ctx, func(r row) error {
+	err := x.eachRow(ctx, func(r indexRow) error {
 		x.rows[x.hash(r.Key)] = x.sum(r)
 		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("reading the index: %w", err)
 	}
-	if err := from.walk(ctx, func(key string, rec *record) error { return x.found(ctx, rowOf(key, rec)) }); err != nil {
+	if err := from.walk(ctx, func(key string, rec *record) error { return x.found(ctx, newIndexRow(key, rec)) }); err != nil {
 		return fmt.Errorf("reading what is stored: %w", err)
 	}
 	if err := x.restore(ctx); err != nil {
@@ -63,7 +63,7 @@ func reindex(ctx context.Context, from objects, to rebuildable, report func(what
 	if len(x.rows) == 0 {
 		return nil
 	}
-	if err := x.eachRow(ctx, func(r row) error { return x.dropLost(ctx, r) }); err != nil {
+	if err := x.eachRow(ctx, func(r indexRow) error { return x.dropLost(ctx, r) }); err != nil {
 		return fmt.Errorf("dropping rows: %w", err)
 	}
 	return nil
@@ -72,12 +72,12 @@ func reindex(ctx context.Context, from objects, to rebuildable, report func(what
 func (x *reindexer) hash(s string) uint64 { return maphash.String(x.seed, s) }
 
 // sum is of what a row says about its object. A database keeps microseconds.
-func (x *reindexer) sum(r row) uint64 {
+func (x *reindexer) sum(r indexRow) uint64 {
 	return x.hash(fmt.Sprint(r.Path, "\n", r.SHA256, "\n", r.ContentType, "\n", r.Class, r.Size, r.Fetched.Round(time.Microsecond).UnixMicro()))
 }
 
 // eachRow calls f with all rows, some twice or not where they change meanwhile.
-func (x *reindexer) eachRow(ctx context.Context, f func(row) error) error {
+func (x *reindexer) eachRow(ctx context.Context, f func(indexRow) error) error {
 	names, err := x.to.totals(ctx)
 	if err != nil {
 		return err
@@ -85,7 +85,7 @@ func (x *reindexer) eachRow(ctx context.Context, f func(row) error) error {
 	for name := range names {
 		q := pageQuery{remote: name, limit: reindexRows}
 		for more := true; more; more = q.after != "" {
-			p, err := x.to.page(ctx, q)
+			p, err := x.to.listPage(ctx, q)
 			if err != nil {
 				return err
 			}
@@ -102,7 +102,7 @@ func (x *reindexer) eachRow(ctx context.Context, f func(row) error) error {
 
 // found takes a stored object off the list, and restores its row if it is
 // another.
-func (x *reindexer) found(ctx context.Context, r row) error {
+func (x *reindexer) found(ctx context.Context, r indexRow) error {
 	r.ContentType = clean(r.ContentType)
 	k := x.hash(r.Key)
 	sum, has := x.rows[k]
@@ -133,7 +133,7 @@ func (x *reindexer) restore(ctx context.Context) error {
 // dropLost drops r if it was there from the start, is what it was and still
 // has no object: listing what is stored takes long, and an object may have
 // been replaced under it.
-func (x *reindexer) dropLost(ctx context.Context, r row) error {
+func (x *reindexer) dropLost(ctx context.Context, r indexRow) error {
 	if sum, listed := x.rows[x.hash(r.Key)]; !listed || sum != x.sum(r) {
 		return nil
 	}

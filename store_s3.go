@@ -73,8 +73,8 @@ const (
 )
 
 var (
-	_ objects   = (*s3Store)(nil)
-	_ forgetter = (*s3Store)(nil)
+	_ objects        = (*s3Store)(nil)
+	_ cachingObjects = (*s3Store)(nil)
 
 	errS3ReadOnly = errors.New("the bucket refuses writes")
 	errS3Outage   = fmt.Errorf("%w: S3 did not answer a moment ago", errStoreDown)
@@ -141,14 +141,14 @@ func (s *s3Store) trusts(c class, t ticket) bool {
 	return s.online() || c == immutable && s.now().Sub(t.at) < recheckAfter
 }
 
-// forget drops what is known of key: it was replaced or removed.
-func (s *s3Store) forget(key string) {
+// invalidate drops what is known of key: it was replaced or removed.
+func (s *s3Store) invalidate(key string) {
 	s.change(key).Add(1)
 	s.records.drop(key)
 }
 
-// forgetAll has everything asked for again: announcements may have been missed.
-func (s *s3Store) forgetAll() { s.resets.Add(1) }
+// invalidateAll has everything asked for again: announcements may have been missed.
+func (s *s3Store) invalidateAll() { s.resets.Add(1) }
 
 // open: see objects. With a body it is one GET, whose answer decides: an
 // object that vanished is a miss though its record is known.
@@ -371,7 +371,7 @@ func (s *s3Store) store(ctx context.Context, key string, rec *record, spool *os.
 		return ticket{}, errS3Outage
 	}
 	p := s3PutInput{body: spool, size: rec.Size, sha256: rec.SHA256,
-		meta: map[string]string{s3RecordField: text}, contentType: contentType(path.Base(key), rec.ContentType)}
+		meta: map[string]string{s3RecordField: text}, contentType: contentTypeOf(path.Base(key), rec.ContentType)}
 	if rec.create {
 		p.ifNoneMatch = "*"
 	}
@@ -379,7 +379,7 @@ func (s *s3Store) store(ctx context.Context, key string, rec *record, spool *os.
 	s.wrote(err)
 	t = s.replaced(key, t) // without an answer it may have arrived all the same
 	if err := s.judge(ctx, t.at, err); errors.Is(err, errS3PreconditionFailed) {
-		return ticket{}, errExists
+		return ticket{}, errFileExists
 	} else if err != nil {
 		return ticket{}, err
 	}
@@ -411,7 +411,7 @@ func (s *s3Store) delete(ctx context.Context, key string) error {
 	}
 	began := s.now()
 	err := s.client.deleteObject(ctx, key)
-	s.forget(key)
+	s.invalidate(key)
 	return s.judge(ctx, began, err)
 }
 

@@ -97,7 +97,7 @@ func (s *s3Store) tryWrite(ctx context.Context, now time.Time) error {
 	due := !c.written && now.Sub(c.tried) >= s3TryWrite
 	c.mu.Unlock()
 	if !due {
-		if s.refuses() {
+		if s.refusesWrites() {
 			return errS3ReadOnly
 		}
 		return nil
@@ -127,8 +127,8 @@ func (s *s3Store) wrote(err error) {
 	}
 }
 
-// refuses: see forgetter.
-func (s *s3Store) refuses() bool {
+// refusesWrites: see forgetter.
+func (s *s3Store) refusesWrites() bool {
 	c := &s.check
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -173,10 +173,10 @@ func TestS3RecordsInMemory(t *testing.T) {
 	b.mustOpen("f", -1)
 	b.wantRequests()
 	b.online.Store(true)
-	b.store.forgetAll()
+	b.store.invalidateAll()
 	b.mustOpen("f", -1)
 	b.wantRequests("HeadObject", 1)
-	b.store.forget(testKey("f"))
+	b.store.invalidate(testKey("f"))
 	b.mustOpen("f", -1)
 	b.wantRequests("HeadObject", 1)
 }
@@ -462,7 +462,7 @@ func TestS3HangIsOneShortWait(t *testing.T) {
 	b.store.wait = 30 * time.Millisecond
 	b.fake.fail(always("", fakeFault{hang: true}))
 	b.fake.count("")
-	b.store.forget(testKey("f"))
+	b.store.invalidate(testKey("f"))
 	b.wantDown("f") // two opens, of which one waits
 	b.wantRequests("GetObject", 1)
 	b.wantDown("f")

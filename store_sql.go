@@ -143,8 +143,8 @@ func redact(err error, password secret) string {
 	return strings.ReplaceAll(err.Error(), string(password), password.String())
 }
 
-// save: see index.
-func (x *sqlIndex) save(ctx context.Context, r row) error {
+// saveRow: see index.
+func (x *sqlIndex) saveRow(ctx context.Context, r indexRow) error {
 	return x.change(ctx, change{Save: &r})
 }
 
@@ -153,9 +153,9 @@ func (x *sqlIndex) delete(ctx context.Context, remote, key string) error {
 	return x.change(ctx, change{Delete: key})
 }
 
-// touch: see index. A connection that is lost between the work and its answer
+// countUses: see index. A connection that is lost between the work and its answer
 // counts uses twice; they are statistics.
-func (x *sqlIndex) touch(ctx context.Context, batch []touch) error {
+func (x *sqlIndex) countUses(ctx context.Context, batch []fileUse) error {
 	for part := range slices.Chunk(batch, sqlTouches) {
 		uses := make([]use, len(part))
 		for i, t := range part {
@@ -218,15 +218,15 @@ func clean(s string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "")
 }
 
-// page: see index. It is complete unless rows wait in the journal.
-func (x *sqlIndex) page(ctx context.Context, q pageQuery) (page, error) {
+// listPage: see index. It is complete unless rows wait in the journal.
+func (x *sqlIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error) {
 	q.limit = max(q.limit, 1)
 	scan := newSQLScan(q)
-	p := page{complete: !x.journal.pending()}
+	p := indexPage{complete: !x.journal.pending()}
 	for {
 		rows, err := x.rows(ctx, scan)
 		if err != nil {
-			return page{}, err
+			return indexPage{}, err
 		}
 		for _, r := range rows {
 			if !scan.takes(r) {
@@ -321,12 +321,12 @@ func (s *sqlScan) statement() (string, []any) {
 }
 
 // behind moves on to what follows r.
-func (s *sqlScan) behind(r row) {
+func (s *sqlScan) behind(r indexRow) {
 	s.path, s.key, s.last = clean(decodePath(r.Path)), r.Key, r.LastAccess
 }
 
 // takes tells whether a row belongs on the page.
-func (s *sqlScan) takes(r row) bool {
+func (s *sqlScan) takes(r indexRow) bool {
 	path := decodePath(r.Path)
 	after, _, variant := strings.Cut(s.q.after, "\n")
 	if !s.q.oldest && !variant && after != "" && path <= after {
@@ -337,7 +337,7 @@ func (s *sqlScan) takes(r row) bool {
 
 // token is the page's next: the last row's path, with its key only when the
 // following row has the same path, so that tokens can be written by hand.
-func (s *sqlScan) token(last, following row) string {
+func (s *sqlScan) token(last, following indexRow) string {
 	if s.q.oldest {
 		return strconv.FormatInt(last.LastAccess.UnixMicro(), 10) + "\n" + last.Key
 	}
@@ -349,7 +349,7 @@ func (s *sqlScan) token(last, following row) string {
 }
 
 // rows reads a step.
-func (x *sqlIndex) rows(ctx context.Context, s *sqlScan) (all []row, err error) {
+func (x *sqlIndex) rows(ctx context.Context, s *sqlScan) (all []indexRow, err error) {
 	query, args := s.statement()
 	err = x.read(ctx, func(ctx context.Context, conn *sql.Conn) error {
 		all = nil // of an attempt that failed
@@ -359,7 +359,7 @@ func (x *sqlIndex) rows(ctx context.Context, s *sqlScan) (all []row, err error) 
 		}
 		defer found.Close()
 		for found.Next() {
-			var r row
+			var r indexRow
 			if err := found.Scan(&r.Key, &r.Remote, &r.Path, &r.SHA256, &r.ContentType, &r.Class, &r.Size, &r.Hits, &r.Fetched, &r.LastAccess); err != nil {
 				return err
 			}
@@ -372,9 +372,9 @@ func (x *sqlIndex) rows(ctx context.Context, s *sqlScan) (all []row, err error) 
 }
 
 // totals: see index.
-func (x *sqlIndex) totals(ctx context.Context) (all map[string]total, err error) {
+func (x *sqlIndex) totals(ctx context.Context) (all map[string]remoteTotal, err error) {
 	err = x.read(ctx, func(ctx context.Context, conn *sql.Conn) error {
-		all = map[string]total{}
+		all = map[string]remoteTotal{}
 		found, err := conn.QueryContext(ctx, sqlTotals)
 		if err != nil {
 			return err
@@ -382,7 +382,7 @@ func (x *sqlIndex) totals(ctx context.Context) (all map[string]total, err error)
 		defer found.Close()
 		for found.Next() {
 			var name string
-			var t total
+			var t remoteTotal
 			if err := found.Scan(&name, &t.Files, &t.Bytes); err != nil {
 				return err
 			}

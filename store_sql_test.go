@@ -34,7 +34,7 @@ import (
 // tests use one at a time.
 type fakePG struct {
 	mu       sync.Mutex
-	rows     map[string]row
+	rows     map[string]indexRow
 	journals map[string]int64
 	version  int
 	calls    int
@@ -43,7 +43,7 @@ type fakePG struct {
 }
 
 func newFakePG() *fakePG {
-	return &fakePG{rows: map[string]row{}, journals: map[string]int64{}, version: -1}
+	return &fakePG{rows: map[string]indexRow{}, journals: map[string]int64{}, version: -1}
 }
 
 // set changes what happens, under the lock.
@@ -63,7 +63,7 @@ func (f *fakePG) counted() int {
 	return f.calls
 }
 
-func (f *fakePG) row(key string) (row, bool) {
+func (f *fakePG) row(key string) (indexRow, bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	r, ok := f.rows[key]
@@ -210,7 +210,7 @@ func (f *fakePG) keep(query string, args []driver.Value) ([][]driver.Value, erro
 }
 
 func (f *fakePG) save(a []driver.Value) {
-	r := row{
+	r := indexRow{
 		Key: a[0].(string), Remote: a[1].(string), Path: a[3].(string), SHA256: a[4].(string), ContentType: a[5].(string),
 		Class: class(a[6].(string)), Size: a[7].(int64), Hits: a[8].(int64),
 		Fetched: a[9].(time.Time).Round(time.Microsecond), LastAccess: a[10].(time.Time).Round(time.Microsecond),
@@ -248,10 +248,10 @@ func (f *fakePG) touch(a []driver.Value) error {
 }
 
 func (f *fakePG) totals() (rows [][]driver.Value) {
-	all := map[string]total{}
+	all := map[string]remoteTotal{}
 	for _, r := range f.rows {
 		t := all[r.Remote]
-		all[r.Remote] = total{t.Files + 1, t.Bytes + r.Size}
+		all[r.Remote] = remoteTotal{t.Files + 1, t.Bytes + r.Size}
 	}
 	for name, t := range all {
 		rows = append(rows, []driver.Value{name, t.Files, t.Bytes})
@@ -261,13 +261,13 @@ func (f *fakePG) totals() (rows [][]driver.Value) {
 
 func (f *fakePG) page(query string, a []driver.Value) (rows [][]driver.Value) {
 	byAge := query == sqlByAge || query == sqlByAgeOf
-	order := func(x, y row) int {
+	order := func(x, y indexRow) int {
 		if byAge {
 			return cmp.Or(x.LastAccess.Compare(y.LastAccess), strings.Compare(x.Key, y.Key))
 		}
 		return cmp.Or(strings.Compare(decodePath(x.Path), decodePath(y.Path)), strings.Compare(x.Key, y.Key))
 	}
-	var found []row
+	var found []indexRow
 	for _, r := range f.rows {
 		path := decodePath(r.Path)
 		switch {
@@ -327,10 +327,10 @@ func (s *sqlTester) must(err error) {
 	}
 }
 
-func (s *sqlTester) save(spelling string) row {
+func (s *sqlTester) save(spelling string) indexRow {
 	s.Helper()
 	r := testRow("r", spelling)
-	s.must(s.sqlIndex.save(s.Context(), r))
+	s.must(s.sqlIndex.saveRow(s.Context(), r))
 	return r
 }
 
@@ -382,7 +382,7 @@ func TestSQLSurvivesTextThatIsNone(t *testing.T) {
 		{pattern: regexp.MustCompile("^[a-z]")}: "a z",
 	} {
 		q.remote, q.limit = "r", 10
-		p, err := s.page(t.Context(), *q)
+		p, err := s.listPage(t.Context(), *q)
 		var got []string
 		for _, r := range p.rows {
 			got = append(got, r.Path)
@@ -419,12 +419,12 @@ func TestSQLScanIsBounded(t *testing.T) {
 		return nil
 	})
 	before := s.db.counted()
-	p, err := s.page(t.Context(), pageQuery{remote: "r", limit: 10000, pattern: regexp.MustCompile("7$")})
+	p, err := s.listPage(t.Context(), pageQuery{remote: "r", limit: 10000, pattern: regexp.MustCompile("7$")})
 	if err != nil || len(p.rows) != 201 || s.db.counted()-before != 3 {
 		t.Errorf("%d rows with %d statements, %v", len(p.rows), s.db.counted()-before, err)
 	}
 	before = s.db.counted()
-	p, err = s.page(t.Context(), pageQuery{remote: "r", limit: 5})
+	p, err = s.listPage(t.Context(), pageQuery{remote: "r", limit: 5})
 	if err != nil || len(p.rows) != 5 || p.next != "f00004" || s.db.counted()-before != 1 {
 		t.Errorf("a page costs %d statements: %+v, %v", s.db.counted()-before, p.next, err)
 	}
@@ -440,9 +440,9 @@ func TestSQLDownIsJournalledInOrder(t *testing.T) {
 	s.save("c")
 	s.must(s.delete(t.Context(), "r", b.Key))
 	s.save("b")
-	s.must(s.touch(t.Context(), []touch{{"r", b.Key, 3, testDay.Add(time.Hour)}}))
+	s.must(s.countUses(t.Context(), []fileUse{{"r", b.Key, 3, testDay.Add(time.Hour)}}))
 	s.wantRows("a")
-	for _, err := range []error{second(s.page(t.Context(), pageQuery{remote: "r", limit: 1})), second(s.totals(t.Context())), s.ping(t.Context())} {
+	for _, err := range []error{second(s.listPage(t.Context(), pageQuery{remote: "r", limit: 1})), second(s.totals(t.Context())), s.ping(t.Context())} {
 		if !errors.Is(err, errStoreDown) {
 			t.Errorf("reading while the database is down: %v", err)
 		}
@@ -468,7 +468,7 @@ func TestSQLKnownDownAsksNothing(t *testing.T) {
 	s.save("a")
 	before := s.db.counted()
 	s.save("b")
-	s.page(t.Context(), pageQuery{remote: "r", limit: 1})
+	s.listPage(t.Context(), pageQuery{remote: "r", limit: 1})
 	s.ping(t.Context())
 	if s.replay(t.Context()) == nil || s.db.counted() != before {
 		t.Errorf("%d calls to a database that is known to be down", s.db.counted()-before)
@@ -499,7 +499,7 @@ func TestSQLChangesQueueBehindTheJournal(t *testing.T) {
 	s.at.Add(10)
 	s.must(s.ping(t.Context())) // up, and not replayed yet
 	s.must(s.delete(t.Context(), "r", r.Key))
-	if p, err := s.page(t.Context(), pageQuery{remote: "r", limit: 1}); err != nil || p.complete {
+	if p, err := s.listPage(t.Context(), pageQuery{remote: "r", limit: 1}); err != nil || p.complete {
 		t.Errorf("a page without what is journalled says it is complete: %v", err)
 	}
 	s.back()
@@ -540,7 +540,7 @@ func TestJournalIsWrittenOnce(t *testing.T) {
 			s := newSQLTester(t)
 			s.db.down()
 			r := s.save("a")
-			s.must(s.touch(t.Context(), []touch{{"r", r.Key, 2, testDay}}))
+			s.must(s.countUses(t.Context(), []fileUse{{"r", r.Key, 2, testDay}}))
 			s.at.Add(10)
 			stop(s.db)
 			if err := s.replay(t.Context()); !errors.Is(err, errStoreDown) {
@@ -600,7 +600,7 @@ func TestJournalPassesOverWhatIsRefused(t *testing.T) {
 	if s.save("f999"); s.known() != nil {
 		t.Error("a refused row is taken for an outage")
 	}
-	if err := s.sqlIndex.save(t.Context(), testRow("r", "f007")); err == nil || errors.Is(err, errStoreDown) {
+	if err := s.sqlIndex.saveRow(t.Context(), testRow("r", "f007")); err == nil || errors.Is(err, errStoreDown) {
 		t.Errorf("a refused row: %v", err)
 	}
 }
@@ -646,12 +646,12 @@ func TestJournalIsBounded(t *testing.T) {
 	s.save("a")
 	name := filepath.Join(s.dir, journalFile)
 	s.must(os.Truncate(name, maxJournalUses+1))
-	s.must(s.touch(t.Context(), []touch{{"r", "r/0/a", 1, testDay}}))
+	s.must(s.countUses(t.Context(), []fileUse{{"r", "r/0/a", 1, testDay}}))
 	if info, err := os.Stat(name); err != nil || info.Size() != maxJournalUses+1 {
 		t.Errorf("uses fill the journal: %v, %v", info, err)
 	}
 	s.must(os.Truncate(name, maxJournal-10))
-	err := s.sqlIndex.save(t.Context(), testRow("r", "b"))
+	err := s.sqlIndex.saveRow(t.Context(), testRow("r", "b"))
 	if !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "reindex") {
 		t.Errorf("a full journal: %v", err)
 	}
@@ -663,7 +663,7 @@ func TestJournalThatCannotBeWritten(t *testing.T) {
 	s.must(os.WriteFile(filepath.Join(s.dir, "file"), nil, 0o600))
 	s.journal = newJournal(filepath.Join(s.dir, "file"))
 	s.db.down()
-	if err := s.sqlIndex.save(t.Context(), testRow("r", "a")); !errors.Is(err, errStoreDown) || errors.Is(err, fs.ErrNotExist) {
+	if err := s.sqlIndex.saveRow(t.Context(), testRow("r", "a")); !errors.Is(err, errStoreDown) || errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("save: %v", err)
 	}
 	s.must(errors.Join(s.sqlIndex.close()))
@@ -674,14 +674,14 @@ func TestSQLCallerThatLeaves(t *testing.T) {
 	s := newSQLTester(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := s.page(ctx, pageQuery{remote: "r", limit: 1}); !errors.Is(err, context.Canceled) {
+	if _, err := s.listPage(ctx, pageQuery{remote: "r", limit: 1}); !errors.Is(err, context.Canceled) {
 		t.Errorf("page: %v", err)
 	}
 	if s.known() != nil {
 		t.Error("a client that left is taken for an outage")
 	}
 	// The object is stored: its row has to follow.
-	s.must(s.sqlIndex.save(ctx, testRow("r", "a")))
+	s.must(s.sqlIndex.saveRow(ctx, testRow("r", "a")))
 	s.wantRows("a")
 }
 
@@ -761,18 +761,18 @@ func testReindex(t *testing.T, x *sqlIndex) {
 	for i := range reindexRows + 20 {
 		stored.add(fmt.Sprintf("missing%04d", i), "x")
 	}
-	must(x.save(t.Context(), rowOf(testKey("same"), stored.add("same", "x"))))
-	must(x.touch(t.Context(), []touch{{"r", testKey("same"), 5, testDay}}))
-	must(x.save(t.Context(), testRow("r", "stale")))
+	must(x.saveRow(t.Context(), newIndexRow(testKey("same"), stored.add("same", "x"))))
+	must(x.countUses(t.Context(), []fileUse{{"r", testKey("same"), 5, testDay}}))
+	must(x.saveRow(t.Context(), testRow("r", "stale")))
 	stored.add("stale", "other content").Fetched = testDay.Add(time.Hour)
 	for i := range reindexRows + 20 {
-		must(x.save(t.Context(), testRow("r", fmt.Sprintf("lost%04d", i))))
+		must(x.saveRow(t.Context(), testRow("r", fmt.Sprintf("lost%04d", i))))
 	}
 	stored.walked = func() { // what replicas write meanwhile
-		must(x.save(t.Context(), testRow("r", "news")))
+		must(x.saveRow(t.Context(), testRow("r", "news")))
 		again := testRow("r", "lost0003")
 		again.Fetched = testDay.Add(time.Minute)
-		must(x.save(t.Context(), again))
+		must(x.saveRow(t.Context(), again))
 	}
 	n := map[string]int{}
 	must(reindex(t.Context(), &stored, x, func(what, key string) { n[what]++ }))
@@ -783,7 +783,7 @@ func testReindex(t *testing.T, x *sqlIndex) {
 	if len(paths) != reindexRows+24 || !slices.Contains(paths, "news") || !slices.Contains(paths, "lost0003") {
 		t.Errorf("%d rows", len(paths))
 	}
-	p, err := x.page(t.Context(), pageQuery{remote: "r", prefix: "same", limit: 1})
+	p, err := x.listPage(t.Context(), pageQuery{remote: "r", prefix: "same", limit: 1})
 	if err != nil || p.rows[0].Hits != 5 {
 		t.Errorf("uses are lost: %v, %+v", err, p.rows)
 	}
@@ -976,7 +976,7 @@ func TestPostgresReplicasStartAtOnce(t *testing.T) {
 			if err := x.ping(t.Context()); err != nil {
 				t.Errorf("ping: %v", err)
 			}
-			if err := x.save(t.Context(), testRow("r", fmt.Sprint("f", i))); err != nil || x.journal.pending() {
+			if err := x.saveRow(t.Context(), testRow("r", fmt.Sprint("f", i))); err != nil || x.journal.pending() {
 				t.Errorf("save: %v", err)
 			}
 		})
@@ -1158,12 +1158,12 @@ func TestPostgresTotalsBesideManyWriters(t *testing.T) {
 		x := startSQL(t, set)
 		for w := range 3 {
 			wg.Go(func() {
-				var uses []touch
+				var uses []fileUse
 				for i := range 40 {
 					r := testRow("r", fmt.Sprint("f", i))
 					r.Size = int64(i + w)
-					uses = append(uses, touch{"r", r.Key, 1, testDay})
-					if err := errors.Join(x.save(t.Context(), r), x.touch(t.Context(), uses)); err != nil || x.journal.pending() {
+					uses = append(uses, fileUse{"r", r.Key, 1, testDay})
+					if err := errors.Join(x.saveRow(t.Context(), r), x.countUses(t.Context(), uses)); err != nil || x.journal.pending() {
 						t.Errorf("%v", err)
 					}
 					if i%3 == 0 {
@@ -1175,8 +1175,8 @@ func TestPostgresTotalsBesideManyWriters(t *testing.T) {
 	}
 	wg.Wait()
 	x := startSQL(t, set)
-	var want total
-	p, err := x.page(t.Context(), pageQuery{remote: "r", limit: 100})
+	var want remoteTotal
+	p, err := x.listPage(t.Context(), pageQuery{remote: "r", limit: 100})
 	for _, r := range p.rows {
 		want.Files++
 		want.Bytes += r.Size
@@ -1208,13 +1208,13 @@ func TestPostgresOddValues(t *testing.T) {
 	x := startSQL(t, set)
 	r := testRow("r", "%F0%9F%98%80/"+strings.Repeat("%C3%A9", 300))
 	r.ContentType = "bad\xff\x00type"
-	if err := x.save(t.Context(), r); err != nil {
+	if err := x.saveRow(t.Context(), r); err != nil {
 		t.Fatal(err)
 	}
 	(&indexTester{t, x}).wantPaths(pageQuery{remote: "r", prefix: "\U0001F600/é", limit: 1}, r.Path)
 	for _, q := range []pageQuery{{prefix: "\xf0"}, {prefix: "\x00"}, {after: "\xff\x00"}, {after: "a\n\x00"}, {after: "1\n\xff", oldest: true}} {
 		q.remote, q.limit = "r", 1
-		if _, err := x.page(t.Context(), q); err != nil {
+		if _, err := x.listPage(t.Context(), q); err != nil {
 			t.Errorf("%+v: %v", q, err)
 		}
 	}

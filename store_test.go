@@ -443,26 +443,26 @@ type indexTester struct {
 
 var testDay = time.Date(2024, 5, 6, 7, 8, 9, 0, time.UTC)
 
-func testRow(remote, spelling string) row {
+func testRow(remote, spelling string) indexRow {
 	rec := testRecord(spelling, "content of "+spelling)
-	return row{
+	return indexRow{
 		Remote: remote, Path: spelling, Key: storageKey(remote, spelling), SHA256: rec.SHA256,
 		ContentType: "text/plain", Class: immutable, Size: rec.Size, Fetched: testDay, LastAccess: testDay,
 	}
 }
 
-func (x *indexTester) save(rows ...row) {
+func (x *indexTester) save(rows ...indexRow) {
 	x.t.Helper()
 	for _, r := range rows {
-		if err := x.index.save(x.t.Context(), r); err != nil {
+		if err := x.index.saveRow(x.t.Context(), r); err != nil {
 			x.t.Fatalf("save %s: %v", r.Path, err)
 		}
 	}
 }
 
-func (x *indexTester) page(q pageQuery) page {
+func (x *indexTester) page(q pageQuery) indexPage {
 	x.t.Helper()
-	p, err := x.index.page(x.t.Context(), q)
+	p, err := x.index.listPage(x.t.Context(), q)
 	if err != nil || !p.complete {
 		x.t.Fatalf("page %+v: %v, complete %v", q, err, p.complete)
 	}
@@ -499,7 +499,7 @@ func (x *indexTester) wantPaths(q pageQuery, want ...string) {
 	}
 }
 
-func (x *indexTester) wantRow(want row) {
+func (x *indexTester) wantRow(want indexRow) {
 	x.t.Helper()
 	rows := x.page(pageQuery{remote: want.Remote, prefix: decodePath(want.Path), limit: 1}).rows
 	if len(rows) != 1 {
@@ -642,16 +642,16 @@ func testIndexTouch(x *indexTester) {
 	r := testRow("r", "f")
 	x.save(r)
 	late := testDay.Add(time.Hour)
-	err := x.touch(x.t.Context(), []touch{
+	err := x.countUses(x.t.Context(), []fileUse{
 		{"r", r.Key, 2, late},
 		{"r", storageKey("r", "unknown"), 1, late},
 		{"nobody", storageKey("nobody", "f"), 1, late},
 	})
 	if err == nil {
-		err = x.touch(x.t.Context(), []touch{{"r", r.Key, 3, testDay.Add(-time.Hour)}})
+		err = x.countUses(x.t.Context(), []fileUse{{"r", r.Key, 3, testDay.Add(-time.Hour)}})
 	}
 	if err == nil {
-		err = x.touch(x.t.Context(), nil)
+		err = x.countUses(x.t.Context(), nil)
 	}
 	if err != nil {
 		x.t.Fatal(err)
@@ -662,7 +662,7 @@ func testIndexTouch(x *indexTester) {
 }
 
 func testIndexTotals(x *indexTester) {
-	want := func(want map[string]total) {
+	want := func(want map[string]remoteTotal) {
 		x.t.Helper()
 		if got, err := x.totals(x.t.Context()); err != nil || !maps.Equal(got, want) {
 			x.t.Errorf("totals %v, %v; want %v", got, err, want)
@@ -671,13 +671,13 @@ func testIndexTotals(x *indexTester) {
 	a, b, c := testRow("r", "a"), testRow("r", "b?q"), testRow("s", "c")
 	a.Size, b.Size, c.Size = 100, 20, 0
 	x.save(a, b, c)
-	want(map[string]total{"r": {2, 120}, "s": {1, 0}})
+	want(map[string]remoteTotal{"r": {2, 120}, "s": {1, 0}})
 	a.Size = 7
 	x.save(a)
-	want(map[string]total{"r": {2, 27}, "s": {1, 0}})
+	want(map[string]remoteTotal{"r": {2, 27}, "s": {1, 0}})
 	x.delete(x.t.Context(), "r", a.Key)
 	x.delete(x.t.Context(), "s", c.Key)
-	want(map[string]total{"r": {1, 20}})
+	want(map[string]remoteTotal{"r": {1, 20}})
 }
 
 func testIndexOldest(x *indexTester) {
@@ -695,7 +695,7 @@ func testIndexOldest(x *indexTester) {
 		x.wantPaths(pageQuery{oldest: true, limit: limit}, all...)
 		x.wantPaths(pageQuery{oldest: true, remote: "r", limit: limit}, even...)
 	}
-	x.touch(x.t.Context(), []touch{{"r", storageKey("r", all[0]), 1, testDay.Add(time.Hour)}})
+	x.countUses(x.t.Context(), []fileUse{{"r", storageKey("r", all[0]), 1, testDay.Add(time.Hour)}})
 	x.wantPaths(pageQuery{oldest: true, limit: 50}, append(all[1:], all[0])...)
 	for _, name := range []string{"t", "u"} { // the same time
 		for _, p := range variants(5) {
@@ -733,10 +733,10 @@ func testIndexConcurrent(x *indexTester) {
 		wg.Go(func() {
 			for i := range 50 {
 				r := testRow("r", fmt.Sprintf("f%d-%d", w, i))
-				if err := x.index.save(ctx, r); err != nil {
+				if err := x.index.saveRow(ctx, r); err != nil {
 					x.t.Errorf("save: %v", err)
 				}
-				x.touch(ctx, []touch{{"r", r.Key, 1, testDay}})
+				x.countUses(ctx, []fileUse{{"r", r.Key, 1, testDay}})
 				if i%2 == 0 {
 					x.delete(ctx, "r", r.Key)
 				}
@@ -744,8 +744,8 @@ func testIndexConcurrent(x *indexTester) {
 		})
 		wg.Go(func() {
 			for range 20 {
-				p, err := x.index.page(ctx, pageQuery{remote: "r", limit: 50, oldest: w%2 == 0})
-				if err != nil || w%2 == 1 && !slices.IsSortedFunc(p.rows, func(a, b row) int { return strings.Compare(a.Path, b.Path) }) {
+				p, err := x.index.listPage(ctx, pageQuery{remote: "r", limit: 50, oldest: w%2 == 0})
+				if err != nil || w%2 == 1 && !slices.IsSortedFunc(p.rows, func(a, b indexRow) int { return strings.Compare(a.Path, b.Path) }) {
 					x.t.Errorf("page: %v", err)
 				}
 			}
@@ -771,8 +771,8 @@ func testFreshness(t *testing.T, newFreshness func(t *testing.T) freshness) {
 		t.Parallel()
 		f := newFreshness(t)
 		for i, key := range []string{"r/0/a", "r/0/a", "r/0/b"} {
-			m := mark{testDay.Add(time.Duration(i)*time.Hour + 123456*time.Microsecond), testRecord("f", key).SHA256}
-			if err := f.set(t.Context(), key, m); err != nil {
+			m := freshnessMark{testDay.Add(time.Duration(i)*time.Hour + 123456*time.Microsecond), testRecord("f", key).SHA256}
+			if err := f.setMark(t.Context(), key, m); err != nil {
 				t.Fatal(err)
 			}
 			wantMark(t, f, key, m)
@@ -781,7 +781,7 @@ func testFreshness(t *testing.T, newFreshness func(t *testing.T) freshness) {
 			t.Fatal(err)
 		}
 		wantNoMark(t, f, "r/0/a")
-		if _, err := f.get(t.Context(), "r/0/b"); err != nil {
+		if _, err := f.getMark(t.Context(), "r/0/b"); err != nil {
 			t.Errorf("another key: %v", err)
 		}
 	})
@@ -793,8 +793,8 @@ func testFreshness(t *testing.T, newFreshness func(t *testing.T) freshness) {
 			wg.Go(func() {
 				for range 50 {
 					key := fmt.Sprint("r/0/", i%3)
-					f.set(t.Context(), key, mark{testDay, "s"})
-					f.get(t.Context(), key)
+					f.setMark(t.Context(), key, freshnessMark{testDay, "s"})
+					f.getMark(t.Context(), key)
 					f.delete(t.Context(), key)
 				}
 			})
@@ -804,17 +804,17 @@ func testFreshness(t *testing.T, newFreshness func(t *testing.T) freshness) {
 	})
 }
 
-func wantMark(t testing.TB, f freshness, key string, want mark) {
+func wantMark(t testing.TB, f freshness, key string, want freshnessMark) {
 	t.Helper()
-	got, err := f.get(t.Context(), key)
-	if err != nil || !got.At.Equal(want.At) || got.SHA256 != want.SHA256 {
+	got, err := f.getMark(t.Context(), key)
+	if err != nil || !got.GoodAt.Equal(want.GoodAt) || got.SHA256 != want.SHA256 {
 		t.Errorf("mark of %s: %v, %v; want %v", key, got, err, want)
 	}
 }
 
 func wantNoMark(t testing.TB, f freshness, key string) {
 	t.Helper()
-	if m, err := f.get(t.Context(), key); !errors.Is(err, fs.ErrNotExist) {
+	if m, err := f.getMark(t.Context(), key); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("mark of %s: %v, %v; want none", key, m, err)
 	}
 }
