@@ -65,7 +65,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case "artifacts":
 		h = func(w *response, r *http.Request) error { return a.serveArtifacts(w, r, rest) }
 	default:
-		h = a.endpoint(p)
+		h = a.fixedEndpoint(p)
 	}
 	if a.origin.Check(r) != nil { // reading passes
 		h = func(*response, *http.Request) error {
@@ -93,8 +93,8 @@ func isRegistryPath(p string) bool {
 	return second == "v2" && first != "api" && first != "artifacts"
 }
 
-// endpoint finds the handler of a fixed path.
-func (a *api) endpoint(p string) handler {
+// fixedEndpoint finds the handler of a fixed path.
+func (a *api) fixedEndpoint(p string) handler {
 	var h handler
 	switch p {
 	case "/":
@@ -109,15 +109,15 @@ func (a *api) endpoint(p string) handler {
 		return func(*response, *http.Request) error { return newProblem(http.StatusNotFound, "no such path") }
 	}
 	return func(w *response, r *http.Request) error {
-		if err := allow(r, http.MethodGet, http.MethodHead); err != nil {
+		if err := allowMethods(r, http.MethodGet, http.MethodHead); err != nil {
 			return err
 		}
 		return h(w, r)
 	}
 }
 
-// allow refuses every method but those.
-func allow(r *http.Request, methods ...string) error {
+// allowMethods refuses every method but those.
+func allowMethods(r *http.Request, methods ...string) error {
 	for _, m := range methods {
 		if r.Method == m {
 			return nil
@@ -151,14 +151,14 @@ func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	case writable && r.Method == http.MethodDelete:
 		return a.serveLocalDelete(w, r, t)
 	case writable:
-		return allow(r, http.MethodGet, http.MethodHead, http.MethodPut, http.MethodDelete)
+		return allowMethods(r, http.MethodGet, http.MethodHead, http.MethodPut, http.MethodDelete)
 	}
-	return allow(r, http.MethodGet, http.MethodHead)
+	return allowMethods(r, http.MethodGet, http.MethodHead)
 }
 
 // serveLocalDelete removes a file of a local repository.
 func (a *api) serveLocalDelete(w *response, r *http.Request, t target) error {
-	if err := a.authorize(r, t.remote.writeToken); err != nil {
+	if err := a.authorizeWrite(r, t.remote.writeToken); err != nil {
 		return err
 	}
 	if t.spelling == "" {
@@ -177,7 +177,7 @@ func (a *api) purgeKey(w *response, r *http.Request, t target) error {
 
 // servePut stores a file of a local repository (SPEC.md section 9).
 func (a *api) servePut(w *response, r *http.Request, t target) error {
-	if err := a.authorize(r, t.remote.writeToken); err != nil {
+	if err := a.authorizeWrite(r, t.remote.writeToken); err != nil {
 		return err
 	}
 	if t.spelling == "" {
@@ -186,7 +186,7 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 	if r.Header.Get("Content-Range") != "" { // RFC 9110 section 14.5: a piece is not the file
 		return newProblem(http.StatusBadRequest, "a part of a file cannot be stored: send all of it, without Content-Range")
 	}
-	sums, err := promised(r.Header)
+	sums, err := parseDeclaredDigests(r.Header)
 	if err != nil {
 		return err
 	}
@@ -208,15 +208,15 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 // fails at the end of a body that is another than was promised.
 type uploadBody struct {
 	io.Reader
-	w    *response
-	now  func() time.Time
-	sums []promise
+	w        *response
+	now      func() time.Time
+	declared []declaredDigest
 }
 
 func (b *uploadBody) Read(p []byte) (int, error) {
 	_ = b.w.controller.SetReadDeadline(b.now().Add(clientTimeout))
 	n, err := b.Reader.Read(p)
-	for _, s := range b.sums {
+	for _, s := range b.declared {
 		s.Write(p[:n])
 		if err == io.EOF && !bytes.Equal(s.Sum(nil), s.want) {
 			return n, errChecksum
@@ -225,25 +225,25 @@ func (b *uploadBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// promise is a digest that an upload says it has.
-type promise struct {
+// declaredDigest is a digest that an upload says it has.
+type declaredDigest struct {
 	hash.Hash
 	want []byte
 }
 
-// promised are the digests that h names: X-Checksum-Sha256, Content-Digest
+// parseDeclaredDigests are the digests that h names: X-Checksum-Sha256, Content-Digest
 // (RFC 9530; other algorithms than its two are ignored).
-func promised(h http.Header) (sums []promise, err error) {
+func parseDeclaredDigests(h http.Header) (sums []declaredDigest, err error) {
 	if v := h.Get("X-Checksum-Sha256"); v != "" {
 		b, err := hex.DecodeString(v)
 		if err != nil || len(b) != sha256.Size {
 			return nil, newProblem(http.StatusBadRequest, "X-Checksum-Sha256 is not 64 hexadecimal digits")
 		}
-		sums = append(sums, promise{sha256.New(), b})
+		sums = append(sums, declaredDigest{sha256.New(), b})
 	}
 	for part := range strings.SplitSeq(strings.Join(h.Values("Content-Digest"), ","), ",") {
 		name, v, _ := strings.Cut(strings.TrimSpace(part), "=")
-		s := promise{}
+		s := declaredDigest{}
 		switch name {
 		case "sha-256":
 			s.Hash = sha256.New()
@@ -261,13 +261,13 @@ func promised(h http.Header) (sums []promise, err error) {
 	return sums, nil
 }
 
-// authorize lets a writing request pass with API_TOKEN or a repository's own
+// authorizeWrite lets a writing request pass with API_TOKEN or a repository's own
 // token (SPEC.md section 9).
-func (a *api) authorize(r *http.Request, own secret) error {
+func (a *api) authorizeWrite(r *http.Request, own secret) error {
 	if a.token == "" && own == "" {
 		return newProblem(http.StatusForbidden, "writing is off: set API_TOKEN in the server's environment (or write_token of a local repository)")
 	}
-	given := presented(r)
+	given := tokenOf(r)
 	if sameToken(given, a.token) || sameToken(given, own) {
 		return nil
 	}
@@ -275,8 +275,8 @@ func (a *api) authorize(r *http.Request, own secret) error {
 		challenge: `Bearer realm="artifactapi"`, cause: errUnauthorized}
 }
 
-// presented is the token of a request: Bearer, or Basic's password.
-func presented(r *http.Request) string {
+// tokenOf is the token of a request: Bearer, or Basic's password.
+func tokenOf(r *http.Request) string {
 	if _, password, ok := r.BasicAuth(); ok {
 		return password
 	}
@@ -306,7 +306,7 @@ func (a *api) serveArtifacts(w *response, r *http.Request, rest string) error {
 	w.remote = name
 	switch {
 	case escaped == "":
-		if err := allow(r, http.MethodGet, http.MethodHead, http.MethodDelete); err != nil {
+		if err := allowMethods(r, http.MethodGet, http.MethodHead, http.MethodDelete); err != nil {
 			return err
 		}
 		if r.Method == http.MethodDelete {
@@ -316,11 +316,11 @@ func (a *api) serveArtifacts(w *response, r *http.Request, rest string) error {
 	case r.Method == http.MethodDelete:
 		return a.servePurge(w, r, rem, escaped)
 	}
-	return allow(r, http.MethodDelete)
+	return allowMethods(r, http.MethodDelete)
 }
 
-// artifact is one entry of a listing.
-type artifact struct {
+// listedArtifact is one entry of a listing.
+type listedArtifact struct {
 	Path        string     `json:"path"`
 	Key         string     `json:"key"`
 	Size        int64      `json:"size"`
@@ -337,10 +337,10 @@ type artifact struct {
 
 // listing is a page of them.
 type listing struct {
-	Remote    string     `json:"remote"`
-	Artifacts []artifact `json:"artifacts"`
-	Next      *string    `json:"next"` // null at the end
-	Complete  *bool      `json:"complete,omitempty"`
+	Remote    string           `json:"remote"`
+	Artifacts []listedArtifact `json:"artifacts"`
+	Next      *string          `json:"next"` // null at the end
+	Complete  *bool            `json:"complete,omitempty"`
 }
 
 const (
@@ -358,9 +358,9 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	if err != nil {
 		return err
 	}
-	l := listing{Remote: rem.name, Artifacts: make([]artifact, 0, len(p.rows))}
+	l := listing{Remote: rem.name, Artifacts: make([]listedArtifact, 0, len(p.rows))}
 	for _, row := range p.rows {
-		l.Artifacts = append(l.Artifacts, a.artifact(r, rem, row))
+		l.Artifacts = append(l.Artifacts, a.newListedArtifact(r, rem, row))
 	}
 	if p.next != "" {
 		l.Next = &p.next
@@ -401,9 +401,9 @@ func compilePattern(s string) (*regexp.Regexp, error) {
 	return nil, newProblem(http.StatusBadRequest, "pattern is not a regular expression (RE2)%s", reason)
 }
 
-// artifact is a row as a listing shows it.
-func (a *api) artifact(r *http.Request, rem *remote, row indexRow) artifact {
-	e := artifact{Path: decodePath(row.Path), Key: row.Key, Size: row.Size, SHA256: row.SHA256,
+// newListedArtifact is a row as a listing shows it.
+func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) listedArtifact {
+	e := listedArtifact{Path: decodePath(row.Path), Key: row.Key, Size: row.Size, SHA256: row.SHA256,
 		ContentType: contentTypeOf(decodePath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
 		LastAccess: row.LastAccess.UTC(), Hits: row.Hits, Class: row.Class, Fresh: true}
 	if len(rem.origins) > 0 {
@@ -421,7 +421,7 @@ func (a *api) artifact(r *http.Request, rem *remote, row indexRow) artifact {
 
 // servePurge removes one path, with all its query variants.
 func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped string) error {
-	if err := a.authorize(r, ""); err != nil {
+	if err := a.authorizeWrite(r, ""); err != nil {
 		return err
 	}
 	path, spelling, err := spellPath(escaped, "")
@@ -457,7 +457,7 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 
 // servePurgeMatching removes what matches ?pattern=.
 func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) error {
-	if err := a.authorize(r, ""); err != nil {
+	if err := a.authorizeWrite(r, ""); err != nil {
 		return err
 	}
 	re, err := compilePattern(r.URL.Query().Get("pattern"))
@@ -538,12 +538,12 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 
 // overview is what / says.
 type overview struct {
-	Name    string     `json:"name"`
-	Version string     `json:"version"`
-	Remotes []remoteOf `json:"remotes"`
+	Name    string           `json:"name"`
+	Version string           `json:"version"`
+	Remotes []remoteOverview `json:"remotes"`
 }
 
-type remoteOf struct {
+type remoteOverview struct {
 	Name        string `json:"name"`
 	Type        string `json:"type"`
 	Package     string `json:"package"`
@@ -560,10 +560,10 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 		totals = nil // the remotes are worth showing without
 	}
 	cfg := a.config()
-	v := overview{Name: "artifactapi", Version: a.version, Remotes: make([]remoteOf, 0, len(cfg.names))}
+	v := overview{Name: "artifactapi", Version: a.version, Remotes: make([]remoteOverview, 0, len(cfg.names))}
 	for _, name := range cfg.names {
 		rem, t := cfg.remotes[name], totals[name]
-		e := remoteOf{Name: name, Type: "remote", Package: rem.packageType, Description: rem.description, Artifacts: t.Files, Bytes: t.Bytes}
+		e := remoteOverview{Name: name, Type: "remote", Package: rem.packageType, Description: rem.description, Artifacts: t.Files, Bytes: t.Bytes}
 		if rem.local {
 			e.Type = "local"
 		} else {

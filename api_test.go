@@ -462,7 +462,7 @@ func TestLocalFileUnderWritersAndReaders(t *testing.T) {
 	}
 	all.Wait()
 	g := tt.get("/api/l/x")
-	listed := slices.ContainsFunc(tt.list("l"), func(a artifact) bool { return a.Path == "x" })
+	listed := slices.ContainsFunc(tt.list("l"), func(a listedArtifact) bool { return a.Path == "x" })
 	if g.status == 200 && g.text != "body" || (g.status == 200) != listed {
 		t.Errorf("after writers and deleters: status %d, %q, listed %v", g.status, g.text, listed)
 	}

@@ -1162,7 +1162,7 @@ func TestHEADAndRangeOfAnExpiredFileRevalidate(t *testing.T) {
 }
 
 // list is the first page of a remote's listing.
-func (tt *tester) list(remote string) []artifact {
+func (tt *tester) list(remote string) []listedArtifact {
 	tt.Helper()
 	g := tt.get("/artifacts/" + remote).wantStatus(200)
 	var l listing

@@ -26,12 +26,12 @@ const (
 	maxList = 32 << 20
 	// maxTag is the specification's.
 	maxTag = 128
-	// maxNext bounds the path of a list plus the query of its next page: a
+	// maxNextLink bounds the path of a list plus the query of its next page: a
 	// record must fit S3's 2 KB. Dropping the link would cut the list short.
-	maxNext = 1024
-	// maxSizes bounds each of the two tables of blob sizes, some 250 bytes an
+	maxNextLink = 1024
+	// maxBlobSizes bounds each of the two tables of blob sizes, some 250 bytes an
 	// entry: the layers of a thousand images or so.
-	maxSizes = 10_000
+	maxBlobSizes = 10_000
 )
 
 // Media types of the specification and of Docker before it.
@@ -66,27 +66,27 @@ const (
 	codeUnknown         = "UNKNOWN"
 )
 
-// route is what a registry path asks for.
-type route string
+// registryRoute is what a registry path asks for.
+type registryRoute string
 
 const (
-	routePing      route = ""
-	routeManifest  route = "manifests"
-	routeBlob      route = "blobs"
-	routeTags      route = "tags"
-	routeReferrers route = "referrers"
+	routePing      registryRoute = ""
+	routeManifest  registryRoute = "manifests"
+	routeBlob      registryRoute = "blobs"
+	routeTags      registryRoute = "tags"
+	routeReferrers registryRoute = "referrers"
 )
 
-// call is one request to the registry, understood.
-type call struct {
-	remote *remote
-	image  string // as upstream names it
-	route  route
-	ref    string // tag or digest
-	digest string // ref, if it is one
-	query  string // what goes upstream, normalised
-	ns     string // what the client's ns said
-	path   string // as the client sent it
+// registryCall is one request to the registry, understood.
+type registryCall struct {
+	remote    *remote
+	image     string // as upstream names it
+	route     registryRoute
+	reference string // tag or digest
+	digest    string // ref, if it is one
+	query     string // what goes upstream, normalised
+	ns        string // what the client's ns said
+	path      string // as the client sent it
 }
 
 // registry serves /v2/... and /{remote}/v2/...; its fields do not change.
@@ -94,22 +94,22 @@ type registry struct {
 	cache     *cache
 	config    func() *config // the one in force; a request asks once
 	responder *responder
-	sizes     *sizes
+	sizes     *blobSizes
 }
 
 func newRegistry(c *cache, config func() *config, s *responder) *registry {
-	return &registry{cache: c, config: config, responder: s, sizes: &sizes{}}
+	return &registry{cache: c, config: config, responder: s, sizes: &blobSizes{}}
 }
 
 func (g *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	g.responder.serveRequest(w, r, g.serve, writeRegistryError)
+	g.responder.serveRequest(w, r, g.serveCall, writeRegistryError)
 }
 
-// serve answers one request. Reading is never challenged.
-func (g *registry) serve(w *response, r *http.Request) error {
+// serveCall answers one request. Reading is never challenged.
+func (g *registry) serveCall(w *response, r *http.Request) error {
 	w.Header()["Docker-Distribution-Api-Version"] = apiVersion
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return &coded{codeUnsupported, nil, &problem{status: http.StatusMethodNotAllowed, allow: "GET, HEAD",
+		return &registryError{codeUnsupported, nil, &problem{status: http.StatusMethodNotAllowed, allow: "GET, HEAD",
 			detail: "this registry is a mirror: images are pushed to the registry behind it"}}
 	}
 	c, err := parseCall(g.config(), r.URL)
@@ -127,12 +127,12 @@ func (g *registry) serve(w *response, r *http.Request) error {
 		_, _ = io.WriteString(w, "{}") // as registries write it, without a line's end
 		return nil
 	}
-	file, err := g.want(c)
+	file, err := g.newFileRequest(c)
 	if err == nil {
 		err = g.cache.serveFile(w, r, file)
 	}
 	if err != nil {
-		return c.explain(err)
+		return c.withErrorCode(err)
 	}
 	return nil
 }
@@ -143,18 +143,18 @@ var (
 	filterApplied = []string{"artifactType"}
 )
 
-// want is what the cache has to find for c.
-func (g *registry) want(c *call) (fileRequest, error) {
+// newFileRequest is what the cache has to find for c.
+func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 	var file fileRequest
 	switch c.route {
 	case routeManifest:
-		file = g.manifest(c)
+		file = g.manifestRequest(c)
 	case routeBlob:
-		file = g.blob(c)
+		file = g.blobRequest(c)
 	case routeTags:
-		file = g.tags(c)
+		file = g.tagsRequest(c)
 	default:
-		file = g.referrers(c)
+		file = g.referrersRequest(c)
 	}
 	file.scope = "repository:" + c.image + ":pull"
 	if len(file.wire) > maxSpelling {
@@ -165,9 +165,9 @@ func (g *registry) want(c *call) (fileRequest, error) {
 	return file, err
 }
 
-// target is c's file: path is what patterns see. Registries are asked with ":"
+// newTarget is c's file: path is what patterns see. Registries are asked with ":"
 // as it is (some refuse it escaped), and the record has it so too.
-func (c *call) target(path string) target {
+func (c *registryCall) newTarget(path string) target {
 	t := target{remote: c.remote, path: path, spelling: path}
 	if c.query != "" {
 		t.spelling += "?" + c.query
@@ -176,37 +176,37 @@ func (c *call) target(path string) target {
 	return t
 }
 
-// manifest wants a manifest, by tag or by digest.
-func (g *registry) manifest(c *call) fileRequest {
+// manifestRequest wants a manifest, by tag or by digest.
+func (g *registry) manifestRequest(c *registryCall) fileRequest {
 	return fileRequest{
-		target: c.target(c.image + "/manifests/" + c.ref), accept: acceptManifests, digest: c.digest,
-		maxBytes: maxManifest, needsWholeBody: true, staleOn429: true, note: noteDigest,
+		target: c.newTarget(c.image + "/manifests/" + c.reference), accept: acceptManifests, digest: c.digest,
+		maxBytes: maxManifest, needsWholeBody: true, staleOn429: true, note: keepDigest,
 		check: func(ctx context.Context, rec *record, body io.ReaderAt) error {
 			return g.checkManifest(ctx, c, rec, body)
 		},
-		dress: c.dress,
+		dress: c.setHeaders,
 	}
 }
 
-// blob wants a blob: one copy for all images of the remote that have it.
-func (g *registry) blob(c *call) fileRequest {
-	file := fileRequest{target: c.target(c.image + "/blobs/" + c.ref), digest: c.digest, sharedKey: true, dress: c.dress}
-	file.spelling = "blobs/" + c.ref
+// blobRequest wants a blob: one copy for all images of the remote that have it.
+func (g *registry) blobRequest(c *registryCall) fileRequest {
+	file := fileRequest{target: c.newTarget(c.image + "/blobs/" + c.reference), digest: c.digest, sharedKey: true, dress: c.setHeaders}
+	file.spelling = "blobs/" + c.reference
 	file.knownSize = g.sizes.get(c.sizeKey(c.digest))
 	return file
 }
 
-// tags wants a page of a list of tags.
-func (g *registry) tags(c *call) fileRequest {
+// tagsRequest wants a page of a list of tags.
+func (g *registry) tagsRequest(c *registryCall) fileRequest {
 	// An empty repository's list is null at some registries.
-	return fileRequest{target: c.target(c.image + "/tags/list"), accept: typeJSON, maxBytes: maxList, needsWholeBody: true,
-		staleOn429: true, note: notePages, check: checkList("tags"), dress: c.dress}
+	return fileRequest{target: c.newTarget(c.image + "/tags/list"), accept: typeJSON, maxBytes: maxList, needsWholeBody: true,
+		staleOn429: true, note: keepPageHeaders, check: checkList("tags"), dress: c.setHeaders}
 }
 
-// referrers wants the manifests that refer to a digest.
-func (g *registry) referrers(c *call) fileRequest {
-	return fileRequest{target: c.target(c.image + "/referrers/" + c.ref), accept: acceptManifests, maxBytes: maxList, needsWholeBody: true,
-		staleOn429: true, staleOn5xx: true, note: notePages, check: checkList("manifests"), dress: c.dress,
+// referrersRequest wants the manifests that refer to a digest.
+func (g *registry) referrersRequest(c *registryCall) fileRequest {
+	return fileRequest{target: c.newTarget(c.image + "/referrers/" + c.reference), accept: acceptManifests, maxBytes: maxList, needsWholeBody: true,
+		staleOn429: true, staleOn5xx: true, note: keepPageHeaders, check: checkList("manifests"), dress: c.setHeaders,
 		ask: func(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
 			return g.askReferrers(ctx, c, req)
 		}}
@@ -215,16 +215,16 @@ func (g *registry) referrers(c *call) fileRequest {
 // askReferrers asks for referrers: by the API, by the tag that stands in for it
 // at registries without one, or else there are none. Denials, 429 and failures
 // are no such answer.
-func (g *registry) askReferrers(ctx context.Context, c *call, req upstreamRequest) (*upstreamResponse, error) {
+func (g *registry) askReferrers(ctx context.Context, c *registryCall, req upstreamRequest) (*upstreamResponse, error) {
 	resp, err := g.cache.upstream.send(ctx, req)
-	if err != nil || !none(resp.StatusCode) {
+	if err != nil || !saysAbsent(resp.StatusCode) {
 		return resp, err
 	}
 	resp.discardBody()
 	algorithm, sum, _ := strings.Cut(c.digest, ":")
 	req.wire = "v2/" + c.image + "/manifests/" + algorithm + "-" + sum[:64]
 	resp, err = g.cache.upstream.send(ctx, req)
-	if err != nil || !none(resp.StatusCode) {
+	if err != nil || !saysAbsent(resp.StatusCode) {
 		return resp, err
 	}
 	resp.discardBody()
@@ -234,9 +234,9 @@ func (g *registry) askReferrers(ctx context.Context, c *call, req upstreamReques
 	}}, nil
 }
 
-// none reports whether a registry said that it has no such thing, or no such
+// saysAbsent reports whether a registry said that it has no such thing, or no such
 // API.
-func none(status int) bool {
+func saysAbsent(status int) bool {
 	switch status {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests:
 		return false
@@ -244,25 +244,25 @@ func none(status int) bool {
 	return status >= 400 && status < 500
 }
 
-// noteDigest keeps a digest that is longer than most headers may be.
-func noteDigest(rec *record, h http.Header) {
-	if rec.Digest = h.Get("Docker-Content-Digest"); !validDigest(rec.Digest) {
+// keepDigest keeps a digest that is longer than most headers may be.
+func keepDigest(rec *record, h http.Header) {
+	if rec.Digest = h.Get("Docker-Content-Digest"); !isDigest(rec.Digest) {
 		rec.Digest = ""
 	}
 }
 
-// notePages keeps what a list says about itself in its headers.
-func notePages(rec *record, h http.Header) {
-	rec.Link = nextQuery(h.Values("Link"))
+// keepPageHeaders keeps what a list says about itself in its headers.
+func keepPageHeaders(rec *record, h http.Header) {
+	rec.Link = nextPageQuery(h.Values("Link"))
 	if h.Get("OCI-Filters-Applied") == filterApplied[0] {
 		rec.Filters = filterApplied[0]
 	}
 }
 
-// nextQuery is the query of the page that Link headers (RFC 8288) name as the
+// nextPageQuery is the query of the page that Link headers (RFC 8288) name as the
 // next one, normalised; "" if there is none. Its path is the list's own,
 // however upstream writes it.
-func nextQuery(links []string) string {
+func nextPageQuery(links []string) string {
 	for _, l := range links {
 		for {
 			_, rest, ok := strings.Cut(l, "<")
@@ -274,8 +274,8 @@ func nextQuery(links []string) string {
 			if i := strings.IndexByte(rest, '<'); i >= 0 {
 				params = rest[:i]
 			}
-			if isNext(params) {
-				return pageQueryOf(ref)
+			if hasRelNext(params) {
+				return queryOfReference(ref)
 			}
 			l = rest
 		}
@@ -283,8 +283,8 @@ func nextQuery(links []string) string {
 	return ""
 }
 
-// isNext looks for rel=next among the parameters of a link.
-func isNext(params string) bool {
+// hasRelNext looks for rel=next among the parameters of a link.
+func hasRelNext(params string) bool {
 	for p := range strings.FieldsFuncSeq(params, func(r rune) bool { return r == ';' || r == ',' }) {
 		name, value, _ := strings.Cut(strings.TrimSpace(p), "=")
 		if !strings.EqualFold(strings.TrimSpace(name), "rel") {
@@ -296,9 +296,9 @@ func isNext(params string) bool {
 	return false
 }
 
-// pageQueryOf is the query of a reference, in our order and without ns, which
+// queryOfReference is the query of a reference, in our order and without ns, which
 // is between a client and us.
-func pageQueryOf(ref string) string {
+func queryOfReference(ref string) string {
 	u, err := url.Parse(ref)
 	if err != nil {
 		return ""
@@ -325,31 +325,31 @@ type descriptor struct {
 // checkManifest looks at a complete manifest: a tag's must be one, since no
 // digest vouches for it. It is stored under its digest as well, before the tag
 // is answered, because that is what clients ask for next.
-func (g *registry) checkManifest(ctx context.Context, c *call, rec *record, body io.ReaderAt) error {
-	text, err := contents(rec, body)
+func (g *registry) checkManifest(ctx context.Context, c *registryCall, rec *record, body io.ReaderAt) error {
+	text, err := readWholeBody(rec, body)
 	if err != nil {
 		return err
 	}
 	var m manifest
 	_ = json.Unmarshal(text, &m) // leaves m empty where the text is no JSON
 	if c.digest == "" && len(m.SchemaVersion) == 0 {
-		return unusable(c.remote, "a manifest", rec)
+		return newNotAManifestError(c.remote, "a manifest", rec)
 	}
 	rec.ContentType = m.mediaType(rec.ContentType)
-	g.remember(c, &m)
+	g.rememberSizes(c, &m)
 	if c.digest != "" {
 		rec.Digest = c.digest
 		return nil
 	}
-	rec.Digest = digestOf(text, rec.Digest)
-	t := c.target(c.image + "/manifests/" + rec.Digest)
+	rec.Digest = manifestDigest(text, rec.Digest)
+	t := c.newTarget(c.image + "/manifests/" + rec.Digest)
 	t.class = immutable
 	g.cache.storeUnderSecondKey(ctx, t, rec, body)
 	return nil
 }
 
-// contents is a whole body that want.limit has kept small.
-func contents(rec *record, body io.ReaderAt) ([]byte, error) {
+// readWholeBody is a whole body that want.limit has kept small.
+func readWholeBody(rec *record, body io.ReaderAt) ([]byte, error) {
 	text, err := io.ReadAll(io.NewSectionReader(body, 0, rec.Size))
 	if err != nil {
 		return nil, fmt.Errorf("%w: reading the spool: %w", errStoreDown, err)
@@ -357,10 +357,10 @@ func contents(rec *record, body io.ReaderAt) ([]byte, error) {
 	return text, nil
 }
 
-// unusable says that a body with status 200 is not what was asked for: a login
+// newNotAManifestError says that a body with status 200 is not what was asked for: a login
 // page, as a rule.
-func unusable(r *remote, what string, rec *record) error {
-	return &coded{codeManifestInvalid, nil, &problem{status: http.StatusBadGateway, cause: errBadUpstream,
+func newNotAManifestError(r *remote, what string, rec *record) error {
+	return &registryError{codeManifestInvalid, nil, &problem{status: http.StatusBadGateway, cause: errBadUpstream,
 		detail: fmt.Sprintf("the upstream of remote %q answered with something else than %s (type %.100q)", r.name, what, rec.ContentType)}}
 }
 
@@ -384,9 +384,9 @@ func (m *manifest) mediaType(upstream string) string {
 	return typeJSON
 }
 
-// digestOf is the digest of a tag's manifest: by SHA-256, unless upstream knows
+// manifestDigest is the digest of a tag's manifest: by SHA-256, unless upstream knows
 // it by its SHA-512. What upstream says otherwise does not count.
-func digestOf(text []byte, upstream string) string {
+func manifestDigest(text []byte, upstream string) string {
 	s := newBodyHash(upstream)
 	s.Write(text)
 	if upstream != "" && s.verifyDigest(upstream) == nil {
@@ -395,40 +395,42 @@ func digestOf(text []byte, upstream string) string {
 	return "sha256:" + s.sumHex()
 }
 
-// remember keeps the sizes of an image's blobs for HEAD.
-func (g *registry) remember(c *call, m *manifest) {
+// rememberSizes keeps the sizes of an image's blobs for HEAD.
+func (g *registry) rememberSizes(c *registryCall, m *manifest) {
 	if m.Config != nil {
 		m.Layers = append(m.Layers, *m.Config)
 	}
 	for _, d := range m.Layers {
-		if validDigest(d.Digest) && d.Size > 0 {
+		if isDigest(d.Digest) && d.Size > 0 {
 			g.sizes.put(c.sizeKey(d.Digest), d.Size)
 		}
 	}
 }
 
 // sizeKey names a blob of one image: another image may not have it.
-func (c *call) sizeKey(digest string) string { return c.remote.name + "/" + c.image + "@" + digest }
+func (c *registryCall) sizeKey(digest string) string {
+	return c.remote.name + "/" + c.image + "@" + digest
+}
 
-// sizes remembers what manifests say about the size of blobs, the latest
-// maxSizes at least. After a restart HEAD of a blob that is not stored asks
+// blobSizes remembers what manifests say about the size of blobs, the latest
+// maxBlobSizes at least. After a restart HEAD of a blob that is not stored asks
 // upstream, as it would without.
-type sizes struct {
+type blobSizes struct {
 	mu         sync.Mutex // guards what follows
 	young, old map[string]int64
 }
 
-func (s *sizes) put(key string, size int64) {
+func (s *blobSizes) put(key string, size int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.young == nil || len(s.young) >= maxSizes {
+	if s.young == nil || len(s.young) >= maxBlobSizes {
 		s.young, s.old = map[string]int64{}, s.young
 	}
 	s.young[key] = size
 }
 
 // get is the size of a blob, or 0.
-func (s *sizes) get(key string) int64 {
+func (s *blobSizes) get(key string) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if n := s.young[key]; n > 0 {
@@ -441,7 +443,7 @@ func (s *sizes) get(key string) int64 {
 // null, out of the store.
 func checkList(member string) func(context.Context, *record, io.ReaderAt) error {
 	return func(_ context.Context, rec *record, body io.ReaderAt) error {
-		text, err := contents(rec, body)
+		text, err := readWholeBody(rec, body)
 		if err != nil {
 			return err
 		}
@@ -449,17 +451,17 @@ func checkList(member string) func(context.Context, *record, io.ReaderAt) error 
 		err = json.Unmarshal(text, &o)
 		list, ok := o[member]
 		if err != nil || !ok || list[0] != '[' && string(list) != "null" {
-			return fail(codeUnknown, http.StatusBadGateway, "the upstream of remote %q answered with something else than %s (type %.100q)", rec.Remote, member, rec.ContentType)
+			return newRegistryError(codeUnknown, http.StatusBadGateway, "the upstream of remote %q answered with something else than %s (type %.100q)", rec.Remote, member, rec.ContentType)
 		}
-		if len(rec.Link)+len(rec.Path) > maxNext {
-			return fail(codeUnknown, http.StatusBadGateway, "the upstream of remote %q has a link to the next page that is too long", rec.Remote)
+		if len(rec.Link)+len(rec.Path) > maxNextLink {
+			return newRegistryError(codeUnknown, http.StatusBadGateway, "the upstream of remote %q has a link to the next page that is too long", rec.Remote)
 		}
 		return nil
 	}
 }
 
-// dress sets the headers of an answer.
-func (c *call) dress(h http.Header, rec *record) {
+// setHeaders sets the headers of an answer.
+func (c *registryCall) setHeaders(h http.Header, rec *record) {
 	t := rec.ContentType
 	switch c.route {
 	case routeManifest, routeBlob:
@@ -480,46 +482,46 @@ func (c *call) dress(h http.Header, rec *record) {
 	}
 	h["Content-Type"] = []string{t}
 	if rec.Link != "" {
-		h["Link"] = []string{c.next(rec.Link)}
+		h["Link"] = []string{c.nextLink(rec.Link)}
 	}
 	if rec.Filters != "" {
 		h["Oci-Filters-Applied"] = filterApplied
 	}
 }
 
-// next is the Link to a list's next page, in the shape the client used. It has
+// nextLink is the Link to a list's next page, in the shape the client used. It has
 // the whole path because some clients do not resolve references (skopeo).
-func (c *call) next(query string) string {
+func (c *registryCall) nextLink(query string) string {
 	if c.ns != "" {
 		query += "&ns=" + url.QueryEscape(c.ns)
 	}
 	return "<" + c.path + "?" + query + `>; rel="next"`
 }
 
-// coded is an error with its code of the specification.
-type coded struct {
+// registryError is an error with its code of the specification.
+type registryError struct {
 	code   string
 	detail any // for "detail" of the answer; may be nil
 	err    error
 }
 
-func (e *coded) Error() string { return e.err.Error() }
-func (e *coded) Unwrap() error { return e.err }
+func (e *registryError) Error() string { return e.err.Error() }
+func (e *registryError) Unwrap() error { return e.err }
 
-// fail makes a coded error.
-func fail(code string, status int, format string, args ...any) error {
-	return &coded{code, nil, newProblem(status, format, args...)}
+// newRegistryError makes a coded error.
+func newRegistryError(code string, status int, format string, args ...any) error {
+	return &registryError{code, nil, newProblem(status, format, args...)}
 }
 
-func noRoute() error {
-	return fail(codeUnsupported, http.StatusNotFound, "there is no such path here; images are below /v2/REMOTE/")
+func newNoRouteError() error {
+	return newRegistryError(codeUnsupported, http.StatusNotFound, "there is no such path here; images are below /v2/REMOTE/")
 }
 
-// unknownName says that nothing here has that name, and where the remote lives
+// newUnknownNameError says that nothing here has that name, and where the remote lives
 // that has it but is no registry.
-func unknownName(cfg *config, name, ns string) error {
+func newUnknownNameError(cfg *config, name, ns string) error {
 	p := &problem{status: http.StatusNotFound, cause: fs.ErrNotExist}
-	e := &coded{code: codeNameUnknown, err: p}
+	e := &registryError{code: codeNameUnknown, err: p}
 	switch r := cfg.remotes[name]; {
 	case r != nil && r.packageType == "docker":
 		p.detail = fmt.Sprintf("name an image behind the remote: /v2/%s/IMAGE/...", name)
@@ -534,19 +536,19 @@ func unknownName(cfg *config, name, ns string) error {
 	return e
 }
 
-// explain gives an error of the cache its code, and the status that the
+// withErrorCode gives an error of the cache its code, and the status that the
 // registry's specification has for it.
-func (c *call) explain(err error) error {
-	if _, ok := errors.AsType[*coded](err); ok {
+func (c *registryCall) withErrorCode(err error) error {
+	if _, ok := errors.AsType[*registryError](err); ok {
 		return err
 	}
 	status, detail := statusAndDetail(err)
 	upstream, _ := errors.AsType[*upstreamStatus](err)
-	e := &coded{code: codeUnknown, err: err}
+	e := &registryError{code: codeUnknown, err: err}
 	change := status
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		e.code, change = c.unknown(), http.StatusNotFound
+		e.code, change = c.notFoundCode(), http.StatusNotFound
 	case upstream != nil && upstream.code == http.StatusUnauthorized, status == http.StatusForbidden:
 		e.code, change = codeDenied, http.StatusForbidden
 	case upstream != nil && upstream.code == http.StatusTooManyRequests, errors.Is(err, errBusy):
@@ -564,8 +566,8 @@ func (c *call) explain(err error) error {
 	return e
 }
 
-// unknown is the code for what c asks for where it is not there.
-func (c *call) unknown() string {
+// notFoundCode is the code for what c asks for where it is not there.
+func (c *registryCall) notFoundCode() string {
 	switch c.route {
 	case routeManifest:
 		return codeManifestUnknown
@@ -583,7 +585,7 @@ func writeRegistryError(w http.ResponseWriter, status int, message string, err e
 		Detail  any    `json:"detail"`
 	}
 	e := one{Code: codeUnknown, Message: message}
-	if c, ok := errors.AsType[*coded](err); ok {
+	if c, ok := errors.AsType[*registryError](err); ok {
 		e.Code, e.Detail = c.code, c.detail
 	}
 	b, _ := json.Marshal(map[string][]one{"errors": {e}}) // what is ours always encodes

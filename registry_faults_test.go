@@ -244,7 +244,7 @@ func TestRegistryErrors(t *testing.T) {
 			t.Errorf("%s: %d upstream requests", name, n)
 		}
 	}
-	if e := (&call{}).explain(errTimeout); statusOf(e) != http.StatusGatewayTimeout || e.(*coded).code != "UNAVAILABLE" {
+	if e := (&registryCall{}).withErrorCode(errTimeout); statusOf(e) != http.StatusGatewayTimeout || e.(*registryError).code != "UNAVAILABLE" {
 		t.Errorf("a registry that is silent is %d, %v", statusOf(e), e)
 	}
 	for _, p := range []string{"/v2/files/app/manifests/v1", "/files/v2/app/manifests/v1"} {

@@ -11,8 +11,8 @@ import (
 
 // parseCall understands a path in any of the shapes of SPEC.md section 6. Its
 // errors are coded.
-func parseCall(cfg *config, u *url.URL) (*call, error) {
-	c := &call{path: u.EscapedPath()}
+func parseCall(cfg *config, u *url.URL) (*registryCall, error) {
+	c := &registryCall{path: u.EscapedPath()}
 	var query url.Values
 	if u.RawQuery != "" {
 		query, _ = url.ParseQuery(u.RawQuery) // what is malformed counts as absent
@@ -22,10 +22,10 @@ func parseCall(cfg *config, u *url.URL) (*call, error) {
 	first, rest, _ := strings.Cut(strings.TrimPrefix(u.Path, "/"), "/")
 	var err error
 	if first == "v2" {
-		err = c.within(cfg, rest)
+		err = c.parseBelowV2(cfg, rest)
 	} else {
 		_, rest, _ = strings.Cut(rest, "/") // "v2"
-		err = c.below(cfg, first, rest)
+		err = c.parseBelowRemote(cfg, first, rest)
 	}
 	if err != nil || c.route == routePing {
 		return c, err
@@ -36,27 +36,27 @@ func parseCall(cfg *config, u *url.URL) (*call, error) {
 	if c.route == routeTags || c.route == routeReferrers {
 		c.query = query.Encode() // all of it: some registries name pages by parameters of their own
 	}
-	return c, c.validate()
+	return c, c.checkNames()
 }
 
-// within reads what is behind /v2/.
-func (c *call) within(cfg *config, rest string) error {
+// parseBelowV2 reads what is behind /v2/.
+func (c *registryCall) parseBelowV2(cfg *config, rest string) error {
 	if rest == "" {
 		return nil
 	}
-	name, ok := c.split(rest)
+	name, ok := c.splitOperation(rest)
 	if !ok {
 		name = rest
 	}
 	first, image, _ := strings.Cut(name, "/")
-	rem := docker(cfg, first)
+	rem := dockerRemote(cfg, first)
 	switch {
 	case !ok && rem != nil && (image == "" || image == "v2" || image == "v2/"):
 		c.remote = rem
 		return nil
 	case !ok && rem != nil:
 		c.remote = rem
-		return noRoute()
+		return newNoRouteError()
 	case rem != nil && image != "":
 		// What a client makes of a mirror's URL that has a path.
 		if inner, ok := strings.CutPrefix(image, "v2/"); ok {
@@ -64,36 +64,36 @@ func (c *call) within(cfg *config, rest string) error {
 		}
 	default:
 		if rem = cfg.remoteByRegistry(c.ns); rem == nil || c.ns == "" {
-			return unknownName(cfg, first, c.ns)
+			return newUnknownNameError(cfg, first, c.ns)
 		}
 		image = name
 	}
 	if !ok {
-		return noRoute()
+		return newNoRouteError()
 	}
 	c.remote, c.image = rem, image
 	return nil
 }
 
-// below reads what is behind /{remote}/v2/.
-func (c *call) below(cfg *config, name, rest string) error {
-	if c.remote = docker(cfg, name); c.remote == nil {
-		return unknownName(cfg, name, "")
+// parseBelowRemote reads what is behind /{remote}/v2/.
+func (c *registryCall) parseBelowRemote(cfg *config, name, rest string) error {
+	if c.remote = dockerRemote(cfg, name); c.remote == nil {
+		return newUnknownNameError(cfg, name, "")
 	}
 	if rest == "" {
 		return nil
 	}
-	image, ok := c.split(rest)
+	image, ok := c.splitOperation(rest)
 	if !ok {
-		return noRoute()
+		return newNoRouteError()
 	}
 	c.image = image
 	return nil
 }
 
-// split takes the operation off the end of a path, because names may hold the
+// splitOperation takes the operation off the end of a path, because names may hold the
 // words of the routes themselves. What is left is the name.
-func (c *call) split(rest string) (name string, ok bool) {
+func (c *registryCall) splitOperation(rest string) (name string, ok bool) {
 	if name, ok := strings.CutSuffix(rest, "/tags/list"); ok {
 		c.route = routeTags
 		return name, name != ""
@@ -103,46 +103,46 @@ func (c *call) split(rest string) (name string, ok bool) {
 	if j < 1 {
 		return "", false
 	}
-	switch k := route(rest[j+1 : i]); k {
+	switch k := registryRoute(rest[j+1 : i]); k {
 	case routeManifest, routeBlob, routeReferrers:
-		c.route, c.ref = k, rest[i+1:]
+		c.route, c.reference = k, rest[i+1:]
 		return rest[:j], true
 	}
 	return "", false
 }
 
-// docker is the registry remote of that name, or nil.
-func docker(cfg *config, name string) *remote {
+// dockerRemote is the registry remote of that name, or nil.
+func dockerRemote(cfg *config, name string) *remote {
 	if r := cfg.remotes[name]; r != nil && r.packageType == "docker" {
 		return r
 	}
 	return nil
 }
 
-// validate refuses what no registry can have, before anyone is asked.
-func (c *call) validate() error {
-	if !validName(c.image) {
-		return fail(codeNameInvalid, http.StatusBadRequest, "%.300q is no name of an image", c.image)
+// checkNames refuses what no registry can have, before anyone is asked.
+func (c *registryCall) checkNames() error {
+	if !isImageName(c.image) {
+		return newRegistryError(codeNameInvalid, http.StatusBadRequest, "%.300q is no name of an image", c.image)
 	}
 	if c.route == routeTags {
 		return nil
 	}
-	if validDigest(c.ref) {
-		c.digest = c.ref
+	if isDigest(c.reference) {
+		c.digest = c.reference
 		return nil
 	}
-	if c.route != routeManifest || strings.Contains(c.ref, ":") {
-		return fail(codeDigestInvalid, http.StatusBadRequest, "%.200q is no digest: sha256 and sha512 in lower case are", c.ref)
+	if c.route != routeManifest || strings.Contains(c.reference, ":") {
+		return newRegistryError(codeDigestInvalid, http.StatusBadRequest, "%.200q is no digest: sha256 and sha512 in lower case are", c.reference)
 	}
-	if !validTag(c.ref) {
-		return fail(codeManifestUnknown, http.StatusNotFound, "%.200q can be no tag", c.ref)
+	if !isTag(c.reference) {
+		return newRegistryError(codeManifestUnknown, http.StatusNotFound, "%.200q can be no tag", c.reference)
 	}
 	return nil
 }
 
-// validName reports whether s is the name of an image: runs of a-z0-9 with one
+// isImageName reports whether s is the name of an image: runs of a-z0-9 with one
 // separator between two of them.
-func validName(s string) bool {
+func isImageName(s string) bool {
 	for {
 		rest := strings.TrimLeft(s, "abcdefghijklmnopqrstuvwxyz0123456789")
 		if len(rest) == len(s) {
@@ -163,8 +163,8 @@ func validName(s string) bool {
 	}
 }
 
-// validTag: a word of letters, digits and ._- that does not begin with . or -.
-func validTag(s string) bool {
+// isTag: a word of letters, digits and ._- that does not begin with . or -.
+func isTag(s string) bool {
 	if s == "" || len(s) > maxTag || s[0] == '.' || s[0] == '-' {
 		return false
 	}
@@ -176,8 +176,8 @@ func validTag(s string) bool {
 	return true
 }
 
-// validDigest: the algorithms we can verify, in the one spelling they have.
-func validDigest(s string) bool {
+// isDigest: the algorithms we can verify, in the one spelling they have.
+func isDigest(s string) bool {
 	algorithm, sum, _ := strings.Cut(s, ":")
 	if strings.Trim(sum, "0123456789abcdef") != "" {
 		return false

@@ -15,7 +15,7 @@ func TestRegistryImageNames(t *testing.T) {
 		"": false, "/": false, "/a": false, "a/": false, "a//b": false, "A": false, "a..b": false, "a___b": false,
 		"a._b": false, "-a": false, "a-": false, "a-/b": false, "a/-b": false, "a b": false, "a\x00": false, "é": false, "a:b": false, "..": false,
 	} {
-		if got := validName(name); got != want {
+		if got := isImageName(name); got != want {
 			t.Errorf("validName(%q) is %v", name, got)
 		}
 	}
@@ -23,7 +23,7 @@ func TestRegistryImageNames(t *testing.T) {
 		"v1": true, "_x": true, "1.0_a-B": true, strings.Repeat("t", 128): true,
 		"": false, ".a": false, "-a": false, "a/b": false, "a:b": false, "a~b": false, "a b": false, strings.Repeat("t", 129): false,
 	} {
-		if got := validTag(tag); got != want {
+		if got := isTag(tag); got != want {
 			t.Errorf("validTag(%q) is %v", tag, got)
 		}
 	}
@@ -58,7 +58,7 @@ func TestRegistryPathsAreReadFromTheRight(t *testing.T) {
 			t.Errorf("%s: %v", path, err)
 			continue
 		}
-		if got := c.remote.name + " " + c.image + " " + string(c.route) + " " + c.ref; got != want {
+		if got := c.remote.name + " " + c.image + " " + string(c.route) + " " + c.reference; got != want {
 			t.Errorf("%s: %s, want %s", path, got, want)
 		}
 	}
@@ -90,25 +90,25 @@ func TestRegistryLinks(t *testing.T) {
 		`</x?a=1&b=%zz>; rel="next"`:                                        "a=1",
 		``:                                                                  "",
 	} {
-		if got := nextQuery([]string{link}); got != want {
+		if got := nextPageQuery([]string{link}); got != want {
 			t.Errorf("%s: %q, want %q", link, got, want)
 		}
 	}
-	if got := nextQuery([]string{`<x?a=1>; rel=prev`, `<x?b=1>; rel=next`}); got != "b=1" {
+	if got := nextPageQuery([]string{`<x?a=1>; rel=prev`, `<x?b=1>; rel=next`}); got != "b=1" {
 		t.Errorf("of two headers: %q", got)
 	}
 }
 
 func TestRegistrySizesAreBounded(t *testing.T) {
 	t.Parallel()
-	var s sizes
-	for i := range 3 * maxSizes {
+	var s blobSizes
+	for i := range 3 * maxBlobSizes {
 		s.put(string(rune(i))+"x", int64(i+1))
 	}
-	if n := len(s.young) + len(s.old); n > 2*maxSizes {
+	if n := len(s.young) + len(s.old); n > 2*maxBlobSizes {
 		t.Errorf("%d sizes are kept", n)
 	}
-	if last := 3*maxSizes - 1; s.get(string(rune(last))+"x") != int64(last+1) {
+	if last := 3*maxBlobSizes - 1; s.get(string(rune(last))+"x") != int64(last+1) {
 		t.Error("the latest size is lost")
 	}
 }
@@ -128,7 +128,7 @@ func FuzzRegistryPath(f *testing.F) {
 		}
 		c, err := parseCall(cfg, u)
 		if err != nil {
-			if coded, ok := errors.AsType[*coded](err); !ok || statusOf(coded) < 400 || statusOf(coded) >= 500 {
+			if coded, ok := errors.AsType[*registryError](err); !ok || statusOf(coded) < 400 || statusOf(coded) >= 500 {
 				t.Fatalf("%q: error %v", s, err)
 			}
 			return
@@ -136,7 +136,7 @@ func FuzzRegistryPath(f *testing.F) {
 		if c.route == routePing {
 			return
 		}
-		file, err := g.want(c)
+		file, err := g.newFileRequest(c)
 		if err != nil {
 			if statusOf(err) != http.StatusRequestURITooLong {
 				t.Fatalf("%q: error %v", s, err)
@@ -160,7 +160,7 @@ func FuzzRegistryPath(f *testing.F) {
 		if err != nil {
 			t.Fatalf("%q: its canonical shape fails: %v", s, err)
 		}
-		if w, err := g.want(again); err != nil || w.target != file.target {
+		if w, err := g.newFileRequest(again); err != nil || w.target != file.target {
 			t.Fatalf("%q is %+v, its canonical shape %+v (%v)", s, file.target, w.target, err)
 		}
 	})
@@ -171,15 +171,15 @@ func FuzzLink(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		q := nextQuery([]string{s})
+		q := nextPageQuery([]string{s})
 		if strings.ContainsAny(q, "<>\" \r\n\x00;,#") {
 			t.Fatalf("%q: query %q would break out of a Link", s, q)
 		}
-		c := call{path: "/v2/r/a/tags/list", ns: "h:5"}
+		c := registryCall{path: "/v2/r/a/tags/list", ns: "h:5"}
 		if q == "" {
 			return
 		}
-		if again := nextQuery([]string{c.next(q)}); again != q {
+		if again := nextPageQuery([]string{c.nextLink(q)}); again != q {
 			t.Fatalf("%q: %q becomes %q", s, q, again)
 		}
 	})
