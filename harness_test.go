@@ -195,7 +195,7 @@ func (tt *tester) begin() {
 	for _, b := range s.stores.backends {
 		s.check(b)
 	}
-	if err := s.stores.embedded.load(context.Background(), s.stores.disk); err != nil {
+	if err := s.stores.embedded.reconcile(context.Background(), s.stores.disk); err != nil {
 		tt.Fatal(err)
 	}
 	if !s.held {

@@ -183,7 +183,7 @@ func verify(ctx context.Context, set *settings, env lookup, stdout io.Writer) er
 	}
 	defer st.close()
 	cfg, unknown := loadConfig(set.configPath, env)
-	st.disk.precious = func(remote string) bool { return unknown != nil || cfg.isIrreplaceable(remote) }
+	st.disk.isIrreplaceable = func(remote string) bool { return unknown != nil || cfg.isIrreplaceable(remote) }
 	reported := 0
 	checked, dropped, err := st.objects.verify(ctx, func(key string, err error) {
 		reported++
@@ -220,14 +220,14 @@ func rebuild(ctx context.Context, set *settings, stdout io.Writer) error {
 	case !held:
 		return errors.New("a server uses DATA_DIR, and its index is in its memory: stop it first (it reconciles the index at each start anyway)")
 	}
-	if err := st.embedded.load(ctx, st.objects); err != nil {
+	if err := st.embedded.reconcile(ctx, st.objects); err != nil {
 		return err
 	}
 	totals, err := st.embedded.totals(ctx)
 	for name, t := range totals {
 		fmt.Fprintf(stdout, "%s: %d files, %d bytes\n", name, t.Files, t.Bytes)
 	}
-	return errors.Join(err, st.embedded.flush())
+	return errors.Join(err, st.embedded.saveSnapshot())
 }
 
 // server is what serve wires together.
@@ -281,7 +281,7 @@ func serve(ctx context.Context, set *settings, env lookup, stderr io.Writer) err
 func (s *server) wire() http.Handler {
 	metrics := newMetrics()
 	st := s.stores
-	st.disk.precious = func(remote string) bool { return s.config.Load().isIrreplaceable(remote) }
+	st.disk.isIrreplaceable = func(remote string) bool { return s.config.Load().isIrreplaceable(remote) }
 	s.openData()
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version
@@ -289,7 +289,7 @@ func (s *server) wire() http.Handler {
 	s.cache = newCache(st.objects, st.index(), st.fresh(), spools, up, time.Now, s.log, metrics)
 	s.cache.replicas = st.replicas()
 	if st.hot != nil {
-		spools.shrink = st.hot.shrink
+		spools.shrink = st.hot.freeSpace
 	}
 	responder := &responder{now: time.Now, log: s.log, metrics: metrics}
 	return &api{cache: s.cache, config: s.config.Load, health: s.health, responder: responder, metrics: metrics,
@@ -395,17 +395,19 @@ func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 	loop(func() { s.sweep(ctx) }, time.Hour, func() { s.openData(); s.sweep(ctx) })
 	loops.Go(func() { s.watchFiles(ctx) })
 	if st.embedded != nil {
-		loops.Go(func() { s.retry(ctx, "loading the index", func() error { return st.embedded.load(ctx, st.objects) }) })
-		every(5*time.Minute, func() { s.try(ctx, "saving the index", st.embedded.flush) })
+		loops.Go(func() {
+			s.retry(ctx, "loading the index", func() error { return st.embedded.reconcile(ctx, st.objects) })
+		})
+		every(5*time.Minute, func() { s.try(ctx, "saving the index", st.embedded.saveSnapshot) })
 	} else {
 		every(time.Second, func() { s.try(ctx, "writing the journal to the database", func() error { return st.sql.replay(ctx) }) })
 	}
 	if st.redis != nil {
-		every(leaseBeat, func() { s.try(ctx, "keeping leases", func() error { return st.redis.beat(ctx) }) })
+		every(leaseInterval, func() { s.try(ctx, "keeping leases", func() error { return st.redis.renewLeases(ctx) }) })
 		loops.Go(func() { st.redis.watchChanges(ctx, s.cache.onChange, s.cache.onMissedChanges) })
 	}
 	if st.hot != nil {
-		loops.Go(func() { s.retry(ctx, "finding hot copies", func() error { return st.hot.load(ctx) }) })
+		loops.Go(func() { s.retry(ctx, "finding hot copies", func() error { return st.hot.findCopies(ctx) }) })
 		atOnceAndEvery(time.Hour, func() {
 			s.try(ctx, "sweeping unfinished uploads", func() error { return st.s3.sweep(ctx) })
 		})

@@ -19,7 +19,7 @@ type stores struct {
 	disk     *diskStore // DATA_DIR: spools, and the objects without S3
 	objects  verifiableObjects
 	s3       *s3Store        // nil: local disk
-	hot      *tiered         // with S3: copies on disk before it
+	hot      *tieredStore    // with S3: copies on disk before it
 	sql      *sqlIndex       // nil: embedded
 	embedded *embeddedIndex  // nil: PostgreSQL
 	redis    *redisStore     // nil: in process
@@ -131,21 +131,21 @@ func (st *stores) replicas() replicas {
 func (st *stores) close() error {
 	var errs []error
 	if st.sql != nil {
-		errs = append(errs, st.sql.close())
+		errs = append(errs, st.sql.Close())
 	} else {
-		errs = append(errs, st.embedded.close())
+		errs = append(errs, st.embedded.Close())
 	}
 	if st.redis != nil {
-		errs = append(errs, st.redis.close())
+		errs = append(errs, st.redis.Close())
 	} else {
-		errs = append(errs, st.local.close())
+		errs = append(errs, st.local.Close())
 	}
 	if st.s3 != nil {
-		st.hot.close()
-		st.s3.close()
-		errs = append(errs, st.hot.disk.close())
+		st.hot.Close()
+		st.s3.Close()
+		errs = append(errs, st.hot.disk.Close())
 	}
-	return errors.Join(append(errs, st.disk.close())...)
+	return errors.Join(append(errs, st.disk.Close())...)
 }
 
 // diskSpools are spools on the data disk that leave MIN_FREE alone.
@@ -156,7 +156,7 @@ type diskSpools struct {
 	shrink func(n int64) bool
 }
 
-func (d *diskSpools) newSpool() (*os.File, error) { return d.disk.spool() }
+func (d *diskSpools) newSpool() (*os.File, error) { return d.disk.newSpool() }
 
 // checkRoom: see spooler. Local copies of what S3 has make way.
 func (d *diskSpools) checkRoom(n int64) error {
@@ -169,7 +169,7 @@ func (d *diskSpools) checkRoom(n int64) error {
 
 // free is room as things are.
 func (d *diskSpools) free(n int64) error {
-	free, size, err := d.disk.free()
+	free, size, err := d.disk.freeSpace()
 	if err != nil {
 		return err
 	}

@@ -35,14 +35,14 @@ const (
 	// maxRecord bounds what is read as a record. Real ones have about 500
 	// bytes; the longest path and all headers at their usual limits fit.
 	maxRecord = 64 << 10
-	// maxSmall is the largest body kept in memory: metadata and manifests,
+	// maxSmallBody is the largest body kept in memory: metadata and manifests,
 	// which are asked for most, and for which an open costs more than a read.
-	maxSmall = 64 << 10
-	// hotBytes bounds the memory for records and small bodies together, small
+	maxSmallBody = 64 << 10
+	// memoryBudget bounds the memory for records and small bodies together, small
 	// enough for a container of 256 MiB.
-	hotBytes = 64 << 20
-	// entryCost is charged for a record and its place in the cache.
-	entryCost = 1 << 10
+	memoryBudget = 64 << 20
+	// memoryEntryCost is charged for a record and its place in the cache.
+	memoryEntryCost = 1 << 10
 	// orphanAge is when something without an owner is garbage. A restore from
 	// a backup may lay bodies down long before their records.
 	orphanAge = 24 * time.Hour
@@ -67,24 +67,24 @@ type droppedError struct{}
 func (droppedError) Error() string        { return "dropped" }
 func (droppedError) Is(target error) bool { return target == fs.ErrNotExist }
 
-// disk writes small files so that a crash leaves the old or the new one whole,
+// fileWriter writes small files so that a crash leaves the old or the new one whole,
 // and is the one place that renames and fsyncs.
-type disk struct {
+type fileWriter struct {
 	fsync func(*os.File) error // (*os.File).Sync but in tests
 	step  func(name string)    // told after each step of a commit; nil but in tests
 }
 
-func newDisk() *disk { return &disk{fsync: (*os.File).Sync} }
+func newDisk() *fileWriter { return &fileWriter{fsync: (*os.File).Sync} }
 
-func (k *disk) did(step string) {
+func (k *fileWriter) noteStep(step string) {
 	if k.step != nil {
 		k.step(step)
 	}
 }
 
-// write makes a file of what fill writes and fsyncs it. Nothing is left behind
+// writeFile makes a file of what fill writes and fsyncs it. Nothing is left behind
 // when it fails.
-func (k *disk) write(name string, fill func(io.Writer) error) (err error) {
+func (k *fileWriter) writeFile(name string, fill func(io.Writer) error) (err error) {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
@@ -97,27 +97,27 @@ func (k *disk) write(name string, fill func(io.Writer) error) (err error) {
 	return errors.Join(fill(f), k.fsync(f), f.Close())
 }
 
-// replace writes a file beside name and renames it into place, durably.
+// replaceFile writes a file beside name and renames it into place, durably.
 // Callers keep each other away from one name.
-func (k *disk) replace(name string, fill func(io.Writer) error) error {
+func (k *fileWriter) replaceFile(name string, fill func(io.Writer) error) error {
 	temp := name + tempSuffix
-	if err := k.write(temp, fill); err != nil {
+	if err := k.writeFile(temp, fill); err != nil {
 		return err
 	}
-	k.did("temporary file written")
-	if err := k.rename(temp, name); err != nil {
+	k.noteStep("temporary file written")
+	if err := k.renameFile(temp, name); err != nil {
 		os.Remove(temp)
 		return err
 	}
-	k.did("temporary file renamed")
+	k.noteStep("temporary file renamed")
 	return k.syncDir(filepath.Dir(name))
 }
 
-func (k *disk) rename(from, to string) error { return os.Rename(from, to) }
+func (k *fileWriter) renameFile(from, to string) error { return os.Rename(from, to) }
 
 // syncDir makes the names in a directory durable. Where a file system cannot
 // do that there is nothing to be had (EINVAL, ENOTSUP).
-func (k *disk) syncDir(dir string) error {
+func (k *fileWriter) syncDir(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
 		return err
@@ -160,30 +160,30 @@ func (b *fileBody) advanceBy(int64)                               {}
 // several processes. The directory is made when it is first written to, so one
 // that becomes writable later is used without a restart.
 type diskStore struct {
-	*disk
-	dir   string
-	now   func() time.Time
-	log   *slog.Logger
-	hot   *hotCache
-	turns turns    // by directory
-	known sync.Map // remotes whose directory is durable
-	// precious says whether a remote's files are nowhere else. What is damaged
+	*fileWriter
+	dir           string
+	now           func() time.Time
+	log           *slog.Logger
+	memory        *hotCache
+	turns         turns    // by directory
+	syncedRemotes sync.Map // remotes whose directory is durable
+	// isIrreplaceable says whether a remote's files are nowhere else. What is damaged
 	// of them is set aside. nil: none are. Set before the first use.
-	precious func(remote string) bool
+	isIrreplaceable func(remote string) bool
 
 	owner *os.File // .lock while we hold it
-	probe probe
+	probe diskProbe
 	swept time.Time // when the tree was last swept; sweep's alone
 }
 
 func newDiskStore(dir string, now func() time.Time, log *slog.Logger) *diskStore {
-	return &diskStore{disk: newDisk(), dir: filepath.Clean(dir), now: now, log: log, hot: newHotCache(hotBytes)}
+	return &diskStore{fileWriter: newDisk(), dir: filepath.Clean(dir), now: now, log: log, memory: newHotCache(memoryBudget)}
 }
 
-func (d *diskStore) path(key string) string { return d.dir + "/" + key }
+func (d *diskStore) pathOf(key string) string { return d.dir + "/" + key }
 
-// folder is the directory that holds key's body and records.
-func (d *diskStore) folder(key string) string { return filepath.Dir(d.path(key)) }
+// folderOf is the directory that holds key's body and records.
+func (d *diskStore) folderOf(key string) string { return filepath.Dir(d.pathOf(key)) }
 
 // open: see objects. A hit in memory costs one stat; a larger body an open and
 // a stat; record files are read only when memory does not know them.
@@ -191,34 +191,34 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	e := d.hot.get(key)
+	e := d.memory.get(key)
 	if e != nil && (off < 0 || e.body != nil) {
 		if fi, err := os.Stat(e.name); err == nil && identityOf(fi) == e.id {
-			return e.object(off), nil
+			return e.newObject(off), nil
 		}
 	}
-	f, e, err := d.find(ctx, key, e)
+	f, e, err := d.openMatching(ctx, key, e)
 	if err != nil {
 		return nil, err
 	}
 	switch {
 	case off < 0:
 		f.Close()
-		return e.object(off), nil
-	case e.id.size <= maxSmall:
-		return d.load(f, e, off)
+		return e.newObject(off), nil
+	case e.id.size <= maxSmallBody:
+		return d.openSmall(f, e, off)
 	}
-	return fromFile(f, e, off)
+	return openLarge(f, e, off)
 }
 
-// find opens key's body and the entry that fits it: the one given, one made of
+// openMatching opens key's body and the entry that fits it: the one given, one made of
 // the record files, or of a repair.
-func (d *diskStore) find(ctx context.Context, key string, hot *hotEntry) (*os.File, *hotEntry, error) {
+func (d *diskStore) openMatching(ctx context.Context, key string, hot *memoryEntry) (*os.File, *memoryEntry, error) {
 	if hot == nil {
 		if !validKey(key) {
 			return nil, nil, fmt.Errorf("opening %q: %w", key, fs.ErrNotExist)
 		}
-		hot = &hotEntry{key: key, name: d.path(key)}
+		hot = &memoryEntry{key: key, name: d.pathOf(key)}
 	}
 	f, id, err := openBody(hot.name)
 	if err != nil {
@@ -227,25 +227,25 @@ func (d *diskStore) find(ctx context.Context, key string, hot *hotEntry) (*os.Fi
 	if hot.rec != nil && hot.id == id {
 		return f, hot, nil
 	}
-	fits, _, err := d.records(key, id)
+	fits, _, err := d.readRecords(key, id)
 	if err == nil && fits != nil {
-		e := &hotEntry{key: key, name: hot.name, id: id, rec: fits}
-		d.hot.add(e)
+		e := &memoryEntry{key: key, name: hot.name, id: id, rec: fits}
+		d.memory.add(e)
 		return f, e, nil
 	}
 	f.Close()
 	if err != nil {
 		return nil, nil, openError(key, err)
 	}
-	return d.repair(ctx, key)
+	return d.repairCopy(ctx, key)
 }
 
 // openBody opens a body and takes the identity of what was opened: the name
 // may be another file's a moment later.
-func openBody(name string) (*os.File, identity, error) {
+func openBody(name string) (*os.File, fileIdentity, error) {
 	f, err := os.Open(name)
 	if err != nil {
-		return nil, identity{}, err
+		return nil, fileIdentity{}, err
 	}
 	fi, err := f.Stat()
 	if err == nil && !fi.Mode().IsRegular() {
@@ -253,7 +253,7 @@ func openBody(name string) (*os.File, identity, error) {
 	}
 	if err != nil {
 		f.Close()
-		return nil, identity{}, err
+		return nil, fileIdentity{}, err
 	}
 	return f, identityOf(fi), nil
 }
@@ -267,8 +267,8 @@ func openError(key string, err error) error {
 	return storeError("opening "+key, err)
 }
 
-// load reads a small body into memory and answers from there.
-func (d *diskStore) load(f *os.File, e *hotEntry, off int64) (*object, error) {
+// openSmall reads a small body into memory and answers from there.
+func (d *diskStore) openSmall(f *os.File, e *memoryEntry, off int64) (*object, error) {
 	defer f.Close()
 	full := *e
 	full.body = make([]byte, e.id.size)
@@ -279,11 +279,11 @@ func (d *diskStore) load(f *os.File, e *hotEntry, off int64) (*object, error) {
 		}
 		return nil, storeError("reading "+e.key, err)
 	}
-	d.hot.add(&full)
-	return full.object(off), nil
+	d.memory.add(&full)
+	return full.newObject(off), nil
 }
 
-func fromFile(f *os.File, e *hotEntry, off int64) (*object, error) {
+func openLarge(f *os.File, e *memoryEntry, off int64) (*object, error) {
 	if off > 0 {
 		if _, err := f.Seek(off, io.SeekStart); err != nil {
 			f.Close()
@@ -299,12 +299,12 @@ func fromFile(f *os.File, e *hotEntry, off int64) (*object, error) {
 	return &o.object, nil
 }
 
-// records reads key's record files. fits is the one whose body has id; all are
+// readRecords reads key's record files. fits is the one whose body has id; all are
 // the sound ones when none fits. errVersion is returned only then.
-func (d *diskStore) records(key string, id identity) (fits *record, all []*envelope, err error) {
+func (d *diskStore) readRecords(key string, id fileIdentity) (fits *record, all []*diskRecord, err error) {
 	var foreign error
 	for _, name := range []string{recordFile, recordNext} {
-		e, of, err := readRecord(d.folder(key) + "/" + name)
+		e, of, err := readRecord(d.folderOf(key) + "/" + name)
 		if err == nil && of != key {
 			err = fmt.Errorf("%w: of another file", errDamaged)
 		}
@@ -316,7 +316,7 @@ func (d *diskStore) records(key string, id identity) (fits *record, all []*envel
 			d.log.Warn("stored record is of no use", "key", key, "file", name, "reason", err)
 		case err != nil:
 			return nil, nil, err
-		case e.identity() == id:
+		case e.bodyIdentity() == id:
 			return &e.record, nil, nil
 		default:
 			all = append(all, e)
@@ -329,42 +329,42 @@ func (d *diskStore) records(key string, id identity) (fits *record, all []*envel
 	return nil, all, nil
 }
 
-// repair finds the record of a body that none fits, by its hash, and writes it
+// repairCopy finds the record of a body that none fits, by its hash, and writes it
 // anew with the body's identity; without one the files are dropped. Bodies
 // come to this by a restored backup, a crash or damage. The directory's lock
 // makes one of many callers do the work.
-func (d *diskStore) repair(ctx context.Context, key string) (*os.File, *hotEntry, error) {
-	l, err := d.lock(ctx, d.folder(key), false)
+func (d *diskStore) repairCopy(ctx context.Context, key string) (*os.File, *memoryEntry, error) {
+	l, err := d.lockFolder(ctx, d.folderOf(key), false)
 	if err != nil {
 		return nil, nil, openError(key, err)
 	}
 	defer l.unlock()
-	f, e, err := d.settle(ctx, key)
+	f, e, err := d.repairLocked(ctx, key)
 	if err != nil {
 		return nil, nil, openError(key, err)
 	}
-	d.hot.add(e)
+	d.memory.add(e)
 	return f, e, nil
 }
 
-// settle leaves key with a body and a .record that fits it, or with nothing
+// repairLocked leaves key with a body and a .record that fits it, or with nothing
 // (fs.ErrNotExist). The caller holds the directory's lock.
-func (d *diskStore) settle(ctx context.Context, key string) (*os.File, *hotEntry, error) {
-	f, e, err := d.current(ctx, key)
+func (d *diskStore) repairLocked(ctx context.Context, key string) (*os.File, *memoryEntry, error) {
+	f, e, err := d.openCurrent(ctx, key)
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := d.settleRecord(e); err != nil {
+	if err := d.repairRecordFile(e); err != nil {
 		f.Close()
 		return nil, nil, err
 	}
 	return f, e, nil
 }
 
-// current opens key's body with the record that describes it; it drops a body
+// openCurrent opens key's body with the record that describes it; it drops a body
 // without one. The caller holds the directory's lock.
-func (d *diskStore) current(ctx context.Context, key string) (_ *os.File, _ *hotEntry, err error) {
-	f, id, err := openBody(d.path(key))
+func (d *diskStore) openCurrent(ctx context.Context, key string) (_ *os.File, _ *memoryEntry, err error) {
+	f, id, err := openBody(d.pathOf(key))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -373,21 +373,21 @@ func (d *diskStore) current(ctx context.Context, key string) (_ *os.File, _ *hot
 			f.Close()
 		}
 	}()
-	rec, others, err := d.records(key, id)
+	rec, others, err := d.readRecords(key, id)
 	if err == nil && rec == nil {
-		rec, err = d.matching(ctx, f, id, others)
+		rec, err = d.matchByHash(ctx, f, id, others)
 	}
 	if err == nil && rec == nil {
-		err = d.drop(key, "no record describes the body")
+		err = d.dropDamaged(key, "no record describes the body")
 	}
-	return f, &hotEntry{key: key, name: d.path(key), id: id, rec: rec}, err
+	return f, &memoryEntry{key: key, name: d.pathOf(key), id: id, rec: rec}, err
 }
 
-// matching hashes a body for the record among others that describes it, and
+// matchByHash hashes a body for the record among others that describes it, and
 // leaves f at its beginning. It does not end with the request that caused it:
 // impatient clients would else have a large body hashed again and again.
-func (d *diskStore) matching(ctx context.Context, f *os.File, id identity, others []*envelope) (*record, error) {
-	others = slices.DeleteFunc(others, func(e *envelope) bool { return e.Size != id.size })
+func (d *diskStore) matchByHash(ctx context.Context, f *os.File, id fileIdentity, others []*diskRecord) (*record, error) {
+	others = slices.DeleteFunc(others, func(e *diskRecord) bool { return e.Size != id.size })
 	if len(others) == 0 {
 		return nil, nil
 	}
@@ -406,32 +406,32 @@ func (d *diskStore) matching(ctx context.Context, f *os.File, id identity, other
 	return nil, nil
 }
 
-// settleRecord makes e's record the one of its directory. What is there stays
+// repairRecordFile makes e's record the one of its directory. What is there stays
 // until the new .record is in place: a crash leaves what can be repaired.
-func (d *diskStore) settleRecord(e *hotEntry) error {
-	name := d.folder(e.key) + "/" + recordFile
-	if old, of, err := readRecord(name); err != nil || of != e.key || old.identity() != e.id {
+func (d *diskStore) repairRecordFile(e *memoryEntry) error {
+	name := d.folderOf(e.key) + "/" + recordFile
+	if old, of, err := readRecord(name); err != nil || of != e.key || old.bodyIdentity() != e.id {
 		data, err := encodeRecord(e.rec, e.id)
 		if err != nil {
 			return err
 		}
-		if err := d.replace(name, writing(data)); err != nil {
+		if err := d.replaceFile(name, writeBytes(data)); err != nil {
 			return err
 		}
 		d.log.Info("stored record was put in order", "key", e.key)
 	}
-	return remove(d.folder(e.key) + "/" + recordNext)
+	return removeIfExists(d.folderOf(e.key) + "/" + recordNext)
 }
 
-// remove removes a file that may be gone already.
-func remove(name string) error {
+// removeIfExists removes a file that may be gone already.
+func removeIfExists(name string) error {
 	if err := os.Remove(name); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil
 }
 
-func writing(data []byte) func(io.Writer) error {
+func writeBytes(data []byte) func(io.Writer) error {
 	return func(w io.Writer) error {
 		_, err := w.Write(data)
 		return err
@@ -476,14 +476,14 @@ func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.
 	if err := d.fsync(spool); err != nil {
 		return storeError("syncing the spool of "+key, err)
 	}
-	d.did("spool synced")
-	l, err := d.lock(ctx, d.folder(key), true)
+	d.noteStep("spool synced")
+	l, err := d.lockFolder(ctx, d.folderOf(key), true)
 	if err != nil {
 		return storeError("storing "+key, err)
 	}
 	defer l.unlock()
-	d.did("directory made")
-	if err := d.commit(ctx, key, rec, spool); err != nil {
+	d.noteStep("directory made")
+	if err := d.commitBody(ctx, key, rec, spool); err != nil {
 		l.removeEmpty()
 		return storeError("storing "+key, err)
 	}
@@ -504,39 +504,39 @@ func checkPut(key string, rec *record, spool *os.File) error {
 	return nil
 }
 
-// commit puts spool and record in place, see put. The lock is held.
-func (d *diskStore) commit(ctx context.Context, key string, rec *record, spool *os.File) error {
-	replaces, err := d.keepOld(ctx, key)
+// commitBody puts spool and record in place, see put. The lock is held.
+func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spool *os.File) error {
+	replaces, err := d.keepOldRecord(ctx, key)
 	if err = errors.Join(err, ctx.Err()); err != nil {
 		return err
 	}
-	defer d.hot.drop(key)
-	if linked(spool) {
-		err := d.install(key, rec, spool, spool.Name(), replaces)
+	defer d.memory.drop(key)
+	if isLinked(spool) {
+		err := d.installBody(key, rec, spool, spool.Name(), replaces)
 		if !errors.Is(err, syscall.EXDEV) {
 			return err
 		}
 	}
-	return d.copyIn(key, rec, spool, replaces)
+	return d.installCopy(key, rec, spool, replaces)
 }
 
-// keepOld makes sure that the present copy's record, if there is a copy, is in
+// keepOldRecord makes sure that the present copy's record, if there is a copy, is in
 // .record: a crashed commit or a restored backup may have it in .record.next
 // alone, which is about to be overwritten.
-func (d *diskStore) keepOld(ctx context.Context, key string) (there bool, err error) {
-	old, e, err := d.current(ctx, key)
+func (d *diskStore) keepOldRecord(ctx context.Context, key string) (there bool, err error) {
+	old, e, err := d.openCurrent(ctx, key)
 	switch {
 	case err == nil:
 		old.Close()
-		return true, d.settleRecord(e)
+		return true, d.repairRecordFile(e)
 	case !errors.Is(err, fs.ErrNotExist):
 		d.log.Warn("stored file cannot be read and is replaced", "key", key, "err", err)
 	}
 	return false, nil
 }
 
-// linked reports whether f's name still leads to f.
-func linked(f *os.File) bool {
+// isLinked reports whether f's name still leads to f.
+func isLinked(f *os.File) bool {
 	fi, err := f.Stat()
 	if err != nil {
 		return false
@@ -545,9 +545,9 @@ func linked(f *os.File) bool {
 	return err == nil && os.SameFile(fi, named)
 }
 
-// install moves the file at name, which body is the descriptor of, into place
+// installBody moves the file at name, which body is the descriptor of, into place
 // as key's body, with its record.
-func (d *diskStore) install(key string, rec *record, body *os.File, name string, replaces bool) error {
+func (d *diskStore) installBody(key string, rec *record, body *os.File, name string, replaces bool) error {
 	fi, err := body.Stat()
 	if err != nil {
 		return err
@@ -556,39 +556,39 @@ func (d *diskStore) install(key string, rec *record, body *os.File, name string,
 	if err != nil {
 		return err
 	}
-	folder := d.folder(key)
+	folder := d.folderOf(key)
 	next := folder + "/" + recordNext
-	if err := d.write(next, writing(data)); err != nil {
+	if err := d.writeFile(next, writeBytes(data)); err != nil {
 		return err
 	}
-	d.did("record written")
+	d.noteStep("record written")
 	if replaces {
 		// The name .record.next must not be lost if the body's is kept.
 		err = d.syncDir(folder)
 	}
 	if err == nil {
-		err = d.rename(name, d.path(key))
+		err = d.renameFile(name, d.pathOf(key))
 	}
 	if err != nil {
 		os.Remove(next)
 		return err
 	}
-	d.did("body moved")
-	if err := d.rename(next, folder+"/"+recordFile); err != nil {
+	d.noteStep("body moved")
+	if err := d.renameFile(next, folder+"/"+recordFile); err != nil {
 		return err
 	}
-	d.did("record moved")
+	d.noteStep("record moved")
 	if err := d.syncDir(folder); err != nil {
 		return err
 	}
-	d.did("folder synced")
+	d.noteStep("folder synced")
 	return nil
 }
 
-// copyIn is install for a spool on another file system or without a name.
-func (d *diskStore) copyIn(key string, rec *record, spool *os.File, replaces bool) error {
-	name := d.folder(key) + "/" + bodyNext
-	err := d.write(name, func(w io.Writer) error {
+// installCopy is install for a spool on another file system or without a name.
+func (d *diskStore) installCopy(key string, rec *record, spool *os.File, replaces bool) error {
+	name := d.folderOf(key) + "/" + bodyNext
+	err := d.writeFile(name, func(w io.Writer) error {
 		_, err := io.Copy(w, io.NewSectionReader(spool, 0, rec.Size))
 		return err
 	})
@@ -597,7 +597,7 @@ func (d *diskStore) copyIn(key string, rec *record, spool *os.File, replaces boo
 	}
 	f, err := os.Open(name)
 	if err == nil {
-		err = d.install(key, rec, f, name, replaces)
+		err = d.installBody(key, rec, f, name, replaces)
 		f.Close()
 	}
 	if err != nil {
@@ -613,7 +613,7 @@ func (d *diskStore) syncParents(key string) error {
 	if err := d.syncDir(d.dir + "/" + name); err != nil {
 		return err
 	}
-	if _, known := d.known.Load(name); known {
+	if _, known := d.syncedRemotes.Load(name); known {
 		return nil
 	}
 	if err := d.syncDir(d.dir); err != nil {
@@ -624,7 +624,7 @@ func (d *diskStore) syncParents(key string) error {
 	if err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
-	d.known.Store(name, true)
+	d.syncedRemotes.Store(name, true)
 	return nil
 }
 
@@ -634,15 +634,15 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	if !validKey(key) {
 		return fmt.Errorf("deleting %q: %w", key, fs.ErrNotExist)
 	}
-	l, err := d.lock(ctx, d.folder(key), false)
+	l, err := d.lockFolder(ctx, d.folderOf(key), false)
 	if err != nil {
 		return openError(key, err)
 	}
 	defer l.unlock()
-	if _, err := os.Lstat(d.path(key)); err != nil {
+	if _, err := os.Lstat(d.pathOf(key)); err != nil {
 		return openError(key, err)
 	}
-	d.hot.drop(key)
+	d.memory.drop(key)
 	if err := d.removeFiles(key); err != nil {
 		return storeError("deleting "+key, err)
 	}
@@ -653,19 +653,19 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 // removeFiles removes key's records and body, durably. The lock is held.
 func (d *diskStore) removeFiles(key string) error {
 	for _, name := range []string{recordNext, recordFile, filepath.Base(key)} {
-		if err := remove(d.folder(key) + "/" + name); err != nil {
+		if err := removeIfExists(d.folderOf(key) + "/" + name); err != nil {
 			return err
 		}
-		d.did("removed " + name)
+		d.noteStep("removed " + name)
 	}
-	return d.syncDir(d.folder(key))
+	return d.syncDir(d.folderOf(key))
 }
 
-// drop removes what is stored of key because it is damaged, and says so. Its
+// dropDamaged removes what is stored of key because it is damaged, and says so. Its
 // error is a miss. The lock is held.
-func (d *diskStore) drop(key, reason string) error {
-	d.hot.drop(key)
-	if name, _, _ := strings.Cut(key, "/"); d.precious != nil && d.precious(name) {
+func (d *diskStore) dropDamaged(key, reason string) error {
+	d.memory.drop(key)
+	if name, _, _ := strings.Cut(key, "/"); d.isIrreplaceable != nil && d.isIrreplaceable(name) {
 		return d.setAside(key, reason)
 	}
 	d.log.Warn("stored file is dropped", "key", key, "reason", reason)
@@ -680,17 +680,17 @@ func (d *diskStore) drop(key, reason string) error {
 // but they may be. A crash in between leaves a part where it was, for the next
 // open. The lock is held.
 func (d *diskStore) setAside(key, reason string) error {
-	aside, err := os.MkdirTemp(d.folder(key), damagedDir)
+	aside, err := os.MkdirTemp(d.folderOf(key), damagedDir)
 	if err != nil {
 		return err
 	}
 	for _, name := range []string{recordNext, recordFile, filepath.Base(key)} {
-		err := d.rename(d.folder(key)+"/"+name, aside+"/"+name)
+		err := d.renameFile(d.folderOf(key)+"/"+name, aside+"/"+name)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	if err := errors.Join(d.syncDir(aside), d.syncDir(d.folder(key))); err != nil {
+	if err := errors.Join(d.syncDir(aside), d.syncDir(d.folderOf(key))); err != nil {
 		return err
 	}
 	d.log.Error("damaged file that is nowhere else was set aside: store it again", "key", key, "reason", reason, "at", aside)

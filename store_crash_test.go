@@ -46,15 +46,15 @@ func (s *diskTester) reopen() {
 }
 
 func (s *diskTester) file(spelling, name string) string {
-	return s.d.folder(testKey(spelling)) + "/" + name
+	return s.d.folderOf(testKey(spelling)) + "/" + name
 }
-func (s *diskTester) body(spelling string) string { return s.d.path(testKey(spelling)) }
+func (s *diskTester) body(spelling string) string { return s.d.pathOf(testKey(spelling)) }
 
 // wantFiles checks what is in a file's directory.
 func (s *diskTester) wantFiles(spelling string, want ...string) {
 	s.t.Helper()
 	var got []string
-	entries, _ := os.ReadDir(s.d.folder(testKey(spelling)))
+	entries, _ := os.ReadDir(s.d.folderOf(testKey(spelling)))
 	for _, e := range entries {
 		got = append(got, e.Name())
 	}
@@ -177,7 +177,7 @@ func TestDiskDamage(t *testing.T) {
 			must(s.t, os.WriteFile(s.file("f", rec), nil, 0o600))
 		}},
 	} {
-		for _, content := range []string{"hello, small content", bigContent(maxSmall + 1000)} {
+		for _, content := range []string{"hello, small content", bigContent(maxSmallBody + 1000)} {
 			for _, warm := range []bool{true, false} {
 				t.Run(fmt.Sprintf("%s, %d bytes, warm %v", name, len(content), warm), func(t *testing.T) {
 					t.Parallel()
@@ -308,7 +308,7 @@ func TestDiskUnusable(t *testing.T) {
 	if _, err := s.open(ctx, testKey("f"), 0); !errors.Is(err, errStoreDown) {
 		t.Errorf("open: %v", err)
 	}
-	_, spoolErr := s.d.spool()
+	_, spoolErr := s.d.newSpool()
 	_, lockErr := s.d.lockData()
 	for name, err := range map[string]error{"put": s.put("f", "x"), "spool": spoolErr, "lock": lockErr, "ping": s.d.ping(ctx),
 		"walk": s.walk(ctx, nil), "delete": s.delete(ctx, testKey("f"))} {
@@ -388,7 +388,7 @@ func TestDiskOwner(t *testing.T) {
 			t.Errorf("held %v, %v; want %v", held, err, c.held)
 		}
 	}
-	must(t, a.close())
+	must(t, a.Close())
 	if held, err := b.lockData(); !held || err != nil {
 		t.Errorf("after close: held %v, %v", held, err)
 	}
@@ -397,7 +397,7 @@ func TestDiskOwner(t *testing.T) {
 func TestDiskSpace(t *testing.T) {
 	t.Parallel()
 	d := newTestDisk(t)
-	free, size, err := d.free()
+	free, size, err := d.freeSpace()
 	if err != nil || free == 0 || free > size {
 		t.Errorf("free %d of %d, %v", free, size, err)
 	}
@@ -411,7 +411,7 @@ func TestDiskSpace(t *testing.T) {
 func TestHotCacheIsBounded(t *testing.T) {
 	t.Parallel()
 	s := newDiskTester(t)
-	s.d.hot = newHotCache(16 * (entryCost + 1000))
+	s.d.memory = newHotCache(16 * (memoryEntryCost + 1000))
 	for i := range 100 {
 		s.mustPut(fmt.Sprint(i), fmt.Sprint(i))
 		s.wantHit(fmt.Sprint(i), fmt.Sprint(i))
@@ -419,8 +419,8 @@ func TestHotCacheIsBounded(t *testing.T) {
 	s.mustPut("larger", bigContent(5000)) // than any shard
 	s.wantHit("larger", bigContent(5000))
 	entries := 0
-	for i := range s.d.hot.shards {
-		sh := &s.d.hot.shards[i]
+	for i := range s.d.memory.shards {
+		sh := &s.d.memory.shards[i]
 		if sh.room < 0 || sh.order.Len() != len(sh.byKey) {
 			t.Errorf("shard %d: room %d, %d entries of %d", i, sh.room, sh.order.Len(), len(sh.byKey))
 		}
@@ -437,7 +437,7 @@ func TestHotCacheIsBounded(t *testing.T) {
 func TestDiskSweep(t *testing.T) {
 	t.Parallel()
 	s := newDiskTester(t)
-	inUse, err := s.d.spool()
+	inUse, err := s.d.newSpool()
 	must(t, err)
 	defer inUse.Close()
 	spools := s.d.dir + "/" + spoolDir
@@ -483,7 +483,7 @@ func TestDiskSweepOrphans(t *testing.T) {
 		s.wantHit(spelling, "content")
 	}
 	for _, spelling := range []string{"no-record", "no-body", "empty"} {
-		if _, err := os.Stat(s.d.folder(testKey(spelling))); err == nil {
+		if _, err := os.Stat(s.d.folderOf(testKey(spelling))); err == nil {
 			t.Errorf("%s: the directory was left", spelling)
 		}
 	}
@@ -540,7 +540,7 @@ func TestDiskVerifyLeavesTheReplaced(t *testing.T) {
 	fi, err := os.Stat(s.body("f"))
 	must(t, err)
 	s.mustPut("f", "new")
-	must(t, s.d.dropIf(t.Context(), testKey("f"), identityOf(fi), "test"))
+	must(t, s.d.dropIfUnchanged(t.Context(), testKey("f"), identityOf(fi), "test"))
 	s.wantHit("f", "new")
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -577,7 +577,7 @@ var crashScenes = map[string]struct {
 }
 
 func crashPut(s *diskTester) {
-	spool, err := s.d.spool()
+	spool, err := s.d.newSpool()
 	must(s.t, err)
 	io.WriteString(spool, "new")
 	s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool)
@@ -714,7 +714,7 @@ func TestIndexSurvivesRestart(t *testing.T) {
 		must(t, x.countUses(t.Context(), []fileUse{{"r", testKey(spelling), 3, testDay.Add(time.Hour)}}))
 	}
 	before, err := x.listPage(t.Context(), pageQuery{remote: "r", limit: 3})
-	must(t, err, x.close(), s.delete(t.Context(), testKey("lost")))
+	must(t, err, x.Close(), s.delete(t.Context(), testKey("lost")))
 	s.mustPut("unknown", "12345")
 
 	it := &indexTester{t, newTestIndex(t, s.d.dir, s.d)}
@@ -734,7 +734,7 @@ func TestIndexIgnoresDamagedSnapshot(t *testing.T) {
 		s.mustPut(spelling, "x")
 		must(t, x.saveRow(t.Context(), newIndexRow(testKey(spelling), testRecord(spelling, "x"))))
 	}
-	must(t, x.close())
+	must(t, x.Close())
 	name := s.d.dir + "/" + indexFile
 	sound := readFile(t, name)
 	for _, damaged := range [][]byte{
@@ -744,7 +744,7 @@ func TestIndexIgnoresDamagedSnapshot(t *testing.T) {
 		must(t, os.WriteFile(name, damaged, 0o600))
 		log := new(bytes.Buffer)
 		x := newEmbeddedIndex(s.d.dir, slog.New(slog.NewTextHandler(log, nil)))
-		must(t, x.load(t.Context(), s.d))
+		must(t, x.reconcile(t.Context(), s.d))
 		if n := len((&indexTester{t, x}).paths(pageQuery{remote: "r", limit: 100})); n != 50 {
 			t.Errorf("%d rows from a snapshot of %d bytes", n, len(damaged))
 		}
@@ -763,21 +763,21 @@ func TestIndexLoadsBesideWriters(t *testing.T) {
 	x := newTestIndex(t, dir, walker{f: func(f func(string, *record) error) error {
 		return errors.Join(f(testKey("kept"), rec("kept")), f(testKey("gone"), rec("gone")), f(testKey("vanished"), rec("vanished")))
 	}})
-	must(t, x.countUses(t.Context(), []fileUse{{"r", testKey("kept"), 4, testDay}}), x.close())
+	must(t, x.countUses(t.Context(), []fileUse{{"r", testKey("kept"), 4, testDay}}), x.Close())
 
 	x = newEmbeddedIndex(dir, slog.New(slog.DiscardHandler))
 	ctx := t.Context()
 	newer := newIndexRow(testKey("kept"), testRecord("kept", "newer"))
 	down := walker{f: func(func(string, *record) error) error { return errStoreDown }}
-	if err := x.load(ctx, down); !errors.Is(err, errStoreDown) {
+	if err := x.reconcile(ctx, down); !errors.Is(err, errStoreDown) {
 		t.Errorf("load: %v", err)
 	}
 	if p, err := x.listPage(ctx, pageQuery{remote: "r", limit: 9}); err != nil || p.complete || len(p.rows) != 3 {
 		t.Errorf("while the store is down: %+v, %v", p, err)
 	}
-	must(t, x.load(ctx, walker{f: func(f func(string, *record) error) error {
+	must(t, x.reconcile(ctx, walker{f: func(f func(string, *record) error) error {
 		must(t, x.saveRow(ctx, newer), x.delete(ctx, "r", testKey("gone")))
-		must(t, x.saveRow(ctx, newIndexRow(testKey("came"), rec("came"))), x.flush())
+		must(t, x.saveRow(ctx, newIndexRow(testKey("came"), rec("came"))), x.saveSnapshot())
 		must(t, x.countUses(ctx, []fileUse{{"r", testKey("late"), 2, testDay}}))
 		return errors.Join(f(testKey("gone"), rec("gone")), f(testKey("kept"), rec("kept")), f(testKey("late"), rec("late")))
 	}}))
@@ -845,7 +845,7 @@ func TestFreshnessLogIsCompacted(t *testing.T) {
 	if fi, err := os.Stat(f.path()); err != nil || fi.Size() > 50*deadMarks {
 		t.Errorf("log of %d bytes, %v", fi.Size(), err)
 	}
-	must(t, f.close())
+	must(t, f.Close())
 	f = newLocalFreshness(f.dir, time.Now, f.log)
 	wantMark(t, f, "k", freshnessMark{testDay.Add(5*deadMarks - 1), "s"})
 }
@@ -872,7 +872,7 @@ func TestFreshnessWithoutDisk(t *testing.T) {
 }
 
 func FuzzRecord(f *testing.F) {
-	sound, err := encodeRecord(testRecord("f", "x"), identity{1, 2, 3})
+	sound, err := encodeRecord(testRecord("f", "x"), fileIdentity{1, 2, 3})
 	must(f, err)
 	f.Add(sound)
 	f.Add([]byte(recordMagic + "00000000\n{}\n"))
@@ -886,12 +886,12 @@ func FuzzRecord(f *testing.F) {
 				}
 				continue
 			}
-			again, err := encodeRecord(&e.record, e.identity())
+			again, err := encodeRecord(&e.record, e.bodyIdentity())
 			if err != nil {
 				continue // escaping made it too long
 			}
 			f, err := decodeRecord(again)
-			if err != nil || f.identity() != e.identity() {
+			if err != nil || f.bodyIdentity() != e.bodyIdentity() {
 				t.Fatalf("%+v came back as %+v, %v", e, f, err)
 			}
 			wantRecord(t, &f.record, &e.record)
@@ -902,10 +902,10 @@ func FuzzRecord(f *testing.F) {
 func FuzzFrames(f *testing.F) {
 	e, err := newEntry(testRow("r", "a%20b?c"))
 	must(f, err)
-	f.Add(e.append(nil, "r"), []byte("x"))
+	f.Add(e.appendTo(nil, "r"), []byte("x"))
 	f.Fuzz(func(t *testing.T, payload, tail []byte) {
 		if remote, e := decodeEntry(payload); e != nil {
-			if again, f := decodeEntry(e.append(nil, remote)); f == nil || again != remote || f.row(again) != e.row(remote) {
+			if again, f := decodeEntry(e.appendTo(nil, remote)); f == nil || again != remote || f.toRow(again) != e.toRow(remote) {
 				t.Fatalf("%+v came back as %+v", e, f)
 			}
 		}

@@ -12,14 +12,14 @@ import (
 	"slices"
 )
 
-// fields reads what appendString and binary.AppendVarint wrote. After damage
+// fieldReader reads what appendString and binary.AppendVarint wrote. After damage
 // all is zero and bad is set.
-type fields struct {
+type fieldReader struct {
 	b   []byte
 	bad bool
 }
 
-func (p *fields) num() int64 {
+func (p *fieldReader) readInt() int64 {
 	v, n := binary.Varint(p.b)
 	if n <= 0 {
 		p.b, p.bad = nil, true
@@ -29,8 +29,8 @@ func (p *fields) num() int64 {
 	return v
 }
 
-func (p *fields) str() string {
-	n := p.num()
+func (p *fieldReader) readString() string {
+	n := p.readInt()
 	if n < 0 || n > int64(len(p.b)) {
 		p.b, p.bad = nil, true
 		return ""

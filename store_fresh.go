@@ -36,7 +36,7 @@ var _ freshness = (*localFreshness)(nil)
 // localFreshness implements freshness. Writes to the log are not fsynced: they
 // survive the end of the process, and a power failure costs revalidations.
 type localFreshness struct {
-	*disk
+	*fileWriter
 	dir string
 	now func() time.Time
 	log *slog.Logger
@@ -52,7 +52,7 @@ type localFreshness struct {
 
 // newLocalFreshness reads the log that is there, if any.
 func newLocalFreshness(dir string, now func() time.Time, log *slog.Logger) *localFreshness {
-	l := &localFreshness{disk: newDisk(), dir: dir, now: now, log: log, marks: map[string]freshnessMark{}}
+	l := &localFreshness{fileWriter: newDisk(), dir: dir, now: now, log: log, marks: map[string]freshnessMark{}}
 	l.load()
 	return l
 }
@@ -81,9 +81,9 @@ func (l *localFreshness) load() {
 }
 
 func (l *localFreshness) restore(payload []byte) error {
-	p := fields{b: payload}
-	set, key := p.num(), p.str()
-	m := freshnessMark{GoodAt: time.Unix(0, p.num()).UTC(), SHA256: p.str()}
+	p := fieldReader{b: payload}
+	set, key := p.readInt(), p.readString()
+	m := freshnessMark{GoodAt: time.Unix(0, p.readInt()).UTC(), SHA256: p.readString()}
 	if p.bad || len(p.b) > 0 {
 		return errDamaged
 	}
@@ -192,7 +192,7 @@ func (l *localFreshness) rewrite() error {
 	if err := os.MkdirAll(l.dir, 0o755); err != nil {
 		return err
 	}
-	err := l.replace(l.path(), func(w io.Writer) error {
+	err := l.replaceFile(l.path(), func(w io.Writer) error {
 		b := bufio.NewWriter(w) // keeps its first error until Flush
 		b.Write(appendFrame(nil, []byte(freshMagic)))
 		for key, m := range marks {
@@ -214,8 +214,8 @@ func (l *localFreshness) rewrite() error {
 	return nil
 }
 
-// close ends the log.
-func (l *localFreshness) close() error {
+// Close ends the log.
+func (l *localFreshness) Close() error {
 	l.logging.Lock()
 	defer l.logging.Unlock()
 	if l.file == nil {

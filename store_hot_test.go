@@ -20,7 +20,7 @@ import (
 // hotBench is a tier in front of an s3Bench.
 type hotBench struct {
 	*s3Bench
-	tier *tiered
+	tier *tieredStore
 	disk *diskStore
 }
 
@@ -39,9 +39,9 @@ func newHotBenchAt(t *testing.T, f *fakeS3, limit int64) *hotBench {
 func (b *hotBench) restart(disk *diskStore, limit int64) {
 	b.disk = disk
 	b.tier = newTiered(b.store, disk, limit, nil)
-	b.t.Cleanup(b.tier.close)
+	b.t.Cleanup(b.tier.Close)
 	b.objects = b.tier
-	if err := b.tier.load(b.t.Context()); err != nil {
+	if err := b.tier.findCopies(b.t.Context()); err != nil {
 		b.t.Fatal(err)
 	}
 }
@@ -65,7 +65,7 @@ func (b *hotBench) wantHot(spelling, content string) {
 func (b *hotBench) wantCold(spelling string) {
 	b.t.Helper()
 	b.tier.wg.Wait()
-	if b.tier.files.has(testKey(spelling)) {
+	if b.tier.copies.has(testKey(spelling)) {
 		b.t.Errorf("there is a copy of %s", spelling)
 	}
 	if o, err := b.disk.open(b.t.Context(), testKey(spelling), -1); !errors.Is(err, fs.ErrNotExist) {
@@ -87,7 +87,7 @@ func TestTieredObjectsReal(t *testing.T) {
 	t.Parallel()
 	testObjects(t, func(t *testing.T) objects {
 		s := newTiered(newS3Store(realBucket(t), func() bool { return true }), newTestDisk(t), hotTestLimit, nil)
-		t.Cleanup(s.close)
+		t.Cleanup(s.Close)
 		return s
 	})
 }
@@ -177,7 +177,7 @@ func TestCopiesAreVerified(t *testing.T) {
 // has everything: the rest of the copy is then fetched on its own.
 func TestFastClientsAreNotSlowed(t *testing.T) {
 	t.Parallel()
-	content := bigContent(3 * hotAhead * copyBufferSize / 2)
+	content := bigContent(3 * maxChunksAhead * copyBufferSize / 2)
 	a := newHotBench(t)
 	a.mustPut("f", content)
 	for name, change := range map[string]func(){
@@ -186,7 +186,7 @@ func TestFastClientsAreNotSlowed(t *testing.T) {
 	} {
 		b := newHotBenchAt(t, a.fake, hotTestLimit)
 		gate := make(chan struct{})
-		b.tier.room = func(int64) error { <-gate; return nil }
+		b.tier.checkRoom = func(int64) error { <-gate; return nil }
 		wantBody(t, b.mustOpen("f", 0).body, content)
 		change()
 		close(gate)
@@ -208,7 +208,7 @@ func TestCopiesLeaveRoom(t *testing.T) {
 	a := newHotBench(t)
 	a.mustPut("f", "content")
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
-	b.tier.room = func(int64) error { return errNoSpace }
+	b.tier.checkRoom = func(int64) error { return errNoSpace }
 	b.read("f", "content")
 	b.wantCold("f")
 }
@@ -221,7 +221,7 @@ func TestOneCopyOfManyReaders(t *testing.T) {
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	made := 0
 	gate := make(chan struct{})
-	b.tier.room = func(int64) error { made++; <-gate; return nil }
+	b.tier.checkRoom = func(int64) error { made++; <-gate; return nil }
 	for range 5 {
 		wantBody(t, b.mustOpen("f", 0).body, content)
 	}
@@ -243,8 +243,8 @@ func TestEviction(t *testing.T) {
 		b.mustOpen("0", 0) // used all the time
 		var bytes int64
 		b.disk.walk(t.Context(), func(_ string, rec *record) error { bytes += rec.Size; return nil })
-		if bytes > limit || b.tier.files.cost > limit {
-			t.Fatalf("%d bytes on disk, %d by our count, %d are allowed", bytes, b.tier.files.cost, limit)
+		if bytes > limit || b.tier.copies.cost > limit {
+			t.Fatalf("%d bytes on disk, %d by our count, %d are allowed", bytes, b.tier.copies.cost, limit)
 		}
 	}
 	b.wantHot("0", content(0))
@@ -254,12 +254,12 @@ func TestEviction(t *testing.T) {
 	b.mustPut("huge", strings.Repeat("x", limit-10_000))
 	b.wantCold("huge")
 	b.wantHot("0", content(0))
-	if !b.tier.shrink(limit) || b.tier.shrink(1) {
+	if !b.tier.freeSpace(limit) || b.tier.freeSpace(1) {
 		t.Error("shrink does not say what it did")
 	}
 	b.wantCold("0")
-	if b.tier.files.cost != 0 {
-		t.Errorf("%d bytes are charged for nothing", b.tier.files.cost)
+	if b.tier.copies.cost != 0 {
+		t.Errorf("%d bytes are charged for nothing", b.tier.copies.cost)
 	}
 }
 
@@ -409,7 +409,7 @@ func TestCopiesOutliveTheProcess(t *testing.T) {
 	content := bigContent(100_000)
 	b.mustPut("kept", content)
 	b.mustPut("replaced", "old")
-	b.tier.close()
+	b.tier.Close()
 	a := newHotBenchAt(t, b.fake, hotTestLimit)
 	a.mustPut("replaced", "new")
 	b.restart(b.disk, hotTestLimit)
@@ -418,7 +418,7 @@ func TestCopiesOutliveTheProcess(t *testing.T) {
 	b.wantRequests("HeadObject", 1)
 	b.wantHot("kept", content)
 	b.read("replaced", "new")
-	b.tier.close()
+	b.tier.Close()
 	b.restart(b.disk, 0) // switched off
 	b.wantCold("kept")
 	b.wantHit("kept", content)
@@ -460,7 +460,7 @@ func (r *toldReplicas) announceChange(_ context.Context, key string) error {
 func TestChangesAreAnnounced(t *testing.T) {
 	t.Parallel()
 	disk, fresh := newTestDisk(t), newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { fresh.close() })
+	t.Cleanup(func() { fresh.Close() })
 	r := &toldReplicas{}
 	c := newCache(disk, newTestIndex(t, t.TempDir(), disk), fresh, nil, nil, time.Now, slog.New(slog.DiscardHandler), newMetrics())
 	c.replicas = r
@@ -499,7 +499,7 @@ func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 	b.read("f", "old")
 	a.putClass("f", "new", mutable)
 	fresh := newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { fresh.close() })
+	t.Cleanup(func() { fresh.Close() })
 	c := newCache(b.tier, nil, fresh, nil, nil, time.Now, b.store.log, newMetrics())
 	file := fileRequest{target: target{remote: &remote{name: "r"}, path: "f", spelling: "f", class: mutable}}
 	wantLookup := func(content string) {
@@ -531,7 +531,7 @@ func BenchmarkHotHit(b *testing.B) {
 			s := newS3Store(benchS3(b), func() bool { return true })
 			d := newDiskStore(filepath.Join(b.TempDir(), "hot"), time.Now, slog.New(slog.DiscardHandler))
 			t := newTiered(s, d, 1<<30, nil)
-			defer t.close()
+			defer t.Close()
 			content := bigContent(size)
 			if err := t.put(b.Context(), testKey("bench"), testRecord("bench", content), tempSpool(b, b.TempDir(), content)); err != nil {
 				b.Fatal(err)

@@ -41,39 +41,39 @@ const (
 
 var _ index = (*embeddedIndex)(nil)
 
-// entry is a row as memory holds it; the key is made of the spelling.
-type entry struct {
-	place
+// indexEntry is a row as memory holds it; the key is made of the spelling.
+type indexEntry struct {
+	sortKey
 	spelling                  string
-	sum                       [32]byte
+	sha256                    [32]byte
 	size, hits, fetched, last int64 // times in ns
-	kind                      unique.Handle[kind]
-	gen                       uint32 // the load that saw it, see embeddedIndex.load
+	kind                      unique.Handle[typeAndClass]
+	generation                uint32 // the load that saw it, see embeddedIndex.load
 }
 
-// kind is what few different values of are shared by many rows.
-type kind struct {
+// typeAndClass is what few different values of are shared by many rows.
+type typeAndClass struct {
 	contentType string
 	class       class
 }
 
-// place is where a row stands in its remote: by decoded path, then by key, of
+// sortKey is where a row stands in its remote: by decoded path, then by key, of
 // which the hash is the part that differs.
-type place struct {
+type sortKey struct {
 	path string
 	hash uint64
 }
 
-func (p place) compare(q place) int {
+func (p sortKey) compareTo(q sortKey) int {
 	return cmp.Or(strings.Compare(p.path, q.path), cmp.Compare(p.hash, q.hash))
 }
 
-// behind is the first place that may follow p.
-func (p place) behind() place {
+// successor is the first place that may follow p.
+func (p sortKey) successor() sortKey {
 	if p.hash == 1<<64-1 {
-		return place{p.path + "\x00", 0}
+		return sortKey{p.path + "\x00", 0}
 	}
-	return place{p.path, p.hash + 1}
+	return sortKey{p.path, p.hash + 1}
 }
 
 // keyHash is the hash in a storage key.
@@ -84,10 +84,10 @@ func keyHash(key string) (uint64, bool) {
 	return n, err == nil && len(digits) == 16
 }
 
-func (e *entry) row(remote string) indexRow {
+func (e *indexEntry) toRow(remote string) indexRow {
 	k := e.kind.Value()
 	return indexRow{
-		Remote: remote, Path: e.spelling, Key: storageKey(remote, e.spelling), SHA256: hex.EncodeToString(e.sum[:]),
+		Remote: remote, Path: e.spelling, Key: storageKey(remote, e.spelling), SHA256: hex.EncodeToString(e.sha256[:]),
 		ContentType: k.contentType, Class: k.class, Size: e.size, Hits: e.hits,
 		Fetched: time.Unix(0, e.fetched).UTC(), LastAccess: time.Unix(0, e.last).UTC(),
 	}
@@ -95,7 +95,7 @@ func (e *entry) row(remote string) indexRow {
 
 // newEntry takes a row apart. A row that was never used was used when it was
 // fetched.
-func newEntry(r indexRow) (*entry, error) {
+func newEntry(r indexRow) (*indexEntry, error) {
 	hash, ok := keyHash(r.Key)
 	sum, err := hex.DecodeString(r.SHA256)
 	if !ok || err != nil || len(sum) != 32 {
@@ -104,45 +104,45 @@ func newEntry(r indexRow) (*entry, error) {
 	if r.LastAccess.Before(r.Fetched) {
 		r.LastAccess = r.Fetched
 	}
-	e := &entry{
-		spelling: r.Path, sum: [32]byte(sum), size: r.Size, hits: r.Hits,
+	e := &indexEntry{
+		spelling: r.Path, sha256: [32]byte(sum), size: r.Size, hits: r.Hits,
 		fetched: r.Fetched.UnixNano(), last: r.LastAccess.UnixNano(),
-		kind: unique.Make(kind{r.ContentType, r.Class}),
+		kind: unique.Make(typeAndClass{r.ContentType, r.Class}),
 	}
-	e.place = place{decodePath(r.Path), hash}
+	e.sortKey = sortKey{decodePath(r.Path), hash}
 	if e.path == e.spelling {
 		e.path = e.spelling // one string in memory, not two
 	}
 	return e, nil
 }
 
-// shelf has the rows of one remote, in order, in chunks.
-type shelf struct {
-	chunks [][]*entry // none is empty
-	byHash map[uint64]*entry
+// remoteRows has the rows of one remote, in order, in chunks.
+type remoteRows struct {
+	chunks [][]*indexEntry // none is empty
+	byHash map[uint64]*indexEntry
 	bytes  int64
 }
 
-// seek is the first position at or behind p.
-func (s *shelf) seek(p place) (chunk, i int) {
+// search is the first position at or behind p.
+func (s *remoteRows) search(p sortKey) (chunk, i int) {
 	chunk = sort.Search(len(s.chunks), func(n int) bool {
 		c := s.chunks[n]
-		return c[len(c)-1].compare(p) >= 0
+		return c[len(c)-1].compareTo(p) >= 0
 	})
 	if chunk == len(s.chunks) {
 		return chunk, 0
 	}
-	i, _ = slices.BinarySearchFunc(s.chunks[chunk], p, func(e *entry, p place) int { return e.compare(p) })
+	i, _ = slices.BinarySearchFunc(s.chunks[chunk], p, func(e *indexEntry, p sortKey) int { return e.compareTo(p) })
 	return chunk, i
 }
 
-func (s *shelf) insert(e *entry) {
+func (s *remoteRows) insertEntry(e *indexEntry) {
 	s.byHash[e.hash] = e
 	s.bytes += e.size
-	c, i := s.seek(e.place)
+	c, i := s.search(e.sortKey)
 	if c == len(s.chunks) {
 		if c == 0 {
-			s.chunks = append(s.chunks, []*entry{e})
+			s.chunks = append(s.chunks, []*indexEntry{e})
 			return
 		}
 		c--
@@ -156,46 +156,46 @@ func (s *shelf) insert(e *entry) {
 	}
 }
 
-func (s *shelf) remove(e *entry) {
+func (s *remoteRows) removeEntry(e *indexEntry) {
 	delete(s.byHash, e.hash)
 	s.bytes -= e.size
-	c, i := s.seek(e.place)
+	c, i := s.search(e.sortKey)
 	s.chunks[c] = slices.Delete(s.chunks[c], i, i+1)
 	if len(s.chunks[c]) == 0 {
 		s.chunks = slices.Delete(s.chunks, c, c+1)
 	}
 }
 
-// set inserts e or replaces the row with its hash, whose use is kept.
-func (s *shelf) set(e *entry) {
+// putEntry inserts e or replaces the row with its hash, whose use is kept.
+func (s *remoteRows) putEntry(e *indexEntry) {
 	if old := s.byHash[e.hash]; old != nil {
 		e.hits, e.last = old.hits, max(old.last, e.last)
-		s.remove(old)
+		s.removeEntry(old)
 	}
-	s.insert(e)
+	s.insertEntry(e)
 }
 
 // embeddedIndex implements index in memory, with a snapshot in DATA_DIR. It is
 // complete once load has compared it with what is stored.
 type embeddedIndex struct {
-	*disk
+	*fileWriter
 	dir string
 	log *slog.Logger
 
 	saving sync.Mutex // one flush at a time; taken before mu
 
-	mu       sync.RWMutex // guards the rest; nothing waits for I/O under it
-	shelves  map[string]*shelf
-	complete bool
-	dirty    bool
-	read     bool   // the snapshot was loaded
-	gen      uint32 // of the load that runs or ran last
-	gone     map[string]bool
-	late     []fileUse
+	mu          sync.RWMutex // guards the rest; nothing waits for I/O under it
+	rows        map[string]*remoteRows
+	complete    bool
+	dirty       bool
+	read        bool   // the snapshot was loaded
+	generation  uint32 // of the load that runs or ran last
+	deletedKeys map[string]bool
+	late        []fileUse
 }
 
 func newEmbeddedIndex(dir string, log *slog.Logger) *embeddedIndex {
-	return &embeddedIndex{disk: newDisk(), dir: dir, log: log, shelves: map[string]*shelf{}, gone: map[string]bool{}}
+	return &embeddedIndex{fileWriter: newDisk(), dir: dir, log: log, rows: map[string]*remoteRows{}, deletedKeys: map[string]bool{}}
 }
 
 // saveRow: see index.
@@ -206,19 +206,19 @@ func (x *embeddedIndex) saveRow(ctx context.Context, r indexRow) error {
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	e.gen = x.gen
-	delete(x.gone, r.Key)
-	x.shelf(r.Remote).set(e)
+	e.generation = x.generation
+	delete(x.deletedKeys, r.Key)
+	x.rowsOf(r.Remote).putEntry(e)
 	x.dirty = true
 	return nil
 }
 
-// shelf is a remote's, made when it is the first row's. mu is held.
-func (x *embeddedIndex) shelf(remote string) *shelf {
-	s := x.shelves[remote]
+// rowsOf is a remote's, made when it is the first row's. mu is held.
+func (x *embeddedIndex) rowsOf(remote string) *remoteRows {
+	s := x.rows[remote]
 	if s == nil {
-		s = &shelf{byHash: map[uint64]*entry{}}
-		x.shelves[remote] = s
+		s = &remoteRows{byHash: map[uint64]*indexEntry{}}
+		x.rows[remote] = s
 	}
 	return s
 }
@@ -231,18 +231,18 @@ func (x *embeddedIndex) delete(ctx context.Context, remote, key string) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if !x.complete {
-		x.gone[key] = true
+		x.deletedKeys[key] = true
 	}
-	if e := x.find(remote, key); e != nil {
-		x.shelves[remote].remove(e)
+	if e := x.findEntry(remote, key); e != nil {
+		x.rows[remote].removeEntry(e)
 		x.dirty = true
 	}
 	return nil
 }
 
-// find is the entry of a key, or nil. mu is held.
-func (x *embeddedIndex) find(remote, key string) *entry {
-	s := x.shelves[remote]
+// findEntry is the entry of a key, or nil. mu is held.
+func (x *embeddedIndex) findEntry(remote, key string) *indexEntry {
+	s := x.rows[remote]
 	hash, ok := keyHash(key)
 	if s == nil || !ok {
 		return nil
@@ -258,7 +258,7 @@ func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for _, t := range batch {
-		switch e := x.find(t.remote, t.key); {
+		switch e := x.findEntry(t.remote, t.key); {
 		case e != nil:
 			e.hits += t.hits
 			e.last = max(e.last, t.last.UnixNano())
@@ -275,7 +275,7 @@ func (x *embeddedIndex) totals(ctx context.Context) (map[string]remoteTotal, err
 	x.mu.RLock()
 	defer x.mu.RUnlock()
 	all := map[string]remoteTotal{}
-	for name, s := range x.shelves {
+	for name, s := range x.rows {
 		if len(s.byHash) > 0 {
 			all[name] = remoteTotal{int64(len(s.byHash)), s.bytes}
 		}
@@ -287,21 +287,21 @@ func (x *embeddedIndex) totals(ctx context.Context) (map[string]remoteTotal, err
 func (x *embeddedIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error) {
 	q.limit = max(q.limit, 1)
 	if q.oldest {
-		return x.oldest(ctx, q)
+		return x.oldestPage(ctx, q)
 	}
-	var found []entry
-	err := x.each(ctx, q.remote, startOf(q), func(e *entry) bool {
+	var found []indexEntry
+	err := x.eachEntry(ctx, q.remote, firstSortKey(q), func(e *indexEntry) bool {
 		if !strings.HasPrefix(e.path, q.prefix) {
 			return false
 		}
-		if q.matches(e.path) {
+		if q.matchesPattern(e.path) {
 			found = append(found, *e)
 		}
 		return len(found) <= q.limit // one more, to see whether there is a next page
 	})
 	p := indexPage{complete: x.isComplete()}
 	for i := range min(len(found), q.limit) {
-		p.rows = append(p.rows, found[i].row(q.remote))
+		p.rows = append(p.rows, found[i].toRow(q.remote))
 	}
 	if len(found) > q.limit {
 		p.next = nextPage(found[q.limit-1].path, p.rows[q.limit-1].Key, found[q.limit].path)
@@ -318,24 +318,24 @@ func nextPage(path, key, following string) string {
 	return path
 }
 
-// startOf is the first place of a page. Paths hold no control characters, so
+// firstSortKey is the first place of a page. Paths hold no control characters, so
 // that a token has one meaning.
-func startOf(q pageQuery) place {
+func firstSortKey(q pageQuery) sortKey {
 	if q.after == "" {
-		return place{q.prefix, 0}
+		return sortKey{q.prefix, 0}
 	}
 	path, key, variant := strings.Cut(q.after, "\n")
-	start := place{path + "\x00", 0}
+	start := sortKey{path + "\x00", 0}
 	if hash, ok := keyHash(key); variant && ok {
-		start = place{path, hash}.behind()
+		start = sortKey{path, hash}.successor()
 	}
 	if start.path < q.prefix {
-		return place{q.prefix, 0}
+		return sortKey{q.prefix, 0}
 	}
 	return start
 }
 
-func (q *pageQuery) matches(path string) bool {
+func (q *pageQuery) matchesPattern(path string) bool {
 	return q.pattern == nil || q.pattern.MatchString(path)
 }
 
@@ -345,35 +345,35 @@ func (x *embeddedIndex) isComplete() bool {
 	return x.complete
 }
 
-// each calls f with a remote's entries in order from a place on, until f says
+// eachEntry calls f with a remote's entries in order from a place on, until f says
 // no. f runs under mu, of which each lets go now and then.
-func (x *embeddedIndex) each(ctx context.Context, remote string, from place, f func(*entry) bool) error {
+func (x *embeddedIndex) eachEntry(ctx context.Context, remote string, from sortKey, f func(*indexEntry) bool) error {
 	for more := true; more; {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		from, more = x.batch(remote, from, f)
+		from, more = x.eachInBatch(remote, from, f)
 	}
 	return nil
 }
 
-func (x *embeddedIndex) batch(remote string, from place, f func(*entry) bool) (next place, more bool) {
+func (x *embeddedIndex) eachInBatch(remote string, from sortKey, f func(*indexEntry) bool) (next sortKey, more bool) {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
-	s := x.shelves[remote]
+	s := x.rows[remote]
 	if s == nil {
-		return place{}, false
+		return sortKey{}, false
 	}
-	c, i := s.seek(from)
+	c, i := s.search(from)
 	for range batchRows {
 		if c == len(s.chunks) {
-			return place{}, false
+			return sortKey{}, false
 		}
 		e := s.chunks[c][i]
 		if !f(e) {
-			return place{}, false
+			return sortKey{}, false
 		}
-		next = e.behind()
+		next = e.successor()
 		if i++; i == len(s.chunks[c]) {
 			c, i = c+1, 0
 		}
@@ -381,12 +381,12 @@ func (x *embeddedIndex) batch(remote string, from place, f func(*entry) bool) (n
 	return next, true
 }
 
-// names are the remotes that have rows.
-func (x *embeddedIndex) names() []string {
+// remoteNames are the remotes that have rows.
+func (x *embeddedIndex) remoteNames() []string {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
 	var names []string
-	for name, s := range x.shelves {
+	for name, s := range x.rows {
 		if len(s.chunks) > 0 {
 			names = append(names, name)
 		}
@@ -395,52 +395,52 @@ func (x *embeddedIndex) names() []string {
 	return names
 }
 
-// aged is an entry in the order of eviction.
-type aged struct {
-	entry
+// agedEntry is an entry in the order of eviction.
+type agedEntry struct {
+	indexEntry
 	remote string
 }
 
-func (a *aged) compare(b *aged) int {
+func (a *agedEntry) compareTo(b *agedEntry) int {
 	return cmp.Or(cmp.Compare(a.last, b.last), strings.Compare(a.remote, b.remote), cmp.Compare(a.hash, b.hash))
 }
 
-// eldest keeps the n first of the entries it is given, behind one.
-type eldest struct {
+// oldestEntries keeps the n first of the entries it is given, behind one.
+type oldestEntries struct {
 	n     int
-	after *aged // nil: from the first
-	kept  []aged
+	after *agedEntry // nil: from the first
+	kept  []agedEntry
 	full  bool // n were found: what is behind kept[n-1] is of no interest
 }
 
-func (k *eldest) add(a aged) {
-	if k.after != nil && a.compare(k.after) <= 0 || k.full && a.compare(&k.kept[k.n-1]) > 0 {
+func (k *oldestEntries) addEntry(a agedEntry) {
+	if k.after != nil && a.compareTo(k.after) <= 0 || k.full && a.compareTo(&k.kept[k.n-1]) > 0 {
 		return
 	}
 	if k.kept = append(k.kept, a); len(k.kept) >= 2*k.n {
-		k.shrink()
+		k.trim()
 	}
 }
 
-func (k *eldest) shrink() {
-	slices.SortFunc(k.kept, func(a, b aged) int { return a.compare(&b) })
+func (k *oldestEntries) trim() {
+	slices.SortFunc(k.kept, func(a, b agedEntry) int { return a.compareTo(&b) })
 	k.full = len(k.kept) >= k.n
 	k.kept = k.kept[:min(len(k.kept), k.n)]
 }
 
-// oldest is a page by last access. It looks at every row of the remotes asked
+// oldestPage is a page by last access. It looks at every row of the remotes asked
 // for and keeps twice the page at most. A token is a time and a key.
-func (x *embeddedIndex) oldest(ctx context.Context, q pageQuery) (indexPage, error) {
+func (x *embeddedIndex) oldestPage(ctx context.Context, q pageQuery) (indexPage, error) {
 	names := []string{q.remote}
 	if q.remote == "" {
-		names = x.names()
+		names = x.remoteNames()
 	}
-	first := eldest{n: q.limit + 1, after: oldestAfter(q.after)} // one more, as in page
+	first := oldestEntries{n: q.limit + 1, after: oldestAfter(q.after)} // one more, as in page
 	for _, name := range names {
-		err := x.each(ctx, name, place{q.prefix, 0}, func(e *entry) bool {
+		err := x.eachEntry(ctx, name, sortKey{q.prefix, 0}, func(e *indexEntry) bool {
 			more := strings.HasPrefix(e.path, q.prefix)
-			if more && q.matches(e.path) {
-				first.add(aged{*e, name})
+			if more && q.matchesPattern(e.path) {
+				first.addEntry(agedEntry{*e, name})
 			}
 			return more
 		})
@@ -448,10 +448,10 @@ func (x *embeddedIndex) oldest(ctx context.Context, q pageQuery) (indexPage, err
 			return indexPage{}, err
 		}
 	}
-	first.shrink()
+	first.trim()
 	p := indexPage{complete: x.isComplete()}
 	for _, a := range first.kept[:min(len(first.kept), q.limit)] {
-		p.rows = append(p.rows, a.row(a.remote))
+		p.rows = append(p.rows, a.toRow(a.remote))
 	}
 	if len(first.kept) > q.limit {
 		p.next = fmt.Sprintf("%d\n%s", first.kept[q.limit-1].last, p.rows[q.limit-1].Key)
@@ -460,7 +460,7 @@ func (x *embeddedIndex) oldest(ctx context.Context, q pageQuery) (indexPage, err
 }
 
 // oldestAfter reads a token of oldest; nil begins.
-func oldestAfter(token string) *aged {
+func oldestAfter(token string) *agedEntry {
 	at, key, _ := strings.Cut(token, "\n")
 	last, err := strconv.ParseInt(at, 10, 64)
 	hash, ok := keyHash(key)
@@ -468,16 +468,16 @@ func oldestAfter(token string) *aged {
 		return nil
 	}
 	remote, _, _ := strings.Cut(key, "/")
-	return &aged{entry{place: place{hash: hash}, last: last}, remote}
+	return &agedEntry{indexEntry{sortKey: sortKey{hash: hash}, last: last}, remote}
 }
 
-// load fills the index from the snapshot and then compares it with what is
+// reconcile fills the index from the snapshot and then compares it with what is
 // stored: rows without an object go, objects without a row come. Saves and
 // deletes that arrive meanwhile win. After an error it may be called again; it
 // runs once at a time.
-func (x *embeddedIndex) load(ctx context.Context, from objects) error {
+func (x *embeddedIndex) reconcile(ctx context.Context, from objects) error {
 	x.mu.Lock()
-	x.gen++
+	x.generation++
 	x.complete = false
 	read := x.read
 	x.mu.Unlock()
@@ -485,18 +485,18 @@ func (x *embeddedIndex) load(ctx context.Context, from objects) error {
 		x.readSnapshot()
 	}
 	err := from.walk(ctx, func(key string, rec *record) error {
-		x.found(key, rec)
+		x.addFound(key, rec)
 		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("comparing the index with what is stored: %w", err)
 	}
-	x.finish()
+	x.finishReconcile()
 	return nil
 }
 
-// found takes a stored record into the index, unless the row is newer.
-func (x *embeddedIndex) found(key string, rec *record) {
+// addFound takes a stored record into the index, unless the row is newer.
+func (x *embeddedIndex) addFound(key string, rec *record) {
 	e, err := newEntry(newIndexRow(key, rec))
 	if err != nil {
 		x.log.Warn("stored file is not indexed", "err", err)
@@ -504,47 +504,47 @@ func (x *embeddedIndex) found(key string, rec *record) {
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	old := x.find(rec.Remote, key)
-	if x.gone[key] || old != nil && old.gen == x.gen {
+	old := x.findEntry(rec.Remote, key)
+	if x.deletedKeys[key] || old != nil && old.generation == x.generation {
 		return
 	}
-	e.gen = x.gen
-	if old != nil && old.sum == e.sum && old.fetched == e.fetched && old.place == e.place {
-		old.gen = x.gen
+	e.generation = x.generation
+	if old != nil && old.sha256 == e.sha256 && old.fetched == e.fetched && old.sortKey == e.sortKey {
+		old.generation = x.generation
 		return
 	}
-	x.shelf(rec.Remote).set(e)
+	x.rowsOf(rec.Remote).putEntry(e)
 	x.dirty = true
 }
 
-// finish drops what the walk did not see and makes the index complete.
-func (x *embeddedIndex) finish() {
+// finishReconcile drops what the walk did not see and makes the index complete.
+func (x *embeddedIndex) finishReconcile() {
 	x.mu.Lock()
-	for _, s := range x.shelves {
-		for _, e := range s.unseen(x.gen) {
-			s.remove(e)
+	for _, s := range x.rows {
+		for _, e := range s.notSeenBy(x.generation) {
+			s.removeEntry(e)
 			x.dirty = true
 		}
 	}
 	late := x.late
 	x.complete, x.late = true, nil
-	clear(x.gone)
+	clear(x.deletedKeys)
 	x.mu.Unlock()
 	x.countUses(context.Background(), late)
 }
 
-func (s *shelf) unseen(gen uint32) (es []*entry) {
+func (s *remoteRows) notSeenBy(gen uint32) (es []*indexEntry) {
 	for _, e := range s.byHash {
-		if e.gen != gen {
+		if e.generation != gen {
 			es = append(es, e)
 		}
 	}
 	return es
 }
 
-// flush writes the snapshot if there is news. A snapshot made before load is
+// saveSnapshot writes the snapshot if there is news. A snapshot made before load is
 // done would lose the uses that are still to be loaded.
-func (x *embeddedIndex) flush() error {
+func (x *embeddedIndex) saveSnapshot() error {
 	x.saving.Lock()
 	defer x.saving.Unlock()
 	x.mu.Lock()
@@ -558,7 +558,7 @@ func (x *embeddedIndex) flush() error {
 	}
 	err := os.MkdirAll(x.dir, 0o755)
 	if err == nil {
-		err = x.replace(x.dir+"/"+indexFile, x.writeRows)
+		err = x.replaceFile(x.dir+"/"+indexFile, x.writeRows)
 	}
 	if err != nil {
 		x.mu.Lock()
@@ -568,16 +568,16 @@ func (x *embeddedIndex) flush() error {
 	return storeError("saving the index", err)
 }
 
-// close saves what is new.
-func (x *embeddedIndex) close() error { return x.flush() }
+// Close saves what is new.
+func (x *embeddedIndex) Close() error { return x.saveSnapshot() }
 
 func (x *embeddedIndex) writeRows(w io.Writer) error {
 	b := bufio.NewWriter(w) // keeps its first error until Flush
 	b.Write(appendFrame(nil, []byte(indexMagic)))
 	var payload, frame []byte
-	for _, name := range x.names() {
-		x.each(context.Background(), name, place{}, func(e *entry) bool {
-			payload = e.append(payload[:0], name)
+	for _, name := range x.remoteNames() {
+		x.eachEntry(context.Background(), name, sortKey{}, func(e *indexEntry) bool {
+			payload = e.appendTo(payload[:0], name)
 			frame = appendFrame(frame[:0], payload)
 			b.Write(frame)
 			return true
@@ -592,7 +592,7 @@ func (x *embeddedIndex) readSnapshot() {
 	f, err := os.Open(x.dir + "/" + indexFile)
 	if err == nil {
 		defer f.Close()
-		err = readFrames(f, indexMagic, x.restore)
+		err = readFrames(f, indexMagic, x.restoreEntry)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		x.log.Warn("index snapshot is not read to its end", "err", err)
@@ -602,29 +602,29 @@ func (x *embeddedIndex) readSnapshot() {
 	x.read = true
 }
 
-func (x *embeddedIndex) restore(payload []byte) error {
+func (x *embeddedIndex) restoreEntry(payload []byte) error {
 	remote, e := decodeEntry(payload)
 	if e == nil {
 		return errDamaged
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if x.gone[storageKey(remote, e.spelling)] {
+	if x.deletedKeys[storageKey(remote, e.spelling)] {
 		return nil
 	}
-	s := x.shelf(remote)
+	s := x.rowsOf(remote)
 	if newer := s.byHash[e.hash]; newer != nil { // saved since we began
 		newer.hits += e.hits
 		newer.last = max(newer.last, e.last)
 		return nil
 	}
-	s.insert(e)
+	s.insertEntry(e)
 	return nil
 }
 
-func (e *entry) append(b []byte, remote string) []byte {
+func (e *indexEntry) appendTo(b []byte, remote string) []byte {
 	k := e.kind.Value()
-	for _, s := range []string{remote, e.spelling, string(e.sum[:]), k.contentType, string(k.class)} {
+	for _, s := range []string{remote, e.spelling, string(e.sha256[:]), k.contentType, string(k.class)} {
 		b = appendString(b, s)
 	}
 	for _, n := range []int64{e.size, e.hits, e.fetched, e.last} {
@@ -634,11 +634,11 @@ func (e *entry) append(b []byte, remote string) []byte {
 }
 
 // decodeEntry is nil for what append did not write.
-func decodeEntry(payload []byte) (remote string, e *entry) {
-	p := fields{b: payload}
-	r := indexRow{Remote: p.str(), Path: p.str(), SHA256: hex.EncodeToString([]byte(p.str())), ContentType: p.str()}
-	r.Class, r.Size, r.Hits = class(p.str()), p.num(), p.num()
-	r.Fetched, r.LastAccess = time.Unix(0, p.num()), time.Unix(0, p.num())
+func decodeEntry(payload []byte) (remote string, e *indexEntry) {
+	p := fieldReader{b: payload}
+	r := indexRow{Remote: p.readString(), Path: p.readString(), SHA256: hex.EncodeToString([]byte(p.readString())), ContentType: p.readString()}
+	r.Class, r.Size, r.Hits = class(p.readString()), p.readInt(), p.readInt()
+	r.Fetched, r.LastAccess = time.Unix(0, p.readInt()), time.Unix(0, p.readInt())
 	if p.bad || len(p.b) > 0 {
 		return "", nil
 	}

@@ -234,7 +234,7 @@ func (j *journal) finish(id string, off int64) (empty bool, err error) {
 	return empty, err
 }
 
-func (j *journal) close() error {
+func (j *journal) Close() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.file == nil {
@@ -250,7 +250,7 @@ func (j *journal) close() error {
 func (x *sqlIndex) replay(ctx context.Context) error {
 	x.replaying.Lock()
 	defer x.replaying.Unlock()
-	if x.known() != nil {
+	if x.downError() != nil {
 		if err := x.ping(ctx); err != nil {
 			return err
 		}
@@ -292,7 +292,7 @@ func (x *sqlIndex) replaySome(ctx context.Context) (n int, more bool, err error)
 	if err != nil || !empty {
 		return n, err == nil, storeError("emptying the journal", err)
 	}
-	return n, false, x.attempt(ctx, sqlReadWait, func(ctx context.Context, conn *sql.Conn) error {
+	return n, false, x.withConn(ctx, sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
 		_, err := conn.ExecContext(ctx, sqlJournalEnded, id)
 		return err
 	})
@@ -301,8 +301,8 @@ func (x *sqlIndex) replaySome(ctx context.Context) (n int, more bool, err error)
 // replayLines writes n lines, or passes over them.
 func (x *sqlIndex) replayLines(ctx context.Context, id string, n int, write bool) (written int, next int64, err error) {
 	var unread error // which is not the database's fault
-	err = x.attempt(ctx, sqlReadWait, func(ctx context.Context, conn *sql.Conn) error {
-		return inTx(ctx, conn, func(tx *sql.Tx) error {
+	err = x.withConn(ctx, sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
+		return inTransaction(ctx, conn, func(tx *sql.Tx) error {
 			var done int64
 			if err := tx.QueryRowContext(ctx, sqlJournal, id).Scan(&done); err != nil { // holds the row
 				return err
@@ -327,9 +327,9 @@ func (x *sqlIndex) replayLines(ctx context.Context, id string, n int, write bool
 	return written, next, err
 }
 
-// restore saves rows that were found to be stored, unless newer ones are
+// restoreRows saves rows that were found to be stored, unless newer ones are
 // there. Nothing is journalled: whoever asks wants to know.
-func (x *sqlIndex) restore(ctx context.Context, rows []indexRow) error {
+func (x *sqlIndex) restoreRows(ctx context.Context, rows []indexRow) error {
 	return x.late(ctx, func(ctx context.Context, tx *sql.Tx) error {
 		for i := range rows {
 			if err := (&change{Save: &rows[i]}).apply(ctx, tx, true); err != nil {
@@ -340,15 +340,15 @@ func (x *sqlIndex) restore(ctx context.Context, rows []indexRow) error {
 	})
 }
 
-// drop deletes r, unless there is a newer row in its place.
-func (x *sqlIndex) drop(ctx context.Context, r indexRow) error {
+// dropRow deletes r, unless there is a newer row in its place.
+func (x *sqlIndex) dropRow(ctx context.Context, r indexRow) error {
 	return x.late(ctx, func(ctx context.Context, tx *sql.Tx) error {
 		return (&change{Delete: r.Key, At: r.Fetched}).apply(ctx, tx, true)
 	})
 }
 
 func (x *sqlIndex) late(ctx context.Context, f func(context.Context, *sql.Tx) error) error {
-	return x.read(ctx, func(ctx context.Context, conn *sql.Conn) error {
-		return inTx(ctx, conn, func(tx *sql.Tx) error { return f(ctx, tx) })
+	return x.withReadConn(ctx, func(ctx context.Context, conn *sql.Conn) error {
+		return inTransaction(ctx, conn, func(tx *sql.Tx) error { return f(ctx, tx) })
 	})
 }

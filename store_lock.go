@@ -57,27 +57,27 @@ type folderLock struct {
 	f    *os.File
 }
 
-// lock waits for the right to change a directory. Without create it is
+// lockFolder waits for the right to change a directory. Without create it is
 // fs.ErrNotExist when there is none.
-func (d *diskStore) lock(ctx context.Context, path string, create bool) (*folderLock, error) {
+func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (*folderLock, error) {
 	if err := d.turns.take(ctx, path); err != nil {
 		return nil, err
 	}
 	for {
-		f, err := lockOnce(ctx, path, create)
+		f, err := openAndLock(ctx, path, create)
 		if err != nil {
 			d.turns.give(path)
 			return nil, err
 		}
 		// Another process may have removed the directory before we had its lock.
-		if linked(f) {
+		if isLinked(f) {
 			return &folderLock{d, path, f}, nil
 		}
 		f.Close()
 	}
 }
 
-func lockOnce(ctx context.Context, path string, create bool) (*os.File, error) {
+func openAndLock(ctx context.Context, path string, create bool) (*os.File, error) {
 	if create {
 		if err := os.MkdirAll(path, 0o755); err != nil {
 			return nil, err
@@ -85,22 +85,22 @@ func lockOnce(ctx context.Context, path string, create bool) (*os.File, error) {
 	}
 	f, err := os.Open(path)
 	if create && errors.Is(err, fs.ErrNotExist) {
-		return lockOnce(ctx, path, create) // removed in between
+		return openAndLock(ctx, path, create) // removed in between
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := waitFlock(ctx, f); err != nil {
+	if err := waitForFlock(ctx, f); err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
 }
 
-// waitFlock polls, so that waiting takes no thread and ends with ctx; only
+// waitForFlock polls, so that waiting takes no thread and ends with ctx; only
 // another process can be in the way, and not for long. Where a file system has
 // no flock (some network ones), turns alone must do.
-func waitFlock(ctx context.Context, f *os.File) error {
+func waitForFlock(ctx context.Context, f *os.File) error {
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		if free, err := tryFlock(f); free || err != nil {
 			return nil

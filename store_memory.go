@@ -15,17 +15,17 @@ type memBody struct{ bytes.Reader }
 
 func (b *memBody) Close() error { return nil }
 
-// hotEntry is what memory knows of one key. It answers only while the file at
+// memoryEntry is what memory knows of one key. It answers only while the file at
 // name still is the one it was made from, so nobody has to invalidate it.
-type hotEntry struct {
+type memoryEntry struct {
 	key, name string // name is the body's path, kept to spare making it
-	id        identity
+	id        fileIdentity
 	rec       *record
-	body      []byte // nil: larger than maxSmall, or not read yet
+	body      []byte // nil: larger than maxSmallBody, or not read yet
 }
 
-// object makes the entry an answer; one allocation holds all of it.
-func (e *hotEntry) object(off int64) *object {
+// newObject makes the entry an answer; one allocation holds all of it.
+func (e *memoryEntry) newObject(off int64) *object {
 	if off < 0 {
 		return &object{rec: e.rec}
 	}
@@ -51,7 +51,7 @@ type hotCache struct {
 type hotShard struct {
 	mu    sync.Mutex // guards all of the shard
 	byKey map[string]*list.Element
-	order list.List // of *hotEntry, used last in front
+	order list.List // of *memoryEntry, used last in front
 	room  int64
 }
 
@@ -68,7 +68,7 @@ func (c *hotCache) shard(key string) *hotShard {
 	return &c.shards[maphash.String(c.seed, key)%uint64(len(c.shards))]
 }
 
-func (c *hotCache) get(key string) *hotEntry {
+func (c *hotCache) get(key string) *memoryEntry {
 	s := c.shard(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -77,16 +77,16 @@ func (c *hotCache) get(key string) *hotEntry {
 		return nil
 	}
 	s.order.MoveToFront(el)
-	return el.Value.(*hotEntry)
+	return el.Value.(*memoryEntry)
 }
 
-func (c *hotCache) add(e *hotEntry) {
+func (c *hotCache) add(e *memoryEntry) {
 	s := c.shard(e.key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.remove(s.byKey[e.key])
 	s.byKey[e.key] = s.order.PushFront(e)
-	s.room -= e.cost()
+	s.room -= e.memoryCost()
 	for s.room < 0 {
 		s.remove(s.order.Back())
 	}
@@ -103,9 +103,9 @@ func (s *hotShard) remove(el *list.Element) {
 	if el == nil {
 		return
 	}
-	e := s.order.Remove(el).(*hotEntry)
+	e := s.order.Remove(el).(*memoryEntry)
 	delete(s.byKey, e.key)
-	s.room += e.cost()
+	s.room += e.memoryCost()
 }
 
-func (e *hotEntry) cost() int64 { return entryCost + int64(len(e.body)) }
+func (e *memoryEntry) memoryCost() int64 { return memoryEntryCost + int64(len(e.body)) }

@@ -23,7 +23,7 @@ import (
 // sqlMigrations make the schema, one version each. Replicas of the version
 // before go on working beside a new one, so that a migration may add things
 // and must not take any away. One that takes long on many rows (an index)
-// needs a step of its own, outside of the transaction: sqlReadWait bounds it.
+// needs a step of its own, outside of the transaction: sqlReadTimeout bounds it.
 var sqlMigrations = []string{`
 CREATE TABLE artifactapi_files (
 	key text COLLATE "C" PRIMARY KEY,
@@ -114,29 +114,29 @@ type pqConn interface {
 	driver.Validator
 }
 
-// wiredConn is a connection that can be cut: lib/pq waits for an answer to a
+// cuttableConn is a connection that can be cut: lib/pq waits for an answer to a
 // statement whatever its context says.
-type wiredConn struct {
+type cuttableConn struct {
 	pqConn
-	wire net.Conn
+	netConn net.Conn
 }
 
 // cut ends all waiting for the server. A deadline would not do: lib/pq sets its
 // own during the handshake.
-func (c *wiredConn) cut() { c.wire.Close() }
+func (c *cuttableConn) cut() { c.netConn.Close() }
 
-// wiredConnector makes wiredConns.
-type wiredConnector struct{ dsn string }
+// cuttableConnector makes wiredConns.
+type cuttableConnector struct{ dsn string }
 
-func (w *wiredConnector) Driver() driver.Driver { return &pq.Driver{} }
+func (w *cuttableConnector) Driver() driver.Driver { return &pq.Driver{} }
 
 // Connect: see driver.Connector. It ends with ctx.
-func (w *wiredConnector) Connect(ctx context.Context) (driver.Conn, error) {
+func (w *cuttableConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	c, err := pq.NewConnector(w.dsn)
 	if err != nil {
 		return nil, err
 	}
-	d := &wireDialer{}
+	d := &recordingDialer{}
 	c.Dialer(d)
 	stop := context.AfterFunc(ctx, d.cut)
 	raw, err := c.Connect(ctx)
@@ -158,25 +158,25 @@ func (w *wiredConnector) Connect(ctx context.Context) (driver.Conn, error) {
 		raw.Close()
 		return nil, err
 	}
-	return &wiredConn{conn, d.wire}, nil
+	return &cuttableConn{conn, d.netConn}, nil
 }
 
-// wireDialer dials for one connection and remembers what it dialled first:
+// recordingDialer dials for one connection and remembers what it dialled first:
 // lib/pq dials again to cancel a statement.
-type wireDialer struct {
+type recordingDialer struct {
 	net.Dialer
-	mu     sync.Mutex // guards the rest
-	wire   net.Conn
-	closed bool
+	mu      sync.Mutex // guards the rest
+	netConn net.Conn
+	closed  bool
 }
 
 // DialContext: see pq.DialerContext.
-func (d *wireDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
+func (d *recordingDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	c, err := d.Dialer.DialContext(ctx, network, address)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err == nil && d.wire == nil {
-		d.wire = c
+	if err == nil && d.netConn == nil {
+		d.netConn = c
 	}
 	if err == nil && d.closed {
 		c.Close()
@@ -185,39 +185,39 @@ func (d *wireDialer) DialContext(ctx context.Context, network, address string) (
 }
 
 // DialTimeout: see pq.Dialer, which prefers DialContext.
-func (d *wireDialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
+func (d *recordingDialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
 	return net.DialTimeout(network, address, timeout)
 }
 
 // cut ends the handshake.
-func (d *wireDialer) cut() {
+func (d *recordingDialer) cut() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.closed = true
-	if d.wire != nil {
-		d.wire.Close()
+	if d.netConn != nil {
+		d.netConn.Close()
 	}
 }
 
 // ping asks the database whether it answers: errStoreDown if not. One that is
 // known to be down is asked when its pause is over.
 func (x *sqlIndex) ping(ctx context.Context) error {
-	if err := x.waiting(); err != nil {
+	if err := x.retryError(); err != nil {
 		return err
 	}
-	return x.attempt(ctx, sqlReadWait, func(ctx context.Context, conn *sql.Conn) error {
+	return x.withConn(ctx, sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
 		_, err := conn.ExecContext(ctx, sqlPing)
 		return err
 	})
 }
 
-// close ends all connections. What is journalled stays for the next start.
-func (x *sqlIndex) close() error {
-	return errors.Join(x.db.Close(), x.journal.close())
+// Close ends all connections. What is journalled stays for the next start.
+func (x *sqlIndex) Close() error {
+	return errors.Join(x.db.Close(), x.journal.Close())
 }
 
-// known is why the database is down, or nil.
-func (x *sqlIndex) known() error {
+// downError is why the database is down, or nil.
+func (x *sqlIndex) downError() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.broken == nil {
@@ -226,9 +226,9 @@ func (x *sqlIndex) known() error {
 	return fmt.Errorf("%w: database: %v", errStoreDown, x.broken)
 }
 
-// waiting is known until it is time to try again.
-func (x *sqlIndex) waiting() error {
-	err := x.known()
+// retryError is known until it is time to try again.
+func (x *sqlIndex) retryError() error {
+	err := x.downError()
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.now().Before(x.next) {
@@ -237,15 +237,15 @@ func (x *sqlIndex) waiting() error {
 	return nil
 }
 
-// attempt runs f on a connection, within wait, and learns from it whether the
+// withConn runs f on a connection, within wait, and learns from it whether the
 // database is up. Only errors of our own are told from it: errStoreDown, that
 // of the caller's context, or one of the data that f sent.
-func (x *sqlIndex) attempt(ctx context.Context, wait time.Duration, f func(context.Context, *sql.Conn) error) error {
+func (x *sqlIndex) withConn(ctx context.Context, wait time.Duration, f func(context.Context, *sql.Conn) error) error {
 	inner, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	var err error
 	for range 3 { // a stale connection, a deadlock; then it is something else
-		if err = x.on(inner, f); err == nil || inner.Err() != nil || !x.again(err) {
+		if err = x.runOnConn(inner, f); err == nil || inner.Err() != nil || !x.mayRetry(err) {
 			break
 		}
 	}
@@ -255,7 +255,7 @@ func (x *sqlIndex) attempt(ctx context.Context, wait time.Duration, f func(conte
 		return nil
 	case ctx.Err() != nil: // the caller was in a hurry, which says nothing about the database
 		return fmt.Errorf("%w: database: %w", errStoreDown, ctx.Err())
-	case badData(err):
+	case isBadData(err):
 		return fmt.Errorf("database: %s", redact(err, x.password))
 	}
 	text := errors.New(redact(err, x.password))
@@ -263,17 +263,17 @@ func (x *sqlIndex) attempt(ctx context.Context, wait time.Duration, f func(conte
 	return fmt.Errorf("%w: database: %v", errStoreDown, text)
 }
 
-// on runs f on a connection of its own, over an up to date schema. The
+// runOnConn runs f on a connection of its own, over an up to date schema. The
 // connection is cut when ctx ends.
-func (x *sqlIndex) on(ctx context.Context, f func(context.Context, *sql.Conn) error) error {
+func (x *sqlIndex) runOnConn(ctx context.Context, f func(context.Context, *sql.Conn) error) error {
 	conn, err := x.db.Conn(ctx)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	var wired *wiredConn
+	var wired *cuttableConn
 	_ = conn.Raw(func(c any) error {
-		wired, _ = c.(*wiredConn)
+		wired, _ = c.(*cuttableConn)
 		return nil
 	})
 	if wired != nil {
@@ -293,18 +293,18 @@ func (x *sqlIndex) on(ctx context.Context, f func(context.Context, *sql.Conn) er
 // staleErrors are what a connection says whose server was started again.
 var staleErrors = []error{driver.ErrBadConn, io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, syscall.ECONNRESET, syscall.EPIPE}
 
-func stale(err error) bool {
+func isStaleConn(err error) bool {
 	return slices.ContainsFunc(staleErrors, func(e error) bool { return errors.Is(err, e) })
 }
 
-// again tells whether it is worth to try again at once, and prepares for it.
-func (x *sqlIndex) again(err error) bool {
+// mayRetry tells whether it is worth to try again at once, and prepares for it.
+func (x *sqlIndex) mayRetry(err error) bool {
 	e, ok := errors.AsType[*pq.Error](err)
 	switch {
 	case !ok: // connections die together: the next must be a new one
 		x.db.SetMaxIdleConns(0)
 		x.db.SetMaxIdleConns(sqlConns)
-		return stale(err)
+		return isStaleConn(err)
 	case e.Code == "42P01": // a table is gone: somebody made the database anew
 		x.setReady(false)
 		return true
@@ -313,9 +313,9 @@ func (x *sqlIndex) again(err error) bool {
 	return e.Code.Class() == "40" || e.Code.Class() == "57"
 }
 
-// badData tells that the database is well and will never take this: malformed
+// isBadData tells that the database is well and will never take this: malformed
 // values, broken constraints, too large for an index.
-func badData(err error) bool {
+func isBadData(err error) bool {
 	e, ok := errors.AsType[*pq.Error](err)
 	return ok && slices.Contains([]string{"22", "23", "54"}, string(e.Code.Class()))
 }
@@ -359,7 +359,7 @@ func (x *sqlIndex) migrate(ctx context.Context, conn *sql.Conn) error {
 	if ready {
 		return nil
 	}
-	err := inTx(ctx, conn, func(tx *sql.Tx) error {
+	err := inTransaction(ctx, conn, func(tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, sqlLock, sqlLockKey); err != nil {
 			return err
 		}
@@ -403,8 +403,8 @@ func migrateTo(ctx context.Context, tx *sql.Tx, steps []string) error {
 	return nil
 }
 
-// inTx runs f in a transaction, which is undone when f fails.
-func inTx(ctx context.Context, conn *sql.Conn, f func(*sql.Tx) error) error {
+// inTransaction runs f in a transaction, which is undone when f fails.
+func inTransaction(ctx context.Context, conn *sql.Conn, f func(*sql.Tx) error) error {
 	tx, err := conn.BeginTx(ctx, nil)
 	if err != nil {
 		return err

@@ -16,36 +16,36 @@ import (
 	"syscall"
 )
 
-// identity tells one file from another, and from itself after a change. It is
+// fileIdentity tells one file from another, and from itself after a change. It is
 // what binds a record to its body.
-type identity struct {
+type fileIdentity struct {
 	size, mtime int64 // mtime in ns
 	inode       uint64
 }
 
-func identityOf(fi fs.FileInfo) identity {
-	id := identity{size: fi.Size(), mtime: fi.ModTime().UnixNano()}
+func identityOf(fi fs.FileInfo) fileIdentity {
+	id := fileIdentity{size: fi.Size(), mtime: fi.ModTime().UnixNano()}
 	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
 		id.inode = uint64(st.Ino)
 	}
 	return id
 }
 
-// envelope is the content of a record file.
-type envelope struct {
+// diskRecord is the content of a record file.
+type diskRecord struct {
 	record
 	MTime int64  `json:"mt"`
 	Inode uint64 `json:"i"`
 }
 
-func (e *envelope) identity() identity { return identity{e.Size, e.MTime, e.Inode} }
+func (e *diskRecord) bodyIdentity() fileIdentity { return fileIdentity{e.Size, e.MTime, e.Inode} }
 
 // recordMagic begins a record file and carries its version; CRC-32C of the
 // rest and the JSON follow, a line each. JSON alone does not show every damage.
 const recordMagic = "artifactapi record 1 "
 
-func encodeRecord(rec *record, id identity) ([]byte, error) {
-	body, err := json.Marshal(envelope{*rec, id.mtime, id.inode})
+func encodeRecord(rec *record, id fileIdentity) ([]byte, error) {
+	body, err := json.Marshal(diskRecord{*rec, id.mtime, id.inode})
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +56,7 @@ func encodeRecord(rec *record, id identity) ([]byte, error) {
 	return data, nil
 }
 
-func decodeRecord(data []byte) (*envelope, error) {
+func decodeRecord(data []byte) (*diskRecord, error) {
 	head, rest, _ := bytes.Cut(data, []byte("\n"))
 	sum, ours := bytes.CutPrefix(head, []byte(recordMagic))
 	switch {
@@ -69,7 +69,7 @@ func decodeRecord(data []byte) (*envelope, error) {
 	if string(sum) != fmt.Sprintf("%08x", crc32.Checksum(body, castagnoli)) {
 		return nil, fmt.Errorf("%w: bad checksum", errDamaged)
 	}
-	e := new(envelope)
+	e := new(diskRecord)
 	if err := json.Unmarshal(body, e); err != nil {
 		return nil, fmt.Errorf("%w: %v", errDamaged, err)
 	}
@@ -86,7 +86,7 @@ func isSHA256(s string) bool {
 
 // readRecord reads a record file and names the key it describes. Its errors are
 // fs.ErrNotExist, errDamaged, errVersion or of I/O.
-func readRecord(name string) (*envelope, string, error) {
+func readRecord(name string) (*diskRecord, string, error) {
 	f, err := os.Open(name)
 	if err != nil {
 		return nil, "", err

@@ -24,9 +24,9 @@ import (
 )
 
 const (
-	// redisWait bounds everything asked of Redis, the connection included: a
+	// redisTimeout bounds everything asked of Redis, the connection included: a
 	// request waits for it.
-	redisWait = 500 * time.Millisecond
+	redisTimeout = 500 * time.Millisecond
 	// redisPause is how long Redis is left alone after it failed.
 	redisPause = time.Second
 	// redisConns bounds the connections of one replica; redisIdle closes those
@@ -38,17 +38,17 @@ const (
 	// stay for ever, and few TTLs are longer.
 	markLife = 30 * 24 * time.Hour
 	// leaseLife is when a lease without a heartbeat is dead (SPEC.md section
-	// 8). leaseBeat is how often beat should be called: two beats may be lost.
-	leaseLife = 15 * time.Second
-	leaseBeat = 5 * time.Second
-	// leaseTries bounds how often a lease may end between asking for it and
+	// 8). leaseInterval is how often beat should be called: two beats may be lost.
+	leaseLife     = 15 * time.Second
+	leaseInterval = 5 * time.Second
+	// maxLeaseTries bounds how often a lease may end between asking for it and
 	// asking who has it.
-	leaseTries = 3
-	// watchBeat is how often a subscription is asked whether it is alive, and
-	// watchWait how long it may be silent: a purge has to be seen everywhere
+	maxLeaseTries = 3
+	// watchInterval is how often a subscription is asked whether it is alive, and
+	// watchTimeout how long it may be silent: a purge has to be seen everywhere
 	// within a second, or known not to be.
-	watchBeat = 300 * time.Millisecond
-	watchWait = time.Second
+	watchInterval = 300 * time.Millisecond
+	watchTimeout  = time.Second
 	// watchPause is between two attempts to subscribe.
 	watchPause = 300 * time.Millisecond
 )
@@ -122,9 +122,9 @@ func newRedisStore(rawURL, prefix string, advertise func(localIP string) string,
 	r.channel = r.prefix + strconv.Itoa(db) + ":changed"
 	r.options = []redis.DialOption{
 		redis.DialUsername(u.User.Username()), redis.DialPassword(password), redis.DialDatabase(db),
-		redis.DialUseTLS(u.Scheme == "rediss"), redis.DialTLSHandshakeTimeout(redisWait),
-		redis.DialReadTimeout(redisWait), redis.DialWriteTimeout(redisWait),
-		redis.DialContextFunc(r.dial),
+		redis.DialUseTLS(u.Scheme == "rediss"), redis.DialTLSHandshakeTimeout(redisTimeout),
+		redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(redisTimeout),
+		redis.DialContextFunc(r.dialTCP),
 	}
 	r.pool = r.newPool()
 	return r, nil
@@ -132,18 +132,18 @@ func newRedisStore(rawURL, prefix string, advertise func(localIP string) string,
 
 func (r *redisStore) newPool() *redis.Pool {
 	return &redis.Pool{
-		DialContext: r.connect, MaxActive: redisConns, MaxIdle: redisConns, IdleTimeout: redisIdle, Wait: true,
+		DialContext: r.dialRedis, MaxActive: redisConns, MaxIdle: redisConns, IdleTimeout: redisIdle, Wait: true,
 	}
 }
 
-// connect makes a connection that is logged in, within ctx.
-func (r *redisStore) connect(ctx context.Context) (redis.Conn, error) {
+// dialRedis makes a connection that is logged in, within ctx.
+func (r *redisStore) dialRedis(ctx context.Context) (redis.Conn, error) {
 	return redis.DialContext(ctx, "tcp", r.address, r.options...)
 }
 
-// dial remembers our end of the connection.
-func (r *redisStore) dial(ctx context.Context, network, address string) (net.Conn, error) {
-	c, err := (&net.Dialer{Timeout: redisWait}).DialContext(ctx, network, address)
+// dialTCP remembers our end of the connection.
+func (r *redisStore) dialTCP(ctx context.Context, network, address string) (net.Conn, error) {
+	c, err := (&net.Dialer{Timeout: redisTimeout}).DialContext(ctx, network, address)
 	if err != nil {
 		return nil, err
 	}
@@ -165,7 +165,7 @@ func (r *redisStore) localIP() string {
 
 // getMark: see freshness. A mark that cannot be read is none.
 func (r *redisStore) getMark(ctx context.Context, key string) (m freshnessMark, err error) {
-	err = r.do(ctx, func(ctx context.Context, c redis.Conn) error {
+	err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
 		v, err := redis.String(redis.DoContext(c, ctx, "GET", r.markKey(key)))
 		if err != nil && !errors.Is(err, redis.ErrNil) {
 			return err
@@ -185,12 +185,12 @@ func (r *redisStore) getMark(ctx context.Context, key string) (m freshnessMark, 
 // setMark: see freshness.
 func (r *redisStore) setMark(ctx context.Context, key string, m freshnessMark) error {
 	value := strconv.FormatInt(m.GoodAt.UnixNano(), 10) + " " + m.SHA256
-	return r.run(ctx, "SET", r.markKey(key), value, "PX", markLife.Milliseconds())
+	return r.runCommand(ctx, "SET", r.markKey(key), value, "PX", markLife.Milliseconds())
 }
 
 // delete: see freshness. A mark that is not there is no error.
 func (r *redisStore) delete(ctx context.Context, key string) error {
-	return r.run(ctx, "DEL", r.markKey(key))
+	return r.runCommand(ctx, "DEL", r.markKey(key))
 }
 
 func (r *redisStore) markKey(key string) string  { return r.prefix + "fresh:" + key }
@@ -206,22 +206,22 @@ func parseMark(v string) (freshnessMark, bool) {
 // was purged and goes on for its clients) is not leased again.
 func (r *redisStore) acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error) {
 	at := r.leaseKey(key)
-	err = r.do(ctx, func(ctx context.Context, c redis.Conn) error {
+	err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
 		// The address is known now that there is a connection.
 		value := r.self + " " + token + " " + r.advertise(r.localIP())
-		for range leaseTries {
-			holder, err := takeLease(ctx, c, at, value)
+		for range maxLeaseTries {
+			holder, err := setLease(ctx, c, at, value)
 			switch {
 			case err != nil:
 				return err
 			case holder == value:
-				r.hold(at, value)
-				release = func() { r.release(at, value) }
+				r.rememberLease(at, value)
+				release = func() { r.releaseLease(at, value) }
 				return nil
 			case strings.HasPrefix(holder, r.self+" "):
 				return nil
 			case holder != "":
-				other = parseFiller(holder)
+				other = parseLeaseHolder(holder)
 				return nil
 			}
 		}
@@ -235,7 +235,7 @@ func (r *redisStore) acquireLease(ctx context.Context, key, token string) (relea
 
 // acquireLease returns the value that holds the lease: ours, another's, or none
 // if the other's has just ended.
-func takeLease(ctx context.Context, c redis.Conn, at, value string) (string, error) {
+func setLease(ctx context.Context, c redis.Conn, at, value string) (string, error) {
 	_, err := redis.String(redis.DoContext(c, ctx, "SET", at, value, "NX", "PX", leaseLife.Milliseconds()))
 	if !errors.Is(err, redis.ErrNil) {
 		return value, err
@@ -247,21 +247,21 @@ func takeLease(ctx context.Context, c redis.Conn, at, value string) (string, err
 	return holder, err
 }
 
-// parseFiller reads a lease: process, token and address.
-func parseFiller(v string) *leaseHolder {
+// parseLeaseHolder reads a lease: process, token and address.
+func parseLeaseHolder(v string) *leaseHolder {
 	_, rest, _ := strings.Cut(v, " ")
 	token, addr, _ := strings.Cut(rest, " ")
 	return &leaseHolder{addr: addr, token: token}
 }
 
-func (r *redisStore) hold(at, value string) {
+func (r *redisStore) rememberLease(at, value string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.leases[at] = value
 }
 
-// letGo forgets a lease; it tells whether it was still known.
-func (r *redisStore) letGo(at, value string) bool {
+// forgetLease forgets a lease; it tells whether it was still known.
+func (r *redisStore) forgetLease(at, value string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	known := r.leases[at] == value
@@ -271,15 +271,15 @@ func (r *redisStore) letGo(at, value string) bool {
 	return known
 }
 
-// release ends a lease. Where Redis cannot be told it dies by itself.
-func (r *redisStore) release(at, value string) {
-	if r.letGo(at, value) {
-		r.unlease(at, value)
+// releaseLease ends a lease. Where Redis cannot be told it dies by itself.
+func (r *redisStore) releaseLease(at, value string) {
+	if r.forgetLease(at, value) {
+		r.deleteLease(at, value)
 	}
 }
 
-func (r *redisStore) unlease(at, value string) {
-	err := r.do(context.Background(), func(ctx context.Context, c redis.Conn) error {
+func (r *redisStore) deleteLease(at, value string) {
+	err := r.withConn(context.Background(), func(ctx context.Context, c redis.Conn) error {
 		_, err := releaseScript.DoContext(ctx, c, at, value)
 		return err
 	})
@@ -288,9 +288,9 @@ func (r *redisStore) unlease(at, value string) {
 	}
 }
 
-// beat is the step of the loop that keeps our leases, to be called each
-// leaseBeat. A lease that another process has taken is forgotten: both fill.
-func (r *redisStore) beat(ctx context.Context) error {
+// renewLeases is the step of the loop that keeps our leases, to be called each
+// leaseInterval. A lease that another process has taken is forgotten: both fill.
+func (r *redisStore) renewLeases(ctx context.Context) error {
 	r.mu.Lock()
 	held := make(map[string]string, len(r.leases))
 	for at, value := range r.leases {
@@ -302,7 +302,7 @@ func (r *redisStore) beat(ctx context.Context) error {
 	}
 	for at, value := range held {
 		var kept int
-		err := r.do(ctx, func(ctx context.Context, c redis.Conn) (err error) {
+		err := r.withConn(ctx, func(ctx context.Context, c redis.Conn) (err error) {
 			kept, err = redis.Int(renewScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
 			return err
 		})
@@ -310,15 +310,15 @@ func (r *redisStore) beat(ctx context.Context) error {
 			return fmt.Errorf("keeping leases: %w", err)
 		}
 		if kept == 0 {
-			r.letGo(at, value)
-		} else if !r.holds(at, value) { // released meanwhile, and brought back by us
-			r.unlease(at, value)
+			r.forgetLease(at, value)
+		} else if !r.holdsLease(at, value) { // released meanwhile, and brought back by us
+			r.deleteLease(at, value)
 		}
 	}
 	return nil
 }
 
-func (r *redisStore) holds(at, value string) bool {
+func (r *redisStore) holdsLease(at, value string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.leases[at] == value
@@ -326,7 +326,7 @@ func (r *redisStore) holds(at, value string) bool {
 
 // announceChange: see replicas.
 func (r *redisStore) announceChange(ctx context.Context, key string) error {
-	return r.run(ctx, "PUBLISH", r.channel, r.self+" "+key)
+	return r.runCommand(ctx, "PUBLISH", r.channel, r.self+" "+key)
 }
 
 // hearsChanges: see replicas.
@@ -340,7 +340,7 @@ func (r *redisStore) hearsChanges() bool {
 func (r *redisStore) watchChanges(ctx context.Context, changed func(key string), reset func()) {
 	told := false // of an outage
 	for ctx.Err() == nil {
-		err := r.listen(ctx, changed, func() {
+		err := r.subscribe(ctx, changed, func() {
 			told = false
 			reset()
 		})
@@ -367,10 +367,10 @@ func (r *redisStore) setSubscribed(is bool) {
 	r.subscribed = is
 }
 
-// listen is one subscription, to its end.
-func (r *redisStore) listen(ctx context.Context, changed func(key string), reset func()) error {
-	dialing, cancel := context.WithTimeout(ctx, redisWait)
-	c, err := r.connect(dialing)
+// subscribe is one subscription, to its end.
+func (r *redisStore) subscribe(ctx context.Context, changed func(key string), reset func()) error {
+	dialing, cancel := context.WithTimeout(ctx, redisTimeout)
+	c, err := r.dialRedis(dialing)
 	cancel()
 	if err != nil {
 		return err
@@ -384,12 +384,12 @@ func (r *redisStore) listen(ctx context.Context, changed func(key string), reset
 	var pinging sync.WaitGroup
 	pinging.Go(func() {
 		defer ps.Close() // ends the wait for a message when ctx ends
-		keepAsking(ctx, ps)
+		pingSubscription(ctx, ps)
 	})
 	defer pinging.Wait()
 	defer cancel()
 	for {
-		switch m := ps.ReceiveWithTimeout(watchWait).(type) {
+		switch m := ps.ReceiveWithTimeout(watchTimeout).(type) {
 		case error:
 			return m
 		case redis.Subscription:
@@ -405,10 +405,10 @@ func (r *redisStore) listen(ctx context.Context, changed func(key string), reset
 	}
 }
 
-// keepAsking pings a subscription, so that its silence means something, until
+// pingSubscription pings a subscription, so that its silence means something, until
 // ctx or the connection ends.
-func keepAsking(ctx context.Context, ps redis.PubSubConn) {
-	t := time.NewTicker(watchBeat)
+func pingSubscription(ctx context.Context, ps redis.PubSubConn) {
+	t := time.NewTicker(watchInterval)
 	defer t.Stop()
 	for {
 		select {
@@ -424,31 +424,31 @@ func keepAsking(ctx context.Context, ps redis.PubSubConn) {
 
 // ping asks Redis whether it answers: errStoreDown if not. It is what finds
 // out that Redis is back, so it should be called twice a second.
-func (r *redisStore) ping(ctx context.Context) error { return r.run(ctx, "PING") }
+func (r *redisStore) ping(ctx context.Context) error { return r.runCommand(ctx, "PING") }
 
-// close releases what is leased and ends all connections but watch's.
-func (r *redisStore) close() error {
+// Close releases what is leased and ends all connections but watch's.
+func (r *redisStore) Close() error {
 	r.mu.Lock()
 	held := r.leases
 	r.leases = map[string]string{}
 	r.mu.Unlock()
 	for at, value := range held {
-		r.unlease(at, value)
+		r.deleteLease(at, value)
 	}
 	return r.currentPool().Close()
 }
 
-// run is do for a command whose answer says nothing.
-func (r *redisStore) run(ctx context.Context, command string, args ...any) error {
-	return r.do(ctx, func(ctx context.Context, c redis.Conn) error {
+// runCommand is do for a command whose answer says nothing.
+func (r *redisStore) runCommand(ctx context.Context, command string, args ...any) error {
+	return r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
 		_, err := redis.DoContext(c, ctx, command, args...)
 		return err
 	})
 }
 
-// do runs f with a connection, within redisWait, and learns from it whether
+// withConn runs f with a connection, within redisTimeout, and learns from it whether
 // Redis is up. Its errors are fs.ErrNotExist of f and errStoreDown.
-func (r *redisStore) do(ctx context.Context, f func(context.Context, redis.Conn) error) error {
+func (r *redisStore) withConn(ctx context.Context, f func(context.Context, redis.Conn) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -456,19 +456,19 @@ func (r *redisStore) do(ctx context.Context, f func(context.Context, redis.Conn)
 	if err != nil {
 		return err
 	}
-	inner, cancel := context.WithTimeout(ctx, redisWait)
+	inner, cancel := context.WithTimeout(ctx, redisTimeout)
 	defer cancel()
-	got, err := with(inner, pool, f)
-	if got && stale(err) { // Redis was started again, or closed what was idle
-		pool = r.renew(pool)
-		got, err = with(inner, pool, f)
+	got, err := withPoolConn(inner, pool, f)
+	if got && isStaleConn(err) { // Redis was started again, or closed what was idle
+		pool = r.replacePool(pool)
+		got, err = withPoolConn(inner, pool, f)
 	}
 	refused, _ := errors.AsType[redis.Error](err)
 	switch {
 	case err == nil, errors.Is(err, fs.ErrNotExist):
 		r.worked()
 		return err
-	case hurried(ctx, inner, err): // which says nothing about Redis
+	case isCallerTimeout(ctx, inner, err): // which says nothing about Redis
 		return fmt.Errorf("%w: redis: %w", errStoreDown, cmp.Or(ctx.Err(), context.DeadlineExceeded))
 	case got && refused != "": // Redis is there and does not like this, such as being full
 		return fmt.Errorf("%w: redis: %s", errStoreDown, redact(err, r.password))
@@ -476,17 +476,17 @@ func (r *redisStore) do(ctx context.Context, f func(context.Context, redis.Conn)
 	return r.failed(pool, err)
 }
 
-// hurried tells that err is of the caller's context and not of our own
+// isCallerTimeout tells that err is of the caller's context and not of our own
 // patience. redigo's deadline may pass a moment before the context's.
-func hurried(ctx, inner context.Context, err error) bool {
+func isCallerTimeout(ctx, inner context.Context, err error) bool {
 	theirs, has := ctx.Deadline()
 	ours, _ := inner.Deadline()
 	late := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
 	return ctx.Err() != nil || has && theirs.Equal(ours) && late
 }
 
-// with runs f with a connection, if it got one.
-func with(ctx context.Context, pool *redis.Pool, f func(context.Context, redis.Conn) error) (got bool, err error) {
+// withPoolConn runs f with a connection, if it got one.
+func withPoolConn(ctx context.Context, pool *redis.Pool, f func(context.Context, redis.Conn) error) (got bool, err error) {
 	c, err := pool.GetContext(ctx)
 	if err != nil {
 		return false, err
@@ -522,7 +522,7 @@ func (r *redisStore) worked() {
 // failed notes that Redis cannot be used.
 func (r *redisStore) failed(used *redis.Pool, err error) error {
 	text := errors.New(redact(err, r.password))
-	r.renew(used)
+	r.replacePool(used)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.broken == nil {
@@ -532,9 +532,9 @@ func (r *redisStore) failed(used *redis.Pool, err error) error {
 	return fmt.Errorf("%w: redis: %w", errStoreDown, text)
 }
 
-// renew drops the connections of a pool in which one was found dead: they die
+// replacePool drops the connections of a pool in which one was found dead: they die
 // together. It returns the pool to use.
-func (r *redisStore) renew(used *redis.Pool) *redis.Pool {
+func (r *redisStore) replacePool(used *redis.Pool) *redis.Pool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if used == r.pool {

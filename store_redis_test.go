@@ -290,7 +290,7 @@ func startRedis(t *testing.T, rawURL, prefix, port string) *redisTester {
 		t.Fatal(err)
 	}
 	r.pause = time.Millisecond
-	t.Cleanup(func() { r.close() })
+	t.Cleanup(func() { r.Close() })
 	return &redisTester{t, r, out}
 }
 
@@ -371,7 +371,7 @@ func TestRedisLease(t *testing.T) {
 	b.mayLease("k", true)
 	for range 4 {
 		f.advance(leaseLife - time.Second)
-		if err := a.beat(t.Context()); err != nil {
+		if err := a.renewLeases(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		b.mayLease("k", true)
@@ -394,7 +394,7 @@ func TestRedisLeaseOfTheDead(t *testing.T) {
 	f.advance(time.Millisecond)
 	b.mayLease("k", false)
 	// a was only slow: it finds out and disturbs nobody.
-	if err := a.beat(t.Context()); err != nil || len(a.leases) != 0 {
+	if err := a.renewLeases(t.Context()); err != nil || len(a.leases) != 0 {
 		t.Errorf("%v, %v", err, a.leases)
 	}
 	release()
@@ -408,7 +408,7 @@ func TestRedisLeaseOutlivesRedis(t *testing.T) {
 	release, _ := a.mayLease("k", false)
 	f.stop()
 	f.start() // empty
-	if err := a.beat(t.Context()); err != nil {
+	if err := a.renewLeases(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	b.mayLease("k", true)
@@ -421,7 +421,7 @@ func TestRedisCloseReleases(t *testing.T) {
 	f := newFakeRedis(t)
 	a, b := startRedis(t, "redis://"+f.name, "", "1"), startRedis(t, "redis://"+f.name, "", "2")
 	a.mayLease("k", false)
-	a.close()
+	a.Close()
 	b.mayLease("k", false)
 }
 
@@ -539,7 +539,7 @@ func TestRedisThatNeverAnswers(t *testing.T) {
 	if err := r.ping(ctx); !errors.Is(err, errStoreDown) || r.broken != nil {
 		t.Errorf("a caller in a hurry: %v, %v", err, r.broken)
 	}
-	within(t, redisWait+300*time.Millisecond, func() {
+	within(t, redisTimeout+300*time.Millisecond, func() {
 		if _, err := r.getMark(t.Context(), "k"); !errors.Is(err, errStoreDown) {
 			t.Errorf("get: %v", err)
 		}
@@ -641,7 +641,7 @@ func TestRealRedisLease(t *testing.T) {
 	at := a.leaseKey("k")
 	life := func() (ms int) {
 		t.Helper()
-		err := a.do(t.Context(), func(ctx context.Context, c redis.Conn) (err error) {
+		err := a.withConn(t.Context(), func(ctx context.Context, c redis.Conn) (err error) {
 			ms, err = redis.Int(redis.DoContext(c, ctx, "PTTL", at))
 			return err
 		})
@@ -650,23 +650,23 @@ func TestRealRedisLease(t *testing.T) {
 		}
 		return ms
 	}
-	if err := a.run(t.Context(), "PEXPIRE", at, 100_000); err != nil {
+	if err := a.runCommand(t.Context(), "PEXPIRE", at, 100_000); err != nil {
 		t.Fatal(err)
 	}
-	if err := a.beat(t.Context()); err != nil || life() > 15_000 || life() < 10_000 {
+	if err := a.renewLeases(t.Context()); err != nil || life() > 15_000 || life() < 10_000 {
 		t.Errorf("after a beat: %d ms, %v", life(), err)
 	}
 	// Redis forgets it.
-	if err := errors.Join(a.run(t.Context(), "DEL", at), a.beat(t.Context())); err != nil {
+	if err := errors.Join(a.runCommand(t.Context(), "DEL", at), a.renewLeases(t.Context())); err != nil {
 		t.Error(err)
 	}
 	b.mayLease("k", true)
 	// Its holder dies.
-	if err := a.run(t.Context(), "DEL", at); err != nil {
+	if err := a.runCommand(t.Context(), "DEL", at); err != nil {
 		t.Fatal(err)
 	}
 	mine, _ := b.mayLease("k", false)
-	if err := a.beat(t.Context()); err != nil || len(a.leases) != 0 {
+	if err := a.renewLeases(t.Context()); err != nil || len(a.leases) != 0 {
 		t.Error(err, a.leases)
 	}
 	release()
@@ -688,7 +688,7 @@ func TestRealRedisThatNeverAnswers(t *testing.T) {
 	h := r.listenIn()
 	h.want(t, "reset")
 	w.hush()
-	within(t, redisWait+300*time.Millisecond, func() {
+	within(t, redisTimeout+300*time.Millisecond, func() {
 		if err := r.setMark(t.Context(), "k", freshnessMark{testDay, "s"}); !errors.Is(err, errStoreDown) {
 			t.Errorf("set: %v", err)
 		}

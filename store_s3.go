@@ -30,46 +30,46 @@ const (
 	// s3RecordField is the metadata field that makes an object ours.
 	s3RecordField   = "artifact"
 	s3RecordVersion = 1
-	// s3RecordMost bounds the field: S3 allows 2,048 bytes for all names and
+	// s3MaxRecord bounds the field: S3 allows 2,048 bytes for all names and
 	// values, and MinIO counts the prefix of the name too.
-	s3RecordMost = 2000
+	s3MaxRecord = 2000
 	// s3ProbeKey is asked for to see whether S3 answers, and written to see
 	// whether the bucket can be. The dot keeps it apart from artifacts.
 	s3ProbeKey = ".artifactapi-probe"
 
-	// s3OpenWait is how long a client waits for S3 before it is sent on to the
-	// upstream; s3FlakyWait the same while an outage is known.
-	s3OpenWait  = 3 * time.Second
-	s3FlakyWait = 2 * time.Second
-	// s3CheckWait bounds a background check, and s3RetryAfter is when one
+	// s3OpenTimeout is how long a client waits for S3 before it is sent on to the
+	// upstream; s3FlakyTimeout the same while an outage is known.
+	s3OpenTimeout  = 3 * time.Second
+	s3FlakyTimeout = 2 * time.Second
+	// s3CheckTimeout bounds a background check, and s3RetryAfter is when one
 	// request may find out for itself. It is longer than a check and the pause
 	// before it, so that where checks run no client ever waits for a dead S3.
-	s3CheckWait  = 1500 * time.Millisecond
-	s3RetryAfter = 2500 * time.Millisecond
+	s3CheckTimeout = 1500 * time.Millisecond
+	s3RetryAfter   = 2500 * time.Millisecond
 	// s3WriteThrough is how long into an outage uploads are still begun: over
 	// a restart of S3. Later they would only hold up the fills behind them.
 	s3WriteThrough = 10 * time.Second
-	// s3TryWrite is how often a bucket that refuses writes is tried again.
-	s3TryWrite = 10 * time.Second
+	// s3WriteCheckInterval is how often a bucket that refuses writes is tried again.
+	s3WriteCheckInterval = 10 * time.Second
 
-	// s3Tears bounds how often one body may break off. The pauses before them
+	// s3MaxBreaks bounds how often one body may break off. The pauses before them
 	// add up to 10 s, a restart of S3.
-	s3Tears = 4
-	// s3SkipMost is read over rather than asked for anew: about what arrives
+	s3MaxBreaks = 4
+	// s3MaxSkip is read over rather than asked for anew: about what arrives
 	// in the time of a request.
-	s3SkipMost = 128 << 10
-	// s3DrainMost is read to its end, so that the connection stays usable.
-	s3DrainMost = 64 << 10
-	// s3Walkers ask for records at once in a walk: a listing has none, and one
+	s3MaxSkip = 128 << 10
+	// s3MaxDrain is read to its end, so that the connection stays usable.
+	s3MaxDrain = 64 << 10
+	// s3ParallelHeads ask for records at once in a walk: a listing has none, and one
 	// after the other a million would take an hour.
-	s3Walkers   = 16
-	s3UploadAge = 24 * time.Hour
+	s3ParallelHeads = 16
+	s3UploadAge     = 24 * time.Hour
 
 	// recheckAfter is how long copies of immutable files are used without
 	// asking S3 while announcements do not arrive.
 	recheckAfter = time.Minute
-	// knownRecords bounds the records in memory, at 2 KB or less each.
-	knownRecords = 8192
+	// maxRecordsInMemory bounds the records in memory, at 2 KB or less each.
+	maxRecordsInMemory = 8192
 )
 
 var (
@@ -84,11 +84,11 @@ var (
 // concurrently, and by several replicas. A body that is open and small enough
 // to be on its way outlives its object; a larger one then ends in an error.
 type s3Store struct {
-	client *s3Client
-	online func() bool // announcements of other replicas arrive
-	now    func() time.Time
-	log    *slog.Logger
-	wait   time.Duration // s3OpenWait but in tests
+	client       *s3Client
+	hearsChanges func() bool // announcements of other replicas arrive
+	now          func() time.Time
+	log          *slog.Logger
+	wait         time.Duration // s3OpenTimeout but in tests
 
 	seed    maphash.Seed
 	resets  atomic.Uint64      // times that announcements may have been missed
@@ -96,7 +96,7 @@ type s3Store struct {
 	records *recency           // of immutable files
 
 	outage outage
-	check  s3check
+	check  s3Check
 }
 
 // newS3Store keeps objects in client's bucket; it asks nothing yet. online
@@ -106,44 +106,46 @@ func newS3Store(client *s3Client, online func() bool) *s3Store {
 	if online == nil {
 		online = func() bool { return false }
 	}
-	return &s3Store{client: client, online: online, now: client.cfg.now, log: client.cfg.log, wait: s3OpenWait,
-		seed: maphash.MakeSeed(), records: newRecency(knownRecords, knownRecords)}
+	return &s3Store{client: client, hearsChanges: online, now: client.cfg.now, log: client.cfg.log, wait: s3OpenTimeout,
+		seed: maphash.MakeSeed(), records: newRecency(maxRecordsInMemory, maxRecordsInMemory)}
 }
 
-// close waits for the check that runs.
-func (s *s3Store) close() { s.check.wg.Wait() }
+// Close waits for the check that runs.
+func (s *s3Store) Close() { s.check.wg.Wait() }
 
-// ticket is the state of a key's announcements at one moment. It is taken
+// changeStamp is the state of a key's announcements at one moment. It is taken
 // before S3 is asked: what the answer teaches is kept only if nothing was
 // announced since, or an old version would be kept that arrived late.
-type ticket struct {
+type changeStamp struct {
 	resets, changes uint64
 	at              time.Time
 }
 
-func (s *s3Store) change(key string) *atomic.Uint64 {
+func (s *s3Store) changeCounter(key string) *atomic.Uint64 {
 	return &s.changes[maphash.String(s.seed, key)%uint64(len(s.changes))]
 }
 
-func (s *s3Store) ticket(key string) ticket {
+func (s *s3Store) stampOf(key string) changeStamp {
 	// Resets begin at one, so that the zero ticket is never trusted.
-	return ticket{s.resets.Load() + 1, s.change(key).Load(), s.now()}
+	return changeStamp{s.resets.Load() + 1, s.changeCounter(key).Load(), s.now()}
 }
 
-func (s *s3Store) valid(key string, t ticket) bool { return s.change(key).Load() == t.changes }
+func (s *s3Store) isCurrent(key string, stamp changeStamp) bool {
+	return s.changeCounter(key).Load() == stamp.changes
+}
 
-// trusts says whether what was true at t may be used without asking S3
+// trustsCopy says whether what was true at t may be used without asking S3
 // (SPEC.md section 8).
-func (s *s3Store) trusts(c class, t ticket) bool {
-	if t.resets != s.resets.Load()+1 {
+func (s *s3Store) trustsCopy(c class, stamp changeStamp) bool {
+	if stamp.resets != s.resets.Load()+1 {
 		return false
 	}
-	return s.online() || c == immutable && s.now().Sub(t.at) < recheckAfter
+	return s.hearsChanges() || c == immutable && s.now().Sub(stamp.at) < recheckAfter
 }
 
 // invalidate drops what is known of key: it was replaced or removed.
 func (s *s3Store) invalidate(key string) {
-	s.change(key).Add(1)
+	s.changeCounter(key).Add(1)
 	s.records.drop(key)
 }
 
@@ -157,16 +159,16 @@ func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, err
 		return nil, fmt.Errorf("opening %q: %w", key, fs.ErrNotExist)
 	}
 	if off < 0 {
-		rec, err := s.record(ctx, key)
+		rec, err := s.recordOf(ctx, key)
 		if err != nil {
 			return nil, err
 		}
 		return &object{rec: rec}, nil
 	}
-	t := s.ticket(key)
+	stamp := s.stampOf(key)
 	r := &s3Reader{s: s, key: key, off: off, at: off}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
-	rec, err := r.begin(t)
+	rec, err := r.openBody(stamp)
 	if err != nil {
 		r.Close()
 		return nil, err
@@ -174,37 +176,37 @@ func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, err
 	return &object{rec: rec, body: r}, nil
 }
 
-// record is key's record alone, from memory where that may be.
-func (s *s3Store) record(ctx context.Context, key string) (*record, error) {
-	if k, ok := s.records.get(key); ok && s.trusts(immutable, k.ticket) {
+// recordOf is key's record alone, from memory where that may be.
+func (s *s3Store) recordOf(ctx context.Context, key string) (*record, error) {
+	if k, ok := s.records.get(key); ok && s.trustsCopy(immutable, k.stamp) {
 		return k.rec, nil
 	}
-	return s.head(ctx, key)
+	return s.headRecord(ctx, key)
 }
 
-// head asks S3 for key's record.
-func (s *s3Store) head(ctx context.Context, key string) (*record, error) {
-	t := s.ticket(key)
-	o, err := s.askHead(ctx, key)
+// headRecord asks S3 for key's record.
+func (s *s3Store) headRecord(ctx context.Context, key string) (*record, error) {
+	stamp := s.stampOf(key)
+	o, err := s.headObject(ctx, key)
 	if err != nil {
 		return nil, err
 	}
-	return s.learn(key, o, t)
+	return s.readObjectRecord(key, o, stamp)
 }
 
-func (s *s3Store) askHead(ctx context.Context, key string) (*s3Object, error) {
-	return s.ask(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.headObject(ctx, key) })
+func (s *s3Store) headObject(ctx context.Context, key string) (*s3Object, error) {
+	return s.askS3(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.headObject(ctx, key) })
 }
 
-// get asks for a part of an object. What it holds on to is given back when ctx
+// getObject asks for a part of an object. What it holds on to is given back when ctx
 // ends.
-func (s *s3Store) get(ctx context.Context, key string, g s3GetInput) (*s3Object, error) {
-	return s.ask(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.getObject(ctx, key, g) })
+func (s *s3Store) getObject(ctx context.Context, key string, g s3GetInput) (*s3Object, error) {
+	return s.askS3(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.getObject(ctx, key, g) })
 }
 
-// ask bounds what a client waits for an answer's header, all attempts
+// askS3 bounds what a client waits for an answer's header, all attempts
 // together, and fails at once while S3 is known to be down.
-func (s *s3Store) ask(ctx context.Context, key string, f func(context.Context) (*s3Object, error)) (*s3Object, error) {
+func (s *s3Store) askS3(ctx context.Context, key string, f func(context.Context) (*s3Object, error)) (*s3Object, error) {
 	began := s.now()
 	flaky, err := s.outage.enter(began)
 	if err != nil {
@@ -212,7 +214,7 @@ func (s *s3Store) ask(ctx context.Context, key string, f func(context.Context) (
 	}
 	wait := s.wait
 	if flaky {
-		wait = min(wait, s3FlakyWait)
+		wait = min(wait, s3FlakyTimeout)
 	}
 	inner, cancel := context.WithCancelCause(ctx)
 	timer := time.AfterFunc(wait, func() { cancel(errS3Timeout) })
@@ -221,20 +223,20 @@ func (s *s3Store) ask(ctx context.Context, key string, f func(context.Context) (
 	if o == nil || o.body == nil {
 		cancel(nil)
 	}
-	err = s.judge(ctx, began, err)
+	err = s.classifyError(ctx, began, err)
 	if errors.Is(err, fs.ErrNotExist) {
 		s.records.drop(key)
 	}
 	return o, err
 }
 
-// judge gives an error of the client its kind, and notes what it says about
+// classifyError gives an error of the client its kind, and notes what it says about
 // the state of S3. Only a caller who left, a miss and a condition that was not
 // met keep theirs.
-func (s *s3Store) judge(ctx context.Context, began time.Time, err error) error {
+func (s *s3Store) classifyError(ctx context.Context, began time.Time, err error) error {
 	refused, _ := errors.AsType[*s3Error](err)
 	switch {
-	case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, errS3PreconditionFailed), behindEnd(err):
+	case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, errS3PreconditionFailed), isBehindEnd(err):
 		s.outage.answered(s.now())
 		return err
 	case ctx.Err() != nil:
@@ -249,15 +251,15 @@ func (s *s3Store) judge(ctx context.Context, began time.Time, err error) error {
 	return fmt.Errorf("%w: %v", errStoreDown, err)
 }
 
-// behindEnd says whether a range was refused because the object ends before.
-func behindEnd(err error) bool {
+// isBehindEnd says whether a range was refused because the object ends before.
+func isBehindEnd(err error) bool {
 	refused, ok := errors.AsType[*s3Error](err)
 	return ok && refused.status == http.StatusRequestedRangeNotSatisfiable
 }
 
-// learn reads the record that came with o and keeps an immutable file's. An
+// readObjectRecord reads the record that came with o and keeps an immutable file's. An
 // object without a sound one of this key is a miss.
-func (s *s3Store) learn(key string, o *s3Object, t ticket) (*record, error) {
+func (s *s3Store) readObjectRecord(key string, o *s3Object, stamp changeStamp) (*record, error) {
 	k, known := s.records.get(key)
 	if text := o.meta[s3RecordField]; !known || k.text != text {
 		rec, err := decodeS3Record(key, o)
@@ -266,10 +268,10 @@ func (s *s3Store) learn(key string, o *s3Object, t ticket) (*record, error) {
 			s.log.Warn("object in S3 is of no use", "key", key, "reason", err)
 			return nil, fmt.Errorf("opening %s: %w: %w", key, err, fs.ErrNotExist)
 		}
-		k = kept{key: key, cost: 1, rec: rec, text: text}
+		k = keptEntry{key: key, cost: 1, rec: rec, text: text}
 	}
-	if k.ticket = t; k.rec.Class == immutable {
-		s.records.add(k, func() bool { return s.valid(key, t) })
+	if k.stamp = stamp; k.rec.Class == immutable {
+		s.records.add(k, func() bool { return s.isCurrent(key, stamp) })
 	}
 	return k.rec, nil
 }
@@ -287,22 +289,22 @@ type s3Record struct {
 // other is mostly told by the file's name.
 func encodeS3Record(rec *record) (string, error) {
 	r := s3Record{s3RecordVersion, *rec, strconv.FormatUint(rand.Uint64(), 36)}
-	text, err := asciiJSON(r)
+	text, err := encodeASCIIJSON(r)
 	for _, drop := range []*string{&r.ETag, &r.ContentType} {
-		if err == nil && len(text) > s3RecordMost {
+		if err == nil && len(text) > s3MaxRecord {
 			*drop = ""
-			text, err = asciiJSON(r)
+			text, err = encodeASCIIJSON(r)
 		}
 	}
-	if err == nil && len(text) > s3RecordMost {
+	if err == nil && len(text) > s3MaxRecord {
 		err = fmt.Errorf("record of %d bytes: %w", len(text), errS3Metadata)
 	}
 	return text, err
 }
 
-// asciiJSON escapes what not every server keeps: all but printable ASCII, and
+// encodeASCIIJSON escapes what not every server keeps: all but printable ASCII, and
 // the second of two spaces.
-func asciiJSON(v any) (string, error) {
+func encodeASCIIJSON(v any) (string, error) {
 	var plain, out strings.Builder
 	e := json.NewEncoder(&plain)
 	e.SetEscapeHTML(false)
@@ -349,26 +351,26 @@ func decodeS3Record(key string, o *s3Object) (*record, error) {
 // it; a crash before leaves the old one, and at most an unfinished upload that
 // sweep aborts.
 func (s *s3Store) put(ctx context.Context, key string, rec *record, spool *os.File) error {
-	_, err := s.store(ctx, key, rec, spool)
+	_, err := s.putStamped(ctx, key, rec, spool)
 	return err
 }
 
-// store is put. Its ticket is valid as long as no other replica announced a
+// putStamped is put. Its ticket is valid as long as no other replica announced a
 // change since the upload began.
-func (s *s3Store) store(ctx context.Context, key string, rec *record, spool *os.File) (ticket, error) {
+func (s *s3Store) putStamped(ctx context.Context, key string, rec *record, spool *os.File) (changeStamp, error) {
 	if err := ctx.Err(); err != nil {
-		return ticket{}, err
+		return changeStamp{}, err
 	}
 	if err := checkPut(key, rec, spool); err != nil {
-		return ticket{}, err
+		return changeStamp{}, err
 	}
 	text, err := encodeS3Record(rec)
 	if err != nil {
-		return ticket{}, fmt.Errorf("storing %s: %w", key, err)
+		return changeStamp{}, fmt.Errorf("storing %s: %w", key, err)
 	}
-	t := s.ticket(key)
-	if s.outage.lasts(t.at) > s3WriteThrough {
-		return ticket{}, errS3Outage
+	stamp := s.stampOf(key)
+	if s.outage.lasts(stamp.at) > s3WriteThrough {
+		return changeStamp{}, errS3Outage
 	}
 	p := s3PutInput{body: spool, size: rec.Size, sha256: rec.SHA256,
 		meta: map[string]string{s3RecordField: text}, contentType: contentTypeOf(path.Base(key), rec.ContentType)}
@@ -376,29 +378,29 @@ func (s *s3Store) store(ctx context.Context, key string, rec *record, spool *os.
 		p.ifNoneMatch = "*"
 	}
 	_, err = s.client.putObject(ctx, key, p)
-	s.wrote(err)
-	t = s.replaced(key, t) // without an answer it may have arrived all the same
-	if err := s.judge(ctx, t.at, err); errors.Is(err, errS3PreconditionFailed) {
-		return ticket{}, errFileExists
+	s.noteWrite(err)
+	stamp = s.noteOwnChange(key, stamp) // without an answer it may have arrived all the same
+	if err := s.classifyError(ctx, stamp.at, err); errors.Is(err, errS3PreconditionFailed) {
+		return changeStamp{}, errFileExists
 	} else if err != nil {
-		return ticket{}, err
+		return changeStamp{}, err
 	}
 	if rec.Class == immutable {
-		s.records.add(kept{key: key, cost: 1, rec: rec, text: text, ticket: t}, func() bool { return s.valid(key, t) })
+		s.records.add(keptEntry{key: key, cost: 1, rec: rec, text: text, stamp: stamp}, func() bool { return s.isCurrent(key, stamp) })
 	}
-	return t, nil
+	return stamp, nil
 }
 
-// replaced is forget for a change of our own: t is renewed, unless another
+// noteOwnChange is forget for a change of our own: t is renewed, unless another
 // change was announced meanwhile and nobody knows which was last.
-func (s *s3Store) replaced(key string, t ticket) ticket {
-	if s.change(key).CompareAndSwap(t.changes, t.changes+1) {
-		t.changes++
+func (s *s3Store) noteOwnChange(key string, stamp changeStamp) changeStamp {
+	if s.changeCounter(key).CompareAndSwap(stamp.changes, stamp.changes+1) {
+		stamp.changes++
 	} else {
-		s.change(key).Add(1)
+		s.changeCounter(key).Add(1)
 	}
 	s.records.drop(key)
-	return t
+	return stamp
 }
 
 // delete: see objects. S3 itself does not say whether there was something.
@@ -406,20 +408,20 @@ func (s *s3Store) delete(ctx context.Context, key string) error {
 	if !validKey(key) {
 		return fmt.Errorf("deleting %q: %w", key, fs.ErrNotExist)
 	}
-	if _, err := s.askHead(ctx, key); err != nil {
+	if _, err := s.headObject(ctx, key); err != nil {
 		return err
 	}
 	began := s.now()
 	err := s.client.deleteObject(ctx, key)
 	s.invalidate(key)
-	return s.judge(ctx, began, err)
+	return s.classifyError(ctx, began, err)
 }
 
 // walk: see objects. It costs a HEAD per object.
 func (s *s3Store) walk(ctx context.Context, f func(key string, rec *record) error) error {
 	var stop error // guarded by one: f is not called after it failed
-	return s.eachKey(ctx, s3Walkers, func(ctx context.Context, one *sync.Mutex, key string) error {
-		rec, err := s.head(ctx, key)
+	return s.eachKey(ctx, s3ParallelHeads, func(ctx context.Context, one *sync.Mutex, key string) error {
+		rec, err := s.headRecord(ctx, key)
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // foreign, or removed meanwhile
 		}
@@ -469,7 +471,7 @@ func (s *s3Store) eachKey(ctx context.Context, workers int, f func(ctx context.C
 	if cause := context.Cause(inner); cause != nil {
 		return cause
 	}
-	return s.judge(ctx, began, err)
+	return s.classifyError(ctx, began, err)
 }
 
 // verify reads and hashes all that is stored and drops what its record does
@@ -500,7 +502,7 @@ func (s *s3Store) verify(ctx context.Context, report func(key string, err error)
 func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	o, err := s.get(ctx, key, s3GetInput{})
+	o, err := s.getObject(ctx, key, s3GetInput{})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // deleted meanwhile
 	}
@@ -513,7 +515,7 @@ func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 		if !errors.Is(err, errDamaged) {
 			return err
 		}
-		return s.dropIf(ctx, key, o.etag, err)
+		return s.dropIfUnchanged(ctx, key, o.etag, err)
 	}
 	r := &s3Reader{s: s, key: key, etag: o.etag, size: o.size, body: o.body, ctx: ctx, cancel: cancel}
 	defer r.Close()
@@ -522,15 +524,15 @@ func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 		return err
 	}
 	if sum := hex.EncodeToString(h.Sum(nil)); sum != rec.SHA256 {
-		return s.dropIf(ctx, key, o.etag, fmt.Errorf("the body has sha256 %s, its record %s", sum, rec.SHA256))
+		return s.dropIfUnchanged(ctx, key, o.etag, fmt.Errorf("the body has sha256 %s, its record %s", sum, rec.SHA256))
 	}
 	return nil
 }
 
-// dropIf removes an object unless it was replaced since it had etag. Between
+// dropIfUnchanged removes an object unless it was replaced since it had etag. Between
 // the look and the removal it still may be: that one is fetched again.
-func (s *s3Store) dropIf(ctx context.Context, key, etag string, reason error) error {
-	o, err := s.askHead(ctx, key)
+func (s *s3Store) dropIfUnchanged(ctx context.Context, key, etag string, reason error) error {
+	o, err := s.headObject(ctx, key)
 	if err != nil || o.etag != etag {
 		return nil
 	}

@@ -16,8 +16,8 @@ import (
 	"time"
 )
 
-// s3check is at most one background check at a time, and what it found.
-type s3check struct {
+// s3Check is at most one background check at a time, and what it found.
+type s3Check struct {
 	wg      sync.WaitGroup
 	mu      sync.Mutex    // guards the rest
 	done    chan struct{} // of the check that runs
@@ -36,7 +36,7 @@ func (s *s3Store) ping(ctx context.Context) error {
 		done := make(chan struct{})
 		c.done = done
 		c.wg.Go(func() {
-			err := s.look()
+			err := s.checkNow()
 			c.mu.Lock()
 			defer c.mu.Unlock()
 			c.err, c.done = err, nil
@@ -55,25 +55,25 @@ func (s *s3Store) ping(ctx context.Context) error {
 	}
 }
 
-// look finds out whether the bucket can be read and written.
-func (s *s3Store) look() error {
-	ctx, cancel := context.WithTimeout(context.Background(), s3CheckWait)
+// checkNow finds out whether the bucket can be read and written.
+func (s *s3Store) checkNow() error {
+	ctx, cancel := context.WithTimeout(context.Background(), s3CheckTimeout)
 	defer cancel()
 	began := s.now()
-	err := s.tryRead(ctx)
-	down := s.judge(context.Background(), began, err)
+	err := s.checkRead(ctx)
+	down := s.classifyError(context.Background(), began, err)
 	if err == nil {
-		if err = s.tryWrite(ctx, began); err != nil {
+		if err = s.checkWrite(ctx, began); err != nil {
 			down = fmt.Errorf("%w: %w", errStoreDown, err)
 		}
 	}
-	s.tell(err)
+	s.logState(err)
 	return down
 }
 
-// tryRead asks for an object that is not there: of all that shows credentials
+// checkRead asks for an object that is not there: of all that shows credentials
 // and bucket to be right it costs the least. A missing bucket is made.
-func (s *s3Store) tryRead(ctx context.Context) error {
+func (s *s3Store) checkRead(ctx context.Context) error {
 	o, err := s.client.getObject(ctx, s3ProbeKey, s3GetInput{})
 	switch {
 	case err == nil:
@@ -89,12 +89,12 @@ func (s *s3Store) tryRead(ctx context.Context) error {
 	return err
 }
 
-// tryWrite writes and removes an empty object, once after each outage and now
+// checkWrite writes and removes an empty object, once after each outage and now
 // and then while writes are refused.
-func (s *s3Store) tryWrite(ctx context.Context, now time.Time) error {
+func (s *s3Store) checkWrite(ctx context.Context, now time.Time) error {
 	c := &s.check
 	c.mu.Lock()
-	due := !c.written && now.Sub(c.tried) >= s3TryWrite
+	due := !c.written && now.Sub(c.tried) >= s3WriteCheckInterval
 	c.mu.Unlock()
 	if !due {
 		if s.refusesWrites() {
@@ -107,15 +107,15 @@ func (s *s3Store) tryWrite(ctx context.Context, now time.Time) error {
 	if err == nil {
 		_ = s.client.deleteObject(ctx, s3ProbeKey) // it harms nobody
 	}
-	s.wrote(err)
+	s.noteWrite(err)
 	if errors.Is(err, fs.ErrPermission) {
 		return fmt.Errorf("%w: %w", errS3ReadOnly, err)
 	}
 	return err
 }
 
-// wrote notes whether the bucket takes writes.
-func (s *s3Store) wrote(err error) {
+// noteWrite notes whether the bucket takes writes.
+func (s *s3Store) noteWrite(err error) {
 	c := &s.check
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -135,9 +135,9 @@ func (s *s3Store) refusesWrites() bool {
 	return !c.written && !c.tried.IsZero()
 }
 
-// tell logs a state of S3 that is not the one that was logged last, with what
+// logState logs a state of S3 that is not the one that was logged last, with what
 // to do about it.
-func (s *s3Store) tell(err error) {
+func (s *s3Store) logState(err error) {
 	text, level := "S3 cannot be reached: files are passed on and not stored", slog.LevelError
 	switch {
 	case err == nil:

@@ -24,61 +24,61 @@ type s3Reader struct {
 
 	// mu guards what follows: http.ServeContent reads several ranges in a
 	// goroutine of its own, which may still read when the body is closed.
-	mu    sync.Mutex
-	off   int64         // where the reader stands
-	body  io.ReadCloser // nil: to be asked for
-	at    int64         // where body stands
-	tears int
+	mu     sync.Mutex
+	off    int64         // where the reader stands
+	body   io.ReadCloser // nil: to be asked for
+	at     int64         // where body stands
+	breaks int
 }
 
-// begin opens the object at r.off and tells its record. Behind the end there
+// openBody opens the object at r.off and tells its record. Behind the end there
 // is nothing to get, and the record is asked for alone.
-func (r *s3Reader) begin(t ticket) (*record, error) {
-	o, err := r.s.get(r.ctx, r.key, s3GetInput{off: r.off})
-	if behindEnd(err) {
-		o, err = r.s.askHead(r.ctx, r.key)
+func (r *s3Reader) openBody(stamp changeStamp) (*record, error) {
+	o, err := r.s.getObject(r.ctx, r.key, s3GetInput{off: r.off})
+	if isBehindEnd(err) {
+		o, err = r.s.headObject(r.ctx, r.key)
 	}
 	if err != nil {
 		return nil, err
 	}
 	r.etag, r.size, r.body = o.etag, o.size, o.body
-	return r.s.learn(r.key, o, t)
+	return r.s.readObjectRecord(r.key, o, stamp)
 }
 
 func (r *s3Reader) Read(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for r.off < r.size {
-		err := r.place()
+		err := r.seekBody()
 		if err == nil {
 			var n int
 			n, err = r.body.Read(p)
 			r.off, r.at = r.off+int64(n), r.at+int64(n)
 			if err != nil {
-				r.drop()
+				r.closeBody()
 			}
 			if n > 0 || err == nil {
 				return n, nil
 			}
 		}
-		if err := r.torn(err); err != nil {
+		if err := r.pauseAfterBreak(err); err != nil {
 			return 0, fmt.Errorf("reading %s at %d: %w", r.key, r.off, err)
 		}
 	}
 	return 0, io.EOF
 }
 
-// place leaves r.body where r.off is.
-func (r *s3Reader) place() error {
-	if gap := r.off - r.at; r.body != nil && gap > 0 && gap <= s3SkipMost {
+// seekBody leaves r.body where r.off is.
+func (r *s3Reader) seekBody() error {
+	if gap := r.off - r.at; r.body != nil && gap > 0 && gap <= s3MaxSkip {
 		n, _ := io.CopyN(io.Discard, r.body, gap)
 		r.at += n
 	}
 	if r.body != nil && r.at == r.off {
 		return nil
 	}
-	r.drop()
-	o, err := r.s.get(r.ctx, r.key, s3GetInput{off: r.off, ifMatch: r.etag})
+	r.closeBody()
+	o, err := r.s.getObject(r.ctx, r.key, s3GetInput{off: r.off, ifMatch: r.etag})
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("%w: it is gone", errS3PreconditionFailed)
@@ -92,20 +92,20 @@ func (r *s3Reader) place() error {
 	return nil
 }
 
-// torn is nil when it is worth going on after err.
-func (r *s3Reader) torn(err error) error {
-	if errors.Is(err, errS3PreconditionFailed) || r.ctx.Err() != nil || r.tears == s3Tears {
+// pauseAfterBreak is nil when it is worth going on after err.
+func (r *s3Reader) pauseAfterBreak(err error) error {
+	if errors.Is(err, errS3PreconditionFailed) || r.ctx.Err() != nil || r.breaks == s3MaxBreaks {
 		return err
 	}
-	pause := time.Duration(r.tears*(r.tears+1)/2) * time.Second
-	r.tears++
+	pause := time.Duration(r.breaks*(r.breaks+1)/2) * time.Second
+	r.breaks++
 	if serr := r.s.client.cfg.sleep(r.ctx, pause); serr != nil {
 		return fmt.Errorf("%w: %w", serr, err)
 	}
 	return nil
 }
 
-func (r *s3Reader) drop() {
+func (r *s3Reader) closeBody() {
 	if r.body != nil {
 		r.body.Close()
 		r.body = nil
@@ -135,13 +135,13 @@ func (r *s3Reader) Close() error {
 		r.mu.Lock()
 	}
 	defer r.mu.Unlock()
-	if left := r.size - r.at; r.body != nil && left <= s3DrainMost {
+	if left := r.size - r.at; r.body != nil && left <= s3MaxDrain {
 		// It is on its way and costs less than a new connection.
 		t := time.AfterFunc(100*time.Millisecond, func() { r.cancel(fs.ErrClosed) })
 		_, _ = io.Copy(io.Discard, r.body)
 		t.Stop()
 	}
-	r.drop()
+	r.closeBody()
 	r.cancel(fs.ErrClosed)
 	return nil
 }

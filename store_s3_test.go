@@ -65,7 +65,7 @@ func newS3BenchAt(t *testing.T, f *fakeS3, change ...func(*s3Config)) *s3Bench {
 		c.log = slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	})
 	b.store = newS3Store(f.client(change...), b.online.Load)
-	t.Cleanup(b.store.close)
+	t.Cleanup(b.store.Close)
 	b.storeTester = &storeTester{t, b.store, t.TempDir()}
 	return b
 }
@@ -302,12 +302,12 @@ func TestS3RecordFits(t *testing.T) {
 	rec.Remote, rec.Path = strings.Repeat("r", maxName), strings.Repeat("p", maxSpelling)
 	rec.ContentType, rec.ETag, rec.Digest = long, long, "sha512:"+strings.Repeat("0", 128)
 	full, err := encodeS3Record(rec)
-	if err != nil || len(full) > s3RecordMost || !strings.Contains(full, `"g":`) {
+	if err != nil || len(full) > s3MaxRecord || !strings.Contains(full, `"g":`) {
 		t.Fatalf("the longest ordinary record: %d bytes, %v", len(full), err)
 	}
 	rec.Path = strings.Repeat(`"`, 400) + strings.Repeat("p", 600)
 	text, err := encodeS3Record(rec)
-	if err != nil || len(text) > s3RecordMost || strings.Contains(text, `"g":`) {
+	if err != nil || len(text) > s3MaxRecord || strings.Contains(text, `"g":`) {
 		t.Errorf("a path of quotes: %d bytes, %v", len(text), err)
 	}
 	rec.Path = strings.Repeat(`"`, 1024)
@@ -326,7 +326,7 @@ func FuzzS3Record(f *testing.F) {
 		if err != nil || !utf8.ValidString(p) || !utf8.ValidString(typ) || !utf8.ValidString(etag) {
 			return
 		}
-		if err := checkMetadata(map[string]string{"a": text}); err != nil || strings.Contains(text, "  ") || len(text) > s3RecordMost {
+		if err := checkMetadata(map[string]string{"a": text}); err != nil || strings.Contains(text, "  ") || len(text) > s3MaxRecord {
 			t.Fatalf("%v: %q", err, text)
 		}
 		got, err := decodeS3Record(testKey(p), &s3Object{size: 1, meta: map[string]string{s3RecordField: text}})
@@ -344,9 +344,9 @@ func TestS3CutBodiesGoOn(t *testing.T) {
 	content := bigContent(500_000)
 	b := newS3Bench(t)
 	b.mustPut("f", content)
-	b.fake.failOnce("GetObject", s3Tears, true, fakeFault{cut: 100_000})
+	b.fake.failOnce("GetObject", s3MaxBreaks, true, fakeFault{cut: 100_000})
 	wantBody(t, b.mustOpen("f", 0).body, content)
-	b.fake.failOnce("GetObject", s3Tears+2, true, fakeFault{cut: 10_000})
+	b.fake.failOnce("GetObject", s3MaxBreaks+2, true, fakeFault{cut: 10_000})
 	n, err := io.Copy(io.Discard, b.mustOpen("f", 0).body)
 	if err == nil || n >= int64(len(content)) {
 		t.Errorf("a body that breaks off again and again: %d bytes, %v", n, err)
@@ -472,7 +472,7 @@ func TestS3HangIsOneShortWait(t *testing.T) {
 	b.wantRequests("GetObject", 1)
 	b.fake.fail(nil)
 	b.wantDown("f")
-	b.store.wait = s3OpenWait
+	b.store.wait = s3OpenTimeout
 	if err := b.store.ping(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -546,7 +546,7 @@ func TestS3PingTellsOnce(t *testing.T) {
 			func(b *s3Bench) { b.store.client.cfg.accessKey = b.fake.access }, "S3 refuses the credentials"},
 		"read-only": {
 			func(b *s3Bench) { b.fake.readOnly = true },
-			func(b *s3Bench) { b.fake.readOnly = false; b.advance(s3TryWrite) }, "S3 refuses writes"},
+			func(b *s3Bench) { b.fake.readOnly = false; b.advance(s3WriteCheckInterval) }, "S3 refuses writes"},
 		"unreachable": {
 			func(b *s3Bench) { b.fake.fail(always("", fakeFault{})) },
 			func(b *s3Bench) { b.fake.fail(nil) }, "S3 cannot be reached"},

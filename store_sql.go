@@ -22,22 +22,22 @@ import (
 )
 
 const (
-	// sqlWriteWait bounds a change: a fill waits for it, and what takes longer
+	// sqlWriteTimeout bounds a change: a fill waits for it, and what takes longer
 	// is as well kept in the journal.
-	sqlWriteWait = 2 * time.Second
-	// sqlReadWait bounds one statement that reads. A page of the largest size
+	sqlWriteTimeout = 2 * time.Second
+	// sqlReadTimeout bounds one statement that reads. A page of the largest size
 	// from cold disks stays far below.
-	sqlReadWait = 5 * time.Second
+	sqlReadTimeout = 5 * time.Second
 	// sqlConns bounds what one replica takes of the server's connections, of
 	// which there are 100 unless told otherwise.
 	sqlConns = 8
-	// sqlIdle closes connections before middle boxes forget them.
-	sqlIdle = time.Minute
-	// sqlStep is how many rows one statement reads at most: a pattern that
+	// sqlIdleTimeout closes connections before middle boxes forget them.
+	sqlIdleTimeout = time.Minute
+	// sqlMaxRows is how many rows one statement reads at most: a pattern that
 	// matches little must not hold a connection while a remote is searched.
-	sqlStep = 1000
-	// sqlTouches is how many uses one statement counts.
-	sqlTouches = 1000
+	sqlMaxRows = 1000
+	// sqlMaxUses is how many uses one statement counts.
+	sqlMaxUses = 1000
 	// A database that is down is tried again after a second, and then after
 	// ever longer pauses: soon enough for people who watch it come back.
 	sqlPauseMin = time.Second
@@ -45,8 +45,8 @@ const (
 	// sqlLockKey is the first half of the advisory lock that migrations hold;
 	// the second is the schema's.
 	sqlLockKey = 0x61727466
-	// behindKeys sorts behind all keys, whose bytes are below it.
-	behindKeys = "\x7f"
+	// afterAllKeys sorts behind all keys, whose bytes are below it.
+	afterAllKeys = "\x7f"
 )
 
 var _ index = (*sqlIndex)(nil)
@@ -124,14 +124,14 @@ func newSQLIndex(set sqlSettings, dataDir string, now func() time.Time, log *slo
 	if _, err := pq.NewConnector(set.dsn()); err != nil {
 		return nil, fmt.Errorf("configuring the database: %s", redact(err, set.password))
 	}
-	return newSQLIndexOn(&wiredConnector{set.dsn()}, set.password, dataDir, now, log), nil
+	return newSQLIndexOn(&cuttableConnector{set.dsn()}, set.password, dataDir, now, log), nil
 }
 
 func newSQLIndexOn(c driver.Connector, password secret, dataDir string, now func() time.Time, log *slog.Logger) *sqlIndex {
 	db := sql.OpenDB(c)
 	db.SetMaxOpenConns(sqlConns)
 	db.SetMaxIdleConns(sqlConns)
-	db.SetConnMaxIdleTime(sqlIdle)
+	db.SetConnMaxIdleTime(sqlIdleTimeout)
 	return &sqlIndex{db: db, journal: newJournal(dataDir), now: now, log: log, password: password}
 }
 
@@ -156,7 +156,7 @@ func (x *sqlIndex) delete(ctx context.Context, remote, key string) error {
 // countUses: see index. A connection that is lost between the work and its answer
 // counts uses twice; they are statistics.
 func (x *sqlIndex) countUses(ctx context.Context, batch []fileUse) error {
-	for part := range slices.Chunk(batch, sqlTouches) {
+	for part := range slices.Chunk(batch, sqlMaxUses) {
 		uses := make([]use, len(part))
 		for i, t := range part {
 			uses[i] = use{t.key, t.hits, t.last}
@@ -173,10 +173,10 @@ func (x *sqlIndex) countUses(ctx context.Context, batch []fileUse) error {
 // good, and so the change outlives the request that made it.
 func (x *sqlIndex) change(ctx context.Context, c change) error {
 	c.At = x.now()
-	if x.known() != nil || x.journal.pending() {
+	if x.downError() != nil || x.journal.pending() {
 		return x.journal.append(c)
 	}
-	err := x.attempt(context.WithoutCancel(ctx), sqlWriteWait, func(ctx context.Context, conn *sql.Conn) error {
+	err := x.withConn(context.WithoutCancel(ctx), sqlWriteTimeout, func(ctx context.Context, conn *sql.Conn) error {
 		return c.apply(ctx, conn, false)
 	})
 	if errors.Is(err, errStoreDown) {
@@ -198,8 +198,8 @@ func (c *change) apply(ctx context.Context, on execer, late bool) (err error) {
 		if r.LastAccess.Before(r.Fetched) {
 			r.LastAccess = r.Fetched
 		}
-		_, err = on.ExecContext(ctx, sqlSave, r.Key, r.Remote, clean(decodePath(r.Path)), clean(r.Path), r.SHA256,
-			clean(r.ContentType), string(r.Class), r.Size, r.Hits, r.Fetched.UTC(), r.LastAccess.UTC(), late)
+		_, err = on.ExecContext(ctx, sqlSave, r.Key, r.Remote, toSQLText(decodePath(r.Path)), toSQLText(r.Path), r.SHA256,
+			toSQLText(r.ContentType), string(r.Class), r.Size, r.Hits, r.Fetched.UTC(), r.LastAccess.UTC(), late)
 	case c.Delete != "":
 		_, err = on.ExecContext(ctx, sqlDelete, c.Delete, late, c.At.UTC())
 	case len(c.Uses) > 0:
@@ -212,9 +212,9 @@ func (c *change) apply(ctx context.Context, on execer, late bool) (err error) {
 	return err
 }
 
-// clean drops what a text of PostgreSQL cannot hold. Paths have none of it;
+// toSQLText drops what a text of PostgreSQL cannot hold. Paths have none of it;
 // header values that we were sent may.
-func clean(s string) string {
+func toSQLText(s string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "")
 }
 
@@ -224,16 +224,16 @@ func (x *sqlIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error)
 	scan := newSQLScan(q)
 	p := indexPage{complete: !x.journal.pending()}
 	for {
-		rows, err := x.rows(ctx, scan)
+		rows, err := x.readStep(ctx, scan)
 		if err != nil {
 			return indexPage{}, err
 		}
 		for _, r := range rows {
-			if !scan.takes(r) {
+			if !scan.isOnPage(r) {
 				continue
 			}
 			if len(p.rows) == q.limit {
-				p.next = scan.token(p.rows[q.limit-1], r)
+				p.next = scan.nextToken(p.rows[q.limit-1], r)
 				return p, nil
 			}
 			p.rows = append(p.rows, r)
@@ -241,7 +241,7 @@ func (x *sqlIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error)
 		if len(rows) < scan.step {
 			return p, nil
 		}
-		scan.behind(rows[len(rows)-1])
+		scan.moveBehind(rows[len(rows)-1])
 	}
 }
 
@@ -254,34 +254,34 @@ type sqlScan struct {
 }
 
 func newSQLScan(q pageQuery) *sqlScan {
-	s := &sqlScan{q: q, step: min(q.limit+1, sqlStep)} // one more, to see whether there is a next page
+	s := &sqlScan{q: q, step: min(q.limit+1, sqlMaxRows)} // one more, to see whether there is a next page
 	if q.pattern != nil || q.oldest && q.prefix != "" {
-		s.step = sqlStep
+		s.step = sqlMaxRows
 	}
 	at, key, variant := strings.Cut(q.after, "\n")
 	if q.oldest {
 		if micros, err := strconv.ParseInt(at, 10, 64); err == nil {
-			s.last, s.key = time.UnixMicro(micros), clean(key)
+			s.last, s.key = time.UnixMicro(micros), toSQLText(key)
 		}
 		return s
 	}
 	s.path, s.key = at, key
 	if !variant {
-		s.key = behindKeys
+		s.key = afterAllKeys
 	}
 	if q.after == "" || s.path < q.prefix {
 		s.path, s.key = q.prefix, ""
 	}
 	// What is no text begins where the text before it ends; takes does the rest.
-	if text := textOf(s.path); text != s.path {
+	if text := sqlTextPrefix(s.path); text != s.path {
 		s.path, s.key = text, ""
 	}
-	s.key = clean(s.key)
+	s.key = toSQLText(s.key)
 	return s
 }
 
-// textOf is the beginning of s that can be a text of PostgreSQL.
-func textOf(s string) string {
+// sqlTextPrefix is the beginning of s that can be a text of PostgreSQL.
+func sqlTextPrefix(s string) string {
 	for i, r := range s {
 		if r == 0 || r == utf8.RuneError && !strings.HasPrefix(s[i:], "\uFFFD") {
 			return s[:i]
@@ -290,9 +290,9 @@ func textOf(s string) string {
 	return s
 }
 
-// above is the least text behind all that begin with prefix, if there is one.
+// textAbove is the least text behind all that begin with prefix, if there is one.
 // UTF-8 sorts as its code points do.
-func above(prefix string) (string, bool) {
+func textAbove(prefix string) (string, bool) {
 	for prefix != "" {
 		r, n := utf8.DecodeLastRuneInString(prefix)
 		prefix = prefix[:len(prefix)-n]
@@ -308,7 +308,7 @@ func above(prefix string) (string, bool) {
 
 // statement reads the next step.
 func (s *sqlScan) statement() (string, []any) {
-	switch limit, has := above(textOf(s.q.prefix)); {
+	switch limit, has := textAbove(sqlTextPrefix(s.q.prefix)); {
 	case s.q.oldest && s.q.remote != "":
 		return sqlByAgeOf, []any{s.last.UTC(), s.key, s.step, s.q.remote}
 	case s.q.oldest:
@@ -320,13 +320,13 @@ func (s *sqlScan) statement() (string, []any) {
 	}
 }
 
-// behind moves on to what follows r.
-func (s *sqlScan) behind(r indexRow) {
-	s.path, s.key, s.last = clean(decodePath(r.Path)), r.Key, r.LastAccess
+// moveBehind moves on to what follows r.
+func (s *sqlScan) moveBehind(r indexRow) {
+	s.path, s.key, s.last = toSQLText(decodePath(r.Path)), r.Key, r.LastAccess
 }
 
-// takes tells whether a row belongs on the page.
-func (s *sqlScan) takes(r indexRow) bool {
+// isOnPage tells whether a row belongs on the page.
+func (s *sqlScan) isOnPage(r indexRow) bool {
 	path := decodePath(r.Path)
 	after, _, variant := strings.Cut(s.q.after, "\n")
 	if !s.q.oldest && !variant && after != "" && path <= after {
@@ -335,9 +335,9 @@ func (s *sqlScan) takes(r indexRow) bool {
 	return strings.HasPrefix(path, s.q.prefix) && (s.q.pattern == nil || s.q.pattern.MatchString(path))
 }
 
-// token is the page's next: the last row's path, with its key only when the
+// nextToken is the page's next: the last row's path, with its key only when the
 // following row has the same path, so that tokens can be written by hand.
-func (s *sqlScan) token(last, following indexRow) string {
+func (s *sqlScan) nextToken(last, following indexRow) string {
 	if s.q.oldest {
 		return strconv.FormatInt(last.LastAccess.UnixMicro(), 10) + "\n" + last.Key
 	}
@@ -348,10 +348,10 @@ func (s *sqlScan) token(last, following indexRow) string {
 	return path
 }
 
-// rows reads a step.
-func (x *sqlIndex) rows(ctx context.Context, s *sqlScan) (all []indexRow, err error) {
+// readStep reads a step.
+func (x *sqlIndex) readStep(ctx context.Context, s *sqlScan) (all []indexRow, err error) {
 	query, args := s.statement()
-	err = x.read(ctx, func(ctx context.Context, conn *sql.Conn) error {
+	err = x.withReadConn(ctx, func(ctx context.Context, conn *sql.Conn) error {
 		all = nil // of an attempt that failed
 		found, err := conn.QueryContext(ctx, query, args...)
 		if err != nil {
@@ -373,7 +373,7 @@ func (x *sqlIndex) rows(ctx context.Context, s *sqlScan) (all []indexRow, err er
 
 // totals: see index.
 func (x *sqlIndex) totals(ctx context.Context) (all map[string]remoteTotal, err error) {
-	err = x.read(ctx, func(ctx context.Context, conn *sql.Conn) error {
+	err = x.withReadConn(ctx, func(ctx context.Context, conn *sql.Conn) error {
 		all = map[string]remoteTotal{}
 		found, err := conn.QueryContext(ctx, sqlTotals)
 		if err != nil {
@@ -393,10 +393,10 @@ func (x *sqlIndex) totals(ctx context.Context) (all map[string]remoteTotal, err 
 	return all, err
 }
 
-// read is attempt for statements that read.
-func (x *sqlIndex) read(ctx context.Context, f func(context.Context, *sql.Conn) error) error {
-	if err := x.known(); err != nil {
+// withReadConn is attempt for statements that read.
+func (x *sqlIndex) withReadConn(ctx context.Context, f func(context.Context, *sql.Conn) error) error {
+	if err := x.downError(); err != nil {
 		return err
 	}
-	return x.attempt(ctx, sqlReadWait, f)
+	return x.withConn(ctx, sqlReadTimeout, f)
 }

@@ -310,13 +310,13 @@ func (s *sqlTester) start() {
 	now := func() time.Time { return testDay.Add(time.Duration(s.at.Load()) * time.Second) }
 	s.sqlIndex = newSQLIndexOn(s.db, "hunter2", s.dir, now, slog.New(slog.NewTextHandler(s.out, nil)))
 	x := s.sqlIndex
-	s.Cleanup(func() { x.close() })
+	s.Cleanup(func() { x.Close() })
 }
 
 // restart is the end of the process and its next start.
 func (s *sqlTester) restart() {
 	s.Helper()
-	s.must(s.sqlIndex.close())
+	s.must(s.sqlIndex.Close())
 	s.start()
 }
 
@@ -400,7 +400,7 @@ func TestAbovePrefix(t *testing.T) {
 		"": "", "a": "b", "dir/": "dir0", "é": "ê", "x\x7f": "x\u0080", "\u07ff": "\u0800", "\ud7ff": "\ue000",
 		"a\U0010ffff": "b", "\U0010ffff": "",
 	} {
-		if got, ok := above(prefix); got != want || ok != (want != "") {
+		if got, ok := textAbove(prefix); got != want || ok != (want != "") {
 			t.Errorf("above %q: %q, want %q", prefix, got, want)
 		}
 	}
@@ -409,11 +409,11 @@ func TestAbovePrefix(t *testing.T) {
 func TestSQLScanIsBounded(t *testing.T) {
 	t.Parallel()
 	s := newSQLTester(t)
-	for i := range sqlStep*2 + 10 {
+	for i := range sqlMaxRows*2 + 10 {
 		s.save(fmt.Sprintf("f%05d", i))
 	}
 	s.db.set(func(query string, args []driver.Value) error {
-		if (query == sqlByPath || query == sqlByPathBelow) && args[3].(int64) > sqlStep {
+		if (query == sqlByPath || query == sqlByPathBelow) && args[3].(int64) > sqlMaxRows {
 			t.Errorf("a statement for %d rows", args[3])
 		}
 		return nil
@@ -597,7 +597,7 @@ func TestJournalPassesOverWhatIsRefused(t *testing.T) {
 	if n := len(s.db.rows); n != replayLines+49 || s.journal.pending() {
 		t.Errorf("%d rows, pending %v", n, s.journal.pending())
 	}
-	if s.save("f999"); s.known() != nil {
+	if s.save("f999"); s.downError() != nil {
 		t.Error("a refused row is taken for an outage")
 	}
 	if err := s.sqlIndex.saveRow(t.Context(), testRow("r", "f007")); err == nil || errors.Is(err, errStoreDown) {
@@ -617,7 +617,7 @@ func TestJournalWithDamage(t *testing.T) {
 			for _, p := range []string{"a", "b", "c"} {
 				s.save(p)
 			}
-			s.must(s.sqlIndex.close())
+			s.must(s.sqlIndex.Close())
 			name := filepath.Join(s.dir, journalFile)
 			data, err := os.ReadFile(name)
 			s.must(err)
@@ -666,7 +666,7 @@ func TestJournalThatCannotBeWritten(t *testing.T) {
 	if err := s.sqlIndex.saveRow(t.Context(), testRow("r", "a")); !errors.Is(err, errStoreDown) || errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("save: %v", err)
 	}
-	s.must(errors.Join(s.sqlIndex.close()))
+	s.must(errors.Join(s.sqlIndex.Close()))
 }
 
 func TestSQLCallerThatLeaves(t *testing.T) {
@@ -677,7 +677,7 @@ func TestSQLCallerThatLeaves(t *testing.T) {
 	if _, err := s.listPage(ctx, pageQuery{remote: "r", limit: 1}); !errors.Is(err, context.Canceled) {
 		t.Errorf("page: %v", err)
 	}
-	if s.known() != nil {
+	if s.downError() != nil {
 		t.Error("a client that left is taken for an outage")
 	}
 	// The object is stored: its row has to follow.
@@ -690,7 +690,7 @@ func TestSQLSecretsStaySecret(t *testing.T) {
 	s := newSQLTester(t)
 	s.db.set(func(string, []driver.Value) error { return errors.New("cannot use password hunter2") })
 	err := s.ping(t.Context())
-	if s.save("a"); strings.Contains(fmt.Sprint(err, s.out, s.known()), "hunter2") {
+	if s.save("a"); strings.Contains(fmt.Sprint(err, s.out, s.downError()), "hunter2") {
 		t.Errorf("the password is told: %v\n%s", err, s.out)
 	}
 	set := sqlSettings{host: "h", port: "1", user: "u", name: "n", sslmode: "nonsense", password: `p'w\d x`}
@@ -758,14 +758,14 @@ func testReindex(t *testing.T, x *sqlIndex) {
 		}
 	}
 	var stored fakeObjects
-	for i := range reindexRows + 20 {
+	for i := range reindexBatch + 20 {
 		stored.add(fmt.Sprintf("missing%04d", i), "x")
 	}
 	must(x.saveRow(t.Context(), newIndexRow(testKey("same"), stored.add("same", "x"))))
 	must(x.countUses(t.Context(), []fileUse{{"r", testKey("same"), 5, testDay}}))
 	must(x.saveRow(t.Context(), testRow("r", "stale")))
 	stored.add("stale", "other content").Fetched = testDay.Add(time.Hour)
-	for i := range reindexRows + 20 {
+	for i := range reindexBatch + 20 {
 		must(x.saveRow(t.Context(), testRow("r", fmt.Sprintf("lost%04d", i))))
 	}
 	stored.walked = func() { // what replicas write meanwhile
@@ -776,11 +776,11 @@ func testReindex(t *testing.T, x *sqlIndex) {
 	}
 	n := map[string]int{}
 	must(reindex(t.Context(), &stored, x, func(what, key string) { n[what]++ }))
-	if n["added"] != reindexRows+21 || n["dropped"] != reindexRows+19 {
+	if n["added"] != reindexBatch+21 || n["dropped"] != reindexBatch+19 {
 		t.Errorf("%v", n)
 	}
 	paths := (&indexTester{t, x}).paths(pageQuery{remote: "r", limit: 300})
-	if len(paths) != reindexRows+24 || !slices.Contains(paths, "news") || !slices.Contains(paths, "lost0003") {
+	if len(paths) != reindexBatch+24 || !slices.Contains(paths, "news") || !slices.Contains(paths, "lost0003") {
 		t.Errorf("%d rows", len(paths))
 	}
 	p, err := x.listPage(t.Context(), pageQuery{remote: "r", prefix: "same", limit: 1})
@@ -837,7 +837,7 @@ func startSQL(t *testing.T, set sqlSettings) *sqlIndex {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { x.close() })
+	t.Cleanup(func() { x.Close() })
 	return x
 }
 
@@ -999,8 +999,8 @@ func TestPostgresMigratesStepByStep(t *testing.T) {
 	ix.save(testRow("r", "a"))
 	next := append(slices.Clone(sqlMigrations), "ALTER TABLE artifactapi_files ADD COLUMN more text")
 	for _, steps := range [][]string{next, next, sqlMigrations} {
-		err := x.attempt(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
-			return inTx(ctx, conn, func(tx *sql.Tx) error { return migrateTo(ctx, tx, steps) })
+		err := x.withConn(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
+			return inTransaction(ctx, conn, func(tx *sql.Tx) error { return migrateTo(ctx, tx, steps) })
 		})
 		var version int
 		if err = errors.Join(err, db.QueryRow("SELECT version FROM "+set.schema+".artifactapi_schema").Scan(&version)); err != nil || version != len(next) {
@@ -1016,7 +1016,7 @@ func TestPostgresPlans(t *testing.T) {
 	t.Parallel()
 	set, _, _ := realPG(t)
 	x := startSQL(t, set)
-	err := x.attempt(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
+	err := x.withConn(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
 		_, err := conn.ExecContext(ctx, `SET statement_timeout = 0; INSERT INTO artifactapi_files
 			SELECT r || '/' || lpad(to_hex(i), 16, '0') || '/f', r, 'dir' || i % 100 || '/f' || i, 'f' || i, '', '', '', 1, 0,
 				now() - i * interval '1 second', now() - i * interval '1 second'
@@ -1052,7 +1052,7 @@ func TestPostgresPlans(t *testing.T) {
 func (x *sqlIndex) plan(t *testing.T, query string, args []any) string {
 	t.Helper()
 	var lines []string
-	err := x.read(t.Context(), func(ctx context.Context, conn *sql.Conn) error {
+	err := x.withReadConn(t.Context(), func(ctx context.Context, conn *sql.Conn) error {
 		rows, err := conn.QueryContext(ctx, "EXPLAIN "+query, args...)
 		if err != nil {
 			return err
@@ -1123,7 +1123,7 @@ func TestPostgresThatNeverAnswers(t *testing.T) {
 			t.Errorf("ping: %v", err)
 		}
 	})
-	within(t, sqlWriteWait+time.Second, func() { ix.save(testRow("r", "b")) })
+	within(t, sqlWriteTimeout+time.Second, func() { ix.save(testRow("r", "b")) })
 	within(t, 100*time.Millisecond, func() {
 		ix.save(testRow("r", "c"))
 		if _, err := x.totals(t.Context()); !errors.Is(err, errStoreDown) {

@@ -21,7 +21,7 @@ import (
 // out; one that only open could tell to be good (a restored backup) is told.
 func (d *diskStore) walk(ctx context.Context, f func(key string, rec *record) error) error {
 	return d.eachFolder(ctx, func(folder string) error {
-		key, rec := d.stored(folder)
+		key, rec := d.describeFolder(folder)
 		if rec == nil {
 			return nil
 		}
@@ -29,24 +29,24 @@ func (d *diskStore) walk(ctx context.Context, f func(key string, rec *record) er
 	})
 }
 
-// stored is what the records of a directory say is there.
-func (d *diskStore) stored(folder string) (key string, rec *record) {
+// describeFolder is what the records of a directory say is there.
+func (d *diskStore) describeFolder(folder string) (key string, rec *record) {
 	for _, name := range []string{recordFile, recordNext} {
-		e, of, err := readRecord(d.path(folder) + "/" + name)
+		e, of, err := readRecord(d.pathOf(folder) + "/" + name)
 		if err != nil || filepath.Dir(of) != folder {
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				d.log.Warn("stored record is of no use", "folder", folder, "file", name, "reason", err)
 			}
 			continue
 		}
-		fi, err := os.Stat(d.path(of))
+		fi, err := os.Stat(d.pathOf(of))
 		if err != nil || fi.Size() != e.Size {
 			continue
 		}
-		if rec == nil || identityOf(fi) == e.identity() {
+		if rec == nil || identityOf(fi) == e.bodyIdentity() {
 			key, rec = of, &e.record
 		}
-		if identityOf(fi) == e.identity() {
+		if identityOf(fi) == e.bodyIdentity() {
 			break
 		}
 	}
@@ -60,7 +60,7 @@ func (d *diskStore) eachFolder(ctx context.Context, f func(folder string) error)
 		if !isRemoteName(name) {
 			return nil
 		}
-		return eachName(d.path(name), func(hash string) error {
+		return eachName(d.pathOf(name), func(hash string) error {
 			if err := ctx.Err(); err != nil || !isHash(hash) {
 				return err
 			}
@@ -100,10 +100,10 @@ func eachName(dir string, f func(name string) error) error {
 	}
 }
 
-// spool makes a temporary file for a body that is being fetched. The caller
+// newSpool makes a temporary file for a body that is being fetched. The caller
 // closes and removes it; put takes its name. It is locked while it is open, so
 // that sweep knows what is in use, whosever it is.
-func (d *diskStore) spool() (*os.File, error) {
+func (d *diskStore) newSpool() (*os.File, error) {
 	dir := d.dir + "/" + spoolDir
 	for made := false; ; {
 		f, err := os.CreateTemp(dir, "*")
@@ -117,15 +117,15 @@ func (d *diskStore) spool() (*os.File, error) {
 			return nil, storeError("making a spool", err)
 		}
 		tryFlock(f)
-		if linked(f) { // not swept before it was locked
+		if isLinked(f) { // not swept before it was locked
 			return f, nil
 		}
 		f.Close()
 	}
 }
 
-// free is the space that is left to us, and the size of the file system.
-func (d *diskStore) free() (free, size uint64, err error) {
+// freeSpace is the space that is left to us, and the size of the file system.
+func (d *diskStore) freeSpace() (free, size uint64, err error) {
 	var st syscall.Statfs_t
 	dir := filepath.Clean(d.dir)
 	err = syscall.Statfs(dir, &st)
@@ -165,8 +165,8 @@ func (d *diskStore) lockData() (held bool, err error) {
 	return true, nil
 }
 
-// close gives DATA_DIR up. It waits for a ping that runs.
-func (d *diskStore) close() error {
+// Close gives DATA_DIR up. It waits for a ping that runs.
+func (d *diskStore) Close() error {
 	d.probe.wg.Wait()
 	if d.owner == nil {
 		return nil
@@ -185,11 +185,11 @@ func (d *diskStore) sweep(ctx context.Context) error {
 	}
 	d.swept = d.now()
 	return errors.Join(err, d.eachFolder(ctx, func(folder string) error {
-		_, odd, err := d.list(folder)
-		if err != nil || !odd || !d.old(d.path(folder)) {
+		_, odd, err := d.listFolder(folder)
+		if err != nil || !odd || !d.isOld(d.pathOf(folder)) {
 			return nil
 		}
-		d.tidy(ctx, folder, func(key string, err error) {
+		d.tidyFolder(ctx, folder, func(key string, err error) {
 			d.log.Warn("sweeping", "key", key, "err", err)
 		})
 		return nil
@@ -208,24 +208,24 @@ func (d *diskStore) sweepSpools(all bool) error {
 		defer f.Close()
 		// Where locks do not work, age alone must do.
 		free, err := tryFlock(f)
-		if d.old(f.Name()) && (free || err != nil) || all && free {
+		if d.isOld(f.Name()) && (free || err != nil) || all && free {
 			os.Remove(f.Name())
 		}
 		return nil
 	})
 }
 
-// old reports whether nothing was done to a file, or to the names in a
+// isOld reports whether nothing was done to a file, or to the names in a
 // directory, for orphanAge.
-func (d *diskStore) old(name string) bool {
+func (d *diskStore) isOld(name string) bool {
 	fi, err := os.Stat(name)
 	return err == nil && d.now().Sub(fi.ModTime()) > orphanAge
 }
 
-// list tells the bodies in a directory, and whether anything else is there
+// listFolder tells the bodies in a directory, and whether anything else is there
 // than one body and its .record.
-func (d *diskStore) list(folder string) (bodies []string, odd bool, err error) {
-	h, err := os.Open(d.path(folder))
+func (d *diskStore) listFolder(folder string) (bodies []string, odd bool, err error) {
+	h, err := os.Open(d.pathOf(folder))
 	if err != nil {
 		return nil, false, err
 	}
@@ -240,22 +240,22 @@ func (d *diskStore) list(folder string) (bodies []string, odd bool, err error) {
 	return bodies, odd, err
 }
 
-// tidy leaves a directory with bodies that have their record, or removes it.
+// tidyFolder leaves a directory with bodies that have their record, or removes it.
 // Under its lock whatever no record describes is an orphan.
-func (d *diskStore) tidy(ctx context.Context, folder string, report func(key string, err error)) {
-	l, err := d.lock(ctx, d.path(folder), false)
+func (d *diskStore) tidyFolder(ctx context.Context, folder string, report func(key string, err error)) {
+	l, err := d.lockFolder(ctx, d.pathOf(folder), false)
 	if err != nil {
 		return // removed meanwhile
 	}
 	defer l.unlock()
-	bodies, _, err := d.list(folder)
+	bodies, _, err := d.listFolder(folder)
 	if err != nil {
 		report(folder, storeError("listing", err))
 		return
 	}
 	left := len(bodies)
 	for _, name := range bodies {
-		f, _, err := d.settle(ctx, folder+"/"+name)
+		f, _, err := d.repairLocked(ctx, folder+"/"+name)
 		switch {
 		case err == nil:
 			f.Close()
@@ -267,7 +267,7 @@ func (d *diskStore) tidy(ctx context.Context, folder string, report func(key str
 		}
 	}
 	for _, name := range []string{bodyNext, recordFile + tempSuffix} {
-		remove(d.path(folder) + "/" + name)
+		removeIfExists(d.pathOf(folder) + "/" + name)
 	}
 	if left == 0 {
 		d.tidyRecords(folder, report)
@@ -279,7 +279,7 @@ func (d *diskStore) tidy(ctx context.Context, folder string, report func(key str
 // is what a crash leaves of a first commit: nothing was stored, nothing is lost.
 func (d *diskStore) tidyRecords(folder string, report func(key string, err error)) {
 	for _, name := range []string{recordNext, recordFile} {
-		err := os.Remove(d.path(folder) + "/" + name)
+		err := os.Remove(d.pathOf(folder) + "/" + name)
 		switch {
 		case err == nil && name == recordNext:
 		case err == nil:
@@ -301,7 +301,7 @@ func (d *diskStore) verify(ctx context.Context, report func(key string, err erro
 		report(key, err)
 	}
 	err = d.eachFolder(ctx, func(folder string) error {
-		bodies, odd, err := d.list(folder)
+		bodies, odd, err := d.listFolder(folder)
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 			return nil
 		} else if err != nil {
@@ -320,7 +320,7 @@ func (d *diskStore) verify(ctx context.Context, report func(key string, err erro
 			}
 		}
 		if odd {
-			d.tidy(ctx, folder, tell)
+			d.tidyFolder(ctx, folder, tell)
 		}
 		return nil
 	})
@@ -330,7 +330,7 @@ func (d *diskStore) verify(ctx context.Context, report func(key string, err erro
 // verifyBody hashes one body. The lock is taken only to drop: the hash of a
 // large one would keep a commit waiting.
 func (d *diskStore) verifyBody(ctx context.Context, key string) error {
-	f, id, err := openBody(d.path(key))
+	f, id, err := openBody(d.pathOf(key))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // deleted meanwhile
 	}
@@ -338,12 +338,12 @@ func (d *diskStore) verifyBody(ctx context.Context, key string) error {
 		return storeError("opening", err)
 	}
 	defer f.Close()
-	rec, _, err := d.records(key, id)
+	rec, _, err := d.readRecords(key, id)
 	if err != nil {
 		return openError(key, err)
 	}
 	if rec == nil {
-		return d.settleNow(ctx, key)
+		return d.repairNow(ctx, key)
 	}
 	sum, err := hashFile(ctx, f)
 	if err != nil {
@@ -352,13 +352,13 @@ func (d *diskStore) verifyBody(ctx context.Context, key string) error {
 	if sum == rec.SHA256 {
 		return nil
 	}
-	return d.dropIf(ctx, key, id, "the body has sha256 "+sum+", its record "+rec.SHA256)
+	return d.dropIfUnchanged(ctx, key, id, "the body has sha256 "+sum+", its record "+rec.SHA256)
 }
 
-// settleNow is settle for who has no lock. A key that is deleted meanwhile is
+// repairNow is settle for who has no lock. A key that is deleted meanwhile is
 // no error.
-func (d *diskStore) settleNow(ctx context.Context, key string) error {
-	f, _, err := d.repair(ctx, key)
+func (d *diskStore) repairNow(ctx context.Context, key string) error {
+	f, _, err := d.repairCopy(ctx, key)
 	switch {
 	case err == nil:
 		return f.Close()
@@ -368,22 +368,22 @@ func (d *diskStore) settleNow(ctx context.Context, key string) error {
 	return err
 }
 
-// dropIf drops key unless it was replaced since it had id.
-func (d *diskStore) dropIf(ctx context.Context, key string, id identity, reason string) error {
-	l, err := d.lock(ctx, d.folder(key), false)
+// dropIfUnchanged drops key unless it was replaced since it had id.
+func (d *diskStore) dropIfUnchanged(ctx context.Context, key string, id fileIdentity, reason string) error {
+	l, err := d.lockFolder(ctx, d.folderOf(key), false)
 	if err != nil {
 		return nil // removed meanwhile
 	}
 	defer l.unlock()
-	if fi, err := os.Stat(d.path(key)); err != nil || identityOf(fi) != id {
+	if fi, err := os.Stat(d.pathOf(key)); err != nil || identityOf(fi) != id {
 		return nil
 	}
-	return d.drop(key, reason)
+	return d.dropDamaged(key, reason)
 }
 
-// probe is at most one check of the directory at a time: on a disk that hangs
+// diskProbe is at most one check of the directory at a time: on a disk that hangs
 // it would else leave a thread per question.
-type probe struct {
+type diskProbe struct {
 	wg   sync.WaitGroup
 	mu   sync.Mutex // guards the rest
 	done chan struct{}
@@ -398,7 +398,7 @@ func (d *diskStore) ping(ctx context.Context) error {
 	if p.done == nil {
 		p.done = make(chan struct{})
 		done := p.done
-		p.wg.Go(func() { d.tryWrite(done) })
+		p.wg.Go(func() { d.probeWrite(done) })
 	}
 	done := p.done
 	p.mu.Unlock()
@@ -412,8 +412,8 @@ func (d *diskStore) ping(ctx context.Context) error {
 	}
 }
 
-func (d *diskStore) tryWrite(done chan struct{}) {
-	f, err := d.spool()
+func (d *diskStore) probeWrite(done chan struct{}) {
+	f, err := d.newSpool()
 	if err == nil {
 		err = storeError("removing a file", errors.Join(f.Close(), os.Remove(f.Name())))
 	}

@@ -402,7 +402,7 @@ func testForeign(s *storeTester) {
 
 func newTestDisk(t testing.TB) *diskStore {
 	d := newDiskStore(filepath.Join(t.TempDir(), "data"), time.Now, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { d.close() })
+	t.Cleanup(func() { d.Close() })
 	return d
 }
 
@@ -822,7 +822,7 @@ func wantNoMark(t testing.TB, f freshness, key string) {
 func newTestIndex(t testing.TB, dir string, from objects) *embeddedIndex {
 	t.Helper()
 	x := newEmbeddedIndex(dir, slog.New(slog.DiscardHandler))
-	if err := x.load(t.Context(), from); err != nil {
+	if err := x.reconcile(t.Context(), from); err != nil {
 		t.Fatal(err)
 	}
 	return x
@@ -837,7 +837,7 @@ func TestLocalFreshness(t *testing.T) {
 	t.Parallel()
 	testFreshness(t, func(t *testing.T) freshness {
 		f := newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
-		t.Cleanup(func() { f.close() })
+		t.Cleanup(func() { f.Close() })
 		return f
 	})
 }
