@@ -127,10 +127,10 @@ func TestEndDoesNotWaitForAStoreThatHangs(t *testing.T) {
 		tt.origin.file("/a", "body")
 		tt.open("/api/r/a").read(4) // and it is not stored yet
 		began := time.Now()
-		ctx, cancel := context.WithTimeout(context.Background(), drainFor)
+		ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
 		defer cancel()
 		tt.cache.Close(ctx)
-		if took := time.Since(began); took > drainFor+5*time.Second {
+		if took := time.Since(began); took > drainTimeout+5*time.Second {
 			t.Errorf("the end took %v", took)
 		}
 		tt.cache.fillsRunning.Wait() // no goroutine outlives a bubble
@@ -772,7 +772,7 @@ func TestHealth(t *testing.T) {
 	if err := os.WriteFile(tt.disk.dir, nil, 0o600); err != nil { // no directory: for root too
 		t.Fatal(err)
 	}
-	tt.server.check(tt.server.stores.backends[len(tt.server.stores.backends)-1])
+	tt.server.checkBackend(tt.server.stores.backends[len(tt.server.stores.backends)-1])
 	if h := health(); h.Status != "degraded" || h.Backends["storage"] != "down" {
 		t.Errorf("without DATA_DIR: %+v", h)
 	}
@@ -781,7 +781,7 @@ func TestHealth(t *testing.T) {
 	if err := os.Remove(tt.disk.dir); err != nil {
 		t.Fatal(err)
 	}
-	tt.server.check(tt.server.stores.backends[len(tt.server.stores.backends)-1])
+	tt.server.checkBackend(tt.server.stores.backends[len(tt.server.stores.backends)-1])
 	if h := health(); h.Status != "healthy" {
 		t.Errorf("DATA_DIR is back: %+v", h)
 	}

@@ -70,7 +70,7 @@ func serveUntilStep(ctx context.Context, step string) error {
 	if s.stores, err = openStores(set, time.Now, s.log); err != nil {
 		return err
 	}
-	handler := s.wire()
+	handler := s.newHandler()
 	count, _ := strconv.Atoi(os.Getenv(childCount))
 	var mu sync.Mutex // guards count
 	s.stores.disk.step = func(name string) {
@@ -90,7 +90,7 @@ func serveUntilStep(ctx context.Context, step string) error {
 		select {}
 	}
 	s.log.Info("artifactapi starts", "address", listener.Addr().String())
-	return s.run(ctx, listener, handler)
+	return s.serveUntilDone(ctx, listener, handler)
 }
 
 // child is a server in a process of its own.

@@ -181,7 +181,7 @@ func (tt *tester) begin() {
 	if s.stores, err = openStores(set, time.Now, s.log); err != nil {
 		tt.Fatal(err)
 	}
-	tt.server, tt.api = s, s.wire().(*api)
+	tt.server, tt.api = s, s.newHandler().(*api)
 	tt.cache, tt.disk = s.cache, s.stores.disk
 	tt.useClock()
 	tt.cache.upstream = tt.newUpstream(s.log)
@@ -193,12 +193,12 @@ func (tt *tester) begin() {
 		tt.cache.spools = tt.setup.spools(tt.cache.spools)
 	}
 	for _, b := range s.stores.backends {
-		s.check(b)
+		s.checkBackend(b)
 	}
 	if err := s.stores.embedded.reconcile(context.Background(), s.stores.disk); err != nil {
 		tt.Fatal(err)
 	}
-	if !s.held {
+	if !s.ownsDataDir {
 		tt.Fatal("DATA_DIR is still held by another server")
 	}
 	if tt.setup.unserved {
@@ -317,7 +317,7 @@ func (tt *tester) closer() func() {
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel() // whatever still fills is dropped
 		server.cache.Close(ctx)
-		_ = server.stores.close()
+		_ = server.stores.Close()
 		up.Close()
 	}
 }

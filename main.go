@@ -80,7 +80,7 @@ func main() {
 }
 
 // run is the program; its result is the exit status.
-func run(ctx context.Context, args []string, env lookup, stdout, stderr io.Writer) int {
+func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Writer) int {
 	command, rest := "serve", []string(nil)
 	if len(args) > 0 {
 		command, rest = args[0], args[1:]
@@ -102,15 +102,15 @@ func run(ctx context.Context, args []string, env lookup, stdout, stderr io.Write
 	if err == nil {
 		switch command {
 		case "check":
-			err = check(set, rest, env, stdout)
+			err = checkConfig(set, rest, env, stdout)
 		case "healthcheck":
-			err = healthcheck(ctx, set)
+			err = askHealth(ctx, set)
 		case "verify":
-			err = verify(ctx, set, env, stdout)
+			err = verifyStored(ctx, set, env, stdout)
 		case "reindex":
-			err = rebuild(ctx, set, stdout)
+			err = reindexStored(ctx, set, stdout)
 		default:
-			err = serve(ctx, set, env, stderr)
+			err = runServer(ctx, set, env, stderr)
 		}
 	}
 	if err != nil {
@@ -120,8 +120,8 @@ func run(ctx context.Context, args []string, env lookup, stdout, stderr io.Write
 	return 0
 }
 
-// check validates a configuration file.
-func check(set *settings, args []string, env lookup, stdout io.Writer) error {
+// checkConfig validates a configuration file.
+func checkConfig(set *settings, args []string, env lookupEnv, stdout io.Writer) error {
 	name := set.configPath
 	if len(args) == 1 {
 		name = args[0]
@@ -134,7 +134,7 @@ func check(set *settings, args []string, env lookup, stdout io.Writer) error {
 	return nil
 }
 
-func loadConfig(name string, env lookup) (*config, error) {
+func loadConfig(name string, env lookupEnv) (*config, error) {
 	data, err := os.ReadFile(name)
 	if err != nil {
 		return nil, fmt.Errorf("reading the configuration: %w (CONFIG_PATH names it)", err)
@@ -142,9 +142,9 @@ func loadConfig(name string, env lookup) (*config, error) {
 	return parseConfig(name, data, env)
 }
 
-// healthcheck asks the server on this machine, for HEALTHCHECK in an image
+// askHealth asks the server on this machine, for HEALTHCHECK in an image
 // without a shell.
-func healthcheck(ctx context.Context, set *settings) error {
+func askHealth(ctx context.Context, set *settings) error {
 	host, port, err := net.SplitHostPort(set.listen)
 	if err != nil {
 		return fmt.Errorf("LISTEN_ADDR: %w", err)
@@ -175,13 +175,13 @@ func healthcheck(ctx context.Context, set *settings) error {
 	return nil
 }
 
-// verify hashes what is stored, beside a running server too.
-func verify(ctx context.Context, set *settings, env lookup, stdout io.Writer) error {
+// verifyStored hashes what is stored, beside a running server too.
+func verifyStored(ctx context.Context, set *settings, env lookupEnv, stdout io.Writer) error {
 	st, err := openStores(set, time.Now, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
-	defer st.close()
+	defer st.Close()
 	cfg, unknown := loadConfig(set.configPath, env)
 	st.disk.isIrreplaceable = func(remote string) bool { return unknown != nil || cfg.isIrreplaceable(remote) }
 	reported := 0
@@ -196,15 +196,15 @@ func verify(ctx context.Context, set *settings, env lookup, stdout io.Writer) er
 	return err
 }
 
-// rebuild is reindex: rows for objects without one, and no rows without an
+// reindexStored is reindex: rows for objects without one, and no rows without an
 // object. PostgreSQL's index is corrected beside running replicas; the embedded
 // one is in the server's memory, so the server must not run.
-func rebuild(ctx context.Context, set *settings, stdout io.Writer) error {
+func reindexStored(ctx context.Context, set *settings, stdout io.Writer) error {
 	st, err := openStores(set, time.Now, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
-	defer st.close()
+	defer st.Close()
 	if st.sql != nil {
 		changed := 0
 		err := reindex(ctx, st.objects, st.sql, func(what, key string) {
@@ -233,27 +233,27 @@ func rebuild(ctx context.Context, set *settings, stdout io.Writer) error {
 // server is what serve wires together.
 type server struct {
 	set    *settings
-	env    lookup
+	env    lookupEnv
 	log    *slog.Logger
 	stores *stores
 	cache  *cache
 	config atomic.Pointer[config]
 	cert   atomic.Pointer[tls.Certificate]
 
-	hup      chan os.Signal // SIGHUP
-	draining atomic.Bool
-	seen     [sha256.Size]byte // contents of what is in force; the start and one loop use it
-	held     bool              // DATA_DIR is ours alone; the start and one loop use it
+	hup          chan os.Signal // SIGHUP
+	draining     atomic.Bool
+	seenContents [sha256.Size]byte // contents of what is in force; the start and one loop use it
+	ownsDataDir  bool              // DATA_DIR is ours alone; the start and one loop use it
 }
 
-// serve runs the server until ctx ends.
-func serve(ctx context.Context, set *settings, env lookup, stderr io.Writer) error {
+// runServer runs the server until ctx ends.
+func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writer) error {
 	log.SetOutput(io.Discard) // net/http's client would write there what an upstream sends unasked
 	log := newLogger(set, stderr)
 	s := &server{set: set, env: env, log: log, hup: make(chan os.Signal, 1)}
 	signal.Notify(s.hup, syscall.SIGHUP) // first of all: it would end the program
 	defer signal.Stop(s.hup)
-	s.seen = s.contents() // before it is read: what changes from now on is noticed
+	s.seenContents = s.hashWatchedFiles() // before it is read: what changes from now on is noticed
 	cfg, err := loadConfig(set.configPath, env)
 	if err != nil {
 		return err
@@ -274,11 +274,11 @@ func serve(ctx context.Context, set *settings, env lookup, stderr io.Writer) err
 		attrs = append(attrs, b.name, b.kind)
 	}
 	log.Info("artifactapi starts", attrs...)
-	return s.run(ctx, listener, s.wire())
+	return s.serveUntilDone(ctx, listener, s.newHandler())
 }
 
-// wire makes the cache over the stores, and the handler.
-func (s *server) wire() http.Handler {
+// newHandler makes the cache over the stores, and the handler.
+func (s *server) newHandler() http.Handler {
 	metrics := newMetrics()
 	st := s.stores
 	st.disk.isIrreplaceable = func(remote string) bool { return s.config.Load().isIrreplaceable(remote) }
@@ -286,24 +286,24 @@ func (s *server) wire() http.Handler {
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version
 	spools := &diskSpools{disk: st.disk, minFree: s.set.minFree}
-	s.cache = newCache(st.objects, st.index(), st.fresh(), spools, up, time.Now, s.log, metrics)
-	s.cache.replicas = st.replicas()
+	s.cache = newCache(st.objects, st.chosenIndex(), st.chosenFreshness(), spools, up, time.Now, s.log, metrics)
+	s.cache.replicas = st.sharedReplicas()
 	if st.hot != nil {
 		spools.shrink = st.hot.freeSpace
 	}
 	responder := &responder{now: time.Now, log: s.log, metrics: metrics}
-	return &api{cache: s.cache, config: s.config.Load, health: s.health, responder: responder, metrics: metrics,
+	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: responder, metrics: metrics,
 		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
 		registry: newRegistry(s.cache, s.config.Load, responder)}
 }
 
-// run serves until ctx ends, then stops in order: say so on /health, stop
+// serveUntilDone serves until ctx ends, then stops in order: say so on /health, stop
 // accepting, drain requests, drain fills, write the accounting, close stores.
-func (s *server) run(ctx context.Context, listener net.Listener, handler http.Handler) error {
+func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, handler http.Handler) error {
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	var loops sync.WaitGroup
-	s.background(background, &loops)
+	s.startLoops(background, &loops)
 
 	srv := &http.Server{
 		Handler:           handler,
@@ -327,7 +327,7 @@ func (s *server) run(ctx context.Context, listener net.Listener, handler http.Ha
 	case <-ctx.Done():
 		s.announceEnd()
 	}
-	ended, cancel := context.WithTimeout(context.Background(), drainFor)
+	ended, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancel()
 	if err == nil {
 		s.drain(ended, srv)
@@ -335,7 +335,7 @@ func (s *server) run(ctx context.Context, listener net.Listener, handler http.Ha
 	s.cache.Close(ended)
 	stop()
 	loops.Wait()
-	if err := s.stores.close(); err != nil {
+	if err := s.stores.Close(); err != nil {
 		s.log.Warn("closing the stores", "error", err)
 	}
 	if err != nil && !errors.Is(err, http.ErrServerClosed) {
@@ -345,9 +345,9 @@ func (s *server) run(ctx context.Context, listener net.Listener, handler http.Ha
 	return nil
 }
 
-// drainFor bounds how long requests and fills in flight may take at the end,
+// drainTimeout bounds how long requests and fills in flight may take at the end,
 // together; Kubernetes kills after 30 s unless told otherwise.
-const drainFor = 25 * time.Second
+const drainTimeout = 25 * time.Second
 
 // announceEnd lets load balancers see on /health that this is the end.
 func (s *server) announceEnd() {
@@ -366,8 +366,8 @@ func (s *server) drain(ctx context.Context, srv *http.Server) {
 	}
 }
 
-// background starts the loops: each is a ticker around one step.
-func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
+// startLoops starts the loops: each is a ticker around one step.
+func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 	loop := func(first func(), d time.Duration, step func()) {
 		loops.Go(func() {
 			first()
@@ -387,42 +387,44 @@ func (s *server) background(ctx context.Context, loops *sync.WaitGroup) {
 	atOnceAndEvery := func(d time.Duration, step func()) { loop(step, d, step) }
 	st := s.stores
 	for _, b := range st.backends {
-		atOnceAndEvery(checkEvery, func() { s.check(b) })
+		atOnceAndEvery(checkEvery, func() { s.checkBackend(b) })
 	}
 	every(2*time.Second, func() { s.cache.flushCounts(ctx) })
 	every(5*time.Second, func() { s.cache.evictFiles(ctx, s.config.Load(), s.set.maxSize) })
 	// It looks at all directories, which the first request is not to wait for.
-	loop(func() { s.sweep(ctx) }, time.Hour, func() { s.openData(); s.sweep(ctx) })
+	loop(func() { s.sweepDisks(ctx) }, time.Hour, func() { s.openData(); s.sweepDisks(ctx) })
 	loops.Go(func() { s.watchFiles(ctx) })
 	if st.embedded != nil {
 		loops.Go(func() {
-			s.retry(ctx, "loading the index", func() error { return st.embedded.reconcile(ctx, st.objects) })
+			s.retryStep(ctx, "loading the index", func() error { return st.embedded.reconcile(ctx, st.objects) })
 		})
-		every(5*time.Minute, func() { s.try(ctx, "saving the index", st.embedded.saveSnapshot) })
+		every(5*time.Minute, func() { s.tryStep(ctx, "saving the index", st.embedded.saveSnapshot) })
 	} else {
-		every(time.Second, func() { s.try(ctx, "writing the journal to the database", func() error { return st.sql.replay(ctx) }) })
+		every(time.Second, func() {
+			s.tryStep(ctx, "writing the journal to the database", func() error { return st.sql.replay(ctx) })
+		})
 	}
 	if st.redis != nil {
-		every(leaseInterval, func() { s.try(ctx, "keeping leases", func() error { return st.redis.renewLeases(ctx) }) })
+		every(leaseInterval, func() { s.tryStep(ctx, "keeping leases", func() error { return st.redis.renewLeases(ctx) }) })
 		loops.Go(func() { st.redis.watchChanges(ctx, s.cache.onChange, s.cache.onMissedChanges) })
 	}
 	if st.hot != nil {
-		loops.Go(func() { s.retry(ctx, "finding hot copies", func() error { return st.hot.findCopies(ctx) }) })
+		loops.Go(func() { s.retryStep(ctx, "finding hot copies", func() error { return st.hot.findCopies(ctx) }) })
 		atOnceAndEvery(time.Hour, func() {
-			s.try(ctx, "sweeping unfinished uploads", func() error { return st.s3.sweep(ctx) })
+			s.tryStep(ctx, "sweeping unfinished uploads", func() error { return st.s3.sweep(ctx) })
 		})
 	}
 }
 
-// try logs a step that failed; its loop will try again.
-func (s *server) try(ctx context.Context, what string, step func() error) {
+// tryStep logs a step that failed; its loop will try again.
+func (s *server) tryStep(ctx context.Context, what string, step func() error) {
 	if err := step(); err != nil && ctx.Err() == nil {
 		s.log.Debug("failed, will try again", "doing", what, "error", err)
 	}
 }
 
-// retry repeats what has to succeed once.
-func (s *server) retry(ctx context.Context, what string, step func() error) {
+// retryStep repeats what has to succeed once.
+func (s *server) retryStep(ctx context.Context, what string, step func() error) {
 	for {
 		err := step()
 		if err == nil || ctx.Err() != nil {
@@ -439,7 +441,7 @@ func (s *server) retry(ctx context.Context, what string, step func() error) {
 // openData takes DATA_DIR for us, so that what an earlier process left of its
 // fills may be swept. Another process there is unusual but harmless.
 func (s *server) openData() {
-	if s.held {
+	if s.ownsDataDir {
 		return
 	}
 	held, err := s.stores.disk.lockData()
@@ -451,35 +453,35 @@ func (s *server) openData() {
 	default:
 		s.eachDisk(context.Background(), func(d *diskStore) error { return d.sweepSpools(true) })
 	}
-	s.held = held
+	s.ownsDataDir = held
 }
 
-// sweep removes what crashes left.
-func (s *server) sweep(ctx context.Context) {
+// sweepDisks removes what crashes left.
+func (s *server) sweepDisks(ctx context.Context) {
 	s.eachDisk(ctx, func(d *diskStore) error { return d.sweep(ctx) })
 }
 
 func (s *server) eachDisk(ctx context.Context, sweep func(*diskStore) error) {
-	s.try(ctx, "sweeping temporary files", func() error { return sweep(s.stores.disk) })
+	s.tryStep(ctx, "sweeping temporary files", func() error { return sweep(s.stores.disk) })
 	if s.stores.hot != nil {
-		s.try(ctx, "sweeping temporary files", func() error { return sweep(s.stores.hot.disk) })
+		s.tryStep(ctx, "sweeping temporary files", func() error { return sweep(s.stores.hot.disk) })
 	}
 }
 
-// checkEvery and checkWait: /health has to tell within a second.
+// checkEvery and checkTimeout: /health has to tell within a second.
 const (
-	checkEvery = 500 * time.Millisecond
-	checkWait  = 400 * time.Millisecond
+	checkEvery   = 500 * time.Millisecond
+	checkTimeout = 400 * time.Millisecond
 )
 
-// check asks a backend whether it can be used and notes the answer for
+// checkBackend asks a backend whether it can be used and notes the answer for
 // /health.
-func (s *server) check(b *backend) {
+func (s *server) checkBackend(b *backend) {
 	if b.ping == nil {
 		b.up.Store(true)
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), checkWait)
+	ctx, cancel := context.WithTimeout(context.Background(), checkTimeout)
 	defer cancel()
 	err := b.ping(ctx)
 	if was := b.up.Swap(err == nil); was && err != nil {
@@ -489,11 +491,11 @@ func (s *server) check(b *backend) {
 	}
 }
 
-// health is the state of the backends as the last look found it.
-func (s *server) health() healthReport {
+// reportHealth is the state of the backends as the last look found it.
+func (s *server) reportHealth() healthReport {
 	h := healthReport{Status: "healthy", Backends: map[string]string{}, draining: s.draining.Load()}
 	for _, b := range s.stores.backends {
-		h.Backends[b.name] = b.good
+		h.Backends[b.name] = b.okWord
 		if !b.up.Load() {
 			h.Status, h.Backends[b.name] = "degraded", "down"
 		}
@@ -515,16 +517,16 @@ func (s *server) watchFiles(ctx context.Context) {
 			asked = true
 		case <-t.C:
 		}
-		if now := s.contents(); asked || now != s.seen {
-			s.seen = now
-			s.reload()
+		if now := s.hashWatchedFiles(); asked || now != s.seenContents {
+			s.seenContents = now
+			s.reloadConfig()
 		}
 	}
 }
 
-// contents is a sum over the files that are watched: their times would miss a
+// hashWatchedFiles is a sum over the files that are watched: their times would miss a
 // change within a second, and an atomic exchange of a mounted directory.
-func (s *server) contents() (sum [sha256.Size]byte) {
+func (s *server) hashWatchedFiles() (sum [sha256.Size]byte) {
 	var all bytes.Buffer
 	for _, name := range []string{s.set.configPath, s.set.tlsCert, s.set.tlsKey} {
 		if name == "" {
@@ -537,8 +539,8 @@ func (s *server) contents() (sum [sha256.Size]byte) {
 	return sha256.Sum256(all.Bytes())
 }
 
-// reload takes a new configuration, or reports why it is not taken.
-func (s *server) reload() {
+// reloadConfig takes a new configuration, or reports why it is not taken.
+func (s *server) reloadConfig() {
 	cfg, err := loadConfig(s.set.configPath, s.env)
 	if err != nil {
 		s.log.Error("the new configuration is not taken, the old one stays in force", "error", err)

@@ -19,8 +19,8 @@ import (
 	"time"
 )
 
-// lookup is os.LookupEnv.
-type lookup = func(string) (string, bool)
+// lookupEnv is os.LookupEnv.
+type lookupEnv = func(string) (string, bool)
 
 // settings are what the environment says.
 type settings struct {
@@ -49,141 +49,141 @@ var groups = [][]string{
 
 // parseSettings reads the environment. Its error is one line naming the first
 // variable that is missing or wrong.
-func parseSettings(env lookup) (*settings, error) {
+func parseSettings(env lookupEnv) (*settings, error) {
 	p := &envReader{env: env}
-	p.groups()
+	p.checkGroups()
 	set := &settings{
-		configPath: p.text("CONFIG_PATH", "remotes.yaml"),
-		listen:     p.text("LISTEN_ADDR", ":8000"),
-		dataDir:    p.text("DATA_DIR", "data"),
-		minFree:    p.size("MIN_FREE", -1),
-		maxSize:    p.size("CACHE_MAX_SIZE", 0),
-		apiToken:   secret(p.text("API_TOKEN", "")),
-		tlsCert:    p.text("TLS_CERT_FILE", ""),
-		tlsKey:     p.text("TLS_KEY_FILE", ""),
-		drainDelay: p.duration("DRAIN_DELAY", 0),
-		logFormat:  p.oneOf("LOG_FORMAT", "", "text", "json"),
+		configPath: p.readString("CONFIG_PATH", "remotes.yaml"),
+		listen:     p.readString("LISTEN_ADDR", ":8000"),
+		dataDir:    p.readString("DATA_DIR", "data"),
+		minFree:    p.readSize("MIN_FREE", -1),
+		maxSize:    p.readSize("CACHE_MAX_SIZE", 0),
+		apiToken:   secret(p.readString("API_TOKEN", "")),
+		tlsCert:    p.readString("TLS_CERT_FILE", ""),
+		tlsKey:     p.readString("TLS_KEY_FILE", ""),
+		drainDelay: p.readDuration("DRAIN_DELAY", 0),
+		logFormat:  p.readOneOf("LOG_FORMAT", "", "text", "json"),
 	}
-	level := p.oneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error")
+	level := p.readOneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error")
 	if p.err == nil {
-		p.fail("LOG_LEVEL", set.logLevel.UnmarshalText([]byte(level)))
+		p.addError("LOG_LEVEL", set.logLevel.UnmarshalText([]byte(level)))
 	}
 	if _, port, err := net.SplitHostPort(set.listen); err != nil || port == "" {
-		p.fail("LISTEN_ADDR", fmt.Errorf("%q is not an address like :8000 or 127.0.0.1:8000", set.listen))
+		p.addError("LISTEN_ADDR", fmt.Errorf("%q is not an address like :8000 or 127.0.0.1:8000", set.listen))
 	}
 	if v := string(set.apiToken); strings.TrimSpace(v) != v || strings.ContainsAny(v, "\r\n") {
-		p.fail("API_TOKEN", errors.New("holds a line break, or white space at an end: no client could send it (often the end of a file put into a variable)"))
+		p.addError("API_TOKEN", errors.New("holds a line break, or white space at an end: no client could send it (often the end of a file put into a variable)"))
 	}
 	for _, name := range []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"} {
-		v := p.text(name, "")
+		v := p.readString(name, "")
 		if v != "" && !strings.Contains(v, "://") {
 			v = "http://" + v // as net/http reads it
 		}
-		if v != "" && hostURL(v, "http", "https", "socks5", "socks5h") == nil {
-			p.fail(name, errors.New("is not a URL like http://proxy.example:3128"))
+		if v != "" && parseHostURL(v, "http", "https", "socks5", "socks5h") == nil {
+			p.addError(name, errors.New("is not a URL like http://proxy.example:3128"))
 		}
 	}
 	if dir, err := filepath.Abs(set.dataDir); err == nil {
 		set.dataDir = dir
 	}
-	p.backends(set)
+	p.readBackends(set)
 	return set, p.err
 }
 
 // envReader reads variables and keeps the first mistake.
 type envReader struct {
-	env lookup
+	env lookupEnv
 	err error
 }
 
-func (p *envReader) fail(name string, err error) {
+func (p *envReader) addError(name string, err error) {
 	if p.err == nil && err != nil {
 		p.err = fmt.Errorf("environment: %s: %w", name, err)
 	}
 }
 
-// text is a variable's value; empty counts as unset.
-func (p *envReader) text(name, otherwise string) string {
+// readString is a variable's value; empty counts as unset.
+func (p *envReader) readString(name, otherwise string) string {
 	if v, _ := p.env(name); v != "" {
 		return v
 	}
 	return otherwise
 }
 
-func (p *envReader) size(name string, otherwise int64) int64 {
-	v := p.text(name, "")
+func (p *envReader) readSize(name string, otherwise int64) int64 {
+	v := p.readString(name, "")
 	if v == "" {
 		return otherwise
 	}
 	n, err := parseSize(v)
-	p.fail(name, err)
+	p.addError(name, err)
 	return n
 }
 
-func (p *envReader) duration(name string, otherwise time.Duration) time.Duration {
-	v := p.text(name, "")
+func (p *envReader) readDuration(name string, otherwise time.Duration) time.Duration {
+	v := p.readString(name, "")
 	if v == "" {
 		return otherwise
 	}
 	d, err := time.ParseDuration(v)
 	if err != nil || d < 0 {
-		p.fail(name, fmt.Errorf("%q is not a duration like 10s or 1m30s", v))
+		p.addError(name, fmt.Errorf("%q is not a duration like 10s or 1m30s", v))
 	}
 	return d
 }
 
-func (p *envReader) oneOf(name, otherwise string, values ...string) string {
-	v := p.text(name, otherwise)
+func (p *envReader) readOneOf(name, otherwise string, values ...string) string {
+	v := p.readString(name, otherwise)
 	for _, x := range append(values, otherwise) {
 		if strings.EqualFold(v, x) {
 			return x
 		}
 	}
-	p.fail(name, fmt.Errorf("%q is not one of %s", v, strings.Join(values, ", ")))
+	p.addError(name, fmt.Errorf("%q is not one of %s", v, strings.Join(values, ", ")))
 	return v
 }
 
-func (p *envReader) groups() {
+func (p *envReader) checkGroups() {
 	for _, g := range groups {
-		if p.text(g[0], "") == "" {
+		if p.readString(g[0], "") == "" {
 			continue
 		}
 		for _, name := range g[1:] {
-			if p.text(name, "") == "" {
-				p.fail(name, fmt.Errorf("is not set, but %s is: they belong together", g[0]))
+			if p.readString(name, "") == "" {
+				p.addError(name, fmt.Errorf("is not set, but %s is: they belong together", g[0]))
 			}
 		}
 	}
 }
 
-// backends reads the variables of S3, PostgreSQL and Redis.
-func (p *envReader) backends(set *settings) {
-	set.hotSize = p.size("HOT_CACHE_SIZE", 10<<30)
-	p.endpoint(&set.s3)
-	set.db = sqlSettings{host: p.text("DBHOST", ""), port: p.text("DBPORT", "5432"), user: p.text("DBUSER", ""), name: p.text("DBNAME", ""),
-		password: secret(p.text("DBPASS", "")), sslmode: p.oneOf("DBSSLMODE", "disable", "disable", "require", "verify-ca", "verify-full")}
+// readBackends reads the variables of S3, PostgreSQL and Redis.
+func (p *envReader) readBackends(set *settings) {
+	set.hotSize = p.readSize("HOT_CACHE_SIZE", 10<<30)
+	p.readS3Endpoint(&set.s3)
+	set.db = sqlSettings{host: p.readString("DBHOST", ""), port: p.readString("DBPORT", "5432"), user: p.readString("DBUSER", ""), name: p.readString("DBNAME", ""),
+		password: secret(p.readString("DBPASS", "")), sslmode: p.readOneOf("DBSSLMODE", "disable", "disable", "require", "verify-ca", "verify-full")}
 	if n, err := strconv.Atoi(set.db.port); err != nil || n < 1 || n > 65535 {
-		p.fail("DBPORT", fmt.Errorf("%q is not a port number", set.db.port))
+		p.addError("DBPORT", fmt.Errorf("%q is not a port number", set.db.port))
 	}
-	if h := set.db.host; h != "" && h[0] != '/' && !hostForm.MatchString(h) && net.ParseIP(h) == nil {
-		p.fail("DBHOST", errors.New("is not the name or address of a host alone: the rest goes into DBPORT, DBUSER, DBPASS and DBNAME"))
+	if h := set.db.host; h != "" && h[0] != '/' && !hostPattern.MatchString(h) && net.ParseIP(h) == nil {
+		p.addError("DBHOST", errors.New("is not the name or address of a host alone: the rest goes into DBPORT, DBUSER, DBPASS and DBNAME"))
 	}
-	set.redisURL = secret(p.text("REDIS_URL", ""))
-	if v := string(set.redisURL); v != "" && hostURL(v, "redis", "rediss") == nil {
-		p.fail("REDIS_URL", errors.New("is not a URL like redis://:PASSWORD@HOST:6379/0 or the same with rediss"))
+	set.redisURL = secret(p.readString("REDIS_URL", ""))
+	if v := string(set.redisURL); v != "" && parseHostURL(v, "redis", "rediss") == nil {
+		p.addError("REDIS_URL", errors.New("is not a URL like redis://:PASSWORD@HOST:6379/0 or the same with rediss"))
 	}
-	set.advertise = strings.TrimSuffix(p.text("ADVERTISE_URL", ""), "/")
-	if u := hostURL(set.advertise, "http", "https"); set.advertise != "" && (u == nil || u.User != nil || u.RawQuery != "") {
-		p.fail("ADVERTISE_URL", errors.New("is not a URL like http://10.0.0.7:8000"))
+	set.advertise = strings.TrimSuffix(p.readString("ADVERTISE_URL", ""), "/")
+	if u := parseHostURL(set.advertise, "http", "https"); set.advertise != "" && (u == nil || u.User != nil || u.RawQuery != "") {
+		p.addError("ADVERTISE_URL", errors.New("is not a URL like http://10.0.0.7:8000"))
 	}
 }
 
-// hostForm is a host's name; those of containers may have underscores.
-var hostForm = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
+// hostPattern is a host's name; those of containers may have underscores.
+var hostPattern = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
 
-// hostURL is v as a URL with a host, a port that is one if there is any, and
+// parseHostURL is v as a URL with a host, a port that is one if there is any, and
 // one of those schemes; nil if it is none.
-func hostURL(v string, schemes ...string) *url.URL {
+func parseHostURL(v string, schemes ...string) *url.URL {
 	u, err := url.Parse(v)
 	if err != nil || u.Hostname() == "" || hasBadPort(u) || u.Fragment != "" || !slices.Contains(schemes, u.Scheme) {
 		return nil
@@ -191,33 +191,33 @@ func hostURL(v string, schemes ...string) *url.URL {
 	return u
 }
 
-// endpoint reads the variables of S3: MINIO_ENDPOINT is host:port or a URL,
+// readS3Endpoint reads the variables of S3: MINIO_ENDPOINT is host:port or a URL,
 // whose scheme must not contradict MINIO_SECURE.
-func (p *envReader) endpoint(c *s3Config) {
-	host := p.text("MINIO_ENDPOINT", "")
-	secure := p.oneOf("MINIO_SECURE", "", "true", "false", "1", "0")
-	virtual := p.oneOf("MINIO_VIRTUAL_HOST", "false", "true", "false", "1", "0")
+func (p *envReader) readS3Endpoint(c *s3Config) {
+	host := p.readString("MINIO_ENDPOINT", "")
+	secure := p.readOneOf("MINIO_SECURE", "", "true", "false", "1", "0")
+	virtual := p.readOneOf("MINIO_VIRTUAL_HOST", "false", "true", "false", "1", "0")
 	if host == "" {
 		return
 	}
-	*c = s3Config{bucket: p.text("MINIO_BUCKET", ""), accessKey: p.text("MINIO_ACCESS_KEY", ""), secretKey: p.text("MINIO_SECRET_KEY", ""),
-		region: p.text("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1"}
+	*c = s3Config{bucket: p.readString("MINIO_BUCKET", ""), accessKey: p.readString("MINIO_ACCESS_KEY", ""), secretKey: p.readString("MINIO_SECRET_KEY", ""),
+		region: p.readString("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1"}
 	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
 		if !namePattern.MatchString(v[1]) {
-			p.fail(v[0], fmt.Errorf("%q is none: letters, digits, '.', '_' and '-' are known", v[1]))
+			p.addError(v[0], fmt.Errorf("%q is none: letters, digits, '.', '_' and '-' are known", v[1]))
 		}
 	}
 	isURL := strings.Contains(host, "://")
 	if !isURL {
 		host = "http://" + host
 	}
-	u := hostURL(host, "http", "https")
+	u := parseHostURL(host, "http", "https")
 	switch {
 	case u == nil || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "":
-		p.fail("MINIO_ENDPOINT", errors.New("is neither host:port nor an http or https URL of a host alone"))
+		p.addError("MINIO_ENDPOINT", errors.New("is neither host:port nor an http or https URL of a host alone"))
 		return
 	case isURL && secure != "" && c.secure != (u.Scheme == "https"):
-		p.fail("MINIO_SECURE", fmt.Errorf("%s contradicts the scheme %s of MINIO_ENDPOINT", secure, u.Scheme))
+		p.addError("MINIO_SECURE", fmt.Errorf("%s contradicts the scheme %s of MINIO_ENDPOINT", secure, u.Scheme))
 	case isURL:
 		c.secure = u.Scheme == "https"
 	}
@@ -235,9 +235,9 @@ func (set *settings) redisPrefix() string {
 	return "disk/" + hex.EncodeToString(sum[:8])
 }
 
-// reachedAt is the URL at which other replicas reach this one, given the local
+// advertisedURL is the URL at which other replicas reach this one, given the local
 // address of its connection to Redis.
-func (set *settings) reachedAt(localIP string) string {
+func (set *settings) advertisedURL(localIP string) string {
 	if set.advertise != "" {
 		return set.advertise
 	}

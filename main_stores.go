@@ -35,11 +35,11 @@ type verifiableObjects interface {
 
 // backend is one of the three as /health shows it.
 type backend struct {
-	name string // storage, database, redis
-	kind string // what it is, for the log
-	good string // how /health calls it while it works
-	ping func(context.Context) error
-	up   atomic.Bool // the last ping went well
+	name   string // storage, database, redis
+	kind   string // what it is, for the log
+	okWord string // how /health calls it while it works
+	ping   func(context.Context) error
+	up     atomic.Bool // the last ping went well
 }
 
 // openStores connects to nothing yet: a backend that is down does not stop the
@@ -54,7 +54,7 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 	}
 	if set.s3.bucket == "" {
 		st.objects = st.disk
-		st.add(&backend{name: "storage", kind: "local disk " + set.dataDir, good: "embedded", ping: st.disk.ping})
+		st.addBackend(&backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: st.disk.ping})
 		return st, nil
 	}
 	set.s3.now, set.s3.log = now, log
@@ -70,7 +70,7 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
 	st.hot = newTiered(st.s3, copies, set.hotSize, (&diskSpools{disk: st.disk, minFree: set.minFree}).checkRoom)
 	st.objects = st.hot
-	st.add(&backend{name: "storage", kind: "S3 " + set.s3.String(), good: "ok", ping: func(ctx context.Context) error {
+	st.addBackend(&backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok", ping: func(ctx context.Context) error {
 		return errors.Join(st.disk.ping(ctx), st.s3.ping(ctx)) // spools are in DATA_DIR
 	}})
 	return st, nil
@@ -79,12 +79,12 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logger) (err error) {
 	if set.db.host == "" {
 		st.embedded = newEmbeddedIndex(set.dataDir, log)
-		st.add(&backend{name: "database", kind: "embedded", good: "embedded"})
+		st.addBackend(&backend{name: "database", kind: "embedded", okWord: "embedded"})
 		return nil
 	}
 	st.sql, err = newSQLIndex(set.db, set.dataDir, now, log)
 	if err == nil {
-		st.add(&backend{name: "database", kind: "PostgreSQL " + set.db.host, good: "ok", ping: st.sql.ping})
+		st.addBackend(&backend{name: "database", kind: "PostgreSQL " + set.db.host, okWord: "ok", ping: st.sql.ping})
 	}
 	return err
 }
@@ -92,43 +92,43 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 func (st *stores) openRedis(set *settings, now func() time.Time, log *slog.Logger) (err error) {
 	if set.redisURL == "" {
 		st.local = newLocalFreshness(set.dataDir, now, log)
-		st.add(&backend{name: "redis", kind: "embedded", good: "embedded"})
+		st.addBackend(&backend{name: "redis", kind: "embedded", okWord: "embedded"})
 		return nil
 	}
-	st.redis, err = newRedisStore(string(set.redisURL), set.redisPrefix(), set.reachedAt, now, log)
+	st.redis, err = newRedisStore(string(set.redisURL), set.redisPrefix(), set.advertisedURL, now, log)
 	if err == nil {
-		st.add(&backend{name: "redis", kind: "Redis", good: "ok", ping: st.redis.ping})
+		st.addBackend(&backend{name: "redis", kind: "Redis", okWord: "ok", ping: st.redis.ping})
 	}
 	return err
 }
 
-func (st *stores) add(b *backend) { st.backends = append(st.backends, b) }
+func (st *stores) addBackend(b *backend) { st.backends = append(st.backends, b) }
 
-// index and fresh are what was chosen, as the cache knows it.
-func (st *stores) index() index {
+// chosenIndex and fresh are what was chosen, as the cache knows it.
+func (st *stores) chosenIndex() index {
 	if st.sql != nil {
 		return st.sql
 	}
 	return st.embedded
 }
 
-func (st *stores) fresh() freshness {
+func (st *stores) chosenFreshness() freshness {
 	if st.redis != nil {
 		return st.redis
 	}
 	return st.local
 }
 
-// replicas are there where both the store and Redis are shared.
-func (st *stores) replicas() replicas {
+// sharedReplicas are there where both the store and Redis are shared.
+func (st *stores) sharedReplicas() replicas {
 	if st.redis == nil || st.s3 == nil {
 		return nil
 	}
 	return st.redis
 }
 
-// close ends everything in the order of use.
-func (st *stores) close() error {
+// Close ends everything in the order of use.
+func (st *stores) Close() error {
 	var errs []error
 	if st.sql != nil {
 		errs = append(errs, st.sql.Close())
@@ -160,15 +160,15 @@ func (d *diskSpools) newSpool() (*os.File, error) { return d.disk.newSpool() }
 
 // checkRoom: see spooler. Local copies of what S3 has make way.
 func (d *diskSpools) checkRoom(n int64) error {
-	err := d.free(n)
+	err := d.checkFree(n)
 	if errors.Is(err, errNoSpace) && d.shrink != nil && d.shrink(n) {
-		err = d.free(n)
+		err = d.checkFree(n)
 	}
 	return err
 }
 
-// free is room as things are.
-func (d *diskSpools) free(n int64) error {
+// checkFree is room as things are.
+func (d *diskSpools) checkFree(n int64) error {
 	free, size, err := d.disk.freeSpace()
 	if err != nil {
 		return err

@@ -27,7 +27,7 @@ import (
 )
 
 // envOf is an environment.
-func envOf(vars map[string]string) lookup {
+func envOf(vars map[string]string) lookupEnv {
 	return func(name string) (string, bool) { v, ok := vars[name]; return v, ok }
 }
 
@@ -229,7 +229,7 @@ func TestTokenThatNobodyCouldSend(t *testing.T) {
 // variables that the libraries read.
 func environmentOf(t *testing.T) (names []string, defaults map[string]string) {
 	p := readProgram(t)
-	reads := map[string]bool{"text": true, "size": true, "duration": true, "oneOf": true}
+	reads := map[string]bool{"readString": true, "readSize": true, "readDuration": true, "readOneOf": true}
 	defaults = map[string]string{}
 	p.each(func(file string, n goast.Node) {
 		call, ok := n.(*goast.CallExpr)
@@ -246,7 +246,7 @@ func environmentOf(t *testing.T) (names []string, defaults map[string]string) {
 			return
 		}
 		names = append(names, name)
-		if otherwise, ok := call.Args[len(call.Args)-1].(*goast.BasicLit); ok && sel.Sel.Name == "text" {
+		if otherwise, ok := call.Args[len(call.Args)-1].(*goast.BasicLit); ok && sel.Sel.Name == "readString" {
 			defaults[name], _ = strconv.Unquote(otherwise.Value)
 		}
 	})
