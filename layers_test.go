@@ -28,6 +28,8 @@ type rung struct {
 var ladder = []rung{
 	{"respond.go", 0, "respond"},
 	{"metrics.go", 0, "metrics"},
+	{"outage.go", 0, "outage"},
+	{"bounded.go", 0, "bounded"},
 	{"s3sig.go", 0, "s3"},
 	{"s3client.go", 0, "s3"},
 	{"s3client_*.go", 0, "s3"},
