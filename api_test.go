@@ -23,6 +23,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -133,7 +134,7 @@ func TestEndDoesNotWaitForAStoreThatHangs(t *testing.T) {
 		if took := time.Since(began); took > drainTimeout+5*time.Second {
 			t.Errorf("the end took %v", took)
 		}
-		tt.cache.fillsRunning.Wait() // no goroutine outlives a bubble
+		tt.cache.fills.running.Wait() // no goroutine outlives a bubble
 	})
 }
 
@@ -286,7 +287,7 @@ func TestUploadIsOnlyAcknowledgedWhenItIsStored(t *testing.T) {
 	}{
 		"no spool: full":   {func(s *brokenSpools, _ *brokenObjects) { s.none = fmt.Errorf("%w: test", errNoSpace) }, 507},
 		"no spool: down":   {func(s *brokenSpools, _ *brokenObjects) { s.none = fmt.Errorf("%w: test", errStoreDown) }, 503},
-		"under MIN_FREE":   {func(s *brokenSpools, _ *brokenObjects) { s.noRoom = fmt.Errorf("%w: test", errNoSpace) }, 507},
+		"under MIN_FREE":   {func(s *brokenSpools, _ *brokenObjects) { s.noRoom = true }, 507},
 		"spool full":       {func(s *brokenSpools, _ *brokenObjects) { s.full = true }, 507},
 		"storing: full":    {func(_ *brokenSpools, o *brokenObjects) { o.failPut(fmt.Errorf("%w: test", errNoSpace)) }, 507},
 		"storing: down":    {func(_ *brokenSpools, o *brokenObjects) { o.failPut(fmt.Errorf("%w: test", errStoreDown)) }, 503},
@@ -295,7 +296,7 @@ func TestUploadIsOnlyAcknowledgedWhenItIsStored(t *testing.T) {
 	} {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
-			spools, objects := &brokenSpools{dir: t.TempDir()}, &brokenObjects{}
+			spools, objects := &brokenSpools{}, &brokenObjects{}
 			tt := setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}, spools: spools.wrap, objects: objects.wrap}.start(t)
 			tt.put("/api/l/a", "old", bearer).wantStatus(201)
 			if c.breakIt == nil {
@@ -471,22 +472,23 @@ func TestLocalFileUnderWritersAndReaders(t *testing.T) {
 
 // Of two who create one file the second waits, and then sees it.
 func TestCreatingTwiceAtOnce(t *testing.T) {
-	t.Parallel()
-	hooked := &hookedObjects{}
-	tt := setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"},
-		objects: func(o objects) objects { hooked.objects = o; return hooked }}.start(t)
-	var second atomic.Pointer[got]
-	var done sync.WaitGroup
-	between := func() { // the first has looked and has not stored yet
-		hooked.missed.Store(nil)
-		done.Go(func() { second.Store(tt.put("/api/l/a", "second", bearer, "If-None-Match: *")) })
-		tt.eventually("the second to wait", func() bool { return tt.writers() == 2 || second.Load() != nil })
-	}
-	hooked.missed.Store(&between)
-	tt.put("/api/l/a", "first", bearer, "If-None-Match: *").wantStatus(201)
-	done.Wait()
-	second.Load().wantStatus(412)
-	tt.get("/api/l/a").wantBody("first")
+	inBubble(t, func(t *testing.T) {
+		hooked := &hookedObjects{}
+		tt := setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}, bubble: true,
+			objects: func(o objects) objects { hooked.objects = o; return hooked }}.start(t)
+		var second *got
+		var done sync.WaitGroup
+		between := func() { // the first has looked and has not stored yet
+			hooked.missed.Store(nil)
+			done.Go(func() { second = tt.put("/api/l/a", "second", bearer, "If-None-Match: *") })
+			synctest.Wait() // the second waits, or has stored its body
+		}
+		hooked.missed.Store(&between)
+		tt.put("/api/l/a", "first", bearer, "If-None-Match: *").wantStatus(201)
+		done.Wait()
+		second.wantStatus(412)
+		tt.get("/api/l/a").wantBody("first")
+	})
 }
 
 func TestCreatingTwiceOnTwoReplicas(t *testing.T) {
@@ -504,16 +506,6 @@ func TestCreatingTwiceOnTwoReplicas(t *testing.T) {
 	hooked.missed.Store(&between)
 	one.put("/api/l/a", "second", bearer, "If-None-Match: *").wantDetail(412, "exists")
 	one.get("/api/l/a").wantBody("first")
-}
-
-// writers is how many write or wait to write one local file.
-func (tt *tester) writers() (n int) {
-	tt.cache.mu.Lock()
-	defer tt.cache.mu.Unlock()
-	for _, l := range tt.cache.writing {
-		n = max(n, l.refs)
-	}
-	return n
 }
 
 // --- listing and purging (section 7) ---

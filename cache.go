@@ -15,7 +15,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -166,24 +165,17 @@ type replicas interface {
 // growing file, and the lease's random token, which the request carries.
 type leaseHolder struct{ addr, token string }
 
-// spooler makes the temporary files that bodies grow in.
-type spooler interface {
-	// newSpool returns a new empty file that objects.put can take; the caller
-	// closes it and removes what is left of its name. errNoSpace and
-	// errStoreDown say why there is none.
-	newSpool() (*os.File, error)
-	// checkRoom is nil while n more bytes may be written and MIN_FREE stays free;
-	// errNoSpace otherwise.
-	checkRoom(n int64) error
-}
+// maxRememberedFiles bounds what is remembered of files that are not stored: what
+// a crawler of missing files can pile up.
+const maxRememberedFiles = 100_000
 
 // cache serves files of remotes: from the store, or by filling it. It is safe
-// for concurrent use; close ends its fills.
+// for concurrent use; Close ends its fills.
 type cache struct {
 	objects  objects
 	index    index
 	marks    freshness
-	spools   spooler
+	space    *spoolSpace
 	upstream *upstream
 	now      func() time.Time
 	log      *slog.Logger
@@ -193,32 +185,28 @@ type cache struct {
 	replicas      replicas
 	replicaClient *http.Client
 
-	ctx          context.Context // of all fills
-	cancel       context.CancelFunc
-	fillsRunning sync.WaitGroup
-	endedFills   atomic.Int64 // flights that have ended: a lookup before may be out of date
+	ctx    context.Context // of all fills
+	cancel context.CancelFunc
+	fills  *fillTable
 
-	mu                  sync.Mutex // guards what follows; never held across I/O
-	fills               map[string]*fill
-	fillSlots           map[string]chan struct{} // by remote name: fills that run
-	headRefusedUntil    map[string]time.Time     // by remote name: HEAD is refused until then
-	writing             map[string]*keyLock      // keys of local files being changed
-	unsentAnnouncements map[string]bool          // keys whose change is still to be announced
-	passOnUntil         map[string]time.Time     // keys whose bodies are not spooled until then
-
-	negative negatives
-	uses     uses
+	missing     *boundedMap[string, *problem] // keys of files that upstream does not have (negative_ttl)
+	headRefused *boundedMap[string, struct{}] // remotes that refuse HEAD
+	passOn      *boundedMap[string, struct{}] // keys whose bodies are not spooled for a while
+	changing    keyedLock                     // keys that are being put or purged
+	uses        uses
+	unannounced atomic.Bool // an announcement was lost
 }
 
 // newCache wires a cache; its caller closes it before the stores.
-func newCache(o objects, ix index, f freshness, s spooler, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
-	ctx, cancel := context.WithCancel(context.Background())
-	return &cache{
-		objects: o, index: ix, marks: f, spools: s, upstream: up, now: now, log: log, metrics: m,
-		ctx: ctx, cancel: cancel,
-		fills: map[string]*fill{}, fillSlots: map[string]chan struct{}{},
-		headRefusedUntil: map[string]time.Time{}, writing: map[string]*keyLock{}, unsentAnnouncements: map[string]bool{}, passOnUntil: map[string]time.Time{}, replicaClient: newReplicaClient(),
-	}
+func newCache(o objects, ix index, f freshness, space *spoolSpace, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
+	c := &cache{objects: o, index: ix, marks: f, space: space, upstream: up, now: now, log: log, metrics: m,
+		replicaClient: newReplicaClient(), fills: newFillTable()}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	clock := func() time.Time { return c.now() } // tests replace it
+	c.missing = newBoundedMap[string, *problem](maxRememberedFiles, clock)
+	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
+	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
+	return c
 }
 
 // fileRequest is a file to serve and what is known about it beforehand.
@@ -318,10 +306,10 @@ const maxLookAgains = 3
 // findOrFetch finds or fetches q and returns what to send; the caller closes its body.
 func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange) (*fileReply, error) {
 	key := file.key()
-	// A flight may end between a lookup that misses and the next flight: then
-	// the store has the file after all, and the flight looks again.
+	// A fill may end between a lookup that misses and the next fill: then the
+	// store has the file after all, and the next fill looks again.
 	for n := 0; ; {
-		ended := c.endedFills.Load()
+		ended := c.fills.ended.Load()
 		cp, storeErr := c.findCopy(ctx, key, file, rng)
 		if err := context.Cause(ctx); err != nil && storeErr != nil {
 			return nil, err
@@ -337,8 +325,8 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			return nil, storeErr
 		}
 		reply, again, err := c.fillOrStale(ctx, key, file, rng, cp, ended)
-		if again && !errors.Is(err, errLookAgain) {
-			continue // others were refused: our turn comes
+		if again && err != nil {
+			continue // another way to the file was refused: ask in our own way
 		}
 		if again {
 			if n++; n <= maxLookAgains {
@@ -367,14 +355,14 @@ func withStoreError(err, storeErr error) error {
 }
 
 // fillOrStale answers when the store has no fresh copy; cp is the expired one or
-// nil. again says that get must look again: the store has one now
-// (errLookAgain), or the answer was to another way to the file.
+// nil. again says that findOrFetch must look again: the store has the file by now,
+// or (with an error) the answer was to another way to the file.
 func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, rng byteRange, cp *storedCopy, ended int64) (reply *fileReply, again bool, err error) {
 	if cp == nil {
-		if err := c.negative.get(key, c.now()); err != nil {
-			return nil, false, err
+		if missing, found := c.missing.get(key); found {
+			return nil, false, missing
 		}
-		if rng.head && !file.needsWholeBody && !c.isFilling(key) {
+		if rng.head && !file.needsWholeBody && !c.fills.isFilling(key) {
 			if file.knownSize > 0 {
 				return c.headFromKnownSize(file), false, nil
 			}
@@ -385,13 +373,14 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 		c.countUse(file.remote.name, key)
 		return c.staleReply(cp, "unreachable"), false, nil
 	}
-	f, lead := c.joinFill(key, file, cp, ended)
-	reply, err = c.awaitFill(ctx, f, lead, rng, cp)
-	return reply, errors.Is(err, errLookAgain) || f.file.wire != file.wire && isRefusal(err), err
+	f, leads := c.joinFill(key, file, cp, ended)
+	reply, again, err = c.awaitFill(ctx, f, leads, rng, cp)
+	return reply, again || (f.file.wire != file.wire && isRefusal(err)), err
 }
 
-// isRefusal: the upstream refused one way to a file. Who joined the flight of
-// another way to it (want.shared) asks in his own.
+// isRefusal reports whether upstream refused one way to a file. A request that
+// joined the fill of another way to it (fileRequest.sharedKey) then asks in its
+// own.
 func isRefusal(err error) bool {
 	_, status := errors.AsType[*upstreamStatus](err)
 	return status || errors.Is(err, errCredentials)
@@ -547,7 +536,7 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 	case code == http.StatusNotFound, code == http.StatusGone:
 		p.detail = fmt.Sprintf("not found: the upstream of remote %q answered %d", name, code)
 		if !file.sharedKey {
-			c.negative.put(file.key(), p, c.now(), file.remote.negativeTTL)
+			c.missing.putFor(file.key(), p, file.remote.negativeTTL)
 		}
 	case code == http.StatusUnauthorized:
 		p.status = http.StatusBadGateway
@@ -625,18 +614,11 @@ const cleanUpTimeout = 2 * time.Second
 // Close ends all fills, after at most the patience of ctx, and writes what is
 // left of the accounting.
 func (c *cache) Close(ctx context.Context) {
-	idle := make(chan struct{})
-	go func() {
-		c.fillsRunning.Wait()
-		close(idle)
-	}()
-	select {
-	case <-idle:
-	case <-ctx.Done():
+	if !c.fills.waitIdle(ctx) {
 		c.cancel()
-		select {
-		case <-idle:
-		case <-time.After(cleanUpTimeout):
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTimeout)
+		defer cancel()
+		if !c.fills.waitIdle(ending) {
 			c.log.Warn("a fill does not end: what it left is swept later")
 		}
 	}

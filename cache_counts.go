@@ -1,5 +1,5 @@
-// cache_counts.go: what the cache remembers in memory: uses of stored files until
-// the index has them, and files that upstream does not have.
+// cache_counts.go: uses of stored files, gathered in memory until the index has
+// them.
 
 package main
 
@@ -14,7 +14,7 @@ func (c *cache) countUse(remote, key string) { c.uses.add(remote, key, c.now()) 
 
 // flushCounts writes the uses that have gathered to the index.
 func (c *cache) flushCounts(ctx context.Context) {
-	c.sendUnsentAnnouncements(ctx)
+	c.announceMissed(ctx)
 	batch := c.uses.take()
 	if len(batch) == 0 {
 		return
@@ -62,56 +62,4 @@ func (u *uses) take() []fileUse {
 		batch = append(batch, *t)
 	}
 	return batch
-}
-
-// negatives remembers files that upstream does not have (negative_ttl).
-type negatives struct {
-	mu sync.Mutex // guards m
-	m  map[string]negative
-}
-
-type negative struct {
-	err   *problem
-	until time.Time
-}
-
-// maxNegatives bounds what a crawler of missing files can pile up.
-const maxNegatives = 100_000
-
-func (n *negatives) get(key string, now time.Time) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	v, ok := n.m[key]
-	if !ok {
-		return nil
-	}
-	if !now.Before(v.until) {
-		delete(n.m, key)
-		return nil
-	}
-	return v.err
-}
-
-func (n *negatives) put(key string, err *problem, now time.Time, ttl time.Duration) {
-	if ttl <= 0 {
-		return
-	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.m == nil {
-		n.m = map[string]negative{}
-	}
-	for k := range n.m { // any one makes room
-		if len(n.m) < maxNegatives {
-			break
-		}
-		delete(n.m, k)
-	}
-	n.m[key] = negative{err, now.Add(ttl)}
-}
-
-func (n *negatives) delete(key string) {
-	n.mu.Lock()
-	delete(n.m, key)
-	n.mu.Unlock()
 }

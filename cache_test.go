@@ -1069,12 +1069,13 @@ func TestNegativeTTL(t *testing.T) {
 
 func TestNegativeTTLIsBounded(t *testing.T) {
 	t.Parallel()
-	var n negatives
-	for i := range maxNegatives + 10 {
-		n.put(strconv.Itoa(i), &problem{status: 404}, longAgo, time.Hour)
+	missing := newTester(t).cache.missing
+	for i := range maxRememberedFiles + 10 {
+		missing.putFor(strconv.Itoa(i), &problem{status: 404}, time.Hour)
 	}
-	if len(n.m) != maxNegatives || maxNegatives != 100_000 || n.get(strconv.Itoa(maxNegatives+9), longAgo) == nil {
-		t.Errorf("%d missing files are remembered, the last one: %v", len(n.m), n.get(strconv.Itoa(maxNegatives+9), longAgo))
+	_, last := missing.get(strconv.Itoa(maxRememberedFiles + 9))
+	if n := missing.length(); n != maxRememberedFiles || maxRememberedFiles != 100_000 || !last {
+		t.Errorf("%d missing files are remembered, the last one: %v", n, last)
 	}
 }
 

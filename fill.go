@@ -1,721 +1,187 @@
-// fill.go: the fetch of one file (a flight) and the spool it grows in. The
-// decision to fetch is in cache.go.
+// fill.go: a fill, which is the fetch of one file for all who want it: its
+// phases, what becomes of its body, and how it can end. The decision to fetch is
+// in cache.go.
 
 package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/sha512"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
+	"io/fs"
 	"net/http"
-	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 )
 
-const (
-	// maxFillsPerRemote bounds what one slow upstream can pile up.
-	maxFillsPerRemote = 64
-	// maxAbandonedPerRemote is how many fills without a client may go on per remote;
-	// a client that comes and goes must not leave an endless queue behind.
-	maxAbandonedPerRemote = 8
-	// maxResumes bounds how often one body may break off.
-	maxResumes = 3
-	// holdBack of a body with a known digest is sent only once it verified, so
-	// that nobody completes a wrong one.
-	holdBack = 64 << 10
-	// farRangeDistance of the fill a range is worth an upstream request of its own.
-	farRangeDistance = 8 << 20
-	// maxFarRanges bounds those requests for one fill.
-	maxFarRanges = 8
-	// maxWholeBodyWait is how long clients of an expired copy wait for the whole new
-	// one; package managers give up after 30 s of silence.
-	maxWholeBodyWait = 10 * time.Second
-	// headRefusedFor is how long a refused HEAD is remembered.
-	headRefusedFor = time.Hour
-	// roomEvery is how often a growing spool looks at the free space.
-	roomEvery = 64 << 20
-)
+// maxWholeBodyWait is how long clients that an expired copy could serve wait for
+// the whole new one: package managers give up after 30 s of silence.
+const maxWholeBodyWait = 10 * time.Second
 
-// How a flight can end other than by a body that is complete (nil) or an
-// upstream's failure.
 var (
-	errUnchanged     = errors.New("the copy is still good")
-	errLookAgain     = errors.New("the store has it now")
-	errNoSpool       = errors.New("no spool: each client asks upstream itself")
-	errAbandoned     = errors.New("nobody waits any more")
+	// errAbandoned ends the context of a fill that nobody waits for any more.
+	errAbandoned = errors.New("nobody waits for the fill any more")
+	// errFillQueueFull: no place for another fill became free in time.
 	errFillQueueFull = fmt.Errorf("%w: the remote's fills take too long", errBusy)
 	errBroken        = fmt.Errorf("%w: the body broke off", errBadUpstream)
-	errDigest        = fmt.Errorf("%w: the body does not have its digest", errBadUpstream)
 	errTooLarge      = fmt.Errorf("%w: the body is too large", errBadUpstream)
 )
 
-// fill is one fetch of one key. Its goroutine belongs to the cache; clients
+// fillPhase is how far a fill is. Phases follow each other in this order; any
+// of them may be followed by phaseDone.
+type fillPhase int
+
+const (
+	phaseQueued   fillPhase = iota // waits for one of the remote's places
+	phaseAsking                    // asks another replica, or upstream
+	phaseFilling                   // the headers are known, the body grows in the spool
+	phaseComplete                  // the body is whole and verified
+	phaseStoring                   // it is being stored, here or by the replica that is followed
+	phaseDone                      // outcome says how it ended
+)
+
+func (p fillPhase) String() string {
+	return [...]string{"queued", "asking", "filling", "complete", "storing", "done"}[p]
+}
+
+// bodyFate is what becomes of a fill's body. A purge decides for good.
+type bodyFate int
+
+const (
+	fateKeep            bodyFate = iota // it is to be stored
+	fatePassOn                          // it may not be stored: it ends with its last client
+	fatePurgedHere                      // it is not stored any more; the purge waits for one that is being stored
+	fatePurgedElsewhere                 // the same by another replica, which cannot wait: what is stored is removed
+)
+
+func (b bodyFate) String() string {
+	return [...]string{"keep", "pass on", "purged here", "purged elsewhere"}[b]
+}
+
+// outcomeKind is how a fill ended. Replicas tell each other by these words.
+type outcomeKind string
+
+const (
+	outcomeBody      outcomeKind = "body"      // there is a whole, verified body
+	outcomeUnchanged outcomeKind = "unchanged" // the expired copy is still good
+	outcomeLookAgain outcomeKind = "again"     // the store has the file by now
+	outcomeNoSpool   outcomeKind = "no spool"  // there is none: each client asks upstream itself
+	outcomeAbandoned outcomeKind = "abandoned" // its last client left before it was of use
+	outcomeFailed    outcomeKind = "failed"    // err says why
+)
+
+// fillOutcome is how a fill ended; err is what clients of a failed one get.
+type fillOutcome struct {
+	kind outcomeKind
+	err  error
+}
+
+func failedOutcome(err error) fillOutcome { return fillOutcome{outcomeFailed, err} }
+
+// fill is one fetch of one file. Its goroutine belongs to the cache; clients
 // wait for it and read its spool at their own pace.
 type fill struct {
 	c           *cache
 	key         string
 	file        fileRequest
-	oldRecord   *record // the expired copy's, or nil
-	endedBefore int64   // cache.ended when the store was looked up
+	oldRecord   *record // of the expired copy; nil: there is none
+	endedBefore int64   // fillTable.ended when the store was looked up
 
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
-	farSlots chan struct{} // slots of far ranges
+	freeSlot func()        // gives the place among the remote's fills back; once
+	farSlots chan struct{} // of ranged requests beside the fill
 
-	// Guarded by cache.mu.
-	waiters int
-	running bool // has its slot
-	landed  bool // left the table
-	over    bool // its goroutine has ended
+	clients int // guarded by the table's mu
 
-	mu        sync.Mutex // guards what follows
-	changed   chan struct{}
-	rec       *record // once headers are there; replaced when complete
-	size      int64   // -1: not known
-	storable  bool
-	spool     *os.File
-	hash      *bodyHash // of what was written; the flight's goroutine alone uses it
-	written   int64
-	late      bool        // has kept holders of an expired copy waiting for too long
-	timer     *time.Timer // to late
-	complete  bool        // whole and verified
-	purged    bool
-	gone      bool // purged by another replica, which could not wait for storing
-	storing   bool
-	done      bool
-	err       error
-	validator string // for If-Range; "" when the upstream gave no strong one
-	noRanges  bool   // the upstream answered otherwise when asked for one
-	origin    int    // who answered
-	followed  bool   // the body comes from another replica
-	token     string // of the lease across replicas, while it is held
-	release   func() // gives it back
+	mu          sync.Mutex // guards the fields below; taken after the table's mu and before a spool's
+	changed     chan struct{}
+	phase       fillPhase
+	fate        bodyFate
+	outcome     fillOutcome
+	rec         *record // from phaseFilling on; replaced when the body is complete
+	spool       *spool  // nil: not opened yet
+	streamEarly bool    // clients with an expired copy have waited for the whole body for long enough
+	validator   string  // for If-Range; "": upstream gave no strong one
+	noRanges    bool    // upstream answered otherwise when it was asked for a range
+	origin      int     // which of the remote's origins answered
+	leader      *leaseHolder
+	lease       heldLease
 }
 
-// joinFill returns the flight for key, a new one if there is none; lead says so.
-// Each join is paired with a leave.
-func (c *cache) joinFill(key string, file fileRequest, cp *storedCopy, ended int64) (f *fill, lead bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if f := c.fills[key]; f != nil {
-		f.waiters++
-		return f, false
-	}
-	f = &fill{c: c, key: key, file: file, endedBefore: ended, waiters: 1, size: -1, hash: newBodyHash(file.digest),
-		changed: make(chan struct{}), farSlots: make(chan struct{}, maxFarRanges)}
-	if cp != nil {
-		f.oldRecord = cp.rec
-	}
-	f.ctx, f.cancel = context.WithCancelCause(c.ctx)
-	c.fills[key] = f
-	c.fillsRunning.Go(f.run)
-	return f, true
+// heldLease is the lease on a fill's key across replicas, while it is held.
+type heldLease struct {
+	token   string
+	release func()
 }
 
-func (c *cache) isFilling(key string) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.fills[key] != nil
-}
-
-// leave is the end of one client's interest. A flight that has not begun ends
-// with its last client; one that runs goes on alone, but not too many do.
-func (f *fill) leave() {
-	c := f.c
-	c.mu.Lock()
-	f.waiters--
-	var victim *fill
-	switch {
-	case f.waiters > 0 || f.landed:
-	case !f.running:
-		victim = f
-	default:
-		victim = c.pickAbandonedFill(f.file.remote.name)
-	}
-	if victim != nil {
-		c.dropFill(victim)
-	}
-	closing := f.waiters == 0 && f.over
-	c.mu.Unlock()
-	if victim != nil {
-		victim.cancel(errAbandoned)
-	}
-	if closing {
-		f.closeSpool()
-	}
-}
-
-// pickAbandonedFill picks the flight of a remote to drop: the one furthest from its
-// end among those without clients, if they are too many. c.mu is held.
-func (c *cache) pickAbandonedFill(name string) *fill {
-	var victim *fill
-	var most int64
-	alone := 0
-	for _, f := range c.fills {
-		if f.waiters > 0 || f.file.remote.name != name {
-			continue
+// joinFill returns the fill of a file, a new one if there is none; its leader
+// is the request that began it. endedBefore is fillTable.ended from before the
+// store was looked up.
+func (c *cache) joinFill(key string, file fileRequest, cp *storedCopy, endedBefore int64) (f *fill, leads bool) {
+	f, leads = c.fills.join(key, file.spelling, func() *fill {
+		f := &fill{c: c, key: key, file: file, endedBefore: endedBefore,
+			changed: make(chan struct{}), farSlots: make(chan struct{}, maxFarRanges)}
+		if cp != nil {
+			f.oldRecord = cp.rec
 		}
-		left := f.bytesLeft()
-		if left == 0 {
-			continue // it asks nothing of upstream any more, and is being stored
-		}
-		alone++
-		if victim == nil || left > most {
-			victim, most = f, left
-		}
+		f.ctx, f.cancel = context.WithCancelCause(c.ctx)
+		return f
+	})
+	if leads {
+		c.fills.running.Go(f.run)
 	}
-	if alone <= maxAbandonedPerRemote {
-		return nil
-	}
-	return victim
+	return f, leads
 }
 
-// bytesLeft is how many bytes are still to come; an unknown length is the furthest.
-func (f *fill) bytesLeft() int64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.size < 0 {
-		return 1 << 62
-	}
-	return f.size - f.written
-}
+func (f *fill) leave() { f.c.fills.leave(f) }
 
-// dropFill takes f out of the table. c.mu is held.
-func (c *cache) dropFill(f *fill) {
-	f.landed = true
-	if c.fills[f.key] == f {
-		delete(c.fills, f.key)
+// advance moves the fill to a later phase and wakes all that wait. mu is held.
+func (f *fill) advance(to fillPhase) {
+	if to != f.phase+1 && (to != phaseDone || f.phase == phaseDone) {
+		panic(fmt.Sprintf("fill of %s: from phase %v to %v", f.key, f.phase, to))
 	}
-}
-
-// run is the flight's goroutine.
-func (f *fill) run() {
-	c, name := f.c, f.file.remote.name
-	err := f.waitForSlot()
-	if err == nil {
-		c.metrics.addFillsInFlight(name, 1)
-		err = f.fetch()
-		c.metrics.addFillsInFlight(name, -1)
-		<-c.fillSlot(name)
-	}
-	if cause := context.Cause(f.ctx); cause != nil && err != nil {
-		err = cause
-	}
-	f.applyToOldCopy(err)
-	f.endFill(err)
-}
-
-// fillSlot is the semaphore of a remote's fills.
-func (c *cache) fillSlot(name string) chan struct{} {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	s := c.fillSlots[name]
-	if s == nil {
-		s = make(chan struct{}, maxFillsPerRemote)
-		c.fillSlots[name] = s
-	}
-	return s
-}
-
-// waitForSlot waits for the remote to have room for one more fill, as long as a
-// client waits for this one, and not for long where a copy can answer.
-func (f *fill) waitForSlot() error {
-	var enough <-chan time.Time
-	if f.oldRecord != nil {
-		t := time.NewTimer(copyTimeout)
-		defer t.Stop()
-		enough = t.C
-	}
-	select {
-	case f.c.fillSlot(f.file.remote.name) <- struct{}{}:
-	case <-enough:
-		return errFillQueueFull
-	case <-f.ctx.Done():
-		return context.Cause(f.ctx)
-	}
-	f.c.mu.Lock()
-	f.running = true
-	f.c.mu.Unlock()
-	return nil
-}
-
-// fetch does the asking. Its error is how the flight ended.
-func (f *fill) fetch() error {
-	if f.oldRecord != nil {
-		f.mu.Lock()
-		f.timer = time.AfterFunc(maxWholeBodyWait, f.stopWaitingForWhole)
-		f.mu.Unlock()
-	}
-	other := f.acquireLease()
-	if f.mayBeStoredByNow(other) && f.isStoredByNow() {
-		return errLookAgain
-	}
-	if other != nil {
-		err := f.followReplica(other)
-		switch {
-		case !errors.Is(err, errReplica):
-			return err
-		case f.rec == nil && f.isStoredByNow(): // it ended before we asked
-			return errLookAgain
-		}
-		f.c.log.Info("fetching what another replica began", "key", f.key, "replica", other.addr, "at", f.written, "error", err)
-		if f.rec != nil {
-			return f.takeOver(err)
-		}
-		f.mu.Lock()
-		f.followed = false
-		f.mu.Unlock()
-	}
-	var validators http.Header
-	if f.oldRecord != nil && f.file.isRevalidated() {
-		validators = validatorsOf(f.oldRecord)
-		again, err := f.revalidateByHEAD(validators)
-		if err != nil {
-			return err
-		}
-		if !again {
-			validators = nil // it has changed: get it whatever it was
-		}
-	}
-	return f.fetchBody(validators)
-}
-
-// mayBeStoredByNow says whether the store can have the file although the lookup
-// missed: another flight ended meanwhile, here or on another replica, whose
-// lease was then there to take.
-func (f *fill) mayBeStoredByNow(other *leaseHolder) bool {
-	return f.c.endedFills.Load() != f.endedBefore || f.c.replicas != nil && other == nil
-}
-
-// isStoredByNow looks into the store again: for the body too, since a store that
-// is down may still know the record.
-func (f *fill) isStoredByNow() bool {
-	s, err := f.c.findCopy(f.ctx, f.key, f.file, byteRange{})
-	if err != nil {
-		return false
-	}
-	s.body.Close()
-	return s.isFresh()
-}
-
-// fetchBody gets the body; with validators conditionally.
-func (f *fill) fetchBody(validators http.Header) error {
-	// Without a spool, upstream need not be asked on behalf of all. With a copy
-	// in hand the disk, which may be busy, is not to delay the answer that
-	// upstream is gone.
-	if f.oldRecord == nil {
-		if err := f.openSpool(); err != nil {
-			return err
-		}
-	}
-	req := f.file.newUpstreamRequest(http.MethodGet, validators)
-	req.hasCopy = f.oldRecord != nil
-	resp, err := f.c.requestBody(f.ctx, f.file, req)
-	if err != nil {
-		return err
-	}
-	if err := f.acceptHeaders(resp, validators != nil); err != nil {
-		resp.Body.Close()
-		return err
-	}
-	return f.receiveBody(resp, 0)
-}
-
-// acceptHeaders decides about an answer's headers; nil means that its body comes.
-func (f *fill) acceptHeaders(resp *upstreamResponse, conditional bool) error {
-	if conditional && f.isUnchanged(resp) {
-		return errUnchanged
-	}
-	if err := f.c.statusError(f.file, resp); err != nil {
-		return err
-	}
-	return f.prepareBody(resp)
-}
-
-// receiveBody moves ans's body, and what resumes it, into the spool; n times it
-// has broken off already.
-func (f *fill) receiveBody(resp *upstreamResponse, n int) error {
-	for ; ; n++ {
-		err := f.copyToSpool(resp)
-		resp.Body.Close()
-		if err == nil {
-			return f.completeFill()
-		}
-		if resp, err = f.resumeBody(err, n); err != nil {
-			return err
-		}
-	}
-}
-
-// openSpool makes the file that the body grows in, if there is none yet.
-func (f *fill) openSpool() error {
-	if f.spool != nil {
-		return nil
-	}
-	if f.c.isPassedOn(f.key) {
-		return errNoSpool
-	}
-	spool, err := f.c.spools.newSpool()
-	if err == nil {
-		f.mu.Lock()
-		f.spool = spool
-		f.mu.Unlock()
-		err = f.c.spools.checkRoom(0)
-	}
-	if err != nil {
-		f.c.noteStoreError("spool", "beginning", f.key, err)
-		return errNoSpool
-	}
-	return nil
-}
-
-// prepareBody makes an answer's headers known to the clients that wait.
-func (f *fill) prepareBody(resp *upstreamResponse) error {
-	file, c := f.file, f.c
-	if file.maxBytes > 0 && resp.ContentLength > file.maxBytes {
-		return f.newTooLargeError()
-	}
-	if err := f.openSpool(); err != nil {
-		return err
-	}
-	if err := c.spools.checkRoom(max(0, resp.ContentLength)); err != nil {
-		c.noteStoreError("spool", "beginning", f.key, err)
-		return errNoSpool
-	}
-	rec := c.newRecord(file, resp.Header)
-	if hexsum, ok := strings.CutPrefix(file.digest, "sha256:"); ok {
-		rec.SHA256 = hexsum
-	}
-	f.publishHeaders(rec, resp.ContentLength, resp.origin, rangeValidator(resp), f.mayBeStored(resp))
-	return nil
-}
-
-// publishHeaders makes the headers of the coming body known to all who wait.
-func (f *fill) publishHeaders(rec *record, total int64, origin int, validator string, storable bool) {
-	f.mu.Lock()
-	f.rec, f.size, f.origin, f.validator, f.storable = rec, total, origin, validator, storable
+	f.phase = to
 	f.wakeWaiters()
-	f.mu.Unlock()
 }
 
-// wakeWaiters tells all who wait that something has changed. f.mu is held.
+// wakeWaiters tells all that wait that something has changed. mu is held.
 func (f *fill) wakeWaiters() {
 	close(f.changed)
 	f.changed = make(chan struct{})
 }
 
-func (f *fill) stopWaitingForWhole() {
-	f.mu.Lock()
-	f.late = true
-	f.wakeWaiters()
-	f.mu.Unlock()
-}
-
-// spoolError is a spool that cannot grow.
-type spoolError struct{ err error }
-
-func (e *spoolError) Error() string { return "writing the spool: " + e.err.Error() }
-func (e *spoolError) Unwrap() error { return e.err }
-
-// copyToSpool moves ans's body into the spool until its end.
-func (f *fill) copyToSpool(resp *upstreamResponse) error {
-	buf := largeBuffers.Get().(*[largeBufferSize]byte)
-	defer largeBuffers.Put(buf)
-	for {
-		n, err := resp.Body.Read(buf[:])
-		if n > 0 {
-			if err := f.appendToSpool(buf[:n]); err != nil {
-				return err
-			}
-		}
-		switch {
-		case err == io.EOF && (f.size < 0 || f.written == f.size):
-			return nil
-		case err == io.EOF:
-			return io.ErrUnexpectedEOF
-		case err != nil:
-			return err
-		}
+// setStorable decides whether the body is to be stored, unless a purge has. mu
+// is held.
+func (f *fill) setStorable(storable bool) {
+	switch {
+	case f.fate >= fatePurgedHere:
+	case storable:
+		f.fate = fateKeep
+	default:
+		f.fate = fatePassOn
 	}
 }
 
-// appendToSpool writes one piece and moves the watermark.
-func (f *fill) appendToSpool(p []byte) error {
-	switch end := f.written + int64(len(p)); {
-	case f.size >= 0 && end > f.size:
-		return fmt.Errorf("%w: longer than it said", errBroken)
-	case f.file.maxBytes > 0 && end > f.file.maxBytes:
-		return f.newTooLargeError()
-	case end/roomEvery != f.written/roomEvery:
-		if err := f.c.spools.checkRoom(int64(len(p))); err != nil {
-			return &spoolError{err}
-		}
-	}
-	if _, err := f.spool.Write(p); err != nil {
-		return &spoolError{err}
-	}
-	f.hash.Write(p)
-	f.mu.Lock()
-	f.written += int64(len(p))
-	f.wakeWaiters()
-	f.mu.Unlock()
-	return nil
-}
-
-// completeFill is the last step of a body that is all there: verify, show it to all,
-// store it. A store that fails takes nothing from the clients.
-func (f *fill) completeFill() error {
-	rec := *f.rec
-	if err := f.verifyBody(&rec); err != nil {
-		f.c.metrics.countUpstreamError(f.file.remote.name, "digest")
-		return err
-	}
-	if f.oldRecord != nil && f.oldRecord.SHA256 == rec.SHA256 {
-		rec.Modified = f.oldRecord.Modified // the same bytes keep their date
-	}
-	if f.file.check != nil {
-		if err := f.file.check(f.ctx, &rec, f.spool); err != nil {
-			return err
-		}
-	}
-	if f.storable && !f.fitsMaxSize(rec.Size) { // its length was not known in the beginning
-		f.mu.Lock()
-		f.storable = false
-		f.mu.Unlock()
-	}
-	if f.publishBody(&rec) {
-		_ = f.c.storeBody(f.c.ctx, f.key, &rec, f.spool) // it has logged its failure
-		f.removeIfPurged()
-	}
-	return nil
-}
-
-// removeIfPurged makes up for a purge by another replica that found nothing yet.
-func (f *fill) removeIfPurged() {
-	f.mu.Lock()
-	gone := f.gone
-	f.mu.Unlock()
-	if gone {
-		f.removeStored("purging")
-	}
-}
-
-// removeStored removes what is stored under the flight's key.
-func (f *fill) removeStored(doing string) {
-	if err := f.c.removeFile(f.c.ctx, f.file.remote.name, f.key); err != nil && !errors.Is(err, os.ErrNotExist) {
-		f.c.noteStoreError("storage", doing, f.key, err)
-	}
-}
-
-// publishBody shows the whole body to all who wait; store says that it is to be
-// stored as well.
-func (f *fill) publishBody(rec *record) (store bool) {
+// purge keeps the body from being stored.
+func (f *fill) purge(by bodyFate) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.rec, f.size, f.complete = rec, rec.Size, true
-	f.storing = f.storable && !f.purged
-	f.wakeWaiters()
-	return f.storing
+	f.fate = max(f.fate, by)
 }
 
-// verifyBody completes rec from what was hashed on the way.
-func (f *fill) verifyBody(rec *record) error {
-	if err := f.hash.verifyDigest(f.file.digest); err != nil {
-		return err
-	}
-	rec.Size, rec.SHA256 = f.written, f.hash.sumHex()
-	return nil
-}
-
-// bodyHash hashes a body: always SHA-256, and SHA-512 where its digest is one.
-type bodyHash struct{ sha256, sha512 hash.Hash }
-
-func newBodyHash(digest string) *bodyHash {
-	s := &bodyHash{sha256: sha256.New()}
-	if strings.HasPrefix(digest, "sha512:") {
-		s.sha512 = sha512.New()
-	}
-	return s
-}
-
-// clone is a second s that goes on by itself.
-func (s *bodyHash) clone() *bodyHash {
-	t := &bodyHash{sha256: cloneHash(s.sha256)}
-	if s.sha512 != nil {
-		t.sha512 = cloneHash(s.sha512)
-	}
-	return t
-}
-
-func cloneHash(h hash.Hash) hash.Hash {
-	c, err := h.(hash.Cloner).Clone() // the standard library's all can
-	if err != nil {
-		panic(err)
-	}
-	return c
-}
-
-func (s *bodyHash) Write(p []byte) {
-	s.sha256.Write(p)
-	if s.sha512 != nil {
-		s.sha512.Write(p)
-	}
-}
-
-func (s *bodyHash) sumHex() string { return hex.EncodeToString(s.sha256.Sum(nil)) }
-
-// verifyDigest compares with a digest ("" is any).
-func (s *bodyHash) verifyDigest(digest string) error {
-	if digest == "" {
-		return nil
-	}
-	got := "sha256:" + s.sumHex()
-	if s.sha512 != nil {
-		got = "sha512:" + hex.EncodeToString(s.sha512.Sum(nil))
-	}
-	if got != digest {
-		return fmt.Errorf("%w: %s instead of %s", errDigest, got, digest)
-	}
-	return nil
-}
-
-// storeBody keeps a complete body: object, then index row, then freshness. Of a
-// crash between two of them the first leaves an object without a row, which
-// the index finds by its walk (or reindex), the second a copy whose freshness
-// counts from its fetch. It says whether the object is stored.
-func (c *cache) storeBody(ctx context.Context, key string, rec *record, spool *os.File) error {
-	if err := c.objects.put(ctx, key, rec, spool); err != nil {
-		if !errors.Is(err, errFileExists) {
-			c.noteStoreError("storage", "storing", key, err)
-		}
-		return err
-	}
-	c.announceChange(ctx, key)
-	c.negative.delete(key)
-	if err := c.index.saveRow(ctx, newIndexRow(key, rec)); err != nil {
-		c.noteStoreError("database", "indexing", key, err)
-	}
-	if rec.Class != local {
-		c.refreshMark(ctx, key, rec)
-	}
-	return nil
-}
-
-// storeUnderSecondKey stores a complete body under a second target too, from a spool of
-// its own: put may take the name of the first one's. The second copy is for
-// later requests alone, so a failure is noted and passed over.
-func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, body io.ReaderAt) {
-	key := t.key()
-	if old, err := c.objects.open(ctx, key, -1); err == nil && old.rec.Path == t.spelling && old.rec.SHA256 == rec.SHA256 {
-		return
-	}
-	spool, err := c.spools.newSpool()
-	if err != nil {
-		c.noteStoreError("spool", "beginning", key, err)
-		return
-	}
-	defer spool.Close()
-	defer os.Remove(spool.Name())
-	if _, err := io.Copy(spool, io.NewSectionReader(body, 0, rec.Size)); err != nil {
-		c.noteStoreError("spool", "growing", key, err)
-		return
-	}
-	second := *rec
-	second.Path, second.Class = t.spelling, t.class
-	_ = c.storeBody(ctx, key, &second, spool) // has noted its failure
-}
-
-func newIndexRow(key string, rec *record) indexRow {
-	return indexRow{Remote: rec.Remote, Path: rec.Path, Key: key, SHA256: rec.SHA256, ContentType: rec.ContentType,
-		Class: rec.Class, Size: rec.Size, Fetched: rec.Fetched, LastAccess: rec.Fetched}
-}
-
-// refreshMark notes that the copy was just found good.
-func (c *cache) refreshMark(ctx context.Context, key string, rec *record) {
-	if err := c.marks.setMark(ctx, key, freshnessMark{GoodAt: c.now().UTC(), SHA256: rec.SHA256}); err != nil {
-		c.noteStoreError("redis", "refreshing", key, err)
-	}
-}
-
-// applyToOldCopy does what the end of a flight means for the copy it was to replace, if
-// that was not purged meanwhile.
-func (f *fill) applyToOldCopy(err error) {
-	c, old := f.c, f.oldRecord
-	f.mu.Lock()
-	purged := f.purged
-	f.mu.Unlock()
-	if old == nil || err == nil || purged {
-		return
-	}
-	status, _ := errors.AsType[*upstreamStatus](err)
-	switch {
-	case errors.Is(err, errUnchanged), isUnreachable(err):
-		c.refreshMark(c.ctx, f.key, old)
-	case status != nil && status.isGone():
-		c.log.Info("evicted: the upstream has it no more", "remote", f.file.remote.name, "path", f.file.path, "status", status.code)
-		f.removeStored("evicting")
-	}
-}
-
-// isUnreachable: the upstream said nothing that counts, so the copy stays good.
-func isUnreachable(err error) bool {
-	return errors.Is(err, errUnreachable) || errors.Is(err, errTimeout) || errors.Is(err, errBroken)
-}
-
-// endFill takes the flight out of the table and lets everyone know.
-func (f *fill) endFill(err error) {
-	c := f.c
-	if f.release != nil {
-		f.release()
-	}
-	c.mu.Lock()
-	c.endedFills.Add(1)
-	c.dropFill(f)
-	f.over = true
-	alone := f.waiters == 0
-	c.mu.Unlock()
-	f.mu.Lock()
-	f.done, f.err = true, err
-	if f.timer != nil {
-		f.timer.Stop()
-	}
-	f.wakeWaiters()
-	f.mu.Unlock()
-	if err != nil && !errors.Is(err, errUnchanged) && !errors.Is(err, errLookAgain) {
-		c.log.Debug("fill ended", "key", f.key, "error", err)
-	}
-	if f.spool != nil {
-		_ = os.Remove(f.spool.Name()) // gone already where the store took it
-	}
-	if alone {
-		f.closeSpool()
-	}
-	f.cancel(nil)
-}
-
-// closeSpool is called by whoever is last: the flight or its last client.
-func (f *fill) closeSpool() {
-	if f.spool != nil {
-		_ = f.spool.Close()
-	}
-}
-
-// preventStoring keeps the flight's body from being stored; one that is being
-// stored right now is waited for.
+// preventStoring keeps the body from being stored, and waits for one that is
+// being stored right now.
 func (f *fill) preventStoring(ctx context.Context) error {
+	f.purge(fatePurgedHere)
 	for {
 		f.mu.Lock()
-		f.purged = true
-		wait, changed := f.storing && !f.done, f.changed
+		storing, changed := f.phase == phaseStoring, f.changed
 		f.mu.Unlock()
-		if !wait {
+		if !storing {
 			return nil
 		}
 		select {
@@ -723,5 +189,403 @@ func (f *fill) preventStoring(ctx context.Context) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
+	}
+}
+
+// isOfNoUse reports whether the fill is not worth going on without clients: it
+// has not begun to ask, or its body will not be stored.
+func (f *fill) isOfNoUse() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.phase == phaseQueued || (f.phase == phaseFilling && f.fate != fateKeep)
+}
+
+func (f *fill) hasEnded() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.phase == phaseDone
+}
+
+// bytesLeft is how many bytes are still to come from upstream.
+func (f *fill) bytesLeft() int64 {
+	written, size := f.progress()
+	if size < 0 {
+		return unknownBytesLeft
+	}
+	return size - written
+}
+
+// progress is how much of the body has arrived, of how much (-1: not known).
+func (f *fill) progress() (written, size int64) {
+	f.mu.Lock()
+	spool := f.spool
+	f.mu.Unlock()
+	if spool == nil {
+		return 0, -1
+	}
+	return spool.progress()
+}
+
+func (f *fill) leaseToken() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.lease.token
+}
+
+// run is the fill's goroutine.
+func (f *fill) run() {
+	outcome := f.waitForSlot()
+	if outcome.err == nil {
+		outcome = f.fetch()
+		f.freeSlot()
+	}
+	if cause := context.Cause(f.ctx); cause != nil && outcome.kind != outcomeBody {
+		outcome = failedOutcome(cause)
+	}
+	if errors.Is(outcome.err, errAbandoned) {
+		outcome.kind = outcomeAbandoned
+	}
+	f.applyToOldCopy(outcome)
+	f.end(outcome)
+}
+
+// waitForSlot waits for a place among the remote's fills: as long as a client
+// waits for this one, and not for long where a copy can answer. The outcome has
+// an error if there was none.
+func (f *fill) waitForSlot() fillOutcome {
+	var enough <-chan time.Time
+	if f.oldRecord != nil {
+		t := time.NewTimer(copyTimeout)
+		defer t.Stop()
+		enough = t.C
+	}
+	name := f.file.remote.name
+	slots := f.c.fills.slotsOf(name)
+	select {
+	case slots <- struct{}{}:
+	case <-enough:
+		return failedOutcome(errFillQueueFull)
+	case <-f.ctx.Done():
+		return failedOutcome(context.Cause(f.ctx))
+	}
+	f.c.metrics.addFillsInFlight(name, 1)
+	f.freeSlot = sync.OnceFunc(func() {
+		f.c.metrics.addFillsInFlight(name, -1)
+		<-slots
+	})
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.advance(phaseAsking)
+	return fillOutcome{}
+}
+
+// fetch brings the body, or finds out that none is needed or to be had.
+func (f *fill) fetch() fillOutcome {
+	if f.oldRecord != nil {
+		defer time.AfterFunc(maxWholeBodyWait, f.startStreamingEarly).Stop()
+	}
+	leader := f.acquireLease()
+	if f.mayBeStoredByNow(leader) && f.isStoredByNow() {
+		return fillOutcome{kind: outcomeLookAgain}
+	}
+	if leader != nil {
+		if outcome, ended := f.fetchFromReplica(leader); ended {
+			return outcome
+		}
+	}
+	var validators http.Header
+	if f.oldRecord != nil && f.file.isRevalidated() {
+		validators = validatorsOf(f.oldRecord)
+		state, err := f.revalidateByHEAD(validators)
+		switch {
+		case err != nil:
+			return failedOutcome(err)
+		case state == copyUnchanged:
+			return fillOutcome{kind: outcomeUnchanged}
+		case state == copyChanged:
+			validators = nil // get it, whatever it was
+		}
+	}
+	return f.fetchBody(validators)
+}
+
+// startStreamingEarly lets clients that an expired copy could serve have the
+// body while it grows.
+func (f *fill) startStreamingEarly() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.streamEarly = true
+	f.wakeWaiters()
+}
+
+// mayBeStoredByNow reports whether the store can have the file although it did
+// not when it was looked up: another fill has ended since then, here or on
+// another replica, whose lease was then there to take.
+func (f *fill) mayBeStoredByNow(leader *leaseHolder) bool {
+	return f.c.fills.ended.Load() != f.endedBefore || (f.c.replicas != nil && leader == nil)
+}
+
+// isStoredByNow looks into the store again. It asks for the body too, since a
+// store that is down may still know the record.
+func (f *fill) isStoredByNow() bool {
+	cp, err := f.c.findCopy(f.ctx, f.key, f.file, byteRange{})
+	if err != nil {
+		return false
+	}
+	cp.body.Close()
+	return cp.isFresh()
+}
+
+// fetchBody gets the body from upstream; with validators, if it has changed.
+func (f *fill) fetchBody(validators http.Header) fillOutcome {
+	// Without a spool upstream need not be asked on behalf of all. Where a copy
+	// can answer, a slow disk must not delay the news that upstream is gone.
+	if f.oldRecord == nil && !f.openSpool() {
+		return fillOutcome{kind: outcomeNoSpool}
+	}
+	req := f.file.newUpstreamRequest(http.MethodGet, validators)
+	req.hasCopy = f.oldRecord != nil
+	resp, err := f.c.requestBody(f.ctx, f.file, req)
+	if err != nil {
+		return failedOutcome(err)
+	}
+	outcome, ended := f.acceptHeaders(resp, validators != nil)
+	if ended {
+		resp.Body.Close()
+		return outcome
+	}
+	return f.receiveBody(resp, 0)
+}
+
+// acceptHeaders looks at the headers of an answer and lets clients know them;
+// ended says that its body is not wanted.
+func (f *fill) acceptHeaders(resp *upstreamResponse, conditional bool) (outcome fillOutcome, ended bool) {
+	if conditional && f.isUnchanged(resp) {
+		return fillOutcome{kind: outcomeUnchanged}, true
+	}
+	if err := f.c.statusError(f.file, resp); err != nil {
+		return failedOutcome(err), true
+	}
+	if f.file.maxBytes > 0 && resp.ContentLength > f.file.maxBytes {
+		return failedOutcome(f.file.newTooLargeError()), true
+	}
+	if !f.openSpool() || !f.reserveSpace(resp.ContentLength) {
+		return fillOutcome{kind: outcomeNoSpool}, true
+	}
+	rec := f.c.newRecord(f.file, resp.Header)
+	if sum, ok := strings.CutPrefix(f.file.digest, "sha256:"); ok {
+		rec.SHA256 = sum
+	}
+	f.publishHeaders(rec, resp.origin, rangeValidator(resp), f.mayBeStored(resp))
+	return fillOutcome{}, false
+}
+
+// openSpool makes the file that the body grows in, if there is none yet, and
+// reports whether there is one.
+func (f *fill) openSpool() bool {
+	if f.spool != nil {
+		return true
+	}
+	if _, found := f.c.passOn.get(f.key); found {
+		return false
+	}
+	spool, err := f.c.space.newSpool(f.file.digest)
+	if err != nil {
+		f.c.noteStoreError("spool", "beginning", f.key, err)
+		return false
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.spool = spool
+	return true
+}
+
+// reserveSpace reports whether there is space for a body of that size (-1: not
+// known).
+func (f *fill) reserveSpace(size int64) bool {
+	err := f.spool.setSize(size)
+	if err != nil {
+		f.c.noteStoreError("spool", "beginning", f.key, err)
+	}
+	return err == nil
+}
+
+// publishHeaders makes the headers of the coming body known to all that wait.
+func (f *fill) publishHeaders(rec *record, origin int, validator string, storable bool) {
+	f.mu.Lock()
+	f.rec, f.origin, f.validator = rec, origin, validator
+	f.setStorable(storable)
+	f.advance(phaseFilling)
+	f.mu.Unlock()
+	f.endIfOfNoUse()
+}
+
+// endIfOfNoUse ends a fill that found out that its body may not be stored when
+// its last client had left already.
+func (f *fill) endIfOfNoUse() {
+	if f.isOfNoUse() && !f.c.fills.hasClients(f) {
+		f.cancel(errAbandoned)
+	}
+}
+
+// receiveBody moves the body of resp, and of what continues it, into the spool;
+// it has broken off that often already.
+func (f *fill) receiveBody(resp *upstreamResponse, breaks int) fillOutcome {
+	for ; ; breaks++ {
+		err := f.copyToSpool(resp)
+		resp.Body.Close()
+		if err == nil {
+			return f.completeFill()
+		}
+		if errors.Is(err, errNoSpace) {
+			return f.runOutOfSpace(err)
+		}
+		if resp, err = f.resumeBody(err, breaks); err != nil {
+			return failedOutcome(err)
+		}
+	}
+}
+
+// passOnTime is how long a file is passed on after its spool ran out of space:
+// another spool would break off at the same place.
+const passOnTime = time.Minute
+
+// runOutOfSpace ends a fill in the middle of its body. Clients that have a part
+// of it are cut off; the others, and those that come now, ask upstream
+// themselves.
+func (f *fill) runOutOfSpace(err error) fillOutcome {
+	f.c.noteStoreError("spool", "growing", f.key, err)
+	f.c.passOn.putFor(f.key, struct{}{}, passOnTime)
+	f.spool.fail(err)
+	return fillOutcome{kind: outcomeNoSpool, err: err}
+}
+
+// completeFill is the last step of a body that is all there: it is verified,
+// published and stored. A store that fails takes nothing from the clients.
+func (f *fill) completeFill() fillOutcome {
+	rec := *f.rec
+	if err := f.verifyBody(&rec); err != nil {
+		f.c.metrics.countUpstreamError(f.file.remote.name, "digest")
+		return failedOutcome(err)
+	}
+	if f.oldRecord != nil && f.oldRecord.SHA256 == rec.SHA256 {
+		rec.Modified = f.oldRecord.Modified // the same bytes keep their date
+	}
+	if f.file.check != nil {
+		if err := f.file.check(f.ctx, &rec, f.spool.file); err != nil {
+			return failedOutcome(err)
+		}
+	}
+	if !f.fitsMaxSize(rec.Size) { // its length was not known in the beginning
+		f.mu.Lock()
+		f.setStorable(false)
+		f.mu.Unlock()
+	}
+	f.publishBody(&rec)
+	f.store()
+	return fillOutcome{kind: outcomeBody}
+}
+
+// verifyBody completes rec from what was hashed on the way.
+func (f *fill) verifyBody(rec *record) error {
+	if err := f.spool.hash.verifyDigest(f.file.digest); err != nil {
+		return err
+	}
+	rec.Size, _ = f.spool.progress()
+	rec.SHA256 = f.spool.hash.sumHex()
+	return nil
+}
+
+// publishBody lets all that wait have the whole body. The remote has a place for
+// another fill from now on.
+func (f *fill) publishBody(rec *record) {
+	f.freeSlot()
+	f.spool.complete()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.rec = rec
+	f.advance(phaseComplete)
+	if f.fate == fateKeep {
+		f.advance(phaseStoring)
+	}
+}
+
+// store stores a body that is published, unless its fate is another.
+func (f *fill) store() {
+	f.mu.Lock()
+	storing, rec := f.phase == phaseStoring, f.rec
+	f.mu.Unlock()
+	if !storing {
+		return
+	}
+	_ = f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file) // it has logged its failure
+	f.mu.Lock()
+	purged := f.fate == fatePurgedElsewhere
+	f.mu.Unlock()
+	if purged { // when nothing was stored yet
+		f.removeStored("purging")
+	}
+}
+
+// removeStored removes what is stored under the fill's key.
+func (f *fill) removeStored(doing string) {
+	if err := f.c.removeFile(f.c.ctx, f.file.remote.name, f.key); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		f.c.noteStoreError("storage", doing, f.key, err)
+	}
+}
+
+// applyToOldCopy does what the end of a fill means for the copy that it was to
+// replace, unless that was purged meanwhile.
+func (f *fill) applyToOldCopy(outcome fillOutcome) {
+	c, old := f.c, f.oldRecord
+	f.mu.Lock()
+	purged := f.fate >= fatePurgedHere
+	f.mu.Unlock()
+	if old == nil || purged {
+		return
+	}
+	status, _ := errors.AsType[*upstreamStatus](outcome.err)
+	switch {
+	case outcome.kind == outcomeUnchanged, isUnreachable(outcome.err):
+		c.refreshMark(c.ctx, f.key, old)
+	case status != nil && status.isGone():
+		c.log.Info("evicted a file that upstream does not have any more", "remote", f.file.remote.name, "path", f.file.path, "status", status.code)
+		f.removeStored("evicting")
+	}
+}
+
+// isUnreachable reports whether upstream said nothing that counts, so that an
+// expired copy stays good.
+func isUnreachable(err error) bool {
+	return slices.ContainsFunc([]error{errUnreachable, errTimeout, errBroken}, func(kind error) bool { return errors.Is(err, kind) })
+}
+
+// end takes the fill out of the table and lets everyone know how it ended.
+func (f *fill) end(outcome fillOutcome) {
+	if f.lease.release != nil {
+		f.lease.release()
+	}
+	if f.spool != nil {
+		f.spool.fail(errors.Join(outcome.err, io.ErrUnexpectedEOF)) // unless it is complete
+		f.spool.removeName()
+	}
+	unused := f.c.fills.endOf(f)
+	f.mu.Lock()
+	f.outcome = outcome
+	f.advance(phaseDone)
+	f.mu.Unlock()
+	if outcome.err != nil {
+		f.c.log.Debug("a fill has failed", "key", f.key, "error", outcome.err)
+	}
+	if unused {
+		f.releaseSpool()
+	}
+	f.cancel(nil)
+}
+
+// releaseSpool is called by whoever is last: the fill or its last client.
+func (f *fill) releaseSpool() {
+	if f.spool != nil {
+		f.spool.release()
 	}
 }

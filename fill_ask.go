@@ -7,14 +7,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
 )
 
-// isRevalidated says whether an expired copy of q is revalidated rather than fetched
-// again (SPEC.md section 5).
+const (
+	// maxResumes bounds how often one body may break off.
+	maxResumes = 3
+	// headRefusedFor is how long a remote is remembered to refuse HEAD.
+	headRefusedFor = time.Hour
+)
+
+// isRevalidated reports whether an expired copy of the file is revalidated rather
+// than fetched again: check_mutable_updates and check_builtin_updates say so.
 func (file fileRequest) isRevalidated() bool {
 	switch {
 	case file.ask != nil:
@@ -36,39 +44,39 @@ func validatorsOf(rec *record) http.Header {
 	return h
 }
 
-// revalidateByHEAD asks whether the copy is still good: errUnchanged if so. again says
-// that HEAD is refused here and a conditional GET must ask once more.
-func (f *fill) revalidateByHEAD(validators http.Header) (again bool, err error) {
+// copyState is what a revalidation found out about an expired copy.
+type copyState int
+
+const (
+	copyUnknown   copyState = iota // HEAD is refused here: a conditional GET must tell
+	copyUnchanged                  // it is still good
+	copyChanged                    // upstream has another version
+)
+
+// revalidateByHEAD asks whether the expired copy is still good.
+func (f *fill) revalidateByHEAD(validators http.Header) (copyState, error) {
 	c, name := f.c, f.file.remote.name
-	if c.headIsRefused(name) {
-		return true, nil
+	if _, refused := c.headRefused.get(name); refused {
+		return copyUnknown, nil
 	}
 	req := f.file.newUpstreamRequest(http.MethodHead, validators)
 	req.hasCopy = true
 	resp, err := c.upstream.send(f.ctx, req)
 	if err != nil {
-		return false, err
+		return copyUnknown, err
 	}
 	resp.Body.Close()
 	switch {
 	case f.isUnchanged(resp):
-		return false, errUnchanged
+		return copyUnchanged, nil
 	case refusesHEAD(resp.StatusCode):
-		c.mu.Lock()
-		c.headRefusedUntil[name] = c.now().Add(headRefusedFor)
-		c.mu.Unlock()
-		return true, nil
+		c.headRefused.putFor(name, struct{}{}, headRefusedFor)
+		return copyUnknown, nil
 	}
-	return false, c.statusError(f.file, resp)
+	return copyChanged, c.statusError(f.file, resp)
 }
 
-func (c *cache) headIsRefused(name string) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.now().Before(c.headRefusedUntil[name])
-}
-
-// isUnchanged says whether an answer to a conditional request means that the
+// isUnchanged reports whether an answer to a conditional request means that the
 // copy is still good: 304, or a 200 that names the very same bytes.
 func (f *fill) isUnchanged(resp *upstreamResponse) bool {
 	if resp.StatusCode == http.StatusNotModified {
@@ -86,7 +94,7 @@ func (f *fill) isUnchanged(resp *upstreamResponse) bool {
 
 func isStrongETag(etag string) bool { return strings.HasPrefix(etag, `"`) }
 
-// requestBody asks for q's body, in its own way where it has one.
+// requestBody asks for the body of a file, in the file's own way where it has one.
 func (c *cache) requestBody(ctx context.Context, file fileRequest, req upstreamRequest) (*upstreamResponse, error) {
 	if file.ask != nil {
 		return file.ask(ctx, req)
@@ -94,30 +102,31 @@ func (c *cache) requestBody(ctx context.Context, file fileRequest, req upstreamR
 	return c.upstream.send(ctx, req)
 }
 
-// mayBeStored: a body that only the connection's end delimits cannot be told from
-// a cut one, and one over the remote's whole budget would push out the rest.
+// mayBeStored reports whether the body of resp may be stored. A body that only
+// the end of the connection delimits (RFC 9112 section 6.3) cannot be told from a
+// cut one, and one over cache.max_size would push out everything else.
 func (f *fill) mayBeStored(resp *upstreamResponse) bool {
 	c, name := f.c, f.file.remote.name
 	if resp.ContentLength < 0 && resp.ProtoMajor == 1 && len(resp.TransferEncoding) == 0 {
-		c.log.Warn("not stored: the upstream gave neither length nor chunks, so a cut body could not be told from a whole one", "remote", name, "path", f.file.path)
+		c.log.Warn("a file is passed on and not stored: upstream gave neither a length nor chunks, so that a cut body could not be told from a whole one", "remote", name, "path", f.file.path)
 		return false
 	}
 	return f.fitsMaxSize(resp.ContentLength)
 }
 
-// fitsMaxSize says whether cache.max_size allows for a body of that size.
+// fitsMaxSize reports whether cache.max_size allows a body of that size.
 func (f *fill) fitsMaxSize(size int64) bool {
 	rem := f.file.remote
 	if rem.maxSize > 0 && size > rem.maxSize {
-		f.c.log.Warn("not stored: larger than cache.max_size", "remote", rem.name, "path", f.file.path, "size", size)
+		f.c.log.Warn("a file is passed on and not stored: it is larger than cache.max_size", "remote", rem.name, "path", f.file.path, "size", size)
 		return false
 	}
 	return true
 }
 
-func (f *fill) newTooLargeError() error {
+func (file fileRequest) newTooLargeError() error {
 	return &problem{status: http.StatusBadGateway, cause: errTooLarge,
-		detail: fmt.Sprintf("the upstream's body is larger than the %d bytes that are allowed here", f.file.maxBytes)}
+		detail: fmt.Sprintf("the upstream's body is larger than the %d bytes that are allowed here", file.maxBytes)}
 }
 
 // rangeValidator is what If-Range may carry (RFC 9110 section 13.1.5): a strong
@@ -137,50 +146,90 @@ func rangeValidator(resp *upstreamResponse) string {
 	return ""
 }
 
-// resumeBody asks for the rest of a body that broke off with err the nth time. Its
-// error is how the flight ends.
-func (f *fill) resumeBody(err error, n int) (*upstreamResponse, error) {
-	if _, full := errors.AsType[*spoolError](err); full {
-		f.c.noteStoreError("spool", "growing", f.key, err)
-		return nil, err
+// copyToSpool moves the body of resp into the spool until its end.
+func (f *fill) copyToSpool(resp *upstreamResponse) error {
+	buf := largeBuffers.Get().(*[largeBufferSize]byte)
+	defer largeBuffers.Put(buf)
+	for {
+		n, err := resp.Body.Read(buf[:])
+		if n > 0 {
+			if err := f.appendToSpool(buf[:n]); err != nil {
+				return err
+			}
+		}
+		written, size := f.spool.progress()
+		switch {
+		case err == io.EOF && (size < 0 || written == size):
+			return nil
+		case err == io.EOF:
+			return io.ErrUnexpectedEOF
+		case err != nil:
+			return err
+		}
 	}
-	if _, fatal := errors.AsType[*problem](err); fatal || errors.Is(err, errBroken) || f.ctx.Err() != nil {
-		return nil, err
+}
+
+func (f *fill) appendToSpool(p []byte) error {
+	written, size := f.spool.progress()
+	written += int64(len(p))
+	if f.file.maxBytes > 0 && written > f.file.maxBytes {
+		return f.file.newTooLargeError()
 	}
-	broken := fmt.Errorf("%w after %d of %d bytes: %w", errBroken, f.written, f.size, err)
-	if n >= maxResumes {
+	if maxSize := f.file.remote.maxSize; size < 0 && maxSize > 0 && written > maxSize && written-int64(len(p)) <= maxSize {
+		f.fitsMaxSize(written) // says so in the log
+		f.mu.Lock()
+		f.setStorable(false)
+		f.mu.Unlock()
+		f.endIfOfNoUse()
+	}
+	_, err := f.spool.Write(p)
+	return err
+}
+
+// resumeBody asks for the rest of a body that broke off with cause, after that
+// many breaks before. An error means that the body cannot be had.
+func (f *fill) resumeBody(cause error, breaks int) (*upstreamResponse, error) {
+	if _, fatal := errors.AsType[*problem](cause); fatal || errors.Is(cause, errBroken) || errors.Is(cause, errTooMuch) || f.ctx.Err() != nil {
+		return nil, cause
+	}
+	written, size := f.spool.progress()
+	broken := fmt.Errorf("%w after %d of %d bytes: %w", errBroken, written, size, cause)
+	if breaks >= maxResumes {
 		return nil, broken
 	}
-	resp, err := f.c.requestPart(f.ctx, f.partFrom(f.written, -1))
+	resp, err := f.c.requestPart(f.ctx, f.partFrom(written, -1))
+	if err == nil {
+		if err = f.spool.setSize(resp.completeLength()); err != nil {
+			resp.Body.Close()
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w; it cannot be resumed: %w", broken, err)
 	}
-	f.mu.Lock()
-	f.size = resp.completeLength()
-	f.mu.Unlock()
-	f.c.log.Info("resumed a body that broke off", "remote", f.file.remote.name, "path", f.file.path, "at", f.written)
+	f.c.log.Info("resumed a body that broke off", "remote", f.file.remote.name, "path", f.file.path, "at", written)
 	return resp, nil
 }
 
 // bodyPart describes the part of a body that is asked for by Range.
 type bodyPart struct {
-	want      fileRequest
+	file      fileRequest
 	validator string
-	size      int64 // of the whole body, -1 unknown
-	from, to  int64 // to -1: the end
-	origin    int
+	size      int64 // of the whole body; -1: not known
+	from, to  int64 // to is the last byte; -1: to the end
+	origin    int   // which origin answered before
 }
 
 func (f *fill) partFrom(from, to int64) bodyPart {
+	_, size := f.progress()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return bodyPart{f.file, f.validator, f.size, from, to, f.origin}
+	return bodyPart{f.file, f.validator, size, from, to, f.origin}
 }
 
 // requestPart asks upstream for a part, and accepts exactly that part of the very
 // same body.
 func (c *cache) requestPart(ctx context.Context, p bodyPart) (*upstreamResponse, error) {
-	if p.validator == "" && p.want.digest == "" {
+	if p.validator == "" && p.file.digest == "" {
 		return nil, errors.New("the upstream gave no strong validator")
 	}
 	h := http.Header{"Range": {"bytes=" + strconv.FormatInt(p.from, 10) + "-"}}
@@ -190,7 +239,7 @@ func (c *cache) requestPart(ctx context.Context, p bodyPart) (*upstreamResponse,
 	if p.validator != "" {
 		h["If-Range"] = []string{p.validator}
 	}
-	req := p.want.newUpstreamRequest(http.MethodGet, h)
+	req := p.file.newUpstreamRequest(http.MethodGet, h)
 	req.first = p.origin
 	resp, err := c.upstream.send(ctx, req)
 	if err != nil {
@@ -200,7 +249,7 @@ func (c *cache) requestPart(ctx context.Context, p bodyPart) (*upstreamResponse,
 	if p.size < 0 && last != size-1 {
 		ok = false // where the whole ends would still not be known
 	}
-	if resp.StatusCode != http.StatusPartialContent || !ok || first != p.from || p.size >= 0 && size != p.size {
+	if resp.StatusCode != http.StatusPartialContent || !ok || first != p.from || (p.size >= 0 && size != p.size) {
 		resp.Body.Close()
 		return nil, fmt.Errorf("%w: status %d, Content-Range %q for a part from %d", errBadUpstream, resp.StatusCode, resp.Header.Get("Content-Range"), p.from)
 	}

@@ -1,76 +1,87 @@
-// fill_reader.go: how clients follow the spool of a fill.
+// fill_reader.go: how clients wait for a fill and read its growing body.
 
 package main
 
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"strconv"
 )
 
-// awaitFill waits until f has something to answer with. It closes cp's body unless
-// the reply sends it.
-func (c *cache) awaitFill(ctx context.Context, f *fill, lead bool, rng byteRange, cp *storedCopy) (reply *fileReply, err error) {
+const (
+	// farRangeDistance is how far ahead of the fill a range must begin to be
+	// worth an upstream request of its own.
+	farRangeDistance = 8 << 20
+	// maxFarRanges bounds those requests for one fill.
+	maxFarRanges = 8
+)
+
+// awaitFill waits until f has something to answer with; again says that the
+// store must be looked up once more. It closes cp's body unless the reply sends
+// it.
+func (c *cache) awaitFill(ctx context.Context, f *fill, leads bool, rng byteRange, cp *storedCopy) (reply *fileReply, again bool, err error) {
 	defer func() {
 		if cp != nil && (reply == nil || reply.body != cp.body) {
 			cp.body.Close()
 		}
 	}()
-	f.mu.Lock()
-	arrived := !lead && f.written == f.size // all there before this client was
-	f.mu.Unlock()
+	written, size := f.progress()
+	lateComer := !leads && written == size // the body was all there before this client was
 	for {
 		f.mu.Lock()
-		ready, done, changed, err := f.canAnswer(cp != nil), f.done, f.changed, f.err
-		ready = ready && (!arrived || f.complete) // it is being verified
-		stored := arrived && f.storing
+		ready := f.canAnswer(cp != nil) && (!lateComer || f.phase >= phaseComplete)
+		phase, fate, outcome, changed := f.phase, f.fate, f.outcome, f.changed
 		f.mu.Unlock()
 		switch {
-		case ready && stored:
-			return f.hitFromSpool(ctx, rng), nil
+		case ready && lateComer && fate == fateKeep:
+			return f.hitFromSpool(ctx, rng), false, nil
 		case ready:
-			return f.replyFromSpool(ctx, lead, rng), nil
-		case done:
+			return f.replyFromSpool(ctx, leads, rng), false, nil
+		case phase == phaseDone:
 			f.leave()
-			return c.replyWithoutBody(ctx, f.file, rng, cp, err)
+			return c.replyWithoutBody(ctx, f.file, rng, cp, outcome)
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
 			f.leave()
-			return nil, context.Cause(ctx)
+			return nil, false, context.Cause(ctx)
 		}
 	}
 }
 
-// canAnswer says whether a client can be sent the growing or complete body. f.mu
-// is held.
+// canAnswer reports whether a client can be sent the growing or complete body.
+// mu is held.
 func (f *fill) canAnswer(hasCopy bool) bool {
 	switch {
-	case f.complete:
+	case f.phase == phaseDone:
+		return f.outcome.kind == outcomeBody
+	case f.phase >= phaseComplete:
 		return true
-	case f.rec == nil || f.done || f.file.needsWholeBody:
+	case f.phase < phaseFilling || f.file.needsWholeBody:
 		return false
-	case f.file.digest != "" && f.size >= 0 && f.size <= holdBack:
+	}
+	if _, size := f.spool.progress(); f.file.digest != "" && size >= 0 && size <= heldBackBytes {
 		return false // nothing may be sent before it verifies: a 502 is still possible
 	}
-	return !hasCopy || f.late
+	return !hasCopy || f.streamEarly
 }
 
-// replyFromSpool is the answer out of a spool. Closing its body leaves the flight.
-func (f *fill) replyFromSpool(ctx context.Context, lead bool, rng byteRange) *fileReply {
+// replyFromSpool is the reply of a fill that can answer. Closing its body leaves
+// the fill.
+func (f *fill) replyFromSpool(ctx context.Context, leads bool, rng byteRange) *fileReply {
+	_, size := f.progress()
 	f.mu.Lock()
-	reply := &fileReply{rec: f.rec, size: f.size, fromRemote: true, result: "MISS", hashKnown: f.complete || f.rec.SHA256 != ""}
-	reply.cacheStatus = "fwd=miss"
+	reply := &fileReply{rec: f.rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss",
+		hashKnown: f.phase >= phaseComplete || f.rec.SHA256 != ""}
 	if f.oldRecord != nil {
 		reply.cacheStatus = "fwd=stale; fwd-status=200"
 	}
-	if lead && !f.followed {
-		reply.willBeStored = f.storable
+	if leads && f.leader == nil {
+		reply.willBeStored = f.fate == fateKeep
 	} else {
 		reply.cacheStatus += "; collapsed"
 	}
@@ -84,8 +95,8 @@ func (f *fill) replyFromSpool(ctx context.Context, lead bool, rng byteRange) *fi
 	return reply
 }
 
-// hitFromSpool is the answer out of a spool whose body is complete and being stored:
-// for who comes now there is no download to join.
+// hitFromSpool is the reply to a client that came when the body was complete and
+// on its way to the store: there was no download to join any more.
 func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 	c, file := f.c, f.file
 	reply := f.replyFromSpool(ctx, false, rng)
@@ -94,26 +105,29 @@ func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 	return c.hitReply(&storedCopy{object: &object{reply.rec, reply.body}, goodAt: c.now(), ttlLeft: ttl, forever: forever}, "")
 }
 
-// replyWithoutBody answers when the flight brought no body.
-func (c *cache) replyWithoutBody(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy, err error) (*fileReply, error) {
-	_, full := errors.AsType[*spoolError](err)
-	switch {
-	case errors.Is(err, errUnchanged) && cp != nil:
+// replyWithoutBody answers when the fill has brought no body; again says that
+// the store must be looked up once more.
+func (c *cache) replyWithoutBody(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
+	switch outcome.kind {
+	case outcomeLookAgain, outcomeAbandoned:
+		return nil, true, nil
+	case outcomeUnchanged:
+		if cp == nil {
+			return nil, true, nil
+		}
 		cp.goodAt = c.now()
 		c.countUse(file.remote.name, file.key())
 		return &fileReply{rec: cp.rec, size: cp.rec.Size, body: cp.body, goodAt: cp.goodAt, hashKnown: true,
-			cacheStatus: "fwd=stale; fwd-status=304", result: "REVALIDATED"}, nil
-	case errors.Is(err, errUnchanged), errors.Is(err, errAbandoned):
-		return nil, errLookAgain
-	case full, errors.Is(err, errNoSpool):
-		return c.passOnReply(ctx, file, rng, cp)
-	case cp != nil:
-		if why := file.staleReason(err); why != "" {
-			c.countUse(file.remote.name, file.key())
-			return c.staleReply(cp, why), nil
-		}
+			cacheStatus: "fwd=stale; fwd-status=304", result: "REVALIDATED"}, false, nil
+	case outcomeNoSpool:
+		reply, err = c.passOnReply(ctx, file, rng, cp)
+		return reply, false, err
 	}
-	return nil, err
+	if why := file.staleReason(outcome.err); why != "" && cp != nil {
+		c.countUse(file.remote.name, file.key())
+		return c.staleReply(cp, why), false, nil
+	}
+	return nil, false, outcome.err
 }
 
 // staleReason says why the expired copy may answer for err; "" if it may not.
@@ -135,242 +149,133 @@ func (file fileRequest) staleReason(err error) string {
 	return ""
 }
 
-// newReader follows f's spool for one client.
-func (f *fill) newReader(ctx context.Context, rng byteRange) io.ReadSeekCloser {
-	r := &spoolReader{f: f, ctx: ctx, to: rng.to}
-	// An open file of its own has an offset of its own, which sendfile needs.
-	// Where the store has taken the name away already, the shared one is read;
-	// the name may be another spool's by now.
-	if own, err := os.Open(f.spool.Name()); err == nil && sameFile(own, f.spool) {
-		r.ownFile = own
-	} else if err == nil {
-		_ = own.Close()
-	}
+// newReader returns a client's reader of the body. Closing it leaves the fill.
+func (f *fill) newReader(ctx context.Context, rng byteRange) *fillReader {
+	r := &fillReader{spoolReader: f.spool.newReader(ctx, f.file.digest != ""), f: f, last: rng.to}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	single := rng.from > 0 || rng.suffix > 0
-	r.size = f.size
-	r.mayRequestFar = single && !f.complete && (f.validator != "" || f.file.digest != "")
+	r.mayRequestFar = single && f.phase < phaseComplete && (f.validator != "" || f.file.digest != "")
 	return r
 }
 
-func sameFile(a, b *os.File) bool {
-	x, err1 := a.Stat()
-	y, err2 := b.Stat()
-	return err1 == nil && err2 == nil && os.SameFile(x, y)
-}
-
-// spoolReader is one client's view of a growing body: a source, and an
-// io.ReadSeeker where the size is known. Closing it leaves the flight.
-type spoolReader struct {
+// fillReader is a client's reader of a growing body. A range far ahead of the
+// fill it reads from upstream, by a request of its own.
+type fillReader struct {
+	*spoolReader
 	f             *fill
-	ctx           context.Context
-	size          int64    // of the whole body as it was known in the beginning; -1: not known
-	ownFile       *os.File // nil: read through the flight's descriptor
-	offset        int64
-	to            int64           // last byte that was asked for, -1: the end
-	mayRequestFar bool            // a far range may be asked for upstream
-	beyond        *upstreamReader // reads beyond the spool, if it does
-	holdsFarSlot  bool            // rest holds a far slot
+	last          int64           // last byte that was asked for; -1: to the end
+	mayRequestFar bool            // it was not decided yet
+	beyond        *upstreamReader // reads ahead of the fill, and holds a far slot; nil: the spool is read
 }
 
-// readableBytes is how far clients may read. f.mu is held.
-func (f *fill) readableBytes() int64 {
-	switch {
-	case f.complete || f.file.digest == "":
-		return f.written
-	case f.size >= 0:
-		return max(0, min(f.written, f.size-holdBack))
-	}
-	return max(0, f.written-holdBack)
-}
-
-// readState is what a reader at off can do now: read n bytes, or stop with err, or
-// wait for changed.
-func (f *fill) readState(off int64) (n int64, changed chan struct{}, err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	switch n := f.readableBytes() - off; {
-	case n > 0:
-		return n, nil, nil
-	case f.complete:
-		return 0, nil, io.EOF
-	case f.done:
-		return 0, nil, f.err
-	}
-	return 0, f.changed, nil
-}
-
-// waitForBytes blocks until bytes can be read from the spool, or from r.rest.
-func (r *spoolReader) waitForBytes() (n int64, err error) {
-	for {
-		if r.beyond != nil {
-			return 0, nil
-		}
-		n, changed, err := r.f.readState(r.offset)
-		if _, full := errors.AsType[*spoolError](err); full {
-			if r.beyond, err = r.continueUpstream(); err != nil {
-				return 0, err
-			}
-			continue
-		}
-		if n > 0 || err != nil {
-			return n, err
-		}
-		if r.mayRequestFar && r.isFar() {
-			if err := r.requestFarRange(changed); err != nil {
-				return 0, err
-			}
-			continue
-		}
-		select {
-		case <-changed:
-		case <-r.ctx.Done():
-			return 0, context.Cause(r.ctx)
-		}
-	}
-}
-
-// continueUpstream is what a client reads on from when the spool could not grow: what has
-// arrived and is not verified yet, and behind it an upstream request of its own.
-func (r *spoolReader) continueUpstream() (*upstreamReader, error) {
-	f := r.f // has ended: nothing of it changes any more
-	b := &upstreamReader{c: f.c, ctx: r.ctx, part: f.partFrom(r.offset, r.to), offset: r.offset, respOffset: f.written}
-	if f.file.digest == "" {
-		return b, nil
-	}
-	b.hash, b.held = f.hash.clone(), make([]byte, max(0, f.written-r.offset))
-	if _, err := f.spool.ReadAt(b.held, r.offset); err != nil && len(b.held) > 0 {
-		return nil, fmt.Errorf("reading the spool: %w", err)
-	}
-	return b, nil
-}
-
-func (r *spoolReader) isFar() bool {
-	r.f.mu.Lock()
-	defer r.f.mu.Unlock()
-	end := r.f.size
-	if r.f.file.digest != "" {
-		end -= holdBack // that part waits until the whole body verifies
-	}
-	return !r.f.noRanges && r.offset-r.f.written > farRangeDistance && r.offset < end
-}
-
-// requestFarRange begins a ranged request for what is far ahead of the fill, or waits for
-// a slot to do so.
-func (r *spoolReader) requestFarRange(changed chan struct{}) error {
-	select {
-	case r.f.farSlots <- struct{}{}:
-	case <-changed:
-		return nil // the fill came closer: judge again
-	case <-r.ctx.Done():
-		return context.Cause(r.ctx)
-	}
-	r.holdsFarSlot = true
-	if !r.isFar() { // any more, after the wait
-		r.leaveFarRange()
-		return nil
-	}
-	r.mayRequestFar = false
-	part := r.f.partFrom(r.offset, r.to)
-	resp, err := r.f.c.requestPart(r.ctx, part)
-	if err != nil { // the fill will come by
-		r.f.mu.Lock()
-		r.f.noRanges = r.f.noRanges || errors.Is(err, errBadUpstream)
-		r.f.mu.Unlock()
-		r.leaveFarRange()
-		return nil
-	}
-	r.beyond = &upstreamReader{c: r.f.c, ctx: r.ctx, part: part, offset: r.offset, resp: resp, respOffset: r.offset}
-	return nil
-}
-
-// leaveFarRange goes back from the ranged request to the spool.
-func (r *spoolReader) leaveFarRange() {
-	if r.beyond != nil {
-		r.beyond.Close()
-		r.beyond = nil
-	}
-	if r.holdsFarSlot {
-		<-r.f.farSlots
-		r.holdsFarSlot = false
-	}
-}
-
-func (r *spoolReader) Read(p []byte) (int, error) {
-	n, err := r.waitForBytes()
-	if err != nil {
+func (r *fillReader) Read(p []byte) (int, error) {
+	if err := r.chooseSource(); err != nil {
 		return 0, err
 	}
 	if r.beyond != nil {
-		return r.readBeyond(p)
+		if n, err := r.readBeyond(p); n > 0 && err == nil {
+			return n, nil
+		}
+		r.leaveBeyond() // what it cannot give the fill will bring
 	}
-	k, err := r.f.spool.ReadAt(p[:min(int64(len(p)), n)], r.offset)
-	r.offset += int64(k)
-	return k, err
+	return r.spoolReader.Read(p)
 }
 
-// readBeyond reads beyond the spool. What a far range cannot give, the fill will.
-func (r *spoolReader) readBeyond(p []byte) (int, error) {
-	if r.holdsFarSlot && r.f.file.digest != "" {
-		held := r.size - holdBack - r.offset
-		if held <= 0 {
-			r.leaveFarRange()
-			return 0, nil
+// readBeyond reads from upstream, but not what has to wait until the whole body
+// has verified.
+func (r *fillReader) readBeyond(p []byte) (int, error) {
+	if r.holdsBack {
+		free := r.size - heldBackBytes - r.offset
+		if free <= 0 {
+			return 0, io.EOF
 		}
-		p = p[:min(int64(len(p)), held)]
+		p = p[:min(int64(len(p)), free)]
 	}
 	n, err := r.beyond.Read(p)
 	r.offset += int64(n)
-	if err != nil && r.holdsFarSlot {
-		r.leaveFarRange()
-		return n, nil
+	if n > 0 {
+		err = nil // the next read will tell
 	}
 	return n, err
 }
 
-// nextFile is for sendfile.
-func (r *spoolReader) nextFile(limit int64) (*os.File, int64, error) {
-	if r.ownFile == nil || r.beyond != nil {
-		return nil, 0, nil
+// chooseSource decides, before the first read, whether the range that was asked
+// for is worth a request of its own.
+func (r *fillReader) chooseSource() error {
+	if !r.mayRequestFar {
+		return nil
 	}
-	n, err := r.waitForBytes()
-	if err != nil || r.beyond != nil {
-		return nil, 0, err
+	r.mayRequestFar = false
+	for r.isFarAhead() {
+		_, changed, _ := r.available()
+		if changed == nil {
+			return nil
+		}
+		select {
+		case r.f.farSlots <- struct{}{}:
+			if r.isFarAhead() { // still, after the wait
+				r.requestFarRange()
+			}
+			if r.beyond == nil {
+				<-r.f.farSlots
+			}
+			return nil
+		case <-changed:
+		case <-r.ctx.Done():
+			return context.Cause(r.ctx)
+		}
 	}
-	if _, err := r.ownFile.Seek(r.offset, io.SeekStart); err != nil {
-		return nil, 0, err
-	}
-	return r.ownFile, min(n, limit), nil
-}
-
-func (r *spoolReader) advanceBy(n int64) { r.offset += n }
-
-// readyToRead makes it live.
-func (r *spoolReader) readyToRead() bool {
-	if r.beyond != nil {
-		return false
-	}
-	n, _, err := r.f.readState(r.offset)
-	return n > 0 || err != nil
-}
-
-func (r *spoolReader) Seek(off int64, whence int) (int64, error) {
-	switch whence {
-	case io.SeekEnd:
-		off += r.size
-	case io.SeekCurrent:
-		off += r.offset
-	}
-	r.offset = off
-	return off, nil
-}
-
-func (r *spoolReader) Close() error {
-	r.leaveFarRange()
-	if r.ownFile != nil {
-		_ = r.ownFile.Close()
-	}
-	r.f.leave()
 	return nil
+}
+
+func (r *fillReader) isFarAhead() bool {
+	written, size := r.f.progress()
+	end := size
+	if r.holdsBack {
+		end -= heldBackBytes
+	}
+	r.f.mu.Lock()
+	defer r.f.mu.Unlock()
+	return !r.f.noRanges && r.offset-written > farRangeDistance && r.offset < end
+}
+
+// requestFarRange opens the range upstream. If that fails, the fill will come by.
+func (r *fillReader) requestFarRange() {
+	part := r.f.partFrom(r.offset, r.last)
+	resp, err := r.f.c.requestPart(r.ctx, part)
+	if err != nil {
+		r.f.mu.Lock()
+		defer r.f.mu.Unlock()
+		r.f.noRanges = r.f.noRanges || errors.Is(err, errBadUpstream)
+		return
+	}
+	r.beyond = &upstreamReader{c: r.f.c, ctx: r.ctx, part: part, offset: r.offset, resp: resp, respOffset: r.offset}
+}
+
+// leaveBeyond goes back to the spool.
+func (r *fillReader) leaveBeyond() {
+	if r.beyond != nil {
+		r.beyond.Close()
+		r.beyond = nil
+		<-r.f.farSlots
+	}
+}
+
+// nextFile: see fileSource.
+func (r *fillReader) nextFile(limit int64) (*os.File, int64, error) {
+	if err := r.chooseSource(); err != nil || r.beyond != nil {
+		return nil, 0, err
+	}
+	return r.spoolReader.nextFile(limit)
+}
+
+// readyToRead: see growingBody.
+func (r *fillReader) readyToRead() bool { return r.beyond == nil && r.spoolReader.readyToRead() }
+
+func (r *fillReader) Close() error {
+	r.leaveBeyond()
+	err := r.spoolReader.Close()
+	r.f.leave()
+	return err
 }

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -713,7 +712,7 @@ func TestCloseDelimitedBodyIsServedAndNotStored(t *testing.T) {
 		tt.get("/api/r/a.zip").wantStatus(200).wantUnstored().wantBody(text)
 	}
 	tt.wantRequests("/a.zip", 2)
-	tt.wantLog("neither length nor chunks")
+	tt.wantLog("neither a length nor chunks")
 	f.cut(500) // nobody can tell; but it does not stay
 	tt.get("/api/r/a.zip").wantBody(text[:500])
 	tt.wantStored("a.zip", false)
@@ -893,9 +892,7 @@ func TestFarRangeWithoutRangesUpstreamWaits(t *testing.T) {
 // learnt says whether the one fill that goes on knows its upstream has no
 // ranges.
 func (tt *tester) learnt() (noRanges bool) {
-	tt.cache.mu.Lock()
-	defer tt.cache.mu.Unlock()
-	for _, f := range tt.cache.fills {
+	for _, f := range tt.cache.fills.all() {
 		f.mu.Lock()
 		noRanges = f.noRanges
 		f.mu.Unlock()
@@ -903,15 +900,15 @@ func (tt *tester) learnt() (noRanges bool) {
 	return noRanges
 }
 
-// fillReader serves a body that stands still at a watermark.
-type fillReader struct {
+// stoppingReader serves a body that stands still at a watermark.
+type stoppingReader struct {
 	text string
 	at   int
 	off  int
 	open chan struct{}
 }
 
-func (r *fillReader) Read(p []byte) (int, error) {
+func (r *stoppingReader) Read(p []byte) (int, error) {
 	if r.off == r.at {
 		<-r.open
 	}
@@ -927,7 +924,7 @@ func (r *fillReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-func (r *fillReader) Close() error { return nil }
+func (r *stoppingReader) Close() error { return nil }
 
 // FuzzRangeWhileFilling compares answers given while a file grows with what
 // net/http says about the whole of it.
@@ -943,7 +940,7 @@ func FuzzRangeWhileFilling(f *testing.F) {
 		size = max(0, size%100_000)
 		at = max(0, min(at, size))
 		text := noise(1, size)
-		body := &fillReader{text: text, at: at, open: make(chan struct{})}
+		body := &stoppingReader{text: text, at: at, open: make(chan struct{})}
 		tt := newRecorderTester(t, func(r *http.Request) (*http.Response, error) {
 			h := http.Header{"Last-Modified": {longAgo.Format(http.TimeFormat)}, "Content-Length": {strconv.Itoa(size)}}
 			return &http.Response{StatusCode: 200, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: h,
@@ -1027,7 +1024,7 @@ func (f transportFunc) RoundTrip(r *http.Request) (*http.Response, error) { retu
 
 func TestWrongDigestIsNeverCompleted(t *testing.T) {
 	t.Parallel()
-	for _, size := range []int{0, 1, 1000, holdBack, holdBack + 1, 1 << 20} {
+	for _, size := range []int{0, 1, 1000, heldBackBytes, heldBackBytes + 1, 1 << 20} {
 		for _, chunked := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%d bytes, chunked %v", size, chunked), func(t *testing.T) {
 				t.Parallel()
@@ -1043,10 +1040,10 @@ func TestWrongDigestIsNeverCompleted(t *testing.T) {
 				if g.err == nil && g.status != 502 {
 					t.Errorf("a wrong body of %d bytes was completed: %d with %d bytes", size, g.status, len(g.text))
 				}
-				if sent := len(g.text); g.err != nil && sent > max(0, size-holdBack) {
+				if sent := len(g.text); g.err != nil && sent > max(0, size-heldBackBytes) {
 					t.Errorf("%d of %d bytes were sent before it was verified", sent, size)
 				}
-				if size <= holdBack && !chunked {
+				if size <= heldBackBytes && !chunked {
 					g.wantDetail(502, "cannot be used") // nothing was sent yet
 				}
 				tt.wantStored("a", false)
@@ -1064,12 +1061,12 @@ func TestWrongDigestIsNeverCompleted(t *testing.T) {
 func TestSmallDigestedBodyIsA502WhenItIsWrong(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
-	release := tt.origin.file("/a", noise(1, holdBack)).stallAt(holdBack - 1)
+	release := tt.origin.file("/a", noise(1, heldBackBytes)).stallAt(heldBackBytes - 1)
 	defer release()
 	tt.digested(func(q *fileRequest) { q.digest = "sha256:" + strings.Repeat("00", 32) })
 	answer := make(chan *got)
 	go func() { answer <- tt.get("/api/r/a") }()
-	tt.eventually("all but the last byte", func() bool { return tt.filled("a") == holdBack-1 })
+	tt.eventually("all but the last byte", func() bool { return tt.filled("a") == heldBackBytes-1 })
 	release()
 	(<-answer).wantDetail(502, "cannot be used")
 }
@@ -1110,15 +1107,15 @@ func TestFarRangeOfADigestedBodyHoldsBackItsEnd(t *testing.T) {
 	tt.digested(func(q *fileRequest) { q.digest = "sha256:" + hex.EncodeToString(sum[:]) })
 	first := tt.open("/api/r/a")
 	defer first.leave()
-	first.read(1<<20 - holdBack)
+	first.read(1<<20 - heldBackBytes)
 	far := tt.open("/api/r/a", "Range: bytes=10485760-")
 	defer far.leave()
 	far.wantStatus(206)
-	far.read(size - 10<<20 - holdBack)
+	far.read(size - 10<<20 - heldBackBytes)
 	release()
 	far.rest().wantAborted()
 	first.rest().wantAborted()
-	if far.text != text[10<<20:size-holdBack] {
+	if far.text != text[10<<20:size-heldBackBytes] {
 		t.Error("the end of a body that does not verify was sent")
 	}
 	tt.wantStored("a", false)
@@ -1162,50 +1159,70 @@ func TestWholeBodiesAreCheckedBeforeTheyAreAnswered(t *testing.T) {
 
 // --- a store that is full or broken (fault 5) ---
 
-// brokenSpools are a spooler that fails on demand.
+// brokenSpools makes spools fail on demand.
 type brokenSpools struct {
-	spooler
-	dir    string
-	mu     sync.Mutex // guards what follows
-	none   error      // what spool says
-	full   bool       // what is written to spools meets a full disk
-	noRoom error      // what room says
+	space *spoolSpace
+
+	mu     sync.Mutex // guards the fields below
+	none   error      // there is no spool
+	full   bool       // nothing can be written to spools
+	noRoom bool       // the disk has nothing free
+	free   uint64     // what the disk has free; 0: what it has
+	files  []*os.File // that were made
 }
 
-func (b *brokenSpools) wrap(s spooler) spooler {
-	b.spooler = s
-	return b
+func (b *brokenSpools) wrap(s *spoolSpace) {
+	b.space = s
+	createFile, diskSpace := s.createFile, s.diskSpace
+	s.createFile = func() (*os.File, error) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.none != nil {
+			return nil, b.none
+		}
+		f, err := createFile()
+		b.files = append(b.files, f)
+		if b.full && err == nil {
+			f.Close()
+		}
+		return f, err
+	}
+	s.diskSpace = func() (free, size uint64, err error) {
+		free, size, err = diskSpace()
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.noRoom || b.free > 0 {
+			free = b.free
+		}
+		return free, size, err
+	}
+}
+
+func (b *brokenSpools) set(change func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	change()
 }
 
 func (b *brokenSpools) heal() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.none, b.full, b.noRoom = nil, false, nil
+	b.set(func() { b.none, b.full, b.noRoom, b.free = nil, false, false, 0 })
 }
 
-func (b *brokenSpools) newSpool() (*os.File, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	switch {
-	case b.none != nil:
-		return nil, b.none
-	case b.full:
-		name := fmt.Sprintf("%s/full%d", b.dir, rand.Int64())
-		if err := os.Symlink("/dev/full", name); err != nil {
-			return nil, err
+// breakFiles makes every write to the spools there are fail, as on a disk that
+// another program has filled.
+func (b *brokenSpools) breakFiles() {
+	b.set(func() {
+		for _, f := range b.files {
+			f.Close()
 		}
-		return os.OpenFile(name, os.O_RDWR, 0)
-	}
-	return b.spooler.newSpool()
+	})
 }
 
-func (b *brokenSpools) checkRoom(n int64) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.noRoom != nil {
-		return b.noRoom
-	}
-	return b.spooler.checkRoom(n)
+// reserved is how much of the disk is promised.
+func (b *brokenSpools) reserved() int64 {
+	b.space.mu.Lock()
+	defer b.space.mu.Unlock()
+	return b.space.reserved
 }
 
 // Fault 5: whatever is wrong with the store, clients get their bytes.
@@ -1218,8 +1235,7 @@ func TestClientsGetTheirBytesWithoutAStore(t *testing.T) {
 	}{
 		"no spool, disk full":    {func(s *brokenSpools, _ *brokenObjects) { s.none = noSpace }, false},
 		"no spool, disk broken":  {func(s *brokenSpools, _ *brokenObjects) { s.none = down }, false},
-		"under MIN_FREE":         {func(s *brokenSpools, _ *brokenObjects) { s.noRoom = noSpace }, false},
-		"spool cannot grow":      {func(s *brokenSpools, _ *brokenObjects) { s.full = true }, false},
+		"under MIN_FREE":         {func(s *brokenSpools, _ *brokenObjects) { s.noRoom = true }, false},
 		"storing fails, full":    {func(_ *brokenSpools, o *brokenObjects) { o.failPut(noSpace) }, true},
 		"storing fails, is down": {func(_ *brokenSpools, o *brokenObjects) { o.failPut(down) }, true},
 		"nothing works":          {func(s *brokenSpools, o *brokenObjects) { s.none = down; o.failPut(down); o.failOpen(down) }, false},
@@ -1227,7 +1243,7 @@ func TestClientsGetTheirBytesWithoutAStore(t *testing.T) {
 		for _, clients := range []int{1, 20} {
 			t.Run(fmt.Sprintf("%s, %d clients", what, clients), func(t *testing.T) {
 				t.Parallel()
-				spools, objects := &brokenSpools{dir: t.TempDir()}, &brokenObjects{}
+				spools, objects := &brokenSpools{}, &brokenObjects{}
 				c.breakIt(spools, objects)
 				tt := setup{spools: spools.wrap, objects: objects.wrap}.start(t)
 				text := noise(1, 300_000)
@@ -1261,8 +1277,8 @@ func TestClientsGetTheirBytesWithoutAStore(t *testing.T) {
 				tt.get("/api/r/a").wantMiss().wantBody(text)
 				tt.get("/api/r/a").wantHit().wantBody(text)
 				tt.wantNoSpools()
-				if left, _ := os.ReadDir(spools.dir); len(left) > 0 {
-					t.Errorf("left behind: %v", left)
+				if n := spools.reserved(); n != 0 {
+					t.Errorf("%d bytes are still reserved", n)
 				}
 			})
 		}
@@ -1314,9 +1330,7 @@ func TestExpiredCopyWithoutRoomForTheNewOne(t *testing.T) {
 	tt.origin.file("/a", "old")
 	tt.get("/api/r/a")
 	tt.advance(2 * time.Hour)
-	spools.mu.Lock()
-	spools.none = errNoSpace
-	spools.mu.Unlock()
+	spools.set(func() { spools.none = errNoSpace })
 	tt.origin.file("/a", "new")
 	tt.get("/api/r/a").wantFrom("remote", "fwd=stale; fwd-status=200").wantBody("new")
 	tt.wantStored("a", true) // the old one
@@ -1558,42 +1572,181 @@ func TestCodedAnswerIsReplayedCoded(t *testing.T) {
 	tt.get("/api/r/a.xml", "If-Modified-Since: "+longAgo.Format(http.TimeFormat)).wantStatus(304).wantBody("")
 }
 
-// A spool that fills up in the middle hands each client on to upstream. What
-// comes from there must not escape the digest.
-func TestDigestIsKeptWhenTheSpoolIsFull(t *testing.T) {
+// A body of known length has all its space from the start.
+func TestReservedBodySurvivesAFullDisk(t *testing.T) {
 	t.Parallel()
-	const size = roomEvery + 300_000 // the free space is looked at on the way
-	text := noise(1, size)
-	for _, right := range []bool{true, false} {
-		t.Run(fmt.Sprintf("right %v", right), func(t *testing.T) {
-			spools := &brokenSpools{}
-			tt := setup{spools: spools.wrap}.start(t)
-			release := tt.origin.file("/a", text).etag(`"1"`).stallAt(200_000)
-			defer release()
-			digest := sha256Of([]byte(text))
-			if !right {
-				digest = sha256Of([]byte("another body"))
-			}
-			tt.digested(func(q *fileRequest) { q.digest = digest })
-			s, end := tt.open("/api/r/a"), tt.open("/api/r/a", fmt.Sprintf("Range: bytes=%d-", roomEvery-1000))
+	spools := &brokenSpools{}
+	tt := setup{spools: spools.wrap}.start(t)
+	text := noise(1, 3<<20)
+	release := tt.origin.file("/a", text).stallAt(200_000)
+	defer release()
+	s := tt.open("/api/r/a")
+	defer s.leave()
+	tt.eventually("the first bytes", func() bool { return tt.filled("a") == 200_000 })
+	if n := spools.reserved(); n != 3<<20-200_000 {
+		t.Errorf("%d bytes are reserved for %d that are missing", n, 3<<20-200_000)
+	}
+	spools.set(func() { spools.noRoom = true })
+	release()
+	s.rest().wantStatus(200).wantBody(text)
+	tt.settle()
+	tt.wantStored("a", true)
+	if n := spools.reserved(); n != 0 {
+		t.Errorf("%d bytes are still reserved", n)
+	}
+}
+
+// Space that ends in the middle of a body cuts off those that have a part of it.
+// Nothing is stored, nothing wrong is completed, and for a minute the file is
+// passed on.
+func TestSpaceThatEndsInTheMiddle(t *testing.T) {
+	t.Parallel()
+	text := noise(1, 20<<20)
+	for name, c := range map[string]struct {
+		chunked bool
+		breakIt func(*brokenSpools)
+	}{
+		"unknown length, nothing left to reserve": {true, func(s *brokenSpools) { s.set(func() { s.noRoom = true }) }},
+		"another program fills the disk":          {false, (*brokenSpools).breakFiles},
+	} {
+		for _, digest := range []string{"", sha256Of([]byte(text)), sha256Of([]byte("another body"))} {
+			t.Run(fmt.Sprintf("%s, digest %.10s", name, digest), func(t *testing.T) {
+				t.Parallel()
+				spools := &brokenSpools{}
+				tt := setup{spools: spools.wrap}.start(t)
+				f := tt.origin.file("/a", text).etag(`"1"`)
+				if c.chunked {
+					f.chunked()
+				}
+				release := f.stallAt(200_000)
+				defer release()
+				tt.digested(func(file *fileRequest) { file.digest = digest })
+				s := tt.open("/api/r/a")
+				defer s.leave()
+				s.read(100_000)
+				c.breakIt(spools)
+				release()
+				s.rest().wantAborted()
+				if digest != "" && len(s.text) > len(text)-heldBackBytes {
+					t.Errorf("%d bytes were sent of a body that did not verify", len(s.text))
+				}
+				tt.eventually("nothing is reserved", func() bool { return spools.reserved() == 0 })
+				spools.heal() // small files still fit: it is this one that does not
+				g := tt.get("/api/r/a")
+				if digest == sha256Of([]byte("another body")) {
+					g.wantAborted()
+					return
+				}
+				g.wantUnstored().wantBody(text)
+				tt.advance(2 * time.Minute)
+				tt.get("/api/r/a").wantMiss().wantBody(text)
+				tt.wantNoSpools()
+			})
+		}
+	}
+}
+
+// Clients that have nothing yet when the space ends are passed on.
+func TestSpaceThatEndsBeforeAnythingWasSent(t *testing.T) {
+	t.Parallel()
+	spools := &brokenSpools{}
+	tt := setup{spools: spools.wrap, keys: []string{`mutable_patterns: ["."]`}}.start(t)
+	tt.origin.file("/a", "old")
+	tt.get("/api/r/a").wantMiss()
+	tt.advance(2 * time.Hour)
+	text := noise(1, 300_000)
+	release := tt.origin.file("/a", text).stallAt(1000)
+	defer release()
+	var all sync.WaitGroup
+	for range 3 { // they wait for the whole of it: they could have the old one
+		all.Go(func() { tt.get("/api/r/a").wantFrom("remote", "fwd=stale; fwd-status=200").wantBody(text) })
+	}
+	tt.eventually("the first bytes", func() bool { return tt.filled("a") == 1000 && tt.waiting("a") == 3 })
+	spools.breakFiles()
+	release()
+	all.Wait()
+}
+
+// Bodies of unknown length cannot take more than there is, however many grow at
+// once: MIN_FREE holds.
+func TestManyBodiesOfUnknownLengthShareTheSpace(t *testing.T) {
+	t.Parallel()
+	const bodies, fit = 20, 3
+	spools := &brokenSpools{free: 1<<20 + fit*reserveAhead} // MIN_FREE is 1 MiB here
+	tt := setup{spools: spools.wrap}.start(t)
+	var all sync.WaitGroup
+	var passedOn atomic.Int64
+	for i := range bodies {
+		text := noise(uint64(i), 100_000)
+		release := tt.origin.file(fmt.Sprintf("/%d", i), text).chunked().stallAt(1000)
+		all.Go(func() {
+			s := tt.open(fmt.Sprintf("/api/r/%d", i))
 			defer s.leave()
-			defer end.leave()
-			spools.mu.Lock()
-			spools.noRoom = errNoSpace
-			spools.mu.Unlock()
+			tt.eventually("all have begun", func() bool { return len(tt.origin.all()) >= bodies })
+			if n := spools.reserved(); n > fit*reserveAhead {
+				t.Errorf("%d bytes are reserved", n)
+			}
 			release()
-			s.rest()
-			end.rest()
-			if right {
-				s.wantStatus(200).wantBody(text)
-				end.wantStatus(206).wantBody(text[roomEvery-1000:])
-				return
+			if g := s.rest(); g.ok() && cacheStatusIs(g.header.Get("Cache-Status"), "fwd=miss") {
+				passedOn.Add(1)
 			}
-			s.wantAborted()
-			end.wantAborted()
-			if len(s.text) > size-holdBack {
-				t.Errorf("%d of %d bytes were sent of a body that does not verify", len(s.text), size)
+		})
+	}
+	all.Wait()
+	tt.settle()
+	stored := 0
+	for i := range bodies {
+		if _, err := tt.disk.open(t.Context(), storageKey("r", strconv.Itoa(i)), -1); err == nil {
+			stored++
+		}
+	}
+	if stored == 0 || stored == bodies {
+		t.Errorf("%d of %d bodies were stored", stored, bodies)
+	}
+	if n := spools.reserved(); n != 0 {
+		t.Errorf("%d bytes are still reserved", n)
+	}
+}
+
+// stopsAt makes an origin send n bytes of a body without length or chunks, and
+// then nothing until done.
+func stopsAt(n int, done <-chan struct{}) func(*testFile) *testFile {
+	return func(f *testFile) *testFile {
+		return f.acts(func(w http.ResponseWriter, r *http.Request) {
+			conn, buf, err := http.NewResponseController(w).Hijack()
+			if err != nil {
+				panic(err)
 			}
+			defer conn.Close()
+			_, _ = buf.WriteString("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + f.text[:n])
+			_ = buf.Flush()
+			<-done
+		})
+	}
+}
+
+// A body that may not be stored ends with its last client.
+func TestBodyThatMayNotBeStoredEndsWithItsLastClient(t *testing.T) {
+	t.Parallel()
+	done := make(chan struct{})
+	t.Cleanup(func() { close(done) })
+	for name, plan := range map[string]func(*testFile) *testFile{
+		"larger than max_size":              func(f *testFile) *testFile { return f },
+		"larger than max_size, in chunks":   (*testFile).chunked,
+		"delimited by the connection's end": stopsAt(200_000, done),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tt := newTester(t, "cache: {max_size: 100KiB}")
+			release := plan(tt.origin.file("/a", noise(1, 400_000))).stallAt(200_000)
+			defer release()
+			s := tt.open("/api/r/a")
+			s.read(100_000)
+			tt.eventually("what arrives", func() bool { return tt.filled("a") == 200_000 })
+			s.leave()
+			tt.eventually("the end of the fill", func() bool { return tt.flying() == 0 })
+			tt.wantStored("a", false)
+			tt.wantNoSpools()
 		})
 	}
 }
@@ -1667,59 +1820,4 @@ func TestChunkedBodyOverMaxSizeIsNotStored(t *testing.T) {
 	tt.get("/api/r/a").wantBody(text)
 	tt.wantStored("a", false)
 	tt.wantLog("larger than cache.max_size")
-}
-
-// A client that was sent a part of the spool by the kernel goes on without it.
-func TestFullSpoolOfABodyOfUnknownLength(t *testing.T) {
-	t.Parallel()
-	text := noise(1, roomEvery+300_000)
-	spools := &brokenSpools{}
-	tt := setup{spools: spools.wrap}.start(t)
-	tt.origin.file("/a", text).etag(`"1"`).chunked().acts(func(w http.ResponseWriter, r *http.Request) {
-		if r.Header.Get("Range") != "" {
-			http.ServeContent(w, r, "", longAgo, strings.NewReader(text))
-			return
-		}
-		_, _ = io.WriteString(w, text[:200_000])
-		_ = http.NewResponseController(w).Flush()
-		for spools.isFine() {
-			time.Sleep(time.Millisecond)
-		}
-		_, _ = io.WriteString(w, text[200_000:])
-	})
-	s := tt.open("/api/r/a")
-	defer s.leave()
-	s.read(100_000)
-	spools.mu.Lock()
-	spools.noRoom = errNoSpace
-	spools.mu.Unlock()
-	s.rest().wantStatus(200).wantBody(text)
-}
-
-func (b *brokenSpools) isFine() bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.noRoom == nil
-}
-
-// Where upstream has no ranges a spool that fills up cuts its clients off. The
-// next ones must not meet the same end for ever.
-func TestFullSpoolWithoutRangesIsNotTriedAgainAtOnce(t *testing.T) {
-	t.Parallel()
-	spools := &brokenSpools{}
-	tt := setup{spools: spools.wrap}.start(t)
-	cut := noise(1, roomEvery+300_000)
-	release := tt.origin.file("/a", cut).noRanges().undated().stallAt(1000)
-	defer release()
-	s := tt.open("/api/r/a")
-	defer s.leave()
-	spools.mu.Lock()
-	spools.noRoom = errNoSpace
-	spools.mu.Unlock()
-	release()
-	s.rest().wantAborted()
-	spools.heal() // small files still fit: it is this one that does not
-	tt.get("/api/r/a").wantUnstored().wantBody(cut)
-	tt.advance(2 * time.Minute)
-	tt.get("/api/r/a").wantMiss()
 }

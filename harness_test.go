@@ -122,7 +122,7 @@ type setup struct {
 	dir     string            // DATA_DIR; "": a new one
 	bubble  bool              // run in a synctest bubble: pipes instead of sockets, the bubble's clock
 	objects func(objects) objects
-	spools  func(spooler) spooler
+	spools  func(*spoolSpace)
 	tls     bool // the origin speaks TLS
 
 	unserved bool // no front: the test calls the handler
@@ -190,7 +190,7 @@ func (tt *tester) begin() {
 		tt.cache.objects = tt.setup.objects(tt.cache.objects)
 	}
 	if tt.setup.spools != nil {
-		tt.cache.spools = tt.setup.spools(tt.cache.spools)
+		tt.setup.spools(tt.cache.space)
 	}
 	for _, b := range s.stores.backends {
 		s.checkBackend(b)
@@ -460,15 +460,14 @@ func (tt *tester) settle() {
 	}
 	for {
 		var wait chan struct{}
-		c.mu.Lock()
-		for _, f := range c.fills {
+		for _, f := range c.fills.all() {
+			written, size := f.progress()
 			f.mu.Lock()
-			if !f.done && (f.complete || f.rec != nil && f.written == f.size) {
+			if f.phase != phaseDone && (f.phase >= phaseComplete || f.rec != nil && written == size) {
 				wait = f.changed
 			}
 			f.mu.Unlock()
 		}
-		c.mu.Unlock()
 		if wait == nil {
 			return
 		}
@@ -476,38 +475,51 @@ func (tt *tester) settle() {
 	}
 }
 
-// flying is how many fills go on.
-func (tt *tester) flying() int {
-	tt.cache.mu.Lock()
-	defer tt.cache.mu.Unlock()
-	return len(tt.cache.fills)
+// all are the fills in the table.
+func (t *fillTable) all() (all []*fill) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, fills := range t.byKey {
+		all = append(all, fills...)
+	}
+	return all
 }
+
+// fillOf is the fill of /api/r/path that goes on, or nil.
+func (tt *tester) fillOf(path string) *fill {
+	for _, f := range tt.cache.fills.all() {
+		if f.file.path == path {
+			return f
+		}
+	}
+	return nil
+}
+
+// flying is how many fills go on.
+func (tt *tester) flying() int { return len(tt.cache.fills.all()) }
 
 // filled is how many bytes of /api/r/path have arrived so far, -1 when no fill
 // of it goes on.
 func (tt *tester) filled(path string) int64 {
-	tt.cache.mu.Lock()
-	defer tt.cache.mu.Unlock()
-	for _, f := range tt.cache.fills {
-		if f.file.path == path {
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			return f.written
-		}
+	f := tt.fillOf(path)
+	if f == nil {
+		return -1
 	}
-	return -1
+	written, _ := f.progress()
+	return written
 }
 
 // waiting is how many clients a fill of /api/r/path has.
-func (tt *tester) waiting(path string) int {
-	tt.cache.mu.Lock()
-	defer tt.cache.mu.Unlock()
-	for _, f := range tt.cache.fills {
-		if f.file.path == path {
-			return f.waiters
-		}
+func (tt *tester) waiting(path string) int { return tt.cache.fills.clientsOf(tt.fillOf(path)) }
+
+// clientsOf is how many clients f has; nil has none.
+func (t *fillTable) clientsOf(f *fill) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if f == nil {
+		return 0
 	}
-	return 0
+	return f.clients
 }
 
 // got is an answer with its body. Its verbs chain.

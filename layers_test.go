@@ -35,6 +35,7 @@ var ladder = []rung{
 	{"s3client_*.go", 0, "s3"},
 	{"remotes.go", 1, "remotes"},
 	{"remotes_*.go", 1, "remotes"},
+	{"spool.go", 1, "spool"},
 	{"upstream.go", 2, "upstream"},
 	{"upstream_*.go", 2, "upstream"},
 	{"cache.go", 3, "cache"},

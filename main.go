@@ -285,12 +285,8 @@ func (s *server) newHandler() http.Handler {
 	s.openData()
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version
-	spools := &diskSpools{disk: st.disk, minFree: s.set.minFree}
-	s.cache = newCache(st.objects, st.chosenIndex(), st.chosenFreshness(), spools, up, time.Now, s.log, metrics)
+	s.cache = newCache(st.objects, st.chosenIndex(), st.chosenFreshness(), st.space, up, time.Now, s.log, metrics)
 	s.cache.replicas = st.sharedReplicas()
-	if st.hot != nil {
-		spools.shrink = st.hot.freeSpace
-	}
 	responder := &responder{now: time.Now, log: s.log, metrics: metrics}
 	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: responder, metrics: metrics,
 		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),

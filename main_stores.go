@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"sync/atomic"
 	"time"
@@ -16,7 +15,8 @@ import (
 
 // stores are the backends that the environment chose, each on its own.
 type stores struct {
-	disk     *diskStore // DATA_DIR: spools, and the objects without S3
+	space    *spoolSpace // of DATA_DIR
+	disk     *diskStore  // DATA_DIR: spools, and the objects without S3
 	objects  verifiableObjects
 	s3       *s3Store        // nil: local disk
 	hot      *tieredStore    // with S3: copies on disk before it
@@ -46,6 +46,7 @@ type backend struct {
 // start.
 func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores, error) {
 	st := &stores{disk: newDiskStore(set.dataDir, now, log)}
+	st.space = &spoolSpace{createFile: st.disk.newSpool, diskSpace: st.disk.freeSpace, minFree: set.minFree}
 	if err := st.openRedis(set, now, log); err != nil {
 		return nil, err
 	}
@@ -68,7 +69,8 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 	}
 	st.s3 = newS3Store(client, online)
 	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
-	st.hot = newTiered(st.s3, copies, set.hotSize, (&diskSpools{disk: st.disk, minFree: set.minFree}).checkRoom)
+	st.hot = newTiered(st.s3, copies, set.hotSize, st.space.check)
+	st.space.freeUp = st.hot.freeSpace
 	st.objects = st.hot
 	st.addBackend(&backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok", ping: func(ctx context.Context) error {
 		return errors.Join(st.disk.ping(ctx), st.s3.ping(ctx)) // spools are in DATA_DIR
@@ -146,39 +148,4 @@ func (st *stores) Close() error {
 		errs = append(errs, st.hot.disk.Close())
 	}
 	return errors.Join(append(errs, st.disk.Close())...)
-}
-
-// diskSpools are spools on the data disk that leave MIN_FREE alone.
-type diskSpools struct {
-	disk    *diskStore
-	minFree int64 // -1: the default for the disk's size
-	// shrink frees space that local copies of S3 take; nil: there are none.
-	shrink func(n int64) bool
-}
-
-func (d *diskSpools) newSpool() (*os.File, error) { return d.disk.newSpool() }
-
-// checkRoom: see spooler. Local copies of what S3 has make way.
-func (d *diskSpools) checkRoom(n int64) error {
-	err := d.checkFree(n)
-	if errors.Is(err, errNoSpace) && d.shrink != nil && d.shrink(n) {
-		err = d.checkFree(n)
-	}
-	return err
-}
-
-// checkFree is room as things are.
-func (d *diskSpools) checkFree(n int64) error {
-	free, size, err := d.disk.freeSpace()
-	if err != nil {
-		return err
-	}
-	keep := uint64(d.minFree)
-	if d.minFree < 0 {
-		keep = defaultMinFree(size)
-	}
-	if free < keep+uint64(n) {
-		return fmt.Errorf("%w: %d bytes are free, MIN_FREE is %d, %d are wanted", errNoSpace, free, keep, n)
-	}
-	return nil
 }

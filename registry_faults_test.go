@@ -301,7 +301,7 @@ func TestRegistryWithoutASpool(t *testing.T) {
 	h := newHub(t)
 	im := h.image("app", "v1", 300_000)
 	m := newMirror(t, h.url())
-	m.cache.spools = noSpools{}
+	m.cache.space.createFile = func() (*os.File, error) { return nil, errNoSpace }
 	for range 2 {
 		m.pull("/v2/reg/app", "v1", im)
 	}
@@ -309,12 +309,6 @@ func TestRegistryWithoutASpool(t *testing.T) {
 	h.on("/v2/app/manifests/page", regAnswers(http.StatusOK, "text/html", "<html>"))
 	m.get("/v2/reg/app/manifests/page").wantError(http.StatusBadGateway, "MANIFEST_INVALID")
 }
-
-// noSpools is a full disk.
-type noSpools struct{}
-
-func (noSpools) newSpool() (*os.File, error) { return nil, errNoSpace }
-func (noSpools) checkRoom(int64) error       { return errNoSpace }
 
 // The link of a list is cut off with its tags, or not at all.
 func TestRegistryLinkThatCannotBeKept(t *testing.T) {

@@ -382,7 +382,7 @@ func (m *mirror) start() {
 	log, met := slog.New(slog.DiscardHandler), newMetrics()
 	m.disk = newDiskStore(m.dir, now, log)
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, now, log, met)
-	m.cache = newCache(m.disk, newEmbeddedIndex(m.dir, log), newLocalFreshness(m.dir, now, log), &diskSpools{disk: m.disk}, up, now, log, met)
+	m.cache = newCache(m.disk, newEmbeddedIndex(m.dir, log), newLocalFreshness(m.dir, now, log), &spoolSpace{createFile: m.disk.newSpool, diskSpace: m.disk.freeSpace}, up, now, log, met)
 	m.reg = newRegistry(m.cache, func() *config { return cfg }, &responder{now: now, log: log, metrics: met})
 	m.srv = httptest.NewServer(&api{cache: m.cache, config: m.reg.config, responder: m.reg.responder, metrics: met, now: now, token: "t",
 		origin: http.NewCrossOriginProtection(), registry: m.reg})
@@ -892,26 +892,16 @@ func TestRegistryRefusalsOfManyImages(t *testing.T) {
 
 // storing says whether a fill is at its last step.
 func (m *mirror) storing() bool {
-	m.cache.mu.Lock()
-	defer m.cache.mu.Unlock()
-	for _, f := range m.cache.fills {
-		f.mu.Lock()
-		complete := f.complete
-		f.mu.Unlock()
-		if complete {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(m.cache.fills.all(), (*fill).isPublished)
 }
 
 // waiters is how many clients wait for a fill.
 func (m *mirror) waiters(spelling string) int {
 	key := target{remote: m.reg.config().remotes["reg"], spelling: spelling}.key()
-	m.cache.mu.Lock()
-	defer m.cache.mu.Unlock()
-	if f := m.cache.fills[key]; f != nil {
-		return f.waiters
+	m.cache.fills.mu.Lock()
+	defer m.cache.fills.mu.Unlock()
+	if f := m.cache.fills.find(key, spelling); f != nil {
+		return f.clients
 	}
 	return 0
 }

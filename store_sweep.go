@@ -139,10 +139,6 @@ func (d *diskStore) freeSpace() (free, size uint64, err error) {
 	return uint64(st.Bavail) * uint64(st.Bsize), uint64(st.Blocks) * uint64(st.Bsize), nil
 }
 
-// defaultMinFree is MIN_FREE when it is not given: 1 GiB, or 5 % of a disk
-// that is smaller than 20 GiB.
-func defaultMinFree(size uint64) uint64 { return min(1<<30, size/20) }
-
 // lockData makes this process the owner of DATA_DIR, until close. held is
 // false when another one is.
 func (d *diskStore) lockData() (held bool, err error) {

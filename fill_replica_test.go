@@ -156,7 +156,7 @@ func (f *fleet) settled() {
 // awaitEnds waits for the nth fill of a replica to end, purged ones included.
 func (tt *tester) awaitEnds(n int64) {
 	tt.Helper()
-	tt.eventually("fills to end", func() bool { return tt.cache.endedFills.Load() >= n })
+	tt.eventually("fills to end", func() bool { return tt.cache.fills.ended.Load() >= n })
 }
 
 func TestOneFetchForAllReplicas(t *testing.T) {
@@ -450,7 +450,7 @@ func TestReplicaThatLiesAboutADigest(t *testing.T) {
 			if f.settled(); g.err == nil && g.text != text {
 				t.Errorf("a body without its digest was completed")
 			}
-			if len(g.text) > peerSize-holdBack {
+			if len(g.text) > peerSize-heldBackBytes {
 				t.Errorf("%d of %d bytes were sent", len(g.text), peerSize)
 			}
 			f.wantStored("a", false)
@@ -773,7 +773,7 @@ func TestFollowersKeepTheFileUntilItIsStored(t *testing.T) {
 		} else {
 			g.wantHit() // it is all there, and as good as stored
 		}
-		if n := f.all[1].cache.endedFills.Load(); n > 0 || f.all[1].flying() != 1 {
+		if n := f.all[1].cache.fills.ended.Load(); n > 0 || f.all[1].flying() != 1 {
 			t.Fatalf("%d copies were made and dropped", n)
 		}
 	}
@@ -902,10 +902,10 @@ func TestTokenOfALease(t *testing.T) {
 	var kinds []byte
 	body, r := "", strings.NewReader(frames)
 	for r.Len() > 0 {
-		kind, data, err := readFrame(r, nil)
-		must(t, err)
-		if kinds = append(kinds, kind); kind == frameData {
-			body += string(data)
+		var frame replicaFrame
+		must(t, frame.readFrom(r))
+		if kinds = append(kinds, frame.kind); frame.kind == frameData {
+			body += string(frame.payload)
 		}
 	}
 	if body != text || kinds[0] != frameHead || kinds[len(kinds)-1] != frameEnd {
@@ -916,16 +916,20 @@ func TestTokenOfALease(t *testing.T) {
 	f.wantRequests("/a", 1)
 }
 
-func TestVerdictsSurviveTheWay(t *testing.T) {
+func TestOutcomesSurviveTheWay(t *testing.T) {
 	t.Parallel()
-	for _, v := range []replicaOutcome{{Kind: "unchanged"}, {Kind: "again"}, {Kind: "unreachable"}, {Kind: "timeout"}, {Kind: "self"},
+	for _, o := range []replicaOutcome{{Kind: "unchanged"}, {Kind: "again"}, {Kind: "unreachable"}, {Kind: "timeout"},
 		{Status: 503, Code: 429, Detail: "limits", Retry: 7 * time.Second}} {
-		if got := newReplicaOutcome(v.toError()); got != v {
-			t.Errorf("%+v came as %+v", v, got)
+		outcome, ok := o.toOutcome()
+		if got := newReplicaOutcome(outcome); got != o || !ok {
+			t.Errorf("%+v came as %+v, %v", o, got, ok)
 		}
 	}
-	if v := newReplicaOutcome(errDigest); v.Kind != "self" {
-		t.Errorf("%+v", v)
+	for _, own := range []fillOutcome{failedOutcome(errDigest), {kind: outcomeNoSpool}, {kind: outcomeAbandoned, err: errAbandoned}} {
+		o := newReplicaOutcome(own)
+		if _, ok := o.toOutcome(); o.Kind != "self" || ok {
+			t.Errorf("%+v is told as %+v", own, o)
+		}
 	}
 }
 
@@ -936,24 +940,26 @@ func FuzzPeerFrames(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in []byte) {
 		var out bytes.Buffer
 		r := bytes.NewReader(in)
-		var buf []byte
+		var frame replicaFrame
 		for {
 			left := r.Len()
-			kind, payload, err := readFrame(r, buf)
-			if err != nil {
+			if frame.readFrom(r) != nil {
 				break
 			}
-			if buf = payload; len(payload) > maxReplicaFrame || r.Len() != left-5-len(payload) {
-				t.Fatalf("%d bytes of payload, %d read", len(payload), left-r.Len())
+			if len(frame.payload) > maxReplicaFrame || r.Len() != left-5-len(frame.payload) {
+				t.Fatalf("%d bytes of payload, %d read", len(frame.payload), left-r.Len())
 			}
-			must(t, writeFrame(&out, kind, payload))
+			must(t, writeFrame(&out, frame.kind, frame.payload))
 		}
 		if !bytes.HasPrefix(in, out.Bytes()) {
 			t.Errorf("%q came back as %q", in, out.Bytes())
 		}
-		var v replicaOutcome
-		if json.Unmarshal(in, &v) == nil && v.toError() == nil {
-			t.Errorf("%+v is no error", v)
+		var o replicaOutcome
+		if json.Unmarshal(in, &o) != nil {
+			return
+		}
+		if outcome, ok := o.toOutcome(); ok && (outcome.kind == outcomeBody || (outcome.kind == outcomeFailed) != (outcome.err != nil)) {
+			t.Errorf("%+v is %+v", o, outcome)
 		}
 	})
 }

@@ -1,5 +1,5 @@
-// fill_direct.go: passing on without a spool: straight from upstream, for one
-// client alone.
+// fill_passon.go: passing a file on without a spool: straight from upstream, by a
+// request for one client alone.
 
 package main
 
@@ -10,11 +10,10 @@ import (
 	"io"
 	"net/http"
 	"strconv"
-	"time"
 )
 
-// passOnReply answers when there is no spool: straight from upstream, for this
-// client alone.
+// passOnReply answers where there is no spool: from upstream, for this client
+// alone. Nothing is stored.
 func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy) (*fileReply, error) {
 	req := file.newUpstreamRequest(http.MethodGet, rng.rangeHeader(file))
 	req.hasCopy = cp != nil
@@ -44,7 +43,7 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 	if file.needsWholeBody {
 		return reply, c.readSmallBody(ctx, file, reply, resp)
 	}
-	body := &upstreamReader{c: c, ctx: ctx, resp: resp, respOffset: at, part: bodyPart{want: file, validator: rangeValidator(resp), size: size, to: rng.to, origin: resp.origin}}
+	body := &upstreamReader{c: c, ctx: ctx, resp: resp, respOffset: at, part: bodyPart{file: file, validator: rangeValidator(resp), size: size, to: rng.to, origin: resp.origin}}
 	if file.digest != "" {
 		body.hash = newBodyHash(file.digest)
 	}
@@ -52,12 +51,12 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 	return reply, nil
 }
 
-// rangeHeader asks for the single range that a client wants. A body with a digest is
-// asked for as a whole, since only that can be verified; and so is one of which
-// the client has an older part, perhaps (If-Range).
+// rangeHeader is the Range header for the single range that a client wants, or
+// nil. A body with a digest is asked for as a whole, since only that can be
+// verified, and so is one of which the client may have an older part (If-Range).
 func (rng byteRange) rangeHeader(file fileRequest) http.Header {
 	switch {
-	case file.needsWholeBody || file.digest != "" || rng.hasIfRange || rng.from == 0 && rng.to < 0 && rng.suffix == 0:
+	case file.needsWholeBody || file.digest != "" || rng.hasIfRange || (rng.from == 0 && rng.to < 0 && rng.suffix == 0):
 		return nil
 	case rng.suffix > 0:
 		return http.Header{"Range": {"bytes=-" + strconv.FormatInt(rng.suffix, 10)}}
@@ -67,8 +66,8 @@ func (rng byteRange) rangeHeader(file fileRequest) http.Header {
 	return http.Header{"Range": {fmt.Sprintf("bytes=%d-", rng.from)}}
 }
 
-// readPartHeaders judges the answer to a question that may have asked for a range: where
-// its body begins, and the size of the whole (-1: not known).
+// readPartHeaders reads where the body of resp begins, and the size of the whole
+// (-1: not known). The request may have been ranged.
 func (c *cache) readPartHeaders(file fileRequest, resp *upstreamResponse, ranged bool) (at, size int64, err error) {
 	first, _, size, ok := parseContentRange(resp.Header.Get("Content-Range"))
 	if ranged && resp.StatusCode == http.StatusPartialContent && ok && size >= 0 {
@@ -77,7 +76,7 @@ func (c *cache) readPartHeaders(file fileRequest, resp *upstreamResponse, ranged
 	return 0, resp.ContentLength, c.statusError(file, resp)
 }
 
-// readSmallBody makes rep of a small body that must be whole before it is answered.
+// readSmallBody gives reply a small body, which must be whole before it is sent.
 func (c *cache) readSmallBody(ctx context.Context, file fileRequest, reply *fileReply, resp *upstreamResponse) error {
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, file.maxBytes+1))
@@ -85,7 +84,7 @@ func (c *cache) readSmallBody(ctx context.Context, file fileRequest, reply *file
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
 	if int64(len(b)) > file.maxBytes {
-		return (&fill{file: file}).newTooLargeError()
+		return file.newTooLargeError()
 	}
 	s := newBodyHash(file.digest)
 	s.Write(b)
@@ -105,18 +104,18 @@ func (c *cache) readSmallBody(ctx context.Context, file fileRequest, reply *file
 }
 
 // upstreamReader reads a body straight from upstream, from wherever it is sought
-// to, and asks again by Range when it breaks off.
+// to, and asks again by Range when the body breaks off. It is a growingBody.
 type upstreamReader struct {
 	c          *cache
 	ctx        context.Context
 	part       bodyPart
-	resp       *upstreamResponse // may be nil: asked for when read
-	respOffset int64             // where ans stands
-	offset     int64             // where the reader stands
-	hash       *bodyHash         // of a body with a digest, up to at; nil: it is not verified
-	held       []byte            // read and hashed, not yet given out
+	resp       *upstreamResponse // nil: asked for when bytes are wanted
+	respOffset int64             // of the next byte of resp
+	offset     int64             // of the next byte that is given out
+	hash       *bodyHash         // of a body with a digest, up to respOffset; nil: it is not verified
+	held       []byte            // read and hashed, not given out yet
 	done       bool              // all is read and verified
-	breaks     int               // how often it broke off
+	breaks     int               // how often the body broke off
 }
 
 func (b *upstreamReader) Read(p []byte) (int, error) {
@@ -137,12 +136,13 @@ func (b *upstreamReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// wantsEnd: the range that was asked for reaches into what is held back.
+// wantsEnd reports whether the range that was asked for reaches into what is held
+// back.
 func (b *upstreamReader) wantsEnd() bool {
-	return b.part.to < 0 || b.part.to >= b.part.size-holdBack
+	return b.part.to < 0 || b.part.to >= b.part.size-heldBackBytes
 }
 
-// skipHeld reads n bytes that nobody wants but the digest, or some of them.
+// skipHeld reads up to n bytes that only the digest needs.
 func (b *upstreamReader) skipHeld(n int64) error {
 	to := b.offset
 	b.offset -= n
@@ -151,15 +151,16 @@ func (b *upstreamReader) skipHeld(n int64) error {
 	return err
 }
 
-// readHeld gives out what lies holdBack behind, and the rest once it verified.
+// readHeld gives out what lies heldBackBytes behind, and the rest when it has
+// verified.
 func (b *upstreamReader) readHeld(p []byte) (int, error) {
-	for !b.done && len(b.held) <= holdBack {
+	for !b.done && len(b.held) <= heldBackBytes {
 		buf := make([]byte, copyBufferSize)
 		n, err := b.readAt(buf, b.respOffset)
 		b.hash.Write(buf[:n])
 		b.held = append(b.held, buf[:n]...)
 		if err == io.EOF {
-			if err := b.hash.verifyDigest(b.part.want.digest); err != nil {
+			if err := b.hash.verifyDigest(b.part.file.digest); err != nil {
 				return 0, err
 			}
 			b.done = true
@@ -169,7 +170,7 @@ func (b *upstreamReader) readHeld(p []byte) (int, error) {
 	}
 	free := len(b.held)
 	if !b.done {
-		free -= holdBack
+		free -= heldBackBytes
 	}
 	if free == 0 {
 		return 0, io.EOF
@@ -180,10 +181,10 @@ func (b *upstreamReader) readHeld(p []byte) (int, error) {
 	return n, nil
 }
 
-// readyToRead makes it live.
+// readyToRead: see growingBody.
 func (b *upstreamReader) readyToRead() bool { return b.done }
 
-// readAt reads from off, asking for what is not at hand.
+// readAt reads from off, and asks upstream for what resp does not have.
 func (b *upstreamReader) readAt(p []byte, off int64) (int, error) {
 	for {
 		if b.part.size >= 0 && off >= b.part.size {
@@ -207,7 +208,7 @@ func (b *upstreamReader) readAt(p []byte, off int64) (int, error) {
 	}
 }
 
-// seekUpstream brings b.ans to off: by asking for the part, or by reading on where
+// seekUpstream brings resp to off: by a ranged request, or by reading on where
 // upstream has no ranges.
 func (b *upstreamReader) seekUpstream(off int64) error {
 	if b.resp != nil && b.respOffset == off {
@@ -225,7 +226,6 @@ func (b *upstreamReader) seekUpstream(off int64) error {
 		return nil
 	}
 	if b.resp == nil || off < b.respOffset {
-		b.c.rememberPassOn(b.part.want.key())
 		return err
 	}
 	n, err := io.CopyN(io.Discard, b.resp.Body, off-b.respOffset)
@@ -234,32 +234,6 @@ func (b *upstreamReader) seekUpstream(off int64) error {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
 	return nil
-}
-
-// passOnFor is how long a file is passed on unspooled after a spool was too
-// small for it and upstream would not go on from there.
-const passOnFor = time.Minute
-
-// rememberPassOn has each client of key ask upstream itself for a while: a spool that
-// breaks off again, at the same place, would help nobody.
-func (c *cache) rememberPassOn(key string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if len(c.passOnUntil) >= maxRemembered {
-		clear(c.passOnUntil)
-	}
-	c.passOnUntil[key] = c.now().Add(passOnFor)
-}
-
-func (c *cache) isPassedOn(key string) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	until, ok := c.passOnUntil[key]
-	if ok && !c.now().Before(until) {
-		delete(c.passOnUntil, key)
-		return false
-	}
-	return ok
 }
 
 func (b *upstreamReader) closeResponse() {

@@ -1,0 +1,72 @@
+// cache_store.go: how a complete body gets into the store, the index and the
+// freshness marks.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+)
+
+// storeBody stores a complete body: the object, then its index row, then its
+// freshness mark. A crash behind the object leaves one without a row, which gets
+// it with its next use or by reindex; a crash behind the row leaves a copy whose
+// freshness counts from its fetch. The error says that the object is not stored.
+func (c *cache) storeBody(ctx context.Context, key string, rec *record, body *os.File) error {
+	if err := c.objects.put(ctx, key, rec, body); err != nil {
+		if !errors.Is(err, errFileExists) {
+			c.noteStoreError("storage", "storing", key, err)
+		}
+		return err
+	}
+	c.announceChange(ctx, key)
+	c.missing.delete(key)
+	if err := c.index.saveRow(ctx, newIndexRow(key, rec)); err != nil {
+		c.noteStoreError("database", "indexing", key, err)
+	}
+	if rec.Class != local {
+		c.refreshMark(ctx, key, rec)
+	}
+	return nil
+}
+
+// storeUnderSecondKey stores a complete body under a second target too, from a
+// spool of its own, since the store may take the name of the first one's. The
+// second object is for later requests alone: a failure is logged and passed over.
+func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, body io.ReaderAt) {
+	key := t.key()
+	if old, err := c.objects.open(ctx, key, -1); err == nil && old.rec.Path == t.spelling && old.rec.SHA256 == rec.SHA256 {
+		return
+	}
+	spool, err := c.space.newSpool("")
+	if err != nil {
+		c.noteStoreError("spool", "beginning", key, err)
+		return
+	}
+	defer spool.discard()
+	if err := spool.setSize(rec.Size); err != nil {
+		c.noteStoreError("spool", "beginning", key, err)
+		return
+	}
+	if _, err := io.Copy(spool, io.NewSectionReader(body, 0, rec.Size)); err != nil {
+		c.noteStoreError("spool", "growing", key, err)
+		return
+	}
+	second := *rec
+	second.Path, second.Class = t.spelling, t.class
+	_ = c.storeBody(ctx, key, &second, spool.file) // has logged its failure
+}
+
+func newIndexRow(key string, rec *record) indexRow {
+	return indexRow{Remote: rec.Remote, Path: rec.Path, Key: key, SHA256: rec.SHA256, ContentType: rec.ContentType,
+		Class: rec.Class, Size: rec.Size, Fetched: rec.Fetched, LastAccess: rec.Fetched}
+}
+
+// refreshMark remembers that the copy was just found good.
+func (c *cache) refreshMark(ctx context.Context, key string, rec *record) {
+	if err := c.marks.setMark(ctx, key, freshnessMark{GoodAt: c.now().UTC(), SHA256: rec.SHA256}); err != nil {
+		c.noteStoreError("redis", "refreshing", key, err)
+	}
+}

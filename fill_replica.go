@@ -1,0 +1,540 @@
+// fill_replica.go: one fetch of a file across replicas. The replica that holds
+// the lease fills; the others follow its growing spool over plain HTTP, and take
+// over by Range when it dies. No failure here reaches a client.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"time"
+)
+
+const (
+	// replicaPath is where a replica is asked for a fill of its own. No remote's
+	// name begins with a dot.
+	replicaPath = "/.fill/"
+	// leaseHeader carries the lease's token, there and back. A request with
+	// another token is for another program or another time.
+	leaseHeader = "Artifactapi-Lease"
+	// replicaHeartbeat is how often a filling replica shows that it lives while
+	// it has nothing to send; replicaTimeout is when it is given up.
+	replicaHeartbeat = 2 * time.Second
+	replicaTimeout   = 5 * time.Second
+	// maxReplicaFrame bounds what is read for one frame.
+	maxReplicaFrame = 1 << 20
+)
+
+// errReplica is a filling replica that cannot be followed any further.
+var errReplica = errors.New("the filling replica is gone")
+
+// The frames of a followed fill: one byte of kind, four of length, the payload.
+const (
+	frameHeartbeat byte = 'b' // nothing, but alive
+	frameHead      byte = 'h' // replicaHead: upstream's headers are there
+	frameData      byte = 'd' // a piece of the body
+	frameEnd       byte = 'e' // record: the body is whole and verified; heartbeats follow until it is stored
+	frameOutcome   byte = 'o' // replicaOutcome: there will be no body
+)
+
+// replicaHead is what clients of a follower need before the body.
+type replicaHead struct {
+	Record    *record `json:"Record"`
+	Total     int64   `json:"Total"` // size of the body; -1: not known
+	Validator string  `json:"Validator"`
+	Origin    int     `json:"Origin"`
+	Storable  bool    `json:"Storable"`
+}
+
+// replicaOutcome is how a fill ended without a body. The words on the wire are
+// older than some names here: replicas of two versions may run side by side.
+type replicaOutcome struct {
+	// Kind is unchanged or again (see outcomeKind), unreachable, timeout, "" for
+	// upstream's refusal, or self for what is this replica's own trouble.
+	Kind   string        `json:"Kind"`
+	Status int           `json:"Status"` // of the refusal, for the client
+	Detail string        `json:"Detail"`
+	Code   int           `json:"Code"`  // upstream's status
+	Retry  time.Duration `json:"Retry"` // in ns
+	Copy   string        `json:"Copy"`  // the SHA-256 of what is unchanged
+}
+
+// newReplicaClient makes the client for other replicas. It never uses a proxy. It
+// does not verify certificates: they name the service and not the address that
+// replicas know each other by, and what replicas trust is the token.
+func newReplicaClient() *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		DialContext:           (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
+		TLSClientConfig:       &tls.Config{InsecureSkipVerify: true},
+		ResponseHeaderTimeout: replicaTimeout,
+		DisableCompression:    true,
+		MaxIdleConnsPerHost:   16,
+		IdleConnTimeout:       time.Minute,
+	}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+}
+
+// acquireLease makes this process the one that fills f's key. leader is the
+// replica that does already. Without Redis there is no lease, and every replica
+// fills for itself.
+func (f *fill) acquireLease() (leader *leaseHolder) {
+	if f.c.replicas == nil {
+		return nil
+	}
+	// The token is set first: a replica that reads the lease may be here before
+	// we know that we have it.
+	token := rand.Text()
+	f.setLease(heldLease{token: token})
+	release, leader, err := f.c.replicas.acquireLease(f.ctx, f.key, token)
+	if release == nil {
+		token = ""
+	}
+	f.setLease(heldLease{token, release})
+	if err != nil {
+		f.c.noteStoreError("redis", "leasing", f.key, err)
+	}
+	return leader
+}
+
+func (f *fill) setLease(l heldLease) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.lease = l
+}
+
+// fetchFromReplica brings the body from the replica that fills already. If ended
+// is false, that replica had nothing for us, and upstream must be asked.
+func (f *fill) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, ended bool) {
+	if !f.openSpool() {
+		return fillOutcome{kind: outcomeNoSpool}, true
+	}
+	f.setLeader(leader)
+	outcome, err := f.follow(leader)
+	switch {
+	case err == nil:
+		return outcome, true
+	case f.rec == nil && f.isStoredByNow(): // it ended before we asked
+		return fillOutcome{kind: outcomeLookAgain}, true
+	}
+	written, _ := f.spool.progress()
+	f.c.log.Info("fetching what another replica began", "key", f.key, "replica", leader.addr, "at", written, "error", err)
+	if f.rec != nil {
+		return f.takeOver(err), true
+	}
+	f.setLeader(nil)
+	return fillOutcome{}, false
+}
+
+func (f *fill) setLeader(leader *leaseHolder) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.leader = leader
+}
+
+// follow reads the leader's stream into f's own spool, and keeps the body there
+// until the leader has stored it. An error, which is errReplica but for a spool
+// that is full, says that the leader can do no more; what it sent is in the spool.
+func (f *fill) follow(leader *leaseHolder) (fillOutcome, error) {
+	ctx, cancel := context.WithCancel(f.ctx)
+	defer cancel()
+	silence := time.AfterFunc(replicaTimeout, cancel)
+	defer silence.Stop()
+	body, err := f.c.openReplicaStream(ctx, leader, f.key)
+	if err != nil {
+		return fillOutcome{}, fmt.Errorf("%w: %w", errReplica, err)
+	}
+	defer body.Close()
+	r := bufio.NewReaderSize(body, largeBufferSize)
+	var frame replicaFrame
+	for {
+		if err := frame.readFrom(r); err != nil {
+			return f.endOfStream(err)
+		}
+		silence.Reset(replicaTimeout)
+		if frame.kind == frameOutcome {
+			return f.readOutcome(frame.payload)
+		}
+		if err := f.applyFrame(frame); errors.Is(err, errNoSpace) {
+			return f.runOutOfSpace(err), nil
+		} else if err != nil {
+			return fillOutcome{}, err
+		}
+	}
+}
+
+// endOfStream is the end of a leader's stream without an outcome. Behind the
+// whole body the leader has stored it, as far as it could, or died over that.
+func (f *fill) endOfStream(err error) (fillOutcome, error) {
+	switch {
+	case !f.isPublished():
+		return fillOutcome{}, fmt.Errorf("%w: %w", errReplica, err)
+	case !errors.Is(err, io.EOF) && f.ctx.Err() == nil:
+		f.store()
+	}
+	return fillOutcome{kind: outcomeBody}, nil
+}
+
+func (f *fill) isPublished() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.phase >= phaseComplete
+}
+
+// applyFrame applies a frame that brings the body nearer.
+func (f *fill) applyFrame(frame replicaFrame) error {
+	switch frame.kind {
+	case frameHead:
+		var h replicaHead
+		if err := json.Unmarshal(frame.payload, &h); err != nil || h.Record == nil || f.rec != nil {
+			return fmt.Errorf("%w: its head cannot be read, or is the second", errReplica)
+		}
+		if err := f.spool.setSize(h.Total); err != nil {
+			return err
+		}
+		f.publishHeaders(h.Record, h.Origin, h.Validator, h.Storable)
+	case frameData:
+		if f.rec == nil {
+			return fmt.Errorf("%w: data before its head", errReplica)
+		}
+		if err := f.appendToSpool(frame.payload); errors.Is(err, errTooMuch) {
+			return fmt.Errorf("%w: %w: the body is longer than it said", errReplica, errDigest)
+		} else if err != nil {
+			return err
+		}
+	case frameEnd:
+		var rec record
+		written, _ := f.spool.progress()
+		if err := json.Unmarshal(frame.payload, &rec); err != nil || rec.Size != written || rec.SHA256 != f.spool.hash.sumHex() {
+			return fmt.Errorf("%w: %w: the body is not what it says", errReplica, errDigest)
+		}
+		if err := f.spool.hash.verifyDigest(f.file.digest); err != nil {
+			return fmt.Errorf("%w: %w", errReplica, err)
+		}
+		f.publishBody(&rec)
+	}
+	return nil
+}
+
+// readOutcome reads how the leader's fill ended, unless that says nothing about
+// ours.
+func (f *fill) readOutcome(payload []byte) (fillOutcome, error) {
+	var o replicaOutcome
+	if err := json.Unmarshal(payload, &o); err != nil {
+		return fillOutcome{}, fmt.Errorf("%w: its outcome cannot be read", errReplica)
+	}
+	outcome, ok := o.toOutcome()
+	switch {
+	case !ok:
+		return fillOutcome{}, fmt.Errorf("%w: it could not fill", errReplica)
+	case o.Kind == "" && f.file.sharedKey:
+		return fillOutcome{}, fmt.Errorf("%w: its way to the file is refused, ours may not be", errReplica)
+	case outcome.kind == outcomeUnchanged && f.oldRecord != nil && f.oldRecord.SHA256 != o.Copy:
+		return fillOutcome{}, fmt.Errorf("%w: it has another copy", errReplica)
+	}
+	return outcome, nil
+}
+
+// takeOver fetches what is missing of a body whose leader is gone: by Range, or
+// as a whole where upstream has no ranges or the bytes that came are in doubt.
+func (f *fill) takeOver(cause error) fillOutcome {
+	f.mu.Lock()
+	f.setStorable(true)
+	f.leader = nil
+	f.mu.Unlock()
+	var resp *upstreamResponse
+	err := cause
+	if !errors.Is(cause, errDigest) {
+		resp, err = f.resumeBody(cause, 0)
+	}
+	if err != nil && !errors.Is(err, errUnreachable) && !errors.Is(err, errTimeout) && f.ctx.Err() == nil {
+		resp, err = f.refetchWhole()
+	}
+	if err != nil {
+		return failedOutcome(err)
+	}
+	return f.receiveBody(resp, 1)
+}
+
+// refetchWhole asks for the whole body and reads past what the spool has already.
+// Clients have seen that: it must be the same.
+func (f *fill) refetchWhole() (*upstreamResponse, error) {
+	resp, err := f.c.requestBody(f.ctx, f.file, f.file.newUpstreamRequest(http.MethodGet, nil))
+	if err != nil {
+		return nil, err
+	}
+	if err = f.c.statusError(f.file, resp); err == nil {
+		err = f.compareWithSpool(resp)
+	}
+	if err != nil {
+		resp.Body.Close()
+		return nil, err
+	}
+	storable := f.mayBeStored(resp)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.setStorable(storable)
+	return resp, nil
+}
+
+// compareWithSpool reads the part of resp that the spool has and compares it.
+func (f *fill) compareWithSpool(resp *upstreamResponse) error {
+	written, size := f.spool.progress()
+	now := f.c.newRecord(f.file, resp.Header)
+	if resp.ContentLength != size || now.ETag != f.rec.ETag || now.LastModified != f.rec.LastModified {
+		return fmt.Errorf("%w: it has changed since", errBroken)
+	}
+	got, had := make([]byte, copyBufferSize), make([]byte, copyBufferSize)
+	for off := int64(0); off < written; {
+		n, err := io.ReadFull(resp.Body, got[:min(copyBufferSize, written-off)])
+		if err != nil {
+			return fmt.Errorf("%w: %w", errBroken, err)
+		}
+		if _, err := f.spool.file.ReadAt(had[:n], off); err != nil {
+			return fmt.Errorf("reading the spool: %w", err)
+		}
+		if !bytes.Equal(got[:n], had[:n]) {
+			return fmt.Errorf("%w: another replica sent other bytes than upstream has", errBroken)
+		}
+		off += int64(n)
+	}
+	return nil
+}
+
+// openReplicaStream opens the stream of the leader's fill of key. The caller
+// closes it.
+func (c *cache) openReplicaStream(ctx context.Context, leader *leaseHolder, key string) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, leader.addr+replicaPath+key, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set(leaseHeader, leader.token)
+	res, err := c.replicaClient.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if res.StatusCode != http.StatusOK || res.Header.Get(leaseHeader) != leader.token {
+		res.Body.Close()
+		return nil, fmt.Errorf("%s answered %d and not with the lease's token", leader.addr, res.StatusCode)
+	}
+	return res.Body, nil
+}
+
+// replicaFrame is one frame of a followed fill.
+type replicaFrame struct {
+	kind    byte
+	payload []byte // valid until the next readFrom
+}
+
+// readFrom reads the next frame.
+func (f *replicaFrame) readFrom(r io.Reader) error {
+	var head [5]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return err
+	}
+	n := binary.BigEndian.Uint32(head[1:])
+	if n > maxReplicaFrame {
+		return fmt.Errorf("a frame of %d bytes", n)
+	}
+	f.kind, f.payload = head[0], slices.Grow(f.payload[:0], int(n))[:n]
+	_, err := io.ReadFull(r, f.payload)
+	return err
+}
+
+func writeFrame(w io.Writer, kind byte, payload []byte) error {
+	var head [5]byte
+	head[0] = kind
+	binary.BigEndian.PutUint32(head[1:], uint32(len(payload)))
+	if _, err := w.Write(head[:]); err != nil {
+		return err
+	}
+	_, err := w.Write(payload)
+	return err
+}
+
+func writeJSONFrame(w io.Writer, kind byte, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return writeFrame(w, kind, b)
+}
+
+// newReplicaOutcome is what followers are told of an outcome without a body.
+func newReplicaOutcome(o fillOutcome) replicaOutcome {
+	p, _ := errors.AsType[*problem](o.err)
+	status, _ := errors.AsType[*upstreamStatus](o.err)
+	switch {
+	case o.kind == outcomeUnchanged, o.kind == outcomeLookAgain:
+		return replicaOutcome{Kind: string(o.kind)}
+	case errors.Is(o.err, errUnreachable):
+		return replicaOutcome{Kind: "unreachable"}
+	case errors.Is(o.err, errTimeout):
+		return replicaOutcome{Kind: "timeout"}
+	case p != nil && status != nil:
+		return replicaOutcome{Status: p.status, Detail: p.detail, Code: status.code, Retry: p.retryAfter}
+	}
+	return replicaOutcome{Kind: "self"} // another replica may not have this one's trouble
+}
+
+// toOutcome is the inverse of newReplicaOutcome; ok is false for a replica's own
+// trouble.
+func (o replicaOutcome) toOutcome() (outcome fillOutcome, ok bool) {
+	const found = "as the filling replica found"
+	switch o.Kind {
+	case "":
+		return failedOutcome(&problem{status: o.Status, detail: o.Detail, retryAfter: o.Retry, cause: &upstreamStatus{o.Code}}), true
+	case string(outcomeUnchanged), string(outcomeLookAgain):
+		return fillOutcome{kind: outcomeKind(o.Kind)}, true
+	case "unreachable":
+		return failedOutcome(fmt.Errorf("%w, %s", errUnreachable, found)), true
+	case "timeout":
+		return failedOutcome(fmt.Errorf("%w, %s", errTimeout, found)), true
+	}
+	return fillOutcome{}, false
+}
+
+// serveReplica streams this replica's fill of key to another one, which shows by
+// the token that it has read the lease. The caller has routed replicaPath here.
+func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
+	w.quiet = true
+	token := r.Header.Get(leaseHeader)
+	f := c.fills.joinLeased(key, token)
+	if f == nil {
+		return newProblem(http.StatusNotFound, "no such fill")
+	}
+	defer f.leave()
+	w.Header().Set(leaseHeader, token)
+	w.Header().Set("Content-Type", "application/octet-stream")
+	w.WriteHeader(http.StatusOK)
+	return f.streamFrames(r.Context(), w)
+}
+
+// streamFrames writes the fill's frames until it ends.
+func (f *fill) streamFrames(ctx context.Context, w *response) error {
+	s := &frameStream{f: f, ctx: ctx, w: w, heartbeat: time.NewTicker(replicaHeartbeat)}
+	defer s.heartbeat.Stop()
+	rec, err := s.awaitPhase(phaseFilling)
+	if err != nil {
+		return err
+	}
+	whole := false
+	if rec != nil {
+		if whole, err = s.sendBody(rec); err != nil {
+			return err
+		}
+	}
+	if whole {
+		if rec, err = s.awaitPhase(phaseComplete); err == nil {
+			err = writeJSONFrame(w, frameEnd, rec)
+		}
+	}
+	if err == nil {
+		_, err = s.awaitPhase(phaseDone)
+	}
+	if err != nil || whole {
+		return err
+	}
+	return s.sendOutcome()
+}
+
+// frameStream is the stream of a fill to one follower.
+type frameStream struct {
+	f         *fill
+	ctx       context.Context
+	w         *response
+	heartbeat *time.Ticker
+}
+
+// awaitPhase waits until the fill is in that phase or behind it, and returns the
+// record that it has then; nil if it ended before there was one.
+func (s *frameStream) awaitPhase(phase fillPhase) (*record, error) {
+	for {
+		s.f.mu.Lock()
+		reached, rec, changed := s.f.phase >= phase, s.f.rec, s.f.changed
+		s.f.mu.Unlock()
+		if reached {
+			return rec, nil
+		}
+		if err := s.await(changed); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// await waits for changed, with heartbeats. What was written before must not sit
+// in a buffer meanwhile.
+func (s *frameStream) await(changed <-chan struct{}) error {
+	if err := s.w.controller.Flush(); err != nil {
+		return fmt.Errorf("%w: %w", errClientGone, err)
+	}
+	for {
+		select {
+		case <-changed:
+			return nil
+		case <-s.heartbeat.C:
+			if err := writeFrame(s.w, frameHeartbeat, nil); err != nil {
+				return err
+			}
+			if err := s.w.controller.Flush(); err != nil {
+				return fmt.Errorf("%w: %w", errClientGone, err)
+			}
+		case <-s.ctx.Done():
+			return context.Cause(s.ctx)
+		}
+	}
+}
+
+// sendBody sends the head and the body; whole reports whether that came to its
+// end.
+func (s *frameStream) sendBody(rec *record) (whole bool, err error) {
+	body := s.f.spool.newReader(s.ctx, false)
+	defer body.Close()
+	s.f.mu.Lock()
+	head := replicaHead{rec, body.size, s.f.validator, s.f.origin, s.f.fate == fateKeep}
+	s.f.mu.Unlock()
+	if err := writeJSONFrame(s.w, frameHead, head); err != nil {
+		return false, err
+	}
+	buf := largeBuffers.Get().(*[largeBufferSize]byte)
+	defer largeBuffers.Put(buf)
+	for {
+		n, changed, end := body.available()
+		switch {
+		case n > 0:
+			k, err := body.Read(buf[:])
+			if err != nil {
+				return false, fmt.Errorf("reading the spool: %w", err)
+			}
+			if err := writeFrame(s.w, frameData, buf[:k]); err != nil {
+				return false, err
+			}
+		case end != nil:
+			return end == io.EOF, nil
+		default:
+			if err := s.await(changed); err != nil {
+				return false, err
+			}
+		}
+	}
+}
+
+// sendOutcome tells how a fill ended that brought no body.
+func (s *frameStream) sendOutcome() error {
+	s.f.mu.Lock()
+	o := newReplicaOutcome(s.f.outcome)
+	s.f.mu.Unlock()
+	if s.f.oldRecord != nil {
+		o.Copy = s.f.oldRecord.SHA256
+	}
+	return writeJSONFrame(s.w, frameOutcome, o)
+}

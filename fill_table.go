@@ -1,0 +1,219 @@
+// fill_table.go: the table of the fills that requests may join, and the bounds on
+// how many fills a remote has.
+
+package main
+
+import (
+	"context"
+	"crypto/subtle"
+	"math"
+	"regexp"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+const (
+	// maxFillsPerRemote bounds what one slow upstream can pile up.
+	maxFillsPerRemote = 64
+	// maxAbandonedPerRemote is how many fills without a client may go on for a
+	// remote: clients that come and go must not leave an endless queue behind.
+	maxAbandonedPerRemote = 8
+	// unknownBytesLeft is what is left of a body of unknown length: more than of
+	// any other.
+	unknownBytesLeft = math.MaxInt64
+)
+
+// fillTable finds the fill of a file by its key and spelling. Its methods may be
+// called concurrently.
+type fillTable struct {
+	running sync.WaitGroup // the goroutines of all fills
+	ended   atomic.Int64   // fills that have ended: a lookup in the store before may be out of date
+
+	// mu guards the fields below and the clients of every fill. Of the other
+	// locks a fill's may be taken under it, and a spool's under that.
+	mu    sync.Mutex
+	byKey map[string][]*fill // one a key, but for spellings whose hashes collide
+	slots map[string]chan struct{}
+}
+
+func newFillTable() *fillTable {
+	return &fillTable{byKey: map[string][]*fill{}, slots: map[string]chan struct{}{}}
+}
+
+// slotsOf is the semaphore of a remote's fills.
+func (t *fillTable) slotsOf(remote string) chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.slots[remote]
+	if s == nil {
+		s = make(chan struct{}, maxFillsPerRemote)
+		t.slots[remote] = s
+	}
+	return s
+}
+
+// join returns the fill of a file, which create makes if there is none. Each
+// join is paired with a leave.
+func (t *fillTable) join(key, spelling string, create func() *fill) (f *fill, created bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if f := t.find(key, spelling); f != nil {
+		f.clients++
+		return f, false
+	}
+	f = create()
+	f.clients = 1
+	t.byKey[key] = append(t.byKey[key], f)
+	return f, true
+}
+
+// find is the fill of a file, or nil. mu is held.
+func (t *fillTable) find(key, spelling string) *fill {
+	for _, f := range t.byKey[key] {
+		if f.file.spelling == spelling {
+			return f
+		}
+	}
+	return nil
+}
+
+// joinLeased joins the fill of key that holds the lease with that token; nil if
+// there is none.
+func (t *fillTable) joinLeased(key, token string) *fill {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, f := range t.byKey[key] {
+		if token != "" && subtle.ConstantTimeCompare([]byte(f.leaseToken()), []byte(token)) == 1 {
+			f.clients++
+			return f
+		}
+	}
+	return nil
+}
+
+// isFilling reports whether a fill of key may be joined.
+func (t *fillTable) isFilling(key string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.byKey[key]) > 0
+}
+
+// take takes the fills of key out of the table, so that later requests begin
+// another.
+func (t *fillTable) take(key string) []*fill {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	taken := t.byKey[key]
+	delete(t.byKey, key)
+	return taken
+}
+
+// drop takes f out, if it is still there. mu is held.
+func (t *fillTable) drop(f *fill) {
+	t.byKey[f.key] = slices.DeleteFunc(t.byKey[f.key], func(other *fill) bool { return other == f })
+	if len(t.byKey[f.key]) == 0 {
+		delete(t.byKey, f.key)
+	}
+}
+
+// matching returns the keys of a remote's fills in whose path pattern is found.
+func (t *fillTable) matching(remote string, pattern *regexp.Regexp) (keys []string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for key, fills := range t.byKey {
+		for _, f := range fills {
+			if f.file.remote.name == remote && pattern.MatchString(decodePath(f.file.spelling)) {
+				keys = append(keys, key)
+			}
+		}
+	}
+	return keys
+}
+
+// leave is the end of one client's interest in f. A fill that has not begun to
+// ask ends with its last client, and so does one whose body is not to be stored;
+// the others go on, but not too many of them.
+func (t *fillTable) leave(f *fill) {
+	t.mu.Lock()
+	f.clients--
+	var victim *fill
+	switch {
+	case f.clients > 0:
+	case f.isOfNoUse():
+		victim = f
+	case t.find(f.key, f.file.spelling) == f:
+		victim = t.pickAbandoned(f.file.remote.name)
+	}
+	if victim != nil {
+		t.drop(victim)
+	}
+	unused := f.clients == 0 && f.hasEnded()
+	t.mu.Unlock()
+	if victim != nil {
+		victim.cancel(errAbandoned)
+	}
+	if unused {
+		f.releaseSpool()
+	}
+}
+
+// pickAbandoned picks the fill of a remote to drop: of those without clients, if
+// they are too many, the one furthest from its end. mu is held.
+func (t *fillTable) pickAbandoned(remote string) *fill {
+	var victim *fill
+	var most int64
+	abandoned := 0
+	for _, fills := range t.byKey {
+		for _, f := range fills {
+			if f.clients > 0 || f.file.remote.name != remote {
+				continue
+			}
+			left := f.bytesLeft()
+			if left == 0 {
+				continue // it asks nothing of upstream any more, and is being stored
+			}
+			abandoned++
+			if victim == nil || left > most {
+				victim, most = f, left
+			}
+		}
+	}
+	if abandoned <= maxAbandonedPerRemote {
+		return nil
+	}
+	return victim
+}
+
+// endOf takes a fill that has ended out of the table, and reports whether it has
+// no client any more.
+func (t *fillTable) endOf(f *fill) (unused bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.ended.Add(1)
+	t.drop(f)
+	return f.clients == 0
+}
+
+// hasClients reports whether anyone waits for f or reads its body.
+func (t *fillTable) hasClients(f *fill) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return f.clients > 0
+}
+
+// waitIdle waits until no fill runs any more, or until ctx ends, and reports
+// whether there is none.
+func (t *fillTable) waitIdle(ctx context.Context) bool {
+	idle := make(chan struct{})
+	go func() {
+		t.running.Wait()
+		close(idle)
+	}()
+	select {
+	case <-idle:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
