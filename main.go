@@ -1,42 +1,43 @@
-// Artifactapi is a caching proxy for artifacts: it stands between a fleet and
-// the internet, keeps every file it was asked for, and goes on serving when the
-// upstream is gone.
+// Artifactapi is a caching proxy for artifacts. It stands between a fleet of
+// machines and the internet, stores every file that it is asked for, and keeps
+// serving stored files while the upstream cannot be reached.
 //
 // Usage:
 //
-//	artifactapi [serve]      serve remotes.yaml
+//	artifactapi [serve]      serve the remotes of remotes.yaml
 //	artifactapi check [FILE] validate the configuration; exit 0 or 1
 //	artifactapi healthcheck  ask the local server's /health; exit 0 or 1
 //	artifactapi verify       hash everything stored, drop what does not match
-//	artifactapi reindex      make the index follow from what is stored
-//	artifactapi version
-//	artifactapi help
+//	artifactapi reindex      rebuild the index from what is stored
+//	artifactapi version      print the version
+//	artifactapi help         print the usage
 //
-// remotes.yaml names the upstreams; README.md describes it. The environment
-// gives the rest (default in parentheses):
+// remotes.yaml names the upstreams; README.md describes its keys. Environment
+// variables give everything else (default in parentheses; empty means unset):
 //
 //	CONFIG_PATH (remotes.yaml)  the configuration file
-//	LISTEN_ADDR (:8000)         where to listen
-//	DATA_DIR (data)             where files, index and spools are
-//	MIN_FREE (1GiB or 5 %)      free space that storing leaves alone
-//	CACHE_MAX_SIZE              least recently used files go above it
+//	LISTEN_ADDR (:8000)         the address to listen on
+//	DATA_DIR (data)             directory of files, index and temporary files
+//	MIN_FREE (1GiB or 5 %)      space that must stay free; less is not used for storing
+//	CACHE_MAX_SIZE              above it, the least recently used files are removed
 //	MINIO_ENDPOINT, MINIO_ACCESS_KEY, MINIO_SECRET_KEY, MINIO_BUCKET
-//	                            keep files in S3 instead of on disk
+//	                            store files in S3 instead of on disk
 //	MINIO_SECURE (false), MINIO_REGION (us-east-1), MINIO_VIRTUAL_HOST (false)
-//	HOT_CACHE_SIZE (10GiB)      of the copies on disk before S3; 0 is none
+//	HOT_CACHE_SIZE (10GiB)      size of the local copies in front of S3; 0 is off
 //	DBHOST, DBPORT (5432), DBUSER, DBPASS, DBNAME, DBSSLMODE (disable)
 //	                            keep the index in PostgreSQL
 //	REDIS_URL                   share freshness and leases through Redis
-//	ADVERTISE_URL               where other replicas reach this one
-//	API_TOKEN                   allows PUT, DELETE and purging
-//	TLS_CERT_FILE, TLS_KEY_FILE serve HTTPS; read again when they change
-//	DRAIN_DELAY (0s)            how long /health says 503 before the end
+//	ADVERTISE_URL               URL at which other replicas reach this one
+//	API_TOKEN                   token that allows PUT, DELETE and purging
+//	TLS_CERT_FILE, TLS_KEY_FILE serve HTTPS; the files are reloaded when they change
+//	DRAIN_DELAY (0s)            how long /health answers 503 before the server stops
 //	LOG_LEVEL (info)            debug, info, warn or error
 //	LOG_FORMAT                  text (on a terminal) or json (otherwise)
-//	HTTPS_PROXY, HTTP_PROXY, NO_PROXY, SSL_CERT_FILE  as everywhere; for upstreams
+//	HTTPS_PROXY, HTTP_PROXY, NO_PROXY, SSL_CERT_FILE
+//	                            used for upstreams, as other programs use them
 //
-// It listens on one address and serves /api/{remote}/{path}, /v2/ (registry),
-// /, /health, /config, /metrics and /artifacts/{remote}.
+// It listens on one address and serves /api/{remote}/{path}, /v2/ (the container
+// registry), /, /health, /config, /metrics and /artifacts/{remote}.
 package main
 
 import (
@@ -64,13 +65,13 @@ var version = "dev"
 
 const usage = `usage: artifactapi [COMMAND]
 
-  serve          serve remotes.yaml (the default)
+  serve          serve the remotes of remotes.yaml (the default)
   check [FILE]   validate the configuration; exit 0 or 1
   healthcheck    ask the local server's /health; exit 0 or 1
-  verify         hash everything stored and drop what does not match; exit 0 = all well
-  reindex        make the index follow from what is stored; exit 0 or 1
+  verify         hash everything stored and drop what does not match; exit 0 if nothing was dropped
+  reindex        rebuild the index from what is stored; exit 0 or 1
   version        print the version
-  help           print this
+  help           print this text
 `
 
 func main() {
@@ -79,14 +80,16 @@ func main() {
 	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
 }
 
-// run is the program; its result is the exit status.
+// run is the program without its globals, so that tests can call it. It returns
+// the exit status: 0 for success, 1 for an error, 2 for wrong arguments. It ends
+// when the command has ended; serve ends with ctx.
 func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Writer) int {
 	command, rest := "serve", []string(nil)
 	if len(args) > 0 {
 		command, rest = args[0], args[1:]
 	}
-	limits := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "reindex": 0, "version": 0, "help": 0, "-h": 0, "--help": 0}
-	if most, ok := limits[command]; !ok || len(rest) > most {
+	maxArgs := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "reindex": 0, "version": 0, "help": 0, "-h": 0, "--help": 0}
+	if limit, known := maxArgs[command]; !known || len(rest) > limit {
 		fmt.Fprint(stderr, usage)
 		return 2
 	}
@@ -120,7 +123,8 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 	return 0
 }
 
-// checkConfig validates a configuration file.
+// checkConfig validates the configuration file that args names, or else
+// CONFIG_PATH. Its error lists all mistakes of the file, a line each.
 func checkConfig(set *settings, args []string, env lookupEnv, stdout io.Writer) error {
 	name := set.configPath
 	if len(args) == 1 {
@@ -130,39 +134,42 @@ func checkConfig(set *settings, args []string, env lookupEnv, stdout io.Writer) 
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(stdout, "%s: %d remotes, all well\n", name, len(cfg.names))
+	fmt.Fprintf(stdout, "%s: valid, %d remotes\n", name, len(cfg.names))
 	return nil
 }
 
+// loadConfig reads and parses the configuration file name. env gives the
+// variables that the file uses as ${VAR}.
 func loadConfig(name string, env lookupEnv) (*config, error) {
 	data, err := os.ReadFile(name)
 	if err != nil {
-		return nil, fmt.Errorf("reading the configuration: %w (CONFIG_PATH names it)", err)
+		return nil, fmt.Errorf("reading the configuration: %w (CONFIG_PATH names the file)", err)
 	}
 	return parseConfig(name, data, env)
 }
 
-// askHealth asks the server on this machine, for HEALTHCHECK in an image
-// without a shell.
+// askHealth asks /health of the server on this machine and returns nil for 200.
+// It is HEALTHCHECK's command, because the image has no shell and no curl.
 func askHealth(ctx context.Context, set *settings) error {
 	host, port, err := net.SplitHostPort(set.listen)
 	if err != nil {
 		return fmt.Errorf("LISTEN_ADDR: %w", err)
 	}
-	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+	if ip := net.ParseIP(host); host == "" || (ip != nil && ip.IsUnspecified()) {
 		host = "localhost"
 	}
 	scheme := "http"
 	if set.tlsCert != "" {
 		scheme = "https"
 	}
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://"+net.JoinHostPort(host, port)+"/health", nil)
 	if err != nil {
 		return fmt.Errorf("asking /health: %w", err)
 	}
-	// The certificate names the outside; a proxy is for upstreams.
+	// The certificate is not verified: it holds the server's public name, not
+	// localhost. No proxy is used: HTTP_PROXY and the like are for upstreams.
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
 	res, err := client.Do(req)
 	if err != nil {
@@ -175,15 +182,23 @@ func askHealth(ctx context.Context, set *settings) error {
 	return nil
 }
 
-// verifyStored hashes what is stored, beside a running server too.
+// healthTimeout bounds healthcheck. /health answers within 100 ms, and Docker
+// itself waits 30 s unless it is told otherwise.
+const healthTimeout = 3 * time.Second
+
+// verifyStored hashes everything stored and drops what does not match its record.
+// It may run beside a server. Its error says that something was dropped or could
+// not be read.
 func verifyStored(ctx context.Context, set *settings, env lookupEnv, stdout io.Writer) error {
 	st, err := openStores(set, time.Now, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
 	defer st.Close()
-	cfg, unknown := loadConfig(set.configPath, env)
-	st.disk.isIrreplaceable = func(remote string) bool { return unknown != nil || cfg.isIrreplaceable(remote) }
+	// Without a valid configuration no remote is known to have an upstream, so
+	// nothing damaged is removed.
+	cfg, configErr := loadConfig(set.configPath, env)
+	st.disk.isIrreplaceable = func(remote string) bool { return configErr != nil || cfg.isIrreplaceable(remote) }
 	reported := 0
 	checked, dropped, err := st.objects.verify(ctx, func(key string, err error) {
 		reported++
@@ -191,14 +206,15 @@ func verifyStored(ctx context.Context, set *settings, env lookupEnv, stdout io.W
 	})
 	fmt.Fprintf(stdout, "%d checked, %d dropped\n", checked, dropped)
 	if err == nil && reported > 0 {
-		err = fmt.Errorf("%d files were dropped or could not be read; what was dropped is fetched again when it is asked for", reported)
+		err = fmt.Errorf("%d files were dropped or could not be read; a dropped file is fetched again when a client asks for it", reported)
 	}
 	return err
 }
 
-// reindexStored is reindex: rows for objects without one, and no rows without an
-// object. PostgreSQL's index is corrected beside running replicas; the embedded
-// one is in the server's memory, so the server must not run.
+// reindexStored adds an index row for each object without one and removes the rows
+// without an object. The index in PostgreSQL can be corrected beside running
+// replicas. The embedded index is in the memory of the server that owns DATA_DIR,
+// so no server may run.
 func reindexStored(ctx context.Context, set *settings, stdout io.Writer) error {
 	st, err := openStores(set, time.Now, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -207,18 +223,18 @@ func reindexStored(ctx context.Context, set *settings, stdout io.Writer) error {
 	defer st.Close()
 	if st.sql != nil {
 		changed := 0
-		err := reindex(ctx, st.objects, st.sql, func(what, key string) {
+		err := reindex(ctx, st.objects, st.sql, func(change, key string) {
 			changed++
-			fmt.Fprintln(stdout, what, key)
+			fmt.Fprintln(stdout, change, key)
 		})
 		fmt.Fprintf(stdout, "%d rows corrected\n", changed)
 		return err
 	}
-	switch held, err := st.disk.lockData(); {
+	switch locked, err := st.disk.lockData(); {
 	case err != nil:
 		return err
-	case !held:
-		return errors.New("a server uses DATA_DIR, and its index is in its memory: stop it first (it reconciles the index at each start anyway)")
+	case !locked:
+		return errors.New("a running server uses DATA_DIR and has the index in its memory: stop the server first (it also corrects the index itself at each start)")
 	}
 	if err := st.embedded.reconcile(ctx, st.objects); err != nil {
 		return err
@@ -230,30 +246,36 @@ func reindexStored(ctx context.Context, set *settings, stdout io.Writer) error {
 	return errors.Join(err, st.embedded.saveSnapshot())
 }
 
-// server is what serve wires together.
+// server is a running artifactapi: its settings, its stores, the cache over them
+// and what changes while it runs.
 type server struct {
 	set    *settings
 	env    lookupEnv
 	log    *slog.Logger
 	stores *stores
 	cache  *cache
-	config atomic.Pointer[config]
-	cert   atomic.Pointer[tls.Certificate]
+	config atomic.Pointer[config]          // in force; replaced by a reload
+	cert   atomic.Pointer[tls.Certificate] // in force; nil without TLS
 
-	hup          chan os.Signal // SIGHUP
-	draining     atomic.Bool
-	seenContents [sha256.Size]byte // contents of what is in force; the start and one loop use it
-	ownsDataDir  bool              // DATA_DIR is ours alone; the start and one loop use it
+	hup      chan os.Signal // receives SIGHUP
+	draining atomic.Bool    // the server is about to stop; /health says so
+
+	// seenContents is the hash of the watched files as they were last read. The
+	// start writes it, then watchFiles alone.
+	seenContents [sha256.Size]byte
+	// ownsDataDir reports whether this process has the lock on DATA_DIR. The start
+	// writes it, then the sweeping loop alone.
+	ownsDataDir bool
 }
 
-// runServer runs the server until ctx ends.
+// runServer runs the server until ctx ends or listening fails.
 func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writer) error {
-	log.SetOutput(io.Discard) // net/http's client would write there what an upstream sends unasked
+	log.SetOutput(io.Discard) // net/http's client logs there what an upstream sends without a request
 	log := newLogger(set, stderr)
 	s := &server{set: set, env: env, log: log, hup: make(chan os.Signal, 1)}
-	signal.Notify(s.hup, syscall.SIGHUP) // first of all: it would end the program
+	signal.Notify(s.hup, syscall.SIGHUP) // first of all: an unhandled SIGHUP ends the program
 	defer signal.Stop(s.hup)
-	s.seenContents = s.hashWatchedFiles() // before it is read: what changes from now on is noticed
+	s.seenContents = s.hashWatchedFiles() // before the files are loaded, so that no later change is missed
 	cfg, err := loadConfig(set.configPath, env)
 	if err != nil {
 		return err
@@ -277,7 +299,7 @@ func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writ
 	return s.serveUntilDone(ctx, listener, s.newHandler())
 }
 
-// newHandler makes the cache over the stores, and the handler.
+// newHandler makes the cache over the stores, and the HTTP handler over the cache.
 func (s *server) newHandler() http.Handler {
 	metrics := newMetrics()
 	st := s.stores
@@ -293,8 +315,9 @@ func (s *server) newHandler() http.Handler {
 		registry: newRegistry(s.cache, s.config.Load, responder)}
 }
 
-// serveUntilDone serves until ctx ends, then stops in order: say so on /health, stop
-// accepting, drain requests, drain fills, write the accounting, close stores.
+// serveUntilDone serves until ctx ends or the listener fails. Then it stops in this
+// order: /health says so, no more connections are accepted, running requests end,
+// running fills end, the loops end, the stores write what is left and are closed.
 func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, handler http.Handler) error {
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
@@ -303,36 +326,36 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 
 	srv := &http.Server{
 		Handler:           handler,
-		ReadHeaderTimeout: 30 * time.Second, // a client that dribbles its headers
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    60 << 10, // and net/http's 4 KiB: more than 64 KiB is 431
+		ReadHeaderTimeout: 30 * time.Second, // a slower client only holds a connection
+		IdleTimeout:       2 * time.Minute,  // longer than the pauses between a client's requests
+		MaxHeaderBytes:    60 << 10,         // net/http adds 4 KiB: more than 64 KiB is answered 431
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 		TLSConfig:         s.tlsConfig(),
 	}
-	failed := make(chan error, 1)
+	serveFailed := make(chan error, 1)
 	loops.Go(func() {
 		if srv.TLSConfig != nil {
-			failed <- srv.ServeTLS(listener, "", "")
+			serveFailed <- srv.ServeTLS(listener, "", "")
 			return
 		}
-		failed <- srv.Serve(listener)
+		serveFailed <- srv.Serve(listener)
 	})
 	var err error
 	select {
-	case err = <-failed:
+	case err = <-serveFailed:
 	case <-ctx.Done():
 		s.announceEnd()
 	}
-	ended, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	drainCtx, cancel := context.WithTimeout(context.Background(), drainTimeout)
 	defer cancel()
 	if err == nil {
-		s.drain(ended, srv)
+		s.drain(drainCtx, srv)
 	}
-	s.cache.Close(ended)
+	s.cache.Close(drainCtx)
 	stop()
 	loops.Wait()
 	if err := s.stores.Close(); err != nil {
-		s.log.Warn("closing the stores", "error", err)
+		s.log.Warn("a store could not be closed cleanly", "error", err)
 	}
 	if err != nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serving: %w", err)
@@ -341,28 +364,31 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 	return nil
 }
 
-// drainTimeout bounds how long requests and fills in flight may take at the end,
-// together; Kubernetes kills after 30 s unless told otherwise.
+// drainTimeout bounds how long running requests and fills together may take once
+// the server stops. Kubernetes kills a container after 30 s by default.
 const drainTimeout = 25 * time.Second
 
-// announceEnd lets load balancers see on /health that this is the end.
+// announceEnd makes /health answer 503 for DRAIN_DELAY, during which requests are
+// still served: load balancers have that time to send clients elsewhere.
 func (s *server) announceEnd() {
 	s.draining.Store(true)
-	s.log.Info("draining", "delay", s.set.drainDelay)
+	s.log.Info("draining: /health answers 503 from now on", "delay", s.set.drainDelay)
 	if s.set.drainDelay > 0 {
 		<-time.After(s.set.drainDelay)
 	}
 }
 
-// drain stops accepting and lets requests in flight finish.
+// drain stops accepting connections and waits for the running requests. Those
+// that still run when ctx ends are cut off.
 func (s *server) drain(ctx context.Context, srv *http.Server) {
 	if err := srv.Shutdown(ctx); err != nil {
-		s.log.Warn("requests in flight were cut off", "error", err)
+		s.log.Warn("requests that still ran were cut off", "error", err)
 		srv.Close()
 	}
 }
 
-// startLoops starts the loops: each is a ticker around one step.
+// startLoops starts the background loops. Each is a ticker around one step and
+// ends with ctx; loops counts them.
 func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 	loop := func(first func(), d time.Duration, step func()) {
 		loops.Go(func() {
@@ -387,7 +413,8 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 	}
 	every(2*time.Second, func() { s.cache.flushCounts(ctx) })
 	every(5*time.Second, func() { s.cache.evictFiles(ctx, s.config.Load(), s.set.maxSize) })
-	// It looks at all directories, which the first request is not to wait for.
+	// A sweep reads all directories. It runs in its loop, so that the first
+	// request does not wait for it.
 	loop(func() { s.sweepDisks(ctx) }, time.Hour, func() { s.openData(); s.sweepDisks(ctx) })
 	loops.Go(func() { s.watchFiles(ctx) })
 	if st.embedded != nil {
@@ -412,51 +439,55 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 	}
 }
 
-// tryStep logs a step that failed; its loop will try again.
-func (s *server) tryStep(ctx context.Context, what string, step func() error) {
+// tryStep runs one step of a loop and logs its error. The loop runs it again at
+// its next tick.
+func (s *server) tryStep(ctx context.Context, task string, step func() error) {
 	if err := step(); err != nil && ctx.Err() == nil {
-		s.log.Debug("failed, will try again", "doing", what, "error", err)
+		s.log.Debug("a background task failed and will be tried again", "task", task, "error", err)
 	}
 }
 
-// retryStep repeats what has to succeed once.
-func (s *server) retryStep(ctx context.Context, what string, step func() error) {
+// retryStep runs a step that has to succeed once, until it does or ctx ends.
+func (s *server) retryStep(ctx context.Context, task string, step func() error) {
 	for {
 		err := step()
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		s.log.Warn("failed, will try again in 10 s", "doing", what, "error", err)
+		s.log.Warn("a background task failed and will be tried again in 10 s", "task", task, "error", err)
 		select {
-		case <-time.After(10 * time.Second):
+		case <-time.After(10 * time.Second): // a backend that is down needs some time
 		case <-ctx.Done():
 		}
 	}
 }
 
-// openData takes DATA_DIR for us, so that what an earlier process left of its
-// fills may be swept. Another process there is unusual but harmless.
+// openData locks DATA_DIR unless this process has the lock already. The owner of
+// the lock may remove the temporary files that an earlier process left. Another
+// process that uses DATA_DIR is unusual but harmless.
 func (s *server) openData() {
 	if s.ownsDataDir {
 		return
 	}
-	held, err := s.stores.disk.lockData()
+	locked, err := s.stores.disk.lockData()
 	switch {
 	case err != nil:
-		s.log.Error("DATA_DIR cannot be used: files are passed on and not stored", "dir", s.set.dataDir, "error", err)
-	case !held:
+		s.log.Error("DATA_DIR cannot be used: files are served but not stored", "dir", s.set.dataDir, "error", err)
+	case !locked:
 		s.log.Warn("another process uses DATA_DIR: its temporary files are left alone", "dir", s.set.dataDir)
 	default:
 		s.eachDisk(context.Background(), func(d *diskStore) error { return d.sweepSpools(true) })
 	}
-	s.ownsDataDir = held
+	s.ownsDataDir = locked
 }
 
-// sweepDisks removes what crashes left.
+// sweepDisks removes the files that crashes left in DATA_DIR.
 func (s *server) sweepDisks(ctx context.Context) {
 	s.eachDisk(ctx, func(d *diskStore) error { return d.sweep(ctx) })
 }
 
+// eachDisk calls sweep with each disk store: that of DATA_DIR, and with S3 that of
+// the hot copies.
 func (s *server) eachDisk(ctx context.Context, sweep func(*diskStore) error) {
 	s.tryStep(ctx, "sweeping temporary files", func() error { return sweep(s.stores.disk) })
 	if s.stores.hot != nil {
@@ -464,14 +495,15 @@ func (s *server) eachDisk(ctx context.Context, sweep func(*diskStore) error) {
 	}
 }
 
-// checkEvery and checkTimeout: /health has to tell within a second.
+// /health says within a second that a backend is down: the pause between two
+// checks and the longest check together stay below it.
 const (
 	checkEvery   = 500 * time.Millisecond
 	checkTimeout = 400 * time.Millisecond
 )
 
-// checkBackend asks a backend whether it can be used and notes the answer for
-// /health.
+// checkBackend pings a backend and keeps the result for /health. It logs only a
+// change of state.
 func (s *server) checkBackend(b *backend) {
 	if b.ping == nil {
 		b.up.Store(true)
@@ -480,14 +512,15 @@ func (s *server) checkBackend(b *backend) {
 	ctx, cancel := context.WithTimeout(context.Background(), checkTimeout)
 	defer cancel()
 	err := b.ping(ctx)
-	if was := b.up.Swap(err == nil); was && err != nil {
+	if wasUp := b.up.Swap(err == nil); wasUp && err != nil {
 		s.log.Error("backend is down", "backend", b.name, "kind", b.kind, "error", err)
-	} else if !was && err == nil {
-		s.log.Info("backend is usable", "backend", b.name, "kind", b.kind)
+	} else if !wasUp && err == nil {
+		s.log.Info("backend is up", "backend", b.name, "kind", b.kind)
 	}
 }
 
-// reportHealth is the state of the backends as the last look found it.
+// reportHealth returns the state of the backends as the last checks found it. It
+// asks no backend, so that /health answers at once whatever hangs.
 func (s *server) reportHealth() healthReport {
 	h := healthReport{Status: "healthy", Backends: map[string]string{}, draining: s.draining.Load()}
 	for _, b := range s.stores.backends {
@@ -499,29 +532,30 @@ func (s *server) reportHealth() healthReport {
 	return h
 }
 
-// watchFiles reloads the configuration on SIGHUP and when its content changes,
-// and the certificate likewise.
+// watchFiles reloads the configuration and the certificate on SIGHUP and when the
+// content of their files changes, until ctx ends.
 func (s *server) watchFiles(ctx context.Context) {
-	t := time.NewTicker(2 * time.Second) // within 3 s is the promise
+	t := time.NewTicker(2 * time.Second) // README promises a reload within 3 s
 	defer t.Stop()
 	for {
-		asked := false
+		signalled := false
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.hup:
-			asked = true
+			signalled = true
 		case <-t.C:
 		}
-		if now := s.hashWatchedFiles(); asked || now != s.seenContents {
-			s.seenContents = now
+		if contents := s.hashWatchedFiles(); signalled || contents != s.seenContents {
+			s.seenContents = contents
 			s.reloadConfig()
 		}
 	}
 }
 
-// hashWatchedFiles is a sum over the files that are watched: their times would miss a
-// change within a second, and an atomic exchange of a mounted directory.
+// hashWatchedFiles returns a hash over the contents of the watched files. Their
+// modification times are no substitute: they miss a second change within a second,
+// and Kubernetes replaces a mounted directory by another one whose files may be older.
 func (s *server) hashWatchedFiles() (sum [sha256.Size]byte) {
 	var all bytes.Buffer
 	for _, name := range []string{s.set.configPath, s.set.tlsCert, s.set.tlsKey} {
@@ -535,20 +569,23 @@ func (s *server) hashWatchedFiles() (sum [sha256.Size]byte) {
 	return sha256.Sum256(all.Bytes())
 }
 
-// reloadConfig takes a new configuration, or reports why it is not taken.
+// reloadConfig puts the new configuration and the new certificate into force. It
+// logs why one of them is rejected; the old one then stays.
 func (s *server) reloadConfig() {
 	cfg, err := loadConfig(s.set.configPath, s.env)
 	if err != nil {
-		s.log.Error("the new configuration is not taken, the old one stays in force", "error", err)
+		s.log.Error("the new configuration is rejected, the old one stays in force", "error", err)
 	} else {
 		s.config.Store(cfg)
 		s.log.Info("configuration loaded", "remotes", len(cfg.names))
 	}
 	if err := s.loadCertificate(); err != nil {
-		s.log.Error("the new certificate is not taken, the old one stays in force", "error", err)
+		s.log.Error("the new certificate is rejected, the old one stays in force", "error", err)
 	}
 }
 
+// loadCertificate puts the certificate of TLS_CERT_FILE and TLS_KEY_FILE into force.
+// It does nothing without TLS.
 func (s *server) loadCertificate() error {
 	if s.set.tlsCert == "" {
 		return nil
@@ -561,7 +598,8 @@ func (s *server) loadCertificate() error {
 	return nil
 }
 
-// tlsConfig is nil where plain HTTP is served.
+// tlsConfig returns the listener's TLS settings, or nil for plain HTTP. Each
+// handshake takes the certificate in force.
 func (s *server) tlsConfig() *tls.Config {
 	if s.set.tlsCert == "" {
 		return nil
@@ -572,7 +610,8 @@ func (s *server) tlsConfig() *tls.Config {
 	}
 }
 
-// newLogger logs to w as LOG_LEVEL and LOG_FORMAT say.
+// newLogger returns a logger that writes to w with LOG_LEVEL and LOG_FORMAT.
+// Without LOG_FORMAT it writes text to a terminal and JSON to everything else.
 func newLogger(set *settings, w io.Writer) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: set.logLevel}
 	text := set.logFormat == "text"

@@ -19,27 +19,30 @@ import (
 	"time"
 )
 
-// lookupEnv is os.LookupEnv.
+// lookupEnv looks up an environment variable, as os.LookupEnv does.
 type lookupEnv = func(string) (string, bool)
 
-// settings are what the environment says.
+// settings holds the environment variables as values that are ready to use. It
+// does not change after parseSettings.
 type settings struct {
-	configPath, listen, dataDir string
-	minFree                     int64       // -1: by the disk's size
-	maxSize                     int64       // CACHE_MAX_SIZE; 0: none
-	s3                          s3Config    // bucket "": local disk
-	hotSize                     int64       // of the tier before S3; 0: none
-	db                          sqlSettings // host "": embedded
-	redisURL                    secret      // "": in process
-	advertise                   string      // ADVERTISE_URL
-	apiToken                    secret
-	tlsCert, tlsKey             string
-	drainDelay                  time.Duration
-	logLevel                    slog.Level
-	logFormat                   string // "": by what it is written to
+	configPath, listen string
+	dataDir            string      // absolute
+	minFree            int64       // MIN_FREE in bytes; -1: not set, see defaultMinFree
+	maxSize            int64       // CACHE_MAX_SIZE in bytes; 0: no limit
+	s3                 s3Config    // bucket "": files are on the local disk
+	hotSize            int64       // HOT_CACHE_SIZE in bytes; 0: no hot copies
+	db                 sqlSettings // host "": the embedded index is used
+	redisURL           secret      // "": freshness is kept in this process
+	advertise          string      // ADVERTISE_URL without trailing slash; "": see advertisedURL
+	apiToken           secret      // "": writing is off, except with a write_token
+	tlsCert, tlsKey    string      // file names; "": plain HTTP
+	drainDelay         time.Duration
+	logLevel           slog.Level
+	logFormat          string // text or json; "": text on a terminal, else json
 }
 
-// groups are variables of which the first needs the others.
+// groups lists variables that belong together: when the first of a group is set,
+// the others must be set too.
 var groups = [][]string{
 	{"MINIO_ENDPOINT", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "MINIO_BUCKET"},
 	{"DBHOST", "DBUSER", "DBNAME"},
@@ -47,8 +50,8 @@ var groups = [][]string{
 	{"TLS_KEY_FILE", "TLS_CERT_FILE"},
 }
 
-// parseSettings reads the environment. Its error is one line naming the first
-// variable that is missing or wrong.
+// parseSettings reads the environment. Its error is one line that names the first
+// variable that is missing or wrong and never holds the value of a secret.
 func parseSettings(env lookupEnv) (*settings, error) {
 	p := &envReader{env: env}
 	p.checkGroups()
@@ -72,12 +75,12 @@ func parseSettings(env lookupEnv) (*settings, error) {
 		p.addError("LISTEN_ADDR", fmt.Errorf("%q is not an address like :8000 or 127.0.0.1:8000", set.listen))
 	}
 	if v := string(set.apiToken); strings.TrimSpace(v) != v || strings.ContainsAny(v, "\r\n") {
-		p.addError("API_TOKEN", errors.New("holds a line break, or white space at an end: no client could send it (often the end of a file put into a variable)"))
+		p.addError("API_TOKEN", errors.New("begins or ends with white space or holds a line break, so no client can send it: remove it (often it is the end of a file that was read into the variable)"))
 	}
 	for _, name := range []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"} {
 		v := p.readString(name, "")
 		if v != "" && !strings.Contains(v, "://") {
-			v = "http://" + v // as net/http reads it
+			v = "http://" + v // net/http reads it this way
 		}
 		if v != "" && parseHostURL(v, "http", "https", "socks5", "socks5h") == nil {
 			p.addError(name, errors.New("is not a URL like http://proxy.example:3128"))
@@ -90,40 +93,46 @@ func parseSettings(env lookupEnv) (*settings, error) {
 	return set, p.err
 }
 
-// envReader reads variables and keeps the first mistake.
+// envReader reads variables and keeps the first mistake, so that its callers need
+// not check each of them.
 type envReader struct {
 	env lookupEnv
-	err error
+	err error // the first mistake; nil so far
 }
 
+// addError records err as the mistake of the variable name, unless it is nil or an
+// earlier mistake is known.
 func (p *envReader) addError(name string, err error) {
 	if p.err == nil && err != nil {
 		p.err = fmt.Errorf("environment: %s: %w", name, err)
 	}
 }
 
-// readString is a variable's value; empty counts as unset.
-func (p *envReader) readString(name, otherwise string) string {
+// readString returns a variable's value, or the default value when it is unset or
+// empty.
+func (p *envReader) readString(name, defaultValue string) string {
 	if v, _ := p.env(name); v != "" {
 		return v
 	}
-	return otherwise
+	return defaultValue
 }
 
-func (p *envReader) readSize(name string, otherwise int64) int64 {
+// readSize reads a size like 10GiB, in bytes.
+func (p *envReader) readSize(name string, defaultValue int64) int64 {
 	v := p.readString(name, "")
 	if v == "" {
-		return otherwise
+		return defaultValue
 	}
 	n, err := parseSize(v)
 	p.addError(name, err)
 	return n
 }
 
-func (p *envReader) readDuration(name string, otherwise time.Duration) time.Duration {
+// readDuration reads a duration like 1m30s that is not negative.
+func (p *envReader) readDuration(name string, defaultValue time.Duration) time.Duration {
 	v := p.readString(name, "")
 	if v == "" {
-		return otherwise
+		return defaultValue
 	}
 	d, err := time.ParseDuration(v)
 	if err != nil || d < 0 {
@@ -132,9 +141,11 @@ func (p *envReader) readDuration(name string, otherwise time.Duration) time.Dura
 	return d
 }
 
-func (p *envReader) readOneOf(name, otherwise string, values ...string) string {
-	v := p.readString(name, otherwise)
-	for _, x := range append(values, otherwise) {
+// readOneOf reads one of some words, in upper or lower case, and returns it as it is
+// written in values.
+func (p *envReader) readOneOf(name, defaultValue string, values ...string) string {
+	v := p.readString(name, defaultValue)
+	for _, x := range append(values, defaultValue) {
 		if strings.EqualFold(v, x) {
 			return x
 		}
@@ -143,6 +154,7 @@ func (p *envReader) readOneOf(name, otherwise string, values ...string) string {
 	return v
 }
 
+// checkGroups records a group of variables of which only a part is set.
 func (p *envReader) checkGroups() {
 	for _, g := range groups {
 		if p.readString(g[0], "") == "" {
@@ -150,7 +162,7 @@ func (p *envReader) checkGroups() {
 		}
 		for _, name := range g[1:] {
 			if p.readString(name, "") == "" {
-				p.addError(name, fmt.Errorf("is not set, but %s is: they belong together", g[0]))
+				p.addError(name, fmt.Errorf("is not set, but %s is: set both, or neither", g[0]))
 			}
 		}
 	}
@@ -166,11 +178,11 @@ func (p *envReader) readBackends(set *settings) {
 		p.addError("DBPORT", fmt.Errorf("%q is not a port number", set.db.port))
 	}
 	if h := set.db.host; h != "" && h[0] != '/' && !hostPattern.MatchString(h) && net.ParseIP(h) == nil {
-		p.addError("DBHOST", errors.New("is not the name or address of a host alone: the rest goes into DBPORT, DBUSER, DBPASS and DBNAME"))
+		p.addError("DBHOST", errors.New("is not the name or address of a host: put everything else into DBPORT, DBUSER, DBPASS and DBNAME"))
 	}
 	set.redisURL = secret(p.readString("REDIS_URL", ""))
 	if v := string(set.redisURL); v != "" && parseHostURL(v, "redis", "rediss") == nil {
-		p.addError("REDIS_URL", errors.New("is not a URL like redis://:PASSWORD@HOST:6379/0 or the same with rediss"))
+		p.addError("REDIS_URL", errors.New("is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS)"))
 	}
 	set.advertise = strings.TrimSuffix(p.readString("ADVERTISE_URL", ""), "/")
 	if u := parseHostURL(set.advertise, "http", "https"); set.advertise != "" && (u == nil || u.User != nil || u.RawQuery != "") {
@@ -178,11 +190,12 @@ func (p *envReader) readBackends(set *settings) {
 	}
 }
 
-// hostPattern is a host's name; those of containers may have underscores.
+// hostPattern matches the name of a host. The names of containers may have
+// underscores, which DNS does not allow.
 var hostPattern = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
 
-// parseHostURL is v as a URL with a host, a port that is one if there is any, and
-// one of those schemes; nil if it is none.
+// parseHostURL parses v as a URL that has a host, one of the schemes, no fragment
+// and, if it has a port, a valid one. It returns nil for everything else.
 func parseHostURL(v string, schemes ...string) *url.URL {
 	u, err := url.Parse(v)
 	if err != nil || u.Hostname() == "" || hasBadPort(u) || u.Fragment != "" || !slices.Contains(schemes, u.Scheme) {
@@ -191,8 +204,8 @@ func parseHostURL(v string, schemes ...string) *url.URL {
 	return u
 }
 
-// readS3Endpoint reads the variables of S3: MINIO_ENDPOINT is host:port or a URL,
-// whose scheme must not contradict MINIO_SECURE.
+// readS3Endpoint reads the variables of S3 into c. MINIO_ENDPOINT is host:port or a
+// URL, whose scheme must not contradict MINIO_SECURE.
 func (p *envReader) readS3Endpoint(c *s3Config) {
 	host := p.readString("MINIO_ENDPOINT", "")
 	secure := p.readOneOf("MINIO_SECURE", "", "true", "false", "1", "0")
@@ -204,7 +217,7 @@ func (p *envReader) readS3Endpoint(c *s3Config) {
 		region: p.readString("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1"}
 	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
 		if !namePattern.MatchString(v[1]) {
-			p.addError(v[0], fmt.Errorf("%q is none: letters, digits, '.', '_' and '-' are known", v[1]))
+			p.addError(v[0], fmt.Errorf("%q is not a valid name: use letters, digits, '.', '_' and '-'", v[1]))
 		}
 	}
 	isURL := strings.Contains(host, "://")
@@ -214,7 +227,7 @@ func (p *envReader) readS3Endpoint(c *s3Config) {
 	u := parseHostURL(host, "http", "https")
 	switch {
 	case u == nil || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "":
-		p.addError("MINIO_ENDPOINT", errors.New("is neither host:port nor an http or https URL of a host alone"))
+		p.addError("MINIO_ENDPOINT", errors.New("is neither HOST:PORT nor a URL like https://s3.example:9000 (without path, query and user)"))
 		return
 	case isURL && secure != "" && c.secure != (u.Scheme == "https"):
 		p.addError("MINIO_SECURE", fmt.Errorf("%s contradicts the scheme %s of MINIO_ENDPOINT", secure, u.Scheme))
@@ -224,19 +237,21 @@ func (p *envReader) readS3Endpoint(c *s3Config) {
 	c.host = u.Host
 }
 
-// redisPrefix keeps caches apart that share a Redis: by their bucket, or by
-// the one directory that has their files.
+// redisPrefix returns the prefix of this cache's keys in Redis, so that several
+// caches can share one Redis. It names the bucket, or without S3 the host and the
+// directory that has the files.
 func (set *settings) redisPrefix() string {
 	if set.s3.bucket != "" {
 		return set.s3.host + "/" + set.s3.bucket
 	}
-	host, _ := os.Hostname() // without a name, the directory has to do
+	host, _ := os.Hostname() // when the name is unknown, the directory alone tells caches apart
 	sum := sha256.Sum256([]byte(host + ":" + set.dataDir))
 	return "disk/" + hex.EncodeToString(sum[:8])
 }
 
-// advertisedURL is the URL at which other replicas reach this one, given the local
-// address of its connection to Redis.
+// advertisedURL returns the URL at which other replicas reach this one:
+// ADVERTISE_URL, or the scheme and port that it listens on at localIP, which is the
+// local address of its connection to Redis.
 func (set *settings) advertisedURL(localIP string) string {
 	if set.advertise != "" {
 		return set.advertise
@@ -245,6 +260,6 @@ func (set *settings) advertisedURL(localIP string) string {
 	if set.tlsCert != "" {
 		scheme = "https"
 	}
-	_, port, _ := net.SplitHostPort(set.listen) // was parsed at the start
+	_, port, _ := net.SplitHostPort(set.listen) // parseSettings has checked it
 	return scheme + "://" + net.JoinHostPort(localIP, port)
 }

@@ -1,5 +1,4 @@
-// main_stores.go: which backends the environment chose, and how they are opened
-// and closed.
+// main_stores.go: opens and closes the backends that the environment chose.
 
 package main
 
@@ -13,37 +12,41 @@ import (
 	"time"
 )
 
-// stores are the backends that the environment chose, each on its own.
+// stores holds the backends that the environment chose. Objects, index and
+// freshness are chosen independently of each other.
 type stores struct {
-	space    *spoolSpace // of DATA_DIR
-	disk     *diskStore  // DATA_DIR: spools, and the objects without S3
-	objects  verifiableObjects
-	s3       *s3Store        // nil: local disk
-	hot      *tieredStore    // with S3: copies on disk before it
-	sql      *sqlIndex       // nil: embedded
-	embedded *embeddedIndex  // nil: PostgreSQL
-	redis    *redisStore     // nil: in process
-	local    *localFreshness // nil: Redis
-	backends []*backend
+	disk     *diskStore        // DATA_DIR: spools, and without S3 the objects
+	space    *spoolSpace       // of the disk that has DATA_DIR
+	objects  verifiableObjects // disk or hot
+	s3       *s3Store          // nil: objects are on the local disk
+	hot      *tieredStore      // hot copies in front of s3; nil when s3 is
+	sql      *sqlIndex         // nil: the index is embedded
+	embedded *embeddedIndex    // nil: the index is in PostgreSQL
+	redis    *redisStore       // nil: freshness is kept in this process
+	local    *localFreshness   // nil: freshness is in Redis
+	backends []*backend        // for /health: storage, database, redis
 }
 
-// verifiableObjects is an objects that can hash all that it has.
+// verifiableObjects is a store of objects that can hash everything in it.
 type verifiableObjects interface {
 	objects
+	// verify hashes each object and drops those that do not match their record. It
+	// may run beside writers. report is called for each object that was dropped
+	// or could not be read; dropped counts the former.
 	verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error)
 }
 
-// backend is one of the three as /health shows it.
+// backend is one of the three backends that /health shows.
 type backend struct {
-	name   string // storage, database, redis
-	kind   string // what it is, for the log
-	okWord string // how /health calls it while it works
-	ping   func(context.Context) error
-	up     atomic.Bool // the last ping went well
+	name   string                      // storage, database or redis
+	kind   string                      // what it is, for the log
+	okWord string                      // what /health calls it while it works: ok or embedded
+	ping   func(context.Context) error // nil: it cannot be down
+	up     atomic.Bool                 // the last ping succeeded
 }
 
-// openStores connects to nothing yet: a backend that is down does not stop the
-// start.
+// openStores makes the stores without connecting to any of them, so that a backend
+// that is down does not stop the start. Its caller closes them.
 func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores, error) {
 	st := &stores{disk: newDiskStore(set.dataDir, now, log)}
 	st.space = &spoolSpace{createFile: st.disk.newSpool, diskSpace: st.disk.freeSpace, minFree: set.minFree}
@@ -78,6 +81,7 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 	return st, nil
 }
 
+// openIndex makes the index: in PostgreSQL if DBHOST is set, else embedded.
 func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logger) (err error) {
 	if set.db.host == "" {
 		st.embedded = newEmbeddedIndex(set.dataDir, log)
@@ -91,6 +95,7 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 	return err
 }
 
+// openRedis makes what keeps freshness: Redis if REDIS_URL is set, else this process.
 func (st *stores) openRedis(set *settings, now func() time.Time, log *slog.Logger) (err error) {
 	if set.redisURL == "" {
 		st.local = newLocalFreshness(set.dataDir, now, log)
@@ -106,7 +111,7 @@ func (st *stores) openRedis(set *settings, now func() time.Time, log *slog.Logge
 
 func (st *stores) addBackend(b *backend) { st.backends = append(st.backends, b) }
 
-// chosenIndex and fresh are what was chosen, as the cache knows it.
+// chosenIndex returns the index for the cache.
 func (st *stores) chosenIndex() index {
 	if st.sql != nil {
 		return st.sql
@@ -114,6 +119,7 @@ func (st *stores) chosenIndex() index {
 	return st.embedded
 }
 
+// chosenFreshness returns what keeps freshness for the cache.
 func (st *stores) chosenFreshness() freshness {
 	if st.redis != nil {
 		return st.redis
@@ -121,7 +127,8 @@ func (st *stores) chosenFreshness() freshness {
 	return st.local
 }
 
-// sharedReplicas are there where both the store and Redis are shared.
+// sharedReplicas returns what connects the replicas, or nil when there can be only
+// one: a cache has replicas when both its objects and Redis are shared.
 func (st *stores) sharedReplicas() replicas {
 	if st.redis == nil || st.s3 == nil {
 		return nil
@@ -129,7 +136,8 @@ func (st *stores) sharedReplicas() replicas {
 	return st.redis
 }
 
-// Close ends everything in the order of use.
+// Close closes every store, those that use another one first. It returns the
+// errors of all of them.
 func (st *stores) Close() error {
 	var errs []error
 	if st.sql != nil {

@@ -690,7 +690,7 @@ func TestTLSFilesAreReadAgain(t *testing.T) {
 	if err := c.cmd.Process.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	c.wantLog("the new certificate is not taken")
+	c.wantLog("the new certificate is rejected")
 	if !trusts(second) {
 		t.Error("the old certificate is gone")
 	}
