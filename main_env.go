@@ -162,7 +162,7 @@ func (p *envReader) checkGroups() {
 		}
 		for _, name := range g[1:] {
 			if p.readString(name, "") == "" {
-				p.addError(name, fmt.Errorf("is not set, but %s is: set both, or neither", g[0]))
+				p.addError(name, fmt.Errorf("is not set, but must be because %s is set", g[0]))
 			}
 		}
 	}

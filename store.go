@@ -1,6 +1,6 @@
-// store.go: where artifacts stay. diskStore keeps bodies and their records
-// under DATA_DIR; the embedded index is in store_index.go and the freshness
-// without Redis in store_fresh.go.
+// store.go: diskStore stores bodies and their records as files below DATA_DIR, in
+// such an order that a crash loses nothing that was stored before. Its upkeep is in
+// store_sweep.go, its locks are in store_lock.go.
 
 package main
 
@@ -25,65 +25,73 @@ import (
 
 const (
 	recordFile = ".record"      // describes the body beside it
-	recordNext = ".record.next" // describes the body that is about to take its place
-	bodyNext   = ".body.next"   // a body on its way in by copying
-	damagedDir = ".damaged-*"   // what was precious and cannot be served
-	spoolDir   = ".spool"       // bodies that are being fetched
-	lockFile   = ".lock"        // held by the server that owns DATA_DIR
-	tempSuffix = ".tmp"         // of a small file on its way in
+	recordNext = ".record.next" // describes the body that is about to replace the one beside it
+	bodyNext   = ".body.next"   // a body that is being copied from a spool that cannot be renamed
+	damagedDir = ".damaged-*"   // directory of a damaged file that cannot be fetched again
+	spoolDir   = ".spool"       // directory of the spools, in DATA_DIR
+	lockFile   = ".lock"        // locked by the server that owns DATA_DIR
+	tempSuffix = ".tmp"         // ends the name of a small file while it is written
 
-	// maxRecord bounds what is read as a record. Real ones have about 500
-	// bytes; the longest path and all headers at their usual limits fit.
+	// maxRecord bounds a record file in bytes. Most have about 500 bytes; the
+	// longest path and all headers at their usual limits fit.
 	maxRecord = 64 << 10
-	// maxSmallBody is the largest body kept in memory: metadata and manifests,
-	// which are asked for most, and for which an open costs more than a read.
+	// maxSmallBody is the largest body, in bytes, that is kept in memory. Metadata
+	// and manifests are smaller. They are asked for most, and opening their file
+	// costs more than reading it.
 	maxSmallBody = 64 << 10
-	// memoryBudget bounds the memory for records and small bodies together, small
-	// enough for a container of 256 MiB.
+	// memoryBudget bounds the memory of records and small bodies together, in
+	// bytes. It leaves enough of a container of 256 MiB to everything else.
 	memoryBudget = 64 << 20
-	// memoryEntryCost is charged for a record and its place in the cache.
+	// memoryEntryCost is what an entry costs of the budget beside its body: about
+	// 500 bytes of record and as much for its place in the table, in bytes.
 	memoryEntryCost = 1 << 10
-	// orphanAge is when something without an owner is garbage. A restore from
-	// a backup may lay bodies down long before their records.
+	// orphanAge is the age from which a file that belongs to nothing is removed.
+	// It is long because a restore from a backup may write bodies long before
+	// their records.
 	orphanAge = 24 * time.Hour
 )
 
 var (
 	_ objects = (*diskStore)(nil)
 
+	// errDamaged is a record file that cannot be used. It counts as absent.
 	errDamaged = errors.New("damaged record")
 	// errVersion is a record of another version of the program. It is a miss,
 	// but its files are left alone: after a rollback they are good again.
-	errVersion = errors.New("record of another version")
+	errVersion = errors.New("record of another version of the program")
 	// errDropped is a miss (fs.ErrNotExist) whose files were removed, or set
 	// aside, because they are damaged.
 	errDropped error = droppedError{}
 
+	// castagnoli is the polynomial of CRC-32C, which processors compute in hardware.
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
 )
 
+// droppedError is the type of errDropped.
 type droppedError struct{}
 
 func (droppedError) Error() string        { return "dropped" }
 func (droppedError) Is(target error) bool { return target == fs.ErrNotExist }
 
-// fileWriter writes small files so that a crash leaves the old or the new one whole,
-// and is the one place that renames and fsyncs.
+// fileWriter writes small files so that a crash leaves either the old or the new
+// content. No other code renames or fsyncs files.
 type fileWriter struct {
-	fsync func(*os.File) error // (*os.File).Sync but in tests
-	step  func(name string)    // told after each step of a commit; nil but in tests
+	fsync func(*os.File) error // (*os.File).Sync, except in tests
+	step  func(name string)    // called after each step of a commit; nil except in tests
 }
 
 func newDisk() *fileWriter { return &fileWriter{fsync: (*os.File).Sync} }
 
+// noteStep tells a test that a step of a commit is done, so that the test can kill
+// the process there.
 func (k *fileWriter) noteStep(step string) {
 	if k.step != nil {
 		k.step(step)
 	}
 }
 
-// writeFile makes a file of what fill writes and fsyncs it. Nothing is left behind
-// when it fails.
+// writeFile makes the file name with what fill writes, and fsyncs it. When it fails
+// it removes the file. The name itself is not durable yet, see syncDir.
 func (k *fileWriter) writeFile(name string, fill func(io.Writer) error) (err error) {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -97,8 +105,9 @@ func (k *fileWriter) writeFile(name string, fill func(io.Writer) error) (err err
 	return errors.Join(fill(f), k.fsync(f), f.Close())
 }
 
-// replaceFile writes a file beside name and renames it into place, durably.
-// Callers keep each other away from one name.
+// replaceFile writes a file beside name and renames it to name. When it returns
+// nil, content and name are durable. Two callers must not replace the same name at
+// the same time.
 func (k *fileWriter) replaceFile(name string, fill func(io.Writer) error) error {
 	temp := name + tempSuffix
 	if err := k.writeFile(temp, fill); err != nil {
@@ -113,10 +122,11 @@ func (k *fileWriter) replaceFile(name string, fill func(io.Writer) error) error 
 	return k.syncDir(filepath.Dir(name))
 }
 
+// renameFile replaces the file to by the file from in one step.
 func (k *fileWriter) renameFile(from, to string) error { return os.Rename(from, to) }
 
-// syncDir makes the names in a directory durable. Where a file system cannot
-// do that there is nothing to be had (EINVAL, ENOTSUP).
+// syncDir makes the names in a directory durable. A file system that cannot do
+// that (EINVAL, ENOTSUP) is no error: no program can do better there.
 func (k *fileWriter) syncDir(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
@@ -130,9 +140,10 @@ func (k *fileWriter) syncDir(dir string) error {
 	return err
 }
 
-// storeError gives an I/O error its kind: errNoSpace for a full disk, quota or
-// file size limit, errStoreDown otherwise. The cause is kept as text alone: a
-// missing directory must not read as a missing artifact (fs.ErrNotExist).
+// storeError wraps an I/O error in its kind: errNoSpace for a full disk, a quota or
+// a limit of the file size, errStoreDown otherwise. nil, the end of a context and an
+// error that has a kind are returned as they are. The cause is kept as text alone,
+// because a missing directory must not look like a missing artifact (fs.ErrNotExist).
 func storeError(doing string, err error) error {
 	switch {
 	case err == nil, errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded),
@@ -144,21 +155,22 @@ func storeError(doing string, err error) error {
 	return fmt.Errorf("%w: %s: %v", errStoreDown, doing, err)
 }
 
-// fileBody is a stored body that is read from its file.
+// fileBody is a stored body that is read from its file. Close closes the file.
 type fileBody struct{ f *os.File }
 
 func (b *fileBody) Read(p []byte) (int, error)                { return b.f.Read(p) }
 func (b *fileBody) Seek(off int64, whence int) (int64, error) { return b.f.Seek(off, whence) }
 func (b *fileBody) Close() error                              { return b.f.Close() }
 
-// nextFile and skip make it a source, whose bytes the kernel sends.
+// nextFile and advanceBy implement fileSource: the kernel sends the bytes from the
+// file to the socket.
 func (b *fileBody) nextFile(limit int64) (*os.File, int64, error) { return b.f, limit, nil }
 func (b *fileBody) advanceBy(int64)                               {}
 
-// diskStore implements objects under one directory. {key} is the body, .record
-// beside it describes it. All methods may be called concurrently, and from
-// several processes. The directory is made when it is first written to, so one
-// that becomes writable later is used without a restart.
+// diskStore implements objects below one directory. DIR/{key} is the body and
+// .record beside it describes it. All methods of objects may be called concurrently
+// and by several processes. The directory is made when it is first written to, so a
+// DATA_DIR that becomes writable later is used without a restart.
 type diskStore struct {
 	*fileWriter
 	dir           string
@@ -166,27 +178,30 @@ type diskStore struct {
 	log           *slog.Logger
 	memory        *hotCache
 	turns         turns    // by directory
-	syncedRemotes sync.Map // remotes whose directory is durable
-	// isIrreplaceable says whether a remote's files are nowhere else. What is damaged
-	// of them is set aside. nil: none are. Set before the first use.
+	syncedRemotes sync.Map // names of remotes whose directory is durable; no values
+	// isIrreplaceable reports whether a remote's files cannot be fetched again. Its
+	// damaged files are set aside instead of removed. nil: no remote is. It is set
+	// before the first use.
 	isIrreplaceable func(remote string) bool
 
-	owner *os.File // .lock while we hold it
-	probe diskProbe
-	swept time.Time // when the tree was last swept; sweep's alone
+	owner *os.File  // .lock while this process has it; lockData and Close use it, never concurrently
+	probe diskProbe // of ping
+	swept time.Time // when sweep last read all directories; sweep alone uses it
 }
 
+// newDiskStore makes a store below dir without touching the disk.
 func newDiskStore(dir string, now func() time.Time, log *slog.Logger) *diskStore {
 	return &diskStore{fileWriter: newDisk(), dir: filepath.Clean(dir), now: now, log: log, memory: newHotCache(memoryBudget)}
 }
 
+// pathOf returns the name of key's body, or of a folder {remote}/{hash}.
 func (d *diskStore) pathOf(key string) string { return d.dir + "/" + key }
 
-// folderOf is the directory that holds key's body and records.
+// folderOf returns the directory that holds key's body and records.
 func (d *diskStore) folderOf(key string) string { return filepath.Dir(d.pathOf(key)) }
 
-// open: see objects. A hit in memory costs one stat; a larger body an open and
-// a stat; record files are read only when memory does not know them.
+// open implements objects. A small body in memory costs one stat, a larger body an
+// open and a stat. Record files are read only when memory has no entry for key.
 func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -211,25 +226,26 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 	return openLarge(f, e, off)
 }
 
-// openMatching opens key's body and the entry that fits it: the one given, one made of
-// the record files, or of a repair.
-func (d *diskStore) openMatching(ctx context.Context, key string, hot *memoryEntry) (*os.File, *memoryEntry, error) {
-	if hot == nil {
+// openMatching opens key's body and returns it with the entry that describes it: the
+// known one (which may be nil), one made from the record files, or one made by a
+// repair. The caller closes the file.
+func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryEntry) (*os.File, *memoryEntry, error) {
+	if known == nil {
 		if !validKey(key) {
 			return nil, nil, fmt.Errorf("opening %q: %w", key, fs.ErrNotExist)
 		}
-		hot = &memoryEntry{key: key, name: d.pathOf(key)}
+		known = &memoryEntry{key: key, name: d.pathOf(key)}
 	}
-	f, id, err := openBody(hot.name)
+	f, id, err := openBody(known.name)
 	if err != nil {
 		return nil, nil, openError(key, err)
 	}
-	if hot.rec != nil && hot.id == id {
-		return f, hot, nil
+	if known.rec != nil && known.id == id {
+		return f, known, nil
 	}
-	fits, _, err := d.readRecords(key, id)
-	if err == nil && fits != nil {
-		e := &memoryEntry{key: key, name: hot.name, id: id, rec: fits}
+	rec, _, err := d.readRecords(key, id)
+	if err == nil && rec != nil {
+		e := &memoryEntry{key: key, name: known.name, id: id, rec: rec}
 		d.memory.add(e)
 		return f, e, nil
 	}
@@ -240,8 +256,8 @@ func (d *diskStore) openMatching(ctx context.Context, key string, hot *memoryEnt
 	return d.repairCopy(ctx, key)
 }
 
-// openBody opens a body and takes the identity of what was opened: the name
-// may be another file's a moment later.
+// openBody opens a body and returns the identity of the opened file. A later stat of
+// the name could be of another file. Anything but a regular file is fs.ErrNotExist.
 func openBody(name string) (*os.File, fileIdentity, error) {
 	f, err := os.Open(name)
 	if err != nil {
@@ -249,7 +265,7 @@ func openBody(name string) (*os.File, fileIdentity, error) {
 	}
 	fi, err := f.Stat()
 	if err == nil && !fi.Mode().IsRegular() {
-		err = fmt.Errorf("%s is no file: %w", name, fs.ErrNotExist)
+		err = fmt.Errorf("%s is not a regular file: %w", name, fs.ErrNotExist)
 	}
 	if err != nil {
 		f.Close()
@@ -258,8 +274,8 @@ func openBody(name string) (*os.File, fileIdentity, error) {
 	return f, identityOf(fi), nil
 }
 
-// openError is a miss when a name does not exist, and else a store that
-// cannot be asked.
+// openError wraps an error of opening key: a name that does not exist is a miss
+// (fs.ErrNotExist), everything else says that the store cannot be used.
 func openError(key string, err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("opening %s: %w", key, err)
@@ -267,15 +283,17 @@ func openError(key string, err error) error {
 	return storeError("opening "+key, err)
 }
 
-// openSmall reads a small body into memory and answers from there.
+// openSmall reads a small body into memory, keeps it there and returns an object
+// that reads from memory. It closes f.
 func (d *diskStore) openSmall(f *os.File, e *memoryEntry, off int64) (*object, error) {
 	defer f.Close()
 	full := *e
 	full.body = make([]byte, e.id.size)
 	if _, err := io.ReadFull(f, full.body); err != nil {
 		if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
-			// Cut in place since the stat. The next open sees the new identity.
-			return nil, fmt.Errorf("reading %s: body was cut: %w", e.key, fs.ErrNotExist)
+			// Somebody truncated the file after the stat. The next open sees its
+			// new identity.
+			return nil, fmt.Errorf("reading %s: the body was truncated: %w", e.key, fs.ErrNotExist)
 		}
 		return nil, storeError("reading "+e.key, err)
 	}
@@ -283,6 +301,8 @@ func (d *diskStore) openSmall(f *os.File, e *memoryEntry, off int64) (*object, e
 	return full.newObject(off), nil
 }
 
+// openLarge returns an object that reads from f, which the object's body closes.
+// One allocation holds object and body: this runs for each hit of a large file.
 func openLarge(f *os.File, e *memoryEntry, off int64) (*object, error) {
 	if off > 0 {
 		if _, err := f.Seek(off, io.SeekStart); err != nil {
@@ -299,40 +319,41 @@ func openLarge(f *os.File, e *memoryEntry, off int64) (*object, error) {
 	return &o.object, nil
 }
 
-// readRecords reads key's record files. fits is the one whose body has id; all are
-// the sound ones when none fits. errVersion is returned only then.
-func (d *diskStore) readRecords(key string, id fileIdentity) (fits *record, all []*diskRecord, err error) {
-	var foreign error
+// readRecords reads key's record files. matching is the record that describes the
+// body with that identity. When there is none, others are the undamaged records, and
+// the error is errVersion if one of the files is of another version.
+func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, others []*diskRecord, err error) {
+	var versionErr error
 	for _, name := range []string{recordFile, recordNext} {
-		e, of, err := readRecord(d.folderOf(key) + "/" + name)
-		if err == nil && of != key {
-			err = fmt.Errorf("%w: of another file", errDamaged)
+		e, describedKey, err := readRecord(d.folderOf(key) + "/" + name)
+		if err == nil && describedKey != key {
+			err = fmt.Errorf("%w: it describes another file", errDamaged)
 		}
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 		case errors.Is(err, errVersion):
-			foreign = err
+			versionErr = err
 		case errors.Is(err, errDamaged):
-			d.log.Warn("stored record is of no use", "key", key, "file", name, "reason", err)
+			d.log.Warn("damaged record is ignored", "key", key, "file", name, "error", err)
 		case err != nil:
 			return nil, nil, err
 		case e.bodyIdentity() == id:
 			return &e.record, nil, nil
 		default:
-			all = append(all, e)
+			others = append(others, e)
 		}
 	}
-	if foreign != nil {
-		d.log.Warn("stored record is left alone", "key", key, "reason", foreign)
-		return nil, nil, fmt.Errorf("%w: %w", foreign, fs.ErrNotExist)
+	if versionErr != nil {
+		d.log.Warn("stored file is neither used nor removed", "key", key, "error", versionErr)
+		return nil, nil, fmt.Errorf("%w: %w", versionErr, fs.ErrNotExist)
 	}
-	return nil, all, nil
+	return nil, others, nil
 }
 
-// repairCopy finds the record of a body that none fits, by its hash, and writes it
-// anew with the body's identity; without one the files are dropped. Bodies
-// come to this by a restored backup, a crash or damage. The directory's lock
-// makes one of many callers do the work.
+// repairCopy is for a body that no record describes, after a restored backup, a
+// crash or damage. It finds the body's record by its hash and writes the record anew
+// with the body's identity; without such a record it drops the files. The
+// directory's lock lets one of many callers do the work.
 func (d *diskStore) repairCopy(ctx context.Context, key string) (*os.File, *memoryEntry, error) {
 	l, err := d.lockFolder(ctx, d.folderOf(key), false)
 	if err != nil {
@@ -347,8 +368,8 @@ func (d *diskStore) repairCopy(ctx context.Context, key string) (*os.File, *memo
 	return f, e, nil
 }
 
-// repairLocked leaves key with a body and a .record that fits it, or with nothing
-// (fs.ErrNotExist). The caller holds the directory's lock.
+// repairLocked leaves key with a body and a .record that describes it, or with
+// nothing (fs.ErrNotExist). The caller holds the directory's lock and closes the file.
 func (d *diskStore) repairLocked(ctx context.Context, key string) (*os.File, *memoryEntry, error) {
 	f, e, err := d.openCurrent(ctx, key)
 	if err != nil {
@@ -361,8 +382,8 @@ func (d *diskStore) repairLocked(ctx context.Context, key string) (*os.File, *me
 	return f, e, nil
 }
 
-// openCurrent opens key's body with the record that describes it; it drops a body
-// without one. The caller holds the directory's lock.
+// openCurrent opens key's body with the record that describes it. It drops a body
+// without such a record. The caller holds the directory's lock and closes the file.
 func (d *diskStore) openCurrent(ctx context.Context, key string) (_ *os.File, _ *memoryEntry, err error) {
 	f, id, err := openBody(d.pathOf(key))
 	if err != nil {
@@ -383,12 +404,12 @@ func (d *diskStore) openCurrent(ctx context.Context, key string) (_ *os.File, _ 
 	return f, &memoryEntry{key: key, name: d.pathOf(key), id: id, rec: rec}, err
 }
 
-// matchByHash hashes a body for the record among others that describes it, and
-// leaves f at its beginning. It does not end with the request that caused it:
-// impatient clients would else have a large body hashed again and again.
-func (d *diskStore) matchByHash(ctx context.Context, f *os.File, id fileIdentity, others []*diskRecord) (*record, error) {
-	others = slices.DeleteFunc(others, func(e *diskRecord) bool { return e.Size != id.size })
-	if len(others) == 0 {
+// matchByHash hashes a body and returns the candidate that describes it, or nil. It
+// leaves f at its beginning. It goes on when the request that caused it ends:
+// otherwise impatient clients would have a large body hashed again and again.
+func (d *diskStore) matchByHash(ctx context.Context, f *os.File, id fileIdentity, candidates []*diskRecord) (*record, error) {
+	candidates = slices.DeleteFunc(candidates, func(e *diskRecord) bool { return e.Size != id.size })
+	if len(candidates) == 0 {
 		return nil, nil
 	}
 	sum, err := hashFile(context.WithoutCancel(ctx), f)
@@ -398,7 +419,7 @@ func (d *diskStore) matchByHash(ctx context.Context, f *os.File, id fileIdentity
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return nil, err
 	}
-	for _, e := range others {
+	for _, e := range candidates {
 		if e.SHA256 == sum {
 			return &e.record, nil
 		}
@@ -406,11 +427,12 @@ func (d *diskStore) matchByHash(ctx context.Context, f *os.File, id fileIdentity
 	return nil, nil
 }
 
-// repairRecordFile makes e's record the one of its directory. What is there stays
-// until the new .record is in place: a crash leaves what can be repaired.
+// repairRecordFile leaves e's record in .record and no .record.next. The old files
+// stay until the new .record is in place, so that a crash leaves a copy that can be
+// repaired. The caller holds the directory's lock.
 func (d *diskStore) repairRecordFile(e *memoryEntry) error {
 	name := d.folderOf(e.key) + "/" + recordFile
-	if old, of, err := readRecord(name); err != nil || of != e.key || old.bodyIdentity() != e.id {
+	if old, describedKey, err := readRecord(name); err != nil || describedKey != e.key || old.bodyIdentity() != e.id {
 		data, err := encodeRecord(e.rec, e.id)
 		if err != nil {
 			return err
@@ -418,12 +440,12 @@ func (d *diskStore) repairRecordFile(e *memoryEntry) error {
 		if err := d.replaceFile(name, writeBytes(data)); err != nil {
 			return err
 		}
-		d.log.Info("stored record was put in order", "key", e.key)
+		d.log.Info("stored record was repaired", "key", e.key)
 	}
 	return removeIfExists(d.folderOf(e.key) + "/" + recordNext)
 }
 
-// removeIfExists removes a file that may be gone already.
+// removeIfExists removes a file. It is no error if the file does not exist.
 func removeIfExists(name string) error {
 	if err := os.Remove(name); !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -431,6 +453,7 @@ func removeIfExists(name string) error {
 	return nil
 }
 
+// writeBytes returns a function for writeFile that writes data.
 func writeBytes(data []byte) func(io.Writer) error {
 	return func(w io.Writer) error {
 		_, err := w.Write(data)
@@ -438,14 +461,15 @@ func writeBytes(data []byte) func(io.Writer) error {
 	}
 }
 
-// hashFile is the SHA-256 in hex of f from its beginning to its end.
+// hashFile returns the SHA-256 of f, from its beginning, in hexadecimal. It ends
+// with ctx and leaves f at its end.
 func hashFile(ctx context.Context, f *os.File) (string, error) {
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return "", err
 	}
 	h := sha256.New()
 	for {
-		// Steps bound what a cancelled caller waits for.
+		// A cancelled caller waits for one piece at most.
 		_, err := io.CopyN(h, f, 4<<20)
 		if err == io.EOF {
 			return hex.EncodeToString(h.Sum(nil)), nil
@@ -456,19 +480,21 @@ func hashFile(ctx context.Context, f *os.File) (string, error) {
 	}
 }
 
-// put: see objects. The order of its steps and what a crash between two leaves:
+// put implements objects. Its steps, what a crash after each of them leaves, and what
+// cleans that up:
 //
-//	spool synced     a file in .spool: sweep
-//	directory made   an empty directory: sweep, or the next put uses it
-//	record written   .record.next that fits no body, the old copy whole: sweep,
-//	                 or the next put overwrites it
-//	body moved       .record.next fits the new body and .record none: open
-//	                 takes it, the next put or sweep (settle) renames it
-//	record moved     nothing is left over, but for a power failure the names
-//	                 may still be as after any earlier step
+//	spool synced     a file in .spool; sweep removes it
+//	directory made   an empty directory; the next put uses it or sweep removes it
+//	record written   the old copy whole, and a .record.next that describes no
+//	                 body; the next put overwrites it or sweep removes it
+//	body moved       the new body, described by .record.next and not by .record;
+//	                 open reads both, the next put or sweep renames .record.next
+//	                 (repairRecordFile)
+//	record moved     nothing after a crash of the process; after a power failure
+//	                 the names may be those after any earlier step
 //	folder synced    nothing
 //
-// An error before "body moved" leaves the old copy, one after it the new one.
+// An error before "body moved" leaves the old copy, one after it the new copy.
 func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.File) error {
 	if err := checkPut(key, rec, spool); err != nil {
 		return err
@@ -490,52 +516,56 @@ func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.
 	return storeError("storing "+key, d.syncParents(key))
 }
 
-// checkPut refuses what could be stored but never be found again.
+// checkPut refuses a record that does not describe key and the spool: open would
+// never find it.
 func checkPut(key string, rec *record, spool *os.File) error {
 	fi, err := spool.Stat()
 	switch {
 	case err != nil:
 		return storeError("storing "+key, err)
 	case !validKey(key) || storageKey(rec.Remote, rec.Path) != key:
-		return fmt.Errorf("storing %q: record of another file: %s/%s", key, rec.Remote, rec.Path)
+		return fmt.Errorf("storing %q: the record describes another file: %s/%s", key, rec.Remote, rec.Path)
 	case !isSHA256(rec.SHA256) || fi.Size() != rec.Size:
-		return fmt.Errorf("storing %s: spool of %d bytes, record of %d, sha256 %q", key, fi.Size(), rec.Size, rec.SHA256)
+		return fmt.Errorf("storing %s: the spool has %d bytes, the record says %d bytes and sha256 %q", key, fi.Size(), rec.Size, rec.SHA256)
 	}
 	return nil
 }
 
-// commitBody puts spool and record in place, see put. The lock is held.
+// commitBody puts spool and record in place, see put. A spool that still has its
+// name is renamed; one without a name or on another file system is copied. The
+// caller holds the directory's lock.
 func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spool *os.File) error {
-	replaces, err := d.keepOldRecord(ctx, key)
+	hasOldCopy, err := d.keepOldRecord(ctx, key)
 	if err = errors.Join(err, ctx.Err()); err != nil {
 		return err
 	}
 	defer d.memory.drop(key)
 	if isLinked(spool) {
-		err := d.installBody(key, rec, spool, spool.Name(), replaces)
+		err := d.installBody(key, rec, spool, spool.Name(), hasOldCopy)
 		if !errors.Is(err, syscall.EXDEV) {
 			return err
 		}
 	}
-	return d.installCopy(key, rec, spool, replaces)
+	return d.installCopy(key, rec, spool, hasOldCopy)
 }
 
-// keepOldRecord makes sure that the present copy's record, if there is a copy, is in
-// .record: a crashed commit or a restored backup may have it in .record.next
-// alone, which is about to be overwritten.
-func (d *diskStore) keepOldRecord(ctx context.Context, key string) (there bool, err error) {
+// keepOldRecord makes sure that the record of the present copy is in .record, and
+// reports whether there is a copy. A crashed commit or a restored backup may have its
+// record in .record.next alone, which the caller is about to overwrite.
+func (d *diskStore) keepOldRecord(ctx context.Context, key string) (hasOldCopy bool, err error) {
 	old, e, err := d.openCurrent(ctx, key)
 	switch {
 	case err == nil:
 		old.Close()
 		return true, d.repairRecordFile(e)
 	case !errors.Is(err, fs.ErrNotExist):
-		d.log.Warn("stored file cannot be read and is replaced", "key", key, "err", err)
+		d.log.Warn("stored file cannot be read and is replaced", "key", key, "error", err)
 	}
 	return false, nil
 }
 
-// isLinked reports whether f's name still leads to f.
+// isLinked reports whether f's name is still the name of f: the file was neither
+// removed nor replaced.
 func isLinked(f *os.File) bool {
 	fi, err := f.Stat()
 	if err != nil {
@@ -545,9 +575,10 @@ func isLinked(f *os.File) bool {
 	return err == nil && os.SameFile(fi, named)
 }
 
-// installBody moves the file at name, which body is the descriptor of, into place
-// as key's body, with its record.
-func (d *diskStore) installBody(key string, rec *record, body *os.File, name string, replaces bool) error {
+// installBody renames the file name, which is open as body, to key's body and writes
+// its record. hasOldCopy says that key has a copy with its record in .record. The
+// caller holds the directory's lock.
+func (d *diskStore) installBody(key string, rec *record, body *os.File, name string, hasOldCopy bool) error {
 	fi, err := body.Stat()
 	if err != nil {
 		return err
@@ -562,8 +593,9 @@ func (d *diskStore) installBody(key string, rec *record, body *os.File, name str
 		return err
 	}
 	d.noteStep("record written")
-	if replaces {
-		// The name .record.next must not be lost if the body's is kept.
+	if hasOldCopy {
+		// A power failure must not keep the new body's name and lose that of
+		// .record.next: .record describes the old body.
 		err = d.syncDir(folder)
 	}
 	if err == nil {
@@ -585,8 +617,8 @@ func (d *diskStore) installBody(key string, rec *record, body *os.File, name str
 	return nil
 }
 
-// installCopy is install for a spool on another file system or without a name.
-func (d *diskStore) installCopy(key string, rec *record, spool *os.File, replaces bool) error {
+// installCopy is installBody for a spool on another file system or without a name.
+func (d *diskStore) installCopy(key string, rec *record, spool *os.File, hasOldCopy bool) error {
 	name := d.folderOf(key) + "/" + bodyNext
 	err := d.writeFile(name, func(w io.Writer) error {
 		_, err := io.Copy(w, io.NewSectionReader(spool, 0, rec.Size))
@@ -597,7 +629,7 @@ func (d *diskStore) installCopy(key string, rec *record, spool *os.File, replace
 	}
 	f, err := os.Open(name)
 	if err == nil {
-		err = d.installBody(key, rec, f, name, replaces)
+		err = d.installBody(key, rec, f, name, hasOldCopy)
 		f.Close()
 	}
 	if err != nil {
@@ -606,20 +638,22 @@ func (d *diskStore) installCopy(key string, rec *record, spool *os.File, replace
 	return err
 }
 
-// syncParents makes the names of key's directory and of those above durable.
-// The ones above a remote's are synced once: they change with remotes.yaml.
+// syncParents makes the name of key's directory durable, and those of the
+// directories above it. The names of a remote's directory and of DATA_DIR are synced
+// once a process, since they do not change.
 func (d *diskStore) syncParents(key string) error {
 	name, _, _ := strings.Cut(key, "/")
 	if err := d.syncDir(d.dir + "/" + name); err != nil {
 		return err
 	}
-	if _, known := d.syncedRemotes.Load(name); known {
+	if _, synced := d.syncedRemotes.Load(name); synced {
 		return nil
 	}
 	if err := d.syncDir(d.dir); err != nil {
 		return err
 	}
-	// Whoever may not read the directory above did not make DATA_DIR either.
+	// A process that may not read the directory above DATA_DIR has not made
+	// DATA_DIR, so its name is durable already.
 	err := d.syncDir(filepath.Dir(filepath.Clean(d.dir)))
 	if err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
@@ -628,8 +662,8 @@ func (d *diskStore) syncParents(key string) error {
 	return nil
 }
 
-// delete: see objects. Records go first: a crash leaves a body without one,
-// which is a miss and swept.
+// delete implements objects. It removes the records first: a crash in between leaves
+// a body without a record, which is a miss and is removed by sweep.
 func (d *diskStore) delete(ctx context.Context, key string) error {
 	if !validKey(key) {
 		return fmt.Errorf("deleting %q: %w", key, fs.ErrNotExist)
@@ -650,7 +684,8 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	return nil
 }
 
-// removeFiles removes key's records and body, durably. The lock is held.
+// removeFiles removes key's records and body, durably. The caller holds the
+// directory's lock.
 func (d *diskStore) removeFiles(key string) error {
 	for _, name := range []string{recordNext, recordFile, filepath.Base(key)} {
 		if err := removeIfExists(d.folderOf(key) + "/" + name); err != nil {
@@ -661,38 +696,39 @@ func (d *diskStore) removeFiles(key string) error {
 	return d.syncDir(d.folderOf(key))
 }
 
-// dropDamaged removes what is stored of key because it is damaged, and says so. Its
-// error is a miss. The lock is held.
+// dropDamaged removes the damaged files of key, or sets them aside if they cannot be
+// fetched again, and logs it. It returns errDropped, which is a miss, or an error of
+// I/O. The caller holds the directory's lock.
 func (d *diskStore) dropDamaged(key, reason string) error {
 	d.memory.drop(key)
 	if name, _, _ := strings.Cut(key, "/"); d.isIrreplaceable != nil && d.isIrreplaceable(name) {
 		return d.setAside(key, reason)
 	}
-	d.log.Warn("stored file is dropped", "key", key, "reason", reason)
+	d.log.Warn("damaged file is dropped and will be fetched again", "key", key, "reason", reason)
 	if err := d.removeFiles(key); err != nil {
 		return err
 	}
 	return fmt.Errorf("%w: %s", errDropped, reason)
 }
 
-// setAside takes a damaged file that cannot be fetched again out of the way and
-// leaves it to a person: that its bytes are right is what nobody knows any more,
-// but they may be. A crash in between leaves a part where it was, for the next
-// open. The lock is held.
+// setAside moves a damaged file that cannot be fetched again into a directory beside
+// it, where a person can look at it: its bytes may still be right, but nothing
+// proves it. A crash in between leaves some of the files in their place; the next
+// open sets them aside as well. The caller holds the directory's lock.
 func (d *diskStore) setAside(key, reason string) error {
-	aside, err := os.MkdirTemp(d.folderOf(key), damagedDir)
+	asideDir, err := os.MkdirTemp(d.folderOf(key), damagedDir)
 	if err != nil {
 		return err
 	}
 	for _, name := range []string{recordNext, recordFile, filepath.Base(key)} {
-		err := d.renameFile(d.folderOf(key)+"/"+name, aside+"/"+name)
+		err := d.renameFile(d.folderOf(key)+"/"+name, asideDir+"/"+name)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	if err := errors.Join(d.syncDir(aside), d.syncDir(d.folderOf(key))); err != nil {
+	if err := errors.Join(d.syncDir(asideDir), d.syncDir(d.folderOf(key))); err != nil {
 		return err
 	}
-	d.log.Error("damaged file that is nowhere else was set aside: store it again", "key", key, "reason", reason, "at", aside)
-	return fmt.Errorf("%w: %s (it is kept in %s)", errDropped, reason, aside)
+	d.log.Error("damaged file that cannot be fetched again was set aside: upload it again", "key", key, "reason", reason, "directory", asideDir)
+	return fmt.Errorf("%w: %s (it is kept in %s)", errDropped, reason, asideDir)
 }

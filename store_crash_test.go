@@ -232,7 +232,7 @@ func TestDiskRepairHashesOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if n := strings.Count(s.log.String(), "put in order"); n != 1 {
+	if n := strings.Count(s.log.String(), "was repaired"); n != 1 {
 		t.Errorf("repaired %d times: %s", n, s.log)
 	}
 }

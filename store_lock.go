@@ -1,5 +1,4 @@
-// store_lock.go: the right to change one directory, among goroutines and among
-// processes.
+// store_lock.go: locks on directories, between goroutines and between processes.
 
 package main
 
@@ -14,12 +13,14 @@ import (
 	"time"
 )
 
-// turns lets one caller at a time go on per name.
+// turns is a lock for each name, between the goroutines of this process.
 type turns struct {
-	mu   sync.Mutex // guards held
-	held map[string]chan struct{}
+	mu   sync.Mutex               // guards held; no other lock is taken under it
+	held map[string]chan struct{} // names that are locked; closed by unlocking
 }
 
+// take locks name. It waits for the goroutine that has the lock, at most until ctx
+// ends.
 func (t *turns) take(ctx context.Context, name string) error {
 	for {
 		t.mu.Lock()
@@ -42,6 +43,7 @@ func (t *turns) take(ctx context.Context, name string) error {
 	}
 }
 
+// give unlocks name.
 func (t *turns) give(name string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -49,16 +51,18 @@ func (t *turns) give(name string) {
 	delete(t.held, name)
 }
 
-// folderLock is the right to change one directory: among the goroutines of
-// this process by turn, among processes by flock on the directory.
+// folderLock is a lock on one directory: turns keeps out the other goroutines of
+// this process, flock(2) on the directory keeps out other processes.
 type folderLock struct {
 	d    *diskStore
 	path string
-	f    *os.File
+	f    *os.File // the directory; closing it ends the flock
 }
 
-// lockFolder waits for the right to change a directory. Without create it is
-// fs.ErrNotExist when there is none.
+// lockFolder locks a directory. It waits for the goroutine or process that has the
+// lock, at most until ctx ends. With create it makes the directory; without, a
+// missing directory is fs.ErrNotExist. The caller calls unlock. Directories are
+// locked one at a time, so there is no order among them.
 func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (*folderLock, error) {
 	if err := d.turns.take(ctx, path); err != nil {
 		return nil, err
@@ -69,7 +73,8 @@ func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (*
 			d.turns.give(path)
 			return nil, err
 		}
-		// Another process may have removed the directory before we had its lock.
+		// Another process may have removed the directory while we waited. Then the
+		// lock is on a directory without a name, and a new one must be locked.
 		if isLinked(f) {
 			return &folderLock{d, path, f}, nil
 		}
@@ -77,6 +82,7 @@ func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (*
 	}
 }
 
+// openAndLock opens a directory, made first with create, and takes its flock.
 func openAndLock(ctx context.Context, path string, create bool) (*os.File, error) {
 	if create {
 		if err := os.MkdirAll(path, 0o755); err != nil {
@@ -85,7 +91,7 @@ func openAndLock(ctx context.Context, path string, create bool) (*os.File, error
 	}
 	f, err := os.Open(path)
 	if create && errors.Is(err, fs.ErrNotExist) {
-		return openAndLock(ctx, path, create) // removed in between
+		return openAndLock(ctx, path, create) // another process removed it after MkdirAll
 	}
 	if err != nil {
 		return nil, err
@@ -97,12 +103,13 @@ func openAndLock(ctx context.Context, path string, create bool) (*os.File, error
 	return f, nil
 }
 
-// waitForFlock polls, so that waiting takes no thread and ends with ctx; only
-// another process can be in the way, and not for long. Where a file system has
-// no flock (some network ones), turns alone must do.
+// waitForFlock takes the flock on f. It polls, because a blocking flock(2) occupies a
+// thread and does not end with ctx. Only another process can have the lock, and not
+// for long. On a file system without flock (some network ones) it returns nil without
+// a lock: then the goroutines of one process still have turns.
 func waitForFlock(ctx context.Context, f *os.File) error {
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
-		if free, err := tryFlock(f); free || err != nil {
+		if locked, err := tryFlock(f); locked || err != nil {
 			return nil
 		}
 		select {
@@ -113,9 +120,9 @@ func waitForFlock(ctx context.Context, f *os.File) error {
 	}
 }
 
-// tryFlock takes the lock on f if nobody has it. It is held until f is closed.
-// An error means that locks do not work here.
-func tryFlock(f *os.File) (bool, error) {
+// tryFlock takes the flock on f if nobody has it, and reports whether it did. The
+// lock is held until f is closed. An error says that the file system has no locks.
+func tryFlock(f *os.File) (locked bool, err error) {
 	for {
 		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 		switch {
@@ -129,13 +136,14 @@ func tryFlock(f *os.File) (bool, error) {
 	}
 }
 
+// unlock ends the lock. It is called once.
 func (l *folderLock) unlock() {
-	l.f.Close() // which ends the flock
+	l.f.Close() // ends the flock
 	l.d.turns.give(l.path)
 }
 
-// removeEmpty removes the directory if nothing is in it. Who waits for its
-// lock looks again (lock).
+// removeEmpty removes the directory if nothing is in it. A caller of lockFolder that
+// waits for this lock then sees that the directory is gone.
 func (l *folderLock) removeEmpty() {
 	if os.Remove(l.path) == nil {
 		l.d.syncDir(filepath.Dir(l.path))

@@ -1,4 +1,4 @@
-// store_memory.go: records and small bodies of the disk store in memory.
+// store_memory.go: keeps the disk store's records and small bodies in memory.
 
 package main
 
@@ -10,21 +10,24 @@ import (
 	"sync"
 )
 
-// memBody is a small stored body that is read from memory.
+// memBody is a small stored body that is read from memory. Closing it does nothing.
 type memBody struct{ bytes.Reader }
 
 func (b *memBody) Close() error { return nil }
 
-// memoryEntry is what memory knows of one key. It answers only while the file at
-// name still is the one it was made from, so nobody has to invalidate it.
+// memoryEntry is the record, and perhaps the body, of one key in memory. It is used
+// only while the file name still has the identity id, so another process that
+// changes the file need not invalidate it. It is not changed after it was added.
 type memoryEntry struct {
-	key, name string // name is the body's path, kept to spare making it
-	id        fileIdentity
+	key, name string       // name is the body's file name, kept so that a hit need not make it
+	id        fileIdentity // of the body that the entry was made from
 	rec       *record
 	body      []byte // nil: larger than maxSmallBody, or not read yet
 }
 
-// newObject makes the entry an answer; one allocation holds all of it.
+// newObject returns the entry as an object that reads from off, or without a body if
+// off is negative (see objects.open). One allocation holds all of it: this runs for
+// each hit.
 func (e *memoryEntry) newObject(off int64) *object {
 	if off < 0 {
 		return &object{rec: e.rec}
@@ -41,20 +44,22 @@ func (e *memoryEntry) newObject(off int64) *object {
 	return &o.object
 }
 
-// hotCache keeps the entries used last within a budget of bytes. It is sharded
-// so that requests seldom wait for each other; no lock is held across I/O.
+// hotCache keeps the most recently used entries within a budget of bytes. It is
+// divided into shards, so that requests seldom wait for each other's lock.
 type hotCache struct {
 	seed   maphash.Seed
-	shards [16]hotShard
+	shards [16]hotShard // more than processors that serve at once, as a rule
 }
 
+// hotShard holds the entries of a part of the keys.
 type hotShard struct {
-	mu    sync.Mutex // guards all of the shard
-	byKey map[string]*list.Element
-	order list.List // of *memoryEntry, used last in front
-	room  int64
+	mu    sync.Mutex               // guards the fields below; never held across I/O, no other lock is taken under it
+	byKey map[string]*list.Element // elements of order
+	order list.List                // of *memoryEntry, most recently used first
+	room  int64                    // bytes of the budget that are left
 }
 
+// newHotCache makes an empty cache with a budget of that many bytes.
 func newHotCache(bytes int64) *hotCache {
 	c := &hotCache{seed: maphash.MakeSeed()}
 	for i := range c.shards {
@@ -68,6 +73,7 @@ func (c *hotCache) shard(key string) *hotShard {
 	return &c.shards[maphash.String(c.seed, key)%uint64(len(c.shards))]
 }
 
+// get returns key's entry, or nil, and makes it the most recently used one.
 func (c *hotCache) get(key string) *memoryEntry {
 	s := c.shard(key)
 	s.mu.Lock()
@@ -80,6 +86,8 @@ func (c *hotCache) get(key string) *memoryEntry {
 	return el.Value.(*memoryEntry)
 }
 
+// add adds an entry in place of an older one of its key. The least recently used
+// entries of the shard go until it is within its budget.
 func (c *hotCache) add(e *memoryEntry) {
 	s := c.shard(e.key)
 	s.mu.Lock()
@@ -92,6 +100,7 @@ func (c *hotCache) add(e *memoryEntry) {
 	}
 }
 
+// drop removes key's entry if there is one.
 func (c *hotCache) drop(key string) {
 	s := c.shard(key)
 	s.mu.Lock()
@@ -108,4 +117,5 @@ func (s *hotShard) remove(el *list.Element) {
 	s.room += e.memoryCost()
 }
 
+// memoryCost returns what the entry costs of the budget, in bytes.
 func (e *memoryEntry) memoryCost() int64 { return memoryEntryCost + int64(len(e.body)) }

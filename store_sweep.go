@@ -1,6 +1,6 @@
-// store_sweep.go: the disk store's upkeep: what is there (walk), what does not
-// belong there (sweep), whether it is as it was (verify), and whether there is
-// room and a working disk below it.
+// store_sweep.go: the upkeep of the disk store. walk lists what is stored, sweep
+// removes what crashes left, verify hashes what is stored, lockData owns DATA_DIR,
+// freeSpace and ping look at the disk below it.
 
 package main
 
@@ -17,8 +17,9 @@ import (
 	"syscall"
 )
 
-// walk: see objects. A record whose body is gone or has another size is left
-// out; one that only open could tell to be good (a restored backup) is told.
+// walk implements objects. It leaves out a record whose body is gone or has another
+// size. It does not hash: a restored body of the right size is listed, and open
+// decides later whether a record describes it.
 func (d *diskStore) walk(ctx context.Context, f func(key string, rec *record) error) error {
 	return d.eachFolder(ctx, func(folder string) error {
 		key, rec := d.describeFolder(folder)
@@ -29,22 +30,24 @@ func (d *diskStore) walk(ctx context.Context, f func(key string, rec *record) er
 	})
 }
 
-// describeFolder is what the records of a directory say is there.
+// describeFolder returns the key and the record of the file in a directory
+// {remote}/{hash}, or a nil record. Of two records it prefers the one with the
+// identity of its body.
 func (d *diskStore) describeFolder(folder string) (key string, rec *record) {
 	for _, name := range []string{recordFile, recordNext} {
-		e, of, err := readRecord(d.pathOf(folder) + "/" + name)
-		if err != nil || filepath.Dir(of) != folder {
+		e, describedKey, err := readRecord(d.pathOf(folder) + "/" + name)
+		if err != nil || filepath.Dir(describedKey) != folder {
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				d.log.Warn("stored record is of no use", "folder", folder, "file", name, "reason", err)
+				d.log.Warn("damaged record is ignored", "folder", folder, "file", name, "error", err)
 			}
 			continue
 		}
-		fi, err := os.Stat(d.pathOf(of))
+		fi, err := os.Stat(d.pathOf(describedKey))
 		if err != nil || fi.Size() != e.Size {
 			continue
 		}
 		if rec == nil || identityOf(fi) == e.bodyIdentity() {
-			key, rec = of, &e.record
+			key, rec = describedKey, &e.record
 		}
 		if identityOf(fi) == e.bodyIdentity() {
 			break
@@ -53,8 +56,8 @@ func (d *diskStore) describeFolder(folder string) (key string, rec *record) {
 	return key, rec
 }
 
-// eachFolder calls f with {remote}/{hash} of all directories that hold files.
-// Other names are not ours (lost+found, or a DATA_DIR that was somebody's home).
+// eachFolder calls f with {remote}/{hash} for each directory of files, until f or ctx
+// ends it. It skips other names (lost+found, or what was in DATA_DIR before).
 func (d *diskStore) eachFolder(ctx context.Context, f func(folder string) error) error {
 	return eachName(d.dir, func(name string) error {
 		if !isRemoteName(name) {
@@ -69,9 +72,9 @@ func (d *diskStore) eachFolder(ctx context.Context, f func(folder string) error)
 	})
 }
 
-// eachName calls f with the names in a directory, without those that begin
-// with a dot, some at a time: there may be millions. What is not there or is no
-// directory has none.
+// eachName calls f with each name in a directory that does not begin with a dot. It
+// reads them in parts, since there may be millions. A missing directory and a file
+// have no names. f's error ends it and is returned.
 func eachName(dir string, f func(name string) error) error {
 	h, err := os.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -100,48 +103,50 @@ func eachName(dir string, f func(name string) error) error {
 	}
 }
 
-// newSpool makes a temporary file for a body that is being fetched. The caller
-// closes and removes it; put takes its name. It is locked while it is open, so
-// that sweep knows what is in use, whosever it is.
+// newSpool makes an empty temporary file in the directory of spools. The caller
+// closes it and removes its name, unless put has renamed it. The file is locked while
+// it is open, so that no process sweeps it.
 func (d *diskStore) newSpool() (*os.File, error) {
 	dir := d.dir + "/" + spoolDir
-	for made := false; ; {
+	for triedMkdir := false; ; {
 		f, err := os.CreateTemp(dir, "*")
-		if errors.Is(err, fs.ErrNotExist) && !made {
-			made = true
+		if errors.Is(err, fs.ErrNotExist) && !triedMkdir {
+			triedMkdir = true
 			if err = os.MkdirAll(dir, 0o755); err == nil {
 				continue
 			}
 		}
 		if err != nil {
-			return nil, storeError("making a spool", err)
+			return nil, storeError("making a temporary file", err)
 		}
 		tryFlock(f)
-		if isLinked(f) { // not swept before it was locked
+		if isLinked(f) {
 			return f, nil
 		}
-		f.Close()
+		f.Close() // another process swept it before it was locked: make another
 	}
 }
 
-// freeSpace is the space that is left to us, and the size of the file system.
+// freeSpace returns the space that this process may still fill, and the size of the
+// file system, both in bytes. It may be called before DATA_DIR exists.
 func (d *diskStore) freeSpace() (free, size uint64, err error) {
 	var st syscall.Statfs_t
 	dir := filepath.Clean(d.dir)
 	err = syscall.Statfs(dir, &st)
 	for errors.Is(err, fs.ErrNotExist) && dir != filepath.Dir(dir) {
-		dir = filepath.Dir(dir) // it will be made here
+		dir = filepath.Dir(dir) // DATA_DIR will be made on this file system
 		err = syscall.Statfs(dir, &st)
 	}
 	if err != nil {
-		return 0, 0, storeError("asking for free space", err)
+		return 0, 0, storeError("reading the free space", err)
 	}
 	return uint64(st.Bavail) * uint64(st.Bsize), uint64(st.Blocks) * uint64(st.Bsize), nil
 }
 
-// lockData makes this process the owner of DATA_DIR, until close. held is
-// false when another one is.
-func (d *diskStore) lockData() (held bool, err error) {
+// lockData makes this process the owner of DATA_DIR until Close, and reports whether
+// it is. It is not when another process is the owner. It must not be called
+// concurrently.
+func (d *diskStore) lockData() (locked bool, err error) {
 	if d.owner != nil {
 		return true, nil
 	}
@@ -152,8 +157,8 @@ func (d *diskStore) lockData() (held bool, err error) {
 	if err != nil {
 		return false, storeError("locking DATA_DIR", err)
 	}
-	held, err = tryFlock(f)
-	if !held {
+	locked, err = tryFlock(f)
+	if !locked {
 		f.Close()
 		return false, storeError("locking DATA_DIR", err)
 	}
@@ -161,7 +166,7 @@ func (d *diskStore) lockData() (held bool, err error) {
 	return true, nil
 }
 
-// Close gives DATA_DIR up. It waits for a ping that runs.
+// Close unlocks DATA_DIR. It waits for a ping that still runs.
 func (d *diskStore) Close() error {
 	d.probe.wg.Wait()
 	if d.owner == nil {
@@ -170,10 +175,10 @@ func (d *diskStore) Close() error {
 	return d.owner.Close()
 }
 
-// sweep removes what crashes left and is older than a day: spools that nobody
-// has open, and in the directories of files, once a day since it reads all of
-// them, what does not belong there. It is called at start and hourly, by one
-// goroutine.
+// sweep removes what crashes left, once it is older than orphanAge: spools that no
+// process has open, and files in the directories of bodies that belong to none. It
+// reads those directories once a day only, because it must read all of them. One
+// goroutine calls it, at the start and then hourly.
 func (d *diskStore) sweep(ctx context.Context) error {
 	err := d.sweepSpools(false)
 	if d.now().Sub(d.swept) < orphanAge {
@@ -181,46 +186,47 @@ func (d *diskStore) sweep(ctx context.Context) error {
 	}
 	d.swept = d.now()
 	return errors.Join(err, d.eachFolder(ctx, func(folder string) error {
-		_, odd, err := d.listFolder(folder)
-		if err != nil || !odd || !d.isOld(d.pathOf(folder)) {
+		_, untidy, err := d.listFolder(folder)
+		if err != nil || !untidy || !d.isOld(d.pathOf(folder)) {
 			return nil
 		}
 		d.tidyFolder(ctx, folder, func(key string, err error) {
-			d.log.Warn("sweeping", "key", key, "err", err)
+			d.log.Warn("sweeping found a stored file that cannot be used", "key", key, "error", err)
 		})
 		return nil
 	}))
 }
 
-// sweepSpools removes spools that nobody has open: those older than a day, or
-// all where we own DATA_DIR and are starting.
+// sweepSpools removes spools that no process has open: with all every one, else those
+// older than orphanAge. all is for the owner of DATA_DIR while it starts.
 func (d *diskStore) sweepSpools(all bool) error {
 	dir := d.dir + "/" + spoolDir
 	return eachName(dir, func(name string) error {
 		f, err := os.Open(dir + "/" + name)
 		if err != nil {
-			return nil // gone
+			return nil // it was removed meanwhile
 		}
 		defer f.Close()
-		// Where locks do not work, age alone must do.
-		free, err := tryFlock(f)
-		if d.isOld(f.Name()) && (free || err != nil) || all && free {
+		// Without working locks (an error) only the age shows that no process
+		// uses the spool.
+		unused, err := tryFlock(f)
+		if (all && unused) || (d.isOld(f.Name()) && (unused || err != nil)) {
 			os.Remove(f.Name())
 		}
 		return nil
 	})
 }
 
-// isOld reports whether nothing was done to a file, or to the names in a
-// directory, for orphanAge.
+// isOld reports whether a file, or the list of names in a directory, was last changed
+// more than orphanAge ago.
 func (d *diskStore) isOld(name string) bool {
 	fi, err := os.Stat(name)
 	return err == nil && d.now().Sub(fi.ModTime()) > orphanAge
 }
 
-// listFolder tells the bodies in a directory, and whether anything else is there
-// than one body and its .record.
-func (d *diskStore) listFolder(folder string) (bodies []string, odd bool, err error) {
+// listFolder returns the names of the bodies in a directory {remote}/{hash}. untidy
+// reports whether it holds anything else than one body and its .record.
+func (d *diskStore) listFolder(folder string) (bodies []string, untidy bool, err error) {
 	h, err := os.Open(d.pathOf(folder))
 	if err != nil {
 		return nil, false, err
@@ -232,16 +238,18 @@ func (d *diskStore) listFolder(folder string) (bodies []string, odd bool, err er
 			bodies = append(bodies, name)
 		}
 	}
-	odd = len(bodies) != 1 || len(names) != 2 || !slices.Contains(names, recordFile)
-	return bodies, odd, err
+	untidy = len(bodies) != 1 || len(names) != 2 || !slices.Contains(names, recordFile)
+	return bodies, untidy, err
 }
 
-// tidyFolder leaves a directory with bodies that have their record, or removes it.
-// Under its lock whatever no record describes is an orphan.
+// tidyFolder repairs or drops each body of a directory, removes everything else that
+// a crash left there, and removes the directory if it is empty then. It holds the
+// directory's lock, so no put is between two of its steps. report is called for each
+// file that was dropped or could not be read.
 func (d *diskStore) tidyFolder(ctx context.Context, folder string, report func(key string, err error)) {
 	l, err := d.lockFolder(ctx, d.pathOf(folder), false)
 	if err != nil {
-		return // removed meanwhile
+		return // the directory was removed meanwhile
 	}
 	defer l.unlock()
 	bodies, _, err := d.listFolder(folder)
@@ -249,14 +257,14 @@ func (d *diskStore) tidyFolder(ctx context.Context, folder string, report func(k
 		report(folder, storeError("listing", err))
 		return
 	}
-	left := len(bodies)
+	bodiesLeft := len(bodies)
 	for _, name := range bodies {
 		f, _, err := d.repairLocked(ctx, folder+"/"+name)
 		switch {
 		case err == nil:
 			f.Close()
 		case errors.Is(err, errDropped):
-			left--
+			bodiesLeft--
 			fallthrough
 		default:
 			report(folder+"/"+name, err)
@@ -265,14 +273,15 @@ func (d *diskStore) tidyFolder(ctx context.Context, folder string, report func(k
 	for _, name := range []string{bodyNext, recordFile + tempSuffix} {
 		removeIfExists(d.pathOf(folder) + "/" + name)
 	}
-	if left == 0 {
+	if bodiesLeft == 0 {
 		d.tidyRecords(folder, report)
 		l.removeEmpty()
 	}
 }
 
-// tidyRecords removes the records of a directory without bodies. A .record.next
-// is what a crash leaves of a first commit: nothing was stored, nothing is lost.
+// tidyRecords removes the records of a directory without bodies. It does not report
+// a .record.next: a crash during the first put of a key leaves one, and nothing that
+// was stored is lost.
 func (d *diskStore) tidyRecords(folder string, report func(key string, err error)) {
 	for _, name := range []string{recordNext, recordFile} {
 		err := os.Remove(d.pathOf(folder) + "/" + name)
@@ -286,22 +295,21 @@ func (d *diskStore) tidyRecords(folder string, report func(key string, err error
 	}
 }
 
-// verify hashes all that is stored and drops what its record does not
-// describe, beside a running server. report is told of each file that was
-// dropped or could not be read; dropped counts the former.
+// verify implements verifiableObjects: it hashes each body and drops those that
+// their record does not describe.
 func (d *diskStore) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	tell := func(key string, err error) {
+	countAndReport := func(key string, err error) {
 		if errors.Is(err, errDropped) {
 			dropped++
 		}
 		report(key, err)
 	}
 	err = d.eachFolder(ctx, func(folder string) error {
-		bodies, odd, err := d.listFolder(folder)
+		bodies, untidy, err := d.listFolder(folder)
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 			return nil
 		} else if err != nil {
-			tell(folder, storeError("listing", err))
+			countAndReport(folder, storeError("listing", err))
 			return nil
 		}
 		for _, name := range bodies {
@@ -311,24 +319,24 @@ func (d *diskStore) verify(ctx context.Context, report func(key string, err erro
 				return ctx.Err()
 			}
 			if err != nil {
-				tell(folder+"/"+name, err)
-				odd = true
+				countAndReport(folder+"/"+name, err)
+				untidy = true
 			}
 		}
-		if odd {
-			d.tidyFolder(ctx, folder, tell)
+		if untidy {
+			d.tidyFolder(ctx, folder, countAndReport)
 		}
 		return nil
 	})
 	return checked, dropped, err
 }
 
-// verifyBody hashes one body. The lock is taken only to drop: the hash of a
-// large one would keep a commit waiting.
+// verifyBody hashes one body and drops it if its record says otherwise. It takes the
+// directory's lock only to drop: a put must not wait for the hash of a large body.
 func (d *diskStore) verifyBody(ctx context.Context, key string) error {
 	f, id, err := openBody(d.pathOf(key))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // deleted meanwhile
+		return nil // it was deleted meanwhile
 	}
 	if err != nil {
 		return storeError("opening", err)
@@ -348,11 +356,11 @@ func (d *diskStore) verifyBody(ctx context.Context, key string) error {
 	if sum == rec.SHA256 {
 		return nil
 	}
-	return d.dropIfUnchanged(ctx, key, id, "the body has sha256 "+sum+", its record "+rec.SHA256)
+	return d.dropIfUnchanged(ctx, key, id, "the body has sha256 "+sum+", but its record says "+rec.SHA256)
 }
 
-// repairNow is settle for who has no lock. A key that is deleted meanwhile is
-// no error.
+// repairNow is repairCopy for a caller that does not need the body. It is no error
+// if key is deleted meanwhile.
 func (d *diskStore) repairNow(ctx context.Context, key string) error {
 	f, _, err := d.repairCopy(ctx, key)
 	switch {
@@ -364,11 +372,12 @@ func (d *diskStore) repairNow(ctx context.Context, key string) error {
 	return err
 }
 
-// dropIfUnchanged drops key unless it was replaced since it had id.
+// dropIfUnchanged drops key if its body still has the identity id: a body that was
+// replaced meanwhile is not the one that was hashed.
 func (d *diskStore) dropIfUnchanged(ctx context.Context, key string, id fileIdentity, reason string) error {
 	l, err := d.lockFolder(ctx, d.folderOf(key), false)
 	if err != nil {
-		return nil // removed meanwhile
+		return nil // it was removed meanwhile
 	}
 	defer l.unlock()
 	if fi, err := os.Stat(d.pathOf(key)); err != nil || identityOf(fi) != id {
@@ -377,17 +386,17 @@ func (d *diskStore) dropIfUnchanged(ctx context.Context, key string, id fileIden
 	return d.dropDamaged(key, reason)
 }
 
-// diskProbe is at most one check of the directory at a time: on a disk that hangs
-// it would else leave a thread per question.
+// diskProbe runs at most one check of the disk at a time. On a disk that hangs, each
+// check occupies a thread until the disk answers.
 type diskProbe struct {
-	wg   sync.WaitGroup
-	mu   sync.Mutex // guards the rest
-	done chan struct{}
-	err  error
+	wg   sync.WaitGroup // counts the running check
+	mu   sync.Mutex     // guards the fields below; never held during I/O
+	done chan struct{}  // closed by the running check at its end; nil: none runs
+	err  error          // of the last check that ended
 }
 
-// ping reports whether files can be made in DATA_DIR. It ends with ctx though
-// the disk may hang.
+// ping returns nil if a file can be made in DATA_DIR. It ends with ctx even if the
+// disk hangs. Calls that overlap share one check.
 func (d *diskStore) ping(ctx context.Context) error {
 	p := &d.probe
 	p.mu.Lock()
@@ -408,6 +417,7 @@ func (d *diskStore) ping(ctx context.Context) error {
 	}
 }
 
+// probeWrite is the check of ping: it makes a file and removes it.
 func (d *diskStore) probeWrite(done chan struct{}) {
 	f, err := d.newSpool()
 	if err == nil {
