@@ -1,4 +1,5 @@
-// api.go: files below /api/, local repositories, and the management endpoints.
+// api.go: serves files below /api/, uploads to local repositories, and the management
+// endpoints (README, section "Endpoints").
 
 package main
 
@@ -19,35 +20,38 @@ import (
 	"net/url"
 	"regexp"
 	"regexp/syntax"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 )
 
-// api serves everything but the registry. Its fields do not change.
+// api is the server's handler: it serves everything but the registry itself. Its
+// fields do not change after it serves its first request.
 type api struct {
 	cache     *cache
-	config    func() *config // the one in force; a request asks once
-	health    func() healthReport
+	config    func() *config      // the configuration in force; a request calls it once
+	health    func() healthReport // answers at once, whatever backend hangs
 	responder *responder
 	metrics   *metrics
 	now       func() time.Time
 	version   string
 	started   time.Time
-	token     secret // API_TOKEN
-	origin    *http.CrossOriginProtection
-	registry  http.Handler // below /v2/ and /{remote}/v2/
+	token     secret                      // API_TOKEN; "": only a write_token allows writing
+	origin    *http.CrossOriginProtection // refuses writes that browsers make for other sites
+	registry  http.Handler                // of /v2/... and /{remote}/v2/...; may be nil
 }
 
-// healthReport is what /health says.
+// healthReport is the answer of /health.
 type healthReport struct {
-	Status   string            `json:"status"` // healthy or degraded
-	Backends map[string]string `json:"backends"`
-	draining bool
+	Status   string            `json:"status"`   // healthy or degraded
+	Backends map[string]string `json:"backends"` // by name: ok, embedded or down
+	draining bool              // /health answers 503
 }
 
-// ServeHTTP routes by prefix on the path as it was sent: ServeMux would
-// redirect paths with "//" or "/./", and decode what must stay escaped.
+// ServeHTTP routes a request by the first elements of its path as it was sent.
+// http.ServeMux cannot be used: it redirects paths with "//" or "/./" and decodes
+// escapes that belong to a file's name.
 func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p := rawPath(r.URL)
 	if a.registry != nil && isRegistryPath(p) {
@@ -60,22 +64,22 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		h = func(w *response, r *http.Request) error {
 			return a.serveFile(w, r, strings.TrimPrefix(rest, "v1/remote/"))
 		}
-	case ".fill": // another replica follows a fill of ours
+	case ".fill": // another replica streams a fill of this one
 		h = func(w *response, r *http.Request) error { return a.cache.serveReplica(w, r, rest) }
 	case "artifacts":
 		h = func(w *response, r *http.Request) error { return a.serveArtifacts(w, r, rest) }
 	default:
 		h = a.fixedEndpoint(p)
 	}
-	if a.origin.Check(r) != nil { // reading passes
+	if a.origin.Check(r) != nil { // it refuses no GET, HEAD or OPTIONS
 		h = func(*response, *http.Request) error {
-			return newProblem(http.StatusForbidden, "cross-origin requests by browsers may not write")
+			return newProblem(http.StatusForbidden, "a browser may not write here from another site (cross-origin request)")
 		}
 	}
 	a.responder.serveRequest(w, r, h, writeJSONError)
 }
 
-// rawPath is u's path as it was on the wire.
+// rawPath returns u's path as the client sent it, with its escapes.
 func rawPath(u *url.URL) string {
 	if u.RawPath != "" {
 		return u.RawPath
@@ -83,7 +87,8 @@ func rawPath(u *url.URL) string {
 	return u.EscapedPath()
 }
 
-// isRegistryPath: /v2, /v2/... and /{remote}/v2/... belong to the registry.
+// isRegistryPath reports whether a path is the registry's: /v2, /v2/... or
+// /{remote}/v2/....
 func isRegistryPath(p string) bool {
 	first, rest, _ := strings.Cut(strings.TrimPrefix(p, "/"), "/")
 	if first == "v2" {
@@ -93,7 +98,8 @@ func isRegistryPath(p string) bool {
 	return second == "v2" && first != "api" && first != "artifacts"
 }
 
-// fixedEndpoint finds the handler of a fixed path.
+// fixedEndpoint returns the handler of a management endpoint, which answers GET and
+// HEAD, or one that answers 404.
 func (a *api) fixedEndpoint(p string) handler {
 	var h handler
 	switch p {
@@ -106,7 +112,9 @@ func (a *api) fixedEndpoint(p string) handler {
 	case "/metrics":
 		h = a.serveMetrics
 	default:
-		return func(*response, *http.Request) error { return newProblem(http.StatusNotFound, "no such path") }
+		return func(*response, *http.Request) error {
+			return newProblem(http.StatusNotFound, "there is no such path: files are below /api/REMOTE/, images below /v2/REMOTE/")
+		}
 	}
 	return func(w *response, r *http.Request) error {
 		if err := allowMethods(r, http.MethodGet, http.MethodHead); err != nil {
@@ -116,20 +124,19 @@ func (a *api) fixedEndpoint(p string) handler {
 	}
 }
 
-// allowMethods refuses every method but those.
+// allowMethods returns a 405 problem unless the request has one of the methods.
 func allowMethods(r *http.Request, methods ...string) error {
-	for _, m := range methods {
-		if r.Method == m {
-			return nil
-		}
+	if slices.Contains(methods, r.Method) {
+		return nil
 	}
 	p := newProblem(http.StatusMethodNotAllowed, "method %s is not allowed here", r.Method)
 	p.allow = strings.Join(methods, ", ")
 	return p
 }
 
-// serveFile serves /api/{remote}/{path}; rest is behind /api/ or
-// /api/v1/remote/.
+// serveFile serves /api/{remote}/{path}. rest is the path behind /api/, or behind
+// /api/v1/remote/, which older clients use. An empty path is the list of the remote's
+// files.
 func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	name, escaped, _ := strings.Cut(rest, "/")
 	t, err := a.config().resolveTarget(name, escaped, r.URL.RawQuery)
@@ -139,7 +146,7 @@ func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	if err != nil {
 		return err
 	}
-	writable := t.remote.local
+	writable := t.remote.local // only local repositories are written by clients
 	switch {
 	case r.Method == http.MethodGet || r.Method == http.MethodHead:
 		if t.spelling == "" {
@@ -156,7 +163,7 @@ func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	return allowMethods(r, http.MethodGet, http.MethodHead)
 }
 
-// serveLocalDelete removes a file of a local repository.
+// serveLocalDelete removes a file of a local repository: 204, or 404 if there is none.
 func (a *api) serveLocalDelete(w *response, r *http.Request, t target) error {
 	if err := a.authorizeWrite(r, t.remote.writeToken); err != nil {
 		return err
@@ -167,6 +174,7 @@ func (a *api) serveLocalDelete(w *response, r *http.Request, t target) error {
 	return a.purgeKey(w, r, t)
 }
 
+// purgeKey removes one stored file and answers 204.
 func (a *api) purgeKey(w *response, r *http.Request, t target) error {
 	if err := a.cache.purgeFile(r.Context(), t.remote.name, t.key()); err != nil {
 		return err
@@ -175,7 +183,8 @@ func (a *api) purgeKey(w *response, r *http.Request, t target) error {
 	return nil
 }
 
-// servePut stores a file of a local repository (SPEC.md section 9).
+// servePut stores a file of a local repository: 201 for a new file, 200 for one that
+// was replaced, once the file is durable. A broken upload leaves the old file.
 func (a *api) servePut(w *response, r *http.Request, t target) error {
 	if err := a.authorizeWrite(r, t.remote.writeToken); err != nil {
 		return err
@@ -183,7 +192,7 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 	if t.spelling == "" {
 		return newProblem(http.StatusBadRequest, "name the file to store: /api/%s/PATH", t.remote.name)
 	}
-	if r.Header.Get("Content-Range") != "" { // RFC 9110 section 14.5: a piece is not the file
+	if r.Header.Get("Content-Range") != "" { // a partial PUT must be refused (RFC 9110 section 14.5)
 		return newProblem(http.StatusBadRequest, "a part of a file cannot be stored: send all of it, without Content-Range")
 	}
 	sums, err := parseDeclaredDigests(r.Header)
@@ -204,8 +213,9 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 	return nil
 }
 
-// uploadBody reads an upload, gives its client new time with each piece, and
-// fails at the end of a body that is another than was promised.
+// uploadBody reads the body of an upload. Each read gives the client a new deadline,
+// and the last one fails with errChecksum if the body does not have the declared
+// digests. One goroutine uses it.
 type uploadBody struct {
 	io.Reader
 	w        *response
@@ -213,6 +223,7 @@ type uploadBody struct {
 	declared []declaredDigest
 }
 
+// Read implements io.Reader.
 func (b *uploadBody) Read(p []byte) (int, error) {
 	_ = b.w.controller.SetReadDeadline(b.now().Add(clientTimeout))
 	n, err := b.Reader.Read(p)
@@ -225,14 +236,16 @@ func (b *uploadBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// declaredDigest is a digest that an upload says it has.
+// declaredDigest is a digest that an upload's headers declare, and the hash of the
+// body so far.
 type declaredDigest struct {
 	hash.Hash
 	want []byte
 }
 
-// parseDeclaredDigests are the digests that h names: X-Checksum-Sha256, Content-Digest
-// (RFC 9530; other algorithms than its two are ignored).
+// parseDeclaredDigests returns the digests that h declares, in X-Checksum-Sha256
+// (Artifactory's header) and in Content-Digest (RFC 9530). Algorithms other than
+// sha-256 and sha-512 are ignored, as RFC 9530 section 2 allows.
 func parseDeclaredDigests(h http.Header) (sums []declaredDigest, err error) {
 	if v := h.Get("X-Checksum-Sha256"); v != "" {
 		b, err := hex.DecodeString(v)
@@ -261,21 +274,23 @@ func parseDeclaredDigests(h http.Header) (sums []declaredDigest, err error) {
 	return sums, nil
 }
 
-// authorizeWrite lets a writing request pass with API_TOKEN or a repository's own
-// token (SPEC.md section 9).
-func (a *api) authorizeWrite(r *http.Request, own secret) error {
-	if a.token == "" && own == "" {
-		return newProblem(http.StatusForbidden, "writing is off: set API_TOKEN in the server's environment (or write_token of a local repository)")
+// authorizeWrite returns nil if the request has API_TOKEN or the repository's
+// write_token ("": it has none). Its error is 403 if there is no token at all, since
+// no client can then write, and else 401. It does not read the body.
+func (a *api) authorizeWrite(r *http.Request, writeToken secret) error {
+	if a.token == "" && writeToken == "" {
+		return newProblem(http.StatusForbidden, "writing is disabled: set API_TOKEN in the server's environment (or write_token of a local repository in remotes.yaml)")
 	}
 	given := tokenOf(r)
-	if sameToken(given, a.token) || sameToken(given, own) {
+	if sameToken(given, a.token) || sameToken(given, writeToken) {
 		return nil
 	}
 	return &problem{status: http.StatusUnauthorized, detail: "a valid token is needed: Authorization: Bearer TOKEN",
 		challenge: `Bearer realm="artifactapi"`, cause: errUnauthorized}
 }
 
-// tokenOf is the token of a request: Bearer, or Basic's password.
+// tokenOf returns the token of a request: that of Authorization: Bearer, or the
+// password of Basic, which more clients can send. "" if there is none.
 func tokenOf(r *http.Request) string {
 	if _, password, ok := r.BasicAuth(); ok {
 		return password
@@ -287,7 +302,8 @@ func tokenOf(r *http.Request) string {
 	return ""
 }
 
-// sameToken compares in a time that tells nothing about either.
+// sameToken reports whether given is the token. Its time depends on neither: both are
+// hashed first, because ConstantTimeCompare returns at once for different lengths.
 func sameToken(given string, token secret) bool {
 	if token == "" || given == "" {
 		return false
@@ -296,12 +312,13 @@ func sameToken(given string, token secret) bool {
 	return subtle.ConstantTimeCompare(x[:], y[:]) == 1
 }
 
-// serveArtifacts is /artifacts/{remote}[/{path}]: listing and purging.
+// serveArtifacts serves /artifacts/{remote} and /artifacts/{remote}/{path}: GET
+// lists what is stored, DELETE purges.
 func (a *api) serveArtifacts(w *response, r *http.Request, rest string) error {
 	name, escaped, _ := strings.Cut(rest, "/")
 	rem := a.config().remotes[name]
 	if rem == nil {
-		return newProblem(http.StatusNotFound, "no remote %q in remotes.yaml", name)
+		return newProblem(http.StatusNotFound, "there is no remote %.100q in remotes.yaml", name)
 	}
 	w.remote = name
 	switch {
@@ -319,36 +336,36 @@ func (a *api) serveArtifacts(w *response, r *http.Request, rest string) error {
 	return allowMethods(r, http.MethodDelete)
 }
 
-// listedArtifact is one entry of a listing.
+// listedArtifact is one file in a listing. Its JSON is part of the API.
 type listedArtifact struct {
 	Path        string     `json:"path"`
 	Key         string     `json:"key"`
 	Size        int64      `json:"size"`
 	SHA256      string     `json:"sha256"`
 	ContentType string     `json:"content_type"`
-	Source      string     `json:"source,omitempty"` // base_url + path; none for local files
+	Source      string     `json:"source,omitempty"` // base_url and path; "" for a local repository
 	FetchedAt   time.Time  `json:"fetched_at"`
 	LastAccess  time.Time  `json:"last_access"`
 	Hits        int64      `json:"hits"`
 	Class       class      `json:"class"`
 	ExpiresAt   *time.Time `json:"expires_at"` // null: never
-	Fresh       bool       `json:"fresh"`
+	Fresh       bool       `json:"fresh"`      // it is served without asking the upstream
 }
 
-// listing is a page of them.
+// listing is a page of a remote's files, in byte order of their decoded paths.
 type listing struct {
 	Remote    string           `json:"remote"`
 	Artifacts []listedArtifact `json:"artifacts"`
-	Next      *string          `json:"next"` // null at the end
-	Complete  *bool            `json:"complete,omitempty"`
+	Next      *string          `json:"next"`               // ?after= of the next page; null at the end
+	Complete  *bool            `json:"complete,omitempty"` // false while the index is being loaded, else left out
 }
 
 const (
-	defaultPage = 1000
-	maxPage     = 10000
+	defaultPage = 1000  // files on a page: some 400 KB of JSON
+	maxPage     = 10000 // a larger page would be some 4 MB in memory for each client
 )
 
-// serveList lists what is stored of a remote.
+// serveList sends a page of the files that are stored of a remote.
 func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	q, err := listQuery(r.URL.Query(), rem.name)
 	if err != nil {
@@ -371,6 +388,8 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	return writeJSON(w, l)
 }
 
+// listQuery reads the query of a listing: prefix, pattern, limit and after. Its error
+// is a 400 problem.
 func listQuery(v url.Values, name string) (pageQuery, error) {
 	q := pageQuery{remote: name, prefix: v.Get("prefix"), after: v.Get("after"), limit: defaultPage}
 	if s := v.Get("limit"); s != "" {
@@ -385,7 +404,8 @@ func listQuery(v url.Values, name string) (pageQuery, error) {
 	return q, err
 }
 
-// compilePattern compiles a client's regular expression; nil for none.
+// compilePattern compiles a client's regular expression. It returns nil for "", and a
+// 400 problem for a wrong one.
 func compilePattern(s string) (*regexp.Regexp, error) {
 	if s == "" {
 		return nil, nil
@@ -394,14 +414,14 @@ func compilePattern(s string) (*regexp.Regexp, error) {
 	if err == nil {
 		return re, nil
 	}
-	reason := "" // without its text, which is a query's
+	reason := "" // without the pattern itself: it is from a query, which must not be in the log
 	if e, ok := errors.AsType[*syntax.Error](err); ok {
 		reason = ": " + string(e.Code)
 	}
-	return nil, newProblem(http.StatusBadRequest, "pattern is not a regular expression (RE2)%s", reason)
+	return nil, newProblem(http.StatusBadRequest, "pattern is not a valid regular expression (RE2 syntax)%s", reason)
 }
 
-// newListedArtifact is a row as a listing shows it.
+// newListedArtifact returns an index row as a listing shows it.
 func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) listedArtifact {
 	e := listedArtifact{Path: decodePath(row.Path), Key: row.Key, Size: row.Size, SHA256: row.SHA256,
 		ContentType: contentTypeOf(decodePath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
@@ -419,7 +439,8 @@ func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) list
 	return e
 }
 
-// servePurge removes one path, with all its query variants.
+// servePurge removes the file at one path and all its query variants: 204, or 404 if
+// nothing was stored there. Fills of the path that run are not stored.
 func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped string) error {
 	if err := a.authorizeWrite(r, ""); err != nil {
 		return err
@@ -429,15 +450,14 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 		return err
 	}
 	if rem.packageType == "docker" {
-		spelling = path // registries' paths are not escaped
+		spelling = path // a registry's paths are their own spelling, see newTarget
 	}
 	w.path = path
-	found := false
 	err = a.cache.purgeFile(r.Context(), rem.name, target{remote: rem, spelling: spelling}.key())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	found = err == nil
+	found := err == nil
 	if err := a.cache.purgeMatchingFills(r.Context(), rem.name, regexp.MustCompile("^"+regexp.QuoteMeta(path)+"$")); err != nil {
 		return err
 	}
@@ -455,7 +475,8 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 	return nil
 }
 
-// servePurgeMatching removes what matches ?pattern=.
+// servePurgeMatching removes the files of a remote whose decoded path matches
+// ?pattern=, and answers how many were removed. Fills that match are not stored.
 func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) error {
 	if err := a.authorizeWrite(r, ""); err != nil {
 		return err
@@ -465,7 +486,7 @@ func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) erro
 		return err
 	}
 	if re == nil {
-		return newProblem(http.StatusBadRequest, "say what to purge: ?pattern=REGEX (\".\" purges everything)")
+		return newProblem(http.StatusBadRequest, "the query must say what to purge: ?pattern=REGEX (\".\" purges everything)")
 	}
 	if err := a.cache.purgeMatchingFills(r.Context(), rem.name, re); err != nil {
 		return err
@@ -477,57 +498,59 @@ func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) erro
 	return writeJSON(w, map[string]int{"purged": n})
 }
 
-// purgeRows purges the rows of q for which is holds, page by page.
-func (a *api) purgeRows(r *http.Request, q pageQuery, is func(indexRow) bool) (n int, err error) {
+// purgeRows removes the files of the rows that q finds and match accepts, page by
+// page, and returns how many were removed.
+func (a *api) purgeRows(r *http.Request, q pageQuery, match func(indexRow) bool) (purged int, err error) {
 	q.limit = defaultPage
 	for {
 		p, err := a.cache.index.listPage(r.Context(), q)
 		if err != nil {
-			return n, err
+			return purged, err
 		}
 		for _, row := range p.rows {
-			if !is(row) {
+			if !match(row) {
 				continue
 			}
 			switch err := a.cache.purgeFile(r.Context(), row.Remote, row.Key); {
 			case err == nil:
-				n++
+				purged++
 			case !errors.Is(err, fs.ErrNotExist):
-				return n, err
+				return purged, err
 			}
 		}
 		if p.next == "" {
-			return n, nil
+			return purged, nil
 		}
 		q.after = p.next
 	}
 }
 
-// serveHealth is 200 as long as files can be served; 503 only while draining.
+// serveHealth serves /health. It answers 200 even when a backend is down, because
+// stored files are still served, and 503 only while the server is draining.
 func (a *api) serveHealth(w *response, _ *http.Request) error {
 	h := a.health()
-	w.quiet = true
+	w.quiet = true // probes come every few seconds and would fill the log
 	if h.draining {
-		return newProblem(http.StatusServiceUnavailable, "draining: shutting down")
+		return newProblem(http.StatusServiceUnavailable, "draining: the server is shutting down")
 	}
 	return writeJSON(w, h)
 }
 
-// serveConfig shows the configuration in force, without its secrets.
+// serveConfig serves /config: the configuration in force, without its secrets.
 func (a *api) serveConfig(w *response, _ *http.Request) error {
 	return writeJSON(w, a.config().publicView())
 }
 
-// serveMetrics is the Prometheus exposition.
+// serveMetrics serves /metrics in Prometheus' text format.
 func (a *api) serveMetrics(w *response, r *http.Request) error {
-	w.quiet = true
+	w.quiet = true // Prometheus asks several times a minute
 	g := gauges{version: a.version, started: a.started, backends: map[string]bool{}, stored: map[string]storedSize{}}
 	for name, state := range a.health().Backends {
 		g.backends[name] = state != "down"
 	}
 	totals, err := a.cache.index.totals(r.Context())
 	if err != nil {
-		totals = nil // the counters are worth having without it
+		totals = nil // without the index, the other series are still sent
 	}
 	for name, t := range totals {
 		g.stored[name] = storedSize(t)
@@ -536,28 +559,30 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	return a.metrics.writeExposition(w, g)
 }
 
-// overview is what / says.
+// overview is the answer of /.
 type overview struct {
 	Name    string           `json:"name"`
 	Version string           `json:"version"`
-	Remotes []remoteOverview `json:"remotes"`
+	Remotes []remoteOverview `json:"remotes"` // by name
 }
 
+// remoteOverview is one remote in the overview.
 type remoteOverview struct {
 	Name        string `json:"name"`
-	Type        string `json:"type"`
+	Type        string `json:"type"` // remote or local
 	Package     string `json:"package"`
 	Description string `json:"description"`
-	URL         string `json:"url"`
+	URL         string `json:"url"` // base_url; "" for a local repository
 	Artifacts   int64  `json:"artifacts"`
 	Bytes       int64  `json:"bytes"`
 }
 
-// serveRoot is the overview: JSON, or a page for a browser.
+// serveRoot serves /: the remotes and what is stored of each, as JSON or, to a client
+// that accepts text/html, as a page.
 func (a *api) serveRoot(w *response, r *http.Request) error {
 	totals, err := a.cache.index.totals(r.Context())
 	if err != nil {
-		totals = nil // the remotes are worth showing without
+		totals = nil // without the index, the remotes are still shown
 	}
 	cfg := a.config()
 	v := overview{Name: "artifactapi", Version: a.version, Remotes: make([]remoteOverview, 0, len(cfg.names))}
@@ -578,12 +603,14 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 	return writeJSON(w, v)
 }
 
-// pageCSS is the page's only style; the policy allows it by its hash.
+// pageCSS is the page's only style sheet. The page's Content-Security-Policy allows it
+// by its hash and nothing else.
 const pageCSS = `body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}
 table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #ddd}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}code{background:#f3f3f3;padding:.1rem .3rem}
 @media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}th,td{border-color:#333}code{background:#262626}}`
 
+// pageTemplate is the page of /. html/template escapes what it is given.
 var pageTemplate = template.Must(template.New("page").Parse(`<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>artifactapi</title>
 <style>{{.CSS}}</style>
@@ -594,7 +621,7 @@ var pageTemplate = template.Must(template.New("page").Parse(`<!doctype html>
 {{end}}</table></html>
 `))
 
-// servePage shows v to a browser.
+// servePage sends v as an HTML page.
 func (a *api) servePage(w *response, v overview) error {
 	sum := sha256.Sum256([]byte(pageCSS))
 	h := w.Header()
@@ -606,7 +633,7 @@ func (a *api) servePage(w *response, v overview) error {
 		CSS template.CSS
 	}{v, pageCSS}
 	if err := pageTemplate.Execute(w, data); err != nil {
-		return fmt.Errorf("writing the page: %w", err)
+		return fmt.Errorf("writing the page of /: %w", err)
 	}
 	return nil
 }

@@ -280,7 +280,7 @@ func (c *child) wantNoLeftovers() {
 	})
 }
 
-// --- kill -9 at each step (fault 4) ---
+// --- kill -9 at each step of storing ---
 
 // killScene is something that a server does with its store, and what may be
 // there if it is killed meanwhile.
@@ -472,7 +472,7 @@ func TestKilledInTheMiddleOfAFill(t *testing.T) {
 	c.tester().get("/api/r/b").wantStatus(200).wantBody(next)
 }
 
-// --- a disk that fills up in the middle (fault 5) ---
+// --- a disk that fills up in the middle ---
 
 func TestDiskFullInTheMiddleOfAFill(t *testing.T) {
 	t.Parallel()
@@ -524,7 +524,7 @@ func TestDiskFullInTheMiddleOfAFill(t *testing.T) {
 	}
 }
 
-// --- damage (fault 6) ---
+// --- damaged files in the store ---
 
 func TestDamageIsAMissAndNeverServed(t *testing.T) {
 	t.Parallel()

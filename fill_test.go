@@ -27,8 +27,8 @@ import (
 
 // --- many clients, one fetch ---
 
-// Fault 1: a crowd on a cold file costs one upstream request and no memory. It
-// runs in a child, so that the memory is the server's alone.
+// Many clients that ask for a file that is not stored cost one upstream request and
+// no memory. The server runs in a child process, so that the memory is its alone.
 func TestCrowdOnAColdFile(t *testing.T) {
 	t.Parallel()
 	clients, size := 200, 64<<20
@@ -286,7 +286,7 @@ func TestLateLookerDoesNotFetchAgain(t *testing.T) {
 	tt.wantRequests("/a", 1)
 }
 
-// --- clients that leave or dawdle (fault 2) ---
+// --- clients that leave or are slow ---
 
 func TestFirstClientLeavesAndDisturbsNobody(t *testing.T) {
 	t.Parallel()
@@ -492,7 +492,7 @@ func TestExpiredCopyBehindFillsThatHang(t *testing.T) {
 	})
 }
 
-// --- bodies that break off (fault 3) ---
+// --- bodies that break off ---
 
 func TestCutBodyIsResumed(t *testing.T) {
 	t.Parallel()
@@ -1157,7 +1157,7 @@ func TestWholeBodiesAreCheckedBeforeTheyAreAnswered(t *testing.T) {
 	tt.wantNoSpools()
 }
 
-// --- a store that is full or broken (fault 5) ---
+// --- a store that is full or broken ---
 
 // brokenSpools makes spools fail on demand.
 type brokenSpools struct {
@@ -1225,7 +1225,7 @@ func (b *brokenSpools) reserved() int64 {
 	return b.space.reserved
 }
 
-// Fault 5: whatever is wrong with the store, clients get their bytes.
+// Clients get their bytes even if the store is full or broken.
 func TestClientsGetTheirBytesWithoutAStore(t *testing.T) {
 	t.Parallel()
 	noSpace, down := fmt.Errorf("%w: test", errNoSpace), fmt.Errorf("%w: test", errStoreDown)
@@ -1401,7 +1401,7 @@ func TestPurgeDuringARevalidation(t *testing.T) {
 	tt.get("/api/r/a").wantHit().wantBody("new")
 }
 
-// --- hostile upstreams (fault 7) ---
+// --- hostile upstreams ---
 
 func TestUpstreamThatStopsInTheMiddle(t *testing.T) {
 	inBubble(t, func(t *testing.T) {

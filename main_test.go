@@ -480,8 +480,7 @@ func TestWrongConfigurationStopsTheStart(t *testing.T) {
 	}
 }
 
-// Fault 8: no request fails while the configuration is reloaded again and
-// again, by signal.
+// No request fails while the configuration is reloaded again and again by SIGHUP.
 func TestReloadUnderLoad(t *testing.T) {
 	t.Parallel()
 	o := newTestOrigin(t, setup{})

@@ -1,6 +1,6 @@
-// registry.go: container registries below /v2/ (OCI distribution
-// specification). It says what a registry path means; fetching, storing and
-// expiry are the cache's.
+// registry.go: serves container registries below /v2/, a read-only part of the OCI
+// distribution specification. It decides what a registry request asks for and what
+// its answer looks like; the cache fetches, stores and expires the files.
 
 package main
 
@@ -20,17 +20,21 @@ import (
 )
 
 const (
-	// maxManifest is twice what the specification makes registries take.
+	// maxManifest bounds a manifest in bytes. It is twice the 4 MiB that the
+	// specification wants registries to accept, since some accept more.
 	maxManifest = 8 << 20
-	// maxList bounds tag lists and referrers: one page may name a great many.
+	// maxList bounds a page of tags or referrers in bytes. Some registries send
+	// all tags of an image in one page.
 	maxList = 32 << 20
-	// maxTag is the specification's.
+	// maxTag is the longest tag that the specification allows.
 	maxTag = 128
-	// maxNextLink bounds the path of a list plus the query of its next page: a
-	// record must fit S3's 2 KB. Dropping the link would cut the list short.
+	// maxNextLink bounds the path of a list plus the query of its next page, in
+	// bytes: both are in the record, which must fit the 2 KB of metadata of an S3
+	// object. A list with a longer link is an error, because without the link
+	// clients would take a part of the list for all of it.
 	maxNextLink = 1024
-	// maxBlobSizes bounds each of the two tables of blob sizes, some 250 bytes an
-	// entry: the layers of a thousand images or so.
+	// maxBlobSizes bounds each of the two tables of blob sizes. An entry has some
+	// 250 bytes; 10,000 are the layers of about a thousand images.
 	maxBlobSizes = 10_000
 )
 
@@ -44,14 +48,16 @@ const (
 	typeJSON       = "application/json"
 )
 
-// acceptManifests is sent for every manifest, whatever the client accepts: one
-// tag is one entry, and what is stored must not depend on who asked first.
+// acceptManifests is the Accept header for every manifest, whatever the client
+// accepts: a tag has one stored copy, which must not depend on the client that asked
+// for it first.
 const acceptManifests = typeIndex + ", " + typeManifest + ", " + typeDockerList + ", " + typeDocker + ", */*;q=0.5"
 
-// emptyIndex answers for referrers where the upstream has none.
+// emptyIndex is the list of referrers where the upstream has none.
 const emptyIndex = `{"schemaVersion":2,"mediaType":"` + typeIndex + `","manifests":[]}`
 
-// The error codes of the specification, and two that Docker's registry added.
+// The error codes of the specification. UNAVAILABLE and UNKNOWN are Docker's own
+// additions to it.
 const (
 	codeManifestUnknown = "MANIFEST_UNKNOWN"
 	codeManifestInvalid = "MANIFEST_INVALID"
@@ -66,7 +72,8 @@ const (
 	codeUnknown         = "UNKNOWN"
 )
 
-// registryRoute is what a registry path asks for.
+// registryRoute says what a registry path asks for. Its value is the path element
+// that names it.
 type registryRoute string
 
 const (
@@ -77,26 +84,28 @@ const (
 	routeReferrers registryRoute = "referrers"
 )
 
-// registryCall is one request to the registry, understood.
+// registryCall is one parsed request to the registry.
 type registryCall struct {
 	remote    *remote
-	image     string // as upstream names it
+	image     string // as the upstream names it
 	route     registryRoute
 	reference string // tag or digest
-	digest    string // ref, if it is one
-	query     string // what goes upstream, normalised
-	ns        string // what the client's ns said
-	path      string // as the client sent it
+	digest    string // reference, if that is a digest; else ""
+	query     string // the query to send upstream, normalised
+	ns        string // the client's ns parameter: the registry that a mirror stands for
+	path      string // escaped, as the client sent it
 }
 
-// registry serves /v2/... and /{remote}/v2/...; its fields do not change.
+// registry serves /v2/... and /{remote}/v2/.... Its fields do not change after
+// newRegistry.
 type registry struct {
 	cache     *cache
-	config    func() *config // the one in force; a request asks once
+	config    func() *config // the configuration in force; a request calls it once
 	responder *responder
 	sizes     *blobSizes
 }
 
+// newRegistry makes a registry over the cache c.
 func newRegistry(c *cache, config func() *config, s *responder) *registry {
 	return &registry{cache: c, config: config, responder: s, sizes: &blobSizes{}}
 }
@@ -105,12 +114,12 @@ func (g *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	g.responder.serveRequest(w, r, g.serveCall, writeRegistryError)
 }
 
-// serveCall answers one request. Reading is never challenged.
+// serveCall answers one request. It asks no client for credentials: reading is open.
 func (g *registry) serveCall(w *response, r *http.Request) error {
 	w.Header()["Docker-Distribution-Api-Version"] = apiVersion
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return &registryError{codeUnsupported, nil, &problem{status: http.StatusMethodNotAllowed, allow: "GET, HEAD",
-			detail: "this registry is a mirror: images are pushed to the registry behind it"}}
+			detail: "this registry is a read-only mirror: push images to the registry behind it"}}
 	}
 	c, err := parseCall(g.config(), r.URL)
 	if c.remote != nil {
@@ -124,7 +133,7 @@ func (g *registry) serveCall(w *response, r *http.Request) error {
 	}
 	if c.route == routePing {
 		w.Header().Set("Content-Type", typeJSON)
-		_, _ = io.WriteString(w, "{}") // as registries write it, without a line's end
+		_, _ = io.WriteString(w, "{}") // without a line break, as other registries send it
 		return nil
 	}
 	file, err := g.newFileRequest(c)
@@ -143,7 +152,8 @@ var (
 	filterApplied = []string{"artifactType"}
 )
 
-// newFileRequest is what the cache has to find for c.
+// newFileRequest returns the cache's request for c. Its error is a problem: the path
+// is too long or not allowed.
 func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 	var file fileRequest
 	switch c.route {
@@ -165,8 +175,8 @@ func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 	return file, err
 }
 
-// newTarget is c's file: path is what patterns see. Registries are asked with ":"
-// as it is (some refuse it escaped), and the record has it so too.
+// newTarget returns c's file; path is the decoded path that patterns see. It is its
+// own spelling: a ":" is not escaped, because some registries refuse "%3A".
 func (c *registryCall) newTarget(path string) target {
 	t := target{remote: c.remote, path: path, spelling: path}
 	if c.query != "" {
@@ -176,7 +186,7 @@ func (c *registryCall) newTarget(path string) target {
 	return t
 }
 
-// manifestRequest wants a manifest, by tag or by digest.
+// manifestRequest asks for a manifest, by tag or by digest.
 func (g *registry) manifestRequest(c *registryCall) fileRequest {
 	return fileRequest{
 		target: c.newTarget(c.image + "/manifests/" + c.reference), accept: acceptManifests, digest: c.digest,
@@ -188,7 +198,7 @@ func (g *registry) manifestRequest(c *registryCall) fileRequest {
 	}
 }
 
-// blobRequest wants a blob: one copy for all images of the remote that have it.
+// blobRequest asks for a blob. All images of a remote share one stored copy of it.
 func (g *registry) blobRequest(c *registryCall) fileRequest {
 	file := fileRequest{target: c.newTarget(c.image + "/blobs/" + c.reference), digest: c.digest, sharedKey: true, dress: c.setHeaders}
 	file.spelling = "blobs/" + c.reference
@@ -196,14 +206,13 @@ func (g *registry) blobRequest(c *registryCall) fileRequest {
 	return file
 }
 
-// tagsRequest wants a page of a list of tags.
+// tagsRequest asks for a page of the list of an image's tags.
 func (g *registry) tagsRequest(c *registryCall) fileRequest {
-	// An empty repository's list is null at some registries.
 	return fileRequest{target: c.newTarget(c.image + "/tags/list"), accept: typeJSON, maxBytes: maxList, needsWholeBody: true,
 		staleOn429: true, note: keepPageHeaders, check: checkList("tags"), dress: c.setHeaders}
 }
 
-// referrersRequest wants the manifests that refer to a digest.
+// referrersRequest asks for the list of manifests that refer to a digest.
 func (g *registry) referrersRequest(c *registryCall) fileRequest {
 	return fileRequest{target: c.newTarget(c.image + "/referrers/" + c.reference), accept: acceptManifests, maxBytes: maxList, needsWholeBody: true,
 		staleOn429: true, staleOn5xx: true, note: keepPageHeaders, check: checkList("manifests"), dress: c.setHeaders,
@@ -212,9 +221,10 @@ func (g *registry) referrersRequest(c *registryCall) fileRequest {
 		}}
 }
 
-// askReferrers asks for referrers: by the API, by the tag that stands in for it
-// at registries without one, or else there are none. Denials, 429 and failures
-// are no such answer.
+// askReferrers asks the upstream for referrers. A registry without the referrers API
+// has them under a tag made from the digest (the specification's referrers tag
+// schema). One that has neither has no referrers. A denial, a 429 and a failure do
+// not say that there are none and are returned.
 func (g *registry) askReferrers(ctx context.Context, c *registryCall, req upstreamRequest) (*upstreamResponse, error) {
 	resp, err := g.cache.upstream.send(ctx, req)
 	if err != nil || !saysAbsent(resp.StatusCode) {
@@ -222,7 +232,7 @@ func (g *registry) askReferrers(ctx context.Context, c *registryCall, req upstre
 	}
 	resp.discardBody()
 	algorithm, sum, _ := strings.Cut(c.digest, ":")
-	req.wire = "v2/" + c.image + "/manifests/" + algorithm + "-" + sum[:64]
+	req.wire = "v2/" + c.image + "/manifests/" + algorithm + "-" + sum[:64] // 64: the schema's bound for a hash
 	resp, err = g.cache.upstream.send(ctx, req)
 	if err != nil || !saysAbsent(resp.StatusCode) {
 		return resp, err
@@ -234,8 +244,8 @@ func (g *registry) askReferrers(ctx context.Context, c *registryCall, req upstre
 	}}, nil
 }
 
-// saysAbsent reports whether a registry said that it has no such thing, or no such
-// API.
+// saysAbsent reports whether a status says that the registry has no such content, or
+// no such API.
 func saysAbsent(status int) bool {
 	switch status {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests:
@@ -244,14 +254,15 @@ func saysAbsent(status int) bool {
 	return status >= 400 && status < 500
 }
 
-// keepDigest keeps a digest that is longer than most headers may be.
+// keepDigest keeps the upstream's Docker-Content-Digest in the record, if it is one.
 func keepDigest(rec *record, h http.Header) {
 	if rec.Digest = h.Get("Docker-Content-Digest"); !isDigest(rec.Digest) {
 		rec.Digest = ""
 	}
 }
 
-// keepPageHeaders keeps what a list says about itself in its headers.
+// keepPageHeaders keeps the headers that belong to a page of a list in its record:
+// the next page, and whether the upstream has filtered referrers.
 func keepPageHeaders(rec *record, h http.Header) {
 	rec.Link = nextPageQuery(h.Values("Link"))
 	if h.Get("OCI-Filters-Applied") == filterApplied[0] {
@@ -259,15 +270,15 @@ func keepPageHeaders(rec *record, h http.Header) {
 	}
 }
 
-// nextPageQuery is the query of the page that Link headers (RFC 8288) name as the
-// next one, normalised; "" if there is none. Its path is the list's own,
-// however upstream writes it.
+// nextPageQuery returns the normalised query of the link with rel=next in Link headers
+// (RFC 8288), or "" if there is none. The link's path is not needed: the next page
+// has the path of the list itself.
 func nextPageQuery(links []string) string {
 	for _, l := range links {
 		for {
-			_, rest, ok := strings.Cut(l, "<")
+			_, rest, opened := strings.Cut(l, "<")
 			ref, rest, closed := strings.Cut(rest, ">")
-			if !ok || !closed {
+			if !opened || !closed {
 				break
 			}
 			params := rest
@@ -283,7 +294,7 @@ func nextPageQuery(links []string) string {
 	return ""
 }
 
-// hasRelNext looks for rel=next among the parameters of a link.
+// hasRelNext reports whether the parameters of a link include rel=next.
 func hasRelNext(params string) bool {
 	for p := range strings.FieldsFuncSeq(params, func(r rune) bool { return r == ';' || r == ',' }) {
 		name, value, _ := strings.Cut(strings.TrimSpace(p), "=")
@@ -296,8 +307,8 @@ func hasRelNext(params string) bool {
 	return false
 }
 
-// queryOfReference is the query of a reference, in our order and without ns, which
-// is between a client and us.
+// queryOfReference returns the query of a URI reference, sorted and without ns, which
+// clients send to mirrors and mirrors do not send upstream.
 func queryOfReference(ref string) string {
 	u, err := url.Parse(ref)
 	if err != nil {
@@ -308,7 +319,7 @@ func queryOfReference(ref string) string {
 	return query.Encode()
 }
 
-// manifest is what is read of a manifest or an index.
+// manifest holds the members of a manifest or an index that the registry reads.
 type manifest struct {
 	SchemaVersion json.RawMessage `json:"schemaVersion"`
 	MediaType     string          `json:"mediaType"`
@@ -317,23 +328,25 @@ type manifest struct {
 	Manifests     json.RawMessage `json:"manifests"`
 }
 
+// descriptor refers to a blob (OCI image specification).
 type descriptor struct {
 	Digest string `json:"digest"`
 	Size   int64  `json:"size"`
 }
 
-// checkManifest looks at a complete manifest: a tag's must be one, since no
-// digest vouches for it. It is stored under its digest as well, before the tag
-// is answered, because that is what clients ask for next.
+// checkManifest checks a complete manifest and completes its record. A manifest that
+// was asked for by tag must look like a manifest, since no digest proves it. It is
+// stored under its digest as well, before the tag is answered, because clients ask
+// for the digest next.
 func (g *registry) checkManifest(ctx context.Context, c *registryCall, rec *record, body io.ReaderAt) error {
 	text, err := readWholeBody(rec, body)
 	if err != nil {
 		return err
 	}
 	var m manifest
-	_ = json.Unmarshal(text, &m) // leaves m empty where the text is no JSON
+	_ = json.Unmarshal(text, &m) // m stays empty if the text is not JSON
 	if c.digest == "" && len(m.SchemaVersion) == 0 {
-		return newNotAManifestError(c.remote, "a manifest", rec)
+		return newNotAManifestError(c.remote, rec)
 	}
 	rec.ContentType = m.mediaType(rec.ContentType)
 	g.rememberSizes(c, &m)
@@ -348,24 +361,24 @@ func (g *registry) checkManifest(ctx context.Context, c *registryCall, rec *reco
 	return nil
 }
 
-// readWholeBody is a whole body that want.limit has kept small.
+// readWholeBody returns a whole body, which fileRequest.maxBytes has kept small.
 func readWholeBody(rec *record, body io.ReaderAt) ([]byte, error) {
 	text, err := io.ReadAll(io.NewSectionReader(body, 0, rec.Size))
 	if err != nil {
-		return nil, fmt.Errorf("%w: reading the spool: %w", errStoreDown, err)
+		return nil, fmt.Errorf("%w: reading a temporary file: %w", errStoreDown, err)
 	}
 	return text, nil
 }
 
-// newNotAManifestError says that a body with status 200 is not what was asked for: a login
-// page, as a rule.
-func newNotAManifestError(r *remote, what string, rec *record) error {
+// newNotAManifestError returns the error for a body with status 200 that is not a
+// manifest. Often it is a login page.
+func newNotAManifestError(r *remote, rec *record) error {
 	return &registryError{codeManifestInvalid, nil, &problem{status: http.StatusBadGateway, cause: errBadUpstream,
-		detail: fmt.Sprintf("the upstream of remote %q answered with something else than %s (type %.100q)", r.name, what, rec.ContentType)}}
+		detail: fmt.Sprintf("the upstream of remote %q did not answer with a manifest (its content type is %.100q)", r.name, rec.ContentType)}}
 }
 
-// mediaType is a manifest's type: upstream's where that says something, else
-// what the manifest calls itself or looks like.
+// mediaType returns a manifest's type: the upstream's if that is specific, else the
+// type that the manifest declares, else the one that its members suggest.
 func (m *manifest) mediaType(upstream string) string {
 	if strings.HasPrefix(upstream, "application/vnd.") {
 		return upstream
@@ -384,8 +397,9 @@ func (m *manifest) mediaType(upstream string) string {
 	return typeJSON
 }
 
-// manifestDigest is the digest of a tag's manifest: by SHA-256, unless upstream knows
-// it by its SHA-512. What upstream says otherwise does not count.
+// manifestDigest returns the digest of a manifest that was asked for by tag. It is
+// the digest that the upstream sent if the text has it (it may be a SHA-512), else
+// the SHA-256 of the text.
 func manifestDigest(text []byte, upstream string) string {
 	s := newBodyHash(upstream)
 	s.Write(text)
@@ -395,7 +409,8 @@ func manifestDigest(text []byte, upstream string) string {
 	return "sha256:" + s.sumHex()
 }
 
-// rememberSizes keeps the sizes of an image's blobs for HEAD.
+// rememberSizes keeps the sizes of an image's blobs, with which a HEAD of a blob that
+// is not stored is answered.
 func (g *registry) rememberSizes(c *registryCall, m *manifest) {
 	if m.Config != nil {
 		m.Layers = append(m.Layers, *m.Config)
@@ -407,17 +422,18 @@ func (g *registry) rememberSizes(c *registryCall, m *manifest) {
 	}
 }
 
-// sizeKey names a blob of one image: another image may not have it.
+// sizeKey returns the key of a blob's size. It includes the image: another image may
+// not have the blob, and then its HEAD must be 404.
 func (c *registryCall) sizeKey(digest string) string {
 	return c.remote.name + "/" + c.image + "@" + digest
 }
 
-// blobSizes remembers what manifests say about the size of blobs, the latest
-// maxBlobSizes at least. After a restart HEAD of a blob that is not stored asks
-// upstream, as it would without.
+// blobSizes holds the sizes of blobs in bytes as manifests declared them, at least
+// the maxBlobSizes that were added last. It is lost in a restart; without it, HEAD of
+// a blob that is not stored asks the upstream.
 type blobSizes struct {
-	mu         sync.Mutex // guards what follows
-	young, old map[string]int64
+	mu         sync.Mutex       // guards the fields below
+	young, old map[string]int64 // by sizeKey; young becomes old when it is full
 }
 
 func (s *blobSizes) put(key string, size int64) {
@@ -429,7 +445,7 @@ func (s *blobSizes) put(key string, size int64) {
 	s.young[key] = size
 }
 
-// get is the size of a blob, or 0.
+// get returns the size of a blob, or 0 if it is not known.
 func (s *blobSizes) get(key string) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -439,8 +455,8 @@ func (s *blobSizes) get(key string) int64 {
 	return s.old[key]
 }
 
-// checkList keeps anything but a JSON object with that member, an array or
-// null, out of the store.
+// checkList returns a check for fileRequest that accepts a JSON object whose member of
+// that name is an array, or null, which some registries send for an empty repository.
 func checkList(member string) func(context.Context, *record, io.ReaderAt) error {
 	return func(_ context.Context, rec *record, body io.ReaderAt) error {
 		text, err := readWholeBody(rec, body)
@@ -449,18 +465,18 @@ func checkList(member string) func(context.Context, *record, io.ReaderAt) error 
 		}
 		var o map[string]json.RawMessage
 		err = json.Unmarshal(text, &o)
-		list, ok := o[member]
-		if err != nil || !ok || list[0] != '[' && string(list) != "null" {
-			return newRegistryError(codeUnknown, http.StatusBadGateway, "the upstream of remote %q answered with something else than %s (type %.100q)", rec.Remote, member, rec.ContentType)
+		list, found := o[member]
+		if err != nil || !found || (list[0] != '[' && string(list) != "null") {
+			return newRegistryError(codeUnknown, http.StatusBadGateway, "the upstream of remote %q did not answer with a list of %s (its content type is %.100q)", rec.Remote, member, rec.ContentType)
 		}
 		if len(rec.Link)+len(rec.Path) > maxNextLink {
-			return newRegistryError(codeUnknown, http.StatusBadGateway, "the upstream of remote %q has a link to the next page that is too long", rec.Remote)
+			return newRegistryError(codeUnknown, http.StatusBadGateway, "the upstream of remote %q sent a link to the next page that is too long to be stored", rec.Remote)
 		}
 		return nil
 	}
 }
 
-// setHeaders sets the headers of an answer.
+// setHeaders sets the headers that registry clients expect of an answer from rec.
 func (c *registryCall) setHeaders(h http.Header, rec *record) {
 	t := rec.ContentType
 	switch c.route {
@@ -489,8 +505,9 @@ func (c *registryCall) setHeaders(h http.Header, rec *record) {
 	}
 }
 
-// nextLink is the Link to a list's next page, in the shape the client used. It has
-// the whole path because some clients do not resolve references (skopeo).
+// nextLink returns the Link header that names a list's next page, with the path that
+// the client used. It has the whole path because some clients (skopeo) do not resolve
+// relative references.
 func (c *registryCall) nextLink(query string) string {
 	if c.ns != "" {
 		query += "&ns=" + url.QueryEscape(c.ns)
@@ -501,43 +518,45 @@ func (c *registryCall) nextLink(query string) string {
 // registryError is an error with its code of the specification.
 type registryError struct {
 	code   string
-	detail any // for "detail" of the answer; may be nil
-	err    error
+	detail any   // the member "detail" of the answer; may be nil
+	err    error // gives the status and the message
 }
 
 func (e *registryError) Error() string { return e.err.Error() }
 func (e *registryError) Unwrap() error { return e.err }
 
-// newRegistryError makes a coded error.
+// newRegistryError makes an error with a code, a status and a message for the client.
 func newRegistryError(code string, status int, format string, args ...any) error {
 	return &registryError{code, nil, newProblem(status, format, args...)}
 }
 
+// newNoRouteError returns the error for a path that is not one of the registry API.
 func newNoRouteError() error {
-	return newRegistryError(codeUnsupported, http.StatusNotFound, "there is no such path here; images are below /v2/REMOTE/")
+	return newRegistryError(codeUnsupported, http.StatusNotFound, "the registry API has no such path: images are below /v2/REMOTE/")
 }
 
-// newUnknownNameError says that nothing here has that name, and where the remote lives
-// that has it but is no registry.
+// newUnknownNameError returns the error for a path whose first element is not a docker
+// remote, when ns names none either. For a remote of another package it says where
+// the remote is served.
 func newUnknownNameError(cfg *config, name, ns string) error {
 	p := &problem{status: http.StatusNotFound, cause: fs.ErrNotExist}
 	e := &registryError{code: codeNameUnknown, err: p}
 	switch r := cfg.remotes[name]; {
 	case r != nil && r.packageType == "docker":
-		p.detail = fmt.Sprintf("name an image behind the remote: /v2/%s/IMAGE/...", name)
+		p.detail = fmt.Sprintf("the path names no image: use /v2/%s/IMAGE/...", name)
 	case r != nil:
-		p.detail = fmt.Sprintf("remote %q is no container registry: it is below %s", name, r.urlPath())
+		p.detail = fmt.Sprintf("remote %q is not a container registry: its files are below %s", name, r.urlPath())
 		e.detail = map[string]string{"location": r.urlPath()}
 	case ns != "":
-		p.detail = fmt.Sprintf("there is neither a registry remote %.100q nor one whose registry is %.100q", name, ns)
+		p.detail = fmt.Sprintf("no docker remote is named %.100q, and none has the registry %.100q", name, ns)
 	default:
-		p.detail = fmt.Sprintf("there is no registry remote %.100q", name)
+		p.detail = fmt.Sprintf("there is no docker remote %.100q", name)
 	}
 	return e
 }
 
-// withErrorCode gives an error of the cache its code, and the status that the
-// registry's specification has for it.
+// withErrorCode returns an error of the cache with its code, and with the status that
+// the specification wants for that code.
 func (c *registryCall) withErrorCode(err error) error {
 	if _, ok := errors.AsType[*registryError](err); ok {
 		return err
@@ -545,12 +564,12 @@ func (c *registryCall) withErrorCode(err error) error {
 	status, detail := statusAndDetail(err)
 	upstream, _ := errors.AsType[*upstreamStatus](err)
 	e := &registryError{code: codeUnknown, err: err}
-	change := status
+	newStatus := status
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		e.code, change = c.notFoundCode(), http.StatusNotFound
+		e.code, newStatus = c.notFoundCode(), http.StatusNotFound
 	case upstream != nil && upstream.code == http.StatusUnauthorized, status == http.StatusForbidden:
-		e.code, change = codeDenied, http.StatusForbidden
+		e.code, newStatus = codeDenied, http.StatusForbidden
 	case upstream != nil && upstream.code == http.StatusTooManyRequests, errors.Is(err, errBusy):
 		e.code = codeTooManyRequests
 	case errors.Is(err, errTooLarge) && c.route == routeManifest:
@@ -560,13 +579,13 @@ func (c *registryCall) withErrorCode(err error) error {
 	case status >= 500 && status != http.StatusInternalServerError:
 		e.code = codeUnavailable
 	}
-	if change != status {
-		e.err = &problem{status: change, detail: detail, cause: err}
+	if newStatus != status {
+		e.err = &problem{status: newStatus, detail: detail, cause: err}
 	}
 	return e
 }
 
-// notFoundCode is the code for what c asks for where it is not there.
+// notFoundCode returns the code of a 404 for c.
 func (c *registryCall) notFoundCode() string {
 	switch c.route {
 	case routeManifest:
@@ -577,18 +596,19 @@ func (c *registryCall) notFoundCode() string {
 	return codeNameUnknown
 }
 
-// writeRegistryError is the registry's errorWriter.
+// writeRegistryError is the registry's errorWriter: it sends an error in the form of
+// the specification.
 func writeRegistryError(w http.ResponseWriter, status int, message string, err error) {
-	type one struct {
+	type errorItem struct {
 		Code    string `json:"code"`
 		Message string `json:"message"`
 		Detail  any    `json:"detail"`
 	}
-	e := one{Code: codeUnknown, Message: message}
+	e := errorItem{Code: codeUnknown, Message: message}
 	if c, ok := errors.AsType[*registryError](err); ok {
 		e.Code, e.Detail = c.code, c.detail
 	}
-	b, _ := json.Marshal(map[string][]one{"errors": {e}}) // what is ours always encodes
+	b, _ := json.Marshal(map[string][]errorItem{"errors": {e}}) // strings and maps of them always encode
 	w.Header()["Docker-Distribution-Api-Version"] = apiVersion
 	sendJSON(w, status, b)
 }

@@ -1,5 +1,5 @@
-// registry_path.go: what a path below /v2/ means, in all the shapes that clients
-// use.
+// registry_path.go: parses the paths of the registry API, in all the shapes that
+// clients make of a mirror's address.
 
 package main
 
@@ -9,13 +9,23 @@ import (
 	"strings"
 )
 
-// parseCall understands a path in any of the shapes of SPEC.md section 6. Its
-// errors are coded.
+// parseCall parses the URL of a request to the registry. Its path has one of these
+// shapes, where OPERATION is manifests/REFERENCE, blobs/DIGEST, tags/list or
+// referrers/DIGEST:
+//
+//	/v2/                             the registry itself
+//	/v2/{remote}/IMAGE/OPERATION     the remote is part of the image's name
+//	/v2/{remote}/v2/IMAGE/OPERATION  a mirror's URL with the path /v2/{remote}
+//	/{remote}/v2/IMAGE/OPERATION     a mirror's URL with the path /{remote}
+//	/v2/IMAGE/OPERATION?ns=REGISTRY  the remote whose registry is ns (containerd)
+//
+// Its errors are registryErrors. A call with an error still has the remote, if that
+// is known, for the log.
 func parseCall(cfg *config, u *url.URL) (*registryCall, error) {
 	c := &registryCall{path: u.EscapedPath()}
 	var query url.Values
 	if u.RawQuery != "" {
-		query, _ = url.ParseQuery(u.RawQuery) // what is malformed counts as absent
+		query, _ = url.ParseQuery(u.RawQuery) // malformed parameters are ignored
 		c.ns = query.Get("ns")
 		query.Del("ns")
 	}
@@ -31,34 +41,35 @@ func parseCall(cfg *config, u *url.URL) (*registryCall, error) {
 		return c, err
 	}
 	if c.remote.registry == "docker.io" && !strings.Contains(c.image, "/") {
-		c.image = "library/" + c.image
+		c.image = "library/" + c.image // Docker Hub's name for its official images
 	}
 	if c.route == routeTags || c.route == routeReferrers {
-		c.query = query.Encode() // all of it: some registries name pages by parameters of their own
+		c.query = query.Encode() // all of it: some registries number pages with parameters of their own
 	}
 	return c, c.checkNames()
 }
 
-// parseBelowV2 reads what is behind /v2/.
+// parseBelowV2 parses the part of a path behind /v2/. A docker remote of the name of
+// the first element is preferred to the one that ns names.
 func (c *registryCall) parseBelowV2(cfg *config, rest string) error {
 	if rest == "" {
 		return nil
 	}
-	name, ok := c.splitOperation(rest)
-	if !ok {
+	name, hasOperation := c.splitOperation(rest)
+	if !hasOperation {
 		name = rest
 	}
 	first, image, _ := strings.Cut(name, "/")
 	rem := dockerRemote(cfg, first)
 	switch {
-	case !ok && rem != nil && (image == "" || image == "v2" || image == "v2/"):
+	case !hasOperation && rem != nil && (image == "" || image == "v2" || image == "v2/"):
 		c.remote = rem
 		return nil
-	case !ok && rem != nil:
+	case !hasOperation && rem != nil:
 		c.remote = rem
 		return newNoRouteError()
 	case rem != nil && image != "":
-		// What a client makes of a mirror's URL that has a path.
+		// Clients append /v2/IMAGE to a mirror's URL, whatever its path is.
 		if inner, ok := strings.CutPrefix(image, "v2/"); ok {
 			image = inner
 		}
@@ -68,14 +79,14 @@ func (c *registryCall) parseBelowV2(cfg *config, rest string) error {
 		}
 		image = name
 	}
-	if !ok {
+	if !hasOperation {
 		return newNoRouteError()
 	}
 	c.remote, c.image = rem, image
 	return nil
 }
 
-// parseBelowRemote reads what is behind /{remote}/v2/.
+// parseBelowRemote parses the part of a path behind /{name}/v2/.
 func (c *registryCall) parseBelowRemote(cfg *config, name, rest string) error {
 	if c.remote = dockerRemote(cfg, name); c.remote == nil {
 		return newUnknownNameError(cfg, name, "")
@@ -91,8 +102,10 @@ func (c *registryCall) parseBelowRemote(cfg *config, name, rest string) error {
 	return nil
 }
 
-// splitOperation takes the operation off the end of a path, because names may hold the
-// words of the routes themselves. What is left is the name.
+// splitOperation cuts the operation off the end of a path, sets c's route and
+// reference, and returns the name before it. ok is false if the path ends in no
+// operation. It searches from the end because an image's name may have an element
+// like "tags" or "blobs".
 func (c *registryCall) splitOperation(rest string) (name string, ok bool) {
 	if name, ok := strings.CutSuffix(rest, "/tags/list"); ok {
 		c.route = routeTags
@@ -111,7 +124,7 @@ func (c *registryCall) splitOperation(rest string) (name string, ok bool) {
 	return "", false
 }
 
-// dockerRemote is the registry remote of that name, or nil.
+// dockerRemote returns the remote of that name if its package is docker, else nil.
 func dockerRemote(cfg *config, name string) *remote {
 	if r := cfg.remotes[name]; r != nil && r.packageType == "docker" {
 		return r
@@ -119,10 +132,11 @@ func dockerRemote(cfg *config, name string) *remote {
 	return nil
 }
 
-// checkNames refuses what no registry can have, before anyone is asked.
+// checkNames refuses names, tags and digests that no registry can have, so that no
+// upstream is asked for them. It sets c.digest if the reference is one.
 func (c *registryCall) checkNames() error {
 	if !isImageName(c.image) {
-		return newRegistryError(codeNameInvalid, http.StatusBadRequest, "%.300q is no name of an image", c.image)
+		return newRegistryError(codeNameInvalid, http.StatusBadRequest, "%.300q is not a valid image name", c.image)
 	}
 	if c.route == routeTags {
 		return nil
@@ -132,21 +146,22 @@ func (c *registryCall) checkNames() error {
 		return nil
 	}
 	if c.route != routeManifest || strings.Contains(c.reference, ":") {
-		return newRegistryError(codeDigestInvalid, http.StatusBadRequest, "%.200q is no digest: sha256 and sha512 in lower case are", c.reference)
+		return newRegistryError(codeDigestInvalid, http.StatusBadRequest, "%.200q is not a digest: use sha256:HEX or sha512:HEX in lower case", c.reference)
 	}
 	if !isTag(c.reference) {
-		return newRegistryError(codeManifestUnknown, http.StatusNotFound, "%.200q can be no tag", c.reference)
+		return newRegistryError(codeManifestUnknown, http.StatusNotFound, "%.200q is not a valid tag", c.reference)
 	}
 	return nil
 }
 
-// isImageName reports whether s is the name of an image: runs of a-z0-9 with one
-// separator between two of them.
+// isImageName reports whether s is the name of an image: runs of a-z and 0-9 with one
+// separator between two of them, which is ".", "_", "__", "/" or some "-" (OCI
+// distribution specification).
 func isImageName(s string) bool {
 	for {
 		rest := strings.TrimLeft(s, "abcdefghijklmnopqrstuvwxyz0123456789")
 		if len(rest) == len(s) {
-			return false // empty, or a separator without a run
+			return false // s is empty or begins with a separator
 		}
 		if rest == "" {
 			return true
@@ -163,24 +178,26 @@ func isImageName(s string) bool {
 	}
 }
 
-// isTag: a word of letters, digits and ._- that does not begin with . or -.
+// isTag reports whether s is a tag: letters, digits and "._-", at most maxTag of them,
+// the first one neither "." nor "-" (OCI distribution specification).
 func isTag(s string) bool {
 	if s == "" || len(s) > maxTag || s[0] == '.' || s[0] == '-' {
 		return false
 	}
 	for i := range len(s) {
-		if c := s[i]; !(unescapedBytes[c] && c != '/' && c != '~') {
+		if c := s[i]; !unescapedBytes[c] || c == '/' || c == '~' {
 			return false
 		}
 	}
 	return true
 }
 
-// isDigest: the algorithms we can verify, in the one spelling they have.
+// isDigest reports whether s is a digest that can be verified: sha256 or sha512 with
+// its hash in lower-case hexadecimal.
 func isDigest(s string) bool {
 	algorithm, sum, _ := strings.Cut(s, ":")
 	if strings.Trim(sum, "0123456789abcdef") != "" {
 		return false
 	}
-	return algorithm == "sha256" && len(sum) == 64 || algorithm == "sha512" && len(sum) == 128
+	return (algorithm == "sha256" && len(sum) == 64) || (algorithm == "sha512" && len(sum) == 128)
 }

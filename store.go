@@ -80,6 +80,7 @@ type fileWriter struct {
 	step  func(name string)    // called after each step of a commit; nil except in tests
 }
 
+// newDisk returns a fileWriter that fsyncs.
 func newDisk() *fileWriter { return &fileWriter{fsync: (*os.File).Sync} }
 
 // noteStep tells a test that a step of a commit is done, so that the test can kill
