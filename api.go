@@ -135,7 +135,7 @@ func allowMethods(r *http.Request, methods ...string) error {
 }
 
 // serveFile serves /api/{remote}/{path}. rest is the path behind /api/, or behind
-// /api/v1/remote/, which older clients use. An empty path is the list of the remote's
+// /api/v1/remote/, which is another name for it. An empty path is the list of the remote's
 // files.
 func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	name, escaped, _ := strings.Cut(rest, "/")
@@ -462,8 +462,8 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 		return err
 	}
 	n, err := a.purgeRows(r, pageQuery{remote: rem.name, prefix: w.path}, func(row indexRow) bool {
-		path, _, query := strings.Cut(row.Path, "?")
-		return query && path == spelling
+		variant, _, hasQuery := strings.Cut(row.Path, "?")
+		return hasQuery && variant == spelling
 	})
 	if err != nil {
 		return err

@@ -27,7 +27,7 @@ import (
 	"time"
 )
 
-// --- local repositories (SPEC.md section 9) ---
+// --- local repositories and writing ---
 
 const localYAML = `
 remotes:
@@ -42,7 +42,7 @@ remotes:
 
 const bearer = "Authorization: Bearer t"
 
-// newLocalTester has local repositories and API_TOKEN=t.
+// newLocalTester starts a server with local repositories and API_TOKEN=t.
 func newLocalTester(t testing.TB) *tester {
 	t.Helper()
 	return setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}}.start(t)
@@ -90,7 +90,7 @@ func TestUploadOfUnknownLength(t *testing.T) {
 	tt.get("/api/l/a").wantBody(text)
 }
 
-// slowObjects take their time to store.
+// slowObjects is a store that takes some time for each put.
 type slowObjects struct {
 	objects
 	wait time.Duration
@@ -105,7 +105,7 @@ func (s *slowObjects) put(ctx context.Context, key string, rec *record, spool *o
 	}
 }
 
-// A large upload takes S3 longer to take than a client may be silent.
+// S3 may need more time for a large upload than a client may be silent.
 func TestUploadThatIsStoredSlowly(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		slow := func(o objects) objects { return &slowObjects{o, 3 * clientTimeout} }
@@ -115,16 +115,16 @@ func TestUploadThatIsStoredSlowly(t *testing.T) {
 	})
 }
 
-// deafObjects take their time to store, whatever their caller wants.
-type deafObjects struct{ slowObjects }
+// hangingObjects is a store whose puts do not end with their context.
+type hangingObjects struct{ slowObjects }
 
-func (s *deafObjects) put(_ context.Context, key string, rec *record, spool *os.File) error {
+func (s *hangingObjects) put(_ context.Context, key string, rec *record, spool *os.File) error {
 	return s.slowObjects.put(context.Background(), key, rec, spool)
 }
 
 func TestEndDoesNotWaitForAStoreThatHangs(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		tt := setup{bubble: true, objects: func(o objects) objects { return &deafObjects{slowObjects{o, time.Minute}} }}.start(t)
+		tt := setup{bubble: true, objects: func(o objects) objects { return &hangingObjects{slowObjects{o, time.Minute}} }}.start(t)
 		tt.origin.file("/a", "body")
 		tt.open("/api/r/a").read(4) // and it is not stored yet
 		began := time.Now()
@@ -157,8 +157,8 @@ func TestUploadsThatAreRefused(t *testing.T) {
 		{"a right checksum and another digest", "/api/l/a", "X-Checksum-Sha256: " + right + "\nContent-Digest: sha-256=:" + base64.StdEncoding.EncodeToString(make([]byte, 32)) + ":", 422},
 		{"another SHA-512", "/api/l/a", "Content-Digest: " + digest + ", sha-512=:" + base64.StdEncoding.EncodeToString(make([]byte, 64)) + ":", 422},
 		{"a piece of a file", "/api/l/a", "Content-Range: bytes 0-3/8", 400},
-		{"a checksum that is none", "/api/l/a", "X-Checksum-Sha256: abc", 400},
-		{"a digest that is none", "/api/l/a", "Content-Digest: sha-256=:abc:", 400},
+		{"a malformed checksum", "/api/l/a", "X-Checksum-Sha256: abc", 400},
+		{"a malformed digest", "/api/l/a", "Content-Digest: sha-256=:abc:", 400},
 		{"over what is there", "/api/l/a", "If-None-Match: *", 412},
 		{"no pattern matches", "/api/picky/a.deb", "X: y", 403},
 		{"a remote that is not local", "/api/r/a", "X: y", 405},
@@ -201,8 +201,8 @@ func TestBrokenUploadLeavesTheOldFile(t *testing.T) {
 	}
 }
 
-// A file of a local repository is nowhere else: however it is damaged, what is
-// left of it stays on the disk, is never served, and can be stored anew.
+// A file of a local repository cannot be fetched again. However it is damaged, its rest
+// stays on the disk, it is not served, and it can be uploaded again.
 func TestDamagedUploadIsSetAside(t *testing.T) {
 	t.Parallel()
 	text := noise(1, 100_000)
@@ -214,11 +214,11 @@ func TestDamagedUploadIsSetAside(t *testing.T) {
 		"body damaged": func(body, _ string) error { return os.WriteFile(body, []byte(text[:50_000]+"?"+text[50_001:]), 0o600) },
 		"body cut":     func(body, _ string) error { return os.Truncate(body, 70_000) },
 	} {
-		for _, who := range []string{"a reader", "a writer", "verify", "the sweep"} {
-			if who == "the sweep" && what != "record gone" {
-				continue // it looks for what does not belong there
+		for _, finder := range []string{"a reader", "a writer", "verify", "the sweep"} {
+			if finder == "the sweep" && what != "record gone" {
+				continue // sweep looks only into directories where a file is missing or does not belong
 			}
-			t.Run(what+", found by "+who, func(t *testing.T) {
+			t.Run(what+", found by "+finder, func(t *testing.T) {
 				t.Parallel()
 				tt := newLocalTester(t)
 				tt.put("/api/l/d/a.rpm", text, bearer).wantStatus(201)
@@ -233,8 +233,8 @@ func TestDamagedUploadIsSetAside(t *testing.T) {
 						left[filepath.Base(name)] = string(data)
 					}
 				}
-				tt.restart() // memory knows a sound record
-				switch who {
+				tt.restart() // the memory still has the undamaged record
+				switch finder {
 				case "a reader":
 					tt.get("/api/l/d/a.rpm").wantStatus(404)
 					tt.get("/api/l/d/a.rpm").wantStatus(404)
@@ -262,7 +262,7 @@ func TestDamagedUploadIsSetAside(t *testing.T) {
 	}
 }
 
-// wantAside says what was set aside in a directory, once.
+// wantAside wants one damaged file set aside in a directory, with this content by name.
 func (tt *tester) wantAside(dir string, want map[string]string) {
 	tt.Helper()
 	kept := map[string]string{}
@@ -373,16 +373,16 @@ func TestTokenIsJudgedBeforeTheBodyIsRead(t *testing.T) {
 	tt := newLocalTester(t)
 	endless, feed := io.Pipe()
 	defer feed.Close()
-	s := tt.start(context.Background(), "PUT", "/api/l/a", endless) // nothing is ever sent
+	s := tt.start(context.Background(), "PUT", "/api/l/a", endless) // the body never comes
 	defer s.leave()
 	s.wantStatus(401)
 }
 
-// Some clients look for the answer only when all is sent.
-func TestRefusedUploadIsAnsweredToWhoSendsItAll(t *testing.T) {
+// Some clients read the answer only after they have sent the whole body.
+func TestRefusedUploadIsAnsweredToAClientThatSendsAll(t *testing.T) {
 	t.Parallel()
 	tt := newLocalTester(t)
-	const size = 64 << 20 // far more than the kernel holds for both ends
+	const size = 64 << 20 // far more than the kernel buffers of both ends hold
 	for request, status := range map[string]int{"PUT /api/l/a": 401, "PUT /api/r/a": 405, "PUT /v2/d/app/blobs/uploads/1": 405} {
 		conn, err := net.Dial("tcp", strings.TrimPrefix(tt.url, "http://"))
 		if err != nil {
@@ -421,7 +421,7 @@ func TestBrowsersOfOtherSitesMayNotWrite(t *testing.T) {
 	tt.put("/api/l/a", "mine", bearer, "Origin: "+tt.url).wantStatus(200)
 }
 
-// Of many who write and read one file at once each reads one whole version.
+// While many clients write and read one file, each of them reads one whole version.
 func TestLocalFileUnderWritersAndReaders(t *testing.T) {
 	t.Parallel()
 	tt := newLocalTester(t)
@@ -436,7 +436,7 @@ func TestLocalFileUnderWritersAndReaders(t *testing.T) {
 			for range 5 {
 				tt.put("/api/l/a", text, bearer).wantStatus(200)
 				if g := tt.get("/api/l/a"); g.ok() && (g.status != 200 || !versions[g.text]) {
-					t.Errorf("read %d with %d bytes that nobody wrote", g.status, len(g.text))
+					t.Errorf("status %d with %d bytes that no client wrote", g.status, len(g.text))
 				}
 			}
 		})
@@ -455,7 +455,7 @@ func TestLocalFileUnderWritersAndReaders(t *testing.T) {
 	}
 	all.Wait()
 	if created.Load() != 1 || refused.Load() != 7 {
-		t.Errorf("of eight who create one file %d did and %d were refused", created.Load(), refused.Load())
+		t.Errorf("of eight clients that create one file %d did and %d were refused", created.Load(), refused.Load())
 	}
 	for range 20 {
 		all.Go(func() { tt.put("/api/l/x", "body", bearer) })
@@ -470,7 +470,7 @@ func TestLocalFileUnderWritersAndReaders(t *testing.T) {
 	tt.wantNoSpools()
 }
 
-// Of two who create one file the second waits, and then sees it.
+// Of two clients that create one file the second waits for the first and is refused.
 func TestCreatingTwiceAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hooked := &hookedObjects{}
@@ -508,9 +508,9 @@ func TestCreatingTwiceOnTwoReplicas(t *testing.T) {
 	one.get("/api/l/a").wantBody("first")
 }
 
-// --- listing and purging (section 7) ---
+// --- listing and purging ---
 
-// page asks for a page of r's listing.
+// page returns the paths of a page of r's listing.
 func (tt *tester) page(query string) (paths []string, next *string) {
 	tt.Helper()
 	g := tt.get("/artifacts/r?" + query).wantStatus(200)
@@ -575,7 +575,7 @@ func TestListingInPages(t *testing.T) {
 func TestListingWhileTheIndexIsBeingLoaded(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
-	tt.cache.index = newEmbeddedIndex(t.TempDir(), tt.server.log) // not loaded yet
+	tt.cache.index = newEmbeddedIndex(t.TempDir(), tt.server.log) // it is not loaded yet
 	tt.origin.file("/a", "body")
 	tt.get("/api/r/a").wantMiss()
 	if g := tt.get("/artifacts/r"); !g.has(`"path": "a"`) || !g.has(`"complete": false`) {
@@ -651,9 +651,9 @@ func TestPurging(t *testing.T) {
 	left("d/a/b", "d/ab", "e+f", "g/h")
 	tt.delete("/artifacts/r/d/a", bearer).wantDetail(404, "")
 	tt.get("/api/r/d/a").wantMiss()
-	fetch("q?v=1", "q?v=2") // variants without the plain path
+	fetch("q?v=1", "q?v=2") // query variants without a file at the plain path
 	tt.delete("/artifacts/r/q", bearer).wantStatus(204)
-	tt.delete("/artifacts/r/e%2Bf", bearer).wantStatus(204) // another spelling
+	tt.delete("/artifacts/r/e%2Bf", bearer).wantStatus(204) // another spelling of the same path
 	tt.delete("/artifacts/r/g//./h", bearer).wantStatus(204)
 	left("d/a", "d/a/b", "d/ab")
 	tt.delete("/artifacts/r?pattern=^d/a$", bearer).wantStatus(200)
@@ -670,7 +670,7 @@ func TestPurging(t *testing.T) {
 	tt.get("/api/r/missing").wantStatus(404)
 	tt.origin.file("/missing", "there now")
 	tt.get("/api/r/missing").wantStatus(404)
-	tt.delete("/artifacts/r/missing", bearer) // forgets that it was missing
+	tt.delete("/artifacts/r/missing", bearer) // the remembered 404 is forgotten
 	tt.get("/api/r/missing").wantStatus(200)
 }
 
@@ -761,7 +761,7 @@ func TestHealth(t *testing.T) {
 	if err := os.RemoveAll(tt.disk.dir); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(tt.disk.dir, nil, 0o600); err != nil { // no directory: for root too
+	if err := os.WriteFile(tt.disk.dir, nil, 0o600); err != nil { // a file instead of a directory stops root, too
 		t.Fatal(err)
 	}
 	tt.server.checkBackend(tt.server.stores.backends[len(tt.server.stores.backends)-1])
@@ -769,7 +769,7 @@ func TestHealth(t *testing.T) {
 		t.Errorf("without DATA_DIR: %+v", h)
 	}
 	tt.origin.file("/a", "body")
-	tt.get("/api/r/a").wantStatus(200).wantBody("body") // files are passed on
+	tt.get("/api/r/a").wantStatus(200).wantBody("body") // files are served but not stored
 	if err := os.Remove(tt.disk.dir); err != nil {
 		t.Fatal(err)
 	}
@@ -806,7 +806,7 @@ remotes:
 		tt.advance(time.Second)
 	}
 	tt.put("/api/l/keep", noise(1, 50_000), bearer).wantStatus(201)
-	tt.get("/api/r/f00").wantHit() // used: not the oldest any more
+	tt.get("/api/r/f00").wantHit() // now it is not the least recently used one any more
 	tt.cache.evictFiles(context.Background(), tt.server.config.Load(), 0)
 	var bytes int64
 	list := tt.list("r")

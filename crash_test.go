@@ -20,15 +20,15 @@ import (
 	"time"
 )
 
-// Variables of a child: what it is and how it is to fail.
+// Environment variables of a child process: they say how it fails.
 const (
-	childMark  = "ARTIFACTAPI_TEST_CHILD" // "1": be the real server
+	childMark  = "ARTIFACTAPI_TEST_CHILD" // "1": the test binary is a server
 	childStep  = "ARTIFACTAPI_TEST_STEP"  // kill -9 at this step of the disk store ...
 	childCount = "ARTIFACTAPI_TEST_COUNT" // ... the nth time it is reached
 	childFSize = "ARTIFACTAPI_TEST_FSIZE" // RLIMIT_FSIZE
 )
 
-// childMain is the test binary as the real server.
+// childMain runs the test binary as a server and returns the exit status.
 func childMain() int {
 	if v := os.Getenv(childFSize); v != "" {
 		n, _ := strconv.ParseUint(v, 10, 64)
@@ -50,8 +50,8 @@ func childMain() int {
 	return 0
 }
 
-// serveUntilStep is serve with a process that kills itself at a step of the
-// disk store. The step "list" prints their names as they are taken.
+// serveUntilStep is serve in a process that kills itself at a step of the disk store.
+// The step "list" prints the name of each step instead.
 func serveUntilStep(ctx context.Context, step string) error {
 	set, err := parseSettings(os.LookupEnv)
 	if err != nil {
@@ -100,23 +100,23 @@ type child struct {
 	url    string
 	dir    string
 	client *http.Transport
-	exited chan struct{} // closed when the process is gone
-	err    error         // of its end
+	exited chan struct{} // closed when the process has ended
+	err    error         // of Wait
 
 	mu  sync.Mutex // guards out
 	out bytes.Buffer
 }
 
-// childSetup is what a child runs over.
+// childSetup describes a child to start.
 type childSetup struct {
 	yaml string
-	dir  string // with remotes.yaml and data; "": a new one
+	dir  string // holds remotes.yaml and data; "": a new directory
 	env  []string
 	args []string
-	born func(*os.Process) // told of the process before it listens
+	born func(*os.Process) // called with the process before it listens
 }
 
-// start runs a child until its test ends.
+// start starts a child that runs until its test ends.
 func (s childSetup) start(t testing.TB) *child {
 	t.Helper()
 	if s.dir == "" {
@@ -163,7 +163,7 @@ func (s childSetup) start(t testing.TB) *child {
 	return c
 }
 
-// configure writes remotes.yaml, in one step as editors and mounts do.
+// configure replaces remotes.yaml in one step, as editors and mounts do.
 func (c *child) configure(yaml string) {
 	c.Helper()
 	temp := c.dir + "/next"
@@ -175,7 +175,7 @@ func (c *child) configure(yaml string) {
 	}
 }
 
-// read collects what the child says and finds its address in it.
+// read collects the output of the child and sends the address that it listens on.
 func (c *child) read(r interface{ Read([]byte) (int, error) }, address chan<- string) {
 	for lines := bufio.NewScanner(r); lines.Scan(); {
 		line := lines.Bytes()
@@ -202,7 +202,7 @@ func (c *child) wantLog(text string) {
 	awaitThat(c, "a child's log line with "+text, func() bool { return strings.Contains(c.logs(), text) })
 }
 
-// kill is kill -9.
+// kill kills the child with SIGKILL and waits for its end.
 func (c *child) kill() {
 	_ = c.cmd.Process.Kill()
 	<-c.exited
@@ -221,7 +221,7 @@ func (c *child) awaitDeath() {
 	}
 }
 
-// stop ends the child as Kubernetes does and returns its exit status.
+// stop ends the child with SIGTERM, as Kubernetes does, and returns its exit status.
 func (c *child) stop() int {
 	c.Helper()
 	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -246,12 +246,12 @@ func (c *child) again(env ...string) *child {
 	return childSetup{yaml: string(yaml), dir: c.dir, env: env}.start(c.TB)
 }
 
-// asker makes the verbs of a tester speak to the child.
+// tester returns a tester whose requests go to the child.
 func (c *child) tester() *tester {
 	return &tester{TB: c.TB, url: c.url, client: c.client}
 }
 
-// memory is a line of /proc/PID/status in bytes.
+// memory returns the value of a line of /proc/PID/status, in bytes.
 func (c *child) memory(name string) int64 {
 	c.Helper()
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.cmd.Process.Pid))
@@ -271,7 +271,7 @@ func (c *child) memory(name string) int64 {
 	return 0
 }
 
-// wantNoLeftovers says that nothing temporary is in DATA_DIR.
+// wantNoLeftovers wants no temporary file in DATA_DIR.
 func (c *child) wantNoLeftovers() {
 	c.Helper()
 	awaitThat(c, "the spools to be gone", func() bool {
@@ -282,15 +282,15 @@ func (c *child) wantNoLeftovers() {
 
 // --- kill -9 at each step of storing ---
 
-// killScene is something that a server does with its store, and what may be
-// there if it is killed meanwhile.
+// killScene is an operation of a server on its store, and what may be stored if the
+// server is killed during it.
 type killScene struct {
 	name    string
-	prepare func(tt *tester, o *testOrigin) // before it
+	prepare func(tt *tester, o *testOrigin) // before the operation
 	act     func(tt *tester, o *testOrigin)
-	old     string // what was there before; "": nothing
-	new     string // what was to be there; "": nothing
-	point   string // the step from which on the new state holds
+	old     string // content before the operation; "": none
+	new     string // content after it; "": none
+	point   string // the first step after which the new content is stored
 }
 
 const killYAML = `
@@ -316,7 +316,7 @@ func killScenes() []killScene {
 		}, "", next, "body moved"},
 		{"replacement", first, func(tt *tester, o *testOrigin) {
 			o.file("/a", next)
-			for n := o.requests("/a"); o.requests("/a") == n; { // the first fill may not have landed
+			for n := o.requests("/a"); o.requests("/a") == n; { // the first fill may not be stored yet
 				tt.get("/api/r/a")
 			}
 		}, old, next, "body moved"},
@@ -353,7 +353,7 @@ func TestKilledAtEachStep(t *testing.T) {
 	}
 }
 
-// steps are those that the disk store takes in preparation and in the scene.
+// steps returns the steps of the disk store during the preparation and the operation.
 func (s *killScene) steps(t *testing.T) (before, during []string) {
 	o := newTestOrigin(t, setup{})
 	c := childSetup{yaml: strings.ReplaceAll(killYAML, "ORIGIN", o.url), env: []string{childStep + "=list", "API_TOKEN=t"}}.start(t)
@@ -377,8 +377,7 @@ func (c *child) steps() (names []string) {
 	return names
 }
 
-// kill plays the scene, kills the server at a step and looks at what the next
-// one finds.
+// kill runs the scene, kills the server at a step and checks what the next server finds.
 func (s *killScene) kill(t *testing.T, step string, count int, done bool) {
 	o := newTestOrigin(t, setup{})
 	env := []string{childStep + "=" + step, childCount + "=" + strconv.Itoa(count), "API_TOKEN=t"}
@@ -387,7 +386,7 @@ func (s *killScene) kill(t *testing.T, step string, count int, done bool) {
 	s.act(c.tester(), o)
 	c.awaitDeath()
 
-	o.troubled(answers(500)) // what is served now comes from the store
+	o.troubled(answers(500)) // from now on every answer comes from the store
 	c = c.again("API_TOKEN=t")
 	c.wantNoLeftovers()
 	g := c.tester().get("/api/r/a")
@@ -415,8 +414,8 @@ func (s *killScene) expected(done bool) string {
 	return s.old
 }
 
-// wantVerified says that the sub-command verify finds nothing wrong, once it
-// has removed what a crash left lying about.
+// wantVerified wants the sub-command verify to find nothing wrong, after a first run has
+// removed what a crash left.
 func (c *child) wantVerified() {
 	c.Helper()
 	var out bytes.Buffer
@@ -445,7 +444,7 @@ func TestKilledInTheMiddleOfAFill(t *testing.T) {
 	o.file("/b", next).stallAt(1 << 20)
 	s := c.tester().open("/api/r/b")
 	s.read(1 << 20)
-	go func() { // replaces its copy, once the flight that brought it has landed
+	go func() { // it replaces the copy, once the fill that fetched it is stored
 		for o.requests("/a") < 2 {
 			c.tester().start(context.Background(), "GET", "/api/r/a", nil).leave()
 		}
@@ -540,7 +539,7 @@ func TestDamageIsAMissAndNeverServed(t *testing.T) {
 		}
 		return data
 	}
-	// Files are a and b, of one size; body and record are a's.
+	// The files a and b have the same size; body and record are those of a.
 	for what, damage := range map[string]func(t *testing.T, body, record, bodyB, recordB string){
 		"body cut":        func(t *testing.T, body, _, _, _ string) { write(t, body, read(t, body)[:100]) },
 		"body emptied":    func(t *testing.T, body, _, _, _ string) { write(t, body, nil) },
@@ -572,7 +571,7 @@ func TestDamageIsAMissAndNeverServed(t *testing.T) {
 			_ = os.Rename(a+"x", b)
 		},
 	} {
-		for _, size := range []int{1000, 200_000} { // in memory, and not
+		for _, size := range []int{1000, 200_000} { // kept in memory, and not
 			for _, restarts := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s, %d bytes, restart %v", what, size, restarts), func(t *testing.T) {
 					t.Parallel()
@@ -585,7 +584,7 @@ func TestDamageIsAMissAndNeverServed(t *testing.T) {
 					if restarts {
 						tt.restart()
 					}
-					tt.origin.troubled(answers(500)) // nothing right is left: then nothing is served
+					tt.origin.troubled(answers(500)) // nothing undamaged is left, so nothing may be served
 					if g := tt.get("/api/r/a"); g.status == 200 && g.text != a {
 						t.Errorf("wrong bytes: %s", g.header.Get("Cache-Status"))
 					}
@@ -600,7 +599,7 @@ func TestDamageIsAMissAndNeverServed(t *testing.T) {
 	}
 }
 
-// fileOf fetches /api/r/path and says where its body is.
+// fileOf fetches /api/r/path and returns the name of its body's file.
 func (tt *tester) fileOf(path string) string {
 	tt.Helper()
 	tt.get("/api/r/" + path).wantStatus(200)
@@ -613,8 +612,8 @@ func (tt *tester) fileOf(path string) string {
 	return ""
 }
 
-// The hit that is under way when its file is damaged or removed must not end
-// as if it were whole.
+// An answer whose file is damaged or removed while it is sent must not end as if it were
+// whole.
 func TestFileThatVanishesUnderAReader(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
@@ -637,6 +636,6 @@ func TestFileThatVanishesUnderAReader(t *testing.T) {
 	if err := os.RemoveAll(filepath.Dir(body)); err != nil {
 		t.Fatal(err)
 	}
-	s.rest().wantBody(text) // what is open stays readable
+	s.rest().wantBody(text) // a file that is open stays readable
 	tt.get("/api/r/a").wantMiss().wantBody(text)
 }

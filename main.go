@@ -183,7 +183,7 @@ func askHealth(ctx context.Context, set *settings) error {
 }
 
 // healthTimeout bounds healthcheck. /health answers within 100 ms, and Docker
-// itself waits 30 s unless it is told otherwise.
+// itself waits 30 s by default.
 const healthTimeout = 3 * time.Second
 
 // verifyStored hashes everything stored and drops what does not match its record.

@@ -26,7 +26,7 @@ import (
 	"time"
 )
 
-// envOf is an environment.
+// envOf makes an environment of these variables.
 func envOf(vars map[string]string) lookupEnv {
 	return func(name string) (string, bool) { v, ok := vars[name]; return v, ok }
 }
@@ -89,9 +89,9 @@ func TestVerifyDropsWhatDoesNotMatch(t *testing.T) {
 		return code, out.String() + errs.String()
 	}
 	if code, said := verify(); code != 0 || !strings.Contains(said, "2 checked, 0 dropped") {
-		t.Errorf("all is well, and verify says %d: %s", code, said)
+		t.Errorf("nothing is damaged, and verify exits with %d: %s", code, said)
 	}
-	// Rot that leaves size and time alone is what only verify finds.
+	// Only verify finds damage that changes neither size nor time.
 	info, err := os.Stat(body)
 	if err != nil {
 		t.Fatal(err)
@@ -106,7 +106,7 @@ func TestVerifyDropsWhatDoesNotMatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	if code, said := verify(); code != 1 || !strings.Contains(said, "2 checked, 1 dropped") {
-		t.Errorf("one is rotten, and verify says %d: %s", code, said)
+		t.Errorf("one file is damaged, and verify exits with %d: %s", code, said)
 	}
 	tt.restart()
 	tt.get("/api/r/a").wantMiss().wantBody(noise(1, 1000)) // beside a running server
@@ -222,11 +222,11 @@ func TestTokenThatNobodyCouldSend(t *testing.T) {
 	}
 }
 
-// --- what is written down ---
+// --- the documents are complete ---
 
-// environmentOf are the variables that main.go reads, the first argument of
-// envReader's methods, with their defaults where those are text, and the
-// variables that the libraries read.
+// environmentOf returns the variables that main_env.go reads (the first arguments of
+// envReader's methods) and those that the libraries read. defaults holds the defaults
+// that are strings.
 func environmentOf(t *testing.T) (names []string, defaults map[string]string) {
 	p := readProgram(t)
 	reads := map[string]bool{"readString": true, "readSize": true, "readDuration": true, "readOneOf": true}
@@ -246,8 +246,8 @@ func environmentOf(t *testing.T) (names []string, defaults map[string]string) {
 			return
 		}
 		names = append(names, name)
-		if otherwise, ok := call.Args[len(call.Args)-1].(*goast.BasicLit); ok && sel.Sel.Name == "readString" {
-			defaults[name], _ = strconv.Unquote(otherwise.Value)
+		if value, ok := call.Args[len(call.Args)-1].(*goast.BasicLit); ok && sel.Sel.Name == "readString" {
+			defaults[name], _ = strconv.Unquote(value.Value)
 		}
 	})
 	if len(names) < 10 {
@@ -256,7 +256,7 @@ func environmentOf(t *testing.T) (names []string, defaults map[string]string) {
 	return append(names, "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE"), defaults
 }
 
-// commandsOf are the sub-commands in usage.
+// commandsOf returns the sub-commands that usage lists.
 func commandsOf(t *testing.T) (names []string) {
 	for _, m := range regexp.MustCompile(`(?m)^  ([a-z]+)`).FindAllStringSubmatch(usage, -1) {
 		names = append(names, m[1])
@@ -281,7 +281,7 @@ func TestTheManualIsComplete(t *testing.T) {
 			t.Errorf("go doc does not name %s", route)
 		}
 	}
-	for _, name := range commandsOf(t) { // and what is written down is there
+	for _, name := range commandsOf(t) { // each documented command exists
 		var out, errs bytes.Buffer
 		env := envOf(map[string]string{"CONFIG_PATH": t.TempDir() + "/none", "DATA_DIR": t.TempDir(), "LISTEN_ADDR": refusingAddress(t)})
 		if code := run(context.Background(), []string{name}, env, &out, &errs); code == 2 {
@@ -290,7 +290,7 @@ func TestTheManualIsComplete(t *testing.T) {
 	}
 }
 
-// packageComment is what go doc prints first.
+// packageComment returns the comment that go doc prints first.
 func packageComment(t *testing.T) string {
 	f, err := goparser.ParseFile(gotoken.NewFileSet(), "main.go", nil, goparser.ParseComments|goparser.PackageClauseOnly)
 	if err != nil {
@@ -309,7 +309,7 @@ func TestREADMEIsComplete(t *testing.T) {
 	if err != nil {
 		t.Skip("there is no README.md yet")
 	}
-	rows := map[string]string{} // of all tables: what is in a cell, the first if there is one -> line
+	rows := map[string]string{} // line of each name in a cell of a table; a first cell is preferred
 	for line := range strings.Lines(string(data)) {
 		cells := strings.Split(line, "|")
 		if len(cells) < 3 {
@@ -371,14 +371,14 @@ func TestREADMEIsComplete(t *testing.T) {
 		if !strings.HasPrefix(strings.TrimSpace(block[1]), "remotes:") {
 			continue
 		}
-		// What an example takes from the environment is there.
+		// Each variable that an example uses is set.
 		if _, err := parseConfig("README.md", []byte(block[1]), func(string) (string, bool) { return "x", true }); err != nil {
 			t.Errorf("an example is not valid: %v\n%s", err, block[1])
 		}
 	}
 }
 
-// firstCells are the names in the first cells of the tables of one section of
+// firstCells returns the names in the first cells of the tables of one section of
 // README.md.
 func firstCells(t *testing.T, text, heading string) (names []string) {
 	_, section, found := strings.Cut(text, "\n"+heading+"\n")
@@ -396,8 +396,7 @@ func firstCells(t *testing.T, text, heading string) (names []string) {
 	return names
 }
 
-// The settings of clients that README.md shows lead to files that the shipped
-// remotes.yaml allows.
+// The client settings in README.md ask for files that the shipped remotes.yaml allows.
 func TestREADMEsClientsFindTheirIndexes(t *testing.T) {
 	t.Parallel()
 	data, err := os.ReadFile("README.md")
@@ -421,7 +420,7 @@ func TestREADMEsClientsFindTheirIndexes(t *testing.T) {
 	}
 }
 
-// --- a server as its users have it ---
+// --- the server as a process ---
 
 func TestServerStartsServesAndStops(t *testing.T) {
 	t.Parallel()
@@ -440,15 +439,15 @@ func TestServerStartsServesAndStops(t *testing.T) {
 	awaitThat(t, "the list", func() bool { return c.tester().get("/artifacts/r").has(`"path": "a"`) })
 }
 
-// What looks at every file of a large cache must not keep its first client
-// waiting: it runs beside them.
+// The work that reads every file of a large cache runs in the background: the first
+// client must not wait for it.
 func TestStartDoesNotWaitForTheSweep(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
 	orphans := tt.disk.dir + "/r/0123456789abcdef"
 	long := time.Now().Add(-2 * orphanAge)
 	must(t, os.MkdirAll(orphans, 0o755), os.WriteFile(orphans+"/"+recordNext, nil, 0o600), os.Chtimes(orphans, long, long))
-	tt.restart() // up to where requests are served
+	tt.restart() // it returns when requests are served
 	if _, err := os.Stat(orphans); err != nil {
 		t.Errorf("the sweep came before the first request: %v", err)
 	}
@@ -472,7 +471,7 @@ func TestWrongConfigurationStopsTheStart(t *testing.T) {
 	}
 	for _, part := range []string{`remotes.yaml:3: remote "r"`, `remotes.yaml:5: remote "x"`} {
 		if !strings.Contains(errs.String(), part) {
-			t.Errorf("%q lacks %q", errs.String(), part)
+			t.Errorf("the error %q does not name %q", errs.String(), part)
 		}
 	}
 	if _, err := os.Stat(dir + "/data"); err == nil {
@@ -506,7 +505,7 @@ func TestReloadUnderLoad(t *testing.T) {
 				}
 				path := "/api/r/warm"
 				if i%2 == 0 {
-					path = fmt.Sprintf("/api/r/cold%d", n.Add(1)) // a miss each time
+					path = fmt.Sprintf("/api/r/cold%d", n.Add(1)) // a miss for each request
 				}
 				tt.get(path).wantStatus(200).wantBody(text)
 				requests.Add(1)
@@ -543,7 +542,7 @@ func TestChangedConfigurationIsNoticed(t *testing.T) {
 	}
 }
 
-// A reload that is asked for while the server starts is not its end.
+// A SIGHUP while the server starts does not end it.
 func TestReloadDuringTheStart(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -588,9 +587,9 @@ func TestDraining(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n := readSame(s.Body, text, 0, 500_000); n != 500_000 {
-		t.Fatalf("right up to %d", n)
+		t.Fatalf("the body is right up to byte %d only", n)
 	}
-	left := tt.open("/api/r/b") // its client leaves, the fill goes on
+	left := tt.open("/api/r/b") // the client leaves and the fill continues
 	left.read(1000)
 	left.leave()
 	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -615,7 +614,7 @@ func TestDraining(t *testing.T) {
 	if _, err := in.ReadByte(); err != io.EOF {
 		t.Errorf("the connection: %v, want its end", err)
 	}
-	alone() // no client is left: the server waits for this alone
+	alone() // no client is left, only this fill runs
 	<-c.exited
 	if code := c.cmd.ProcessState.ExitCode(); code != 0 {
 		t.Errorf("exit status %d\n%s", code, c.logs())
@@ -623,7 +622,7 @@ func TestDraining(t *testing.T) {
 	o.troubled(o.resets)
 	c = c.again()
 	c.tester().get("/api/r/a").wantHit().wantBody(text)
-	c.tester().get("/api/r/b").wantHit().wantBody(text) // fills that ran were finished too
+	c.tester().get("/api/r/b").wantHit().wantBody(text) // the fill that ran was finished and stored
 }
 
 func TestHeadersOver64KiBAre431(t *testing.T) {
@@ -646,7 +645,7 @@ func TestHeadersOver64KiBAre431(t *testing.T) {
 	if status := ask(63 << 10); status != 200 {
 		t.Errorf("63 KiB of headers: %d", status)
 	}
-	if status := ask(64 << 10); status != 431 { // and the request line
+	if status := ask(64 << 10); status != 431 { // plus the request line
 		t.Errorf("more than 64 KiB of headers: %d, want 431", status)
 	}
 }
@@ -681,7 +680,7 @@ func TestTLSFilesAreReadAgain(t *testing.T) {
 	if code := run(context.Background(), []string{"healthcheck"}, envOf(vars), &out, &errs); code != 0 {
 		t.Errorf("healthcheck over TLS: %d %s", code, errs.String())
 	}
-	write(second) // and no signal
+	write(second) // without a signal
 	awaitThat(t, "the new certificate", func() bool { return trusts(second) })
 	if err := os.WriteFile(dir+"/key.pem", []byte("garbage"), 0o600); err != nil {
 		t.Fatal(err)
@@ -691,7 +690,7 @@ func TestTLSFilesAreReadAgain(t *testing.T) {
 	}
 	c.wantLog("the new certificate is rejected")
 	if !trusts(second) {
-		t.Error("the old certificate is gone")
+		t.Error("the old certificate is no longer in force")
 	}
 }
 
@@ -714,8 +713,8 @@ func TestHealthcheck(t *testing.T) {
 	awaitThat(t, "healthcheck to fail while draining", func() bool { return check("127.0.0.1:"+port) == 1 })
 }
 
-// net/http's client has a word for what an upstream sends beyond its answer,
-// which may well be an echo of what it was asked with.
+// net/http's client logs bytes that an upstream sends after its answer. They may be an
+// echo of the request, with credentials.
 func TestWhatUpstreamSendsUnaskedIsNotLogged(t *testing.T) {
 	t.Parallel()
 	o := newTestOrigin(t, setup{})
@@ -727,7 +726,7 @@ func TestWhatUpstreamSendsUnaskedIsNotLogged(t *testing.T) {
 			return
 		}
 		_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nbodyHTTP/1.1 200 OK\r\nX-Echo: SECRET\r\n\r\n")
-		_, _ = conn.Read(make([]byte, 1)) // until the client has seen it
+		_, _ = conn.Read(make([]byte, 1)) // until the client has closed the connection
 		conn.Close()
 		close(closed)
 	})
@@ -744,12 +743,12 @@ func TestProxyForUpstreams(t *testing.T) {
 	proxy, direct := newTestOrigin(t, setup{}), newTestOrigin(t, setup{})
 	proxy.file("http://files.example/a", "through the proxy")
 	direct.file("/a", "directly")
-	here := strings.Replace(direct.url, "127.0.0.1", "0.0.0.0", 1) // this machine, and no loopback to net/http
+	here := strings.Replace(direct.url, "127.0.0.1", "0.0.0.0", 1) // an address of this machine that net/http does not take for loopback
 	yaml := remoteYAML("http://files.example") + "  direct: {base_url: '" + here + "'}\n  tls: {base_url: 'https://tls.example'}\n"
 	c := childSetup{yaml: yaml, env: []string{"HTTP_PROXY=" + proxy.url, "HTTPS_PROXY=" + proxy.url, "NO_PROXY=0.0.0.0"}}.start(t)
 	c.tester().get("/api/r/a").wantMiss().wantBody("through the proxy")
 	c.tester().get("/api/direct/a").wantMiss().wantBody("directly")
-	c.tester().get("/api/tls/a").wantDetail(502, "unreachable") // by a proxy that does no tunnels
+	c.tester().get("/api/tls/a").wantDetail(502, "unreachable") // the proxy refuses CONNECT
 	want := "[GET http://files.example/a" + strings.Repeat(" CONNECT tls.example:443", 3) + "]"
 	if got := fmt.Sprint(proxy.all()); got != want {
 		t.Errorf("the proxy was asked %s, want %s", got, want)
@@ -776,7 +775,7 @@ func TestUnwritableDataDirIsDegradedAndServes(t *testing.T) {
 	text := noise(1, 300_000)
 	o.file("/a", text).etag(`"1"`)
 	dir := t.TempDir()
-	if err := os.WriteFile(dir+"/data", nil, 0o600); err != nil { // a file: for root too
+	if err := os.WriteFile(dir+"/data", nil, 0o600); err != nil { // a file instead of a directory stops root, too
 		t.Fatal(err)
 	}
 	c := childSetup{yaml: remoteYAML(o.url), dir: dir}.start(t)
@@ -814,7 +813,7 @@ func TestSecondServerOnTheSameDataDir(t *testing.T) {
 	defer s.leave()
 	s.read(50_000)
 	var spools []string
-	awaitThat(t, "its spool to be alone", func() bool { // /health's checks make files there too
+	awaitThat(t, "its spool to be alone", func() bool { // the checks for /health make files there, too
 		spools, _ = filepath.Glob(first.dir + "/data/.spool/*")
 		return len(spools) == 1
 	})

@@ -9,17 +9,17 @@ import (
 	"testing"
 )
 
-// warm is a mirror that has an image with one layer of that size.
+// warm returns a mirror that has stored an image with one layer of size bytes.
 func warm(b *testing.B, size int) (m *mirror, im *hubImage) {
 	h := newHub(b)
 	im = h.image("app", "v1", size)
 	m = newMirror(b, h.url())
 	m.pull("/v2/reg/app", "v1", im)
-	m.settle()
+	m.waitUntilStored()
 	return m, im
 }
 
-// hit serves path without a network, over and over.
+// hit measures answers for path that the handler gives without a network.
 func (m *mirror) hit(b *testing.B, path string, size int) {
 	b.SetBytes(int64(size))
 	b.ReportAllocs()
@@ -33,7 +33,7 @@ func (m *mirror) hit(b *testing.B, path string, size int) {
 	}
 }
 
-// sink takes an answer and forgets it.
+// sink is a ResponseWriter that discards the answer.
 type sink struct {
 	h         http.Header
 	status, n int
@@ -53,7 +53,7 @@ func BenchmarkManifestHit(b *testing.B) {
 	b.Run("namespace", func(b *testing.B) { m.hit(b, "/v2/reg/app/manifests/v1?ns=docker.io", len(im.body)) })
 }
 
-// Blobs go over real connections, as sendfile does.
+// Blobs go over real connections, because only those use sendfile.
 func BenchmarkBlobHit(b *testing.B) {
 	for _, size := range []int{4 << 10, 64 << 20} {
 		b.Run(fmt.Sprintf("%dKiB", size>>10), func(b *testing.B) {
@@ -67,7 +67,7 @@ func BenchmarkBlobHit(b *testing.B) {
 	}
 }
 
-// drop gets path over the network and forgets it.
+// drop measures answers for path over the network and discards them.
 func (m *mirror) drop(b *testing.B, path string, size int) {
 	res, err := m.client.Get(m.srv.URL + path)
 	if err != nil {

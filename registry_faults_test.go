@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// cut makes a script that sends n bytes of body and breaks off, as often as
-// told; ranges of the rest are then served.
+// cut makes a script whose first answers to GET, times of them, break off after n bytes
+// of body. Later ones are complete and serve Ranges.
 func cut(body []byte, n, times int) func(http.ResponseWriter, *http.Request) {
 	return func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("ETag", `"cut"`)
@@ -120,7 +120,7 @@ func TestRegistryLayerThatCannotBeResumed(t *testing.T) {
 	m.get("/v2/reg/app/blobs/" + d).wantBody(body).wantFrom("remote")
 }
 
-// containerd goes on with a Range where its own connection broke.
+// containerd continues with a Range where its connection broke off.
 func TestRegistryClientResumes(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
@@ -295,7 +295,7 @@ func TestRegistryIsReadOnly(t *testing.T) {
 	h.wantAsked(0, "", "")
 }
 
-// A disk that takes nothing any more still lets images through, checked.
+// Images are served, and their digests verified, while the disk is full.
 func TestRegistryWithoutASpool(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
@@ -310,7 +310,8 @@ func TestRegistryWithoutASpool(t *testing.T) {
 	m.get("/v2/reg/app/manifests/page").wantError(http.StatusBadGateway, "MANIFEST_INVALID")
 }
 
-// The link of a list is cut off with its tags, or not at all.
+// A list whose link to the next page cannot be stored is an error: without the link a
+// client would take the page for the whole list.
 func TestRegistryLinkThatCannotBeKept(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)

@@ -16,7 +16,7 @@ func TestRegistryImageNames(t *testing.T) {
 		"a._b": false, "-a": false, "a-": false, "a-/b": false, "a/-b": false, "a b": false, "a\x00": false, "é": false, "a:b": false, "..": false,
 	} {
 		if got := isImageName(name); got != want {
-			t.Errorf("validName(%q) is %v", name, got)
+			t.Errorf("isImageName(%q) is %v", name, got)
 		}
 	}
 	for tag, want := range map[string]bool{
@@ -24,7 +24,7 @@ func TestRegistryImageNames(t *testing.T) {
 		"": false, ".a": false, "-a": false, "a/b": false, "a:b": false, "a~b": false, "a b": false, strings.Repeat("t", 129): false,
 	} {
 		if got := isTag(tag); got != want {
-			t.Errorf("validTag(%q) is %v", tag, got)
+			t.Errorf("isTag(%q) is %v", tag, got)
 		}
 	}
 }
@@ -95,7 +95,7 @@ func TestRegistryLinks(t *testing.T) {
 		}
 	}
 	if got := nextPageQuery([]string{`<x?a=1>; rel=prev`, `<x?b=1>; rel=next`}); got != "b=1" {
-		t.Errorf("of two headers: %q", got)
+		t.Errorf("next page of two Link headers: %q", got)
 	}
 }
 
@@ -155,7 +155,7 @@ func FuzzRegistryPath(f *testing.F) {
 		if query, _ := url.ParseQuery(c.query); query.Has("ns") {
 			t.Fatalf("%q: the query %q has ns", s, c.query)
 		}
-		// The canonical shape is the same call.
+		// The path /{remote}/v2/... is parsed to the same call.
 		again, err := parseCall(cfg, &url.URL{Path: "/" + c.remote.name + "/" + "v2/" + file.path, RawQuery: c.query})
 		if err != nil {
 			t.Fatalf("%q: its canonical shape fails: %v", s, err)

@@ -26,20 +26,20 @@ import (
 	"time"
 )
 
-// hub is a scripted container registry with a token service.
+// hub is the upstream of the tests: a scripted container registry with a token service.
 type hub struct {
 	t    testing.TB
 	addr string
 
-	mu        sync.Mutex // guards what follows
+	mu        sync.Mutex // guards the fields below
 	srv       *http.Server
 	repos     map[string]*hubRepo
 	seen      []string // "GET /v2/app/manifests/v1"
-	accepts   []string // of manifests
-	tokens    bool     // wants a Bearer token
+	accepts   []string // Accept headers of requests for manifests
+	tokens    bool     // requests need a Bearer token
 	exchanges int
-	noAPI     bool                                                // knows no referrers
-	noHEAD    int                                                 // the status HEAD gets
+	noAPI     bool                                                // has no referrers API
+	noHEAD    int                                                 // the status of each HEAD; 0: as GET
 	silent    bool                                                // sends no Docker-Content-Digest
 	script    map[string]func(http.ResponseWriter, *http.Request) // by path
 }
@@ -62,7 +62,7 @@ func newHub(t testing.TB) *hub {
 	return h
 }
 
-// up begins to listen, at the old address if there was one.
+// up starts listening, at the old address if there was one.
 func (h *hub) up() {
 	l, err := net.Listen("tcp", cmp.Or(h.addr, "127.0.0.1:0"))
 	if err != nil {
@@ -93,7 +93,7 @@ func (h *hub) blob(name string, body []byte) string {
 	return d
 }
 
-// manifest stores body under digest (its SHA-256 if "") and tags.
+// manifest stores body under digest ("": its SHA-256) and under tags.
 func (h *hub) manifest(name, digest, mediaType string, body []byte, tags ...string) string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -111,7 +111,7 @@ type hubImage struct {
 	digest string
 	body   []byte
 	blobs  map[string][]byte
-	order  []string // of blobs: configuration first
+	order  []string // digests of the blobs, the configuration first
 }
 
 // image stores an image with layers of these sizes.
@@ -128,7 +128,7 @@ func (h *hub) image(name, tag string, sizes ...int) *hubImage {
 	for i, n := range sizes {
 		layers = append(layers, add("application/vnd.oci.image.layer.v1.tar+gzip", layerOf(name+tag+strconv.Itoa(i), n)))
 	}
-	// Odd white space: whoever writes the manifest anew is found out.
+	// Odd white space shows a program that decodes and encodes the manifest.
 	im.body = fmt.Appendf(nil, "{ \"schemaVersion\": 2,\n\t\"mediaType\":%q,\"config\":%s,\r\n\"layers\":[%s]}\n", typeManifest, conf, strings.Join(layers, " , "))
 	im.digest = h.manifest(name, "", typeManifest, im.body, tag)
 	return im
@@ -157,14 +157,14 @@ func sha512Of(b []byte) string {
 	return "sha512:" + hex.EncodeToString(s[:])
 }
 
-// on scripts a path; a nil f takes the script back.
+// on sets the script of a path; a nil f removes it.
 func (h *hub) on(path string, f func(http.ResponseWriter, *http.Request)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.script[path] = f
 }
 
-// regAnswers makes a script that sends this.
+// regAnswers makes a script that sends this answer.
 func regAnswers(status int, mediaType, body string) func(http.ResponseWriter, *http.Request) {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", mediaType)
@@ -176,7 +176,7 @@ func regAnswers(status int, mediaType, body string) func(http.ResponseWriter, *h
 	}
 }
 
-// count is how many requests with that method ("" any) and path there were.
+// count returns how many requests had that method and path; "" is any.
 func (h *hub) count(method, path string) (n int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -221,7 +221,8 @@ func (h *hub) serveToken(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintf(w, `{"token":%q,"expires_in":60}`, "for-"+r.URL.Query().Get("scope"))
 }
 
-// challenged asks for a token of the repository's own scope.
+// challenged answers 401 to a request without a token for the repository's scope, and
+// reports whether it did.
 func (h *hub) challenged(w http.ResponseWriter, r *http.Request) bool {
 	name, _, _ := hubPath(r.URL.Path)
 	scope := "repository:" + name + ":pull"
@@ -236,7 +237,7 @@ func (h *hub) challenged(w http.ResponseWriter, r *http.Request) bool {
 	return true
 }
 
-// hubPath takes an upstream path apart.
+// hubPath splits an upstream path into image, route and reference.
 func hubPath(p string) (name, what, ref string) {
 	p = strings.TrimPrefix(p, "/v2/")
 	if name, ok := strings.CutSuffix(p, "/tags/list"); ok {
@@ -344,7 +345,7 @@ type mirror struct {
 	reg    *registry
 	srv    *httptest.Server
 	client *http.Client
-	ahead  *atomic.Int64 // how far the clock was advanced
+	ahead  *atomic.Int64 // nanoseconds by which the clock was advanced
 	ends   []func()
 }
 
@@ -370,7 +371,7 @@ func newMirrorOf(t testing.TB, remotes ...string) *mirror {
 	return m
 }
 
-// start begins with what is in the directory.
+// start starts a process over the directory.
 func (m *mirror) start() {
 	m.t.Helper()
 	cfg, err := parseConfig("remotes.yaml", []byte(m.yaml), func(string) (string, bool) { return "", false })
@@ -402,26 +403,26 @@ func (m *mirror) stop() {
 	m.ends = nil
 }
 
-// restart is a new process over the same data, with its freshness lost.
+// restart replaces the process by another over the same data, without its freshness.
 func (m *mirror) restart() {
 	m.stop()
 	m.start()
 }
 
 func (m *mirror) advance(d time.Duration) {
-	m.settle()
+	m.waitUntilStored()
 	m.ahead.Add(int64(d))
 }
 
-// settle waits until what was sent whole is stored.
-func (m *mirror) settle() {
+// waitUntilStored waits until each file that was sent whole is stored.
+func (m *mirror) waitUntilStored() {
 	for m.storing() {
 		time.Sleep(time.Millisecond)
 	}
 }
 
-// regTold is an answer.
-type regTold struct {
+// registryReply is an answer of the mirror.
+type registryReply struct {
 	t      testing.TB
 	what   string
 	status int
@@ -430,11 +431,12 @@ type regTold struct {
 	err    error // of reading the body
 }
 
-// ask sends a request; pairs are headers. Who joins a fill at its last step is
-// told "remote", so that is waited for.
-func (m *mirror) ask(method, path string, pairs ...string) *regTold {
+// ask sends a request; pairs are names and values of headers. It first waits until
+// fills that sent everything are stored: a client that joins one is answered with the
+// source "remote", which tests do not expect.
+func (m *mirror) ask(method, path string, pairs ...string) *registryReply {
 	m.t.Helper()
-	m.settle()
+	m.waitUntilStored()
 	req, err := http.NewRequest(method, m.srv.URL+path, nil)
 	if err != nil {
 		m.t.Fatal(err)
@@ -442,7 +444,7 @@ func (m *mirror) ask(method, path string, pairs ...string) *regTold {
 	for i := 0; i+1 < len(pairs); i += 2 {
 		req.Header.Add(pairs[i], pairs[i+1])
 	}
-	a := &regTold{t: m.t, what: method + " " + path}
+	a := &registryReply{t: m.t, what: method + " " + path}
 	res, err := m.client.Do(req)
 	if err != nil {
 		a.err = err
@@ -454,17 +456,17 @@ func (m *mirror) ask(method, path string, pairs ...string) *regTold {
 	return a
 }
 
-func (m *mirror) get(path string, pairs ...string) *regTold {
+func (m *mirror) get(path string, pairs ...string) *registryReply {
 	m.t.Helper()
 	return m.ask(http.MethodGet, path, pairs...)
 }
 
-func (m *mirror) head(path string, pairs ...string) *regTold {
+func (m *mirror) head(path string, pairs ...string) *registryReply {
 	m.t.Helper()
 	return m.ask(http.MethodHead, path, pairs...)
 }
 
-func (a *regTold) want(status int) *regTold {
+func (a *registryReply) want(status int) *registryReply {
 	a.t.Helper()
 	if a.err != nil || a.status != status {
 		a.t.Errorf("%s: status %d, error %v, body %.300s; want status %d", a.what, a.status, a.err, a.body, status)
@@ -472,7 +474,7 @@ func (a *regTold) want(status int) *regTold {
 	return a
 }
 
-func (a *regTold) wantHeader(name, value string) *regTold {
+func (a *registryReply) wantHeader(name, value string) *registryReply {
 	a.t.Helper()
 	if got := a.header.Get(name); got != value {
 		a.t.Errorf("%s: %s is %q, want %q", a.what, name, got, value)
@@ -480,7 +482,7 @@ func (a *regTold) wantHeader(name, value string) *regTold {
 	return a
 }
 
-func (a *regTold) wantBody(body []byte) *regTold {
+func (a *registryReply) wantBody(body []byte) *registryReply {
 	a.t.Helper()
 	if a.want(http.StatusOK); !bytes.Equal(a.body, body) {
 		a.t.Errorf("%s: a body of %d bytes, want another of %d", a.what, len(a.body), len(body))
@@ -488,20 +490,20 @@ func (a *regTold) wantBody(body []byte) *regTold {
 	return a
 }
 
-// wantManifest wants a whole manifest, with the headers that go with it.
-func (a *regTold) wantManifest(mediaType, digest string, body []byte) *regTold {
+// wantManifest wants a whole manifest with its headers.
+func (a *registryReply) wantManifest(mediaType, digest string, body []byte) *registryReply {
 	a.t.Helper()
 	return a.wantBody(body).wantHeader("Content-Type", mediaType).wantHeader("Docker-Content-Digest", digest).
 		wantHeader("Content-Length", strconv.Itoa(len(body))).wantHeader("Docker-Distribution-Api-Version", "registry/2.0")
 }
 
-func (a *regTold) wantFrom(source string) *regTold {
+func (a *registryReply) wantFrom(source string) *registryReply {
 	a.t.Helper()
 	return a.wantHeader("X-Artifact-Source", source)
 }
 
-// wantError wants an error of the specification's form.
-func (a *regTold) wantError(status int, code string) *regTold {
+// wantError wants an error in the form of the specification.
+func (a *registryReply) wantError(status int, code string) *registryReply {
 	a.t.Helper()
 	a.want(status).wantHeader("Content-Type", "application/json").wantHeader("Docker-Distribution-Api-Version", "registry/2.0")
 	var e struct {
@@ -513,8 +515,8 @@ func (a *regTold) wantError(status int, code string) *regTold {
 	return a
 }
 
-// wantBroken wants an answer that nobody can take for a whole one.
-func (a *regTold) wantBroken() *regTold {
+// wantBroken wants an answer that no client can take for a whole one.
+func (a *registryReply) wantBroken() *registryReply {
 	a.t.Helper()
 	if a.err == nil && a.status < 500 {
 		a.t.Errorf("%s: a clean answer %d with %d bytes", a.what, a.status, len(a.body))
@@ -522,7 +524,7 @@ func (a *regTold) wantBroken() *regTold {
 	return a
 }
 
-// wantAsked wants that many requests at the hub so far.
+// wantAsked wants n requests at the hub so far.
 func (h *hub) wantAsked(n int, method, path string) {
 	h.t.Helper()
 	if got := h.count(method, path); got != n {
@@ -542,7 +544,7 @@ func (m *mirror) pull(prefix, tag string, im *hubImage) {
 
 func TestRegistryPings(t *testing.T) {
 	t.Parallel()
-	m := newMirror(t, "http://127.0.0.1:1", `registry: "docker.io"`) // nobody is asked
+	m := newMirror(t, "http://127.0.0.1:1", `registry: "docker.io"`) // no upstream is asked
 	for _, path := range []string{"/v2", "/v2/", "/v2/reg", "/v2/reg/", "/reg/v2", "/reg/v2/", "/v2/reg/v2/", "/v2/?ns=docker.io", "/v2/reg/?ns=docker.io"} {
 		a := m.get(path).want(http.StatusOK).wantHeader("Docker-Distribution-Api-Version", "registry/2.0").wantHeader("WWW-Authenticate", "")
 		if string(a.body) != "{}" {
@@ -609,14 +611,14 @@ func TestRegistryTagIsStoredUnderItsDigestToo(t *testing.T) {
 	if _, err := m.disk.open(t.Context(), key, -1); err != nil {
 		t.Errorf("when the tag was answered, its digest was not stored: %v", err)
 	}
-	h.wantAsked(1, "", "") // nothing of the image itself
+	h.wantAsked(1, "", "") // only the tag was asked for, not the digest
 	h.down()
 	m.get("/v2/reg/app/manifests/"+im.digest).wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
 	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
 }
 
-// The requests of clients, as recorded from them or, of RKE2 and k3s, as their
-// source makes them, for an image in a list of images.
+// Clients pull an image of an image index with these requests. They were recorded; those
+// of RKE2 and k3s were read from the source.
 func TestRegistryRequestsOfClients(t *testing.T) {
 	t.Parallel()
 	const ours = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, " +
@@ -627,9 +629,9 @@ func TestRegistryRequestsOfClients(t *testing.T) {
 	engine := []string{"application/json", typeDockerList, "application/vnd.docker.distribution.manifest.v1+prettyjws", typeDocker, typeIndex, typeManifest}
 	for name, c := range map[string]struct {
 		ping, prefix, query string
-		head                bool     // asks for the tag with HEAD, for its digest then
+		head                bool     // asks for the tag with HEAD, then for its digest
 		tag                 []string // Accept
-		typed               string   // Accept for a digest, of its type; "": the tag's
+		typed               string   // Accept for a digest; "": as for the tag
 		coding              string   // Accept-Encoding
 	}{
 		"RKE2 and k3s at their start": {"/v2/dockerhub/?ns=docker.io", "/v2/dockerhub/", "?ns=docker.io", false, ggcr, "%s", "gzip"},
@@ -725,7 +727,7 @@ func TestRegistryShapesAreOneEntry(t *testing.T) {
 	h.wantAsked(1, "GET", "/v2/library/nginx/blobs/"+im.order[1])
 	h.wantAsked(1, "GET", "/v2/library/nginx/tags/list?n=2")
 	h.wantAsked(1, "GET", "/v2/library/nginx/tags/list?last=2&n=2")
-	h.wantAsked(4, "", "") // ns is no part of any
+	h.wantAsked(4, "", "") // ns is not sent upstream
 }
 
 func TestRegistryImageNamespaceIsNeverDialled(t *testing.T) {
@@ -755,8 +757,9 @@ func TestRegistryHundredClientsPullOneColdImage(t *testing.T) {
 	h.wantAsked(0, "", "/v2/big/manifests/"+im.digest)
 }
 
-// containerd asks for the blob and, at once, for all behind each further part;
-// of each answer it reads one part and closes. Others name the end of the part.
+// containerd fetches a blob in parallel parts. For each part it asks for the range from
+// its beginning to the end of the blob, reads the part and closes the connection. Other
+// clients ask for the exact range.
 func TestRegistryParallelRangesOfAColdBlob(t *testing.T) {
 	t.Parallel()
 	const size, part = 24 << 20, 4 << 20
@@ -795,7 +798,7 @@ func TestRegistryParallelRangesOfAColdBlob(t *testing.T) {
 	}
 }
 
-// part reads the beginning of what a Range ("" none) brings, and closes.
+// part asks for a Range ("": none), reads as much as into holds and closes.
 func (m *mirror) part(path, spec, contentRange string, into []byte) {
 	req, err := http.NewRequest(http.MethodGet, m.srv.URL+path, nil)
 	if err != nil {
@@ -824,7 +827,7 @@ func (m *mirror) part(path, spec, contentRange string, into []byte) {
 	}
 }
 
-// A blob's key has no image in it, and neither has its flight.
+// The key of a blob does not hold the image, so one copy and one fill serve all images.
 func TestRegistryBlobIsStoredOnceForAllImages(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
@@ -861,16 +864,17 @@ func TestRegistryRefusalOfOneImageIsNotAnothers(t *testing.T) {
 	both.Wait()
 }
 
-// However many other images are refused before one's own turn comes.
+// A client gets a blob that its image has, however many other images the upstream refuses
+// the blob to first.
 func TestRegistryRefusalsOfManyImages(t *testing.T) {
 	t.Parallel()
 	const images = 9 // the last one has the blob
 	h := newHub(t)
 	m := newMirror(t, h.url())
-	for round := range 10 { // whose turn comes when is up to the scheduler
+	for round := range 10 { // the order of the clients is up to the scheduler
 		body := layerOf("many", 5000+round)
 		d := h.blob(fmt.Sprintf("app%d", images-1), body)
-		var left atomic.Int64 // clients without an answer: the next is refused when all wait for it
+		var left atomic.Int64 // clients without an answer; the next refusal is sent when all of them wait for it
 		left.Store(images)
 		var all sync.WaitGroup
 		for i := range images {
@@ -890,12 +894,12 @@ func TestRegistryRefusalsOfManyImages(t *testing.T) {
 	}
 }
 
-// storing says whether a fill is at its last step.
+// storing reports whether a fill has sent everything and is not stored yet.
 func (m *mirror) storing() bool {
 	return slices.ContainsFunc(m.cache.fills.all(), (*fill).isPublished)
 }
 
-// waiters is how many clients wait for a fill.
+// waiters returns how many clients wait for a fill.
 func (m *mirror) waiters(spelling string) int {
 	key := target{remote: m.reg.config().remotes["reg"], spelling: spelling}.key()
 	m.cache.fills.mu.Lock()
@@ -976,7 +980,7 @@ func TestRegistryTagThatMoved(t *testing.T) {
 	m.get("/v2/reg/app/manifests/latest").wantManifest(typeManifest, first.digest, first.body)
 	m.advance(2 * time.Hour)
 	m.head("/v2/reg/app/manifests/latest").wantHeader("Docker-Content-Digest", second.digest)
-	// Who pulled before the move finishes his image, who pulls after it the new one.
+	// A client that began before the tag moved gets the old image, later ones the new one.
 	m.pull("/v2/reg/app", "latest", second)
 	m.get("/v2/reg/app/manifests/"+first.digest).wantManifest(typeManifest, first.digest, first.body).wantFrom("cache")
 	for d, b := range first.blobs {
@@ -990,7 +994,7 @@ func TestRegistryMissingLayerIsFetchedAgain(t *testing.T) {
 	im := h.image("app", "v1", 70_000)
 	m := newMirror(t, h.url())
 	m.pull("/v2/reg/app", "v1", im)
-	m.settle()
+	m.waitUntilStored()
 	key := target{remote: m.reg.config().remotes["reg"], spelling: "blobs/" + im.order[1]}.key()
 	if err := os.RemoveAll(filepath.Join(m.dir, filepath.Dir(key))); err != nil {
 		t.Fatal(err)
@@ -1034,7 +1038,7 @@ func TestRegistryReferrers(t *testing.T) {
 		}
 		m.restart()
 	}
-	// Without the API the tag decides, and its failure is no empty answer.
+	// Without the API the tag decides. Its failure is not an empty list.
 	subject := sha256Of([]byte("subject"))
 	h.on("/v2/app/referrers/"+subject, http.NotFound)
 	for status, want := range map[int]int{401: 403, 403: 403, 429: 503, 500: 502} {
@@ -1047,8 +1051,8 @@ func TestRegistryReferrers(t *testing.T) {
 	m.get(path+"?artifactType=never-asked").wantError(http.StatusBadGateway, "UNAVAILABLE")
 }
 
-// Referrers have pages as tags have, and some registries name them by
-// parameters of their own.
+// Referrers have pages as tags have, and some registries number them with parameters of
+// their own.
 func TestRegistryReferrersHavePages(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
@@ -1088,7 +1092,7 @@ func TestRegistryReferrersWithoutTheAPI(t *testing.T) {
 	m.get("/v2/reg/app/referrers/" + none.digest).wantBody([]byte(emptyIndex)).wantFrom("remote")
 	m.get("/v2/reg/app/referrers/" + sha512Of(index)).wantBody([]byte(emptyIndex))
 	m.get("/v2/reg/app/referrers/" + none.digest).wantBody([]byte(emptyIndex)).wantFrom("cache")
-	// Once learned, it holds in an outage.
+	// A list that was fetched once is served in an outage.
 	m.advance(2 * time.Hour)
 	h.down()
 	m.get("/v2/reg/app/referrers/" + im.digest).wantBody(index).wantFrom("cache")
@@ -1096,8 +1100,8 @@ func TestRegistryReferrersWithoutTheAPI(t *testing.T) {
 	m.get("/v2/reg/app/referrers/"+sha256Of([]byte("new"))).wantError(http.StatusBadGateway, "UNAVAILABLE")
 }
 
-// What registries hold is passed on byte for byte: lists of images in lists,
-// artifacts, layers of any coding, under a name of ten parts, and large.
+// Everything that a registry holds is served byte for byte: indexes of indexes, artifacts,
+// layers of any coding, large ones, and images whose name has ten parts.
 func TestRegistryKeepsEveryKindAsItIs(t *testing.T) {
 	t.Parallel()
 	const name = "a/b/c/d/e/f/g/h/i/j"
@@ -1175,7 +1179,8 @@ func TestRegistryTokens(t *testing.T) {
 	}
 }
 
-// What a token service in trouble means, with a copy of the tag and without.
+// What a failing token service means for a new tag and for a stored one: an outage serves
+// the copy stale, a denial does not.
 func TestRegistryTokenServiceInTrouble(t *testing.T) {
 	t.Parallel()
 	const stale = http.StatusOK
@@ -1199,7 +1204,7 @@ func TestRegistryTokenServiceInTrouble(t *testing.T) {
 			im := h.image("app", "v1", 500)
 			m := newMirror(t, h.url())
 			m.pull("/v2/reg/app", "v1", im)
-			m.advance(2 * time.Hour) // the token is over as well
+			m.advance(2 * time.Hour) // the token has expired as well
 			h.on("/token", c.service)
 			a := m.get("/v2/reg/app/manifests/new").wantError(c.status, c.code)
 			if c.code == "DENIED" && !strings.Contains(string(a.body), `\"reg\"`) {

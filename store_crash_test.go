@@ -1,6 +1,6 @@
 package main
 
-// What damage, failures and crashes leave behind.
+// Tests of what damage, failures and crashes leave in the disk store.
 
 import (
 	"bytes"
@@ -25,7 +25,7 @@ import (
 	"time"
 )
 
-// diskTester is a disk store, and the files below it, under test.
+// diskTester is a disk store and its files under test.
 type diskTester struct {
 	*storeTester
 	d   *diskStore
@@ -39,7 +39,7 @@ func newDiskTester(t *testing.T) *diskTester {
 	return &diskTester{&storeTester{t, d, t.TempDir()}, d, log}
 }
 
-// reopen is the store after a restart.
+// reopen replaces the store by one after a restart.
 func (s *diskTester) reopen() {
 	fresh := newDiskStore(s.d.dir, s.d.now, s.d.log)
 	s.d, s.objects = fresh, fresh
@@ -50,7 +50,7 @@ func (s *diskTester) file(spelling, name string) string {
 }
 func (s *diskTester) body(spelling string) string { return s.d.pathOf(testKey(spelling)) }
 
-// wantFiles checks what is in a file's directory.
+// wantFiles wants exactly these names in the directory of a stored file.
 func (s *diskTester) wantFiles(spelling string, want ...string) {
 	s.t.Helper()
 	var got []string
@@ -85,7 +85,7 @@ func tamper(t testing.TB, name string, f func([]byte) []byte) {
 	must(t, os.WriteFile(name, data, 0o600))
 }
 
-// restore makes name another file with the same bytes, as a backup does.
+// restore replaces name by another file with the same bytes, as a backup does.
 func restore(t testing.TB, name string) {
 	t.Helper()
 	data := readFile(t, name)
@@ -93,12 +93,12 @@ func restore(t testing.TB, name string) {
 		os.Chtimes(name, testDay, testDay))
 }
 
-// seal frames changed JSON as a record.
+// seal makes the content of a record file of JSON, with a correct checksum.
 func seal(body []byte) []byte {
 	return fmt.Appendf(nil, "%s%08x\n%s\n", recordMagic, crc32.Checksum(body, castagnoli), body)
 }
 
-// editRecord changes one member of a record, leaving it sound.
+// editRecord changes one member of a record and keeps its checksum correct.
 func editRecord(t testing.TB, name, member string, value any) {
 	t.Helper()
 	tamper(t, name, func(data []byte) []byte {
@@ -117,7 +117,7 @@ func TestDiskDamage(t *testing.T) {
 	const rec, next = recordFile, recordNext
 	type damage struct {
 		hit  bool
-		keep bool // a miss that leaves the files
+		keep bool // it is a miss, but the files stay
 		do   func(s *diskTester)
 	}
 	onRecord := func(f func([]byte) []byte) func(s *diskTester) {
@@ -195,7 +195,7 @@ func TestDiskDamage(t *testing.T) {
 						s.wantHit("f", content)
 						s.mustPut("f", "new")
 					} else if warm && strings.HasPrefix(name, "record") {
-						s.wantHit("f", content) // memory has the sound one
+						s.wantHit("f", content) // the memory has the undamaged record
 					} else if s.wantMiss("f"); !c.keep {
 						s.wantFiles("f")
 						if !strings.Contains(s.log.String(), "dropped") {
@@ -203,7 +203,7 @@ func TestDiskDamage(t *testing.T) {
 						}
 					}
 					if fi, err := os.Stat(s.body("f")); err == nil && fi.IsDir() {
-						return // rename cannot replace that; verify tells
+						return // a rename cannot replace a directory; verify reports it
 					}
 					s.mustPut("f", "new")
 					s.wantHit("f", "new")
@@ -237,8 +237,8 @@ func TestDiskRepairHashesOnce(t *testing.T) {
 	}
 }
 
-// A failure of any one fsync is a failure of put, and what is stored then is
-// the old copy or, once it is in place, the new one.
+// put fails if any one of its fsyncs fails. Then the old copy is stored or, if it is in
+// place already, the new one.
 func TestDiskSyncFailure(t *testing.T) {
 	t.Parallel()
 	for _, old := range []string{"", "old"} {
@@ -304,7 +304,7 @@ func TestDiskUnusable(t *testing.T) {
 	ctx := t.Context()
 	blocker := filepath.Join(t.TempDir(), "file")
 	must(t, os.WriteFile(blocker, nil, 0o600))
-	s.d.dir = blocker + "/data" // as good as unwritable, for root too
+	s.d.dir = blocker + "/data" // a file in its path makes it unwritable, even for root
 	if _, err := s.open(ctx, testKey("f"), 0); !errors.Is(err, errStoreDown) {
 		t.Errorf("open: %v", err)
 	}
@@ -328,7 +328,7 @@ func TestDiskCopiesWhatItCannotRename(t *testing.T) {
 	for i, content := range []string{"old", bigContent(200_000), ""} {
 		spool := tempSpool(t, s.dir, content)
 		must(t, os.Remove(spool.Name()))
-		if i == 1 { // somebody else's file has the name by now
+		if i == 1 { // the name is another file's by now
 			must(t, os.WriteFile(spool.Name(), []byte("wrong"), 0o600))
 		}
 		must(t, s.objects.put(t.Context(), testKey("f"), testRecord("f", content), spool))
@@ -346,7 +346,7 @@ func TestDiskCopiesWhatItCannotRename(t *testing.T) {
 	s.wantFiles("f", "f", recordFile)
 }
 
-// Two stores on one directory are two processes to each other.
+// Two stores on one directory treat each other as two processes do.
 func TestDiskTwoProcesses(t *testing.T) {
 	t.Parallel()
 	a := newDiskTester(t)
@@ -385,12 +385,12 @@ func TestDiskOwner(t *testing.T) {
 		held bool
 	}{{a, true}, {b, false}, {a, true}} {
 		if held, err := c.d.lockData(); held != c.held || err != nil {
-			t.Errorf("held %v, %v; want %v", held, err, c.held)
+			t.Errorf("locked %v, %v; want %v", held, err, c.held)
 		}
 	}
 	must(t, a.Close())
 	if held, err := b.lockData(); !held || err != nil {
-		t.Errorf("after close: held %v, %v", held, err)
+		t.Errorf("after Close: locked %v, %v", held, err)
 	}
 }
 
@@ -403,7 +403,7 @@ func TestDiskSpace(t *testing.T) {
 	}
 	for size, want := range map[uint64]uint64{0: 0, 1 << 30: 1 << 30 / 20, 20 << 30: 1 << 30, 1 << 40: 1 << 30} {
 		if got := defaultMinFree(size); got != want {
-			t.Errorf("of %d bytes %d are kept, want %d", size, got, want)
+			t.Errorf("MIN_FREE of a disk of %d bytes is %d, want %d", size, got, want)
 		}
 	}
 }
@@ -416,7 +416,7 @@ func TestHotCacheIsBounded(t *testing.T) {
 		s.mustPut(fmt.Sprint(i), fmt.Sprint(i))
 		s.wantHit(fmt.Sprint(i), fmt.Sprint(i))
 	}
-	s.mustPut("larger", bigContent(5000)) // than any shard
+	s.mustPut("larger", bigContent(5000)) // larger than a shard
 	s.wantHit("larger", bigContent(5000))
 	entries := 0
 	for i := range s.d.memory.shards {
@@ -474,7 +474,7 @@ func TestDiskSweepOrphans(t *testing.T) {
 	)
 	restore(t, s.body("restored"))
 	must(t, s.d.sweepSpools(true), s.d.sweep(t.Context()))
-	s.wantFiles("no-record", "no-record") // may be a restore that goes on
+	s.wantFiles("no-record", "no-record") // a restore that still runs may bring the record
 
 	s.d.now = func() time.Time { return time.Now().Add(25 * time.Hour) }
 	must(t, s.d.sweep(t.Context()))
@@ -500,7 +500,7 @@ func TestDiskVerify(t *testing.T) {
 	}
 	rot(t, s.body("rotten"))
 	s.reopen()
-	s.mustOpen("rotten", 0) // the hit path cannot see it
+	s.mustOpen("rotten", 0) // a hit does not hash, so it cannot notice
 	restore(t, s.body("restored"))
 	must(t, os.Truncate(s.body("cut"), 1), os.Remove(s.file("no-record", recordFile)), os.Remove(s.body("no-body")),
 		os.WriteFile(s.d.dir+"/r/stray", nil, 0o600))
@@ -522,7 +522,7 @@ func TestDiskVerify(t *testing.T) {
 	}
 }
 
-// rot flips a bit and leaves size and time as they were.
+// rot flips a bit of a file and keeps its size and time.
 func rot(t testing.TB, name string) {
 	t.Helper()
 	fi, err := os.Stat(name)
@@ -550,8 +550,8 @@ func TestDiskVerifyLeavesTheReplaced(t *testing.T) {
 	s.wantHit("f", "new")
 }
 
-// crashScenes are the operations that are killed at each of their steps. want
-// are the contents that may be there afterwards, "" for none.
+// crashScenes are the operations that are killed at each of their steps. want lists the
+// contents that may be stored afterwards; "" is none.
 var crashScenes = map[string]struct {
 	prepare, act func(s *diskTester)
 	want         []string
@@ -583,10 +583,11 @@ func crashPut(s *diskTester) {
 	s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool)
 }
 
-// crashVar tells the child what to do: scene|number of the step|directory.
+// crashVar is the variable that tells the child its scene, the number of the step at
+// which it kills itself, and its directory, with | between them.
 const crashVar = "ARTIFACTAPI_TEST_CRASH"
 
-// TestCrashChild is the process that is killed; it does nothing by itself.
+// TestCrashChild is the child process. Without crashVar it does nothing.
 func TestCrashChild(t *testing.T) {
 	parts := strings.Split(os.Getenv(crashVar), "|")
 	if len(parts) != 3 {
@@ -628,14 +629,14 @@ func TestDiskCrash(t *testing.T) {
 	}
 }
 
-// crash runs a scene in a child that kills itself at step n.
+// crash runs a scene in a child process that kills itself at step n.
 func crash(t *testing.T, scene string, n int, dir string) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0], "-test.run=^TestCrashChild$")
 	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s|%d|%s", crashVar, scene, n, dir))
 	out, err := cmd.CombinedOutput()
-	var exit *exec.ExitError
-	if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
 		t.Fatalf("child was not killed: %v\n%s", err, out)
 	}
 }
@@ -672,8 +673,8 @@ func wantAfterCrash(t *testing.T, step string, s *diskTester, want []string) {
 	s.wantHit("f", "next")
 }
 
-// TestDiskFileTooLarge runs in a process of its own, since the limit on the
-// size of files is one of a process.
+// TestDiskFileTooLarge runs in a process of its own, because a limit on the size of
+// files holds for a whole process.
 func TestDiskFileTooLarge(t *testing.T) {
 	if os.Getenv(crashVar) != "limit" {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestDiskFileTooLarge$")
@@ -686,7 +687,7 @@ func TestDiskFileTooLarge(t *testing.T) {
 	s := newDiskTester(t)
 	s.mustPut("f", "old")
 	spool := tempSpool(t, s.dir, bigContent(100_000))
-	must(t, os.Remove(spool.Name())) // so that it is copied
+	must(t, os.Remove(spool.Name())) // so that put must copy it
 	must(t, syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: 50_000, Max: 50_000}))
 	err := s.objects.put(t.Context(), testKey("f"), testRecord("f", bigContent(100_000)), spool)
 	if !errors.Is(err, errNoSpace) {
@@ -696,7 +697,7 @@ func TestDiskFileTooLarge(t *testing.T) {
 	s.wantFiles("f", "f", recordFile)
 }
 
-// walker is an objects of which only walk works.
+// walker is a store of objects of which only walk works.
 type walker struct {
 	objects
 	f func(f func(key string, rec *record) error) error
@@ -754,8 +755,8 @@ func TestIndexIgnoresDamagedSnapshot(t *testing.T) {
 	}
 }
 
-// What happens while the index is loaded is not undone by what the walk read
-// before it happened.
+// While the index is loaded, a put or delete must not be undone by what the walk read
+// before it.
 func TestIndexLoadsBesideWriters(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -790,7 +791,7 @@ func TestIndexLoadsBesideWriters(t *testing.T) {
 	it.wantRow(late)
 }
 
-// It is not parallel: it looks at the memory of the process.
+// It is not parallel, because it measures the memory of the process.
 func TestIndexMemory(t *testing.T) {
 	x := newTestIndex(t, t.TempDir(), newTestDisk(t))
 	const rows = 50_000
@@ -805,9 +806,9 @@ func TestIndexMemory(t *testing.T) {
 		must(t, x.saveRow(t.Context(), testRow("r", fmt.Sprintf("pool/main/p/package/package_%d_amd64.deb", i))))
 	}
 	if per := (heap() - before) / rows; per > 300 {
-		t.Errorf("%d bytes a row", per)
+		t.Errorf("a row takes %d bytes", per)
 	} else {
-		t.Logf("%d bytes a row", per)
+		t.Logf("a row takes %d bytes", per)
 	}
 	runtime.KeepAlive(x)
 }
@@ -815,7 +816,7 @@ func TestIndexMemory(t *testing.T) {
 func TestFreshnessSurvivesRestart(t *testing.T) {
 	t.Parallel()
 	dir, log := t.TempDir(), slog.New(slog.DiscardHandler)
-	// None of these is closed: a killed process closes nothing.
+	// Nothing here is closed, as in a process that is killed.
 	f := newLocalFreshness(dir, time.Now, log)
 	a, b := freshnessMark{testDay, "aa"}, freshnessMark{testDay.Add(time.Hour), "bb"}
 	must(t, f.setMark(t.Context(), "a", b), f.setMark(t.Context(), "a", a), f.setMark(t.Context(), "b", b),
@@ -830,7 +831,7 @@ func TestFreshnessSurvivesRestart(t *testing.T) {
 	f = newLocalFreshness(dir, time.Now, log)
 	wantMark(t, f, "b", b)
 	wantNoMark(t, f, "c")
-	must(t, f.setMark(t.Context(), "d", a)) // behind the damage it would be lost
+	must(t, f.setMark(t.Context(), "d", a)) // a mark behind the damage would be lost
 	f = newLocalFreshness(dir, time.Now, log)
 	wantMark(t, f, "a", a)
 	wantMark(t, f, "d", a)
@@ -863,7 +864,7 @@ func TestFreshnessWithoutDisk(t *testing.T) {
 		now = now.Add(2 * freshRetry)
 	}
 	if n := strings.Count(log.String(), "memory alone"); n != 1 {
-		t.Errorf("said %d times: %s", n, log)
+		t.Errorf("logged %d times: %s", n, log)
 	}
 	must(t, os.Remove(blocker), f.setMark(t.Context(), "l", m))
 	f = newLocalFreshness(f.dir, time.Now, f.log)
@@ -888,7 +889,7 @@ func FuzzRecord(f *testing.F) {
 			}
 			again, err := encodeRecord(&e.record, e.bodyIdentity())
 			if err != nil {
-				continue // escaping made it too long
+				continue // it is too long once it is escaped
 			}
 			f, err := decodeRecord(again)
 			if err != nil || f.bodyIdentity() != e.bodyIdentity() {
@@ -974,8 +975,8 @@ func BenchmarkIndexPage(b *testing.B) {
 	}
 }
 
-// An operator who runs verify after a power failure is not to be told of
-// losses where there are none.
+// verify reports no loss where a crash during the first put of a file left only its
+// .record.next: an operator must not be alarmed after a power failure.
 func TestVerifyIsNotAlarmedByACrashedFirstCommit(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)

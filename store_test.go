@@ -21,17 +21,17 @@ import (
 	"time"
 )
 
-// The conformance suites: testObjects, testIndex and testFreshness are what
-// every implementation of the interfaces of cache.go has to pass.
+// The conformance suites testObjects, testIndex and testFreshness: every implementation of
+// an interface of cache.go must pass its suite.
 
-// storeTester is one objects under test.
+// storeTester is one implementation of objects under test.
 type storeTester struct {
 	t *testing.T
 	objects
 	dir string // for spools
 }
 
-// testRecord describes content as spelling's file of remote "r".
+// testRecord makes the record of content as the file spelling of remote "r".
 func testRecord(spelling, content string) *record {
 	sum := sha256.Sum256([]byte(content))
 	return &record{
@@ -44,7 +44,7 @@ func testRecord(spelling, content string) *record {
 
 func testKey(spelling string) string { return storageKey("r", spelling) }
 
-// tempSpool makes a spool as the cache does.
+// tempSpool makes a spool with content, as the cache does.
 func tempSpool(t testing.TB, dir, content string) *os.File {
 	t.Helper()
 	f, err := os.CreateTemp(dir, "spool")
@@ -82,7 +82,7 @@ func (s *storeTester) mustOpen(spelling string, off int64) *object {
 	return o
 }
 
-// wantHit asks for a whole file, its record and a record-only answer.
+// wantHit wants a file to be stored: opened whole, and opened without its body.
 func (s *storeTester) wantHit(spelling, content string) {
 	s.t.Helper()
 	o := s.mustOpen(spelling, 0)
@@ -138,7 +138,7 @@ func testObjects(t *testing.T, newStore func(t *testing.T) objects) {
 		"a replacement is whole, with its own record":  testReplace,
 		"an open body outlives replace and delete":     testOutlive,
 		"the spool stays the caller's":                 testSpoolStays,
-		"delete is told when nothing was there":        testDeleteTwice,
+		"delete says that nothing was there":           testDeleteTwice,
 		"a cancelled request stores nothing":           testCancelled,
 		"one of many concurrent puts wins":             testConcurrentPut,
 		"walk sees all and stops at an error":          testWalk,
@@ -175,7 +175,8 @@ func testEmpty(s *storeTester) {
 	s.wantHit("empty", "")
 }
 
-// bigContent does not repeat, so that a part in the wrong place shows.
+// bigContent returns n bytes that do not repeat, so that a test sees a part in the wrong
+// place.
 func bigContent(n int) string {
 	b := make([]byte, n)
 	rand.NewChaCha8([32]byte{1}).Read(b)
@@ -193,7 +194,7 @@ func testOffset(s *storeTester) {
 	for _, n := range []int{10, 200_000} {
 		spelling, content := fmt.Sprint("f", n), bigContent(n)
 		s.mustPut(spelling, content)
-		for range 2 { // a store may answer the second from elsewhere
+		for range 2 { // a store may answer the second open from memory
 			for _, off := range []int{0, 1, n - 1, n} {
 				wantBody(s.t, s.mustOpen(spelling, int64(off)).body, content[off:])
 			}
@@ -202,7 +203,7 @@ func testOffset(s *storeTester) {
 	}
 }
 
-// testSeek moves as http.ServeContent does.
+// testSeek seeks and reads as http.ServeContent does.
 func testSeek(s *storeTester, spelling, content string) {
 	s.t.Helper()
 	body := s.mustOpen(spelling, 3).body
@@ -319,11 +320,11 @@ func testConcurrentPut(s *storeTester) {
 	o := s.mustOpen("f", 0)
 	wantWhole(s.t, o)
 	if !slices.ContainsFunc(contents, func(c string) bool { return testRecord("f", c).SHA256 == o.rec.SHA256 }) {
-		s.t.Errorf("none of the contents: %+v", o.rec)
+		s.t.Errorf("an object with none of the contents: %+v", o.rec)
 	}
 }
 
-// wantWhole checks that a body is the one its record describes.
+// wantWhole wants a body to match its record.
 func wantWhole(t testing.TB, o *object) {
 	t.Helper()
 	h := sha256.New()
@@ -347,7 +348,7 @@ func testWalk(s *storeTester) {
 	}
 	err := s.walk(s.t.Context(), func(key string, rec *record) error {
 		if want[key] == "" {
-			s.t.Errorf("walk told %s twice or unasked", key)
+			s.t.Errorf("walk called f for %s twice or without reason", key)
 			return nil
 		}
 		wantRecord(s.t, rec, testRecord(want[key], want[key]))
@@ -411,7 +412,7 @@ func TestDiskObjects(t *testing.T) {
 	testObjects(t, func(t *testing.T) objects { return newTestDisk(t) })
 }
 
-// testIndex is the suite for index. newIndex makes an empty, complete one.
+// testIndex is the suite for index. newIndex makes an empty index that is loaded.
 func testIndex(t *testing.T, newIndex func(t *testing.T) index) {
 	for name, f := range map[string]func(*indexTester){
 		"an empty index has empty pages":                testIndexEmpty,
@@ -435,7 +436,7 @@ func testIndex(t *testing.T, newIndex func(t *testing.T) index) {
 	}
 }
 
-// indexTester is one index under test.
+// indexTester is one implementation of index under test.
 type indexTester struct {
 	t *testing.T
 	index
@@ -472,7 +473,7 @@ func (x *indexTester) page(q pageQuery) indexPage {
 	return p
 }
 
-// paths asks for all pages of q.
+// paths returns the paths on all pages of q.
 func (x *indexTester) paths(q pageQuery) (paths []string) {
 	x.t.Helper()
 	for range 10_000 {
@@ -505,7 +506,7 @@ func (x *indexTester) wantRow(want indexRow) {
 	if len(rows) != 1 {
 		x.t.Fatalf("no row for %s", want.Path)
 	}
-	// A database may keep times to the microsecond.
+	// A database may round times to the microsecond.
 	got := rows[0]
 	for _, p := range [][2]*time.Time{{&got.Fetched, &want.Fetched}, {&got.LastAccess, &want.LastAccess}} {
 		if d := p[0].Sub(*p[1]).Abs(); d > time.Microsecond {
@@ -566,7 +567,7 @@ func testIndexDelete(x *indexTester) {
 }
 
 func testIndexOrder(x *indexTester) {
-	// Decoded: ".a" "A" "B/c" "a" "a b" "a+b" "a-b" "a/b" "ab" "é"
+	// Their decoded paths: ".a" "A" "B/c" "a" "a b" "a+b" "a-b" "a/b" "ab" "é"
 	want := []string{".a", "A", "B/c", "a", "a%20b", "a%2Bb", "a-b", "a/b", "ab", "%C3%A9"}
 	for _, i := range rand.Perm(len(want)) {
 		x.save(testRow("r", want[i]))
@@ -583,7 +584,7 @@ func testIndexChoose(x *indexTester) {
 	}
 	x.wantPaths(pageQuery{remote: "r", prefix: "dir/", limit: 2}, "dir/x.tar.gz", "dir/y%20z.rpm", "dir/z.rpm?v=1")
 	x.wantPaths(pageQuery{remote: "r", prefix: "dir/y z", limit: 2}, "dir/y%20z.rpm")
-	x.wantPaths(pageQuery{remote: "r", prefix: "dir_", limit: 2}, "dir%5F/x") // _ and % are no wildcards
+	x.wantPaths(pageQuery{remote: "r", prefix: "dir_", limit: 2}, "dir%5F/x") // _ and % are not wildcards
 	x.wantPaths(pageQuery{remote: "r", prefix: "e%", limit: 2}, "e%25")
 	rpm := regexp.MustCompile(`\.rpm$`)
 	x.wantPaths(pageQuery{remote: "r", pattern: rpm, limit: 1}, "dir/y%20z.rpm", "dir/z.rpm?v=1", "dir2/x.rpm")
@@ -591,7 +592,7 @@ func testIndexChoose(x *indexTester) {
 	x.wantPaths(pageQuery{remote: "r", pattern: regexp.MustCompile("nothing"), limit: 1})
 }
 
-// variants are spellings whose decoded path is the same, in order of key.
+// variants returns n spellings with the same decoded path, in the order of their keys.
 func variants(n int) (spellings []string) {
 	for i := range n - 1 {
 		spellings = append(spellings, fmt.Sprint("d/v?n=", i))
@@ -697,7 +698,7 @@ func testIndexOldest(x *indexTester) {
 	}
 	x.countUses(x.t.Context(), []fileUse{{"r", storageKey("r", all[0]), 1, testDay.Add(time.Hour)}})
 	x.wantPaths(pageQuery{oldest: true, limit: 50}, append(all[1:], all[0])...)
-	for _, name := range []string{"t", "u"} { // the same time
+	for _, name := range []string{"t", "u"} { // both have the same time
 		for _, p := range variants(5) {
 			x.save(testRow(name, p))
 		}
