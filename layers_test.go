@@ -143,6 +143,13 @@ func TestManualStandsAlone(t *testing.T) {
 	}
 }
 
+func TestOnlyOwnDocumentsAreNamed(t *testing.T) {
+	t.Parallel()
+	for _, f := range documentFaults(readSources(t, listRepository(t))) {
+		t.Error(f)
+	}
+}
+
 func TestMapIsComplete(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("ARCHITECTURE.md")
@@ -515,6 +522,26 @@ func manualFaults(p *parsedProgram) []string {
 	return faults
 }
 
+// documentName is what a document for people is called here.
+var documentName = regexp.MustCompile(`\b[A-Z][A-Z_]*\.md\b`)
+
+// documentFaults lists where a file names a document that is not in the
+// repository: a reader cannot look it up. The rule itself, a section of
+// README.md or the standard belongs there.
+func documentFaults(texts map[string]string) []string {
+	var faults []string
+	for _, file := range slices.Sorted(maps.Keys(texts)) {
+		for i, line := range strings.Split(texts[file], "\n") {
+			for _, name := range documentName.FindAllString(line, -1) {
+				if _, exists := texts[name]; !exists {
+					faults = append(faults, fmt.Sprintf("%s:%d: %s is not in the repository", file, i+1, name))
+				}
+			}
+		}
+	}
+	return faults
+}
+
 // sourceName is a Go file as ARCHITECTURE.md names it, or a family of them.
 var sourceName = regexp.MustCompile(`[A-Za-z0-9_.*/-]*[A-Za-z0-9_*]\.go\b`)
 
@@ -849,6 +876,27 @@ func TestGoModRuleCanFail(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			wantFault(t, modFaults(c.mod), c.want)
+		})
+	}
+}
+
+func TestDocumentRuleCanFail(t *testing.T) {
+	t.Parallel()
+	missing := "NOT_HERE" + ".md" // the rule reads this file too
+	for _, c := range []struct {
+		name  string
+		texts map[string]string
+		want  string
+	}{
+		{"a document that is there", map[string]string{"README.md": "", "cache.go": "// see README.md,\n// \"Limits\""}, ""},
+		{"other names that end alike", map[string]string{"cache.go": "x.md, aREADME.mdx"}, ""},
+		{"a comment", map[string]string{"README.md": "", "cache.go": "package main\n\n// (" + missing + " section 4)"}, "cache.go:3: " + missing},
+		{"a document", map[string]string{"README.md": "[more](" + missing + ")"}, "README.md:1: " + missing},
+		{"a script", map[string]string{".ci/run": "# as in " + missing}, ".ci/run:1: " + missing},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			wantFault(t, documentFaults(c.texts), c.want)
 		})
 	}
 }
