@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"path"
 	"regexp"
 	"strconv"
 	"strings"
@@ -212,31 +213,60 @@ func newCache(o objects, ix index, f freshness, space *spoolSpace, up *upstream,
 // fileRequest is a file to serve and what is known about it beforehand.
 type fileRequest struct {
 	target
-	accept   string // Accept sent upstream
-	scope    string // registry token scope
-	digest   string // the body must have it ("sha256:HEX"); "" unknown
-	maxBytes int64  // most bytes of a body; 0: any
-	// needsWholeBody: answered only when complete and checked, and HEAD fetches as GET
-	// does (manifests).
+	behavior fileBehavior // nil: a download
+	accept   string       // Accept sent upstream
+	scope    string       // of the token for a container registry
+	digest   string       // that the body must have (sha256:HEX or sha512:HEX); "": not known
+	maxBytes int64        // of the body; 0: any
+	// needsWholeBody: the file is answered only when it is complete and checked,
+	// and HEAD fetches it as GET does (manifests).
 	needsWholeBody bool
-	// staleOn429: a 429 serves the expired copy even without stale_if_error;
-	// staleOn5xx: a 5xx does.
-	staleOn429, staleOn5xx bool
-	// sharedKey: requests of other wires have this key too (a blob of several
-	// images), so the upstream's refusal of one says nothing about another.
+	// alwaysRefetched: an expired copy is never revalidated, only fetched again.
+	alwaysRefetched bool
+	// sharedKey: requests with another wire path have this key too (a blob of
+	// several images), so that upstream's refusal of one says nothing about another.
 	sharedKey bool
 	// knownSize answers HEAD while the file is not stored; 0: ask upstream.
 	knownSize int64
-	// ask replaces the question for the body; the want is never revalidated
-	// then, only asked again. nil: upstream.ask.
-	ask func(ctx context.Context, req upstreamRequest) (*upstreamResponse, error)
-	// note keeps more of an answer's headers in the record. nil: none.
-	note func(rec *record, h http.Header)
-	// check sees a complete body before it is stored and may add to its
-	// record; its error keeps it from being stored and answered. nil: none.
-	check func(ctx context.Context, rec *record, body io.ReaderAt) error
-	// dress changes the headers of an answer; nil: a download's.
-	dress func(h http.Header, rec *record)
+}
+
+// fileBehavior is what one kind of file does in its own way. download has the
+// defaults; a kind embeds it and overrides what differs.
+type fileBehavior interface {
+	// requestBody asks upstream for the body. The caller closes it.
+	requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error)
+	// keepHeaders keeps more of an answer's headers in the record.
+	keepHeaders(rec *record, h http.Header)
+	// checkBody sees a complete body before it is stored and may add to its
+	// record. Its error keeps the body from being stored and answered.
+	checkBody(ctx context.Context, rec *record, body io.ReaderAt) error
+	// setHeaders sets what describes the body in a reply; path is the decoded one.
+	setHeaders(h *headerSetter, path string, rec *record)
+	// servesStale reports whether an expired copy answers for that status of
+	// upstream even without stale_if_error.
+	servesStale(status int) bool
+}
+
+// download is the behavior of files below /api/.
+type download struct{}
+
+func (download) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
+	return up.send(ctx, req)
+}
+func (download) keepHeaders(*record, http.Header)                      {}
+func (download) checkBody(context.Context, *record, io.ReaderAt) error { return nil }
+func (download) servesStale(int) bool                                  { return false }
+func (download) setHeaders(h *headerSetter, name string, rec *record) {
+	h.set("Content-Type", contentTypeOf(name, rec.ContentType))
+	h.set("Content-Disposition", contentDisposition(path.Base(name)))
+}
+
+// behaves is the file's behavior.
+func (file *fileRequest) behaves() fileBehavior {
+	if file.behavior == nil {
+		return download{}
+	}
+	return file.behavior
 }
 
 // fileReply is an answer that is ready to be sent.
@@ -283,7 +313,7 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 	}
 	defer reply.body.Close()
 	w.result = reply.result
-	c.sendReply(w, r, file, reply)
+	reply.send(w, r, file, c.now())
 	return nil
 }
 
@@ -588,9 +618,7 @@ func (c *cache) newRecord(file fileRequest, h http.Header) *record {
 	} else {
 		rec.LastModified = ""
 	}
-	if file.note != nil {
-		file.note(rec, h)
-	}
+	file.behaves().keepHeaders(rec, h)
 	return rec
 }
 

@@ -90,13 +90,15 @@ func parseByteRange(r *http.Request) byteRange {
 	return rng
 }
 
-// sendReply writes headers and body. http.ServeContent judges ranges and
-// conditions; where the length is not known yet the body goes out in full.
-func (c *cache) sendReply(w *response, r *http.Request, file fileRequest, reply *fileReply) {
-	c.setReplyHeaders(w.Header(), r, file, reply)
+// send writes headers and body for a client's request. http.ServeContent evaluates
+// ranges and conditions; where the length is not known yet, the body goes out in
+// full.
+func (reply *fileReply) send(w *response, r *http.Request, file fileRequest, now time.Time) {
+	reply.setHeaders(w.Header(), r, file, now)
 	if reply.size >= 0 {
 		if reply.rec.Encoding != "" {
-			// ServeContent leaves it out for coded bodies, fearing a wrapper.
+			// ServeContent leaves it out for coded bodies, because it cannot know
+			// whether something below it codes them.
 			w.Header().Set("Content-Length", strconv.FormatInt(reply.size, 10))
 		}
 		http.ServeContent(w, r, "", reply.rec.Modified, reply.body)
@@ -105,50 +107,58 @@ func (c *cache) sendReply(w *response, r *http.Request, file fileRequest, reply 
 	w.Header().Set("Last-Modified", reply.rec.Modified.Format(http.TimeFormat))
 	w.WriteHeader(http.StatusOK)
 	if r.Method != http.MethodHead {
-		_, _ = io.Copy(w, reply.body) // its failures are noted in w
+		_, _ = io.Copy(w, reply.body) // its failures are remembered in w
 	}
 }
 
-// setReplyHeaders sets all headers of an answer but those ServeContent sets. Their
-// values share one array: this runs for every hit.
-func (c *cache) setReplyHeaders(h http.Header, r *http.Request, file fileRequest, reply *fileReply) {
-	values := make([]string, 0, 6)
-	set := func(name, value string) {
-		values = append(values, value)
-		h[name] = values[len(values)-1 : len(values) : len(values)]
+// headerSetter sets headers whose values share one array, since this runs for
+// every hit.
+type headerSetter struct {
+	h      http.Header
+	values []string
+	space  [8]string // as many as a reply has: what is more is allocated
+}
+
+// set sets a header by its canonical name.
+func (s *headerSetter) set(name, value string) {
+	if s.values == nil {
+		s.values = s.space[:0]
 	}
+	n := len(s.values)
+	s.values = append(s.values, value)
+	s.h[name] = s.values[n : n+1 : n+1]
+}
+
+// setHeaders sets all headers of a reply but those that ServeContent sets.
+func (reply *fileReply) setHeaders(h http.Header, r *http.Request, file fileRequest, now time.Time) {
+	s := &headerSetter{h: h}
 	status := "artifactapi; " + reply.cacheStatus
 	if reply.willBeStored {
 		status += "; stored"
 	}
-	set("Cache-Status", status)
+	s.set("Cache-Status", status)
 	h["X-Artifact-Source"] = sourceCache
 	if reply.fromRemote {
 		h["X-Artifact-Source"] = sourceRemote
 	}
 	if !reply.goodAt.IsZero() {
-		set("Age", strconv.FormatInt(max(0, int64(c.now().Sub(reply.goodAt)/time.Second)), 10))
+		s.set("Age", strconv.FormatInt(max(0, int64(now.Sub(reply.goodAt)/time.Second)), 10))
 	}
 	if reply.size >= 0 {
 		h["Accept-Ranges"] = acceptRanges
 	}
 	if reply.hashKnown {
-		set("Etag", `"sha256-`+reply.rec.SHA256+`"`)
+		s.set("Etag", `"sha256-`+reply.rec.SHA256+`"`)
 	}
 	if reply.rec.Encoding != "" {
-		set("Content-Encoding", reply.rec.Encoding)
+		s.set("Content-Encoding", reply.rec.Encoding)
 	}
 	h["X-Content-Type-Options"] = noSniff
 	h["Content-Security-Policy"] = sandbox
 	if r.ProtoMajor == 1 && r.ProtoMinor == 1 && r.ContentLength == 0 {
 		h["Connection"] = keepAlive // apk reuses a connection only then
 	}
-	if file.dress != nil {
-		file.dress(h, reply.rec)
-		return
-	}
-	set("Content-Type", contentTypeOf(file.path, reply.rec.ContentType))
-	set("Content-Disposition", contentDisposition(path.Base(file.path)))
+	file.behaves().setHeaders(s, file.path, reply.rec)
 }
 
 // Header values that never change, shared by all answers.

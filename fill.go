@@ -345,7 +345,7 @@ func (f *fill) fetchBody(validators http.Header) fillOutcome {
 	}
 	req := f.file.newUpstreamRequest(http.MethodGet, validators)
 	req.hasCopy = f.oldRecord != nil
-	resp, err := f.c.requestBody(f.ctx, f.file, req)
+	resp, err := f.file.behaves().requestBody(f.ctx, f.c.upstream, req)
 	if err != nil {
 		return failedOutcome(err)
 	}
@@ -471,10 +471,8 @@ func (f *fill) completeFill() fillOutcome {
 	if f.oldRecord != nil && f.oldRecord.SHA256 == rec.SHA256 {
 		rec.Modified = f.oldRecord.Modified // the same bytes keep their date
 	}
-	if f.file.check != nil {
-		if err := f.file.check(f.ctx, &rec, f.spool.file); err != nil {
-			return failedOutcome(err)
-		}
+	if err := f.file.behaves().checkBody(f.ctx, &rec, f.spool.file); err != nil {
+		return failedOutcome(err)
 	}
 	if !f.fitsMaxSize(rec.Size) { // its length was not known in the beginning
 		f.mu.Lock()

@@ -25,7 +25,7 @@ const (
 // than fetched again: check_mutable_updates and check_builtin_updates say so.
 func (file fileRequest) isRevalidated() bool {
 	switch {
-	case file.ask != nil:
+	case file.alwaysRefetched:
 		return false
 	case file.builtin:
 		return file.remote.checkBuiltin
@@ -93,14 +93,6 @@ func (f *fill) isUnchanged(resp *upstreamResponse) bool {
 }
 
 func isStrongETag(etag string) bool { return strings.HasPrefix(etag, `"`) }
-
-// requestBody asks for the body of a file, in the file's own way where it has one.
-func (c *cache) requestBody(ctx context.Context, file fileRequest, req upstreamRequest) (*upstreamResponse, error) {
-	if file.ask != nil {
-		return file.ask(ctx, req)
-	}
-	return c.upstream.send(ctx, req)
-}
 
 // mayBeStored reports whether the body of resp may be stored. A body that only
 // the end of the connection delimits (RFC 9112 section 6.3) cannot be told from a

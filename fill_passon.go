@@ -17,11 +17,11 @@ import (
 func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy) (*fileReply, error) {
 	req := file.newUpstreamRequest(http.MethodGet, rng.rangeHeader(file))
 	req.hasCopy = cp != nil
-	resp, err := c.requestBody(ctx, file, req)
+	resp, err := file.behaves().requestBody(ctx, c.upstream, req)
 	if err == nil && resp.StatusCode == http.StatusRequestedRangeNotSatisfiable {
 		resp.Body.Close() // refused here, with the size that only the whole has
 		req.header.Del("Range")
-		resp, err = c.requestBody(ctx, file, req)
+		resp, err = file.behaves().requestBody(ctx, c.upstream, req)
 	}
 	var at, size int64
 	if err == nil {
@@ -97,10 +97,7 @@ func (c *cache) readSmallBody(ctx context.Context, file fileRequest, reply *file
 		io.ReadSeeker
 		io.Closer
 	}{body, io.NopCloser(nil)}
-	if file.check != nil {
-		return file.check(ctx, reply.rec, body)
-	}
-	return nil
+	return file.behaves().checkBody(ctx, reply.rec, body)
 }
 
 // upstreamReader reads a body straight from upstream, from wherever it is sought

@@ -140,10 +140,9 @@ func (file fileRequest) staleReason(err error) string {
 	}
 	status, _ := errors.AsType[*upstreamStatus](err)
 	switch {
-	case status == nil:
+	case status == nil, status.code < 500 && status.code != http.StatusTooManyRequests:
 		return ""
-	case status.code == http.StatusTooManyRequests && (file.staleOn429 || file.remote.staleIfError),
-		status.code >= 500 && (file.staleOn5xx || file.remote.staleIfError):
+	case file.remote.staleIfError, file.behaves().servesStale(status.code):
 		return "upstream-" + strconv.Itoa(status.code)
 	}
 	return ""

@@ -268,7 +268,7 @@ func (f *fill) takeOver(cause error) fillOutcome {
 // refetchWhole asks for the whole body and reads past what the spool has already.
 // Clients have seen that: it must be the same.
 func (f *fill) refetchWhole() (*upstreamResponse, error) {
-	resp, err := f.c.requestBody(f.ctx, f.file, f.file.newUpstreamRequest(http.MethodGet, nil))
+	resp, err := f.file.behaves().requestBody(f.ctx, f.c.upstream, f.file.newUpstreamRequest(http.MethodGet, nil))
 	if err != nil {
 		return nil, err
 	}

@@ -1121,13 +1121,27 @@ func TestFarRangeOfADigestedBodyHoldsBackItsEnd(t *testing.T) {
 	tt.wantStored("a", false)
 }
 
+// checkedFile is a download whose body is checked.
+type checked struct {
+	download
+	check func(rec *record, body io.ReaderAt) error
+}
+
+func checkedFile(check func(rec *record, body io.ReaderAt) error) fileBehavior {
+	return &checked{check: check}
+}
+
+func (f *checked) checkBody(_ context.Context, rec *record, body io.ReaderAt) error {
+	return f.check(rec, body)
+}
+
 func TestWholeBodiesAreCheckedBeforeTheyAreAnswered(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
 	refused := &problem{status: 502, detail: "no manifest", cause: errBadUpstream}
 	tt.digested(func(q *fileRequest) {
 		q.needsWholeBody, q.maxBytes = true, 1000
-		q.check = func(_ context.Context, rec *record, body io.ReaderAt) error {
+		q.behavior = checkedFile(func(rec *record, body io.ReaderAt) error {
 			b := make([]byte, rec.Size)
 			if _, err := body.ReadAt(b, 0); err != nil && err != io.EOF {
 				return err
@@ -1137,7 +1151,7 @@ func TestWholeBodiesAreCheckedBeforeTheyAreAnswered(t *testing.T) {
 			}
 			rec.Digest = "noted"
 			return nil
-		}
+		})
 	})
 	tt.origin.file("/ok", "manifest")
 	tt.head("/api/r/ok").wantStatus(200).wantMiss().wantHeader("Content-Length", "8") // fetched and stored

@@ -5,7 +5,6 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,7 +15,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 )
 
 const (
@@ -33,9 +31,9 @@ const (
 	// object. A list with a longer link is an error, because without the link
 	// clients would take a part of the list for all of it.
 	maxNextLink = 1024
-	// maxBlobSizes bounds each of the two tables of blob sizes. An entry has some
-	// 250 bytes; 10,000 are the layers of about a thousand images.
-	maxBlobSizes = 10_000
+	// maxBlobSizes bounds the table of blob sizes. An entry has some 250 bytes;
+	// 20,000 are the layers of about two thousand images.
+	maxBlobSizes = 20_000
 )
 
 // Media types of the specification and of Docker before it.
@@ -102,12 +100,14 @@ type registry struct {
 	cache     *cache
 	config    func() *config // the configuration in force; a request calls it once
 	responder *responder
-	sizes     *blobSizes
+	// sizes holds the sizes of blobs in bytes as manifests declared them, by sizeKey.
+	// Nothing in it expires. Without it, HEAD of a blob that is not stored asks the upstream.
+	sizes *boundedMap[string, int64]
 }
 
 // newRegistry makes a registry over the cache c.
 func newRegistry(c *cache, config func() *config, s *responder) *registry {
-	return &registry{cache: c, config: config, responder: s, sizes: &blobSizes{}}
+	return &registry{cache: c, config: config, responder: s, sizes: newBoundedMap[string, int64](maxBlobSizes, nil)}
 }
 
 func (g *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -188,86 +188,28 @@ func (c *registryCall) newTarget(path string) target {
 
 // manifestRequest asks for a manifest, by tag or by digest.
 func (g *registry) manifestRequest(c *registryCall) fileRequest {
-	return fileRequest{
-		target: c.newTarget(c.image + "/manifests/" + c.reference), accept: acceptManifests, digest: c.digest,
-		maxBytes: maxManifest, needsWholeBody: true, staleOn429: true, note: keepDigest,
-		check: func(ctx context.Context, rec *record, body io.ReaderAt) error {
-			return g.checkManifest(ctx, c, rec, body)
-		},
-		dress: c.setHeaders,
-	}
+	return fileRequest{target: c.newTarget(c.image + "/manifests/" + c.reference), behavior: &manifestFile{registryFile{call: c}, g},
+		accept: acceptManifests, digest: c.digest, maxBytes: maxManifest, needsWholeBody: true}
 }
 
 // blobRequest asks for a blob. All images of a remote share one stored copy of it.
 func (g *registry) blobRequest(c *registryCall) fileRequest {
-	file := fileRequest{target: c.newTarget(c.image + "/blobs/" + c.reference), digest: c.digest, sharedKey: true, dress: c.setHeaders}
+	file := fileRequest{target: c.newTarget(c.image + "/blobs/" + c.reference), behavior: &registryFile{call: c}, digest: c.digest, sharedKey: true}
 	file.spelling = "blobs/" + c.reference
-	file.knownSize = g.sizes.get(c.sizeKey(c.digest))
+	file.knownSize, _ = g.sizes.get(c.sizeKey(c.digest))
 	return file
 }
 
 // tagsRequest asks for a page of the list of an image's tags.
 func (g *registry) tagsRequest(c *registryCall) fileRequest {
-	return fileRequest{target: c.newTarget(c.image + "/tags/list"), accept: typeJSON, maxBytes: maxList, needsWholeBody: true,
-		staleOn429: true, note: keepPageHeaders, check: checkList("tags"), dress: c.setHeaders}
+	return fileRequest{target: c.newTarget(c.image + "/tags/list"), behavior: &listFile{registryFile{call: c}, "tags"},
+		accept: typeJSON, maxBytes: maxList, needsWholeBody: true}
 }
 
 // referrersRequest asks for the list of manifests that refer to a digest.
 func (g *registry) referrersRequest(c *registryCall) fileRequest {
-	return fileRequest{target: c.newTarget(c.image + "/referrers/" + c.reference), accept: acceptManifests, maxBytes: maxList, needsWholeBody: true,
-		staleOn429: true, staleOn5xx: true, note: keepPageHeaders, check: checkList("manifests"), dress: c.setHeaders,
-		ask: func(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
-			return g.askReferrers(ctx, c, req)
-		}}
-}
-
-// askReferrers asks the upstream for referrers. A registry without the referrers API
-// has them under a tag made from the digest (the specification's referrers tag
-// schema). One that has neither has no referrers. A denial, a 429 and a failure do
-// not say that there are none and are returned.
-func (g *registry) askReferrers(ctx context.Context, c *registryCall, req upstreamRequest) (*upstreamResponse, error) {
-	resp, err := g.cache.upstream.send(ctx, req)
-	if err != nil || !saysAbsent(resp.StatusCode) {
-		return resp, err
-	}
-	resp.discardBody()
-	algorithm, sum, _ := strings.Cut(c.digest, ":")
-	req.wire = "v2/" + c.image + "/manifests/" + algorithm + "-" + sum[:64] // 64: the schema's bound for a hash
-	resp, err = g.cache.upstream.send(ctx, req)
-	if err != nil || !saysAbsent(resp.StatusCode) {
-		return resp, err
-	}
-	resp.discardBody()
-	return &upstreamResponse{origin: resp.origin, Response: &http.Response{
-		StatusCode: http.StatusOK, ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{"Content-Type": {typeIndex}},
-		ContentLength: int64(len(emptyIndex)), Body: io.NopCloser(strings.NewReader(emptyIndex)),
-	}}, nil
-}
-
-// saysAbsent reports whether a status says that the registry has no such content, or
-// no such API.
-func saysAbsent(status int) bool {
-	switch status {
-	case http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests:
-		return false
-	}
-	return status >= 400 && status < 500
-}
-
-// keepDigest keeps the upstream's Docker-Content-Digest in the record, if it is one.
-func keepDigest(rec *record, h http.Header) {
-	if rec.Digest = h.Get("Docker-Content-Digest"); !isDigest(rec.Digest) {
-		rec.Digest = ""
-	}
-}
-
-// keepPageHeaders keeps the headers that belong to a page of a list in its record:
-// the next page, and whether the upstream has filtered referrers.
-func keepPageHeaders(rec *record, h http.Header) {
-	rec.Link = nextPageQuery(h.Values("Link"))
-	if h.Get("OCI-Filters-Applied") == filterApplied[0] {
-		rec.Filters = filterApplied[0]
-	}
+	return fileRequest{target: c.newTarget(c.image + "/referrers/" + c.reference), behavior: &referrersFile{listFile{registryFile{call: c}, "manifests"}},
+		accept: acceptManifests, maxBytes: maxList, needsWholeBody: true, alwaysRefetched: true}
 }
 
 // nextPageQuery returns the normalised query of the link with rel=next in Link headers
@@ -332,33 +274,6 @@ type manifest struct {
 type descriptor struct {
 	Digest string `json:"digest"`
 	Size   int64  `json:"size"`
-}
-
-// checkManifest checks a complete manifest and completes its record. A manifest that
-// was asked for by tag must look like a manifest, since no digest proves it. It is
-// stored under its digest as well, before the tag is answered, because clients ask
-// for the digest next.
-func (g *registry) checkManifest(ctx context.Context, c *registryCall, rec *record, body io.ReaderAt) error {
-	text, err := readWholeBody(rec, body)
-	if err != nil {
-		return err
-	}
-	var m manifest
-	_ = json.Unmarshal(text, &m) // m stays empty if the text is not JSON
-	if c.digest == "" && len(m.SchemaVersion) == 0 {
-		return newNotAManifestError(c.remote, rec)
-	}
-	rec.ContentType = m.mediaType(rec.ContentType)
-	g.rememberSizes(c, &m)
-	if c.digest != "" {
-		rec.Digest = c.digest
-		return nil
-	}
-	rec.Digest = manifestDigest(text, rec.Digest)
-	t := c.newTarget(c.image + "/manifests/" + rec.Digest)
-	t.class = immutable
-	g.cache.storeUnderSecondKey(ctx, t, rec, body)
-	return nil
 }
 
 // readWholeBody returns a whole body, which fileRequest.maxBytes has kept small.
@@ -426,83 +341,6 @@ func (g *registry) rememberSizes(c *registryCall, m *manifest) {
 // not have the blob, and then its HEAD must be 404.
 func (c *registryCall) sizeKey(digest string) string {
 	return c.remote.name + "/" + c.image + "@" + digest
-}
-
-// blobSizes holds the sizes of blobs in bytes as manifests declared them, at least
-// the maxBlobSizes that were added last. It is lost in a restart; without it, HEAD of
-// a blob that is not stored asks the upstream.
-type blobSizes struct {
-	mu         sync.Mutex       // guards the fields below
-	young, old map[string]int64 // by sizeKey; young becomes old when it is full
-}
-
-func (s *blobSizes) put(key string, size int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.young == nil || len(s.young) >= maxBlobSizes {
-		s.young, s.old = map[string]int64{}, s.young
-	}
-	s.young[key] = size
-}
-
-// get returns the size of a blob, or 0 if it is not known.
-func (s *blobSizes) get(key string) int64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if n := s.young[key]; n > 0 {
-		return n
-	}
-	return s.old[key]
-}
-
-// checkList returns a check for fileRequest that accepts a JSON object whose member of
-// that name is an array, or null, which some registries send for an empty repository.
-func checkList(member string) func(context.Context, *record, io.ReaderAt) error {
-	return func(_ context.Context, rec *record, body io.ReaderAt) error {
-		text, err := readWholeBody(rec, body)
-		if err != nil {
-			return err
-		}
-		var o map[string]json.RawMessage
-		err = json.Unmarshal(text, &o)
-		list, found := o[member]
-		if err != nil || !found || (list[0] != '[' && string(list) != "null") {
-			return newRegistryError(codeUnknown, http.StatusBadGateway, "the upstream of remote %q did not answer with a list of %s (its content type is %.100q)", rec.Remote, member, rec.ContentType)
-		}
-		if len(rec.Link)+len(rec.Path) > maxNextLink {
-			return newRegistryError(codeUnknown, http.StatusBadGateway, "the upstream of remote %q sent a link to the next page that is too long to be stored", rec.Remote)
-		}
-		return nil
-	}
-}
-
-// setHeaders sets the headers that registry clients expect of an answer from rec.
-func (c *registryCall) setHeaders(h http.Header, rec *record) {
-	t := rec.ContentType
-	switch c.route {
-	case routeManifest, routeBlob:
-		d := c.digest
-		if d == "" {
-			d = rec.Digest
-		}
-		h["Docker-Content-Digest"] = []string{d}
-		if t == "" {
-			t = typeBinary
-		}
-	case routeTags:
-		if !strings.Contains(t, "json") {
-			t = typeJSON
-		}
-	case routeReferrers:
-		t = typeIndex
-	}
-	h["Content-Type"] = []string{t}
-	if rec.Link != "" {
-		h["Link"] = []string{c.nextLink(rec.Link)}
-	}
-	if rec.Filters != "" {
-		h["Oci-Filters-Applied"] = filterApplied
-	}
 }
 
 // nextLink returns the Link header that names a list's next page, with the path that

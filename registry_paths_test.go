@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -101,14 +102,14 @@ func TestRegistryLinks(t *testing.T) {
 
 func TestRegistrySizesAreBounded(t *testing.T) {
 	t.Parallel()
-	var s blobSizes
-	for i := range 3 * maxBlobSizes {
-		s.put(string(rune(i))+"x", int64(i+1))
+	sizes := newRegistry(nil, nil, nil).sizes
+	for i := range 2 * maxBlobSizes {
+		sizes.put(strconv.Itoa(i), int64(i))
 	}
-	if n := len(s.young) + len(s.old); n > 2*maxBlobSizes {
+	if n := sizes.length(); n != maxBlobSizes {
 		t.Errorf("%d sizes are kept", n)
 	}
-	if last := 3*maxBlobSizes - 1; s.get(string(rune(last))+"x") != int64(last+1) {
+	if size, _ := sizes.get(strconv.Itoa(2*maxBlobSizes - 1)); size != 2*maxBlobSizes-1 {
 		t.Error("the latest size is lost")
 	}
 }
