@@ -807,7 +807,7 @@ remotes:
 	}
 	tt.put("/api/l/keep", noise(1, 50_000), bearer).wantStatus(201)
 	tt.get("/api/r/f00").wantHit() // now it is not the least recently used one any more
-	tt.cache.evictFiles(context.Background(), tt.server.config.Load(), 0)
+	(&evictor{tt.cache, tt.server.config.Load(), 0}).evictFiles(context.Background())
 	var bytes int64
 	list := tt.list("r")
 	for _, a := range list {
@@ -817,7 +817,7 @@ remotes:
 		t.Errorf("%d bytes are left, the first of %d is %s", bytes, len(list), list[0].Path)
 	}
 	tt.get("/api/r/f01").wantMiss() // the least recently used went
-	tt.cache.evictFiles(context.Background(), tt.server.config.Load(), 20_000)
+	(&evictor{tt.cache, tt.server.config.Load(), 20_000}).evictFiles(context.Background())
 	if left := tt.list("r"); len(left) > 0 {
 		t.Errorf("CACHE_MAX_SIZE is passed by local files alone, and %d others are left", len(left))
 	}

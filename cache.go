@@ -16,7 +16,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -68,16 +67,24 @@ type objects interface {
 	walk(ctx context.Context, f func(key string, rec *record) error) error
 }
 
-// cachingObjects is an objects that keeps copies of what is elsewhere.
+// cachingObjects is an optional ability of objects: it keeps copies of what is
+// elsewhere.
 type cachingObjects interface {
-	// invalidate drops what is kept of key: another process replaced or removed it.
+	// invalidate drops the copy of key: another process has replaced or removed it.
 	invalidate(key string)
-	// invalidateAll has everything looked at again before it is used: something may
-	// have been missed.
+	// invalidateAll has every copy checked before it is used again: an
+	// announcement may have been missed.
 	invalidateAll()
-	// refusesWrites says that nothing can be stored, as the last attempt found.
+	// refusesWrites reports whether the last attempt to store anything was refused.
 	refusesWrites() bool
 }
+
+// noCopies is the ability of a store that keeps none.
+type noCopies struct{}
+
+func (noCopies) invalidate(string)   {}
+func (noCopies) invalidateAll()      {}
+func (noCopies) refusesWrites() bool { return false }
 
 // indexRow is what the index knows of one object. Its JSON is a line of the journal.
 type indexRow struct {
@@ -182,8 +189,7 @@ type cache struct {
 	log      *slog.Logger
 	metrics  *metrics
 
-	// Of several replicas; nil on a single machine. Set before the first request.
-	replicas      replicas
+	replicas      replicas // nil on a single machine
 	replicaClient *http.Client
 
 	ctx    context.Context // of all fills
@@ -195,7 +201,8 @@ type cache struct {
 	passOn      *boundedMap[string, struct{}] // keys whose bodies are not spooled for a while
 	changing    keyedLock                     // keys that are being put or purged
 	uses        uses
-	unannounced atomic.Bool // an announcement was lost
+	announcer   *announcer
+	copies      cachingObjects // objects, if it keeps copies of what is elsewhere
 }
 
 // newCache wires a cache; its caller closes it before the stores.
@@ -203,12 +210,27 @@ func newCache(o objects, ix index, f freshness, space *spoolSpace, up *upstream,
 	c := &cache{objects: o, index: ix, marks: f, space: space, upstream: up, now: now, log: log, metrics: m,
 		replicaClient: newReplicaClient(), fills: newFillTable()}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.useObjects(o)
+	c.announcer = &announcer{onError: func(announcement string, err error) {
+		c.noteStoreError("redis", "announcing", announcement, err)
+	}}
 	clock := func() time.Time { return c.now() } // tests replace it
 	c.missing = newBoundedMap[string, *problem](maxRememberedFiles, clock)
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	return c
 }
+
+// useObjects keeps files in o from now on; before the first request.
+func (c *cache) useObjects(o objects) {
+	c.objects, c.copies = o, noCopies{}
+	if copies, ok := o.(cachingObjects); ok {
+		c.copies = copies
+	}
+}
+
+// joinReplicas makes the cache one of several replicas; before the first request.
+func (c *cache) joinReplicas(r replicas) { c.replicas, c.announcer.replicas = r, r }
 
 // fileRequest is a file to serve and what is known about it beforehand.
 type fileRequest struct {
@@ -349,7 +371,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		}
 		if cp != nil && cp.isFresh() {
 			c.countUse(file.remote.name, key)
-			return c.hitReply(cp, ""), nil
+			return cp.hitReply(""), nil
 		}
 		if file.remote.local {
 			return nil, storeErr
@@ -364,7 +386,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			}
 			err = errStoreDown
 		}
-		if f, ok := c.objects.(cachingObjects); reply != nil && (errors.Is(storeErr, errStoreDown) || ok && f.refusesWrites()) {
+		if reply != nil && (errors.Is(storeErr, errStoreDown) || c.copies.refusesWrites()) {
 			reply.willBeStored = false // it may be, if the store is back by then
 		}
 		return reply, withStoreError(err, storeErr)
@@ -401,10 +423,10 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 		}
 	} else if c.upstream.isDown(file.remote) {
 		c.countUse(file.remote.name, key)
-		return c.staleReply(cp, "unreachable"), false, nil
+		return cp.staleReply("unreachable"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)
-	reply, again, err = c.awaitFill(ctx, f, leads, rng, cp)
+	reply, again, err = f.awaitReply(ctx, leads, rng, cp)
 	return reply, again || (f.file.wire != file.wire && isRefusal(err)), err
 }
 
@@ -432,10 +454,10 @@ func (c *cache) findCopy(ctx context.Context, key string, file fileRequest, rng 
 		off = -1
 	}
 	s, err := c.openCopy(ctx, key, file, off)
-	if f, ok := c.objects.(cachingObjects); ok && err == nil && s.outdated {
+	if err == nil && s.outdated {
 		// Once: an older version in the store itself is all there is.
 		s.body.Close()
-		f.invalidate(key)
+		c.copies.invalidate(key)
 		return c.openCopy(ctx, key, file, off)
 	}
 	return s, err
@@ -495,7 +517,7 @@ func notAfterTTL(t, now time.Time, ttl time.Duration) time.Time {
 }
 
 // hitReply answers with a stored copy.
-func (c *cache) hitReply(s *storedCopy, extra string) *fileReply {
+func (s *storedCopy) hitReply(extra string) *fileReply {
 	status := "hit"
 	if !s.forever {
 		status += "; ttl=" + strconv.FormatInt(int64(s.ttlLeft/time.Second), 10)
@@ -504,9 +526,9 @@ func (c *cache) hitReply(s *storedCopy, extra string) *fileReply {
 }
 
 // staleReply answers with an expired copy; why goes into Cache-Status.
-func (c *cache) staleReply(s *storedCopy, why string) *fileReply {
+func (s *storedCopy) staleReply(why string) *fileReply {
 	s.ttlLeft = min(s.ttlLeft, -time.Second) // never the 0 of a copy that is fresh
-	reply := c.hitReply(s, "; detail="+why)
+	reply := s.hitReply("; detail=" + why)
 	reply.result = "STALE"
 	return reply
 }

@@ -14,7 +14,7 @@ func (c *cache) countUse(remote, key string) { c.uses.add(remote, key, c.now()) 
 
 // flushCounts writes the uses that have gathered to the index.
 func (c *cache) flushCounts(ctx context.Context) {
-	c.announceMissed(ctx)
+	c.announcer.announceLost(ctx)
 	batch := c.uses.take()
 	if len(batch) == 0 {
 		return

@@ -21,7 +21,7 @@ func (c *cache) storeBody(ctx context.Context, key string, rec *record, body *os
 		}
 		return err
 	}
-	c.announceChange(ctx, key)
+	c.announcer.announce(ctx, key)
 	c.missing.delete(key)
 	if err := c.index.saveRow(ctx, newIndexRow(key, rec)); err != nil {
 		c.noteStoreError("database", "indexing", key, err)

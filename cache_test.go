@@ -1283,7 +1283,7 @@ func TestMultiRangeClientLeaves(t *testing.T) {
 	tt.origin.file("/a", noise(1, 1<<20))
 	tt.get("/api/r/a").wantStatus(200)
 	body := &watchedBody{begun: make(chan struct{}), goOn: make(chan struct{}), closed: make(chan struct{})}
-	tt.cache.objects = &watchedObjects{tt.cache.objects, body}
+	tt.cache.useObjects(&watchedObjects{tt.cache.objects, body})
 	var done sync.WaitGroup
 	done.Go(func() {
 		defer func() { _ = recover() }() // the aborted connection

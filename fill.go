@@ -81,18 +81,16 @@ type fillOutcome struct {
 
 func failedOutcome(err error) fillOutcome { return fillOutcome{outcomeFailed, err} }
 
-// fill is one fetch of one file. Its goroutine belongs to the cache; clients
-// wait for it and read its spool at their own pace.
+// fill is one fetch of one file, as clients and the table see it. Clients wait for
+// it and read its spool at their own pace. Its goroutine is fillRun's.
 type fill struct {
-	c           *cache
-	key         string
-	file        fileRequest
-	oldRecord   *record // of the expired copy; nil: there is none
-	endedBefore int64   // fillTable.ended when the store was looked up
+	c         *cache
+	key       string
+	file      fileRequest
+	oldRecord *record // of the expired copy; nil: there is none
 
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
-	freeSlot func()        // gives the place among the remote's fills back; once
 	farSlots chan struct{} // of ranged requests beside the fill
 
 	clients int // guarded by the table's mu
@@ -123,7 +121,7 @@ type heldLease struct {
 // store was looked up.
 func (c *cache) joinFill(key string, file fileRequest, cp *storedCopy, endedBefore int64) (f *fill, leads bool) {
 	f, leads = c.fills.join(key, file.spelling, func() *fill {
-		f := &fill{c: c, key: key, file: file, endedBefore: endedBefore,
+		f := &fill{c: c, key: key, file: file,
 			changed: make(chan struct{}), farSlots: make(chan struct{}, maxFarRanges)}
 		if cp != nil {
 			f.oldRecord = cp.rec
@@ -132,7 +130,8 @@ func (c *cache) joinFill(key string, file fileRequest, cp *storedCopy, endedBefo
 		return f
 	})
 	if leads {
-		c.fills.running.Go(f.run)
+		run := &fillRun{fill: f, endedBefore: endedBefore}
+		c.fills.running.Go(run.run)
 	}
 	return f, leads
 }
@@ -232,8 +231,17 @@ func (f *fill) leaseToken() string {
 	return f.lease.token
 }
 
-// run is the fill's goroutine.
-func (f *fill) run() {
+// fillRun is the goroutine of a fill, which belongs to the cache. Its methods are
+// that goroutine's alone; it alone moves the phase, writes the spool and sets the
+// record, and so reads them without the lock.
+type fillRun struct {
+	*fill
+	endedBefore int64  // fillTable.ended when the store was looked up
+	freeSlot    func() // gives the place among the remote's fills back; once
+}
+
+// run is the goroutine.
+func (f *fillRun) run() {
 	outcome := f.waitForSlot()
 	if outcome.err == nil {
 		outcome = f.fetch()
@@ -252,7 +260,7 @@ func (f *fill) run() {
 // waitForSlot waits for a place among the remote's fills: as long as a client
 // waits for this one, and not for long where a copy can answer. The outcome has
 // an error if there was none.
-func (f *fill) waitForSlot() fillOutcome {
+func (f *fillRun) waitForSlot() fillOutcome {
 	var enough <-chan time.Time
 	if f.oldRecord != nil {
 		t := time.NewTimer(copyTimeout)
@@ -280,7 +288,7 @@ func (f *fill) waitForSlot() fillOutcome {
 }
 
 // fetch brings the body, or finds out that none is needed or to be had.
-func (f *fill) fetch() fillOutcome {
+func (f *fillRun) fetch() fillOutcome {
 	if f.oldRecord != nil {
 		defer time.AfterFunc(maxWholeBodyWait, f.startStreamingEarly).Stop()
 	}
@@ -321,13 +329,13 @@ func (f *fill) startStreamingEarly() {
 // mayBeStoredByNow reports whether the store can have the file although it did
 // not when it was looked up: another fill has ended since then, here or on
 // another replica, whose lease was then there to take.
-func (f *fill) mayBeStoredByNow(leader *leaseHolder) bool {
+func (f *fillRun) mayBeStoredByNow(leader *leaseHolder) bool {
 	return f.c.fills.ended.Load() != f.endedBefore || (f.c.replicas != nil && leader == nil)
 }
 
 // isStoredByNow looks into the store again. It asks for the body too, since a
 // store that is down may still know the record.
-func (f *fill) isStoredByNow() bool {
+func (f *fillRun) isStoredByNow() bool {
 	cp, err := f.c.findCopy(f.ctx, f.key, f.file, byteRange{})
 	if err != nil {
 		return false
@@ -337,7 +345,7 @@ func (f *fill) isStoredByNow() bool {
 }
 
 // fetchBody gets the body from upstream; with validators, if it has changed.
-func (f *fill) fetchBody(validators http.Header) fillOutcome {
+func (f *fillRun) fetchBody(validators http.Header) fillOutcome {
 	// Without a spool upstream need not be asked on behalf of all. Where a copy
 	// can answer, a slow disk must not delay the news that upstream is gone.
 	if f.oldRecord == nil && !f.openSpool() {
@@ -359,7 +367,7 @@ func (f *fill) fetchBody(validators http.Header) fillOutcome {
 
 // acceptHeaders looks at the headers of an answer and lets clients know them;
 // ended says that its body is not wanted.
-func (f *fill) acceptHeaders(resp *upstreamResponse, conditional bool) (outcome fillOutcome, ended bool) {
+func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outcome fillOutcome, ended bool) {
 	if conditional && f.isUnchanged(resp) {
 		return fillOutcome{kind: outcomeUnchanged}, true
 	}
@@ -382,7 +390,7 @@ func (f *fill) acceptHeaders(resp *upstreamResponse, conditional bool) (outcome 
 
 // openSpool makes the file that the body grows in, if there is none yet, and
 // reports whether there is one.
-func (f *fill) openSpool() bool {
+func (f *fillRun) openSpool() bool {
 	if f.spool != nil {
 		return true
 	}
@@ -402,7 +410,7 @@ func (f *fill) openSpool() bool {
 
 // reserveSpace reports whether there is space for a body of that size (-1: not
 // known).
-func (f *fill) reserveSpace(size int64) bool {
+func (f *fillRun) reserveSpace(size int64) bool {
 	err := f.spool.setSize(size)
 	if err != nil {
 		f.c.noteStoreError("spool", "beginning", f.key, err)
@@ -411,7 +419,7 @@ func (f *fill) reserveSpace(size int64) bool {
 }
 
 // publishHeaders makes the headers of the coming body known to all that wait.
-func (f *fill) publishHeaders(rec *record, origin int, validator string, storable bool) {
+func (f *fillRun) publishHeaders(rec *record, origin int, validator string, storable bool) {
 	f.mu.Lock()
 	f.rec, f.origin, f.validator = rec, origin, validator
 	f.setStorable(storable)
@@ -422,15 +430,15 @@ func (f *fill) publishHeaders(rec *record, origin int, validator string, storabl
 
 // endIfOfNoUse ends a fill that found out that its body may not be stored when
 // its last client had left already.
-func (f *fill) endIfOfNoUse() {
-	if f.isOfNoUse() && !f.c.fills.hasClients(f) {
+func (f *fillRun) endIfOfNoUse() {
+	if f.isOfNoUse() && !f.c.fills.hasClients(f.fill) {
 		f.cancel(errAbandoned)
 	}
 }
 
 // receiveBody moves the body of resp, and of what continues it, into the spool;
 // it has broken off that often already.
-func (f *fill) receiveBody(resp *upstreamResponse, breaks int) fillOutcome {
+func (f *fillRun) receiveBody(resp *upstreamResponse, breaks int) fillOutcome {
 	for ; ; breaks++ {
 		err := f.copyToSpool(resp)
 		resp.Body.Close()
@@ -453,7 +461,7 @@ const passOnTime = time.Minute
 // runOutOfSpace ends a fill in the middle of its body. Clients that have a part
 // of it are cut off; the others, and those that come now, ask upstream
 // themselves.
-func (f *fill) runOutOfSpace(err error) fillOutcome {
+func (f *fillRun) runOutOfSpace(err error) fillOutcome {
 	f.c.noteStoreError("spool", "growing", f.key, err)
 	f.c.passOn.putFor(f.key, struct{}{}, passOnTime)
 	f.spool.fail(err)
@@ -462,12 +470,14 @@ func (f *fill) runOutOfSpace(err error) fillOutcome {
 
 // completeFill is the last step of a body that is all there: it is verified,
 // published and stored. A store that fails takes nothing from the clients.
-func (f *fill) completeFill() fillOutcome {
+func (f *fillRun) completeFill() fillOutcome {
 	rec := *f.rec
-	if err := f.verifyBody(&rec); err != nil {
+	if err := f.spool.hash.verifyDigest(f.file.digest); err != nil {
 		f.c.metrics.countUpstreamError(f.file.remote.name, "digest")
 		return failedOutcome(err)
 	}
+	rec.Size, _ = f.spool.progress()
+	rec.SHA256 = f.spool.hash.sumHex()
 	if f.oldRecord != nil && f.oldRecord.SHA256 == rec.SHA256 {
 		rec.Modified = f.oldRecord.Modified // the same bytes keep their date
 	}
@@ -484,19 +494,9 @@ func (f *fill) completeFill() fillOutcome {
 	return fillOutcome{kind: outcomeBody}
 }
 
-// verifyBody completes rec from what was hashed on the way.
-func (f *fill) verifyBody(rec *record) error {
-	if err := f.spool.hash.verifyDigest(f.file.digest); err != nil {
-		return err
-	}
-	rec.Size, _ = f.spool.progress()
-	rec.SHA256 = f.spool.hash.sumHex()
-	return nil
-}
-
 // publishBody lets all that wait have the whole body. The remote has a place for
 // another fill from now on.
-func (f *fill) publishBody(rec *record) {
+func (f *fillRun) publishBody(rec *record) {
 	f.freeSlot()
 	f.spool.complete()
 	f.mu.Lock()
@@ -509,7 +509,7 @@ func (f *fill) publishBody(rec *record) {
 }
 
 // store stores a body that is published, unless its fate is another.
-func (f *fill) store() {
+func (f *fillRun) store() {
 	f.mu.Lock()
 	storing, rec := f.phase == phaseStoring, f.rec
 	f.mu.Unlock()
@@ -526,7 +526,7 @@ func (f *fill) store() {
 }
 
 // removeStored removes what is stored under the fill's key.
-func (f *fill) removeStored(doing string) {
+func (f *fillRun) removeStored(doing string) {
 	if err := f.c.removeFile(f.c.ctx, f.file.remote.name, f.key); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		f.c.noteStoreError("storage", doing, f.key, err)
 	}
@@ -534,7 +534,7 @@ func (f *fill) removeStored(doing string) {
 
 // applyToOldCopy does what the end of a fill means for the copy that it was to
 // replace, unless that was purged meanwhile.
-func (f *fill) applyToOldCopy(outcome fillOutcome) {
+func (f *fillRun) applyToOldCopy(outcome fillOutcome) {
 	c, old := f.c, f.oldRecord
 	f.mu.Lock()
 	purged := f.fate >= fatePurgedHere
@@ -559,19 +559,16 @@ func isUnreachable(err error) bool {
 }
 
 // end takes the fill out of the table and lets everyone know how it ended.
-func (f *fill) end(outcome fillOutcome) {
+func (f *fillRun) end(outcome fillOutcome) {
 	if f.lease.release != nil {
 		f.lease.release()
 	}
+	f.c.fills.remove(f.fill) // first: a client that is cut off may come again at once
 	if f.spool != nil {
 		f.spool.fail(errors.Join(outcome.err, io.ErrUnexpectedEOF)) // unless it is complete
 		f.spool.removeName()
 	}
-	unused := f.c.fills.endOf(f)
-	f.mu.Lock()
-	f.outcome = outcome
-	f.advance(phaseDone)
-	f.mu.Unlock()
+	unused := f.c.fills.finish(f.fill, outcome)
 	if outcome.err != nil {
 		f.c.log.Debug("a fill has failed", "key", f.key, "error", outcome.err)
 	}

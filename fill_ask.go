@@ -54,7 +54,7 @@ const (
 )
 
 // revalidateByHEAD asks whether the expired copy is still good.
-func (f *fill) revalidateByHEAD(validators http.Header) (copyState, error) {
+func (f *fillRun) revalidateByHEAD(validators http.Header) (copyState, error) {
 	c, name := f.c, f.file.remote.name
 	if _, refused := c.headRefused.get(name); refused {
 		return copyUnknown, nil
@@ -78,7 +78,7 @@ func (f *fill) revalidateByHEAD(validators http.Header) (copyState, error) {
 
 // isUnchanged reports whether an answer to a conditional request means that the
 // copy is still good: 304, or a 200 that names the very same bytes.
-func (f *fill) isUnchanged(resp *upstreamResponse) bool {
+func (f *fillRun) isUnchanged(resp *upstreamResponse) bool {
 	if resp.StatusCode == http.StatusNotModified {
 		return true
 	}
@@ -97,7 +97,7 @@ func isStrongETag(etag string) bool { return strings.HasPrefix(etag, `"`) }
 // mayBeStored reports whether the body of resp may be stored. A body that only
 // the end of the connection delimits (RFC 9112 section 6.3) cannot be told from a
 // cut one, and one over cache.max_size would push out everything else.
-func (f *fill) mayBeStored(resp *upstreamResponse) bool {
+func (f *fillRun) mayBeStored(resp *upstreamResponse) bool {
 	c, name := f.c, f.file.remote.name
 	if resp.ContentLength < 0 && resp.ProtoMajor == 1 && len(resp.TransferEncoding) == 0 {
 		c.log.Warn("a file is passed on and not stored: upstream gave neither a length nor chunks, so that a cut body could not be told from a whole one", "remote", name, "path", f.file.path)
@@ -107,7 +107,7 @@ func (f *fill) mayBeStored(resp *upstreamResponse) bool {
 }
 
 // fitsMaxSize reports whether cache.max_size allows a body of that size.
-func (f *fill) fitsMaxSize(size int64) bool {
+func (f *fillRun) fitsMaxSize(size int64) bool {
 	rem := f.file.remote
 	if rem.maxSize > 0 && size > rem.maxSize {
 		f.c.log.Warn("a file is passed on and not stored: it is larger than cache.max_size", "remote", rem.name, "path", f.file.path, "size", size)
@@ -139,7 +139,7 @@ func rangeValidator(resp *upstreamResponse) string {
 }
 
 // copyToSpool moves the body of resp into the spool until its end.
-func (f *fill) copyToSpool(resp *upstreamResponse) error {
+func (f *fillRun) copyToSpool(resp *upstreamResponse) error {
 	buf := largeBuffers.Get().(*[largeBufferSize]byte)
 	defer largeBuffers.Put(buf)
 	for {
@@ -161,7 +161,7 @@ func (f *fill) copyToSpool(resp *upstreamResponse) error {
 	}
 }
 
-func (f *fill) appendToSpool(p []byte) error {
+func (f *fillRun) appendToSpool(p []byte) error {
 	written, size := f.spool.progress()
 	written += int64(len(p))
 	if f.file.maxBytes > 0 && written > f.file.maxBytes {
@@ -180,7 +180,7 @@ func (f *fill) appendToSpool(p []byte) error {
 
 // resumeBody asks for the rest of a body that broke off with cause, after that
 // many breaks before. An error means that the body cannot be had.
-func (f *fill) resumeBody(cause error, breaks int) (*upstreamResponse, error) {
+func (f *fillRun) resumeBody(cause error, breaks int) (*upstreamResponse, error) {
 	if _, fatal := errors.AsType[*problem](cause); fatal || errors.Is(cause, errBroken) || errors.Is(cause, errTooMuch) || f.ctx.Err() != nil {
 		return nil, cause
 	}
@@ -189,7 +189,7 @@ func (f *fill) resumeBody(cause error, breaks int) (*upstreamResponse, error) {
 	if breaks >= maxResumes {
 		return nil, broken
 	}
-	resp, err := f.c.requestPart(f.ctx, f.partFrom(written, -1))
+	resp, err := f.partFrom(written, -1).request(f.ctx, f.c.upstream)
 	if err == nil {
 		if err = f.spool.setSize(resp.completeLength()); err != nil {
 			resp.Body.Close()
@@ -218,9 +218,9 @@ func (f *fill) partFrom(from, to int64) bodyPart {
 	return bodyPart{f.file, f.validator, size, from, to, f.origin}
 }
 
-// requestPart asks upstream for a part, and accepts exactly that part of the very
+// request asks upstream for the part, and accepts exactly that part of the very
 // same body.
-func (c *cache) requestPart(ctx context.Context, p bodyPart) (*upstreamResponse, error) {
+func (p bodyPart) request(ctx context.Context, up *upstream) (*upstreamResponse, error) {
 	if p.validator == "" && p.file.digest == "" {
 		return nil, errors.New("the upstream gave no strong validator")
 	}
@@ -233,7 +233,7 @@ func (c *cache) requestPart(ctx context.Context, p bodyPart) (*upstreamResponse,
 	}
 	req := p.file.newUpstreamRequest(http.MethodGet, h)
 	req.first = p.origin
-	resp, err := c.upstream.send(ctx, req)
+	resp, err := up.send(ctx, req)
 	if err != nil {
 		return nil, err
 	}
@@ -248,7 +248,7 @@ func (c *cache) requestPart(ctx context.Context, p bodyPart) (*upstreamResponse,
 	return resp, nil
 }
 
-// completeLength is the size of the body of which requestPart's answer is a part.
+// completeLength is the size of the body of which bodyPart.request's answer is a part.
 func (resp *upstreamResponse) completeLength() int64 {
 	_, _, size, _ := parseContentRange(resp.Header.Get("Content-Range"))
 	return size

@@ -25,13 +25,17 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 	}
 	var at, size int64
 	if err == nil {
-		if at, size, err = c.readPartHeaders(file, resp, req.header.Get("Range") != ""); err != nil {
+		var partial bool
+		if at, size, partial = resp.partOf(req.header.Get("Range") != ""); !partial {
+			err = c.statusError(file, resp)
+		}
+		if err != nil {
 			resp.Body.Close()
 		}
 	}
 	if err != nil {
 		if why := file.staleReason(err); why != "" && cp != nil {
-			return c.staleReply(cp, why), nil
+			return cp.staleReply(why), nil
 		}
 		return nil, err
 	}
@@ -41,9 +45,9 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 		reply.cacheStatus = "fwd=stale; fwd-status=200"
 	}
 	if file.needsWholeBody {
-		return reply, c.readSmallBody(ctx, file, reply, resp)
+		return reply, reply.readSmallBody(ctx, file, resp)
 	}
-	body := &upstreamReader{c: c, ctx: ctx, resp: resp, respOffset: at, part: bodyPart{file: file, validator: rangeValidator(resp), size: size, to: rng.to, origin: resp.origin}}
+	body := &upstreamReader{up: c.upstream, ctx: ctx, resp: resp, respOffset: at, part: bodyPart{file: file, validator: rangeValidator(resp), size: size, to: rng.to, origin: resp.origin}}
 	if file.digest != "" {
 		body.hash = newBodyHash(file.digest)
 	}
@@ -66,18 +70,18 @@ func (rng byteRange) rangeHeader(file fileRequest) http.Header {
 	return http.Header{"Range": {fmt.Sprintf("bytes=%d-", rng.from)}}
 }
 
-// readPartHeaders reads where the body of resp begins, and the size of the whole
-// (-1: not known). The request may have been ranged.
-func (c *cache) readPartHeaders(file fileRequest, resp *upstreamResponse, ranged bool) (at, size int64, err error) {
+// partOf is where the body of resp begins, and the size of the whole (-1: not
+// known). partial reports whether it is a part, which only a ranged request may get.
+func (resp *upstreamResponse) partOf(ranged bool) (at, size int64, partial bool) {
 	first, _, size, ok := parseContentRange(resp.Header.Get("Content-Range"))
 	if ranged && resp.StatusCode == http.StatusPartialContent && ok && size >= 0 {
-		return first, size, nil
+		return first, size, true
 	}
-	return 0, resp.ContentLength, c.statusError(file, resp)
+	return 0, resp.ContentLength, false
 }
 
 // readSmallBody gives reply a small body, which must be whole before it is sent.
-func (c *cache) readSmallBody(ctx context.Context, file fileRequest, reply *fileReply, resp *upstreamResponse) error {
+func (reply *fileReply) readSmallBody(ctx context.Context, file fileRequest, resp *upstreamResponse) error {
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, file.maxBytes+1))
 	if err != nil {
@@ -103,7 +107,7 @@ func (c *cache) readSmallBody(ctx context.Context, file fileRequest, reply *file
 // upstreamReader reads a body straight from upstream, from wherever it is sought
 // to, and asks again by Range when the body breaks off. It is a growingBody.
 type upstreamReader struct {
-	c          *cache
+	up         *upstream
 	ctx        context.Context
 	part       bodyPart
 	resp       *upstreamResponse // nil: asked for when bytes are wanted
@@ -216,7 +220,7 @@ func (b *upstreamReader) seekUpstream(off int64) error {
 	if part.to < off {
 		part.to = -1
 	}
-	resp, err := b.c.requestPart(b.ctx, part)
+	resp, err := part.request(b.ctx, b.up)
 	if err == nil {
 		b.closeResponse()
 		b.resp, b.respOffset, b.part.size = resp, off, resp.completeLength()

@@ -19,10 +19,10 @@ const (
 	maxFarRanges = 8
 )
 
-// awaitFill waits until f has something to answer with; again says that the
-// store must be looked up once more. It closes cp's body unless the reply sends
-// it.
-func (c *cache) awaitFill(ctx context.Context, f *fill, leads bool, rng byteRange, cp *storedCopy) (reply *fileReply, again bool, err error) {
+// awaitReply waits until the fill has something to answer with; again says that
+// the store must be looked up once more. It closes cp's body unless the reply
+// sends it.
+func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *storedCopy) (reply *fileReply, again bool, err error) {
 	defer func() {
 		if cp != nil && (reply == nil || reply.body != cp.body) {
 			cp.body.Close()
@@ -42,7 +42,7 @@ func (c *cache) awaitFill(ctx context.Context, f *fill, leads bool, rng byteRang
 			return f.replyFromSpool(ctx, leads, rng), false, nil
 		case phase == phaseDone:
 			f.leave()
-			return c.replyWithoutBody(ctx, f.file, rng, cp, outcome)
+			return f.c.replyWithoutBody(ctx, f.file, rng, cp, outcome)
 		}
 		select {
 		case <-changed:
@@ -102,7 +102,8 @@ func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 	reply := f.replyFromSpool(ctx, false, rng)
 	ttl, forever := file.remote.ttlOf(file.class)
 	c.countUse(file.remote.name, f.key)
-	return c.hitReply(&storedCopy{object: &object{reply.rec, reply.body}, goodAt: c.now(), ttlLeft: ttl, forever: forever}, "")
+	hit := &storedCopy{object: &object{reply.rec, reply.body}, goodAt: c.now(), ttlLeft: ttl, forever: forever}
+	return hit.hitReply("")
 }
 
 // replyWithoutBody answers when the fill has brought no body; again says that
@@ -125,7 +126,7 @@ func (c *cache) replyWithoutBody(ctx context.Context, file fileRequest, rng byte
 	}
 	if why := file.staleReason(outcome.err); why != "" && cp != nil {
 		c.countUse(file.remote.name, file.key())
-		return c.staleReply(cp, why), false, nil
+		return cp.staleReply(why), false, nil
 	}
 	return nil, false, outcome.err
 }
@@ -242,14 +243,14 @@ func (r *fillReader) isFarAhead() bool {
 // requestFarRange opens the range upstream. If that fails, the fill will come by.
 func (r *fillReader) requestFarRange() {
 	part := r.f.partFrom(r.offset, r.last)
-	resp, err := r.f.c.requestPart(r.ctx, part)
+	resp, err := part.request(r.ctx, r.f.c.upstream)
 	if err != nil {
 		r.f.mu.Lock()
 		defer r.f.mu.Unlock()
 		r.f.noRanges = r.f.noRanges || errors.Is(err, errBadUpstream)
 		return
 	}
-	r.beyond = &upstreamReader{c: r.f.c, ctx: r.ctx, part: part, offset: r.offset, resp: resp, respOffset: r.offset}
+	r.beyond = &upstreamReader{up: r.f.c.upstream, ctx: r.ctx, part: part, offset: r.offset, resp: resp, respOffset: r.offset}
 }
 
 // leaveBeyond goes back to the spool.

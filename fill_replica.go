@@ -87,7 +87,7 @@ func newReplicaClient() *http.Client {
 // acquireLease makes this process the one that fills f's key. leader is the
 // replica that does already. Without Redis there is no lease, and every replica
 // fills for itself.
-func (f *fill) acquireLease() (leader *leaseHolder) {
+func (f *fillRun) acquireLease() (leader *leaseHolder) {
 	if f.c.replicas == nil {
 		return nil
 	}
@@ -106,7 +106,7 @@ func (f *fill) acquireLease() (leader *leaseHolder) {
 	return leader
 }
 
-func (f *fill) setLease(l heldLease) {
+func (f *fillRun) setLease(l heldLease) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.lease = l
@@ -114,12 +114,13 @@ func (f *fill) setLease(l heldLease) {
 
 // fetchFromReplica brings the body from the replica that fills already. If ended
 // is false, that replica had nothing for us, and upstream must be asked.
-func (f *fill) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, ended bool) {
+func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, ended bool) {
 	if !f.openSpool() {
 		return fillOutcome{kind: outcomeNoSpool}, true
 	}
 	f.setLeader(leader)
-	outcome, err := f.follow(leader)
+	follower := &follower{f}
+	outcome, err := follower.follow(leader)
 	switch {
 	case err == nil:
 		return outcome, true
@@ -129,27 +130,30 @@ func (f *fill) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, ended
 	written, _ := f.spool.progress()
 	f.c.log.Info("fetching what another replica began", "key", f.key, "replica", leader.addr, "at", written, "error", err)
 	if f.rec != nil {
-		return f.takeOver(err), true
+		return follower.takeOver(err), true
 	}
 	f.setLeader(nil)
 	return fillOutcome{}, false
 }
 
-func (f *fill) setLeader(leader *leaseHolder) {
+func (f *fillRun) setLeader(leader *leaseHolder) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.leader = leader
 }
 
+// follower is a fill that gets its body from another replica, its leader.
+type follower struct{ *fillRun }
+
 // follow reads the leader's stream into f's own spool, and keeps the body there
 // until the leader has stored it. An error, which is errReplica but for a spool
 // that is full, says that the leader can do no more; what it sent is in the spool.
-func (f *fill) follow(leader *leaseHolder) (fillOutcome, error) {
+func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 	ctx, cancel := context.WithCancel(f.ctx)
 	defer cancel()
 	silence := time.AfterFunc(replicaTimeout, cancel)
 	defer silence.Stop()
-	body, err := f.c.openReplicaStream(ctx, leader, f.key)
+	body, err := f.openStream(ctx, leader)
 	if err != nil {
 		return fillOutcome{}, fmt.Errorf("%w: %w", errReplica, err)
 	}
@@ -174,7 +178,7 @@ func (f *fill) follow(leader *leaseHolder) (fillOutcome, error) {
 
 // endOfStream is the end of a leader's stream without an outcome. Behind the
 // whole body the leader has stored it, as far as it could, or died over that.
-func (f *fill) endOfStream(err error) (fillOutcome, error) {
+func (f *follower) endOfStream(err error) (fillOutcome, error) {
 	switch {
 	case !f.isPublished():
 		return fillOutcome{}, fmt.Errorf("%w: %w", errReplica, err)
@@ -191,7 +195,7 @@ func (f *fill) isPublished() bool {
 }
 
 // applyFrame applies a frame that brings the body nearer.
-func (f *fill) applyFrame(frame replicaFrame) error {
+func (f *follower) applyFrame(frame replicaFrame) error {
 	switch frame.kind {
 	case frameHead:
 		var h replicaHead
@@ -227,7 +231,7 @@ func (f *fill) applyFrame(frame replicaFrame) error {
 
 // readOutcome reads how the leader's fill ended, unless that says nothing about
 // ours.
-func (f *fill) readOutcome(payload []byte) (fillOutcome, error) {
+func (f *follower) readOutcome(payload []byte) (fillOutcome, error) {
 	var o replicaOutcome
 	if err := json.Unmarshal(payload, &o); err != nil {
 		return fillOutcome{}, fmt.Errorf("%w: its outcome cannot be read", errReplica)
@@ -246,7 +250,7 @@ func (f *fill) readOutcome(payload []byte) (fillOutcome, error) {
 
 // takeOver fetches what is missing of a body whose leader is gone: by Range, or
 // as a whole where upstream has no ranges or the bytes that came are in doubt.
-func (f *fill) takeOver(cause error) fillOutcome {
+func (f *follower) takeOver(cause error) fillOutcome {
 	f.mu.Lock()
 	f.setStorable(true)
 	f.leader = nil
@@ -267,7 +271,7 @@ func (f *fill) takeOver(cause error) fillOutcome {
 
 // refetchWhole asks for the whole body and reads past what the spool has already.
 // Clients have seen that: it must be the same.
-func (f *fill) refetchWhole() (*upstreamResponse, error) {
+func (f *follower) refetchWhole() (*upstreamResponse, error) {
 	resp, err := f.file.behaves().requestBody(f.ctx, f.c.upstream, f.file.newUpstreamRequest(http.MethodGet, nil))
 	if err != nil {
 		return nil, err
@@ -287,7 +291,7 @@ func (f *fill) refetchWhole() (*upstreamResponse, error) {
 }
 
 // compareWithSpool reads the part of resp that the spool has and compares it.
-func (f *fill) compareWithSpool(resp *upstreamResponse) error {
+func (f *follower) compareWithSpool(resp *upstreamResponse) error {
 	written, size := f.spool.progress()
 	now := f.c.newRecord(f.file, resp.Header)
 	if resp.ContentLength != size || now.ETag != f.rec.ETag || now.LastModified != f.rec.LastModified {
@@ -310,15 +314,14 @@ func (f *fill) compareWithSpool(resp *upstreamResponse) error {
 	return nil
 }
 
-// openReplicaStream opens the stream of the leader's fill of key. The caller
-// closes it.
-func (c *cache) openReplicaStream(ctx context.Context, leader *leaseHolder, key string) (io.ReadCloser, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, leader.addr+replicaPath+key, nil)
+// openStream opens the stream of the leader's fill. The caller closes it.
+func (f *follower) openStream(ctx context.Context, leader *leaseHolder) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, leader.addr+replicaPath+f.key, nil)
 	if err != nil {
 		return nil, err
 	}
 	req.Header.Set(leaseHeader, leader.token)
-	res, err := c.replicaClient.Do(req)
+	res, err := f.c.replicaClient.Do(req)
 	if err != nil {
 		return nil, err
 	}

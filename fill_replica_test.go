@@ -126,7 +126,7 @@ func newFleet(t testing.TB, n int, keys ...string) *fleet {
 func (f *fleet) join(tt *tester) {
 	m := &member{board: f.board, cache: tt.cache, url: tt.url}
 	f.board.members = append(f.board.members, m)
-	tt.cache.replicas = m
+	tt.cache.joinReplicas(m)
 	tt.Cleanup(tt.cache.replicaClient.CloseIdleConnections)
 }
 
@@ -735,7 +735,7 @@ func (g *gatedObjects) put(ctx context.Context, key string, rec *record, spool *
 // gateFirst has the first replica store when it is let.
 func (f *fleet) gateFirst() *gatedObjects {
 	g := &gatedObjects{heldObjects{f.all[0].cache.objects, make(chan struct{})}, make(chan struct{})}
-	f.all[0].cache.objects = g
+	f.all[0].cache.useObjects(g)
 	return g
 }
 
@@ -850,7 +850,7 @@ func TestLeaseThatWasFreeFindsTheFileStored(t *testing.T) {
 	f := newFleet(t, 2)
 	f.origin.file("/a", "text")
 	missed := &missOnce{objects: f.all[1].cache.objects}
-	f.all[1].cache.objects = missed
+	f.all[1].cache.useObjects(missed)
 	f.all[0].get("/api/r/a").wantMiss()
 	f.settled()
 	f.all[1].get("/api/r/a").wantHit().wantBody("text")

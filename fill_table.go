@@ -109,6 +109,17 @@ func (t *fillTable) take(key string) []*fill {
 	return taken
 }
 
+// stop keeps what is being filled under key from being stored, and waits for what
+// is being stored right now.
+func (t *fillTable) stop(ctx context.Context, key string) error {
+	for _, f := range t.take(key) {
+		if err := f.preventStoring(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // drop takes f out, if it is still there. mu is held.
 func (t *fillTable) drop(f *fill) {
 	t.byKey[f.key] = slices.DeleteFunc(t.byKey[f.key], func(other *fill) bool { return other == f })
@@ -185,13 +196,23 @@ func (t *fillTable) pickAbandoned(remote string) *fill {
 	return victim
 }
 
-// endOf takes a fill that has ended out of the table, and reports whether it has
-// no client any more.
-func (t *fillTable) endOf(f *fill) (unused bool) {
+// remove takes a fill that is about to end out of the table.
+func (t *fillTable) remove(f *fill) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.ended.Add(1)
 	t.drop(f)
+}
+
+// finish ends a fill and reports whether it has no client any more. Both is one
+// step, so that either the fill or its last client releases the spool.
+func (t *fillTable) finish(f *fill, outcome fillOutcome) (unused bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.outcome = outcome
+	f.advance(phaseDone)
 	return f.clients == 0
 }
 

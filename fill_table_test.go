@@ -107,7 +107,7 @@ func TestFillsAreFoundByTheirSpelling(t *testing.T) {
 	if a == b || !created {
 		t.Fatal("a request for one file joined the fill of another")
 	}
-	table.endOf(a)
+	table.remove(a)
 	if table.find(key, "b/a") != b || table.find(key, "a") != nil {
 		t.Error("the end of one took the other out of the table")
 	}

@@ -181,7 +181,7 @@ func (tt *tester) begin() {
 	tt.cache.upstream = tt.newUpstream(s.log)
 	tt.up = tt.cache.upstream
 	if tt.setup.objects != nil {
-		tt.cache.objects = tt.setup.objects(tt.cache.objects)
+		tt.cache.useObjects(tt.setup.objects(tt.cache.objects))
 	}
 	if tt.setup.spools != nil {
 		tt.setup.spools(tt.cache.space)

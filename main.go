@@ -308,7 +308,9 @@ func (s *server) newHandler() http.Handler {
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version
 	s.cache = newCache(st.objects, st.chosenIndex(), st.chosenFreshness(), st.space, up, time.Now, s.log, metrics)
-	s.cache.replicas = st.sharedReplicas()
+	if r := st.sharedReplicas(); r != nil {
+		s.cache.joinReplicas(r)
+	}
 	responder := &responder{now: time.Now, log: s.log, metrics: metrics}
 	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: responder, metrics: metrics,
 		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
@@ -412,7 +414,7 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 		atOnceAndEvery(checkEvery, func() { s.checkBackend(b) })
 	}
 	every(2*time.Second, func() { s.cache.flushCounts(ctx) })
-	every(5*time.Second, func() { s.cache.evictFiles(ctx, s.config.Load(), s.set.maxSize) })
+	every(5*time.Second, func() { (&evictor{s.cache, s.config.Load(), s.set.maxSize}).evictFiles(ctx) })
 	// A sweep reads all directories. It runs in its loop, so that the first
 	// request does not wait for it.
 	loop(func() { s.sweepDisks(ctx) }, time.Hour, func() { s.openData(); s.sweepDisks(ctx) })

@@ -463,7 +463,7 @@ func TestChangesAreAnnounced(t *testing.T) {
 	t.Cleanup(func() { fresh.Close() })
 	r := &toldReplicas{}
 	c := newCache(disk, newTestIndex(t, t.TempDir(), disk), fresh, nil, nil, time.Now, slog.New(slog.DiscardHandler), newMetrics())
-	c.replicas = r
+	c.joinReplicas(r)
 	change := func(spelling string) {
 		t.Helper()
 		rec := testRecord(spelling, "x")
