@@ -3,8 +3,8 @@
 // knows nothing of the rest of the program.
 //
 // A method has succeeded only when the server said so, or when the object was
-// seen in place afterwards. Each attempt is built and signed anew, with the
-// region and the clock that earlier answers taught.
+// seen in place afterwards. Each attempt is built and signed anew, for the region
+// that an earlier refusal named.
 
 package main
 
@@ -40,7 +40,7 @@ const (
 	s3WriteTimeout    = 60 * time.Second // for a write's header, once the body is sent
 	s3CompleteTimeout = 10 * time.Minute // for complete's header: some servers copy the parts together first
 	s3CleanupTimeout  = 30 * time.Second // to abort and look again when the caller's context is over
-	s3SkewLimit       = 5 * time.Minute  // servers refuse at 15; less is no reason to distrust our clock
+	s3ClockTolerance  = 5 * time.Minute  // a refusal without a code is put down to clocks that differ by more; servers refuse at 15
 	s3XMLLimit        = 8 << 20          // a page of 1,000 keys of 1,024 bytes, each byte as %XX, is 4 MiB
 	s3TextLimit       = 200              // of a server's message in our errors and logs
 )
@@ -50,6 +50,7 @@ var (
 	errS3NotModified        = errors.New("the object is unchanged")  // If-None-Match of a get
 	errS3PreconditionFailed = errors.New("a condition was not met")  // If-Match of a get, any condition of a put
 	errS3Timeout            = errors.New("no byte moved in time")    // header or body
+	errS3Clock              = errors.New("the clocks differ")        // too much for the server to accept a signature
 	errS3BadAnswer          = errors.New("unexpected answer")        // no S3 server says such a thing
 	errS3Metadata           = errors.New("metadata is not sendable") // see checkMetadata
 )
@@ -80,7 +81,7 @@ func (c s3Config) String() string { return c.host + "/" + c.bucket }
 type s3Client struct {
 	cfg       s3Config
 	endpoint  atomic.Pointer[s3Endpoint]
-	skew      atomic.Int64 // nanoseconds that the server's clock is ahead of ours
+
 	cachedKey atomic.Pointer[s3SigningKey]
 }
 
@@ -128,18 +129,41 @@ type s3Error struct {
 	status                   int
 	code, message, requestID string
 
-	region   string     // that the server says is right
-	date     time.Time  // its clock
-	endpoint s3Endpoint // by the request
-	sent     time.Time  // the request's signing time
+	region   string     // the bucket's region, if the server says it
+	date     time.Time  // the server's clock when it answered; may be zero
+	endpoint s3Endpoint // where the request was sent
+	sent     time.Time  // when the request was signed, by our clock
 }
 
 func (e *s3Error) Error() string {
-	text := strings.TrimSpace(e.code + " " + e.message)
+	text := "s3: " + strconv.Itoa(e.status)
+	if reason := strings.TrimSpace(e.code + " " + e.message); reason != "" {
+		text += " " + reason
+	}
 	if e.requestID != "" {
 		text += " (request " + e.requestID + ")"
 	}
-	return fmt.Sprintf("s3: %d %s", e.status, text)
+	if !e.isClockRefusal() {
+		return text
+	}
+	if e.date.IsZero() {
+		return text + ": the clock of this machine differs from the server's: set it"
+	}
+	order, difference := "ahead of", e.sent.Sub(e.date).Round(time.Second)
+	if difference < 0 {
+		order, difference = "behind", -difference
+	}
+	return fmt.Sprintf("%s: the clock of this machine is %v %s the server's: set it", text, difference, order)
+}
+
+// isClockRefusal reports whether the request was refused because its signing
+// time was too far from the server's clock. The refusal of a HEAD has no body
+// and so no code; there the two clocks decide.
+func (e *s3Error) isClockRefusal() bool {
+	if e.code != "" || e.status != http.StatusForbidden || e.date.IsZero() {
+		return e.code == "RequestTimeTooSkewed"
+	}
+	return e.date.Sub(e.sent).Abs() > s3ClockTolerance
 }
 
 // Is goes by the code alone: a 404 without one does not come from S3 but from
@@ -154,6 +178,9 @@ func (e *s3Error) Is(target error) bool {
 		return target == errS3NotModified
 	case "PreconditionFailed", "ConditionalRequestConflict":
 		return target == errS3PreconditionFailed
+	}
+	if e.isClockRefusal() { // the credentials may be right
+		return target == errS3Clock
 	}
 	return target == fs.ErrPermission && (e.status == http.StatusForbidden || e.code == "AccessDenied")
 }
@@ -539,11 +566,12 @@ func decodeListedKey(s, encoding string) (string, error) {
 	return url.QueryUnescape(s)
 }
 
-// abortOldUploads aborts uploads below prefix that were begun longer than age ago (by the
-// server's clock) and never ended, and counts them. MinIO lists none without an
-// exact key, but sweeps by itself after a day.
+// abortOldUploads aborts uploads below prefix that were begun longer than age ago (by our
+// clock, which differs from the server's by minutes at most) and never ended, and
+// counts them. MinIO lists none without an exact key, but sweeps by itself after
+// a day.
 func (c *s3Client) abortOldUploads(ctx context.Context, prefix string, age time.Duration) (n int, err error) {
-	before := c.serverTime().Add(-age)
+	before := c.cfg.now().Add(-age)
 	keyMark, idMark := "", ""
 	for {
 		page, err := c.listMultipartUploads(ctx, prefix, keyMark, idMark)

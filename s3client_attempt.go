@@ -69,7 +69,7 @@ func (c *s3Client) sendWithRetries(ctx context.Context, op *s3Operation) (*http.
 		switch {
 		case n >= tries || ctx.Err() != nil:
 			return nil, fmt.Errorf("%s %q: %w", op.doing, op.key, err)
-		case c.learnFromRefusal(err) || c.prepareRetry(ctx, op, err):
+		case c.learnRegion(err) || c.prepareRetry(ctx, op, err):
 		case isTransientS3(err):
 			pause = retryDelay(n)
 		default:
@@ -130,28 +130,18 @@ func s3pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// learnFromRefusal takes the region or the time from a refusal and says whether another
-// attempt will differ for it. It compares with what that request used: another
-// one may have learned the same meanwhile.
-func (c *s3Client) learnFromRefusal(err error) bool {
-	var e *s3Error
-	if !errors.As(err, &e) {
+// learnRegion takes the bucket's region from a refusal and reports whether
+// another attempt will be signed for another region than the refused one was.
+// It compares with the region of that attempt, since a concurrent operation may
+// have learned the region meanwhile.
+func (c *s3Client) learnRegion(err error) bool {
+	refused, ok := errors.AsType[*s3Error](err)
+	if !ok || refused.region == "" || refused.region == refused.endpoint.region {
 		return false
 	}
-	if e.region != "" && e.region != e.endpoint.region {
-		c.endpoint.Store(&s3Endpoint{host: regionHost(e.endpoint, e.region), region: e.region})
-		c.cfg.log.Warn("the bucket is in another region than configured", "configured", c.cfg.region, "region", e.region)
-		return true
-	}
-	// A refused HEAD has no code: then the two clocks must do.
-	skewed := e.code == "RequestTimeTooSkewed" || e.code == "" && e.status == http.StatusForbidden
-	if skewed && !e.date.IsZero() && e.date.Sub(e.sent).Abs() > s3SkewLimit {
-		skew := e.date.Sub(c.cfg.now())
-		c.skew.Store(int64(skew))
-		c.cfg.log.Warn("the clocks differ, signing by the server's", "server_ahead", skew.Round(time.Second).String())
-		return true
-	}
-	return false
+	c.endpoint.Store(&s3Endpoint{host: regionHost(refused.endpoint, refused.region), region: refused.region})
+	c.cfg.log.Warn("the bucket is in another region than configured: set the right one", "configured", c.cfg.region, "region", refused.region)
+	return true
 }
 
 // regionHost is where another region answers. Only Amazon has a host for each;
@@ -163,16 +153,13 @@ func regionHost(used s3Endpoint, region string) string {
 	return used.host
 }
 
-// serverTime is the server's, as far as we know.
-func (c *s3Client) serverTime() time.Time { return c.cfg.now().Add(time.Duration(c.skew.Load())) }
-
 // sendOnce sends op once. The response of a kept body must be closed; every
 // other body is already read.
 func (c *s3Client) sendOnce(ctx context.Context, op *s3Operation) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	w := &s3Watchdog{ctx: ctx, cancel: cancel}
 	w.timer = time.AfterFunc(op.headerTimeout(), func() { cancel(errS3Timeout) })
-	place, at := *c.endpoint.Load(), c.serverTime()
+	place, at := *c.endpoint.Load(), c.cfg.now()
 	resp, err := c.cfg.transport.RoundTrip(c.buildRequest(ctx, op, place, at, w))
 	if err != nil {
 		err = w.causeOf(err)

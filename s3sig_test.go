@@ -447,13 +447,18 @@ func testS3Cancelled(t *testing.T, c *s3Client) {
 	}
 }
 
-// testS3Corrected: a wrong clock and a wrong region are got over, by each
-// operation as the first of a client.
+// testS3Corrected: each operation, as the first of a client, succeeds with a
+// wrong region and names a wrong clock.
 func testS3Corrected(t *testing.T, c *s3Client) {
-	for name, spoil := range map[string]func(*s3Config){
-		"clock ahead":  func(cfg *s3Config) { cfg.now = func() time.Time { return time.Now().Add(6 * time.Hour) } },
-		"clock behind": func(cfg *s3Config) { cfg.now = func() time.Time { return time.Now().Add(-60 * 24 * time.Hour) } },
-		"region":       func(cfg *s3Config) { cfg.region = "no-where-1" },
+	for name, tt := range map[string]struct {
+		spoil func(*s3Config)
+		want  string // how the error ends; "" for success
+	}{
+		"clock ahead": {func(cfg *s3Config) { cfg.now = func() time.Time { return time.Now().Add(6 * time.Hour) } },
+			"ahead of the server's: set it"},
+		"clock behind": {func(cfg *s3Config) { cfg.now = func() time.Time { return time.Now().Add(-60 * 24 * time.Hour) } },
+			"behind the server's: set it"},
+		"region": {func(cfg *s3Config) { cfg.region = "no-where-1" }, ""},
 	} {
 		for op, do := range map[string]func(*s3Client) error{
 			"put": func(c *s3Client) error { _, err := c.putObject(t.Context(), "fix", putOf([]byte("x"))); return err },
@@ -469,13 +474,17 @@ func testS3Corrected(t *testing.T, c *s3Client) {
 			},
 		} {
 			cfg := c.cfg
-			spoil(&cfg)
+			tt.spoil(&cfg)
 			wrong, err := newS3Client(cfg)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := do(wrong); err != nil {
+			err = do(wrong)
+			if tt.want == "" && err != nil {
 				t.Errorf("%s, %s: %v", name, op, err)
+			}
+			if tt.want != "" && (!errors.Is(err, errS3Clock) || errors.Is(err, fs.ErrPermission) || !strings.HasSuffix(err.Error(), tt.want)) {
+				t.Errorf("%s, %s: %v, want %s", name, op, err, tt.want)
 			}
 		}
 	}
@@ -483,6 +492,7 @@ func testS3Corrected(t *testing.T, c *s3Client) {
 		t.Error(err)
 	}
 }
+
 
 func notMissing(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
@@ -498,7 +508,9 @@ func TestS3Fake(t *testing.T) {
 		"virtual host":   func(_ *fakeS3, c *s3Config) { c.virtualHost, c.host = true, "s3.test:80" },
 		"another region": func(f *fakeS3, c *s3Config) { f.region = "eu-test-1" },
 		"small pages":    func(f *fakeS3, c *s3Config) { f.pageSize = 2 },
-		"clock ahead":    func(f *fakeS3, c *s3Config) { f.now = func() time.Time { return time.Now().Add(-3 * time.Hour) } },
+		"clock a bit off": func(f *fakeS3, c *s3Config) {
+			f.now = func() time.Time { return time.Now().Add(-10 * time.Minute) }
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -798,22 +810,35 @@ func TestRegionHost(t *testing.T) {
 	}
 }
 
-func TestS3CorrectsTheClock(t *testing.T) {
+func TestS3NamesAWrongClock(t *testing.T) {
 	t.Parallel()
-	for _, ahead := range []time.Duration{-time.Hour, time.Hour, -48 * time.Hour} {
-		f := newFakeS3(t)
-		f.now = func() time.Time { return time.Now().Add(ahead) }
-		c := f.client()
-		// A HEAD's refusal says no more than 403.
-		if _, err := c.headObject(t.Context(), "k"); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("head: %v", err)
+	synctest.Test(t, func(t *testing.T) {
+		for ahead, want := range map[time.Duration]string{
+			-20 * time.Minute: "the clock of this machine is 20m0s ahead of the server's: set it",
+			48 * time.Hour:    "the clock of this machine is 48h0m0s behind the server's: set it",
+		} {
+			attempts := 0
+			c := timedClient(t, func(r *http.Request) (*http.Response, error) {
+				attempts++
+				body := "<Error><Code>RequestTimeTooSkewed</Code><Message>too large</Message></Error>"
+				if r.Method == http.MethodHead { // its refusal says no more than 403
+					body = ""
+				}
+				return &http.Response{StatusCode: 403, Request: r, Body: io.NopCloser(strings.NewReader(body)),
+					Header: http.Header{"Date": {time.Now().Add(ahead).UTC().Format(http.TimeFormat)}}}, nil
+			})
+			_, headErr := c.headObject(t.Context(), "k")
+			_, putErr := c.putObject(t.Context(), "k", putOf(pattern(10)))
+			for _, err := range []error{headErr, putErr} {
+				if !errors.Is(err, errS3Clock) || errors.Is(err, fs.ErrPermission) || !strings.HasSuffix(err.Error(), want) {
+					t.Errorf("%v, want %s", err, want)
+				}
+			}
+			if attempts != 2 {
+				t.Errorf("%d attempts, want one for each operation", attempts)
+			}
 		}
-		mustPut(t, f.client(), "k", putOf(pattern(10)))
-		mustPut(t, c, "k", putOf(pattern(10)))
-		if n := f.count("PutObject"); n != 3 {
-			t.Errorf("%v: %d attempts, want 2 and 1", ahead, n)
-		}
-	}
+	})
 }
 
 func TestS3Bucket(t *testing.T) {
