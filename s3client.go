@@ -47,6 +47,7 @@ const (
 
 var (
 	errS3NoBucket           = errors.New("no such bucket")           // not fs.ErrNotExist: nothing can be kept there
+	errS3NoUpload           = errors.New("no such upload")           // not fs.ErrNotExist: it says nothing about the object
 	errS3NotModified        = errors.New("the object is unchanged")  // If-None-Match of a get
 	errS3PreconditionFailed = errors.New("a condition was not met")  // If-Match of a get, any condition of a put
 	errS3Timeout            = errors.New("no byte moved in time")    // header or body
@@ -79,8 +80,8 @@ func (c s3Config) String() string { return c.host + "/" + c.bucket }
 
 // s3Client is one bucket. All methods may be called concurrently.
 type s3Client struct {
-	cfg       s3Config
-	endpoint  atomic.Pointer[s3Endpoint]
+	cfg      s3Config
+	endpoint atomic.Pointer[s3Endpoint]
 
 	cachedKey atomic.Pointer[s3SigningKey]
 }
@@ -110,7 +111,7 @@ type s3PutInput struct {
 	body        io.ReaderAt // read more than once: hashed by parts, sent again
 	size        int64
 	sha256      string            // hex, of the whole body
-	meta        map[string]string // printable ASCII, 2 KB in all; something unique in it lets a lost answer be cleared up
+	meta        map[string]string // printable ASCII, 2 KB in all; with ifNoneMatch something in it must be unique to this object
 	contentType string
 	ifMatch     string // ETag of what may be replaced
 	ifNoneMatch string // "*": do not replace
@@ -170,8 +171,10 @@ func (e *s3Error) isClockRefusal() bool {
 // something in front of it, and is no proof that an object is missing.
 func (e *s3Error) Is(target error) bool {
 	switch e.code {
-	case "NoSuchKey", "NoSuchUpload", "NotFound":
+	case "NoSuchKey", "NotFound":
 		return target == fs.ErrNotExist
+	case "NoSuchUpload":
+		return target == errS3NoUpload
 	case "NoSuchBucket":
 		return target == errS3NoBucket
 	case "NotModified":
@@ -330,7 +333,7 @@ func (c *s3Client) putObject(ctx context.Context, key string, p s3PutInput) (eta
 	if err == nil {
 		return resp.Header.Get("Etag"), nil
 	}
-	if op.mayHaveApplied(err) {
+	if p.ifNoneMatch != "" && op.mayHaveApplied(err) {
 		ctx, cancel := cleanupContext(ctx)
 		defer cancel()
 		return c.confirmPut(ctx, key, p, err)
@@ -369,10 +372,16 @@ func (p s3PutInput) setConditions(h http.Header) {
 	setNonEmptyHeader(h, "If-None-Match", p.ifNoneMatch)
 }
 
-// confirmPut looks whether a put took place whose answer was lost or an error, and
-// returns that error if not. It goes by size and metadata, never by ETag: that
-// is an MD5 on some servers and for some objects only. Without metadata nothing
-// tells the new object from an old one.
+// confirmPut looks whether a put with If-None-Match took place although it ended
+// in err, and returns err if it did not. A client that uploads a file to a local
+// repository needs this: when the answer to the first attempt is lost, the
+// second attempt is refused because of the object that the first one stored,
+// and the client would be told that somebody else's file exists already. A put
+// without that condition is simply done again.
+//
+// It compares size and metadata, never the ETag, which is an MD5 on some servers
+// and for some objects only. Without metadata nothing tells the new object from
+// an older one.
 func (c *s3Client) confirmPut(ctx context.Context, key string, p s3PutInput, err error) (string, error) {
 	o, herr := c.headObject(ctx, key)
 	if herr != nil || o.size != p.size || len(p.meta) == 0 {
@@ -394,21 +403,21 @@ func (c *s3Client) putMultipart(ctx context.Context, key string, p s3PutInput) (
 	if err != nil {
 		return "", err
 	}
-	unsure := false
+	mayHaveApplied := false
 	parts, err := c.uploadParts(ctx, key, id, p)
 	if err == nil {
 		var etag string
-		if etag, unsure, err = c.completeMultipartUpload(ctx, key, id, p, parts); err == nil {
+		if etag, mayHaveApplied, err = c.completeMultipartUpload(ctx, key, id, p, parts); err == nil {
 			return etag, nil
 		}
 	}
 	ctx, cancel := cleanupContext(ctx)
 	defer cancel()
-	// Abort first: once it is answered nothing can land behind our back.
+	// Abort first: once that is answered, a late complete cannot take effect.
 	if aerr := c.abortMultipartUpload(ctx, key, id); aerr != nil {
 		c.cfg.log.Warn("an unfinished upload is left behind", "key", key, "error", aerr)
 	}
-	if unsure {
+	if p.ifNoneMatch != "" && mayHaveApplied {
 		return c.confirmPut(ctx, key, p, err)
 	}
 	return "", err
@@ -479,7 +488,7 @@ func (c *s3Client) uploadPart(ctx context.Context, key, id string, n int, part *
 	return resp.Header.Get("Etag"), nil
 }
 
-func (c *s3Client) completeMultipartUpload(ctx context.Context, key, id string, p s3PutInput, parts []s3CompletedPart) (etag string, unsure bool, err error) {
+func (c *s3Client) completeMultipartUpload(ctx context.Context, key, id string, p s3PutInput, parts []s3CompletedPart) (etag string, mayHaveApplied bool, err error) {
 	body, err := xml.Marshal(struct {
 		XMLName xml.Name `xml:"CompleteMultipartUpload"`
 		Part    []s3CompletedPart
@@ -499,8 +508,8 @@ func (c *s3Client) completeMultipartUpload(ctx context.Context, key, id string, 
 func (c *s3Client) abortMultipartUpload(ctx context.Context, key, id string) error {
 	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "aborting the upload of", method: "DELETE", key: key,
 		query: url.Values{"uploadId": {id}}, timeout: s3WriteTimeout})
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+	if errors.Is(err, errS3NoUpload) || errors.Is(err, fs.ErrNotExist) {
+		return nil // it was completed or aborted before
 	}
 	return err
 }

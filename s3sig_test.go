@@ -493,7 +493,6 @@ func testS3Corrected(t *testing.T, c *s3Client) {
 	}
 }
 
-
 func notMissing(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -578,8 +577,10 @@ func TestS3LargePartsAreEqual(t *testing.T) {
 	}
 }
 
-// TestS3FaultsPass lists what a put, small or in parts, gets over: each fault
-// once before and once after it took effect.
+// TestS3FaultsPass lists the faults that a put, small or in parts, survives: each
+// fault before and after the operation took effect. A complete that took effect
+// cannot be repeated, so there the put has If-None-Match, which is confirmed;
+// see TestS3OnlyConditionalPutsAreConfirmed for the others.
 func TestS3FaultsPass(t *testing.T) {
 	t.Parallel()
 	faults := map[string]fakeFault{
@@ -604,7 +605,11 @@ func TestS3FaultsPass(t *testing.T) {
 					f := newFakeS3(t)
 					c := f.client()
 					f.failOnce(op, 2, applied, fault)
-					mustPut(t, c, "k", putOf(pattern(size)))
+					p := putOf(pattern(size))
+					if op == "CompleteMultipartUpload" && applied {
+						p.ifNoneMatch = "*"
+					}
+					mustPut(t, c, "k", p)
 					wantObject(t, c, "k", pattern(size))
 				})
 			}
@@ -661,7 +666,7 @@ func TestS3FaultsStay(t *testing.T) {
 }
 
 // TestS3LostAcknowledgement: every answer to complete is lost, yet the object
-// is there.
+// is there, and the condition did not refuse it.
 func TestS3LostAcknowledgement(t *testing.T) {
 	t.Parallel()
 	f := newFakeS3(t)
@@ -669,6 +674,7 @@ func TestS3LostAcknowledgement(t *testing.T) {
 	for name, fault := range map[string]fakeFault{"reset": {}, "500": {status: 500, code: "InternalError"}} {
 		f.failOnce("CompleteMultipartUpload", 100, true, fault)
 		p := putOf(pattern(200 << 10))
+		p.ifNoneMatch = "*"
 		if etag := mustPut(t, c, name, p); etag != f.object(name).etag {
 			t.Errorf("%s: ETag %s", name, etag)
 		}
@@ -677,6 +683,7 @@ func TestS3LostAcknowledgement(t *testing.T) {
 	// The same size with other metadata is another object.
 	f.failOnce("CompleteMultipartUpload", 100, false, fakeFault{})
 	p := putOf(pattern(200 << 10))
+	p.ifNoneMatch = "*"
 	p.meta["record"] = "another"
 	if _, err := c.putObject(t.Context(), "reset", p); err == nil {
 		t.Error("an old object was taken for the new one")
@@ -696,6 +703,33 @@ func TestS3ConditionalPutWithLostAnswer(t *testing.T) {
 	f.failOnce("PutObject", 1, false, fakeFault{})
 	if _, err := c.putObject(t.Context(), "k", other); !errors.Is(err, errS3PreconditionFailed) {
 		t.Errorf("replaced against the condition: %v", err)
+	}
+}
+
+// TestS3OnlyConditionalPutsAreConfirmed: a put that may be repeated ends in the
+// error of its last attempt. Nobody looks whether an earlier one took effect, and
+// the next put of the same object succeeds.
+func TestS3OnlyConditionalPutsAreConfirmed(t *testing.T) {
+	t.Parallel()
+	for op, size := range map[string]int{"PutObject": 1000, "CompleteMultipartUpload": 200 << 10} {
+		f := newFakeS3(t)
+		c := f.client()
+		f.failOnce(op, s3WriteTries, true, fakeFault{})
+		_, err := c.putObject(t.Context(), "k", putOf(pattern(size)))
+		if err == nil || errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v", op, err)
+		}
+		if f.count("HeadObject") > 0 || f.pending() > 0 {
+			t.Errorf("%s: the client looked for the object, or left %d uploads", op, f.pending())
+		}
+		wantObject(t, c, "k", pattern(size))
+		mustPut(t, c, "k", putOf(pattern(size)))
+	}
+	f := newFakeS3(t)
+	c := f.client()
+	f.failOnce("CompleteMultipartUpload", 1, true, fakeFault{})
+	if _, err := c.putObject(t.Context(), "k", putOf(pattern(200<<10))); !errors.Is(err, errS3NoUpload) || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a complete whose first answer was lost: %v", err)
 	}
 }
 
@@ -1012,9 +1046,7 @@ func TestS3BacksOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var stamps []string
 		c := timedClient(t, func(r *http.Request) (*http.Response, error) {
-			if r.Method == "PUT" { // and not the look at the end
-				stamps = append(stamps, r.Header.Get("Authorization"))
-			}
+			stamps = append(stamps, r.Header.Get("Authorization"))
 			return nil, io.ErrUnexpectedEOF
 		})
 		begin := time.Now()
