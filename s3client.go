@@ -1,10 +1,11 @@
-// s3client.go: a client for S3 and what speaks like it (MinIO, Ceph, R2, Garage,
-// rclone, versitygw): the few operations that a store of whole objects needs. It
-// knows nothing of the rest of the program.
+// s3client.go: a client for S3 and for servers that speak its protocol (MinIO,
+// Ceph, R2, Garage, rclone, versitygw). It has the few operations that a store of
+// whole objects needs, each under the name that the S3 API gives it, and knows
+// nothing of the rest of the program.
 //
-// A method has succeeded only when the server said so, or when the object was
-// seen in place afterwards. Each attempt is built and signed anew, for the region
-// that an earlier refusal named.
+// A method returns no error only when the server confirmed the operation, or,
+// for a conditional put, when the object was found in place afterwards. Each
+// attempt is built and signed anew, for the region that an earlier refusal named.
 
 package main
 
@@ -30,174 +31,138 @@ import (
 )
 
 const (
-	s3PartSize        = 64 << 20 // one PUT up to here; then 10,000 parts reach 640 GB and a failed part costs little
-	s3MaxParts        = 10_000   // S3's limit; a larger object gets larger parts
-	s3ParallelParts   = 4        // parts at once: fills a line with 100 ms round trips, holds no memory but buffers
-	s3ReadTries       = 3        // a client waits for a read
-	s3WriteTries      = 8        // 6 to 11 s: over a server's restart. Giving up costs the download
-	s3BodyTimeout     = 60 * time.Second
-	s3ReadTimeout     = 5 * time.Second  // for a read's header: a store this slow had better be passed by
-	s3WriteTimeout    = 60 * time.Second // for a write's header, once the body is sent
-	s3CompleteTimeout = 10 * time.Minute // for complete's header: some servers copy the parts together first
-	s3CleanupTimeout  = 30 * time.Second // to abort and look again when the caller's context is over
-	s3ClockTolerance  = 5 * time.Minute  // a refusal without a code is put down to clocks that differ by more; servers refuse at 15
-	s3XMLLimit        = 8 << 20          // a page of 1,000 keys of 1,024 bytes, each byte as %XX, is 4 MiB
-	s3TextLimit       = 200              // of a server's message in our errors and logs
+	// s3PartSize is the size of a part, and of the largest object that is sent by
+	// one PutObject. A failed part of 64 MiB costs little, and s3MaxParts of them
+	// are 640 GB.
+	s3PartSize = 64 << 20
+	// s3MaxParts is the limit of the S3 API. A larger object gets larger parts.
+	s3MaxParts = 10_000
+	// s3ParallelParts parts are sent at once. Four fill a line that has round
+	// trips of 100 ms, and cost no memory but their buffers.
+	s3ParallelParts = 4
+	// s3ReadTries is small because a client waits for every read.
+	s3ReadTries = 3
+	// s3WriteTries attempts take 6 to 11 s, longer than a server's restart. A
+	// write that is given up costs the download.
+	s3WriteTries = 8
+	// s3BodyTimeout ends an attempt whose body does not move. TCP recovers from
+	// lost packets in less than a minute.
+	s3BodyTimeout = 60 * time.Second
+	// s3ReadTimeout is how long a read waits for the response header, and a dial
+	// for its connection. A store that is slower than this is slower than most
+	// upstreams.
+	s3ReadTimeout = 5 * time.Second
+	// s3WriteTimeout is how long a write waits for the response header after the
+	// body was sent: servers hash and replicate before they answer.
+	s3WriteTimeout = 60 * time.Second
+	// s3CompleteTimeout is s3WriteTimeout for CompleteMultipartUpload. Some
+	// servers copy all parts together before they send the header.
+	s3CompleteTimeout = 10 * time.Minute
+	// s3CleanupTimeout bounds aborting an upload and confirming a put, which are
+	// done even after the caller's context has ended.
+	s3CleanupTimeout = 30 * time.Second
+	// s3ClockTolerance: a refusal without a code is put down to the clocks if they
+	// differ by more than this. Servers accept 15 minutes.
+	s3ClockTolerance = 5 * time.Minute
+	// s3XMLLimit is twice the keys of the largest page of a listing: 1,000 keys of
+	// 1,024 bytes, each byte spelled %XX.
+	s3XMLLimit = 8 << 20
+	// s3TextLimit is how many bytes of each text in a server's refusal get into
+	// our errors and logs. Real texts are shorter.
+	s3TextLimit = 200
 )
 
+// What an operation can fail with, beside fs.ErrNotExist (no such object) and
+// fs.ErrPermission.
 var (
-	errS3NoBucket           = errors.New("no such bucket")           // not fs.ErrNotExist: nothing can be kept there
-	errS3NoUpload           = errors.New("no such upload")           // not fs.ErrNotExist: it says nothing about the object
-	errS3NotModified        = errors.New("the object is unchanged")  // If-None-Match of a get
-	errS3PreconditionFailed = errors.New("a condition was not met")  // If-Match of a get, any condition of a put
-	errS3Timeout            = errors.New("no byte moved in time")    // header or body
-	errS3Clock              = errors.New("the clocks differ")        // too much for the server to accept a signature
-	errS3BadAnswer          = errors.New("unexpected answer")        // no S3 server says such a thing
-	errS3Metadata           = errors.New("metadata is not sendable") // see checkMetadata
+	errS3NoBucket           = errors.New("no such bucket")            // not fs.ErrNotExist: nothing can be stored there
+	errS3NoUpload           = errors.New("no such upload")            // not fs.ErrNotExist: it says nothing about the object
+	errS3NotModified        = errors.New("the object is unchanged")   // If-None-Match of a get
+	errS3PreconditionFailed = errors.New("a condition was not met")   // If-Match of a get, any condition of a put
+	errS3Timeout            = errors.New("no byte moved in time")     // no header, or a body that stopped
+	errS3Clock              = errors.New("the clocks differ")         // by more than the server accepts
+	errS3BadAnswer          = errors.New("unexpected answer")         // not what the S3 API says
+	errS3Metadata           = errors.New("metadata cannot be stored") // see checkMetadata
 )
 
-// s3Config says where objects are kept. The fields after secretKey may be left
-// zero, but for now.
+// s3Config says where objects are stored. All fields up to secretKey are needed,
+// and now; the others have defaults.
 type s3Config struct {
-	host      string // of the endpoint, with its port if any
+	host      string // of the endpoint, with a port if it is not the scheme's
 	secure    bool   // https
 	bucket    string
 	accessKey string
 	secretKey string
 
-	region      string // us-east-1
+	region      string // default us-east-1
 	virtualHost bool   // bucket.host/key instead of host/bucket/key
-	partSize    int64  // s3PartSize; tests use less
+	partSize    int64  // default s3PartSize; tests use less
 
 	now       func() time.Time
-	sleep     func(ctx context.Context, d time.Duration) error // between attempts
-	transport http.RoundTripper
-	log       *slog.Logger
+	sleep     func(ctx context.Context, d time.Duration) error // between attempts; default s3pause
+	transport http.RoundTripper                                // default newS3Transport
+	log       *slog.Logger                                     // default none
 }
 
-// String keeps the secret key out of whatever prints a configuration.
+// String keeps the secret key out of a configuration that is printed.
 func (c s3Config) String() string { return c.host + "/" + c.bucket }
 
-// s3Client is one bucket. All methods may be called concurrently.
+// s3Client is a client of one bucket. All methods may be called concurrently.
 type s3Client struct {
-	cfg      s3Config
-	endpoint atomic.Pointer[s3Endpoint]
-
-	cachedKey atomic.Pointer[s3SigningKey]
+	cfg       s3Config                     // not changed after newS3Client
+	endpoint  atomic.Pointer[s3Endpoint]   // replaced by learnRegion
+	cachedKey atomic.Pointer[s3SigningKey] // the last one that signed
 }
 
-// s3Endpoint is what a server may correct.
+// s3Endpoint is where requests are sent and the region that they are signed for.
+// The refusal of a server may correct both.
 type s3Endpoint struct{ host, region string }
 
-// s3Object is what a server has under a key. The holder of a got one closes
-// body; a body that ends early says io.ErrUnexpectedEOF.
+// s3Object is an object as a server describes it. A caller of getObject closes
+// body. A body that breaks off ends in io.ErrUnexpectedEOF.
 type s3Object struct {
-	size     int64 // of the whole object, whatever range was asked for
+	size     int64 // of the whole object, also when a range was asked for
 	etag     string
-	modified time.Time
+	modified time.Time         // zero if the server did not say it
 	meta     map[string]string // names in lower case
-	body     io.ReadCloser     // nil from head
+	body     io.ReadCloser     // nil from headObject
 }
 
-// s3GetInput is the part of an object that is wanted, under which conditions.
+// s3GetInput says which part of an object is wanted, and on which condition.
 type s3GetInput struct {
-	off, n      int64  // n <= 0: to the end
-	ifMatch     string // ETag; else errS3PreconditionFailed
-	ifNoneMatch string // ETag; if so errS3NotModified
+	off, n      int64  // n <= 0 means up to the end
+	ifMatch     string // an ETag; another one is errS3PreconditionFailed
+	ifNoneMatch string // an ETag; the same one is errS3NotModified
 }
 
 // s3PutInput is an object to store.
 type s3PutInput struct {
-	body        io.ReaderAt // read more than once: hashed by parts, sent again
+	body        io.ReaderAt // read several times: parts are hashed first, and sent again after a fault
 	size        int64
-	sha256      string            // hex, of the whole body
+	sha256      string            // in hex, of the whole body
 	meta        map[string]string // printable ASCII, 2 KB in all; with ifNoneMatch something in it must be unique to this object
 	contentType string
-	ifMatch     string // ETag of what may be replaced
-	ifNoneMatch string // "*": do not replace
+	ifMatch     string // the ETag of the object that may be replaced
+	ifNoneMatch string // "*" means: only if there is no object
 }
 
-// s3ListedObject is one line of a listing.
+// s3ListedObject is one object of a listing.
 type s3ListedObject struct {
 	key, etag string
 	size      int64
 	modified  time.Time
 }
 
-// s3Error is a server's refusal. errors.Is finds fs.ErrNotExist,
-// fs.ErrPermission and the sentinels above in it.
-type s3Error struct {
-	status                   int
-	code, message, requestID string
-
-	region   string     // the bucket's region, if the server says it
-	date     time.Time  // the server's clock when it answered; may be zero
-	endpoint s3Endpoint // where the request was sent
-	sent     time.Time  // when the request was signed, by our clock
-}
-
-func (e *s3Error) Error() string {
-	text := "s3: " + strconv.Itoa(e.status)
-	if reason := strings.TrimSpace(e.code + " " + e.message); reason != "" {
-		text += " " + reason
-	}
-	if e.requestID != "" {
-		text += " (request " + e.requestID + ")"
-	}
-	if !e.isClockRefusal() {
-		return text
-	}
-	if e.date.IsZero() {
-		return text + ": the clock of this machine differs from the server's: set it"
-	}
-	order, difference := "ahead of", e.sent.Sub(e.date).Round(time.Second)
-	if difference < 0 {
-		order, difference = "behind", -difference
-	}
-	return fmt.Sprintf("%s: the clock of this machine is %v %s the server's: set it", text, difference, order)
-}
-
-// isClockRefusal reports whether the request was refused because its signing
-// time was too far from the server's clock. The refusal of a HEAD has no body
-// and so no code; there the two clocks decide.
-func (e *s3Error) isClockRefusal() bool {
-	if e.code != "" || e.status != http.StatusForbidden || e.date.IsZero() {
-		return e.code == "RequestTimeTooSkewed"
-	}
-	return e.date.Sub(e.sent).Abs() > s3ClockTolerance
-}
-
-// Is goes by the code alone: a 404 without one does not come from S3 but from
-// something in front of it, and is no proof that an object is missing.
-func (e *s3Error) Is(target error) bool {
-	switch e.code {
-	case "NoSuchKey", "NotFound":
-		return target == fs.ErrNotExist
-	case "NoSuchUpload":
-		return target == errS3NoUpload
-	case "NoSuchBucket":
-		return target == errS3NoBucket
-	case "NotModified":
-		return target == errS3NotModified
-	case "PreconditionFailed", "ConditionalRequestConflict":
-		return target == errS3PreconditionFailed
-	}
-	if e.isClockRefusal() { // the credentials may be right
-		return target == errS3Clock
-	}
-	return target == fs.ErrPermission && (e.status == http.StatusForbidden || e.code == "AccessDenied")
-}
-
-// newS3Client makes a client; it asks nothing yet.
+// newS3Client checks cfg, sets its defaults and makes a client. It sends nothing.
 func newS3Client(cfg s3Config) (*s3Client, error) {
 	if cfg.host == "" || strings.ContainsAny(cfg.host, "/?#@ ") {
-		return nil, fmt.Errorf("s3: bad endpoint host %q", cfg.host)
+		return nil, fmt.Errorf("s3: the endpoint must be HOST or HOST:PORT, not %q", cfg.host)
 	}
 	if cfg.bucket == "" || uriEncode(cfg.bucket, false) != cfg.bucket {
-		return nil, fmt.Errorf("s3: bad bucket name %q", cfg.bucket)
+		return nil, fmt.Errorf("s3: a bucket name has only letters, digits, '.', '_' and '-', not %q", cfg.bucket)
 	}
 	if cfg.accessKey == "" || cfg.secretKey == "" || cfg.now == nil {
-		return nil, errors.New("s3: access key, secret key and clock are needed")
+		return nil, errors.New("s3: the access key, the secret key or the clock is missing")
 	}
 	if cfg.region == "" {
 		cfg.region = "us-east-1"
@@ -219,25 +184,26 @@ func newS3Client(cfg s3Config) (*s3Client, error) {
 	return c, nil
 }
 
-// newS3Transport speaks HTTP/1 only (one HTTP/2 connection would share a window
-// among all bodies), through no proxy, and leaves timeouts to the watch of each
-// attempt, since a read and a complete have very different patience.
+// newS3Transport makes the transport of a client. It speaks HTTP/1 only, because
+// one HTTP/2 connection would share its flow-control window among all bodies, and
+// uses no proxy. Response headers and bodies have no timeout here: s3Watchdog
+// has them, since they differ by operation.
 func newS3Transport() *http.Transport {
 	return &http.Transport{
 		DialContext:           (&net.Dialer{Timeout: s3ReadTimeout}).DialContext,
 		TLSHandshakeTimeout:   s3ReadTimeout,
-		ExpectContinueTimeout: time.Second,
-		MaxIdleConnsPerHost:   64,
-		MaxConnsPerHost:       1000, // descriptors are finite
+		ExpectContinueTimeout: time.Second, // some servers never send 100 Continue
+		MaxIdleConnsPerHost:   64,          // the default of 2 redials all the time under load
+		MaxConnsPerHost:       1000,        // file descriptors are limited
 		IdleConnTimeout:       60 * time.Second,
-		DisableCompression:    true,
-		ReadBufferSize:        64 << 10,
+		DisableCompression:    true,     // a body must have the bytes and the length of its object
+		ReadBufferSize:        64 << 10, // bodies are large: fewer system calls than with the default of 4 KiB
 		WriteBufferSize:       64 << 10,
 	}
 }
 
-// getObject opens an object. Metadata, total size and body from off come with one
-// request.
+// getObject opens an object: its metadata, its whole size and its body from g.off
+// come with one request. The caller closes the body.
 func (c *s3Client) getObject(ctx context.Context, key string, g s3GetInput) (*s3Object, error) {
 	h := http.Header{}
 	setNonEmptyHeader(h, "Range", g.rangeHeader())
@@ -256,8 +222,8 @@ func (c *s3Client) getObject(ctx context.Context, key string, g s3GetInput) (*s3
 	return o, nil
 }
 
-// rangeHeader leaves Range out for a whole object: of an empty one even
-// bytes=0- cannot be had.
+// rangeHeader returns the Range header, or "" for a whole object: for an empty
+// object a server would refuse even bytes=0-.
 func (g s3GetInput) rangeHeader() string {
 	switch {
 	case g.n > 0:
@@ -268,7 +234,7 @@ func (g s3GetInput) rangeHeader() string {
 	return ""
 }
 
-// headObject asks what is under a key.
+// headObject returns what getObject returns, without a body.
 func (c *s3Client) headObject(ctx context.Context, key string) (*s3Object, error) {
 	resp, err := c.sendWithRetries(ctx, &s3Operation{doing: "asking for", method: "HEAD", key: key})
 	if err != nil {
@@ -277,6 +243,7 @@ func (c *s3Client) headObject(ctx context.Context, key string) (*s3Object, error
 	return objectFromResponse(resp), nil
 }
 
+// objectFromResponse reads what the headers of a response say about its object.
 func objectFromResponse(resp *http.Response) *s3Object {
 	o := &s3Object{size: resp.ContentLength, etag: resp.Header.Get("Etag"), meta: map[string]string{}}
 	o.modified, _ = http.ParseTime(resp.Header.Get("Last-Modified"))
@@ -288,8 +255,9 @@ func objectFromResponse(resp *http.Response) *s3Object {
 	return o
 }
 
-// readContentRange takes the whole size from Content-Range, and refuses an answer that
-// is not the range that was asked for: its bytes would be taken for others.
+// readContentRange takes the size of the whole object from Content-Range (RFC
+// 9110 section 14.4). It refuses an answer with another range than the one that
+// was asked for, because its bytes would be taken for others.
 func (o *s3Object) readContentRange(resp *http.Response, g s3GetInput) error {
 	ranged := g.rangeHeader() != ""
 	if ranged != (resp.StatusCode == http.StatusPartialContent) || resp.ContentLength < 0 {
@@ -307,18 +275,20 @@ func (o *s3Object) readContentRange(resp *http.Response, g s3GetInput) error {
 	return nil
 }
 
-// deleteObject removes an object. S3 does not say whether there was one.
+// deleteObject removes an object. A missing object is no error: S3 does not say
+// whether there was one.
 func (c *s3Client) deleteObject(ctx context.Context, key string) error {
 	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "deleting", method: "DELETE", key: key, timeout: s3WriteTimeout})
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // some servers do say; after a lost answer it means nothing
+		return nil // some servers do say it, also when an earlier attempt removed the object
 	}
 	return err
 }
 
-// putObject stores an object and returns its ETag, an opaque name of this version.
-// Large ones go up in parts. On an error the old object is still in place,
-// unless the server could not be asked.
+// putObject stores an object and returns its ETag, an opaque name of this
+// version. An object larger than one part is uploaded in parts. After a refusal
+// (an s3Error) of the only attempt the old object is still in place; after any
+// other error either object may be.
 func (c *s3Client) putObject(ctx context.Context, key string, p s3PutInput) (etag string, err error) {
 	if err := checkMetadata(p.meta); err != nil {
 		return "", fmt.Errorf("putting %q: %w", key, err)
@@ -341,23 +311,26 @@ func (c *s3Client) putObject(ctx context.Context, key string, p s3PutInput) (eta
 	return "", err
 }
 
-// cleanupContext is a context to clean up in when the caller's may be over.
+// cleanupContext returns a context for work that is done although the caller's
+// context may have ended.
 func cleanupContext(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), s3CleanupTimeout)
 }
 
-// checkMetadata lets only text through that reaches every server unchanged: beyond
-// ASCII, and at the ends of a value, each has habits of its own.
+// checkMetadata refuses metadata that not every server returns unchanged. Servers
+// treat bytes beyond ASCII, and blanks at the ends of a value, in different ways.
 func checkMetadata(meta map[string]string) error {
 	for name, v := range meta {
-		odd := strings.IndexFunc(v, func(r rune) bool { return r < ' ' || r > '~' }) >= 0
-		if odd || strings.TrimSpace(v) != v || name == "" || uriEncode(name, false) != name {
+		unprintable := strings.ContainsFunc(v, func(r rune) bool { return r < ' ' || r > '~' })
+		if unprintable || strings.TrimSpace(v) != v || name == "" || uriEncode(name, false) != name {
 			return fmt.Errorf("field %q: %w", cleanText(name), errS3Metadata)
 		}
 	}
 	return nil
 }
 
+// objectHeader returns the headers that describe the object: Content-Type and
+// metadata.
 func (p s3PutInput) objectHeader() http.Header {
 	h := http.Header{}
 	setNonEmptyHeader(h, "Content-Type", p.contentType)
@@ -367,6 +340,8 @@ func (p s3PutInput) objectHeader() http.Header {
 	return h
 }
 
+// setConditions adds If-Match and If-None-Match. Of a multipart upload they
+// belong to CompleteMultipartUpload, which replaces the object.
 func (p s3PutInput) setConditions(h http.Header) {
 	setNonEmptyHeader(h, "If-Match", p.ifMatch)
 	setNonEmptyHeader(h, "If-None-Match", p.ifNoneMatch)
@@ -395,9 +370,9 @@ func (c *s3Client) confirmPut(ctx context.Context, key string, p s3PutInput, err
 	return o.etag, nil
 }
 
-// putMultipart is a multipart upload. Whatever happens it is aborted unless it was
-// completed; what cannot be aborted either is left for sweep, as is an upload
-// whose begin was answered into the void.
+// putMultipart is putObject by a multipart upload. An upload that was not
+// completed is aborted, whatever happened. An upload that cannot be aborted, or
+// whose id never reached us, is left for abortOldUploads.
 func (c *s3Client) putMultipart(ctx context.Context, key string, p s3PutInput) (string, error) {
 	id, err := c.createMultipartUpload(ctx, key, p)
 	if err != nil {
@@ -415,7 +390,7 @@ func (c *s3Client) putMultipart(ctx context.Context, key string, p s3PutInput) (
 	defer cancel()
 	// Abort first: once that is answered, a late complete cannot take effect.
 	if aerr := c.abortMultipartUpload(ctx, key, id); aerr != nil {
-		c.cfg.log.Warn("an unfinished upload is left behind", "key", key, "error", aerr)
+		c.cfg.log.Warn("an unfinished upload could not be aborted: a later sweep removes it", "key", key, "error", aerr)
 	}
 	if p.ifNoneMatch != "" && mayHaveApplied {
 		return c.confirmPut(ctx, key, p, err)
@@ -423,30 +398,32 @@ func (c *s3Client) putMultipart(ctx context.Context, key string, p s3PutInput) (
 	return "", err
 }
 
+// createMultipartUpload begins an upload and returns its id.
 func (c *s3Client) createMultipartUpload(ctx context.Context, key string, p s3PutInput) (id string, err error) {
 	var out struct{ UploadId string }
 	_, err = c.sendWithRetries(ctx, &s3Operation{doing: "beginning to upload", method: "POST", key: key, query: url.Values{"uploads": {""}},
 		header: p.objectHeader(), decodeInto: &out, write: true})
 	if err == nil && out.UploadId == "" {
-		err = fmt.Errorf("beginning to upload %q: no id: %w", key, errS3BadAnswer)
+		err = fmt.Errorf("beginning to upload %q: the answer has no UploadId: %w", key, errS3BadAnswer)
 	}
 	return out.UploadId, err
 }
 
-// s3CompletedPart is a part as complete names it.
+// s3CompletedPart names a part in the body of CompleteMultipartUpload.
 type s3CompletedPart struct {
 	PartNumber int
 	ETag       string
 }
 
-// uploadParts sends equal parts but for the last (R2 wants that), several at
-// once, and returns when all are in or none is under way any more.
+// uploadParts sends all parts, several at once. All but the last have the same
+// size, as R2 demands. The first error ends the others; the function returns when
+// none of its goroutines runs any more.
 func (c *s3Client) uploadParts(ctx context.Context, key, id string, p s3PutInput) ([]s3CompletedPart, error) {
 	size := choosePartSize(p.size, c.cfg.partSize)
 	parts := make([]s3CompletedPart, (p.size+size-1)/size)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	var next atomic.Int64
+	var next atomic.Int64 // the first part that no goroutine has taken
 	var wg sync.WaitGroup
 	for range min(s3ParallelParts, len(parts)) {
 		wg.Go(func() {
@@ -457,7 +434,7 @@ func (c *s3Client) uploadParts(ctx context.Context, key, id string, p s3PutInput
 					cancel(err)
 					return
 				}
-				parts[i] = s3CompletedPart{int(i) + 1, etag}
+				parts[i] = s3CompletedPart{int(i) + 1, etag} // written by this goroutine alone
 			}
 		})
 	}
@@ -465,15 +442,17 @@ func (c *s3Client) uploadParts(ctx context.Context, key, id string, p s3PutInput
 	return parts, context.Cause(ctx)
 }
 
-// choosePartSize keeps to the wanted size unless that makes too many parts.
-func choosePartSize(size, want int64) int64 {
+// choosePartSize returns the size of a part of an object: preferred, or as many
+// whole MiB as are needed to have no more than s3MaxParts parts.
+func choosePartSize(size, preferred int64) int64 {
 	const mib = 1 << 20
-	if least := (size + s3MaxParts - 1) / s3MaxParts; least > want {
+	if least := (size + s3MaxParts - 1) / s3MaxParts; least > preferred {
 		return (least + mib - 1) / mib * mib
 	}
-	return want
+	return preferred
 }
 
+// uploadPart hashes and sends part n, counted from 1, and returns its ETag.
 func (c *s3Client) uploadPart(ctx context.Context, key, id string, n int, part *io.SectionReader) (etag string, err error) {
 	h := sha256.New()
 	if _, err := io.Copy(h, part); err != nil {
@@ -488,6 +467,8 @@ func (c *s3Client) uploadPart(ctx context.Context, key, id string, n int, part *
 	return resp.Header.Get("Etag"), nil
 }
 
+// completeMultipartUpload makes an object of the parts. mayHaveApplied reports
+// whether the object may be in place in spite of an error.
 func (c *s3Client) completeMultipartUpload(ctx context.Context, key, id string, p s3PutInput, parts []s3CompletedPart) (etag string, mayHaveApplied bool, err error) {
 	body, err := xml.Marshal(struct {
 		XMLName xml.Name `xml:"CompleteMultipartUpload"`
@@ -505,6 +486,8 @@ func (c *s3Client) completeMultipartUpload(ctx context.Context, key, id string, 
 	return out.ETag, op.mayHaveApplied(err), err
 }
 
+// abortMultipartUpload ends an upload and removes its parts. A missing upload is
+// no error.
 func (c *s3Client) abortMultipartUpload(ctx context.Context, key, id string) error {
 	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "aborting the upload of", method: "DELETE", key: key,
 		query: url.Values{"uploadId": {id}}, timeout: s3WriteTimeout})
@@ -514,8 +497,8 @@ func (c *s3Client) abortMultipartUpload(ctx context.Context, key, id string) err
 	return err
 }
 
-// listObjects calls f with each object below prefix, in the server's order. f's error
-// ends it and is returned.
+// listObjects calls f with each object whose key begins with prefix, in the
+// server's order. An error of f ends the listing and is returned as it is.
 func (c *s3Client) listObjects(ctx context.Context, prefix string, f func(s3ListedObject) error) error {
 	for token := ""; ; {
 		page, err := c.listObjectsPage(ctx, prefix, token, 0)
@@ -535,12 +518,13 @@ func (c *s3Client) listObjects(ctx context.Context, prefix string, f func(s3List
 			return nil
 		}
 		if page.NextContinuationToken == "" || page.NextContinuationToken == token {
-			return fmt.Errorf("listing %q: the next page has no token: %w", prefix, errS3BadAnswer)
+			return fmt.Errorf("listing %q: the answer has no new token for the next page: %w", prefix, errS3BadAnswer)
 		}
 		token = page.NextContinuationToken
 	}
 }
 
+// s3ObjectsPage is an answer to ListObjectsV2.
 type s3ObjectsPage struct {
 	IsTruncated           bool
 	NextContinuationToken string
@@ -552,22 +536,25 @@ type s3ObjectsPage struct {
 	}
 }
 
-func (c *s3Client) listObjectsPage(ctx context.Context, prefix, token string, most int) (*s3ObjectsPage, error) {
-	// encoding-type: XML cannot hold every key.
+// listObjectsPage asks for the page of a listing that begins at token ("" for the
+// first page), with at most maxKeys objects (0: as many as the server likes).
+func (c *s3Client) listObjectsPage(ctx context.Context, prefix, token string, maxKeys int) (*s3ObjectsPage, error) {
+	// With encoding-type keys are escaped: XML cannot hold every byte.
 	q := url.Values{"list-type": {"2"}, "encoding-type": {"url"}, "prefix": {prefix}}
 	if token != "" {
 		q.Set("continuation-token", token)
 	}
-	if most > 0 {
-		q.Set("max-keys", strconv.Itoa(most))
+	if maxKeys > 0 {
+		q.Set("max-keys", strconv.Itoa(maxKeys))
 	}
 	page := &s3ObjectsPage{}
 	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "listing", method: "GET", query: q, decodeInto: page, timeout: s3WriteTimeout})
 	return page, err
 }
 
-// decodeListedKey undoes encoding-type=url, if the server says that it did that.
-// QueryUnescape, because some write a space as "+" (and "+" always as %2B).
+// decodeListedKey undoes encoding-type=url, if the answer says that the server
+// used it. Some servers write a space as "+", and all write a "+" as %2B, so
+// QueryUnescape reads them all.
 func decodeListedKey(s, encoding string) (string, error) {
 	if encoding != "url" {
 		return s, nil
@@ -575,10 +562,11 @@ func decodeListedKey(s, encoding string) (string, error) {
 	return url.QueryUnescape(s)
 }
 
-// abortOldUploads aborts uploads below prefix that were begun longer than age ago (by our
-// clock, which differs from the server's by minutes at most) and never ended, and
-// counts them. MinIO lists none without an exact key, but sweeps by itself after
-// a day.
+// abortOldUploads aborts the uploads below prefix that were begun longer than age
+// ago and neither completed nor aborted, and returns how many it aborted. Our
+// clock decides; it differs from the server's by minutes at most, or the server
+// refuses. MinIO lists an upload only under its exact key, but removes old ones
+// itself after a day.
 func (c *s3Client) abortOldUploads(ctx context.Context, prefix string, age time.Duration) (n int, err error) {
 	before := c.cfg.now().Add(-age)
 	keyMark, idMark := "", ""
@@ -598,13 +586,15 @@ func (c *s3Client) abortOldUploads(ctx context.Context, prefix string, age time.
 			n++
 		}
 		next, err := decodeListedKey(page.NextKeyMarker, page.EncodingType)
-		if err != nil || !page.IsTruncated || next == keyMark && page.NextUploadIdMarker == idMark {
+		sameMarks := next == keyMark && page.NextUploadIdMarker == idMark // a listing that would never end
+		if err != nil || !page.IsTruncated || sameMarks {
 			return n, nil
 		}
 		keyMark, idMark = next, page.NextUploadIdMarker
 	}
 }
 
+// s3UploadsPage is an answer to ListMultipartUploads.
 type s3UploadsPage struct {
 	IsTruncated                                     bool
 	NextKeyMarker, NextUploadIdMarker, EncodingType string
@@ -614,6 +604,8 @@ type s3UploadsPage struct {
 	}
 }
 
+// listMultipartUploads asks for the page of uploads behind the two marks, which
+// are those of the page before ("" for the first page).
 func (c *s3Client) listMultipartUploads(ctx context.Context, prefix, keyMark, idMark string) (*s3UploadsPage, error) {
 	q := url.Values{"uploads": {""}, "encoding-type": {"url"}, "prefix": {prefix}}
 	if keyMark != "" {
@@ -625,8 +617,9 @@ func (c *s3Client) listMultipartUploads(ctx context.Context, prefix, keyMark, id
 	return page, err
 }
 
-// ensureBucket makes sure that the bucket is there and can be asked, and creates it if
-// not. It lists, because a HEAD's refusal has no body to tell the region by.
+// ensureBucket checks that the bucket is there and can be listed, and creates it
+// if it is missing. It lists instead of HeadBucket, because the refusal of a HEAD
+// has no body that would name the right region.
 func (c *s3Client) ensureBucket(ctx context.Context) error {
 	_, err := c.listObjectsPage(ctx, "", "", 1)
 	if errors.Is(err, errS3NoBucket) {
@@ -635,18 +628,17 @@ func (c *s3Client) ensureBucket(ctx context.Context) error {
 	return err
 }
 
-// createBucket creates the bucket. Another replica may do so at the same time:
-// every 409 is fine if the bucket can be used after all.
+// createBucket creates the bucket. Another replica may do the same at the same
+// time, so a 409 (Conflict) is no error if the bucket can be listed then.
 func (c *s3Client) createBucket(ctx context.Context) error {
 	var body []byte
-	if region := c.endpoint.Load().region; region != "us-east-1" { // which S3 refuses to be told
+	if region := c.endpoint.Load().region; region != "us-east-1" { // S3 refuses us-east-1 as a LocationConstraint
 		body = fmt.Appendf(nil, "<CreateBucketConfiguration><LocationConstraint>%s</LocationConstraint></CreateBucketConfiguration>", region)
 	}
 	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "creating bucket", method: "PUT", body: bytes.NewReader(body), size: int64(len(body)),
 		sum: sha256Hex(body), timeout: s3WriteTimeout})
-	var e *s3Error
-	if errors.As(err, &e) && e.status == http.StatusConflict {
-		if e.code == "BucketAlreadyOwnedByYou" {
+	if refused, ok := errors.AsType[*s3Error](err); ok && refused.status == http.StatusConflict {
+		if refused.code == "BucketAlreadyOwnedByYou" {
 			return nil
 		}
 		if _, lerr := c.listObjectsPage(ctx, "", "", 1); lerr == nil {
@@ -654,13 +646,14 @@ func (c *s3Client) createBucket(ctx context.Context) error {
 		}
 	}
 	if err == nil {
-		c.cfg.log.Info("the bucket was missing and is created", "bucket", c.cfg.bucket)
+		c.cfg.log.Info("the bucket was missing and has been created", "bucket", c.cfg.bucket)
 	}
 	return err
 }
 
-// withoutDefaultPort drops the port that the scheme implies: clients leave it out of
-// Host, and proxies in front of a server strip it after it was signed.
+// withoutDefaultPort removes the scheme's port from a host. Proxies in front of a
+// server remove it from the Host header after it was signed, which would break
+// the signature.
 func withoutDefaultPort(host string, secure bool) string {
 	if secure {
 		return strings.TrimSuffix(host, ":443")
@@ -668,6 +661,7 @@ func withoutDefaultPort(host string, secure bool) string {
 	return strings.TrimSuffix(host, ":80")
 }
 
+// setNonEmptyHeader sets a header unless its value is empty.
 func setNonEmptyHeader(h http.Header, name, value string) {
 	if value != "" {
 		h.Set(name, value)

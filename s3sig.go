@@ -1,4 +1,6 @@
-// s3sig.go: Signature Version 4 for S3.
+// s3sig.go: Signature Version 4 for S3, as the S3 API reference describes it in
+// "Authenticating Requests (AWS Signature Version 4)". It signs headers only and
+// reads no clock: the caller passes the time.
 
 package main
 
@@ -14,16 +16,19 @@ import (
 	"time"
 )
 
-// emptySHA256 is the hash of no bytes, which every request without a body signs.
+// emptySHA256 is the SHA-256 of no bytes. Every request without a body signs it.
 const emptySHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
-// s3SigningKey is a signing key, good for one day and region. Deriving it costs
-// four of the five HMACs of a signature.
+// s3SigningKey is a signing key. It is valid for one day (in UTC, as 20060102)
+// and one region, and is not changed once it is made.
 type s3SigningKey struct {
 	day, region string
 	key         []byte
 }
 
+// signingKey returns the key for a region and the day of at. The client keeps
+// the last key, because deriving one costs four of the five HMACs of a signature.
+// Two goroutines may derive the same key at midnight, which does no harm.
 func (c *s3Client) signingKey(region string, at time.Time) *s3SigningKey {
 	day := at.UTC().Format("20060102")
 	if k := c.cachedKey.Load(); k != nil && k.day == day && k.region == region {
@@ -34,6 +39,7 @@ func (c *s3Client) signingKey(region string, at time.Time) *s3SigningKey {
 	return k
 }
 
+// deriveSigningKey makes the signing key of a secret access key.
 func deriveSigningKey(secret, day, region string) *s3SigningKey {
 	key := []byte("AWS4" + secret)
 	for _, s := range []string{day, region, "s3", "aws4_request"} {
@@ -42,23 +48,26 @@ func deriveSigningKey(secret, day, region string) *s3SigningKey {
 	return &s3SigningKey{day: day, region: region, key: key}
 }
 
-// signRequest adds date, payload hash and Authorization to req, whose RawPath and
-// RawQuery must be what uriEncode and encodeQuery make. It signs every header
-// that is set, but those that hops in between may change. The body is not read.
-// (Signature Version 4, "Authenticating Requests: Using the Authorization
-// Header".)
-func (k *s3SigningKey) signRequest(req *http.Request, accessKey, payload string, at time.Time) {
-	stamp := at.UTC().Format("20060102T150405Z")
-	req.Header.Set("X-Amz-Date", stamp)
-	req.Header.Set("X-Amz-Content-Sha256", payload)
-	canonical, signed := canonicalRequest(req, payload)
+// signRequest sets X-Amz-Date, X-Amz-Content-Sha256 and Authorization of req,
+// whose URL must have a RawPath made by uriEncode and a RawQuery made by
+// encodeQuery. bodySHA256 is the hash of the body in hex; the body itself is not
+// read. Every header that is set is signed, except those that a proxy on the way
+// may change.
+func (k *s3SigningKey) signRequest(req *http.Request, accessKey, bodySHA256 string, at time.Time) {
+	date := at.UTC().Format("20060102T150405Z")
+	req.Header.Set("X-Amz-Date", date)
+	req.Header.Set("X-Amz-Content-Sha256", bodySHA256)
+	canonical, signedHeaders := canonicalRequest(req, bodySHA256)
 	scope := k.day + "/" + k.region + "/s3/aws4_request"
-	sig := hmacSHA256(k.key, "AWS4-HMAC-SHA256\n"+stamp+"\n"+scope+"\n"+sha256Hex(canonical))
+	signature := hmacSHA256(k.key, "AWS4-HMAC-SHA256\n"+date+"\n"+scope+"\n"+sha256Hex(canonical))
 	req.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential="+accessKey+"/"+scope+
-		",SignedHeaders="+signed+",Signature="+hex.EncodeToString(sig))
+		",SignedHeaders="+signedHeaders+",Signature="+hex.EncodeToString(signature))
 }
 
-func canonicalRequest(req *http.Request, payload string) (canonical []byte, signed string) {
+// canonicalRequest returns the text that is hashed and signed (method, path,
+// query, headers sorted by name, their names, hash of the body) and the names of
+// the signed headers, joined by semicolons.
+func canonicalRequest(req *http.Request, bodySHA256 string) (canonical []byte, signedHeaders string) {
 	lines := make([]string, 0, len(req.Header)+1)
 	lines = append(lines, "host:"+req.URL.Host)
 	for name, values := range req.Header {
@@ -83,15 +92,17 @@ func canonicalRequest(req *http.Request, payload string) (canonical []byte, sign
 		names = append(names, headerName(line)...)
 	}
 	b = append(append(b, '\n', '\n'), names...)
-	return append(append(b, '\n'), payload...), string(names)
+	return append(append(b, '\n'), bodySHA256...), string(names)
 }
 
+// headerName returns the name in a line "name:value".
 func headerName(line string) string {
 	name, _, _ := strings.Cut(line, ":")
 	return name
 }
 
-// encodeQuery is a query in canonical form: sorted by encoded name, then value.
+// encodeQuery returns q in canonical form: each name with its value, sorted by
+// encoded name and then by encoded value.
 func encodeQuery(q url.Values) string {
 	pairs := make([][2]string, 0, len(q))
 	for name, values := range q {
@@ -110,16 +121,17 @@ func encodeQuery(q url.Values) string {
 	return string(b)
 }
 
-// uriEncode escapes each byte but A-Za-z0-9-._~ and, in paths, the slash. It is
-// stricter than net/url, whose spelling the server would not sign.
+// uriEncode escapes every byte except A-Za-z0-9-._~ and, if s is a path, the
+// slash. It escapes more than net/url does: a server computes the signature from
+// this spelling, so another one is refused.
 func uriEncode(s string, path bool) string {
 	const upperHex = "0123456789ABCDEF"
-	var b []byte
+	var b []byte // nil until the first byte that is escaped: most names need no copy
 	for i := range len(s) {
 		ch := s[i]
 		switch {
 		case 'a' <= ch && ch <= 'z', 'A' <= ch && ch <= 'Z', '0' <= ch && ch <= '9',
-			ch == '-', ch == '.', ch == '_', ch == '~', ch == '/' && path:
+			ch == '-', ch == '.', ch == '_', ch == '~', path && ch == '/':
 			if b != nil {
 				b = append(b, ch)
 			}
@@ -136,11 +148,13 @@ func uriEncode(s string, path bool) string {
 	return string(b)
 }
 
+// sha256Hex returns the SHA-256 of b in lower-case hex.
 func sha256Hex(b []byte) string {
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])
 }
 
+// hmacSHA256 returns the HMAC of s, 32 bytes.
 func hmacSHA256(key []byte, s string) []byte {
 	h := hmac.New(sha256.New, key)
 	io.WriteString(h, s)

@@ -329,8 +329,8 @@ func testS3Ranges(t *testing.T, c *s3Client) {
 			t.Errorf("%+v: %d bytes, size %d, meta %v, error %v", g, len(got), o.size, o.meta, err)
 		}
 	}
-	var e *s3Error
-	if _, err := c.getObject(t.Context(), "range", s3GetInput{off: 1000}); !errors.As(err, &e) || e.status != 416 {
+	_, err := c.getObject(t.Context(), "range", s3GetInput{off: 1000})
+	if refused, ok := errors.AsType[*s3Error](err); !ok || refused.status != 416 {
 		t.Errorf("beyond the end: %v", err)
 	}
 	mustPut(t, c, "empty", putOf(nil))
