@@ -1,6 +1,6 @@
-// respond.go: how a handler's error becomes an answer, how a body is sent, and
-// how an answer becomes a log line. Handlers return errors; responder alone
-// writes them.
+// respond.go: how a handler's error becomes an answer, how a body is sent, and how
+// an answer becomes a log line. Handlers return errors; only the responder writes
+// error answers.
 
 package main
 
@@ -24,8 +24,8 @@ import (
 	"time"
 )
 
-// The error kinds that all layers share. A richer error wraps one of them;
-// "not there" is fs.ErrNotExist in every layer.
+// The error kinds that all layers share. An error with more to say wraps one of
+// them. A missing file is fs.ErrNotExist in every layer.
 var (
 	errBadRequest   = errors.New("bad request")
 	errUnauthorized = errors.New("a token is needed")
@@ -33,26 +33,26 @@ var (
 	errTooLong      = errors.New("path too long")
 	errUnreachable  = errors.New("upstream unreachable") // dial, DNS, TLS, reset before headers
 	errTimeout      = errors.New("upstream timed out")
-	errBadUpstream  = errors.New("bad upstream answer") // one that cannot be used
+	errBadUpstream  = errors.New("bad upstream answer") // there is an answer, but it cannot be used
 	errStoreDown    = errors.New("store is not usable")
 	errNoSpace      = errors.New("no space left to store")
 	errBusy         = errors.New("too many requests") // Retry-After is sent
 	errClientGone   = errors.New("the client left")
 )
 
-// statusClientGone is logged for a client that left before its answer; it is
-// never on the wire (nginx's number).
+// statusClientGone is logged for a client that left before the end of its answer.
+// It is never sent. The number is nginx's.
 const statusClientGone = 499
 
-// problem is an error with all that its answer needs. detail reaches the
-// client and so never holds a secret or a query; cause reaches the log only.
+// problem is an error with everything that its answer needs. detail is sent to the
+// client, so it never holds a secret or a query. cause is only logged.
 type problem struct {
 	status     int
 	detail     string
-	retryAfter time.Duration // 0: no Retry-After
-	allow      string        // Allow, with 405
-	challenge  string        // WWW-Authenticate, with 401
-	cause      error         // what errors.Is sees; may be nil
+	retryAfter time.Duration // 0 means no Retry-After header
+	allow      string        // the Allow header of a 405
+	challenge  string        // the WWW-Authenticate header of a 401
+	cause      error         // for errors.Is and errors.AsType; may be nil
 }
 
 func (p *problem) Error() string {
@@ -64,14 +64,14 @@ func (p *problem) Error() string {
 
 func (p *problem) Unwrap() error { return p.cause }
 
-// newProblem makes a problem of a status and a text for the client.
+// newProblem makes a problem with a status and a text for the client.
 func newProblem(status int, format string, args ...any) *problem {
 	return &problem{status: status, detail: fmt.Sprintf(format, args...)}
 }
 
-// errorStatuses is the one table from an error to the status and text of its answer.
-// The first match counts; an error of no kind is 500 and explains itself in
-// the log only.
+// errorStatuses is the only table from an error kind to the status and the text of
+// its answer. The first match counts. An error of another kind is a 500, whose
+// reason is only logged.
 var errorStatuses = []struct {
 	err    error
 	status int
@@ -92,22 +92,23 @@ var errorStatuses = []struct {
 	{errBadUpstream, http.StatusBadGateway, "the upstream's answer cannot be used"},
 }
 
-// statusAndDetail is the status and the text for the client of err.
+// statusAndDetail returns the status and the text that a client gets for err.
 func statusAndDetail(err error) (status int, detail string) {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p.status, p.detail
 	}
-	for _, k := range errorStatuses {
-		if errors.Is(err, k.err) {
-			return k.status, k.detail
+	for _, row := range errorStatuses {
+		if errors.Is(err, row.err) {
+			return row.status, row.detail
 		}
 	}
 	return http.StatusInternalServerError, "internal error"
 }
 
-// secret is a string that never prints: not through fmt, slog or JSON.
+// secret is a string that is never printed by fmt, slog or encoding/json.
 type secret string
 
+// String returns "***", or "" for an empty secret.
 func (s secret) String() string {
 	if s == "" {
 		return ""
@@ -115,42 +116,47 @@ func (s secret) String() string {
 	return "***"
 }
 
-// GoString, LogValue and MarshalJSON close the other ways out.
+// GoString, LogValue and MarshalJSON hide the secret from %#v, slog and
+// encoding/json, which do not use String.
 func (s secret) GoString() string             { return s.String() }
 func (s secret) LogValue() slog.Value         { return slog.StringValue(s.String()) }
 func (s secret) MarshalJSON() ([]byte, error) { return json.Marshal(s.String()) }
 
-// handler serves one request. An error it returns is answered by the
-// responder, unless the answer has begun: then the connection is aborted.
+// handler serves one request. The responder answers an error that it returns. If
+// the answer has begun by then, the connection is aborted instead, so that the
+// client does not take a part for the whole.
 type handler func(w *response, r *http.Request) error
 
-// responder turns handlers into http.Handlers: it recovers, answers errors,
-// logs one line and counts.
+// responder serves a request by a handler: it recovers from panics, answers errors,
+// logs one line and counts. Its method may be called concurrently.
 type responder struct {
 	now     func() time.Time
 	log     *slog.Logger
 	metrics requestCounter
 }
 
-// requestCounter counts answered requests: metrics, or a test's.
+// requestCounter counts answered requests. It is called concurrently.
 type requestCounter interface {
+	// countRequest: see metrics.countRequest.
 	countRequest(remote, result string, status int, bytes int64, d time.Duration)
 }
 
-// errorWriter writes the answer for an error in the format of its API.
+// errorWriter writes an error answer in the format of its API.
 type errorWriter func(w http.ResponseWriter, status int, detail string, err error)
 
-// serveRequest runs h for one request.
-func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handler, fail errorWriter) {
+// serveRequest runs h for one request. It panics with http.ErrAbortHandler where
+// the connection must be aborted, after the request was logged and counted.
+func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handler, writeError errorWriter) {
 	began := s.now()
 	res := &response{ResponseWriter: w, controller: http.NewResponseController(w), now: s.now, head: r.Method == http.MethodHead}
 	if r.ProtoMajor == 1 && r.TLS == nil {
 		res.sendfile = true
 	}
-	res.extendWriteDeadline() // an earlier answer's deadline may be over, and net/http may write before us
+	res.extendWriteDeadline() // the deadline of an earlier answer may be over, and net/http may write before we do
 	if r.ContentLength != 0 {
-		// A body that nobody reads is read by net/http before it answers, which
-		// must still be in time. It lifts this at the body's end.
+		// net/http reads a body that no handler reads before it sends the answer.
+		// The deadline leaves time for that answer. net/http removes it at the end
+		// of the body.
 		_ = res.controller.SetReadDeadline(began.Add(clientTimeout / 2))
 	}
 	unwanted := hasUnwantedBody(r)
@@ -158,12 +164,12 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 		res.Header().Set("Connection", "close")
 	}
 	err := s.callHandler(res, r, h)
-	if unwanted { // the connection may end
+	if unwanted { // what has not arrived by then is not waited for
 		_ = res.controller.SetReadDeadline(s.now().Add(closeDelay))
 	}
 	abort := false
 	if err != nil {
-		abort = s.answerError(res, r, err, fail)
+		abort = s.answerError(res, r, err, writeError)
 	}
 	s.logAndCount(res, r, err, s.now().Sub(began))
 	if abort {
@@ -177,9 +183,9 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 	}
 }
 
-// readRefusedBody reads what still comes of an upload that was refused. Some clients
-// send all before they look for an answer; closing before that would take the
-// answer with it.
+// readRefusedBody sends the answer and then reads the rest of an upload that was
+// refused. Some clients send the whole body before they read the answer. If the
+// connection were closed before, TCP would reset it and the answer would be lost.
 func (s *responder) readRefusedBody(w *response, r *http.Request) {
 	if w.controller.Flush() != nil {
 		return
@@ -192,15 +198,15 @@ func (s *responder) readRefusedBody(w *response, r *http.Request) {
 	}
 }
 
-// hasUnwantedBody says whether r announces a body that means nothing here.
-// net/http would read it before it answers, to keep the connection; but it may
-// never come.
+// hasUnwantedBody reports whether r announces a body although its method has none
+// here. net/http would read the body before it answers, to keep the connection, but
+// the body may never come.
 func hasUnwantedBody(r *http.Request) bool {
 	return r.ContentLength != 0 && r.ProtoMajor == 1 && r.Method != http.MethodPut && r.Method != http.MethodPost
 }
 
-// callHandler calls h and turns a panic into an error; net/http's own abort too, so
-// that an aborted answer is logged like any other.
+// callHandler calls h and turns a panic into an error. http.ErrAbortHandler becomes
+// an error too, so that an aborted answer is logged like any other.
 func (s *responder) callHandler(w *response, r *http.Request, h handler) (err error) {
 	defer func() {
 		switch p := recover(); {
@@ -221,9 +227,9 @@ func (s *responder) callHandler(w *response, r *http.Request, h handler) (err er
 	return w.clientErr
 }
 
-// answerError answers err, or says that the connection must be aborted because an
-// answer has begun.
-func (s *responder) answerError(w *response, r *http.Request, err error, write errorWriter) (abort bool) {
+// answerError answers err. It answers nothing and returns abort if the connection
+// must be aborted, because an answer has begun or the client has left.
+func (s *responder) answerError(w *response, r *http.Request, err error, writeError errorWriter) (abort bool) {
 	if w.status != 0 {
 		return true
 	}
@@ -249,23 +255,23 @@ func (s *responder) answerError(w *response, r *http.Request, err error, write e
 	switch {
 	case r.ProtoMajor != 1:
 	case r.ContentLength != 0:
-		// To keep the connection net/http would first read the rest of the
-		// body, which a client may be waiting with.
+		// To keep the connection, net/http would first read the rest of the body.
+		// The client may be waiting for our answer before it sends that.
 		h.Set("Connection", "close")
 	case r.ProtoMinor == 1:
 		h.Set("Connection", "keep-alive")
 	}
-	write(w, status, detail, err)
+	writeError(w, status, detail, err)
 	return false
 }
 
 // logAndCount writes the one log line of a request and counts it.
 func (s *responder) logAndCount(w *response, r *http.Request, err error, took time.Duration) {
 	if w.status == 0 {
-		w.status = http.StatusOK // nothing was written: net/http sends this
+		w.status = http.StatusOK // a handler that wrote nothing: net/http sends this
 	}
 	if errors.Is(err, errClientGone) || errors.Is(err, context.Canceled) {
-		w.status = statusClientGone // a body that is waited for sees its context end first
+		w.status = statusClientGone // context.Canceled: the client left while we waited for its body
 	}
 	s.metrics.countRequest(w.remote, strings.ToLower(w.result), w.status, w.bytes, took)
 	level, msg := slog.LevelInfo, "Request"
@@ -294,13 +300,13 @@ func (s *responder) logAndCount(w *response, r *http.Request, err error, took ti
 	s.log.LogAttrs(r.Context(), level, msg, attrs...)
 }
 
-// writeJSONError is the errorWriter of everything but the registry.
+// writeJSONError is the errorWriter of all endpoints but the registry's.
 func writeJSONError(w http.ResponseWriter, status int, detail string, _ error) {
-	b, _ := json.Marshal(map[string]string{"detail": detail}) // strings always encode
+	b, _ := json.Marshal(map[string]string{"detail": detail}) // strings cannot fail
 	sendJSON(w, status, b)
 }
 
-// writeJSON answers 200 with v.
+// writeJSON answers 200 with v as indented JSON.
 func writeJSON(w http.ResponseWriter, v any) error {
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
@@ -310,8 +316,9 @@ func writeJSON(w http.ResponseWriter, v any) error {
 	return nil
 }
 
-// sendJSON answers status with b and its length: a client then has the whole
-// answer though the handler goes on (linger).
+// sendJSON answers with a status and the JSON text b. It sets the length, so that a
+// client has the whole answer while the responder still reads its request
+// (readRefusedBody).
 func sendJSON(w http.ResponseWriter, status int, b []byte) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)+1))
@@ -319,84 +326,95 @@ func sendJSON(w http.ResponseWriter, status int, b []byte) {
 	_, _ = w.Write(append(b, '\n'))
 }
 
-// fileSource is a body that can hand out the file its bytes are in, so that the
-// kernel sends them (sendfile).
+// fileSource is a body whose bytes are in a file that it can hand out, so that the
+// kernel sends them (sendfile). One goroutine uses it.
 type fileSource interface {
 	io.Reader
-	// nextFile waits until bytes can be read where the source stands and returns a
-	// file that stands there with how many of its bytes are ready, at most max.
-	// A nil file means: use Read. io.EOF ends the source.
-	nextFile(max int64) (f *os.File, n int64, err error)
-	// advanceBy says that n bytes were read from next's file.
+	// nextFile waits until there are bytes to read at the current position. It
+	// returns a file that is at that position, and how many of its bytes may be
+	// read, at most limit. The source keeps the file and closes it. A nil file
+	// without an error means that the bytes are not in a file: use Read. io.EOF
+	// is the end of the body.
+	nextFile(limit int64) (f *os.File, n int64, err error)
+	// advanceBy moves the current position by n bytes, which were read from the
+	// file that nextFile returned.
 	advanceBy(n int64)
 }
 
-// growingBody is a body that may have to be waited for: what was sent before must
-// not sit in a buffer meanwhile.
+// growingBody is a body that may still be arriving. While a reader waits for it,
+// nothing that was read before may stay in a buffer.
 type growingBody interface {
-	// readyToRead says that reading on will not wait.
+	// readyToRead reports whether the next Read returns without waiting.
 	readyToRead() bool
 }
 
 const (
-	// sendStep is how much is handed to the kernel at once: large enough that
-	// the deadline's cost vanishes, small enough that a fill's watermark and a
-	// client's departure are noticed.
+	// sendStep is how many bytes are handed to the kernel at once. It is large, so
+	// that setting the deadline for each step costs nothing, and small enough to
+	// notice soon that a client left or a spool grew.
 	sendStep = 4 << 20
 	// clientTimeout is how long a client may take no byte at all before it counts
-	// as dead. TCP shows a reader of some bytes a second only now and then,
-	// when its window reopens, so this is long.
+	// as gone. It is long because TCP hides a slow reader: while a client reads a
+	// few bytes a second, none leaves us until its receive window reopens.
 	clientTimeout = 5 * time.Minute
-	// closeDelay is how long a connection stays open behind its last answer for
-	// a body on its way: closed before, it could take the answer with it.
+	// closeDelay is how long a connection stays open after its last answer while
+	// an unwanted body is on its way. If it were closed at once, the answer could
+	// be lost. A second is several round trips.
 	closeDelay = time.Second
-	// maxRefusedBodyTime is how long a refused upload is read at most: what a gigabyte
-	// takes on a good line.
+	// maxRefusedBodyTime bounds the reading of a refused upload: a gigabyte takes
+	// about so long on a good line.
 	maxRefusedBodyTime = 30 * time.Second
-	copyBufferSize     = 64 << 10
-	// largeBufferSize is for bodies that fills and followers move, and for large ones
-	// that come from another machine and leave unencrypted: system calls are most
-	// of the work, and 64 MiB of S3 take a tenth less time than by copyBufferSize.
+	// copyBufferSize is the size of the buffers of most bodies. It holds a small
+	// file at once, and TLS sends 16 KiB at a time anyway.
+	copyBufferSize = 64 << 10
+	// largeBufferSize is the buffer size of fills and followers, and of large
+	// bodies that come from another machine and leave without TLS. System calls
+	// are most of their work: 64 MiB from S3 take a tenth less time than with
+	// copyBufferSize.
 	largeBufferSize = 256 << 10
 )
 
-// response is the http.ResponseWriter of all handlers: it counts, pushes the
-// write deadline forward while the client takes bytes, and sends files by
-// sendfile. ServeContent's copy lands in ReadFrom.
+// response is the http.ResponseWriter of all handlers. It counts, moves the write
+// deadline while the client takes bytes, and sends files by sendfile:
+// http.ServeContent copies into ReadFrom. The goroutine of the request alone uses
+// it.
 type response struct {
 	http.ResponseWriter
 	controller    *http.ResponseController
 	now           func() time.Time
-	head          bool
-	sendfile      bool      // plain HTTP/1: net/http hands files to the kernel
+	head          bool      // the request is a HEAD
+	sendfile      bool      // plain HTTP/1, where net/http lets the kernel send files
 	deadlineSetAt time.Time // when the write deadline was last set
 
-	status    int
-	bytes     int64
-	bodyErr   error // reading a body failed: the answer must not end cleanly
-	clientErr error // writing to the client failed
+	status    int   // 0 until the header was written
+	bytes     int64 // of the body, written so far
+	bodyErr   error // reading the body failed, so the answer must not end cleanly
+	clientErr error // writing to the client failed; wraps errClientGone
 
-	// For the log line and the counters, set by handlers.
+	// What the log line and the counters say; handlers set it.
 	remote, path, result string
-	quiet                bool // not worth a line unless debugging
+	quiet                bool // is logged at debug level only
 }
 
 // Unwrap lets http.ResponseController reach the connection.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// WriteHeader notes the status. Informational ones are not the answer.
+// WriteHeader writes the header and remembers its status. A 1xx status is not yet
+// the answer.
 func (w *response) WriteHeader(status int) {
 	if status >= 200 && w.status == 0 {
 		w.status = status
 	}
 	w.extendWriteDeadline()
 	if status == http.StatusPreconditionFailed {
-		// ServeContent takes it back for 304, not here; there is no body.
+		// http.ServeContent removes the length of the file for a 304 but not for a
+		// 412, which has no body either.
 		w.Header().Del("Content-Length")
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
+// Write writes a part of the body.
 func (w *response) Write(p []byte) (int, error) {
 	if w.status == 0 {
 		w.status = http.StatusOK
@@ -407,15 +425,15 @@ func (w *response) Write(p []byte) (int, error) {
 	return n, w.noteWriteError(err)
 }
 
-// resetConnection breaks the connection of an HTTP/1.0 client, who takes a closed one for
-// the end of a body without a length.
+// resetConnection resets the connection of an HTTP/1.0 client. For such a client a
+// connection that is closed in order means the end of a body without a length.
 func (w *response) resetConnection() {
 	conn, _, err := w.controller.Hijack()
 	if err != nil {
 		return
 	}
 	if t, ok := conn.(*tls.Conn); ok {
-		conn = t.NetConn() // no farewell
+		conn = t.NetConn() // close_notify would be an orderly end
 	}
 	if t, ok := conn.(*net.TCPConn); ok {
 		_ = t.SetLinger(0)
@@ -423,7 +441,7 @@ func (w *response) resetConnection() {
 	conn.Close()
 }
 
-// noteWriteError notes a write that failed: the client is gone.
+// noteWriteError remembers a failed write in clientErr and returns err.
 func (w *response) noteWriteError(err error) error {
 	if err != nil && w.clientErr == nil && !errors.Is(err, http.ErrBodyNotAllowed) {
 		w.clientErr = fmt.Errorf("%w: %w", errClientGone, err)
@@ -431,9 +449,10 @@ func (w *response) noteWriteError(err error) error {
 	return err
 }
 
-// extendWriteDeadline moves the write deadline. Setting a timer for each small write would
-// cost more than the write, hence the quarter. It is never lifted: net/http
-// writes what is buffered after the handler, to a client that may take nothing.
+// extendWriteDeadline moves the write deadline to clientTimeout from now, if a
+// quarter of it has passed: setting a timer for each small write would cost more
+// than the write. The deadline is never removed, because net/http writes what is
+// buffered after the handler returned, and the client may not take it.
 func (w *response) extendWriteDeadline() {
 	now := w.now()
 	if now.Sub(w.deadlineSetAt) < clientTimeout/4 && !w.deadlineSetAt.IsZero() {
@@ -443,9 +462,9 @@ func (w *response) extendWriteDeadline() {
 	_ = w.controller.SetWriteDeadline(now.Add(clientTimeout)) // a recorder in tests has none
 }
 
-// ReadFrom sends src, through the kernel where it is a source on a plain
-// connection. A failing src is noted in bodyErr, because http.ServeContent
-// drops what its copy returns.
+// ReadFrom sends src, by the kernel if it is a fileSource and the connection is
+// plain. An error of src is remembered in bodyErr, because http.ServeContent
+// ignores the error of its copy.
 func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	limit, body := int64(math.MaxInt64), src
 	if l, ok := src.(*io.LimitedReader); ok {
@@ -460,15 +479,16 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	return w.copyBody(body, limit)
 }
 
-// flushIfWaiting sends what is buffered, the headers above all, if body would
-// keep the client waiting for more.
+// flushIfWaiting sends what is buffered (at first the headers) if the next read of
+// body would wait.
 func (w *response) flushIfWaiting(body any) {
-	if l, ok := body.(growingBody); ok && !l.readyToRead() {
-		_ = w.controller.Flush() // a client that has left shows at the next write
+	if g, ok := body.(growingBody); ok && !g.readyToRead() {
+		_ = w.controller.Flush() // an error comes again from the next write
 	}
 }
 
-// sendFiles sends limit bytes of s, or all.
+// sendFiles sends limit bytes of s by the kernel, or all of s if limit is
+// math.MaxInt64.
 func (w *response) sendFiles(s fileSource, limit int64) (sent int64, err error) {
 	for sent < limit {
 		w.flushIfWaiting(s)
@@ -483,9 +503,9 @@ func (w *response) sendFiles(s fileSource, limit int64) (sent int64, err error) 
 			n, err := w.copyBody(s, limit)
 			return sent + n, err
 		}
-		k, err := w.sendFile(f, n)
-		s.advanceBy(k)
-		sent += k
+		step, err := w.sendFile(f, n)
+		s.advanceBy(step)
+		sent += step
 		if err != nil {
 			return sent, err
 		}
@@ -493,27 +513,28 @@ func (w *response) sendFiles(s fileSource, limit int64) (sent int64, err error) 
 	return sent, nil
 }
 
-// sendFile sends n bytes of f from where it stands. A deadline that passes
-// while bytes still flow only means that the step was long for this client.
+// sendFile sends n bytes of f from its current position. If the deadline passes
+// although bytes were sent, the step was only large for a slow client, and it goes
+// on.
 func (w *response) sendFile(f *os.File, n int64) (sent int64, err error) {
-	rf, ok := w.ResponseWriter.(io.ReaderFrom)
+	kernel, ok := w.ResponseWriter.(io.ReaderFrom)
 	for sent < n {
-		w.deadlineSetAt = time.Time{}
+		w.deadlineSetAt = time.Time{} // each step gets the whole time
 		w.extendWriteDeadline()
-		var k int64
+		var step int64
 		src := &io.LimitedReader{R: f, N: n - sent}
 		if ok {
-			k, err = rf.ReadFrom(src)
+			step, err = kernel.ReadFrom(src)
 		} else {
-			k, err = io.Copy(w.ResponseWriter, src)
+			step, err = io.Copy(w.ResponseWriter, src)
 		}
-		sent += k
-		w.bytes += k
+		sent += step
+		w.bytes += step
 		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded) && k > 0:
+		case errors.Is(err, os.ErrDeadlineExceeded) && step > 0:
 		case err != nil:
 			return sent, w.noteWriteError(err)
-		case k == 0: // the file is shorter than its record says
+		case step == 0: // the file is shorter than its record says
 			w.bodyErr = io.ErrUnexpectedEOF
 			return sent, w.bodyErr
 		}
@@ -521,13 +542,14 @@ func (w *response) sendFile(f *os.File, n int64) (sent int64, err error) {
 	return sent, nil
 }
 
+// The buffers of copyBody, of copyBufferSize and largeBufferSize bytes.
 var (
 	copyBuffers  = sync.Pool{New: func() any { return new([copyBufferSize]byte) }}
 	largeBuffers = sync.Pool{New: func() any { return new([largeBufferSize]byte) }}
 )
 
-// copyBody sends limit bytes of what cannot be sent by the kernel: memory, TLS,
-// streams.
+// copyBody sends limit bytes of a body that the kernel cannot send: from memory, by
+// TLS, from a stream.
 func (w *response) copyBody(body io.Reader, limit int64) (sent int64, err error) {
 	var buf []byte
 	if w.sendfile && limit > 4*largeBufferSize {
@@ -543,8 +565,8 @@ func (w *response) copyBody(body io.Reader, limit int64) (sent int64, err error)
 		w.flushIfWaiting(body)
 		n, err := body.Read(buf[:min(int64(len(buf)), limit-sent)])
 		if n > 0 {
-			k, werr := w.Write(buf[:n])
-			sent += int64(k)
+			written, werr := w.Write(buf[:n])
+			sent += int64(written)
 			if werr != nil {
 				return sent, werr
 			}
@@ -556,8 +578,9 @@ func (w *response) copyBody(body io.Reader, limit int64) (sent int64, err error)
 	return sent, nil
 }
 
-// checkBodyEnd judges the end of a source: clean only at EOF and, where a length was
-// promised, only behind it.
+// checkBodyEnd returns nil if the error of a body is its proper end: io.EOF, and
+// after limit bytes if a length was promised. Otherwise it remembers the error in
+// bodyErr and returns it.
 func (w *response) checkBodyEnd(err error, sent, limit int64) error {
 	if err == io.EOF && (limit == math.MaxInt64 || sent == limit) {
 		return nil
@@ -569,7 +592,7 @@ func (w *response) checkBodyEnd(err error, sent, limit int64) error {
 	return err
 }
 
-// statusOf is describe's status alone.
+// statusOf returns the status that a client gets for err.
 func statusOf(err error) int {
 	status, _ := statusAndDetail(err)
 	return status
