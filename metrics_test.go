@@ -40,7 +40,7 @@ func readExposition(t *testing.T, text string) map[string]float64 {
 	for line := range strings.SplitSeq(strings.TrimSuffix(text, "\n"), "\n") {
 		if k := metaLine.FindStringSubmatch(line); k != nil {
 			seen[k[1]+k[2]]++
-			if seen[k[1]+k[2]] > 1 || k[1] == "TYPE" && current != k[2] {
+			if seen[k[1]+k[2]] > 1 || (k[1] == "TYPE" && current != k[2]) {
 				t.Errorf("%s of %s is not there once, HELP first", k[1], k[2])
 			}
 			current = k[2]
@@ -59,7 +59,7 @@ func readExposition(t *testing.T, text string) map[string]float64 {
 			t.Errorf("series %s%s is there twice", k[1], k[2])
 		}
 		series[k[1]+k[2]] = v
-		if suffix, of := strings.CutPrefix(k[1], current); !of || suffix != "" && suffix != "_bucket" && suffix != "_sum" && suffix != "_count" {
+		if suffix, of := strings.CutPrefix(k[1], current); !of || (suffix != "" && suffix != "_bucket" && suffix != "_sum" && suffix != "_count") {
 			t.Errorf("%s stands below %s", k[1], current)
 		}
 	}

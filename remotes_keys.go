@@ -226,7 +226,7 @@ func setHeaders(c *configReader, r *remote, n *yaml.Node) {
 
 // readHeaderValue reads one value; a line break in it would begin another header.
 func (c *configReader) readHeaderValue(n *yaml.Node, dst *string) {
-	if c.readString(n, dst) && strings.ContainsFunc(*dst, func(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }) {
+	if c.readString(n, dst) && strings.ContainsFunc(*dst, func(r rune) bool { return (r < ' ' && r != '\t') || r == 0x7f }) {
 		c.addValueError(n, "holds a line break or a control character: remove it (often the end of a file put into a variable)")
 	}
 }
@@ -300,7 +300,7 @@ func parseUpstreamURL(s string, withQuery bool) (u *url.URL, complaint string) {
 // hasBadPort reports whether u has a port that is none.
 func hasBadPort(u *url.URL) bool {
 	port, err := strconv.Atoi(u.Port())
-	return strings.HasSuffix(u.Host, ":") || u.Port() != "" && (err != nil || port < 1 || port > math.MaxUint16)
+	return strings.HasSuffix(u.Host, ":") || (u.Port() != "" && (err != nil || port < 1 || port > math.MaxUint16))
 }
 
 // withoutTrailingSlash drops the slashes at the end of u's path, so that a spelling
@@ -358,7 +358,7 @@ func (r *remote) publicView() map[string]any {
 	cache := map[string]any{}
 	m := map[string]any{"cache": cache}
 	for _, k := range remoteKeys {
-		if k.show == nil || k.onType != "" && k.onType != r.typeName() || k.docker && r.packageType != "docker" {
+		if k.show == nil || (k.onType != "" && k.onType != r.typeName()) || (k.docker && r.packageType != "docker") {
 			continue
 		}
 		v := k.show(r)

@@ -289,7 +289,7 @@ func TestSizes(t *testing.T) {
 		"": -1, "GiB": -1, "-1": -1, "5 apples": -1, "99999999999TiB": -1, "1e3": -1, "0x10": -1, "5i": -1,
 	} {
 		got, err := parseSize(in)
-		if want < 0 && err == nil || want >= 0 && (err != nil || got != want) {
+		if (want < 0 && err == nil) || (want >= 0 && (err != nil || got != want)) {
 			t.Errorf("parseSize(%q) = %d, %v, want %d", in, got, err, want)
 		}
 	}
@@ -689,7 +689,7 @@ func FuzzSpell(f *testing.F) {
 	f.Fuzz(func(t *testing.T, escaped, query string) {
 		path, spelling, err := spellPath(escaped, query)
 		if err != nil {
-			if !errors.Is(err, errBadRequest) && !errors.Is(err, errTooLong) || path != "" || spelling != "" {
+			if (!errors.Is(err, errBadRequest) && !errors.Is(err, errTooLong)) || path != "" || spelling != "" {
 				t.Fatalf("%q, %q, %v", path, spelling, err)
 			}
 			return
@@ -701,7 +701,7 @@ func FuzzSpell(f *testing.F) {
 			t.Fatalf("path %q", path)
 		}
 		bare, rest, _ := strings.Cut(spelling, "?")
-		if strings.HasPrefix(bare, "/") || strings.Contains(bare, "//") || path != "" && rest != query {
+		if strings.HasPrefix(bare, "/") || strings.Contains(bare, "//") || (path != "" && rest != query) {
 			t.Fatalf("spelling %q", spelling)
 		}
 		again, spellingAgain, err := spellPath(bare, rest)

@@ -120,7 +120,7 @@ func (c *configReader) checkEncoding(data []byte) bool {
 			c.addError(line+1, "this line is not UTF-8: save the file in that encoding")
 			return false
 		}
-		control := func(r rune) bool { return r < ' ' && r != '\t' && r != '\r' || r >= 0x7f && r < 0xa0 && r != 0x85 }
+		control := func(r rune) bool { return (r < ' ' && r != '\t' && r != '\r') || (r >= 0x7f && r < 0xa0 && r != 0x85) }
 		if bytes.IndexFunc(text, control) >= 0 {
 			c.addError(line+1, "this line holds a control character: remove it, or write it as an escape within double quotes")
 			return false
@@ -447,7 +447,7 @@ func (c *configReader) readSeconds(n *yaml.Node, least int64, dst *time.Duration
 // readPatterns reads a list of regular expressions; one that is there twice counts
 // once. Variables are not expanded, so that $ keeps its meaning.
 func (c *configReader) readPatterns(n *yaml.Node, dst *[]*regexp.Regexp) {
-	if n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" || n.Kind == yaml.SequenceNode && len(n.Content) == 0 {
+	if (n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null") || (n.Kind == yaml.SequenceNode && len(n.Content) == 0) {
 		c.addValueError(n, "is empty: list at least one pattern, or remove the key%s", map[bool]string{true: " to allow everything"}[c.key == "immutable_patterns"])
 		return
 	}
@@ -551,7 +551,7 @@ func explainPatternError(err error) string {
 	switch {
 	case strings.HasPrefix(x, "(?=") || strings.HasPrefix(x, "(?!") || strings.HasPrefix(x, "(?<=") || strings.HasPrefix(x, "(?<!"):
 		return "look-around (" + x[:3] + "...) does not exist in Go's regular expressions (RE2): list what is allowed instead"
-	case e.Code == syntax.ErrInvalidEscape && len(x) > 1 && (x[1] >= '1' && x[1] <= '9' || x[1] == 'k'), x == "(?P":
+	case e.Code == syntax.ErrInvalidEscape && len(x) > 1 && ((x[1] >= '1' && x[1] <= '9') || x[1] == 'k'), x == "(?P":
 		return "back-references (" + x + ") do not exist in Go's regular expressions (RE2): write the text out"
 	}
 	return fmt.Sprintf("%s (%s): Go's regular expressions are RE2, see https://github.com/google/re2/wiki/Syntax", e.Code, x)

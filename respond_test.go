@@ -114,8 +114,8 @@ func TestEachRequestIsOneLine(t *testing.T) {
 	for n, s := range steps {
 		s.do()
 		v := tt.wantLine(n)
-		if v.Msg != s.msg || v.Status != s.status || s.bytes >= 0 && v.Bytes != s.bytes || s.path != "" && v.Path != s.path || v.Method != s.method ||
-			v.Client != "127.0.0.1" || v.Duration <= 0 || s.path == "a.idx" && v.Remote != "r" {
+		if v.Msg != s.msg || v.Status != s.status || (s.bytes >= 0 && v.Bytes != s.bytes) || (s.path != "" && v.Path != s.path) || v.Method != s.method ||
+			v.Client != "127.0.0.1" || v.Duration <= 0 || (s.path == "a.idx" && v.Remote != "r") {
 			t.Errorf("line %d is %+v, want %s %d", n, v, s.msg, s.status)
 		}
 	}
@@ -328,7 +328,7 @@ func TestBodyThatNeverComesIsNotAwaited(t *testing.T) {
 				if d := time.Since(began); d > 0 || err != nil || res.StatusCode != status || !res.Close {
 					t.Errorf("%s, %s: %d after %v, closes %v, %v", request, length, res.StatusCode, d, res.Close, err)
 				}
-				if _, err := in.ReadByte(); err != io.EOF || time.Since(began) > closeDelay && method != "PUT" {
+				if _, err := in.ReadByte(); err != io.EOF || (time.Since(began) > closeDelay && method != "PUT") {
 					t.Errorf("%s, %s: the connection ended with %v after %v", request, length, err, time.Since(began))
 				}
 				conn.Close()

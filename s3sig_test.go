@@ -651,7 +651,7 @@ func TestS3FaultsStay(t *testing.T) {
 				size = 1000
 			}
 			_, err := c.putObject(t.Context(), "k", putOf(pattern(size)))
-			if err == nil || tt.target != nil && !errors.Is(err, tt.target) || errors.Is(err, fs.ErrNotExist) {
+			if err == nil || (tt.target != nil && !errors.Is(err, tt.target)) || errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("error %v, want %v", err, tt.target)
 			}
 			if n := f.count(tt.op); n != tt.tries {

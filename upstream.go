@@ -179,7 +179,7 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (own *up
 			own.discardBody()
 			return nil, false, ctx.Err()
 		}
-		if i == 0 && !needsMirror(resp, err) || i > 0 && err == nil && resp.StatusCode < 400 {
+		if (i == 0 && !needsMirror(resp, err)) || (i > 0 && err == nil && resp.StatusCode < 400) {
 			own.discardBody()
 			return resp, false, err
 		}
@@ -381,7 +381,7 @@ func parseContentRange(s string) (first, last, size int64, ok bool) {
 	if total == "*" {
 		size, ok3 = -1, true
 	}
-	if !ok1 || !ok2 || !ok3 || last < first || size >= 0 && last >= size {
+	if !ok1 || !ok2 || !ok3 || last < first || (size >= 0 && last >= size) {
 		return 0, 0, 0, false
 	}
 	return first, last, size, true

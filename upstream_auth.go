@@ -113,7 +113,7 @@ func (k registryKey) tokenKeyFor(c authChallenge, scope string) tokenKey {
 // credentials, if there are any.
 func (x *exchange) parseRealm(s string, credentials bool) (*url.URL, error) {
 	realm, err := url.Parse(s)
-	if err != nil || realm.Host == "" || realm.Scheme != "https" && realm.Scheme != "http" {
+	if err != nil || realm.Host == "" || (realm.Scheme != "https" && realm.Scheme != "http") {
 		return nil, x.newUnusableError(x.origin, "its token realm is no URL")
 	}
 	realm.User, realm.Fragment = nil, ""
@@ -526,6 +526,6 @@ func (p *headerCursor) readToken() string { return p.takeWhile(isTokenByte) }
 
 // isTokenByte is RFC 9110's tchar.
 func isTokenByte(c byte) bool {
-	return c >= '0' && c <= '9' || c|0x20 >= 'a' && c|0x20 <= 'z' ||
+	return (c >= '0' && c <= '9') || (c|0x20 >= 'a' && c|0x20 <= 'z') ||
 		strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0
 }

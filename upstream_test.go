@@ -794,7 +794,7 @@ func TestCredentialsStayHome(t *testing.T) {
 			want := strings.HasSuffix(hops[n], "*")
 			user, pw, _ := r.BasicAuth()
 			if got := user == "u" && pw == "p"; got != want || r.URL.User != nil || (r.Header.Get("X-Key") == "k") != want ||
-				!want && r.Header.Get("Authorization") != "" {
+				(!want && r.Header.Get("Authorization") != "") {
 				t.Errorf("%s: hop %d had %v", chain, n, r.Header)
 			}
 			if n+1 < len(hops) {
@@ -1813,7 +1813,7 @@ func FuzzContentRange(f *testing.F) {
 		if !ok {
 			return
 		}
-		if first < 0 || last < first || size < -1 || size >= 0 && last >= size {
+		if first < 0 || last < first || size < -1 || (size >= 0 && last >= size) {
 			t.Fatalf("%q: %d-%d/%d", s, first, last, size)
 		}
 		again := fmt.Sprintf("bytes %d-%d/%d", first, last, size)
