@@ -1,10 +1,11 @@
-// remotes.go: a request path becomes a file of one remote: its decoded path, its
-// upstream spelling and its storage key.
+// remotes.go: how the path of a request becomes a file of one remote, with its
+// decoded path, its upstream spelling and its storage key.
 
 package main
 
 import (
 	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"net/http"
@@ -17,30 +18,31 @@ import (
 )
 
 const (
-	// maxSpelling bounds an upstream spelling with its query: a record then
-	// fits the 2 KB of metadata that an S3 object may have.
+	// maxSpelling bounds an upstream spelling with its query, in bytes. A record
+	// with it fits the 2 KB of metadata that an S3 object may have.
 	maxSpelling = 1024
-	// maxFilename is how much of a file's name a key keeps: with the rest of a
-	// key it stays far below the 255 bytes of a file system's names.
+	// maxFilename is how many bytes of a file's name a key contains. The name then
+	// stays far below the 255 bytes that file systems allow.
 	maxFilename = 120
-	// maxName bounds a remote's name, which is a directory's name as well.
+	// maxName bounds the name of a remote, which is also the name of a directory.
 	maxName = 100
-	// maxSeconds is about 100 years: more would overflow a time.Duration when
-	// it is added to a date.
+	// maxSeconds is about 100 years. A longer time could overflow when it is added
+	// to a date.
 	maxSeconds = 100 * 366 * 24 * 3600
-	// defaultMutableTTL and defaultTimeout are what a remote without those keys
-	// has (README's table of keys says so too).
+	// defaultMutableTTL and defaultTimeout are the defaults of cache.mutable_ttl
+	// and timeout; the table of keys in README.md names them too.
 	defaultMutableTTL = 3600 * time.Second
 	defaultTimeout    = 30 * time.Second
 )
 
-// class says how long a stored file may answer (SPEC.md section 5).
+// class says how long a stored file may be served without asking its upstream; see
+// "How it decides" in README.md.
 type class string
 
 const (
-	immutable class = "immutable" // for ever, or immutable_ttl
-	mutable   class = "mutable"   // mutable_ttl, then revalidated
-	local     class = "local"     // ours: for ever
+	immutable class = "immutable" // forever, or for immutable_ttl if that is set
+	mutable   class = "mutable"   // for mutable_ttl; then it is revalidated
+	local     class = "local"     // forever: it was uploaded here and has no upstream
 )
 
 // remote is one entry of remotes.yaml, ready to use. It is not changed after
@@ -52,63 +54,65 @@ type remote struct {
 	description string
 
 	origins      []origin    // base_url first, then mirrors in order; empty for local
-	headers      http.Header // sent upstream where credentials are
+	headers      http.Header // sent to the origins that get the credentials
 	username     string
 	password     secret
-	registry     string   // docker: the ns that names it (docker.io)
-	tokenRealm   *url.URL // docker: the realm that may have the credentials; may be nil
-	writeToken   secret   // local
+	registry     string   // docker: the registry that clients name in ns, such as docker.io
+	tokenRealm   *url.URL // docker: a token service that may get the credentials; may be nil
+	writeToken   secret   // local: allows writing to this repository; may be ""
 	staleIfError bool
 
-	immutable    []*regexp.Regexp // nil: everything is allowed
-	mutable      []*regexp.Regexp // user's
-	builtin      []*regexp.Regexp // the package's
+	immutable    []*regexp.Regexp // immutable_patterns; nil means that everything is allowed
+	mutable      []*regexp.Regexp // mutable_patterns, without those in builtin
+	builtin      []*regexp.Regexp // mutable patterns of the package
 	checkMutable bool             // check_mutable_updates
 	checkBuiltin bool             // check_builtin_updates
-	immutableTTL time.Duration    // 0: for ever
-	mutableTTL   time.Duration    // 0: re-check on every request
-	negativeTTL  time.Duration    // 0: off
-	timeout      time.Duration    // connect and response header, each hop
-	maxSize      int64            // cache.max_size in bytes, 0: none
+	immutableTTL time.Duration    // 0 means forever
+	mutableTTL   time.Duration    // 0 means that every request revalidates
+	negativeTTL  time.Duration    // how long a 404 or 410 is remembered; 0 means not at all
+	timeout      time.Duration    // to connect and to get the response header, for each redirect anew
+	maxSize      int64            // cache.max_size in bytes; 0 means no limit
 }
 
-// Format prints the name whatever the verb: fmt does not ask the methods of
-// unexported fields, so the secrets would show.
+// Format prints the name of the remote, whatever the verb is. Without it fmt would
+// print the secrets: it does not call the methods of unexported fields.
 func (r remote) Format(s fmt.State, _ rune) { io.WriteString(s, r.name) }
 
-// origin is one place that has a remote's files: base_url or a mirror.
+// origin is one server that has a remote's files: base_url or a mirror.
 type origin struct {
-	url  *url.URL // scheme, host and the escaped base path without trailing slash
-	auth bool     // may have the remote's credentials and headers (base_url: always)
+	url  *url.URL // scheme, host and escaped base path without a slash at its end
+	auth bool     // gets the remote's credentials and headers; always true for base_url
 }
 
-// config is a whole remotes.yaml.
+// config is a whole remotes.yaml. It is not changed after parseConfig.
 type config struct {
-	remotes    map[string]*remote
-	names      []string // sorted
-	registries map[string]*remote
+	remotes    map[string]*remote // by name
+	names      []string           // of all remotes, sorted
+	registries map[string]*remote // docker remotes by registry, in lower case
 }
 
 // target is one file of one remote, as a request named it.
 type target struct {
 	remote   *remote
-	path     string // decoded, without query: what patterns, listings and logs see
-	spelling string // upstream spelling with its query: what the record holds and the key is made of
-	wire     string // escaped path and query as asked below base_url (no leading slash); spelling but for registries
+	path     string // decoded, without query; patterns, listings and logs use it
+	spelling string // upstream spelling with its query; the record contains it and the key is its hash
+	wire     string // escaped path and query that are asked below base_url, without a leading slash; differs from spelling for registries
 	class    class
 	builtin  bool // mutable by a built-in pattern
 }
 
-// addRegistry notes which remote a registry names. What registry: says goes before
-// a default; of several defaults the first in the file has it, since two
-// remotes of one host (with other credentials, say) are fine as long as clients
-// name them.
+// addRegistry remembers the registry of a docker remote. A remote with the key
+// registry has precedence over one with the default, the host of base_url. Of
+// several remotes with the same default the first in the file gets it: two remotes
+// of one host are useful, for example with other credentials, and clients can name
+// them.
 func (c *config) addRegistry(r *remote) {
 	if r.packageType != "docker" {
 		return
 	}
 	given := r.registry != ""
 	if !given && len(r.origins) > 0 {
+		// Clients say docker.io for the registry that is served at this host.
 		if r.registry = r.origins[0].url.Host; r.registry == "registry-1.docker.io" {
 			r.registry = "docker.io"
 		}
@@ -118,17 +122,19 @@ func (c *config) addRegistry(r *remote) {
 	}
 }
 
-// remoteByRegistry is the docker remote that a client's ns names, or nil.
+// remoteByRegistry returns the docker remote of the registry that a client named in
+// ns, or nil.
 func (c *config) remoteByRegistry(ns string) *remote { return c.registries[strings.ToLower(ns)] }
 
-// isIrreplaceable says whether a remote's files may be nowhere else: a local
-// repository's are not, and of a name that is in the file no more nobody knows.
+// isIrreplaceable reports whether the files of a remote may exist nowhere else. It
+// is true for a local repository, and for a name that is not in remotes.yaml any
+// more, which may have been one.
 func (c *config) isIrreplaceable(name string) bool {
 	r := c.remotes[name]
 	return r == nil || r.local
 }
 
-// urlPath is where clients find r: /api/NAME/, or /v2/NAME/ for docker.
+// urlPath returns the path of r for clients: /api/NAME/, or /v2/NAME/ for docker.
 func (r *remote) urlPath() string {
 	if r.packageType == "docker" {
 		return "/v2/" + r.name + "/"
@@ -136,18 +142,18 @@ func (r *remote) urlPath() string {
 	return "/api/" + r.name + "/"
 }
 
-// resolveTarget finds the file that a request below /api/ means: escaped is what
-// follows the remote's name in its path, as it was sent, query its raw query.
-// An empty path (the remote's list) is a target without class. Its errors are
-// problems: 404 for a remote that is not there or lives below /v2/, 400, 414,
-// and 403 for a path that r's patterns do not allow.
+// resolveTarget returns the file that a request below /api/ names. escaped is what
+// follows the remote's name in the path, as the client sent it, and query is the raw
+// query. An empty path, which lists the remote, gives a target without a class. The
+// errors are problems: 404 if there is no such remote or it is below /v2/, 400 and
+// 414 from spellPath, 403 if the patterns of the remote do not allow the path.
 func (c *config) resolveTarget(name, escaped, query string) (target, error) {
 	r := c.remotes[name]
 	if r == nil {
 		return target{}, newProblem(http.StatusNotFound, "there is no remote %.100q", name)
 	}
 	if r.packageType == "docker" {
-		return target{}, newProblem(http.StatusNotFound, "remote %q is a container registry: it is below %s", name, r.urlPath())
+		return target{}, newProblem(http.StatusNotFound, "remote %q is a container registry: ask for it below %s", name, r.urlPath())
 	}
 	path, spelling, err := spellPath(escaped, query)
 	if err != nil || path == "" {
@@ -158,10 +164,12 @@ func (c *config) resolveTarget(name, escaped, query string) (target, error) {
 	return t, err
 }
 
-// spellPath reads an escaped request path (without its remote) and the raw query
-// into the decoded path and the upstream spelling (SPEC.md section 4, Paths).
-// Its errors are problems of errBadRequest and errTooLong. An empty path is "",
-// whatever the query.
+// spellPath turns an escaped request path (without its remote) and a raw query into
+// the decoded path and the upstream spelling. Both are the same for all ways to
+// escape one path: empty segments and "." are dropped, and only what must be escaped
+// is escaped. "..", control characters, backslashes and invalid UTF-8 are refused.
+// The query is kept as it is. If the path is empty, the results are empty, whatever
+// the query is. The errors are problems that wrap errBadRequest or errTooLong.
 func spellPath(escaped, query string) (path, spelling string, err error) {
 	escaped = strings.TrimLeft(escaped, "/")
 	path, spelling = escaped, escaped
@@ -185,10 +193,10 @@ func spellPath(escaped, query string) (path, spelling string, err error) {
 	return path, spelling, nil
 }
 
-// isPlainPath reports whether s is its own spelling and its own decoded path, which
-// nearly all requests are: nothing is allocated for them.
+// isPlainPath reports whether s is equal to its spelling and to its decoded path.
+// Nearly all paths are, and spellPath allocates nothing for them.
 func isPlainPath(s string) bool {
-	start := 0 // of the segment
+	start := 0 // of the current segment
 	for i := range len(s) {
 		if !unescapedBytes[s[i]] {
 			return false
@@ -203,15 +211,18 @@ func isPlainPath(s string) bool {
 	return start == len(s) || !isFoldable(s[start:])
 }
 
-// isFoldable reports whether a segment must be folded away or refused.
+// isFoldable reports whether a segment of a path must be dropped or refused.
 func isFoldable(segment string) bool { return segment == "" || segment == "." || segment == ".." }
 
-// spellEscapedPath is spell for a path that is not plain, in one pass: path gets each
-// byte decoded, spelling gets it escaped anew.
+// spellEscapedPath is spellPath for a path that is not plain. In one pass it decodes
+// each byte for the path and escapes it anew for the spelling.
 func spellEscapedPath(escaped string) (string, string, error) {
-	var pathSpace, spellingSpace [256]byte // most paths fit: no allocation but the results
+	var pathSpace, spellingSpace [256]byte // most paths fit, so that only the results are allocated
 	path, spelling := pathSpace[:0], spellingSpace[:0]
-	segment, segmentSpelling, piece := 0, 0, 0 // where they begin; a piece ends at escaped slashes as well
+	// Where the current segment begins in path and in spelling, and where the
+	// current piece begins in path. A piece ends at an escaped slash too, since
+	// an upstream may decode it and see ".." behind it.
+	segment, segmentSpelling, piece := 0, 0, 0
 	for i := 0; i <= len(escaped); i++ {
 		if i == len(escaped) || escaped[i] == '/' {
 			if string(path[piece:]) == ".." {
@@ -243,7 +254,7 @@ func spellEscapedPath(escaped string) (string, string, error) {
 		}
 		path = append(path, b)
 		spelling = appendSpelled(spelling, b, n == 3)
-		if len(spelling) > maxSpelling+1 { // one more: a last . may still be folded away
+		if len(spelling) > maxSpelling+1 { // one more, since a "." at the end is dropped
 			return "", "", newTooLongError()
 		}
 	}
@@ -253,8 +264,8 @@ func spellEscapedPath(escaped string) (string, string, error) {
 	return string(path), string(spelling), nil
 }
 
-// unescapeAt is the byte that s[i:] begins with, decoded, and how many bytes it
-// took; none if it is a malformed escape.
+// unescapeAt decodes the byte or the %XX at the begin of s[i:]. n is how many bytes
+// of s that took, or 0 for a malformed escape.
 func unescapeAt(s string, i int) (b byte, n int) {
 	if s[i] != '%' {
 		return s[i], 1
@@ -262,28 +273,15 @@ func unescapeAt(s string, i int) (b byte, n int) {
 	if i+2 >= len(s) {
 		return 0, 0
 	}
-	high, ok := hexValue(s[i+1])
-	low, ok2 := hexValue(s[i+2])
-	if !ok || !ok2 {
+	var decoded [1]byte
+	if _, err := hex.Decode(decoded[:], []byte(s[i+1:i+3])); err != nil {
 		return 0, 0
 	}
-	return high<<4 | low, 3
+	return decoded[0], 3
 }
 
-// hexValue is the value of one hex digit.
-func hexValue(c byte) (v byte, ok bool) {
-	switch {
-	case '0' <= c && c <= '9':
-		return c - '0', true
-	case 'a' <= c && c <= 'f':
-		return c - 'a' + 10, true
-	case 'A' <= c && c <= 'F':
-		return c - 'A' + 10, true
-	}
-	return 0, false
-}
-
-// unescapedBytes has the bytes that a spelling holds unescaped.
+// unescapedBytes says which bytes are not escaped in a spelling: the unreserved
+// characters of RFC 3986 section 2.3, and the slash.
 var unescapedBytes = func() (t [256]bool) {
 	for _, b := range []byte("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~/") {
 		t[b] = true
@@ -291,30 +289,36 @@ var unescapedBytes = func() (t [256]bool) {
 	return t
 }()
 
-// appendSpelled appends b as a spelling has it. A slash that was escaped stays
-// escaped: it is part of a name.
+// appendSpelled appends one byte of a path to its spelling. A slash that was escaped
+// stays escaped: it is part of a name and separates nothing.
 func appendSpelled(to []byte, b byte, wasEscaped bool) []byte {
+	const upperHex = "0123456789ABCDEF" // RFC 3986 section 2.1 wants upper case, encoding/hex has lower case only
 	if unescapedBytes[b] && !(b == '/' && wasEscaped) {
 		return append(to, b)
 	}
 	return append(to, '%', upperHex[b>>4], upperHex[b&15])
 }
 
-// newUnsafePathError is the answer to a path that cannot be asked for.
-func newUnsafePathError(why string) error {
-	return &problem{status: http.StatusBadRequest, detail: why, cause: errBadRequest}
+// newUnsafePathError makes the answer to a path that is not passed to an upstream.
+func newUnsafePathError(reason string) error {
+	return &problem{status: http.StatusBadRequest, detail: reason, cause: errBadRequest}
 }
 
-// newTooLongError is the answer to a path that could not be stored.
+// newTooLongError makes the answer to a path that is too long to be stored.
 func newTooLongError() error {
 	return &problem{status: http.StatusRequestURITooLong, cause: errTooLong,
 		detail: fmt.Sprintf("the path with its query is over %d bytes long when it is escaped", maxSpelling)}
 }
 
-// classifyPath decides what path is on r (SPEC.md section 3), or errDenied.
+// classifyPath decides by the patterns of r which class a decoded path has, and
+// whether a built-in pattern made it mutable. Mutable patterns come first; what they
+// do not match must match an immutable pattern, if r has any, or the error is a
+// problem that wraps errDenied. For docker a mutable pattern allows nothing, because
+// immutable_patterns there say which images may be pulled. A path that ends in a
+// slash is a listing and so mutable.
 func (r *remote) classifyPath(path string) (c class, builtin bool, err error) {
 	builtin = matchesAny(r.builtin, path)
-	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, path)) // allowed whatever else is
+	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, path)) // allowed without an immutable pattern
 	switch {
 	case !listed && r.immutable != nil && !matchesAny(r.immutable, path):
 		return "", false, &problem{status: http.StatusForbidden, cause: errDenied,
@@ -327,7 +331,7 @@ func (r *remote) classifyPath(path string) (c class, builtin bool, err error) {
 	return immutable, false, nil
 }
 
-// matchesAny reports whether any pattern is found in path.
+// matchesAny reports whether one of the patterns matches somewhere in path.
 func matchesAny(patterns []*regexp.Regexp, path string) bool {
 	for _, p := range patterns {
 		if p.MatchString(path) {
@@ -337,7 +341,8 @@ func matchesAny(patterns []*regexp.Regexp, path string) bool {
 	return false
 }
 
-// ttlOf is how long a file of that class stays fresh; forever says for ever.
+// ttlOf returns how long a file of a class stays fresh. If forever is true, it never
+// expires and d is 0.
 func (r *remote) ttlOf(c class) (d time.Duration, forever bool) {
 	switch c {
 	case mutable:
@@ -348,39 +353,35 @@ func (r *remote) ttlOf(c class) (d time.Duration, forever bool) {
 	return 0, true
 }
 
-// key is the file's storage key.
+// key returns the storage key of the file.
 func (t target) key() string { return storageKey(t.remote.name, t.spelling) }
 
-// storageKey is the storage key {remote}/{path_hash}/{filename} of a remote's file
-// (SPEC.md section 4).
+// storageKey returns the storage key {remote}/{path_hash}/{filename} of a remote's
+// file. path_hash is the first 8 bytes of the spelling's SHA-256, in hex; filename
+// only helps people who look into the store.
 func storageKey(remote, spelling string) string {
 	var space [maxName + 1 + 16 + 1 + maxFilename]byte
-	var copied [maxSpelling]byte // []byte(spelling) would be on the heap
+	var copied [maxSpelling]byte // []byte(spelling) would be allocated
 	sum := sha256.Sum256(append(copied[:0], spelling...))
-	k := append(space[:0], remote...)
-	k = append(k, '/')
-	for _, b := range sum[:8] {
-		k = append(k, lowerHex[b>>4], lowerHex[b&15])
-	}
-	k = append(k, '/')
-	return string(appendFilename(k, spelling))
+	key := append(space[:0], remote...)
+	key = append(key, '/')
+	key = hex.AppendEncode(key, sum[:8])
+	key = append(key, '/')
+	return string(appendFilename(key, spelling))
 }
 
-const (
-	lowerHex = "0123456789abcdef"
-	upperHex = "0123456789ABCDEF"
-)
-
-// appendFilename appends the safe form of a spelling's last element: its end,
-// if it is long, so that extensions stay. It never begins with a dot, which is
-// how names of our own begin.
+// appendFilename appends the last element of a spelling, decoded, with every byte
+// replaced by "_" that is not safe in a file name. Of a long name it appends the end,
+// so that the extension stays. The result never begins with a dot, as the names of
+// our own files do, and is never empty.
 func appendFilename(to []byte, spelling string) []byte {
 	path, _, _ := strings.Cut(spelling, "?")
 	last := path[strings.LastIndexByte(path, '/')+1:]
 	start := len(to)
 	for i := 0; i < len(last); {
 		b, n := unescapeAt(last, i)
-		if i += max(n, 1); !(unescapedBytes[b] && b != '/') && b != '+' && b != '@' && b != '=' {
+		i += max(n, 1)
+		if safe := (unescapedBytes[b] && b != '/') || b == '+' || b == '@' || b == '='; !safe {
 			b = '_'
 		}
 		to = append(to, b)
@@ -397,7 +398,7 @@ func appendFilename(to []byte, spelling string) []byte {
 	return to
 }
 
-// decodePath is a spelling as people read it: unescaped, without query.
+// decodePath returns the decoded path of a spelling, without its query.
 func decodePath(spelling string) string {
 	path, _, _ := strings.Cut(spelling, "?")
 	if !strings.Contains(path, "%") {
@@ -405,7 +406,7 @@ func decodePath(spelling string) string {
 	}
 	decoded, err := url.PathUnescape(path)
 	if err != nil {
-		return path // no spelling of ours
+		return path // spellPath did not make this spelling
 	}
 	return decoded
 }
