@@ -26,64 +26,64 @@ type remoteKey struct {
 	// set reads the key's value into r; nil for a block and for the keys of a
 	// mirror, which setMirrors reads.
 	set func(c *configReader, r *remote, n *yaml.Node)
-	// show is the effective value for /config; nil leaves the key out.
-	show func(r *remote) any
+	// publicValue is the effective value for /config; nil leaves the key out.
+	publicValue func(r *remote) any
 }
 
 // remoteKeys is every key of a remote. Whatever is not here is refused. It is
 // in the order in which the keys are read: type and package decide what the
 // others mean, base_url goes before its mirrors.
 var remoteKeys = []remoteKey{
-	{name: "type", defaultText: "remote", set: setType, show: func(r *remote) any { return r.typeName() }},
-	{name: "package", defaultText: "generic", set: setPackage, show: func(r *remote) any { return r.packageType }},
+	{name: "type", defaultText: "remote", set: setType, publicValue: func(r *remote) any { return r.typeName() }},
+	{name: "package", defaultText: "generic", set: setPackage, publicValue: func(r *remote) any { return r.packageType }},
 	{name: "description", defaultText: "none",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readString(n, &r.description) },
-		show: func(r *remote) any { return nilIfZero(r.description) }},
-	{name: "base_url", onType: "remote", defaultText: "required", set: setBaseURL, show: showBaseURL},
-	{name: "mirrors", onType: "remote", defaultText: "none", set: setMirrors, show: showMirrors},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readString(n, &r.description) },
+		publicValue: func(r *remote) any { return nilIfZero(r.description) }},
+	{name: "base_url", onType: "remote", defaultText: "required", set: setBaseURL, publicValue: publicBaseURL},
+	{name: "mirrors", onType: "remote", defaultText: "none", set: setMirrors, publicValue: publicMirrors},
 	{name: "mirrors.url", onType: "remote", defaultText: "required"},
 	{name: "mirrors.auth", onType: "remote", defaultText: "false"},
 	{name: "immutable_patterns", defaultText: "everything is allowed",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readPatterns(n, &r.immutable) },
-		show: func(r *remote) any { return showPatterns(r.immutable) }},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readPatterns(n, &r.immutable) },
+		publicValue: func(r *remote) any { return publicPatterns(r.immutable) }},
 	{name: "mutable_patterns", defaultText: "none beside the built-in ones",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readPatterns(n, &r.mutable) },
-		show: func(r *remote) any { return showPatterns(r.mutable) }},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readPatterns(n, &r.mutable) },
+		publicValue: func(r *remote) any { return publicPatterns(r.mutable) }},
 	{name: "check_mutable_updates", onType: "remote", defaultText: "false",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readBool(n, &r.checkMutable) },
-		show: func(r *remote) any { return r.checkMutable }},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readBool(n, &r.checkMutable) },
+		publicValue: func(r *remote) any { return r.checkMutable }},
 	{name: "check_builtin_updates", onType: "remote", defaultText: "false",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readBool(n, &r.checkBuiltin) },
-		show: func(r *remote) any { return r.checkBuiltin }},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readBool(n, &r.checkBuiltin) },
+		publicValue: func(r *remote) any { return r.checkBuiltin }},
 	{name: "username", onType: "remote", defaultText: "none", set: setUsername,
-		show: func(r *remote) any { return nilIfZero(r.username) }},
+		publicValue: func(r *remote) any { return nilIfZero(r.username) }},
 	{name: "password", onType: "remote", defaultText: "none",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readString(n, (*string)(&r.password)) },
-		show: func(r *remote) any { return nilIfZero(r.password) }},
-	{name: "headers", onType: "remote", defaultText: "none", set: setHeaders, show: showHeaders},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readString(n, (*string)(&r.password)) },
+		publicValue: func(r *remote) any { return nilIfZero(r.password) }},
+	{name: "headers", onType: "remote", defaultText: "none", set: setHeaders, publicValue: publicHeaders},
 	{name: "stale_if_error", onType: "remote", defaultText: "false",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readBool(n, &r.staleIfError) },
-		show: func(r *remote) any { return r.staleIfError }},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readBool(n, &r.staleIfError) },
+		publicValue: func(r *remote) any { return r.staleIfError }},
 	{name: "negative_ttl", onType: "remote", defaultText: "0",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 0, &r.negativeTTL) },
-		show: func(r *remote) any { return wholeSeconds(r.negativeTTL) }},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 0, &r.negativeTTL) },
+		publicValue: func(r *remote) any { return wholeSeconds(r.negativeTTL) }},
 	{name: "timeout", onType: "remote", defaultText: "30",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 1, &r.timeout) },
-		show: func(r *remote) any { return wholeSeconds(r.timeout) }},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 1, &r.timeout) },
+		publicValue: func(r *remote) any { return wholeSeconds(r.timeout) }},
 	{name: "cache", defaultText: "as its keys say"},
 	{name: "cache.immutable_ttl", defaultText: "0",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 0, &r.immutableTTL) },
-		show: func(r *remote) any { return wholeSeconds(r.immutableTTL) }},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 0, &r.immutableTTL) },
+		publicValue: func(r *remote) any { return wholeSeconds(r.immutableTTL) }},
 	{name: "cache.mutable_ttl", defaultText: "3600",
-		set:  func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 0, &r.mutableTTL) },
-		show: func(r *remote) any { return wholeSeconds(r.mutableTTL) }},
+		set:         func(c *configReader, r *remote, n *yaml.Node) { c.readSeconds(n, 0, &r.mutableTTL) },
+		publicValue: func(r *remote) any { return wholeSeconds(r.mutableTTL) }},
 	{name: "cache.max_size", onType: "remote", defaultText: "none", set: setMaxSize,
-		show: func(r *remote) any { return nilIfZero(r.maxSize) }},
+		publicValue: func(r *remote) any { return nilIfZero(r.maxSize) }},
 	{name: "registry", onType: "remote", docker: true, defaultText: "host of base_url", set: setRegistry,
-		show: func(r *remote) any { return r.registry }},
-	{name: "token_realm", onType: "remote", docker: true, defaultText: "none", set: setTokenRealm, show: showTokenRealm},
+		publicValue: func(r *remote) any { return r.registry }},
+	{name: "token_realm", onType: "remote", docker: true, defaultText: "none", set: setTokenRealm, publicValue: publicTokenRealm},
 	{name: "write_token", onType: "local", defaultText: "none", set: setWriteToken,
-		show: func(r *remote) any { return nilIfZero(r.writeToken) }},
+		publicValue: func(r *remote) any { return nilIfZero(r.writeToken) }},
 }
 
 // builtinPatterns are the mutable patterns that each package brings along; its
@@ -358,10 +358,10 @@ func (r *remote) publicView() map[string]any {
 	cache := map[string]any{}
 	m := map[string]any{"cache": cache}
 	for _, k := range remoteKeys {
-		if k.show == nil || (k.onType != "" && k.onType != r.typeName()) || (k.docker && r.packageType != "docker") {
+		if k.publicValue == nil || (k.onType != "" && k.onType != r.typeName()) || (k.docker && r.packageType != "docker") {
 			continue
 		}
-		v := k.show(r)
+		v := k.publicValue(r)
 		if v == nil {
 			continue
 		}
@@ -382,9 +382,9 @@ func (r *remote) typeName() string {
 	return "remote"
 }
 
-func showBaseURL(r *remote) any { return r.origins[0].url.String() }
+func publicBaseURL(r *remote) any { return r.origins[0].url.String() }
 
-func showMirrors(r *remote) any {
+func publicMirrors(r *remote) any {
 	var l []map[string]any
 	for _, o := range r.origins[1:] {
 		l = append(l, map[string]any{"url": o.url.String(), "auth": o.auth})
@@ -395,14 +395,14 @@ func showMirrors(r *remote) any {
 	return l
 }
 
-func showPatterns(list []*regexp.Regexp) any {
+func publicPatterns(list []*regexp.Regexp) any {
 	if len(list) == 0 {
 		return nil
 	}
 	return list // a Regexp marshals as its text
 }
 
-func showHeaders(r *remote) any {
+func publicHeaders(r *remote) any {
 	if len(r.headers) == 0 {
 		return nil
 	}
@@ -413,7 +413,7 @@ func showHeaders(r *remote) any {
 	return m
 }
 
-func showTokenRealm(r *remote) any {
+func publicTokenRealm(r *remote) any {
 	if r.tokenRealm == nil {
 		return nil
 	}
