@@ -108,13 +108,13 @@ func TestConfigMistakes(t *testing.T) {
 		{"unknown type", one("    type: remoote # HERE\n"), `type must be "remote" or "local", not "remoote"`},
 		{"empty type", one("    type: \"\" # HERE\n"), "type must be"},
 		{"unknown package", one("    package: alpin # HERE\n"), `not "alpin"`},
-		{"package of later", one("    package: npm # HERE\n"), "not built yet"},
+		{"package of later", one("    package: npm # HERE\n"), "not supported yet"},
 		{"local docker", "remotes:\n  x:\n    type: local\n    package: docker # HERE\n", "cannot be of type"},
-		{"base_url on a local one", "remotes:\n  x:\n    base_url: http://a # HERE\n    type: local\n", `base_url means nothing for type "local"`},
-		{"mirrors on a local one", "remotes:\n  x:\n    type: local\n    mirrors: [] # HERE\n", "mirrors means nothing"},
-		{"password on a local one", "remotes:\n  x:\n    type: local\n    password: pw-hidden # HERE\n", "password means nothing"},
-		{"max_size on a local one", "remotes:\n  x:\n    type: local\n    cache: {max_size: 5} # HERE\n", "cache.max_size means nothing"},
-		{"write_token on a remote", one("    write_token: hidden # HERE\n"), "write_token means nothing"},
+		{"base_url on a local one", "remotes:\n  x:\n    base_url: http://a # HERE\n    type: local\n", `base_url has no meaning for type "local"`},
+		{"mirrors on a local one", "remotes:\n  x:\n    type: local\n    mirrors: [] # HERE\n", "mirrors has no meaning"},
+		{"password on a local one", "remotes:\n  x:\n    type: local\n    password: pw-hidden # HERE\n", "password has no meaning"},
+		{"max_size on a local one", "remotes:\n  x:\n    type: local\n    cache: {max_size: 5} # HERE\n", "cache.max_size has no meaning"},
+		{"write_token on a remote", one("    write_token: hidden # HERE\n"), "write_token has no meaning"},
 		{"write_token with a line break", "remotes:\n  x:\n    type: local\n    write_token: ${NEWLINE} # HERE\n", "line break"},
 		{"registry on generic", one("    registry: a # HERE\n"), `registry is for package "docker" only`},
 		{"registry with a scheme", one("    package: docker\n    registry: https://docker.io # HERE\n"), "registry must be a host"},
@@ -152,16 +152,16 @@ func TestConfigMistakes(t *testing.T) {
 		{"check_mutable_updates is a word", one("    check_mutable_updates: perhaps # HERE\n"), "check_mutable_updates must be true or false"},
 		{"description is a list", one("    description: [a] # HERE\n"), "description must be text"},
 		{"password is true", one("    password: true # HERE\n"), "put true in quotes"},
-		{"username with a colon", one("    username: joe:hidden # HERE\n"), "cannot hold a colon"},
+		{"username with a colon", one("    username: joe:hidden # HERE\n"), "must not hold a colon"},
 		{"headers are a list", one("    headers: [a] # HERE\n"), "headers must be a mapping"},
 		{"header with a line break", one("    headers: {X-A: \"b\\r\\nX-B: c\"} # HERE\n"), "headers: X-A holds a line break"},
 		{"header with a line break from a variable", one("    headers: {X-A: \"${NEWLINE}\"} # HERE\n"), "headers: X-A holds a line break"},
-		{"header name with a value in it", one("    headers: {\"X-A hidden\": b} # HERE\n"), "name that is none"},
+		{"header name with a value in it", one("    headers: {\"X-A hidden\": b} # HERE\n"), "invalid header name"},
 		{"header twice", one("    headers: {X-A: b, x-a: c} # HERE\n"), "has X-A twice"},
-		{"header of ours", one("    headers: {host: a} # HERE\n"), "cannot hold Host"},
+		{"header of ours", one("    headers: {host: a} # HERE\n"), "must not hold Host"},
 		{"unset variable", one("    username: \"${UNSET}\" # HERE\n"), "username needs the environment variable UNSET"},
 		{"empty variable", one("    username: \"${EMPTY}\" # HERE\n"), "EMPTY, which is unset or empty"},
-		{"variable that is none", one("    password: \"${hidden!}\" # HERE\n"), "write $$ for a dollar sign"},
+		{"variable that is none", one("    password: \"${hidden!}\" # HERE\n"), "write $$ for a plain dollar sign"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -189,7 +189,7 @@ func TestConfigReservedNames(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"v1", "v2", "api", "artifacts", "cache-artifact", "config", "health", "metrics"} {
 		_, err := parseConfig("f", []byte("remotes:\n  "+name+":\n"+wellFormed), testEnv)
-		if want := fmt.Sprintf("f:2: remote %q: this name is taken by a path of our own: rename it", name); err == nil || err.Error() != want {
+		if want := fmt.Sprintf("f:2: remote %q: this name is reserved, because artifactapi serves /%s itself: rename the remote", name, name); err == nil || err.Error() != want {
 			t.Errorf("got %v, want %s", err, want)
 		}
 	}
