@@ -166,8 +166,8 @@ func TestConfigMistakes(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			_, err := parseConfig("remotes.yaml", []byte(tt.yaml), testEnv)
-			var list configErrors
-			if !errors.As(err, &list) {
+			list, ok := errors.AsType[configErrors](err)
+			if !ok {
 				t.Fatalf("got %v, want configErrors", err)
 			}
 			before, _, found := strings.Cut(tt.yaml, "HERE")
@@ -655,8 +655,7 @@ func TestResolve(t *testing.T) {
 			t.Parallel()
 			got, err := c.resolveTarget(tt.remote, tt.escaped, tt.query)
 			if tt.status != 0 {
-				var p *problem
-				if !errors.As(err, &p) || p.status != tt.status || !strings.Contains(p.detail, tt.detail) {
+				if p, ok := errors.AsType[*problem](err); !ok || p.status != tt.status || !strings.Contains(p.detail, tt.detail) {
 					t.Errorf("got %v, want %d %s", err, tt.status, tt.detail)
 				}
 				return
@@ -736,8 +735,8 @@ func FuzzConfig(f *testing.F) {
 			}
 			return
 		}
-		var list configErrors
-		if !errors.As(err, &list) || len(list) == 0 {
+		list, ok := errors.AsType[configErrors](err)
+		if !ok || len(list) == 0 {
 			t.Fatalf("%v", err)
 		}
 		for _, e := range list {

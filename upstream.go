@@ -1,5 +1,6 @@
-// upstream.go: asking upstreams. One question goes to base_url and its
-// mirrors, with retries, redirects, credentials, timeouts and the breaker.
+// upstream.go: requests to upstreams. A request goes to base_url and then to the
+// mirrors of a remote, with retries, redirects, credentials and timeouts. Remotes
+// that cannot be reached are remembered.
 
 package main
 
@@ -19,69 +20,76 @@ import (
 )
 
 const (
-	// maxRedirects is what curl and browsers roughly allow, halved: real chains
-	// have two or three.
+	// maxRedirects is half of what curl and browsers allow. Real chains have two or
+	// three redirects.
 	maxRedirects = 10
-	// maxRetries is small because clients retry too; more would multiply.
+	// maxRetries is small because clients retry too, and the two multiply.
 	maxRetries = 2
-	// firstRetryDelay doubles twice per retry (200 ms, 800 ms): long enough for a
-	// load balancer to drop a dead backend, short enough for a waiting client.
+	// firstRetryDelay is the pause before the first retry; each later pause is four
+	// times as long (200 ms, 800 ms). That is enough for a load balancer to drop a
+	// dead backend, and not too much for a client that waits.
 	firstRetryDelay = 200 * time.Millisecond
-	// copyTimeout is how long an attempt may take when a copy can answer:
-	// package managers give up after 30 s of silence.
+	// copyTimeout bounds an attempt if a stored copy can be served instead. Package
+	// managers give up after 30 s of silence.
 	copyTimeout = 10 * time.Second
-	// bodyIdleTimeout is how long a body may stay silent. There is no total limit: a
-	// 50 GB file over a slow line must work.
+	// bodyIdleTimeout is how long a body may send nothing. The whole body has no
+	// limit: a 50 GB file over a slow line must work.
 	bodyIdleTimeout = 60 * time.Second
-	// drainBytes and drainTime bound what is read of a body that nobody wants
-	// so that its HTTP/1 connection can be used again.
+	// drainBytes and drainTime bound the reading of a body that nobody needs. It is
+	// read so that its HTTP/1 connection can be used again, which is worth about as
+	// much as a new connection costs.
 	drainBytes = 64 << 10
 	drainTime  = 250 * time.Millisecond
 	// downTime is how long a remote that could not be reached is left alone.
 	downTime = 10 * time.Second
 	// probeTime frees the probe's place if its caller never asked.
 	probeTime = 60 * time.Second
-	// maxDialTime ends a dial that its request has long left; the Transport
-	// lets those run on. It is over any sensible timeout, which rule otherwise.
+	// maxDialTime ends a dial whose request has ended long before: http.Transport
+	// lets such a dial go on. It is longer than any sensible timeout of a remote,
+	// which ends the request.
 	maxDialTime = 5 * time.Minute
-	// maxTokenBytes is ample: tokens with many claims have some 10 KiB.
+	// maxTokenBytes bounds the answer of a token service. Tokens with many claims
+	// have about 10 KiB.
 	maxTokenBytes = 1 << 20
-	// defaultTokenLife is what the token specification gives a token without
-	// expires_in; maxTokenLife keeps absurd ones from overflowing.
+	// defaultTokenLife is the life of a token without expires_in (distribution,
+	// "Token Authentication Specification").
 	defaultTokenLife = 60 * time.Second
-	maxTokenLife     = 24 * time.Hour
-	// maxRemembered bounds each table kept about upstreams. Entries are a few
-	// KiB at most, and losing one costs a request.
+	// maxTokenLife keeps an absurd expires_in from overflowing a time.Duration.
+	maxTokenLife = 24 * time.Hour
+	// maxRemembered bounds each table about upstreams. An entry has a few KiB at
+	// most, and a lost one costs one request.
 	maxRemembered = 10_000
-	// maxRetryAfter bounds what we pass on: a client told to come back
-	// tomorrow is as good as broken.
+	// maxRetryAfter bounds the Retry-After that is passed on. Few clients would wait
+	// longer, and upstreams are usually back much sooner.
 	maxRetryAfter = time.Hour
-	// maxErrorText bounds what a library's error, which may quote the upstream,
-	// adds to a log line.
+	// maxErrorText bounds how much of the text of a library's error, which may quote
+	// the upstream, gets into a log line.
 	maxErrorText = 300
 )
 
 var (
-	// errCredentials says that an upstream's token service refused us. It comes
-	// in a problem with status 403 that names the remote.
-	errCredentials = errors.New("upstream credentials are missing or wrong")
-	// errPrivateAddress is the strict transport's refusal to dial.
-	errPrivateAddress = errors.New("a redirect may not lead to a private address")
+	// errCredentials means that the token service of an upstream refused us. It
+	// comes in a problem with status 403 that names the remote.
+	errCredentials = errors.New("the upstream's credentials are missing or wrong: check username and password")
+	// errPrivateAddress is the error of a dial that publicTransport refuses.
+	errPrivateAddress = errors.New("a redirect must not lead to a private address")
 )
 
-// upstream asks the remotes' origins. It is safe for concurrent use.
+// upstream sends requests to the origins of all remotes. All methods may be called
+// concurrently.
 type upstream struct {
-	version         string // for User-Agent; set before the first ask
+	version         string // for the User-Agent header; set before the first request
 	transport       http.RoundTripper
-	publicTransport http.RoundTripper // refuses private addresses
+	publicTransport http.RoundTripper // dials public addresses only
 	now             func() time.Time
 	log             *slog.Logger
 	metrics         *metrics
 	breaker         breaker
 	tokens          tokenCache
 
-	// proxyFor tells whether a proxy dials for a request; it must agree with the
-	// transports' own. Tests set it, and private.
+	// proxyFor returns the proxy for a request, or nil. It must agree with the Proxy
+	// functions of the transports. isPrivate is isPrivateAddress. Only tests replace
+	// the two.
 	proxyFor  func(*http.Request) (*url.URL, error)
 	isPrivate func(netip.Addr) bool
 }
@@ -91,23 +99,23 @@ type upstreamRequest struct {
 	remote  *remote
 	method  string      // GET or HEAD
 	wire    string      // target.wire
-	header  http.Header // Accept, Range, If-Range, If-None-Match ...; never changed
-	scope   string      // registry token scope, "" otherwise
-	hasCopy bool        // a stored copy can answer: no retries, headers awaited min(timeout, 10 s)
-	first   int         // index in remote.origins of whom to ask first; the others follow in order
+	header  http.Header // Accept, Range, If-Range, If-None-Match and so on; never changed
+	scope   string      // the scope of the registry token; "" if none is needed
+	hasCopy bool        // a stored copy can be served instead: no retries, at most copyTimeout for an attempt
+	first   int         // the index in remote.origins that is asked first; the others follow in order
 }
 
-// upstreamResponse is an upstream's response; the caller closes Body, and the context
-// given to ask bounds it too. Reading Body fails with errTimeout when no byte
-// arrives for 60 s; its bytes, and that it broke, are counted here. Request.URL
-// may hold the secret query of a redirect target: it is not for logs.
+// upstreamResponse is the response of an upstream. The caller closes Body. The context
+// that was given to send ends Body too. Reading Body fails with errTimeout if no byte
+// arrives for bodyIdleTimeout; its bytes and its failure are counted. Request.URL must
+// not be logged: the query of a redirect target may be a signature.
 type upstreamResponse struct {
 	*http.Response
-	origin int // index in remote.origins of who answered
+	origin int // the index in remote.origins of the origin that answered
 }
 
-// newUpstream builds an upstream over rt, which is called once for each kind
-// of transport (see newTransport).
+// newUpstream makes an upstream. It calls rt twice, for the transport that dials every
+// address and for the strict one that dials public addresses only; see newTransport.
 func newUpstream(rt func(strict bool) http.RoundTripper, now func() time.Time, log *slog.Logger, m *metrics) *upstream {
 	return &upstream{
 		version:         "dev",
@@ -127,7 +135,8 @@ func newUpstream(rt func(strict bool) http.RoundTripper, now func() time.Time, l
 	}
 }
 
-// Close drops idle connections; the last thing at shutdown.
+// Close closes idle connections. It is called at the end of the shutdown, when no
+// request runs any more.
 func (u *upstream) Close() {
 	for _, rt := range []http.RoundTripper{u.transport, u.publicTransport} {
 		if c, ok := rt.(interface{ CloseIdleConnections() }); ok {
@@ -136,16 +145,16 @@ func (u *upstream) Close() {
 	}
 }
 
-// send sends q and returns the first usable answer of any status: all origins
-// are tried before anything is tried again. Its error is errUnreachable,
-// errTimeout, errBadUpstream, errCredentials or the context's.
+// send sends req and returns a response of any status. All origins are tried before
+// one is tried again. The error wraps errUnreachable, errTimeout, errBadUpstream or
+// errCredentials, or is the context's. The caller closes the body.
 func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
-	if req.hasCopy { // then this may be the probe: it never keeps its place
+	if req.hasCopy { // this may be the probe, whose place must be free afterwards
 		defer u.breaker.release(req.remote.name)
 	}
 	for try := 0; ; try++ {
-		resp, again, err := u.tryOrigins(ctx, req)
-		if !again || try == maxRetries {
+		resp, canRetry, err := u.tryOrigins(ctx, req)
+		if !canRetry || try == maxRetries {
 			return resp, err
 		}
 		resp.discardBody()
@@ -155,7 +164,7 @@ func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResp
 	}
 }
 
-// sleepUnlessDone waits for d or for ctx's end.
+// sleepUnlessDone waits for d, or until ctx ends, which is its error.
 func sleepUnlessDone(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -167,20 +176,20 @@ func sleepUnlessDone(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// tryOrigins asks each origin once, in order, until one has a usable answer. If
-// none has, base_url's own failure decides: a mirror that lacks a file, or
-// knows us not, says nothing about the file. again tells whether another round
-// makes sense.
-func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (own *upstreamResponse, again bool, ownErr error) {
+// tryOrigins asks each origin once, in order, until one has a usable answer. If none
+// has, the result is the answer or the error of base_url: a mirror that does not have
+// the file, or refuses us, says nothing about the file. canRetry reports whether all
+// origins are worth another try.
+func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseResp *upstreamResponse, canRetry bool, baseErr error) {
 	reached, timedOut := false, false
 	for _, i := range req.originOrder() {
 		resp, err := u.tryOrigin(ctx, req, i)
 		if err != nil && ctx.Err() != nil {
-			own.discardBody()
+			baseResp.discardBody()
 			return nil, false, ctx.Err()
 		}
 		if (i == 0 && !needsMirror(resp, err)) || (i > 0 && err == nil && resp.StatusCode < 400) {
-			own.discardBody()
+			baseResp.discardBody()
 			return resp, false, err
 		}
 		reached = reached || !countsAsDown(err)
@@ -189,27 +198,30 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (own *up
 			resp.discardBody()
 			continue
 		}
-		own, ownErr = resp, err
+		baseResp, baseErr = resp, err
 	}
 	if !reached {
 		u.markDown(req.remote)
 	}
-	return own, !timedOut && !req.hasCopy && req.method == http.MethodGet && isTransient(own, ownErr), ownErr
+	// After a timeout the client has waited long enough.
+	canRetry = !timedOut && !req.hasCopy && req.method == http.MethodGet && isTransient(baseResp, baseErr)
+	return baseResp, canRetry, baseErr
 }
 
-// originOrder lists the indexes of q's origins as they are to be asked.
+// originOrder returns the indexes of the origins in the order in which they are asked.
 func (req upstreamRequest) originOrder() []int {
-	var is []int
+	var order []int
 	for i := range req.remote.origins {
-		is = append(is, i)
+		order = append(order, i)
 	}
-	if req.first > 0 && req.first < len(is) {
-		is = slices.Insert(slices.Delete(is, req.first, req.first+1), 0, req.first)
+	if req.first > 0 && req.first < len(order) {
+		order = slices.Insert(slices.Delete(order, req.first, req.first+1), 0, req.first)
 	}
-	return is
+	return order
 }
 
-// needsMirror reports whether base_url failed in a way that sends us to mirrors.
+// needsMirror reports whether the outcome at base_url is one for which mirrors are
+// asked.
 func needsMirror(resp *upstreamResponse, err error) bool {
 	if err != nil {
 		return errors.Is(err, errUnreachable) || errors.Is(err, errTimeout)
@@ -217,7 +229,8 @@ func needsMirror(resp *upstreamResponse, err error) bool {
 	return resp.StatusCode >= 500
 }
 
-// isTransient reports whether a failure may be over in a second.
+// isTransient reports whether a failure may be over in a second. resp is nil if there
+// was no answer.
 func isTransient(resp *upstreamResponse, err error) bool {
 	if resp == nil {
 		return errors.Is(err, errUnreachable)
@@ -229,8 +242,9 @@ func isTransient(resp *upstreamResponse, err error) bool {
 	return false
 }
 
-// tryOrigin asks origin i. With a copy in hand it may take copyTimeout for all
-// of it, redirects and token included.
+// tryOrigin asks origin i and counts a failure. If a copy can be served, everything
+// up to the response header, with redirects and the token, must not take longer than
+// copyTimeout.
 func (u *upstream) tryOrigin(ctx context.Context, req upstreamRequest, i int) (*upstreamResponse, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	if req.hasCopy {
@@ -244,17 +258,17 @@ func (u *upstream) tryOrigin(ctx context.Context, req upstreamRequest, i int) (*
 		return nil, err
 	}
 	if b, ok := resp.Body.(*upstreamBody); ok {
-		b.release = cancel
+		b.release = cancel // the body needs the context until it is closed
 	} else {
 		cancel(nil)
 	}
 	return &upstreamResponse{Response: resp, origin: i}, nil
 }
 
-// headerTimeout is how long connecting and the response header may take.
+// headerTimeout returns how long connecting and the response header may take.
 func (r *remote) headerTimeout() time.Duration { return cmp.Or(r.timeout, defaultTimeout) }
 
-// countFailure counts what went wrong at one origin by kind.
+// countFailure counts by its kind what went wrong at one origin.
 func (u *upstream) countFailure(r *remote, resp *http.Response, err error) {
 	switch {
 	case err == nil && (resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests):
@@ -268,7 +282,7 @@ func (u *upstream) countFailure(r *remote, resp *http.Response, err error) {
 	}
 }
 
-// discardBody gives up an answer that nobody will read. a may be nil.
+// discardBody closes an answer that nobody will read. resp may be nil.
 func (resp *upstreamResponse) discardBody() {
 	if resp != nil {
 		discardResponse(resp.Response)
@@ -353,21 +367,23 @@ func (u *upstream) isDown(r *remote) bool {
 	return false
 }
 
-// parseRetryAfter reads Retry-After, seconds or a date, as a wait from now on.
-// Without a usable one it is 0; it is never over maxRetryAfter.
+// parseRetryAfter reads Retry-After (RFC 9110 section 10.2.3), a number of seconds or
+// a date, and returns how long to wait from now on: 0 without a usable value, and at
+// most maxRetryAfter.
 func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	v := strings.TrimSpace(h.Get("Retry-After"))
 	var d time.Duration
-	if s, err := strconv.ParseUint(v, 10, 64); err == nil {
-		d = time.Duration(min(s, uint64(maxRetryAfter/time.Second))) * time.Second
+	if seconds, err := strconv.ParseUint(v, 10, 64); err == nil {
+		d = time.Duration(min(seconds, uint64(maxRetryAfter/time.Second))) * time.Second
 	} else if at, err := http.ParseTime(v); err == nil {
 		d = at.Sub(now)
 	}
 	return min(max(d, 0), maxRetryAfter)
 }
 
-// parseContentRange reads the Content-Range of a 206: "bytes FIRST-LAST/SIZE". size
-// is -1 where it is "*". A 416's, which has no range, is not ok.
+// parseContentRange reads the Content-Range of a 206, "bytes FIRST-LAST/SIZE" (RFC 9110
+// section 14.4). size is -1 if it is "*". ok is false for anything else, also for the
+// Content-Range of a 416, which has no range.
 func parseContentRange(s string) (first, last, size int64, ok bool) {
 	unit, rest, _ := strings.Cut(strings.TrimSpace(s), " ")
 	span, total, found := strings.Cut(strings.TrimSpace(rest), "/")
@@ -387,7 +403,7 @@ func parseContentRange(s string) (first, last, size int64, ok bool) {
 	return first, last, size, true
 }
 
-// parseDigits reads a number without sign.
+// parseDigits parses a number without a sign.
 func parseDigits(s string) (int64, bool) {
 	n, err := strconv.ParseUint(s, 10, 63)
 	return int64(n), err == nil

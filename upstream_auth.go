@@ -1,5 +1,7 @@
-// upstream_auth.go: authorization at container registries: challenges, the token
-// exchange, and who may have the credentials.
+// upstream_auth.go: authorization at container registries: the challenges of a
+// registry, the requests to its token service, and which token services get the
+// credentials. The protocol is distribution's "Token Authentication Specification"
+// (https://distribution.github.io/distribution/spec/auth/token/).
 
 package main
 
@@ -20,8 +22,9 @@ import (
 	"time"
 )
 
-// sendAuthorized asks origin i with what authorization it wants. A registry says
-// so in a 401; what it said is remembered, and so are the tokens.
+// sendAuthorized sends req to origin i, with the authorization that the origin wants. A
+// registry asks for it in a 401. Its challenge is remembered, and so are the tokens, so
+// that the next request has an Authorization at once. The caller closes the body.
 func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i int) (*http.Response, error) {
 	x, err := newExchange(req, i)
 	if err != nil {
@@ -33,9 +36,11 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 	x.auth = u.tokens.cachedAuthorization(x.registryKeyOf(), req.scope, u.now())
 	for last, n := false, 0; ; n++ {
 		resp, err := u.followRedirects(ctx, x)
-		// A 401 from elsewhere is blob storage's: its realm is not the registry's.
-		if err != nil || last || n == 2 || resp.StatusCode != http.StatusUnauthorized || !sameServer(resp.Request.URL, x.origin) {
+		if err != nil || last || n == 2 || resp.StatusCode != http.StatusUnauthorized {
 			return resp, err
+		}
+		if !sameServer(resp.Request.URL, x.origin) {
+			return resp, nil // a 401 of the blob storage behind a redirect: its realm is not the registry's
 		}
 		auth, fresh, err := u.chooseAuthorization(ctx, x, req.scope, resp.Header.Values("WWW-Authenticate"))
 		if err == nil && auth == "" {
@@ -48,40 +53,41 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 		if err != nil {
 			return nil, err
 		}
-		x.auth, last = auth, fresh
+		x.auth, last = auth, fresh // the answer to a fresh token is final
 	}
 }
 
-// chooseAuthorization finds the Authorization that challenges ask for, "" when there is
-// none that was not just refused. It is fresh unless an earlier request used
-// it already: then one more try is worth while.
+// chooseAuthorization returns the Authorization header for the challenges of a 401. It
+// is "" if there is none except the one that was just refused. fresh reports whether it
+// was made for this request. A token that is not fresh may be refused although a new
+// one would be accepted.
 func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, scope string, challenges []string) (auth string, fresh bool, err error) {
-	k := x.registryKeyOf()
-	c, ok := chooseChallenge(parseChallenges(challenges))
+	registry := x.registryKeyOf()
+	challenge, ok := chooseChallenge(parseChallenges(challenges))
 	switch {
-	case !ok, c.scheme == "basic" && x.auth == k.basic:
+	case !ok, challenge.scheme == "basic" && x.auth == registry.basic:
 		return "", true, nil
-	case c.scheme == "basic":
-		u.tokens.rememberChallenge(k, c)
-		return k.basic, true, nil
+	case challenge.scheme == "basic":
+		u.tokens.rememberChallenge(registry, challenge)
+		return registry.basic, true, nil
 	}
-	realm, err := x.parseRealm(c.params["realm"], k.basic != "")
+	realm, err := x.parseRealm(challenge.params["realm"], registry.basic != "")
 	if err != nil {
 		return "", true, err
 	}
-	value, fresh, err := u.fetchToken(ctx, x, k.tokenKeyFor(c, scope), realm, strings.TrimPrefix(x.auth, "Bearer "))
+	value, fresh, err := u.fetchToken(ctx, x, registry.tokenKeyFor(challenge, scope), realm, strings.TrimPrefix(x.auth, "Bearer "))
 	if err != nil {
 		return "", true, err
 	}
-	u.tokens.rememberChallenge(k, c)
+	u.tokens.rememberChallenge(registry, challenge)
 	return "Bearer " + value, fresh, nil
 }
 
-// chooseChallenge chooses a challenge that we can meet: a token is worth more than a
-// password.
-func chooseChallenge(cs []authChallenge) (authChallenge, bool) {
+// chooseChallenge returns a challenge that we can answer. A token is preferred: it
+// expires, and the password is not sent with every request.
+func chooseChallenge(challenges []authChallenge) (authChallenge, bool) {
 	for _, scheme := range []string{"bearer", "basic"} {
-		for _, c := range cs {
+		for _, c := range challenges {
 			if c.scheme == scheme && (scheme == "basic" || c.params["realm"] != "") {
 				return c, true
 			}
@@ -90,42 +96,52 @@ func chooseChallenge(cs []authChallenge) (authChallenge, bool) {
 	return authChallenge{}, false
 }
 
-// registryKey is one registry as one user. A changed password is another user.
-type registryKey struct{ remote, place, basic string }
+// registryKey stands for one registry as one user. With a changed password it is
+// another user.
+type registryKey struct {
+	remote string
+	server string // scheme and host
+	basic  string // the Basic authorization that the registry may get; "" if none
+}
 
-// tokenKey is one token. Credentials are part of it so that a mirror without
-// auth cannot name base_url's realm and be sent a token they bought.
+// tokenKey stands for one token. The credentials are part of it: otherwise a mirror
+// without auth could name the realm of base_url and would be sent a token that was got
+// with the credentials.
 type tokenKey struct{ remote, realm, service, scope, basic string }
 
+// registryKeyOf returns the key of the registry that x asks.
 func (x *exchange) registryKeyOf() registryKey {
-	k := registryKey{remote: x.remote.name, place: x.origin.Scheme + "://" + x.origin.Host}
+	k := registryKey{remote: x.remote.name, server: x.origin.Scheme + "://" + x.origin.Host}
 	if x.remote.sendsCredentialsTo(x.origin) {
 		k.basic = x.remote.basicAuthorization()
 	}
 	return k
 }
 
+// tokenKeyFor returns the key of the token that a challenge asks for.
 func (k registryKey) tokenKeyFor(c authChallenge, scope string) tokenKey {
 	return tokenKey{k.remote, c.params["realm"], c.params["service"], scope, k.basic}
 }
 
-// parseRealm reads the token service's URL and refuses one that may not have the
-// credentials, if there are any.
-func (x *exchange) parseRealm(s string, credentials bool) (*url.URL, error) {
+// parseRealm parses the URL of a token service. If there are credentials to send, it
+// refuses a token service that must not get them.
+func (x *exchange) parseRealm(s string, hasCredentials bool) (*url.URL, error) {
 	realm, err := url.Parse(s)
 	if err != nil || realm.Host == "" || (realm.Scheme != "https" && realm.Scheme != "http") {
-		return nil, x.newUnusableError(x.origin, "its token realm is no URL")
+		return nil, x.newUnusableError(x.origin, "its token realm is not an http or https URL")
 	}
 	realm.User, realm.Fragment = nil, ""
-	if credentials && !x.remote.trustsRealm(realm) {
+	if hasCredentials && !x.remote.trustsRealm(realm) {
 		return nil, x.newUnusableError(x.origin, fmt.Sprintf(
-			"its realm may not have the credentials; if it should, set token_realm: %s://%s%s",
+			"its token realm is at another server, which must not get the credentials; if it may, set token_realm: %s://%s%s",
 			realm.Scheme, realm.Host, realm.EscapedPath()))
 	}
 	return realm, nil
 }
 
-// trustsRealm reports whether the credentials may go to realm (SPEC.md section 6).
+// trustsRealm reports whether the credentials may be sent to realm: if it is
+// token_realm, or shares the domain of base_url or of a mirror with auth. It must use
+// https, unless that origin uses http too.
 func (r *remote) trustsRealm(realm *url.URL) bool {
 	if r.isTokenRealm(realm) {
 		return true
@@ -139,17 +155,19 @@ func (r *remote) trustsRealm(realm *url.URL) bool {
 	return false
 }
 
-// isTokenRealm reports whether realm is the configured token_realm.
+// isTokenRealm reports whether realm is token_realm, whatever the queries are.
 func (r *remote) isTokenRealm(realm *url.URL) bool {
 	return r.tokenRealm != nil && sameServer(r.tokenRealm, realm) &&
 		cmp.Or(r.tokenRealm.EscapedPath(), "/") == cmp.Or(realm.EscapedPath(), "/")
 }
 
+// lowerHost returns the host of u in lower case, without the dot of the root domain.
 func lowerHost(u *url.URL) string { return strings.TrimSuffix(strings.ToLower(u.Hostname()), ".") }
 
-// sharesDomain reports whether realm is registry's host, or equals or lies under
-// that host less its first label, as auth.docker.io does for
-// registry-1.docker.io. Where anyone may register that rest, it proves nothing.
+// sharesDomain reports whether the host realm belongs to the host registry: it is the
+// same, or it is the parent domain of registry or below that, as auth.docker.io is for
+// registry-1.docker.io. A parent domain below which anybody can have a name does not
+// count.
 func sharesDomain(registry, realm string) bool {
 	if registry == realm {
 		return true
@@ -166,8 +184,9 @@ func sharesDomain(registry, realm string) bool {
 	return realm == parent || strings.HasSuffix(realm, "."+parent)
 }
 
-// isPublicSuffix knows the usual names of two labels under which anyone can have
-// a name. Too many here costs a token_realm line, too few a password.
+// isPublicSuffix reports whether host is one of the usual domains of two labels below
+// which anybody can have a name. A domain that is listed by mistake costs its users a
+// line token_realm; one that is missing may cost a password.
 func isPublicSuffix(host string) bool {
 	second, top, _ := strings.Cut(host, ".")
 	if len(top) == 2 {
@@ -186,30 +205,33 @@ func isPublicSuffix(host string) bool {
 	return false
 }
 
-// tokenCache remembers what registries asked for and what token services gave.
+// tokenCache remembers the challenges of registries and the tokens of token services.
 type tokenCache struct {
-	mu         sync.Mutex // guards the maps; never held while asking
+	mu         sync.Mutex // guards the fields below; no request is sent and no other lock taken under it
 	valid      map[tokenKey]bearerToken
-	pending    map[tokenKey]*tokenRequest
+	pending    map[tokenKey]*tokenRequest // requests that run now
 	challenges map[registryKey]authChallenge
 }
 
+// bearerToken is a token and the time until which it is used. It is the zero value if
+// there is none.
 type bearerToken struct {
 	value string
 	until time.Time
 }
 
-// tokenRequest is a request for a token that others wait for. Its fields are
-// written before done is closed.
+// tokenRequest is a request for a token. The goroutine that sends it writes the fields
+// and then closes done. Other goroutines that need the token wait for done before they
+// read the fields.
 type tokenRequest struct {
 	done      chan struct{}
 	token     bearerToken
 	err       error
-	abandoned bool // its asker's context ended: the next one asks
+	abandoned bool // the context of the sender ended: one of those that wait sends a new one
 }
 
-// cachedAuthorization is the Authorization that a registry is likely to want; "" when a
-// challenge has to tell.
+// cachedAuthorization returns the Authorization header that a registry will probably
+// want, or "" if its challenge must be awaited.
 func (ts *tokenCache) cachedAuthorization(k registryKey, scope string, now time.Time) string {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
@@ -217,12 +239,13 @@ func (ts *tokenCache) cachedAuthorization(k registryKey, scope string, now time.
 	if c.scheme == "basic" {
 		return k.basic
 	}
-	if tok := ts.valid[k.tokenKeyFor(c, scope)]; now.Before(tok.until) {
-		return "Bearer " + tok.value
+	if token := ts.valid[k.tokenKeyFor(c, scope)]; now.Before(token.until) {
+		return "Bearer " + token.value
 	}
 	return ""
 }
 
+// rememberChallenge remembers the challenge that a registry will probably send again.
 func (ts *tokenCache) rememberChallenge(k registryKey, c authChallenge) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
@@ -232,15 +255,16 @@ func (ts *tokenCache) rememberChallenge(k registryKey, c authChallenge) {
 	ts.challenges[k] = c
 }
 
-// fetchToken gets a token for k that is not the refused one. However many want it,
-// one asks; they share its outcome, unless it was only that asker who gave up.
+// fetchToken returns a token for k that is not the refused one. fresh is false if it
+// was remembered. One of all goroutines that need the token sends the request. The
+// others share its outcome, unless the context of the one that sent it ended.
 func (u *upstream) fetchToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL, refused string) (value string, fresh bool, err error) {
 	for {
-		tok, pending, lead := u.tokens.claimToken(k, refused, u.now())
+		token, pending, mustSend := u.tokens.claimToken(k, refused, u.now())
 		if pending == nil {
-			return tok.value, false, nil
+			return token.value, false, nil
 		}
-		if lead {
+		if mustSend {
 			u.runTokenRequest(ctx, x, k, realm, pending)
 			return pending.token.value, true, pending.err
 		}
@@ -255,30 +279,30 @@ func (u *upstream) fetchToken(ctx context.Context, x *exchange, k tokenKey, real
 	}
 }
 
-// claimToken finds a live token, or the exchange that will bring one; lead tells the
-// caller to make it.
-func (ts *tokenCache) claimToken(k tokenKey, refused string, now time.Time) (tok bearerToken, pending *tokenRequest, lead bool) {
+// claimToken returns a valid token, or the request that will bring one. mustSend means
+// that the request is new and the caller must run it (runTokenRequest).
+func (ts *tokenCache) claimToken(k tokenKey, refused string, now time.Time) (token bearerToken, pending *tokenRequest, mustSend bool) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
-	if tok = ts.valid[k]; now.Before(tok.until) && tok.value != refused {
-		return tok, nil, false
+	if token = ts.valid[k]; now.Before(token.until) && token.value != refused {
+		return token, nil, false
 	}
 	if pending = ts.pending[k]; pending != nil {
-		return tok, pending, false
+		return token, pending, false
 	}
 	pending = &tokenRequest{done: make(chan struct{}), abandoned: true}
 	ts.pending[k] = pending
-	return tok, pending, true
+	return token, pending, true
 }
 
-// runTokenRequest makes the exchange that others wait for, and tells them.
+// runTokenRequest sends the request that others wait for and gives them its outcome.
 func (u *upstream) runTokenRequest(ctx context.Context, x *exchange, k tokenKey, realm *url.URL, pending *tokenRequest) {
-	defer u.tokens.finishTokenRequest(k, pending, u.now) // a panic leaves it abandoned, not stuck
+	defer u.tokens.finishTokenRequest(k, pending, u.now) // after a panic too: then it is abandoned
 	pending.token, pending.err = u.requestToken(ctx, x, k, realm)
 	pending.abandoned = ctx.Err() != nil
 }
 
-// finishTokenRequest ends an exchange and keeps its token.
+// finishTokenRequest ends a request, remembers its token and wakes those that wait.
 func (ts *tokenCache) finishTokenRequest(k tokenKey, pending *tokenRequest, now func() time.Time) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
@@ -296,37 +320,39 @@ func (ts *tokenCache) finishTokenRequest(k tokenKey, pending *tokenRequest, now 
 	close(pending.done)
 }
 
-// requestToken asks realm for the token k (distribution's token specification).
+// requestToken asks the token service at realm for the token k. It takes at most the
+// remote's timeout, redirects included. The error is a tokenServiceBusy for a 429,
+// errCredentials for a 401 or 403, or one of send's.
 func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL) (bearerToken, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer time.AfterFunc(x.remote.headerTimeout(), func() { cancel(errTimeout) }).Stop()
-	errand := &exchange{
+	tokenExchange := &exchange{
 		remote: x.remote, method: http.MethodGet, start: k.tokenURL(realm),
 		header: http.Header{"Accept": {"application/json"}},
 		auth:   k.basic, origin: x.origin,
-		// Only a trusted realm is asked with credentials, and the person who
-		// configured token_realm knows where it lives.
+		// A realm that gets credentials is trusted, and a realm in token_realm was
+		// named by the administrator. Both may be in a private network.
 		mayDialPrivate: x.mayDialPrivate || k.basic != "" || x.remote.isTokenRealm(realm),
 	}
 	began := u.now()
-	resp, err := u.followRedirects(ctx, errand)
+	resp, err := u.followRedirects(ctx, tokenExchange)
 	if err != nil {
 		return bearerToken{}, err
 	}
 	defer discardResponse(resp)
 	switch resp.StatusCode {
 	case http.StatusOK:
-		return errand.readTokenResponse(resp, began)
+		return tokenExchange.readTokenResponse(resp, began)
 	case http.StatusTooManyRequests:
 		return bearerToken{}, &tokenServiceBusy{resp.Header.Get("Retry-After")}
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return bearerToken{}, errand.newExchangeProblem(errDenied, realm, errCredentials.Error(), errCredentials)
+		return bearerToken{}, tokenExchange.newExchangeProblem(errDenied, realm, errCredentials.Error(), errCredentials)
 	}
-	return bearerToken{}, errand.newTokenError("status " + strconv.Itoa(resp.StatusCode))
+	return bearerToken{}, tokenExchange.newTokenError("status " + strconv.Itoa(resp.StatusCode))
 }
 
-// tokenURL is realm with k's service and scope in the query.
+// tokenURL returns realm with the service and the scope of k in its query.
 func (k tokenKey) tokenURL(realm *url.URL) *url.URL {
 	u, q := *realm, realm.Query()
 	for name, value := range map[string]string{"service": k.service, "scope": k.scope} {
@@ -338,62 +364,67 @@ func (k tokenKey) tokenURL(realm *url.URL) *url.URL {
 	return &u
 }
 
-// readTokenResponse takes a token out of the token service's answer.
+// readTokenResponse takes the token out of the answer of a token service. began is when
+// the request was sent.
 func (x *exchange) readTokenResponse(resp *http.Response, began time.Time) (bearerToken, error) {
 	text, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenBytes))
 	if err != nil {
 		return bearerToken{}, err
 	}
-	var g tokenResponse
-	if err := json.Unmarshal(text, &g); err != nil {
-		return bearerToken{}, x.newTokenError("no JSON with a token")
+	var answer tokenResponse
+	if err := json.Unmarshal(text, &answer); err != nil {
+		return bearerToken{}, x.newTokenError("its answer is not JSON with a token")
 	}
-	value := cmp.Or(g.Token, g.AccessToken)
+	value := cmp.Or(answer.Token, answer.AccessToken)
 	if value == "" || strings.ContainsFunc(value, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return bearerToken{}, x.newTokenError("no usable token")
+		return bearerToken{}, x.newTokenError("its answer has no usable token")
 	}
 	sent, err := http.ParseTime(resp.Header.Get("Date"))
 	if err != nil {
 		sent = began
 	}
-	return bearerToken{value, began.Add(g.lifetime(sent))}, nil
+	return bearerToken{value, began.Add(answer.lifetime(sent))}, nil
 }
 
-// newTokenError is an answer of the token service that is as good as none.
-func (x *exchange) newTokenError(what string) error {
-	e := &transportError{kind: errUnreachable, reason: what}
+// newTokenError makes the error for an answer of the token service without a token. It
+// counts as unreachable, because it says nothing about the file. reason is only logged.
+func (x *exchange) newTokenError(reason string) error {
+	e := &transportError{kind: errUnreachable, reason: reason}
 	return x.newExchangeProblem(errUnreachable, x.start, "the token service gave no token", e)
 }
 
-// tokenResponse is the token service's answer.
+// tokenResponse is the answer of a token service.
 type tokenResponse struct {
 	Token       string      `json:"token"`
-	AccessToken string      `json:"access_token"` // OAuth's name for the same
+	AccessToken string      `json:"access_token"` // the name that OAuth 2.0 has for token
 	ExpiresIn   json.Number `json:"expires_in"`   // seconds from issued_at
-	IssuedAt    any         `json:"issued_at"`    // RFC 3339, if at all
+	IssuedAt    any         `json:"issued_at"`    // RFC 3339; some services send none, or a number
 }
 
-// lifetime is how long the token may be used after it was asked for: less a tenth,
-// so that it does not run out on its way. A service that caches tokens issued
-// this one before it sent it; both times are by its own clock.
-func (g tokenResponse) lifetime(sent time.Time) time.Duration {
+// lifetime returns how long the token may be used after it was asked for. It is a tenth
+// less than expires_in, so that the token does not expire on its way. A service that
+// caches tokens may have issued this one long before sent, when it sent the answer;
+// both times are by the clock of the service.
+func (t tokenResponse) lifetime(sent time.Time) time.Duration {
 	life := defaultTokenLife
-	if s, err := g.ExpiresIn.Float64(); err == nil && s > 0 {
-		life = time.Duration(min(s, maxTokenLife.Seconds()) * float64(time.Second))
+	if seconds, err := t.ExpiresIn.Float64(); err == nil && seconds > 0 {
+		life = time.Duration(min(seconds, maxTokenLife.Seconds()) * float64(time.Second))
 	}
-	issued, _ := g.IssuedAt.(string)
+	issued, _ := t.IssuedAt.(string)
 	if at, err := time.Parse(time.RFC3339, issued); err == nil {
 		life -= max(0, sent.Sub(at))
 	}
 	return life - life/10
 }
 
-// tokenServiceBusy is a 429 of the token service.
+// tokenServiceBusy is the error for a 429 of the token service. retryAfter is its
+// Retry-After header.
 type tokenServiceBusy struct{ retryAfter string }
 
-func (b *tokenServiceBusy) Error() string { return "the token service has too many requests" }
+func (b *tokenServiceBusy) Error() string { return "the token service limits its requests (429)" }
 
-// asResponse makes of it what the registry would have said.
+// asResponse returns the 429 as if the registry had sent it, so that the cache treats
+// the two in the same way.
 func (b *tokenServiceBusy) asResponse(req *http.Request) *http.Response {
 	h := http.Header{}
 	if b.retryAfter != "" {
@@ -412,47 +443,49 @@ type authChallenge struct {
 	params map[string]string // names in lower case
 }
 
-// parseChallenges reads WWW-Authenticate headers (RFC 9110 section 11.6.1). A
-// header may hold several challenges, split by the same commas as their
-// parameters. What follows a fault is ignored.
+// parseChallenges parses WWW-Authenticate headers (RFC 9110 section 11.6.1). A header
+// may have several challenges, which are separated by commas as their parameters are.
+// What follows a syntax error in a header is ignored.
 func parseChallenges(values []string) []authChallenge {
-	var cs []authChallenge
+	var challenges []authChallenge
 	for _, v := range values {
 		for p := (headerCursor{v}); ; {
 			c, ok := p.readChallenge()
 			if !ok {
 				break
 			}
-			cs = append(cs, c)
+			challenges = append(challenges, c)
 		}
 	}
-	return cs
+	return challenges
 }
 
-// headerCursor is the rest of a header that is being read.
+// headerCursor holds the rest of a header that is being parsed.
 type headerCursor struct{ s string }
 
-func (p *headerCursor) readChallenge() (authChallenge, bool) {
+// readChallenge reads a scheme and its parameters. Of a repeated parameter the first
+// value counts. ok is false at the end of the header.
+func (p *headerCursor) readChallenge() (c authChallenge, ok bool) {
 	p.skipAny(" \t,")
-	c := authChallenge{scheme: strings.ToLower(p.readToken()), params: map[string]string{}}
+	c = authChallenge{scheme: strings.ToLower(p.readToken()), params: map[string]string{}}
 	if c.scheme == "" {
 		return c, false
 	}
 	p.skipAny(" \t")
 	p.skipToken68()
 	for {
-		name, value, ok := p.readParam()
-		if !ok {
+		name, value, found := p.readParam()
+		if !found {
 			return c, true
 		}
-		if _, twice := c.params[name]; !twice {
+		if _, repeated := c.params[name]; !repeated {
 			c.params[name] = value
 		}
 	}
 }
 
-// readParam reads name=value. If that is not what follows, nothing is read: a name
-// without value is the next challenge's scheme.
+// readParam reads name=value. If something else follows, it reads nothing: a name
+// without a value is the scheme of the next challenge.
 func (p *headerCursor) readParam() (name, value string, ok bool) {
 	before := p.s
 	p.skipAny(" \t,")
@@ -463,15 +496,15 @@ func (p *headerCursor) readParam() (name, value string, ok bool) {
 		if value, ok = p.readValue(); ok {
 			return name, value, true
 		}
-		before = "" // an unfinished string: no more of this header
+		before = "" // a string without an end: the rest of the header is ignored
 	}
 	p.s = before
 	return "", "", false
 }
 
-// readValue reads a quoted string, or what stands before a blank or comma: real
-// registries leave URLs unquoted.
-func (p *headerCursor) readValue() (string, bool) {
+// readValue reads a quoted string, or everything up to a blank or a comma: some
+// registries do not quote URLs. ok is false for a quoted string without an end.
+func (p *headerCursor) readValue() (value string, ok bool) {
 	if !p.skipByte('"') {
 		return p.takeWhile(func(c byte) bool { return !strings.ContainsRune(" \t,\"", rune(c)) }), true
 	}
@@ -491,7 +524,8 @@ func (p *headerCursor) readValue() (string, bool) {
 	return "", false
 }
 
-// skipToken68 passes over the other form of credentials ("Negotiate YII=").
+// skipToken68 skips the other form that the data of a challenge may have, a token68
+// ("Negotiate YII=", RFC 9110 section 11.2).
 func (p *headerCursor) skipToken68() {
 	rest := headerCursor{p.s}
 	word := rest.takeWhile(func(c byte) bool { return isTokenByte(c) || c == '/' })
@@ -502,8 +536,10 @@ func (p *headerCursor) skipToken68() {
 	}
 }
 
+// skipAny skips all bytes that are in set.
 func (p *headerCursor) skipAny(set string) { p.s = strings.TrimLeft(p.s, set) }
 
+// skipByte skips c and reports whether it was the next byte.
 func (p *headerCursor) skipByte(c byte) bool {
 	if p.s == "" || p.s[0] != c {
 		return false
@@ -512,9 +548,10 @@ func (p *headerCursor) skipByte(c byte) bool {
 	return true
 }
 
-func (p *headerCursor) takeWhile(of func(byte) bool) string {
+// takeWhile reads the bytes up to the first one that is not accepted.
+func (p *headerCursor) takeWhile(accept func(byte) bool) string {
 	n := 0
-	for n < len(p.s) && of(p.s[n]) {
+	for n < len(p.s) && accept(p.s[n]) {
 		n++
 	}
 	word := p.s[:n]
@@ -522,9 +559,11 @@ func (p *headerCursor) takeWhile(of func(byte) bool) string {
 	return word
 }
 
+// readToken reads a token (RFC 9110 section 5.6.2), which may be empty.
 func (p *headerCursor) readToken() string { return p.takeWhile(isTokenByte) }
 
-// isTokenByte is RFC 9110's tchar.
+// isTokenByte reports whether c may be in a token: it is a tchar of RFC 9110 section
+// 5.6.2.
 func isTokenByte(c byte) bool {
 	return (c >= '0' && c <= '9') || (c|0x20 >= 'a' && c|0x20 <= 'z') ||
 		strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0

@@ -1,5 +1,6 @@
-// upstream_hop.go: one way to an answer: the requests along redirects, who may be
-// dialled for them, and the body that ends when nothing arrives.
+// upstream_hop.go: one exchange with an origin: the requests along its redirects,
+// which addresses may be dialled for them, and the body, which ends when no byte
+// arrives.
 
 package main
 
@@ -23,32 +24,34 @@ import (
 	"time"
 )
 
-// newTransport makes a transport for upstreams. The strict one dials public
-// addresses only. Neither has timeouts of its own that matter, since remotes
-// differ: hop has them. How many connections there are is bounded by how many
-// questions the cache asks at once.
+// newTransport makes a transport for upstreams. A strict one dials public addresses
+// only. The timeouts of both are longer than those of any remote, which roundTrip
+// applies. The number of connections is not limited here, because the cache limits
+// how many requests it sends at once.
 func newTransport(strict bool) *http.Transport {
 	d := &net.Dialer{Timeout: maxDialTime, KeepAlive: 30 * time.Second}
 	if strict {
 		d.ControlContext = refusePrivate
 	}
 	return &http.Transport{
-		Proxy:                  http.ProxyFromEnvironment,
-		DialContext:            d.DialContext,
-		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},
-		TLSHandshakeTimeout:    maxDialTime,
-		DisableCompression:     true, // bodies are stored as they are sent
-		ForceAttemptHTTP2:      true, // off by default with a dialer of our own
+		Proxy:               http.ProxyFromEnvironment,
+		DialContext:         d.DialContext,
+		TLSClientConfig:     &tls.Config{MinVersion: tls.VersionTLS12},
+		TLSHandshakeTimeout: maxDialTime,
+		DisableCompression:  true, // bodies are stored as the upstream sends them
+		ForceAttemptHTTP2:   true, // off by default with a DialContext
+		// All requests to a host share one HTTP/2 connection: pings find out that it is dead.
 		HTTP2:                  &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
 		IdleConnTimeout:        90 * time.Second,
 		MaxIdleConns:           256,
-		MaxIdleConnsPerHost:    32, // the default of 2 redials all the time under a burst of misses
-		MaxResponseHeaderBytes: 256 << 10,
+		MaxIdleConnsPerHost:    32,        // the default of 2 redials all the time during a burst of misses
+		MaxResponseHeaderBytes: 256 << 10, // headers are kept in memory and partly in records
 	}
 }
 
-// refusePrivate sees the address that is really dialled, so that a name that
-// changes its address between a check and the dial gains nothing.
+// refusePrivate refuses to dial a private address. net.Dialer calls it with the address
+// after the lookup of the name, so a name whose address changes between a check and
+// the dial does not get around it.
 func refusePrivate(_ context.Context, _, address string, _ syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil || isPrivateAddress(ap.Addr()) {
@@ -57,25 +60,26 @@ func refusePrivate(_ context.Context, _, address string, _ syscall.RawConn) erro
 	return nil
 }
 
-// isPrivateAddress reports whether a names this machine or its neighbourhood.
+// isPrivateAddress reports whether a belongs to this machine or to a private network.
 func isPrivateAddress(a netip.Addr) bool {
 	a = a.Unmap()
 	return a.IsLoopback() || a.IsPrivate() || a.IsUnspecified() ||
 		a.IsLinkLocalUnicast() || a.IsLinkLocalMulticast() || a.IsInterfaceLocalMulticast()
 }
 
-// exchange is one way to an answer: a URL and the redirects behind it.
+// exchange is one request to an origin or to its token service, with the requests to
+// the targets of its redirects. One goroutine uses it.
 type exchange struct {
 	remote         *remote
 	method         string
 	start          *url.URL
-	header         http.Header // ours: goes everywhere
-	auth           string      // docker's Authorization: goes to start's scheme, host and port alone
-	origin         *url.URL    // the origin it is made for, whose host may be anywhere
-	mayDialPrivate bool        // private addresses may be dialled for other hosts too
+	header         http.Header // sent to every host
+	auth           string      // docker: Authorization, sent to the scheme, host and port of start only
+	origin         *url.URL    // the origin it is made for, whose host may have a private address
+	mayDialPrivate bool        // other hosts may have private addresses too
 }
 
-// newExchange makes the trip to wire below r's origin i.
+// newExchange makes the exchange that asks origin i of a remote for req.wire.
 func newExchange(req upstreamRequest, i int) (*exchange, error) {
 	o := req.remote.origins[i].url
 	start, err := joinURL(o, req.wire)
@@ -85,9 +89,10 @@ func newExchange(req upstreamRequest, i int) (*exchange, error) {
 	return &exchange{remote: req.remote, method: req.method, start: start, header: req.header, origin: o}, nil
 }
 
-// joinURL is base + "/" + wire with exactly those bytes on the wire.
+// joinURL returns the URL base + "/" + wire. net/http sends exactly these bytes, since
+// RawPath is set.
 func joinURL(base *url.URL, wire string) (*url.URL, error) {
-	path, query, asked := strings.Cut(wire, "?")
+	path, query, hasQuery := strings.Cut(wire, "?")
 	raw := base.EscapedPath() + "/" + path
 	plain, err := url.PathUnescape(raw)
 	if err != nil {
@@ -96,11 +101,13 @@ func joinURL(base *url.URL, wire string) (*url.URL, error) {
 	return &url.URL{
 		Scheme: base.Scheme, Host: base.Host,
 		Path: plain, RawPath: raw,
-		RawQuery: query, ForceQuery: asked && query == "",
+		RawQuery: query, ForceQuery: hasQuery && query == "",
 	}, nil
 }
 
-// sendsCredentialsTo reports whether r's credentials and headers may go to at.
+// sendsCredentialsTo reports whether the credentials and headers of r are sent to the
+// server of at: only to the servers of base_url and of mirrors with auth, whatever a
+// redirect says.
 func (r *remote) sendsCredentialsTo(at *url.URL) bool {
 	for i, o := range r.origins {
 		if (i == 0 || o.auth) && sameServer(o.url, at) {
@@ -110,7 +117,8 @@ func (r *remote) sendsCredentialsTo(at *url.URL) bool {
 	return false
 }
 
-// basicAuthorization is the Authorization that r's credentials make, or "".
+// basicAuthorization returns the Authorization header for the credentials of r (RFC
+// 7617), or "" without a username.
 func (r *remote) basicAuthorization() string {
 	if r.username == "" {
 		return ""
@@ -118,13 +126,15 @@ func (r *remote) basicAuthorization() string {
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(r.username+":"+string(r.password)))
 }
 
-// sameServer reports whether a and b have one scheme, host and port.
+// sameServer reports whether a and b have the same scheme, host and port.
 func sameServer(a, b *url.URL) bool {
 	return a.Scheme == b.Scheme && sameHost(a, b) && effectivePort(a) == effectivePort(b)
 }
 
+// sameHost reports whether a and b have the same host, whatever their ports are.
 func sameHost(a, b *url.URL) bool { return strings.EqualFold(a.Hostname(), b.Hostname()) }
 
+// effectivePort returns the port of u, or that of its scheme.
 func effectivePort(u *url.URL) string {
 	if u.Scheme == "https" {
 		return cmp.Or(u.Port(), "443")
@@ -132,9 +142,9 @@ func effectivePort(u *url.URL) string {
 	return cmp.Or(u.Port(), "80")
 }
 
-// followRedirects goes from t.start along redirects to an answer. It does by hand what
-// http.Client would: that one keeps Authorization on sub-domains, adds Referer,
-// and puts whole URLs into errors.
+// followRedirects sends x and follows redirects to an answer. The caller closes its
+// body. http.Client is not used: it would send Authorization to sub-domains and the
+// URL before as Referer, and its errors hold whole URLs.
 func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Response, error) {
 	at := x.start
 	for n := 0; ; n++ {
@@ -154,6 +164,8 @@ func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Resp
 	}
 }
 
+// isRedirect reports whether a status is one of a redirect with a Location (RFC 9110
+// section 15.4).
 func isRedirect(status int) bool {
 	switch status {
 	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
@@ -163,8 +175,9 @@ func isRedirect(status int) bool {
 	return false
 }
 
-// resolveLocation resolves a Location, or says why it is refused. The reason never
-// holds the location, whose query may be a signature.
+// resolveLocation returns the URL that a Location header at the URL at leads to. reason
+// is "", or says why the redirect is refused. It does not quote the location, whose
+// query may be a signature.
 func resolveLocation(at *url.URL, location string) (next *url.URL, reason string) {
 	if location == "" {
 		return nil, "a redirect without Location"
@@ -175,50 +188,54 @@ func resolveLocation(at *url.URL, location string) (next *url.URL, reason string
 		return nil, "a redirect with a malformed Location"
 	case at.Scheme == "https" && next.Scheme == "http":
 		return nil, "a redirect from https to http"
-	case next.Scheme != "http" && next.Scheme != "https", next.Host == "":
-		return nil, "a redirect to something else than http or https"
+	case next.Scheme != "http" && next.Scheme != "https":
+		return nil, "a redirect to a URL that is neither http nor https"
+	case next.Host == "":
+		return nil, "a redirect to a URL without a host"
 	}
 	next.Fragment, next.RawFragment, next.User = "", "", nil
-	next.RawQuery = strings.ReplaceAll(next.RawQuery, " ", "%20") // else the request line breaks
+	next.RawQuery = strings.ReplaceAll(next.RawQuery, " ", "%20") // a blank would end the target in the request line
 	return next, ""
 }
 
-// roundTrip makes one request. The remote's timeout covers all up to the response
-// header; then the body watches itself.
+// roundTrip sends one request of x to at. first means that at is x.start and not the
+// target of a redirect. The remote's timeout covers everything up to the response
+// header; after that the body has its own. The caller closes the body.
 func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, first bool) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	name := x.remote.name
 	answers := u.breaker.answers(name)
-	var c connectionTrace
-	req := x.newRequest(c.withTrace(ctx), at, u.version)
+	var trace connectionTrace
+	req := x.newRequest(trace.withTrace(ctx), at, u.version)
 	proxied := u.usesProxy(req)
 	timer := time.AfterFunc(x.remote.headerTimeout(), func() { cancel(errTimeout) })
 	resp, err := u.chooseTransport(x, at, proxied).RoundTrip(req)
-	if !timer.Stop() && err == nil { // too late by a hair: the body is cut off already
+	if !timer.Stop() && err == nil { // the header came just after the timeout, which ended the body
 		resp.Body.Close()
 		err = errTimeout
 	}
 	if err != nil {
 		err = x.explainFailure(ctx, at, err)
-		var e *transportError
-		if errors.As(err, &e) {
-			e.countsAsDown = first && (c.neverConnected(e) || answers == u.breaker.answers(name))
+		if failure, ok := errors.AsType[*transportError](err); ok {
+			// Silence or a reset means little if the remote answered another request
+			// meanwhile.
+			failure.countsAsDown = first && (trace.neverConnected(failure) || answers == u.breaker.answers(name))
 		}
 		cancel(nil)
 		return nil, err
 	}
 	u.breaker.answered(name)
-	if sameHost(at, x.origin) && !proxied && c.wentTo(u.isPrivate) {
-		x.mayDialPrivate = true
+	if sameHost(at, x.origin) && !proxied && trace.wentTo(u.isPrivate) {
+		x.mayDialPrivate = true // the origin is in a private network itself
 	}
 	resp.Request = req
 	resp.Body = u.newUpstreamBody(ctx, cancel, name, at.Host, resp.Body)
 	return resp, nil
 }
 
-// newRequest builds the request for one hop. Nothing of a client's request is in
-// it but what the question took over. What is ours wins over configured
-// headers where an answer would be unusable otherwise.
+// newRequest makes the request to at. Of a client's request it has only what the cache
+// put into x.header. Our own headers replace configured ones of the same name, since
+// the answer could not be used otherwise.
 func (x *exchange) newRequest(ctx context.Context, at *url.URL, version string) *http.Request {
 	h := http.Header{"User-Agent": {"artifactapi/" + version}}
 	req := &http.Request{
@@ -240,14 +257,15 @@ func (x *exchange) newRequest(ctx context.Context, at *url.URL, version string) 
 	return req.WithContext(ctx)
 }
 
-// usesProxy reports whether a proxy dials for req: then addresses are its matter.
+// usesProxy reports whether req goes through a proxy. The proxy then looks up and dials
+// the address, and we cannot check it.
 func (u *upstream) usesProxy(req *http.Request) bool {
 	p, err := u.proxyFor(req)
 	return err == nil && p != nil
 }
 
-// chooseTransport picks who dials for a hop to at. An upstream may not point us at
-// our own neighbourhood, unless it lives there itself.
+// chooseTransport returns the transport for a request to at. A redirect of an upstream
+// must not lead us into our private network, unless the upstream is there itself.
 func (u *upstream) chooseTransport(x *exchange, at *url.URL, proxied bool) http.RoundTripper {
 	if proxied || x.mayDialPrivate || sameHost(at, x.origin) || u.hasPrivateAddress(x.origin) {
 		return u.transport
@@ -255,43 +273,45 @@ func (u *upstream) chooseTransport(x *exchange, at *url.URL, proxied bool) http.
 	return u.publicTransport
 }
 
-// hasPrivateAddress reports whether at's host is written as a private address: known
-// even where a proxy dials.
+// hasPrivateAddress reports whether the host in at is a private IP address. That is
+// known even if a proxy dials.
 func (u *upstream) hasPrivateAddress(at *url.URL) bool {
 	a, err := netip.ParseAddr(at.Hostname())
 	return err == nil && u.isPrivate(a)
 }
 
-// connectionTrace is what the transport told about the connection of one hop.
+// connectionTrace remembers which connection one request got. A goroutine of the
+// transport writes it.
 type connectionTrace struct {
-	addr atomic.Value // net.Addr as a string; unset: there was none
+	addr atomic.Value // the remote address as a string; unset if there was no connection
 }
 
+// withTrace returns a context for the request that is traced.
 func (c *connectionTrace) withTrace(ctx context.Context) context.Context {
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(i httptrace.GotConnInfo) { c.addr.Store(i.Conn.RemoteAddr().String()) },
 	})
 }
 
-// wentTo reports whether the connection went to a private address.
-func (c *connectionTrace) wentTo(private func(netip.Addr) bool) bool {
+// wentTo reports whether isWanted accepts the address of the connection.
+func (c *connectionTrace) wentTo(isWanted func(netip.Addr) bool) bool {
 	s, _ := c.addr.Load().(string)
 	ap, err := netip.ParseAddrPort(s)
-	return err == nil && private(ap.Addr())
+	return err == nil && isWanted(ap.Addr())
 }
 
-// neverConnected reports whether dial, DNS or TLS failed outright: no connection came
-// about, and it was neither silence nor a reset that ended it.
+// neverConnected reports whether dial, DNS or TLS failed: there was no connection, and
+// neither silence nor a reset was the reason.
 func (c *connectionTrace) neverConnected(e *transportError) bool {
 	return c.addr.Load() == nil && e.kind == errUnreachable && !e.reset
 }
 
-// transportError is how a hop failed. It is one of the error kinds, and its text is the
-// library's, which holds hosts and addresses but no URL.
+// transportError says how a request failed. It wraps one of the error kinds. Its text
+// is net/http's, which may name hosts and addresses but holds no URL.
 type transportError struct {
 	kind         error
 	reason       string
-	reset        bool // cut by the other side
+	reset        bool // the other side ended the connection
 	countsAsDown bool // counts for the breaker
 }
 
@@ -301,14 +321,14 @@ func (e *transportError) Unwrap() error { return e.kind }
 
 // countsAsDown reports whether err, an origin's failure, counts for the breaker.
 func countsAsDown(err error) bool {
-	var e *transportError
-	return errors.As(err, &e) && e.countsAsDown
+	failure, ok := errors.AsType[*transportError](err)
+	return ok && failure.countsAsDown
 }
 
-// explainFailure says what err, the transport's, means for a hop to at under ctx. An
-// answer that is no HTTP counts as unreachable: a captive portal or a wrong
-// port is no verdict about a file. err itself is not wrapped, so that a
-// context error inside of it is not taken for the client's.
+// explainFailure makes the error for a request to at that failed with err; ctx is the
+// request's. An answer that is not HTTP counts as unreachable, because a captive portal
+// or a wrong port says nothing about the file. err itself is not wrapped: a context
+// error in it may not be the client's.
 func (x *exchange) explainFailure(ctx context.Context, at *url.URL, err error) error {
 	e := &transportError{kind: errUnreachable, reason: clipText(err.Error()), reset: isReset(err)}
 	switch cause := context.Cause(ctx); {
@@ -322,18 +342,20 @@ func (x *exchange) explainFailure(ctx context.Context, at *url.URL, err error) e
 	return x.newExchangeProblem(e.kind, at, e.kind.Error(), e)
 }
 
-// newUnusableError makes the error for an answer that cannot be used.
+// newUnusableError makes the error for an answer from at that cannot be used.
 func (x *exchange) newUnusableError(at *url.URL, reason string) error {
 	return x.newExchangeProblem(errBadUpstream, at, reason, errBadUpstream)
 }
 
+// newExchangeProblem makes a problem with the status of kind. Its text names the remote
+// and the host that was asked. cause is only logged.
 func (x *exchange) newExchangeProblem(kind error, at *url.URL, text string, cause error) error {
 	p := newProblem(statusOf(kind), "remote %q: %s: %s", x.remote.name, clipText(at.Host), clipText(text))
 	p.cause = cause
 	return p
 }
 
-// clipText bounds a foreign text.
+// clipText cuts a text of an upstream or a library to maxErrorText bytes.
 func clipText(s string) string {
 	if len(s) > maxErrorText {
 		return strings.ToValidUTF8(s[:maxErrorText], "") + "..."
@@ -347,25 +369,28 @@ func isReset(err error) bool {
 		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
-// upstreamBody is a response body that ends its request when nothing arrives for
-// bodyIdleTimeout. The clock runs during Read alone: a slow reader is not a silent
-// upstream.
+// upstreamBody is a response body that ends its request if no byte arrives for
+// bodyIdleTimeout. The timer runs during Read only: a slow reader does not make a
+// silent upstream. One goroutine uses it.
 type upstreamBody struct {
 	io.ReadCloser
 	u            *upstream
-	ctx          context.Context
+	ctx          context.Context // of the request
 	cancel       context.CancelCauseFunc
-	release      context.CancelCauseFunc // of the attempt's context; may be nil
-	idle         *time.Timer
-	remote, host string
+	release      context.CancelCauseFunc // ends the context of the attempt; may be nil
+	idle         *time.Timer             // cancels ctx with errTimeout
+	remote, host string                  // for counters and errors
 }
 
+// newUpstreamBody makes the body of a response. cancel ends ctx, the context of its
+// request.
 func (u *upstream) newUpstreamBody(ctx context.Context, cancel context.CancelCauseFunc, remote, host string, rc io.ReadCloser) *upstreamBody {
 	idle := time.AfterFunc(bodyIdleTimeout, func() { cancel(errTimeout) })
 	idle.Stop()
 	return &upstreamBody{ReadCloser: rc, u: u, ctx: ctx, cancel: cancel, idle: idle, remote: remote, host: host}
 }
 
+// Read reads and counts bytes. Its error is io.EOF or one of explainReadError.
 func (b *upstreamBody) Read(p []byte) (int, error) {
 	b.idle.Reset(bodyIdleTimeout)
 	n, err := b.ReadCloser.Read(p)
@@ -377,9 +402,8 @@ func (b *upstreamBody) Read(p []byte) (int, error) {
 	return n, b.explainReadError(err)
 }
 
-// explainReadError says what a broken Read means. A body that breaks is no answer, so
-// its error is of no other kind than errTimeout, errUnreachable or the
-// context's.
+// explainReadError makes the error of a body that broke off with err. It wraps
+// errTimeout or errUnreachable, as if there had been no answer, or is the context's.
 func (b *upstreamBody) explainReadError(err error) error {
 	kind, reason := errUnreachable, clipText(err.Error())
 	switch cause := context.Cause(b.ctx); {
@@ -392,7 +416,7 @@ func (b *upstreamBody) explainReadError(err error) error {
 	return fmt.Errorf("remote %q: reading from %s: %w", b.remote, b.host, &transportError{kind: kind, reason: reason})
 }
 
-// Close releases all that the request held.
+// Close ends the request and releases what it held.
 func (b *upstreamBody) Close() error {
 	err := b.ReadCloser.Close()
 	b.idle.Stop()
@@ -403,15 +427,15 @@ func (b *upstreamBody) Close() error {
 	return err
 }
 
-// drainRest reads the rest of b if it is short and there.
+// drainRest reads the rest of b if it is short and arrives at once.
 func (b *upstreamBody) drainRest() {
 	b.idle.Reset(drainTime)
 	io.CopyN(io.Discard, b.ReadCloser, drainBytes)
 	b.idle.Stop()
 }
 
-// discardResponse drains resp a little, so that its connection can be used again, and
-// closes it.
+// discardResponse closes the body of resp. It reads a short body before, so that the
+// connection can be used again.
 func discardResponse(resp *http.Response) {
 	if b, ok := resp.Body.(*upstreamBody); ok && resp.ContentLength <= drainBytes {
 		b.drainRest()

@@ -738,9 +738,9 @@ func TestBadRedirectsAreRefused(t *testing.T) {
 	for location, reason := range map[string]string{
 		"http://b/f?SECRET":         "https to http",
 		"http://other/f?SECRET":     "https to http",
-		"ftp://b/f?SECRET":          "something else",
-		"mailto:SECRET":             "something else",
-		"https:///f?SECRET":         "something else",
+		"ftp://b/f?SECRET":          "neither http nor https",
+		"mailto:SECRET":             "neither http nor https",
+		"https:///f?SECRET":         "without a host",
 		"":                          "without Location",
 		"https://b/%zz?SECRET":      "malformed",
 		"https://SECRET:x@b:port/f": "malformed",
@@ -1695,7 +1695,7 @@ func TestTokenTablesAreBounded(t *testing.T) {
 	g.accepts = func(auth string) bool { return auth != "" }
 	for i := range maxRemembered + 10 {
 		s := fmt.Sprint(i)
-		g.u.tokens.rememberChallenge(registryKey{place: s}, authChallenge{})
+		g.u.tokens.rememberChallenge(registryKey{server: s}, authChallenge{})
 		_, pending, _ := g.u.tokens.claimToken(tokenKey{scope: s}, "", time.Now())
 		pending.token = bearerToken{s, time.Now().Add(time.Hour)}
 		g.u.tokens.finishTokenRequest(tokenKey{scope: s}, pending, time.Now)
