@@ -29,8 +29,8 @@ func scrape(t *testing.T, m *metrics, g gauges) map[string]float64 {
 	return readExposition(t, b.String())
 }
 
-// readExposition returns values by series. A family is announced once, by HELP
-// and then TYPE, and its samples stand together behind them.
+// readExposition returns the values by series. It checks that each family begins with
+// one HELP and then one TYPE, and that its samples follow them.
 func readExposition(t *testing.T, text string) map[string]float64 {
 	t.Helper()
 	if !strings.HasSuffix(text, "\n") {
@@ -173,7 +173,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 	m := newMetrics()
 	m.countFetchedBytes("a\"b\\c\nd", 1)
 	m.countFetchedBytes("bad\xff", 1)
-	m.countFetchedBytes("bad\xfe", 1) // the same label: one series
+	m.countFetchedBytes("bad\xfe", 1) // becomes the same label, and so the same series
 	wantSeries(t, scrape(t, m, gauges{}), map[string]float64{
 		`artifactapi_fetched_bytes_total{remote="a\"b\\c\nd"}`:          1,
 		`artifactapi_fetched_bytes_total{remote="bad` + "\uFFFD" + `"}`: 2,

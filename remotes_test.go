@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// testEnv is the environment of all configurations here.
+// testEnv is the environment of the configurations in these tests.
 func testEnv(name string) (string, bool) {
 	v, ok := map[string]string{
 		"TOKEN":   "tok-hidden",
@@ -32,17 +32,17 @@ func mustParse(t testing.TB, yaml string) *config {
 	return c
 }
 
-// wellFormed is a remote that is in order, for further keys to be appended.
+// wellFormed is a remote without mistakes, to which keys can be appended.
 const wellFormed = "    base_url: http://127.0.0.1:9\n"
 
-// one is a file with one remote x.
+// one returns a file with one remote x, which has the given keys.
 func one(keys string) string { return "remotes:\n  x:\n" + wellFormed + keys }
 
-// hidden must never be in a message.
+// hidden is a secret that must not be in any message.
 const hidden = "hidden"
 
-// Each wrong file marks the line that must be named with HERE; all of want must
-// be in the message of that line.
+// In each file HERE marks the line that the message must name. The message must hold
+// want.
 func TestConfigMistakes(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ name, yaml, want string }{
@@ -678,8 +678,8 @@ func TestSecretsDoNotPrint(t *testing.T) {
 	}
 }
 
-// FuzzSpell: what spell accepts is spelled the same way ever after, decodes to
-// the path, and holds nothing that leads elsewhere.
+// FuzzSpell: a spelling that spellPath returns is its own spelling, decodes to the path,
+// and holds nothing that leads elsewhere.
 func FuzzSpell(f *testing.F) {
 	for _, s := range []string{"a/b", "./a//b/", "a%2f..%2fb", "a+b%20c^", "%C3%A9", "a%2F.", "%2F/", ".%2e", "a/.", "%"} {
 		f.Add(s, "x=%2f")

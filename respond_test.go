@@ -36,7 +36,7 @@ func TestErrorsHaveOneStatusEach(t *testing.T) {
 			t.Errorf("%v is in the table with %d and not in this test", k.err, k.status)
 		}
 	}
-	// What nobody foresaw is told to the log alone.
+	// The reason of an error of no kind is only logged.
 	if _, detail := statusAndDetail(errors.New("dial 10.0.0.7: secret")); detail != "internal error" {
 		t.Errorf("a client is told %q", detail)
 	}
@@ -59,14 +59,14 @@ func TestSecretsPrintNowhere(t *testing.T) {
 	}
 }
 
-// logged is the line of a request.
+// logged is the log line of a request.
 type logged struct {
 	Level, Msg, Method, Remote, Path, Client, Error string
 	Status                                          int
 	Bytes, Duration                                 int64
 }
 
-// requestLines are the lines of requests, in order.
+// requestLines returns the log lines of requests, in order.
 func (l *testLogs) requestLines(t testing.TB) (lines []logged) {
 	for line := range strings.Lines(l.String()) {
 		var v logged
@@ -80,7 +80,7 @@ func (l *testLogs) requestLines(t testing.TB) (lines []logged) {
 	return lines
 }
 
-// wantLine waits for the nth request's line.
+// wantLine waits for the log line of the nth request.
 func (tt *tester) wantLine(n int) logged {
 	tt.Helper()
 	tt.eventually("the line of a request", func() bool { return len(tt.logs.requestLines(tt)) > n })
@@ -201,7 +201,7 @@ func TestPanicsAreAnswered(t *testing.T) {
 	}, writeJSONError)
 }
 
-// An error's answer has none of the headers that the file's would have had.
+// The answer to an error has none of the headers that a handler set for the file.
 func TestErrorAnswersStartAfresh(t *testing.T) {
 	t.Parallel()
 	s := &responder{now: time.Now, log: slog.New(slog.DiscardHandler), metrics: newMetrics()}
@@ -216,8 +216,8 @@ func TestErrorAnswersStartAfresh(t *testing.T) {
 	}
 }
 
-// A client that takes nothing at all for as long as the patience lasts is
-// dropped; it would hold its connection and its place for ever.
+// A client that takes no byte for clientTimeout is dropped. It would hold its
+// connection forever.
 func TestClientThatTakesNothingIsDropped(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		tt := newBubbleTester(t)
@@ -274,8 +274,8 @@ func TestRequestsAreCounted(t *testing.T) {
 	}
 }
 
-// What net/http still has in its buffer when the handler is done meets a
-// client that takes nothing, too.
+// The deadline also holds for what net/http has in its buffer when the handler
+// returns.
 func TestClientThatTakesNoShortAnswerIsDropped(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		tt := newBubbleTester(t)
@@ -300,8 +300,8 @@ func TestClientThatTakesNoShortAnswerIsDropped(t *testing.T) {
 	})
 }
 
-// net/http reads what is left of a request's body before it answers, to keep
-// the connection. A body that never comes keeps nobody waiting.
+// net/http reads the rest of a request's body before it answers, to keep the
+// connection. The answer must come even if the body never does.
 func TestBodyThatNeverComesIsNotAwaited(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		tt := newBubbleTester(t)

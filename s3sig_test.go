@@ -1,6 +1,6 @@
-// s3sig_test.go: the published signatures, the client against the fake server
-// and its faults, and one suite for it and, with
-// TEST_S3=http://KEY:SECRET@host:port/bucket, a real server.
+// s3sig_test.go: the signatures that Amazon published, the client against the fake
+// server and its faults, and one suite for the fake server and, with
+// TEST_S3=http://KEY:SECRET@host:port/bucket, for a real one.
 
 package main
 
@@ -151,8 +151,8 @@ func FuzzURIEncode(f *testing.F) {
 	})
 }
 
-// FuzzS3Answer feeds servers' answers to the parsers; nothing may crash, and
-// what comes out fits a log line.
+// FuzzS3Answer gives answers of servers to the parsers. They must not panic, and
+// their errors must fit a log line.
 func FuzzS3Answer(f *testing.F) {
 	f.Add(500, "<Error><Code>InternalError</Code><Message>m\nn</Message><Region>eu</Region></Error>")
 	f.Add(200, "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>")
@@ -206,13 +206,13 @@ func (f *fakeS3) client(change ...func(*s3Config)) *s3Client {
 	return c
 }
 
-// putOf is an object of that content, with metadata that is its own.
+// putOf returns an object to store, with metadata that only this content has.
 func putOf(data []byte) s3PutInput {
 	return s3PutInput{body: bytes.NewReader(data), size: int64(len(data)), sha256: sha256Hex(data), contentType: "text/plain",
 		meta: map[string]string{"record": `{"s":"` + sha256Hex(data) + `"}`}}
 }
 
-// pattern is n bytes that differ from one part to the next.
+// pattern returns n bytes that differ from one part to the next.
 func pattern(n int) []byte {
 	b := make([]byte, n)
 	for i := range b {
@@ -244,7 +244,7 @@ func mustPut(t *testing.T, c *s3Client, key string, p s3PutInput) string {
 	return etag
 }
 
-// testS3 is what every server must do for the client.
+// testS3 checks what the client needs of every server.
 func testS3(t *testing.T, c *s3Client, partSize int) {
 	t.Run("bucket", func(t *testing.T) { testS3Bucket(t, c) })
 	t.Run("keys", func(t *testing.T) { testS3Keys(t, c) })
@@ -273,7 +273,7 @@ func testS3Bucket(t *testing.T, c *s3Client) {
 	}
 }
 
-// oddKeys are names that servers and clients spell differently.
+// oddKeys returns keys that servers and clients escape in different ways.
 func oddKeys() []string {
 	return []string{"k/plain", "k/a b", "k/a+b", "k/a~b", "k/a%2Fb", "k/a%b", "k/ä漢", "k/!'()*;:@&=$,?#[]", "k/" + strings.Repeat("x", 200)}
 }
@@ -356,7 +356,8 @@ func testS3Conditions(t *testing.T, c *s3Client) {
 	o.body.Close()
 }
 
-// testS3PutConditions is apart: not every server has it.
+// testS3PutConditions is not part of testS3, because not every server has conditions
+// for puts.
 func testS3PutConditions(t *testing.T, c *s3Client, size int) {
 	p := putOf(pattern(size))
 	p.ifNoneMatch = "*"
@@ -523,8 +524,8 @@ func TestS3Fake(t *testing.T) {
 	}
 }
 
-// TestS3Real runs the suite against TEST_S3. put conditions are asked for with
-// TEST_S3_CONDITIONS, since not every server has them.
+// TestS3Real runs the suite against TEST_S3. It checks the conditions of puts only
+// with TEST_S3_CONDITIONS, because not every server has them.
 func TestS3Real(t *testing.T) {
 	c := realS3(t, 5<<20)
 	testS3(t, c, 5<<20)
@@ -617,8 +618,8 @@ func TestS3FaultsPass(t *testing.T) {
 	}
 }
 
-// TestS3FaultsStay lists what ends a put: the old object stays, the upload is
-// gone, and a refusal is not asked for again.
+// TestS3FaultsStay lists the faults that end a put: the old object is still there, the
+// upload is aborted, and a refusal is not tried again.
 func TestS3FaultsStay(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
@@ -979,8 +980,8 @@ func TestS3HangIsGivenUp(t *testing.T) {
 	})
 }
 
-// TestS3SlowIsNotHung: an hour for a body is fine as long as bytes arrive, and
-// so is a caller who takes his time between reads.
+// TestS3SlowIsNotHung: a body may take an hour as long as bytes arrive, and the caller
+// may take any time between two reads.
 func TestS3SlowIsNotHung(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -1005,7 +1006,7 @@ func TestS3SlowIsNotHung(t *testing.T) {
 	})
 }
 
-// slowBody sends a byte at a time with a pause before it.
+// slowBody sends one byte at a time, after a pause.
 type slowBody struct {
 	ctx   context.Context
 	n     int
@@ -1068,8 +1069,7 @@ func TestS3BacksOff(t *testing.T) {
 	}
 }
 
-// TestS3PartsOverlap: several parts are under way at once, none beyond the
-// limit.
+// TestS3PartsOverlap: several parts are sent at once, but no more than the limit.
 func TestS3PartsOverlap(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -23,25 +23,25 @@ import (
 	"time"
 )
 
-// asker is an upstream under test with one remote.
-type asker struct {
+// upstreamTester tests an upstream with one remote.
+type upstreamTester struct {
 	*testing.T
 	u   *upstream
 	r   *remote
 	log *bytes.Buffer
 }
 
-// newAsker asks the given base_url and mirrors over real sockets; a mirror
-// written "auth URL" is marked auth.
-func newAsker(t *testing.T, origins ...string) *asker {
+// newUpstreamTester makes a tester whose remote has that base_url and those mirrors,
+// over real sockets. A mirror written "auth URL" has auth.
+func newUpstreamTester(t *testing.T, origins ...string) *upstreamTester {
 	t.Helper()
-	return newAskerOver(t, nil, origins...)
+	return newUpstreamTesterOver(t, nil, origins...)
 }
 
-// newAskerOver asks over a fake transport.
-func newAskerOver(t *testing.T, rt roundTrip, origins ...string) *asker {
+// newUpstreamTesterOver is newUpstreamTester over a fake transport.
+func newUpstreamTesterOver(t *testing.T, rt roundTrip, origins ...string) *upstreamTester {
 	t.Helper()
-	a := &asker{T: t, log: new(bytes.Buffer), r: &remote{name: "r", packageType: "generic", timeout: 5 * time.Second}}
+	a := &upstreamTester{T: t, log: new(bytes.Buffer), r: &remote{name: "r", packageType: "generic", timeout: 5 * time.Second}}
 	a.u = newUpstream(func(strict bool) http.RoundTripper {
 		if rt != nil {
 			return rt
@@ -67,14 +67,16 @@ func mustURL(t testing.TB, s string) *url.URL {
 	return u
 }
 
-// get asks for wire and reads the whole answer.
-func (a *asker) get(wire string) *told {
-	return a.ask(upstreamRequest{remote: a.r, method: "GET", wire: wire})
+// get sends a GET for wire and reads the whole answer.
+func (a *upstreamTester) get(wire string) *upstreamResult {
+	return a.send(upstreamRequest{remote: a.r, method: "GET", wire: wire})
 }
 
-func (a *asker) ask(req upstreamRequest) *told { return a.askUnder(context.Background(), req) }
+func (a *upstreamTester) send(req upstreamRequest) *upstreamResult {
+	return a.sendUnder(context.Background(), req)
+}
 
-func (a *asker) askUnder(ctx context.Context, req upstreamRequest) *told {
+func (a *upstreamTester) sendUnder(ctx context.Context, req upstreamRequest) *upstreamResult {
 	a.Helper()
 	req.remote = a.r
 	if req.method == "" {
@@ -85,15 +87,15 @@ func (a *asker) askUnder(ctx context.Context, req upstreamRequest) *told {
 		if resp != nil {
 			a.Error("an answer beside an error")
 		}
-		return &told{T: a.T, err: err}
+		return &upstreamResult{T: a.T, err: err}
 	}
 	defer resp.Body.Close()
 	text, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	return &told{T: a.T, upstreamResponse: resp, text: string(text), bodyErr: err}
+	return &upstreamResult{T: a.T, upstreamResponse: resp, text: string(text), bodyErr: err}
 }
 
-// told is what came of a question.
-type told struct {
+// upstreamResult is the outcome of a request.
+type upstreamResult struct {
 	*testing.T
 	*upstreamResponse
 	text    string
@@ -101,7 +103,7 @@ type told struct {
 	err     error
 }
 
-func (r *told) want(status int, text string) *told {
+func (r *upstreamResult) want(status int, text string) *upstreamResult {
 	r.Helper()
 	switch {
 	case r.err != nil:
@@ -114,7 +116,7 @@ func (r *told) want(status int, text string) *told {
 	return r
 }
 
-func (r *told) wantErr(kind error, texts ...string) {
+func (r *upstreamResult) wantErr(kind error, texts ...string) {
 	r.Helper()
 	if !errors.Is(r.err, kind) {
 		r.Fatalf("got error %v; want %v", r.err, kind)
@@ -159,7 +161,7 @@ func (s *site) requests() []*http.Request {
 	return slices.Clone(s.seen)
 }
 
-// says answers all with one status and text.
+// says answers every request with one status and text.
 func says(status int, text string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(status)
@@ -167,7 +169,7 @@ func says(status int, text string) http.HandlerFunc {
 	}
 }
 
-// sends answers all with a redirect.
+// sends answers every request with a redirect.
 func sends(status int, to string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Location", to)
@@ -175,7 +177,7 @@ func sends(status int, to string) http.HandlerFunc {
 	}
 }
 
-// closedPort is the URL of a port where nobody listens.
+// closedPort returns the URL of a port on which no program listens.
 func closedPort(t *testing.T) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -185,11 +187,11 @@ func closedPort(t *testing.T) string {
 	return "http://" + l.Addr().String()
 }
 
-func TestAskGoesUpstreamAsOurs(t *testing.T) {
+func TestRequestsGoUpstreamAsOurs(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, says(200, "x"))
-	a := newAsker(t, s.URL+"/base/p%2Fq")
-	a.ask(upstreamRequest{wire: "f?q=1", header: http.Header{"Range": {"bytes=5-"}}}).want(200, "x")
+	a := newUpstreamTester(t, s.URL+"/base/p%2Fq")
+	a.send(upstreamRequest{wire: "f?q=1", header: http.Header{"Range": {"bytes=5-"}}}).want(200, "x")
 	h := s.requests()[0].Header
 	for name, want := range map[string]string{
 		"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "Range": "bytes=5-",
@@ -207,7 +209,7 @@ func TestAskKeepsWireBytes(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, says(200, ""))
 	for base, path := range map[string]string{"": "", "/b%2Fc": "/b%2Fc"} {
-		a := newAsker(t, s.URL+base)
+		a := newUpstreamTester(t, s.URL+base)
 		for _, wire := range []string{
 			"a%2Fb", "a/b", "a%3Fb", "a?b", "a?", "a%2Bb%20c~.-_", "dir/", "", "x?a=b&c=%2f+%zz",
 			"library/nginx/manifests/latest", "blobs/sha256:abcd", "u/%C3%A9",
@@ -230,7 +232,7 @@ func TestMirrorsAnswerForABrokenBase(t *testing.T) {
 		"503":         newSite(t, says(503, "")).URL,
 	} {
 		lacking := newSite(t, says(404, "none"))
-		a := newAsker(t, base, lacking.URL, good.URL)
+		a := newUpstreamTester(t, base, lacking.URL, good.URL)
 		if r := a.get("f").want(200, "good"); r.origin != 2 {
 			t.Errorf("%s: origin %d answered; want 2", name, r.origin)
 		}
@@ -243,7 +245,7 @@ func TestMirrorsAnswerForABrokenBase(t *testing.T) {
 func TestBasesOwn4xxIsTheAnswer(t *testing.T) {
 	t.Parallel()
 	mirror := newSite(t, says(200, "mirror"))
-	a := newAsker(t, newSite(t, says(404, "none")).URL, mirror.URL)
+	a := newUpstreamTester(t, newSite(t, says(404, "none")).URL, mirror.URL)
 	a.get("f").want(404, "none")
 	if len(mirror.requests()) != 0 {
 		t.Error("the mirror was asked though base_url had answered")
@@ -253,27 +255,27 @@ func TestBasesOwn4xxIsTheAnswer(t *testing.T) {
 func TestMirrors4xxNeverCounts(t *testing.T) {
 	t.Parallel()
 	mirror := newSite(t, says(404, "mirror lacks it")).URL
-	a := newAsker(t, newSite(t, says(500, "base")).URL, mirror)
+	a := newUpstreamTester(t, newSite(t, says(500, "base")).URL, mirror)
 	a.get("f").want(500, "base")
-	b := newAsker(t, closedPort(t), mirror)
-	b.ask(upstreamRequest{wire: "f", hasCopy: true}).wantErr(errUnreachable, `remote "r"`, "127.0.0.1", "refused")
+	b := newUpstreamTester(t, closedPort(t), mirror)
+	b.send(upstreamRequest{wire: "f", hasCopy: true}).wantErr(errUnreachable, `remote "r"`, "127.0.0.1", "refused")
 }
 
 func TestResumeAsksTheNamedOriginFirst(t *testing.T) {
 	t.Parallel()
 	base, m1, m2 := newSite(t, says(200, "base")), newSite(t, says(200, "m1")), newSite(t, says(404, ""))
-	a := newAsker(t, base.URL, m1.URL, m2.URL)
-	a.ask(upstreamRequest{wire: "f", first: 1}).want(200, "m1")
-	a.ask(upstreamRequest{wire: "f", first: 2}).want(200, "base")
-	a.ask(upstreamRequest{wire: "f", first: 9}).want(200, "base")
+	a := newUpstreamTester(t, base.URL, m1.URL, m2.URL)
+	a.send(upstreamRequest{wire: "f", first: 1}).want(200, "m1")
+	a.send(upstreamRequest{wire: "f", first: 2}).want(200, "base")
+	a.send(upstreamRequest{wire: "f", first: 9}).want(200, "base")
 	if len(m2.requests()) != 1 {
 		t.Error("the second mirror was not asked first")
 	}
 }
 
-// script answers its requests one after the other, and logs them.
+// script answers requests by do, with their number, and records them.
 type script struct {
-	mu    sync.Mutex // guards all below
+	mu    sync.Mutex // guards the fields below, except do
 	lines []string
 	at    []time.Time
 	reqs  []*http.Request
@@ -300,7 +302,7 @@ func fake(status int, text string, headers ...string) *http.Response {
 	return &http.Response{StatusCode: status, Header: h, ContentLength: int64(len(text)), Body: io.NopCloser(strings.NewReader(text))}
 }
 
-// hang waits as an upstream does that says nothing.
+// hang answers nothing until the request ends.
 func hang(r *http.Request) (*http.Response, error) {
 	<-r.Context().Done()
 	return nil, context.Cause(r.Context())
@@ -313,7 +315,7 @@ func TestRetries(t *testing.T) {
 	for name, c := range map[string]struct {
 		q       upstreamRequest
 		do      func(n int, r *http.Request) (*http.Response, error)
-		want    string // hosts asked
+		want    string // the hosts that are asked
 		status  int
 		err     error
 		elapsed time.Duration
@@ -413,9 +415,9 @@ func TestRetries(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := &script{do: c.do}
-				a := newAskerOver(t, s.rt, append([]string{"http://b"}, c.base...)...)
+				a := newUpstreamTesterOver(t, s.rt, append([]string{"http://b"}, c.base...)...)
 				began := time.Now()
-				r := a.ask(c.q)
+				r := a.send(c.q)
 				if c.err != nil {
 					r.wantErr(c.err)
 				} else {
@@ -438,15 +440,15 @@ func TestPauseEndsWithTheQuestion(t *testing.T) {
 		s := &script{do: func(int, *http.Request) (*http.Response, error) { return nil, errDial }}
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
-		newAskerOver(t, s.rt, "http://b").askUnder(ctx, upstreamRequest{}).wantErr(context.DeadlineExceeded)
+		newUpstreamTesterOver(t, s.rt, "http://b").sendUnder(ctx, upstreamRequest{}).wantErr(context.DeadlineExceeded)
 		if len(s.lines) != 1 {
 			t.Errorf("asked %d times; want 1", len(s.lines))
 		}
 	})
 }
 
-// TestTimeoutIsPerHop has each of two hops take 4 s of 5: fine for a fill, too
-// much in sum where a copy may take 5 in all.
+// TestTimeoutIsPerHop: each of two requests along a redirect takes 4 s of 5. That is
+// fine for a fill, and too much together if a copy can be served.
 func TestTimeoutIsPerHop(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -461,20 +463,20 @@ func TestTimeoutIsPerHop(t *testing.T) {
 			}
 			return fake(200, "x"), nil
 		}}
-		a := newAskerOver(t, s.rt, "http://b")
+		a := newUpstreamTesterOver(t, s.rt, "http://b")
 		a.get("f").want(200, "x")
 		began := time.Now()
-		a.ask(upstreamRequest{wire: "f", hasCopy: true}).wantErr(errTimeout, `remote "r"`)
+		a.send(upstreamRequest{wire: "f", hasCopy: true}).wantErr(errTimeout, `remote "r"`)
 		if d := time.Since(began); d != 5*time.Second {
 			t.Errorf("gave up after %v; want 5s", d)
 		}
 		a.r.timeout = time.Minute
-		a.ask(upstreamRequest{wire: "f", hasCopy: true}).want(200, "x")
+		a.send(upstreamRequest{wire: "f", hasCopy: true}).want(200, "x")
 	})
 }
 
-// TestAnswerOfTheLastMoment has a transport that returns in spite of the
-// timeout, as one does that was about to.
+// TestAnswerOfTheLastMoment: the transport returns an answer just after the timeout
+// ended the request.
 func TestAnswerOfTheLastMoment(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -482,13 +484,13 @@ func TestAnswerOfTheLastMoment(t *testing.T) {
 			time.Sleep(6 * time.Second)
 			return fake(200, "x"), nil
 		}}
-		newAskerOver(t, s.rt, "http://b").get("f").wantErr(errTimeout)
+		newUpstreamTesterOver(t, s.rt, "http://b").get("f").wantErr(errTimeout)
 	})
 }
 
 func TestUnwritablePathIsRefused(t *testing.T) {
 	t.Parallel()
-	newAsker(t, "http://b").get("a%zz").wantErr(errBadRequest)
+	newUpstreamTester(t, "http://b").get("a%zz").wantErr(errBadRequest)
 }
 
 func TestTransportSpeaksHTTP2(t *testing.T) {
@@ -498,7 +500,7 @@ func TestTransportSpeaksHTTP2(t *testing.T) {
 	s.EnableHTTP2 = true
 	s.StartTLS()
 	t.Cleanup(s.Close)
-	a := newAsker(t, s.URL)
+	a := newUpstreamTester(t, s.URL)
 	a.u.transport.(*http.Transport).TLSClientConfig.RootCAs = s.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
 	a.get("f").wantErr(errBadUpstream, "https to http")
 	if len(plain.requests()) != 0 {
@@ -514,7 +516,7 @@ func TestWithACopyTenSecondsAreEnough(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{do: func(_ int, r *http.Request) (*http.Response, error) { return hang(r) }}
-		a := newAskerOver(t, s.rt, "http://b")
+		a := newUpstreamTesterOver(t, s.rt, "http://b")
 		for timeout, want := range map[time.Duration][2]time.Duration{
 			time.Minute:     {10 * time.Second, time.Minute},
 			3 * time.Second: {3 * time.Second, 3 * time.Second},
@@ -523,7 +525,7 @@ func TestWithACopyTenSecondsAreEnough(t *testing.T) {
 			a.r.timeout = timeout
 			for i, hasCopy := range []bool{true, false} {
 				began := time.Now()
-				a.ask(upstreamRequest{hasCopy: hasCopy}).wantErr(errTimeout)
+				a.send(upstreamRequest{hasCopy: hasCopy}).wantErr(errTimeout)
 				if d := time.Since(began); d != want[i] {
 					t.Errorf("timeout %v, copy %v: gave up after %v; want %v", timeout, hasCopy, d, want[i])
 				}
@@ -532,7 +534,7 @@ func TestWithACopyTenSecondsAreEnough(t *testing.T) {
 	})
 }
 
-// dripping is a body that sends a byte after each of its pauses.
+// dripping is a body that sends one byte after each of its pauses.
 type dripping struct {
 	ctx    context.Context
 	pauses []time.Duration
@@ -566,10 +568,10 @@ func TestBodyMayBeSlowButNotSilent(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{do: drip(59*time.Second, 59*time.Second, 59*time.Second)}
-		newAskerOver(t, s.rt, "http://b").ask(upstreamRequest{hasCopy: true}).want(200, "...")
+		newUpstreamTesterOver(t, s.rt, "http://b").send(upstreamRequest{hasCopy: true}).want(200, "...")
 
 		s = &script{do: drip(59*time.Second, 61*time.Second)}
-		r := newAskerOver(t, s.rt, "http://b").get("f")
+		r := newUpstreamTesterOver(t, s.rt, "http://b").get("f")
 		if !errors.Is(r.bodyErr, errTimeout) || r.text != "." {
 			t.Errorf("got %q, %v; want one byte and errTimeout", r.text, r.bodyErr)
 		}
@@ -580,7 +582,7 @@ func TestSlowReaderIsNoSilentUpstream(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{do: drip(time.Second, time.Second)}
-		a := newAskerOver(t, s.rt, "http://b")
+		a := newUpstreamTesterOver(t, s.rt, "http://b")
 		resp, err := a.u.send(t.Context(), upstreamRequest{remote: a.r, method: "GET"})
 		if err != nil {
 			t.Fatal(err)
@@ -595,8 +597,8 @@ func TestSlowReaderIsNoSilentUpstream(t *testing.T) {
 	})
 }
 
-// foreign is a context that package context must watch with a goroutine, so
-// that a bubble tells when what was derived from it is not released.
+// foreign is a context that package context must watch with a goroutine. A synctest
+// bubble then fails the test if a context that was derived from it is not cancelled.
 type foreign struct {
 	context.Context
 	done chan struct{}
@@ -611,7 +613,7 @@ func TestCloseReleasesTheRequest(t *testing.T) {
 			s := &script{do: func(n int, _ *http.Request) (*http.Response, error) {
 				return []*http.Response{fake(302, "", "Location: /g"), fake(200, "x")}[n], nil
 			}}
-			a := newAskerOver(t, s.rt, "http://b")
+			a := newUpstreamTesterOver(t, s.rt, "http://b")
 			ctx := foreign{t.Context(), make(chan struct{})}
 			resp, err := a.u.send(ctx, upstreamRequest{remote: a.r, method: "GET", hasCopy: hasCopy})
 			if err != nil {
@@ -637,7 +639,7 @@ func TestDiscardedAnswersAreReleased(t *testing.T) {
 		s := &script{do: func(n int, _ *http.Request) (*http.Response, error) {
 			return fake([]int{503, 404, 503, 404, 500, 200}[n], "text"), nil
 		}}
-		a := newAskerOver(t, s.rt, "http://b", "http://m")
+		a := newUpstreamTesterOver(t, s.rt, "http://b", "http://m")
 		resp, err := a.u.send(t.Context(), upstreamRequest{remote: a.r, method: "GET"})
 		if err != nil {
 			t.Fatal(err)
@@ -655,10 +657,10 @@ func TestClientsEndIsItsOwnError(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{do: func(_ int, r *http.Request) (*http.Response, error) { return hang(r) }}
-		a := newAskerOver(t, s.rt, "http://b", "http://m")
+		a := newUpstreamTesterOver(t, s.rt, "http://b", "http://m")
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(time.Second, cancel)
-		a.askUnder(ctx, upstreamRequest{}).wantErr(context.Canceled)
+		a.sendUnder(ctx, upstreamRequest{}).wantErr(context.Canceled)
 		if len(s.lines) != 1 {
 			t.Error("the mirror was asked for a client that had left")
 		}
@@ -674,12 +676,12 @@ func TestClientsEndIsItsOwnError(t *testing.T) {
 		}
 		ctx, cancel = context.WithCancel(t.Context())
 		time.AfterFunc(time.Second, cancel)
-		a.askUnder(ctx, upstreamRequest{hasCopy: true}).wantErr(context.Canceled)
+		a.sendUnder(ctx, upstreamRequest{hasCopy: true}).wantErr(context.Canceled)
 
 		s.do = drip(time.Second, time.Hour)
 		ctx, cancel = context.WithCancel(t.Context())
 		time.AfterFunc(2*time.Second, cancel)
-		if r := a.askUnder(ctx, upstreamRequest{}); !errors.Is(r.bodyErr, context.Canceled) {
+		if r := a.sendUnder(ctx, upstreamRequest{}); !errors.Is(r.bodyErr, context.Canceled) {
 			t.Errorf("body: %v; want context.Canceled", r.bodyErr)
 		}
 	})
@@ -693,8 +695,8 @@ func TestRedirectsAreFollowed(t *testing.T) {
 			s := &script{do: func(n int, _ *http.Request) (*http.Response, error) {
 				return []*http.Response{fake(status, "moved", "Location: ../x%2Fy?sig=a%2Fb c#frag"), fake(206, "")}[n], nil
 			}}
-			a := newAskerOver(t, s.rt, "http://b/p")
-			a.ask(upstreamRequest{method: method, wire: "q/f", header: header}).want(206, "")
+			a := newUpstreamTesterOver(t, s.rt, "http://b/p")
+			a.send(upstreamRequest{method: method, wire: "q/f", header: header}).want(206, "")
 			to := s.reqs[1]
 			if to.Method != method || to.URL.String() != "http://b/p/x%2Fy?sig=a%2Fb%20c" {
 				t.Errorf("%d: went to %s %s", status, to.Method, to.URL)
@@ -708,7 +710,7 @@ func TestRedirectsAreFollowed(t *testing.T) {
 	}
 	for _, status := range []int{300, 304, 305} {
 		s := &script{do: func(int, *http.Request) (*http.Response, error) { return fake(status, "", "Location: /y"), nil }}
-		newAskerOver(t, s.rt, "http://b").get("f").want(status, "")
+		newUpstreamTesterOver(t, s.rt, "http://b").get("f").want(status, "")
 	}
 }
 
@@ -724,7 +726,7 @@ func TestRedirectsHaveAnEnd(t *testing.T) {
 			}
 			return fake(200, ""), nil
 		}}
-		r := newAskerOver(t, s.rt, "http://b").get("f")
+		r := newUpstreamTesterOver(t, s.rt, "http://b").get("f")
 		if c.err == nil {
 			r.want(200, "")
 		} else {
@@ -752,7 +754,7 @@ func TestBadRedirectsAreRefused(t *testing.T) {
 			}
 			return resp, nil
 		}}
-		a := newAskerOver(t, s.rt, "https://b", "https://m")
+		a := newUpstreamTesterOver(t, s.rt, "https://b", "https://m")
 		r := a.get("f")
 		r.wantErr(errBadUpstream, reason)
 		if statusOf(r.err) != 502 {
@@ -767,15 +769,15 @@ func TestBadRedirectsAreRefused(t *testing.T) {
 func TestSecretsOfRedirectsNeverShow(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, sends(302, closedPort(t)+"/f?X-Amz-Signature=SECRET"))
-	a := newAsker(t, s.URL)
+	a := newUpstreamTester(t, s.URL)
 	a.get("f").wantErr(errUnreachable, "refused")
 	if strings.Contains(a.log.String(), "SECRET") {
 		t.Errorf("log: %s", a.log)
 	}
 }
 
-// TestCredentialsStayHome walks each chain and wants credentials at the hosts
-// marked with a star, and nowhere else.
+// TestCredentialsStayHome: along each chain of redirects the hosts with a star get the
+// credentials, and no others do.
 func TestCredentialsStayHome(t *testing.T) {
 	t.Parallel()
 	for _, chain := range []string{
@@ -802,7 +804,7 @@ func TestCredentialsStayHome(t *testing.T) {
 			}
 			return fake(200, ""), nil
 		}}
-		a := newAskerOver(t, s.rt, "https://b.test", "https://plain.test", "auth https://auth.test")
+		a := newUpstreamTesterOver(t, s.rt, "https://b.test", "https://plain.test", "auth https://auth.test")
 		a.r.username, a.r.password, a.r.headers = "u", "p", http.Header{"X-Key": {"k"}}
 		a.get("f").want(200, "")
 		if len(s.lines) != len(hops) {
@@ -820,7 +822,7 @@ func TestMirrorsGetCredentialsOnlyWhenMarked(t *testing.T) {
 		}
 		return fake(500, ""), nil
 	}}
-	a := newAskerOver(t, s.rt, "https://b", "https://plain", "auth https://auth")
+	a := newUpstreamTesterOver(t, s.rt, "https://b", "https://plain", "auth https://auth")
 	a.r.username, a.r.headers = "u", http.Header{"X-Key": {"k"}}
 	a.get("f").want(500, "")
 	if len(s.lines) != 3 {
@@ -831,9 +833,9 @@ func TestMirrorsGetCredentialsOnlyWhenMarked(t *testing.T) {
 func TestConfiguredHeadersCannotBreakAnswers(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, says(200, ""))
-	a := newAsker(t, s.URL)
+	a := newUpstreamTester(t, s.URL)
 	a.r.headers = http.Header{"Accept-Encoding": {"gzip"}, "User-Agent": {"mine"}, "Host": {"vhost"}, "Accept": {"x"}}
-	a.ask(upstreamRequest{wire: "f", header: http.Header{"Accept": {"y"}}}).want(200, "")
+	a.send(upstreamRequest{wire: "f", header: http.Header{"Accept": {"y"}}}).want(200, "")
 	r := s.requests()[0]
 	if h := r.Header; h.Get("Accept-Encoding") != "identity" || h.Get("User-Agent") != "mine" || h.Get("Accept") != "y" || r.Host != "vhost" {
 		t.Errorf("went out: Host %s, %v", r.Host, h)
@@ -849,25 +851,26 @@ func TestCodedBodyStaysCoded(t *testing.T) {
 		w.Header().Set("Content-Encoding", "gzip")
 		io.WriteString(w, "\x1f\x8bnot really")
 	})
-	r := newAsker(t, s.URL).get("f").want(200, "\x1f\x8bnot really")
+	r := newUpstreamTester(t, s.URL).get("f").want(200, "\x1f\x8bnot really")
 	if r.Header.Get("Content-Encoding") != "gzip" || r.Uncompressed {
 		t.Error("the coding was taken off")
 	}
 }
 
-// elsewhere is s under another host name: localhost instead of 127.0.0.1.
+// elsewhere returns the URL of s under another host name: localhost instead of
+// 127.0.0.1.
 func elsewhere(s *site) string { return strings.Replace(s.URL, "127.0.0.1", "localhost", 1) }
 
 func TestRedirectMayNotLeadInside(t *testing.T) {
 	t.Parallel()
 	inside := newSite(t, says(200, "inside"))
 	base := newSite(t, sends(302, elsewhere(inside)+"/f?SECRET"))
-	a := newAsker(t, base.URL)
-	a.get("f").want(200, "inside") // base_url is inside itself
+	a := newUpstreamTester(t, base.URL)
+	a.get("f").want(200, "inside") // base_url has a private address itself
 	byName := newSite(t, sends(302, inside.URL))
-	newAsker(t, elsewhere(byName)).get("f").want(200, "inside") // as its connection tells
+	newUpstreamTester(t, elsewhere(byName)).get("f").want(200, "inside") // its connection went to a private address
 
-	a = newAsker(t, base.URL)
+	a = newUpstreamTester(t, base.URL)
 	a.u.isPrivate = func(netip.Addr) bool { return false } // base_url counts as public
 	r := a.get("f")
 	r.wantErr(errBadUpstream, "private address", "localhost")
@@ -884,9 +887,9 @@ func TestRedirectMayNotLeadInside(t *testing.T) {
 			http.Redirect(w, r, "/g", http.StatusFound)
 		}
 	})
-	a = newAsker(t, elsewhere(home))
+	a = newUpstreamTester(t, elsewhere(home))
 	a.u.isPrivate = func(netip.Addr) bool { return false }
-	a.get("f").want(200, "") // its own host is where base_url said
+	a.get("f").want(200, "") // a redirect to the host of base_url itself
 }
 
 func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
@@ -897,7 +900,7 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 			w.WriteHeader(302)
 		}
 	})
-	a := newAsker(t, "http://base.test")
+	a := newUpstreamTester(t, "http://base.test")
 	a.u.proxyFor = http.ProxyURL(mustURL(t, s.URL))
 	for _, rt := range []http.RoundTripper{a.u.transport, a.u.publicTransport} {
 		rt.(*http.Transport).Proxy = a.u.proxyFor
@@ -907,7 +910,7 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 		t.Errorf("the proxy saw %d requests; want 2", n)
 	}
 
-	// A proxy near us does not make the origin a neighbour.
+	// A proxy with a private address does not make the origin private.
 	inside := newSite(t, says(200, "inside"))
 	s.Config.Handler = sends(302, inside.URL+"/f")
 	for _, rt := range []http.RoundTripper{a.u.transport, a.u.publicTransport} {
@@ -971,7 +974,7 @@ func TestUnreachableInAllItsKinds(t *testing.T) {
 		"cut in the header":   raw("HTTP/1.1 200 OK\r\nContent-Le"),
 		"malformed in header": raw("HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n"),
 	} {
-		r := newAsker(t, base).ask(upstreamRequest{wire: "f?SECRET", hasCopy: true})
+		r := newUpstreamTester(t, base).send(upstreamRequest{wire: "f?SECRET", hasCopy: true})
 		if !errors.Is(r.err, errUnreachable) || statusOf(r.err) != 502 {
 			t.Errorf("%s: %v", name, r.err)
 			continue
@@ -985,7 +988,7 @@ func TestUnreachableInAllItsKinds(t *testing.T) {
 	s := &script{do: func(int, *http.Request) (*http.Response, error) {
 		return nil, &net.DNSError{Err: "no such host " + strings.Repeat("é", 1000), Name: "b"}
 	}}
-	r := newAskerOver(t, s.rt, "http://b").ask(upstreamRequest{hasCopy: true})
+	r := newUpstreamTesterOver(t, s.rt, "http://b").send(upstreamRequest{hasCopy: true})
 	r.wantErr(errUnreachable, "no such host")
 	if len(r.err.Error()) > 500 {
 		t.Errorf("error of %d bytes", len(r.err.Error()))
@@ -998,7 +1001,7 @@ func TestBrokenBodyIsAnError(t *testing.T) {
 		w.Header().Set("Content-Length", "100")
 		io.WriteString(w, "half")
 	})
-	r := newAsker(t, s.URL).get("f")
+	r := newUpstreamTester(t, s.URL).get("f")
 	if !errors.Is(r.bodyErr, errUnreachable) || r.text != "half" {
 		t.Errorf("got %q, %v", r.text, r.bodyErr)
 	}
@@ -1018,14 +1021,14 @@ func TestDiscardedBodiesAreBounded(t *testing.T) {
 			return resp, nil
 		}
 		began := time.Now()
-		newAskerOver(t, s.rt, "http://b").get("f").want(200, "x")
+		newUpstreamTesterOver(t, s.rt, "http://b").get("f").want(200, "x")
 		if d := time.Since(began); d > time.Second {
 			t.Errorf("a redirect's endless body was read for %v", d)
 		}
 	})
 }
 
-// answersAs is a fake upstream of the breaker tests: how says what happens now.
+// answersAs is the fake upstream of the breaker tests. how says what it does now.
 type answersAs struct{ how string }
 
 func (s *answersAs) rt(r *http.Request) (*http.Response, error) {
@@ -1036,7 +1039,7 @@ func (s *answersAs) rt(r *http.Request) (*http.Response, error) {
 		return nil, syscall.ECONNRESET
 	case "hangs":
 		return hang(r)
-	case "garbles": // over a connection that came about
+	case "garbles": // after a connection was made
 		c, _ := net.Pipe()
 		httptrace.ContextClientTrace(r.Context()).GotConn(httptrace.GotConnInfo{Conn: c})
 		return nil, errors.New("malformed HTTP response")
@@ -1054,7 +1057,7 @@ func (s *answersAs) rt(r *http.Request) (*http.Response, error) {
 	return fake(404, ""), nil
 }
 
-// TestDown asks once in each way and looks whether the remote counts as down.
+// TestDown checks for each kind of answer whether the remote counts as down after it.
 func TestDown(t *testing.T) {
 	t.Parallel()
 	for how, want := range map[string]bool{
@@ -1062,8 +1065,8 @@ func TestDown(t *testing.T) {
 	} {
 		t.Run(how, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				a := newAskerOver(t, (&answersAs{how}).rt, "http://b", "http://m")
-				a.ask(upstreamRequest{hasCopy: true})
+				a := newUpstreamTesterOver(t, (&answersAs{how}).rt, "http://b", "http://m")
+				a.send(upstreamRequest{hasCopy: true})
 				if got := a.u.isDown(a.r); got != want {
 					t.Errorf("down: %v; want %v", got, want)
 				}
@@ -1076,7 +1079,7 @@ func TestDownLastsTenSecondsThenOneProbes(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := &answersAs{"refuses"}
-		a := newAskerOver(t, s.rt, "http://b")
+		a := newUpstreamTesterOver(t, s.rt, "http://b")
 		down := func(want ...bool) {
 			t.Helper()
 			for i, w := range want {
@@ -1087,35 +1090,35 @@ func TestDownLastsTenSecondsThenOneProbes(t *testing.T) {
 			}
 		}
 		down(false, false)
-		a.ask(upstreamRequest{hasCopy: true}).wantErr(errUnreachable)
+		a.send(upstreamRequest{hasCopy: true}).wantErr(errUnreachable)
 		down(true, true)
 		time.Sleep(10*time.Second - time.Nanosecond)
 		down(true)
 		time.Sleep(time.Nanosecond)
 		down(false, true, true) // the first is the probe
 
-		a.ask(upstreamRequest{hasCopy: true}).wantErr(errUnreachable) // its verdict: still down
+		a.send(upstreamRequest{hasCopy: true}).wantErr(errUnreachable) // the probe: still down
 		down(true)
 		time.Sleep(10 * time.Second)
 		down(false, true)
 
-		s.how = "hangs" // a probe that ends without verdict frees the place
+		s.how = "hangs" // a probe that ends without an outcome makes place for another
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		a.askUnder(ctx, upstreamRequest{hasCopy: true}).wantErr(context.DeadlineExceeded)
+		a.sendUnder(ctx, upstreamRequest{hasCopy: true}).wantErr(context.DeadlineExceeded)
 		down(false, true)
 
 		time.Sleep(probeTime) // so does one that never asked
 		down(false, true)
 
 		s.how = "answers" // any status will do
-		a.ask(upstreamRequest{hasCopy: true}).want(404, "")
+		a.send(upstreamRequest{hasCopy: true}).want(404, "")
 		down(false, false, false)
 	})
 }
 
-// TestSilenceOfOneFileIsNoOutage lets a question fail in each way while another
-// one is answered, or not.
+// TestSilenceOfOneFileIsNoOutage: a request fails in each way while another one is
+// answered, or is not.
 func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -1125,7 +1128,7 @@ func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 	}{{"hangs", true, false}, {"hangs", false, true}, {"resets", true, false}, {"resets", false, true}, {"refuses", true, true}, {"garbles", true, false}, {"garbles", false, true}} {
 		t.Run(fmt.Sprintf("%s answered=%v", c.how, c.answered), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				a := newAskerOver(t, func(r *http.Request) (*http.Response, error) {
+				a := newUpstreamTesterOver(t, func(r *http.Request) (*http.Response, error) {
 					if r.URL.Path == "/good" {
 						return fake(200, ""), nil
 					}
@@ -1138,7 +1141,7 @@ func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 				}, "http://b")
 				a.get("good").want(200, "") // before: does not count
 				var wg sync.WaitGroup
-				wg.Go(func() { a.ask(upstreamRequest{wire: "bad", hasCopy: true}) })
+				wg.Go(func() { a.send(upstreamRequest{wire: "bad", hasCopy: true}) })
 				time.Sleep(2 * time.Second)
 				if c.answered {
 					a.get("good").want(200, "")
@@ -1163,18 +1166,19 @@ func TestBreakerIsBounded(t *testing.T) {
 	}
 }
 
-// registry is a fake registry with its token service, each on its own host.
+// registrySite is a fake registry with its token service, each on a host of its own.
 type registrySite struct {
 	*script
-	*asker
+	*upstreamTester
 	challenge string
 	tokens    func(w http.ResponseWriter, r *http.Request)
 	accepts   func(auth string) bool
 	exchanges []*http.Request // guarded by script.mu
 }
 
-// newTokenRegistry has the registry at registry.test.test and its token service at
-// auth.test.test, which gives the tokens t1, t2 ...; the last one is accepted.
+// newTokenRegistry makes a registry at registry.test.test with a token service at
+// auth.test.test. The service gives the tokens t1, t2 and so on; the registry accepts
+// the last one.
 func newTokenRegistry(t *testing.T, origins ...string) *registrySite {
 	g := &registrySite{challenge: `Bearer realm="https://auth.test.test/token",service="svc",scope="ignored"`}
 	g.tokens = func(w http.ResponseWriter, _ *http.Request) {
@@ -1208,7 +1212,7 @@ func newTokenRegistry(t *testing.T, origins ...string) *registrySite {
 	if len(origins) == 0 {
 		origins = []string{"https://registry.test.test/v2"}
 	}
-	g.asker = newAskerOver(t, g.rt, origins...)
+	g.upstreamTester = newUpstreamTesterOver(t, g.rt, origins...)
 	g.r.packageType = "docker"
 	return g
 }
@@ -1219,12 +1223,13 @@ func (g *registrySite) exchanged() int {
 	return len(g.exchanges)
 }
 
-func (g *registrySite) pull() *told {
+func (g *registrySite) pull() *upstreamResult {
 	g.Helper()
-	return g.asker.ask(upstreamRequest{wire: "i/manifests/x", scope: "repository:i:pull"})
+	return g.upstreamTester.send(upstreamRequest{wire: "i/manifests/x", scope: "repository:i:pull"})
 }
 
-// wantTraffic checks how many requests and exchanges there were so far.
+// wantTraffic checks how many requests there were so far, and how many of them went to
+// the token service.
 func (g *registrySite) wantTraffic(requests, exchanges int) {
 	g.Helper()
 	if n, x := len(g.lines), len(g.exchanges); n != requests || x != exchanges {
@@ -1246,7 +1251,7 @@ func TestTokenIsExchangedAndKept(t *testing.T) {
 	g.wantTraffic(4, 1)
 
 	other := upstreamRequest{wire: "j/manifests/x", scope: "repository:j:pull"}
-	g.ask(other).want(200, "manifest") // another scope, another token
+	g.send(other).want(200, "manifest") // another scope, another token
 	g.wantTraffic(7, 2)
 }
 
@@ -1254,13 +1259,13 @@ func TestTokenGoesNotToBlobStorage(t *testing.T) {
 	t.Parallel()
 	g := newTokenRegistry(t)
 	g.r.username, g.r.headers = "u", http.Header{"X-Key": {"k"}}
-	g.ask(upstreamRequest{wire: "i/blobs/x", scope: "s"}).want(200, "blob") // the fake checks
+	g.send(upstreamRequest{wire: "i/blobs/x", scope: "s"}).want(200, "blob") // the fake checks
 	for _, r := range g.reqs {
 		if got, want := r.Header.Get("X-Key") != "", r.URL.Host == "registry.test.test"; got != want {
 			t.Errorf("%s: configured header sent: %v", r.URL.Host, got)
 		}
 	}
-	// Nor is blob storage's own 401 taken for the registry's.
+	// A 401 of the blob storage is not taken for one of the registry either.
 	do := g.do
 	g.do = func(n int, r *http.Request) (*http.Response, error) {
 		if r.URL.Host == "blobs.test.test" {
@@ -1269,7 +1274,7 @@ func TestTokenGoesNotToBlobStorage(t *testing.T) {
 		return do(n, r)
 	}
 	n := g.exchanged()
-	g.ask(upstreamRequest{wire: "i/blobs/x", scope: "s"}).want(401, "")
+	g.send(upstreamRequest{wire: "i/blobs/x", scope: "s"}).want(401, "")
 	if g.exchanged() != n {
 		t.Error("a token was asked for blob storage")
 	}
@@ -1303,7 +1308,7 @@ func TestWaitersShareAFailureButNotAnAbandonedExchange(t *testing.T) {
 		}
 		var wg sync.WaitGroup
 		for range 10 {
-			wg.Go(func() { g.asker.ask(upstreamRequest{hasCopy: true, scope: "s"}).wantErr(errUnreachable) })
+			wg.Go(func() { g.upstreamTester.send(upstreamRequest{hasCopy: true, scope: "s"}).wantErr(errUnreachable) })
 		}
 		wg.Wait()
 		g.wantTraffic(10+1, 1)
@@ -1320,14 +1325,14 @@ func TestWaitersShareAFailureButNotAnAbandonedExchange(t *testing.T) {
 			return do(n, r)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
-		wg.Go(func() { g.askUnder(ctx, upstreamRequest{scope: "s"}).wantErr(context.Canceled) })
+		wg.Go(func() { g.sendUnder(ctx, upstreamRequest{scope: "s"}).wantErr(context.Canceled) })
 		synctest.Wait()
 		for range 10 {
-			wg.Go(func() { g.asker.ask(upstreamRequest{scope: "s"}).want(200, "manifest") })
+			wg.Go(func() { g.upstreamTester.send(upstreamRequest{scope: "s"}).want(200, "manifest") })
 		}
 		short, stop := context.WithTimeout(t.Context(), time.Second)
 		defer stop()
-		wg.Go(func() { g.askUnder(short, upstreamRequest{scope: "s"}).wantErr(context.DeadlineExceeded) })
+		wg.Go(func() { g.sendUnder(short, upstreamRequest{scope: "s"}).wantErr(context.DeadlineExceeded) })
 		time.Sleep(2 * time.Second)
 		cancel()
 		wg.Wait()
@@ -1339,7 +1344,7 @@ func TestWaitersShareAFailureButNotAnAbandonedExchange(t *testing.T) {
 
 func TestTokenLife(t *testing.T) {
 	t.Parallel()
-	date := time.Date(2000, 1, 2, 3, 4, 0, 0, time.UTC) // the bubble's day, another clock
+	date := time.Date(2000, 1, 2, 3, 4, 0, 0, time.UTC) // the clock of the service, which differs from the bubble's
 	for answer, life := range map[string]time.Duration{
 		`{"token":"t"}`:                                                     54 * time.Second,
 		`{"access_token":"t"}`:                                              54 * time.Second,
@@ -1389,14 +1394,14 @@ func TestRefusedTokenIsRenewedOnce(t *testing.T) {
 	g.pull().want(401, "") // t2 and the fresh t3 refused
 	g.wantTraffic(9, 3)
 
-	// A token that was there already is no fresh one.
+	// A token that was remembered is not a fresh one.
 	g.accepts = func(auth string) bool { return auth == "Bearer t4" }
 	clear(g.u.tokens.challenges)
 	g.pull().want(200, "manifest")
 	g.wantTraffic(13, 4)
 }
 
-// TestRefusedTokensComeToAnEnd has others bring a new token again and again.
+// TestRefusedTokensComeToAnEnd: other requests get a new token again and again.
 func TestRefusedTokensComeToAnEnd(t *testing.T) {
 	t.Parallel()
 	g := newTokenRegistry(t)
@@ -1429,7 +1434,7 @@ func TestTokenServiceFailures(t *testing.T) {
 		g := newTokenRegistry(t)
 		g.r.username, g.r.password = "u", "SECRET"
 		g.tokens = c.answer
-		r := g.asker.ask(upstreamRequest{scope: "s", hasCopy: true})
+		r := g.upstreamTester.send(upstreamRequest{scope: "s", hasCopy: true})
 		r.wantErr(c.err, `remote "r"`, "auth.test.test")
 		if statusOf(r.err) != c.status {
 			t.Errorf("%s: status %d; want %d", name, statusOf(r.err), c.status)
@@ -1444,7 +1449,7 @@ func TestTokenServiceUnreachableCountsForTheRemote(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		refuse := func(*http.Request) (*http.Response, error) { return nil, errDial }
-		// Many times, since two ends of waiting come at one instant.
+		// Many times, since two events end the wait at the same instant.
 		for i := range 20 {
 			fails := []func(*http.Request) (*http.Response, error){refuse, hang}[i%2]
 			g := newTokenRegistry(t)
@@ -1455,7 +1460,7 @@ func TestTokenServiceUnreachableCountsForTheRemote(t *testing.T) {
 				}
 				return do(n, r)
 			}
-			r := g.asker.ask(upstreamRequest{scope: "s", hasCopy: true})
+			r := g.upstreamTester.send(upstreamRequest{scope: "s", hasCopy: true})
 			if !errors.Is(r.err, errUnreachable) && !errors.Is(r.err, errTimeout) {
 				t.Errorf("got %v", r.err)
 			}
@@ -1529,7 +1534,7 @@ func TestForeignRealmIsNotAsked(t *testing.T) {
 	g.r.tokenRealm = mustURL(t, "https://evil.example/token")
 	g.pull().want(200, "manifest")
 
-	g = newTokenRegistry(t) // without credentials anyone may be asked
+	g = newTokenRegistry(t) // without credentials every realm may be asked
 	g.challenge = `Bearer realm="https://evil.example/token"`
 	g.pull().want(200, "manifest")
 
@@ -1598,12 +1603,12 @@ func TestRealmMayNotLeadInside(t *testing.T) {
 		"a public registry":          {true, nil, false},
 		"where token_realm names it": {true, mustURL(t, elsewhere(service)+"/token"), true},
 	} {
-		a := newAsker(t, base.URL)
+		a := newUpstreamTester(t, base.URL)
 		a.r.packageType, a.r.tokenRealm = "docker", c.realm
 		if c.public {
 			a.u.isPrivate = func(netip.Addr) bool { return false }
 		}
-		if r := a.ask(upstreamRequest{scope: "s"}); c.ok {
+		if r := a.send(upstreamRequest{scope: "s"}); c.ok {
 			r.want(200, "")
 		} else {
 			r.wantErr(errBadUpstream, "private address")
@@ -1639,23 +1644,24 @@ func TestBasicRegistry(t *testing.T) {
 		g.r.username, g.r.password = "u", "p"
 		g.accepts = func(auth string) bool { return auth == "Basic dTpw" }
 		req := upstreamRequest{wire: "f", scope: scope}
-		g.ask(req).want(200, "manifest")
-		g.ask(req).want(200, "manifest") // remembered
+		g.send(req).want(200, "manifest")
+		g.send(req).want(200, "manifest") // remembered
 		g.wantTraffic(3, 0)
 		g.accepts = func(string) bool { return false }
-		g.ask(req).want(401, "") // wrong password: no use in trying it twice
+		g.send(req).want(401, "") // wrong password: it is not sent twice
 		g.wantTraffic(4, 0)
 
 		for _, g.challenge = range []string{`Basic realm="x"`, `Bearer service="s"`, `Digest realm="x"`, ``} {
 			g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins}
 			before := len(g.lines)
-			g.ask(req).want(401, "") // nothing to offer
+			g.send(req).want(401, "") // no credentials for a Basic challenge
 			g.wantTraffic(before+1, 0)
 		}
 	}
 }
 
-// TestUnmarkedMirrorGetsNoBoughtToken has a mirror name base_url's own realm.
+// TestUnmarkedMirrorGetsNoBoughtToken: a mirror without auth names the realm of
+// base_url.
 func TestUnmarkedMirrorGetsNoBoughtToken(t *testing.T) {
 	t.Parallel()
 	g := newTokenRegistry(t, "https://registry.test.test", "https://mirror.example", "auth https://second.test.test")
@@ -1666,7 +1672,7 @@ func TestUnmarkedMirrorGetsNoBoughtToken(t *testing.T) {
 	}
 	g.accepts = func(auth string) bool { return strings.HasPrefix(auth, "Bearer bought") }
 	for i, want := range []string{"Bearer bought-true", "Bearer bought-false", "Bearer bought-true"} {
-		g.asker.ask(upstreamRequest{wire: "f", scope: "s", first: i}).want(200, "manifest")
+		g.upstreamTester.send(upstreamRequest{wire: "f", scope: "s", first: i}).want(200, "manifest")
 		if got := g.reqs[len(g.reqs)-1].Header.Get("Authorization"); got != want {
 			t.Errorf("origin %d got %q; want %q", i, got, want)
 		}
@@ -1732,7 +1738,7 @@ func TestParseChallenges(t *testing.T) {
 	}
 }
 
-// render writes challenges with all values quoted.
+// render returns the text of challenges, with all values in quotes.
 func render(cs []authChallenge, between, after string) string {
 	var all []string
 	for _, c := range cs {
