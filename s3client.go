@@ -64,8 +64,8 @@ const (
 	// s3ClockTolerance: a refusal without a code is put down to the clocks if they
 	// differ by more than this. Servers accept 15 minutes.
 	s3ClockTolerance = 5 * time.Minute
-	// s3XMLLimit is twice the keys of the largest page of a listing: 1,000 keys of
-	// 1,024 bytes, each byte spelled %XX.
+	// s3XMLLimit bounds an answer in XML. The largest page of a listing, with 1,000
+	// keys of 1,024 bytes, each byte spelled %XX, has about 4 MiB.
 	s3XMLLimit = 8 << 20
 	// s3TextLimit is how many bytes of each text in a server's refusal get into
 	// our errors and logs. Real texts are shorter.

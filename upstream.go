@@ -36,8 +36,8 @@ const (
 	// limit: a 50 GB file over a slow line must work.
 	bodyIdleTimeout = 60 * time.Second
 	// drainBytes and drainTime bound the reading of a body that nobody needs. It is
-	// read so that its HTTP/1 connection can be used again, which is worth about as
-	// much as a new connection costs.
+	// read so that its HTTP/1 connection can be used again. Reading more would take
+	// longer than a new connection.
 	drainBytes = 64 << 10
 	drainTime  = 250 * time.Millisecond
 	// downTime is how long a remote that could not be reached is left alone.
