@@ -421,7 +421,7 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 			reply, err := c.headUpstream(ctx, file)
 			return reply, false, err
 		}
-	} else if c.upstream.isDown(file.remote) {
+	} else if c.upstream.isDown(ctx, file.remote) {
 		c.countUse(file.remote.name, key)
 		return cp.staleReply("unreachable"), false, nil
 	}

@@ -486,7 +486,7 @@ func TestExpiredCopyBehindFillsThatHang(t *testing.T) {
 		}
 		all.Wait()
 		tt.origin.troubled(nil)
-		tt.advance(downTime + time.Second)
+		tt.advance(outagePause + time.Second)
 		tt.origin.file("/m", "new")
 		tt.get("/api/r/m").wantRefetched().wantBody("new") // nothing was learned of it
 	})

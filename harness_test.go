@@ -385,7 +385,7 @@ func (tt *tester) down() { tt.origin.setDown(true) }
 
 func (tt *tester) upAgain() {
 	tt.origin.setDown(false)
-	tt.advance(downTime + time.Second)
+	tt.advance(outagePause + time.Second)
 }
 
 // testClock is the time plus what tests advanced it by. It is never in the

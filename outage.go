@@ -84,6 +84,13 @@ func (c *circuit) outageCause() error {
 	return c.cause
 }
 
+// hasSucceededSince reports whether anything succeeded after t.
+func (c *circuit) hasSucceededSince(t time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.succeededAt.After(t)
+}
+
 // outageAge is how long the outage has lasted; 0 while the circuit is closed.
 func (c *circuit) outageAge() time.Duration {
 	c.mu.Lock()

@@ -15,7 +15,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -40,10 +39,10 @@ const (
 	// longer than a new connection.
 	drainBytes = 64 << 10
 	drainTime  = 250 * time.Millisecond
-	// downTime is how long a remote that could not be reached is left alone.
-	downTime = 10 * time.Second
-	// probeTime frees the probe's place if its caller never asked.
-	probeTime = 60 * time.Second
+	// outagePause is how long a remote that could not be reached is left alone where
+	// a copy can answer: long enough that clients are not kept waiting by it, short
+	// enough that new versions are soon seen again.
+	outagePause = 10 * time.Second
 	// maxDialTime ends a dial whose request has ended long before: http.Transport
 	// lets such a dial go on. It is longer than any sensible timeout of a remote,
 	// which ends the request.
@@ -84,7 +83,7 @@ type upstream struct {
 	now             func() time.Time
 	log             *slog.Logger
 	metrics         *metrics
-	breaker         breaker
+	circuits        *boundedMap[string, *circuit] // by the remote's name
 	tokens          tokenCache
 
 	// proxyFor returns the proxy for a request, or nil. It must agree with the Proxy
@@ -124,11 +123,11 @@ func newUpstream(rt func(strict bool) http.RoundTripper, now func() time.Time, l
 		now:             now,
 		log:             log,
 		metrics:         m,
-		breaker:         breaker{remotes: make(map[string]*health)},
+		circuits:        newBoundedMap[string, *circuit](maxRemembered, now),
 		tokens: tokenCache{
-			valid:      make(map[tokenKey]bearerToken),
+			valid:      newBoundedMap[tokenKey, bearerToken](maxRemembered, now),
 			pending:    make(map[tokenKey]*tokenRequest),
-			challenges: make(map[registryKey]authChallenge),
+			challenges: newBoundedMap[registryKey, authChallenge](maxRemembered, now),
 		},
 		proxyFor:  http.ProxyFromEnvironment,
 		isPrivate: isPrivateAddress,
@@ -149,9 +148,6 @@ func (u *upstream) Close() {
 // one is tried again. The error wraps errUnreachable, errTimeout, errBadUpstream or
 // errCredentials, or is the context's. The caller closes the body.
 func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
-	if req.hasCopy { // this may be the probe, whose place must be free afterwards
-		defer u.breaker.release(req.remote.name)
-	}
 	for try := 0; ; try++ {
 		resp, canRetry, err := u.tryOrigins(ctx, req)
 		if !canRetry || try == maxRetries {
@@ -200,8 +196,8 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 		}
 		baseResp, baseErr = resp, err
 	}
-	if !reached {
-		u.markDown(req.remote)
+	if !reached && u.circuitOf(req.remote.name).fail(baseErr, u.now()) {
+		u.log.Warn("a remote cannot be reached: stored copies answer", "remote", req.remote.name, "error", baseErr)
 	}
 	// After a timeout the client has waited long enough.
 	canRetry = !timedOut && !req.hasCopy && req.method == http.MethodGet && isTransient(baseResp, baseErr)
@@ -289,82 +285,17 @@ func (resp *upstreamResponse) discardBody() {
 	}
 }
 
-// breaker knows which remotes cannot be reached. It is keyed by name so that
-// it survives a reload.
-type breaker struct {
-	mu      sync.Mutex // guards remotes and what they point to
-	remotes map[string]*health
+// circuitOf is what is known about a remote's outages. It goes by the name, so that it
+// survives a reload of the configuration.
+func (u *upstream) circuitOf(remote string) *circuit {
+	return u.circuits.getOrPut(remote, func() *circuit { return newCircuit(u.now, outagePause, outagePause) })
 }
 
-// health is what the breaker knows of one remote.
-type health struct {
-	answers uint64    // so far; who waits sees in it that the remote lives
-	tripped bool      // since the last answer
-	until   time.Time // counts as down; after that one may probe
-	probe   time.Time // the probe's place is taken until then
-}
-
-// of is the health of a remote. b.mu is held.
-func (b *breaker) of(name string) *health {
-	h := b.remotes[name]
-	if h == nil {
-		if len(b.remotes) >= maxRemembered {
-			clear(b.remotes)
-		}
-		h = &health{}
-		b.remotes[name] = h
-	}
-	return h
-}
-
-func (b *breaker) answers(name string) uint64 {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.of(name).answers
-}
-
-// answered clears the breaker: an answer of any status is one.
-func (b *breaker) answered(name string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	h := b.of(name)
-	*h = health{answers: h.answers + 1}
-}
-
-// release frees the probe's place; after a verdict it is free already.
-func (b *breaker) release(name string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.of(name).probe = time.Time{}
-}
-
-// markDown counts r as down from now on.
-func (u *upstream) markDown(r *remote) {
-	u.breaker.mu.Lock()
-	h := u.breaker.of(r.name)
-	before := h.tripped
-	h.tripped, h.until = true, u.now().Add(downTime)
-	u.breaker.mu.Unlock()
-	if !before {
-		u.log.Warn("remote cannot be reached: stored copies answer", "remote", r.name)
-	}
-}
-
-// isDown reports whether r counts as down, for callers that have a copy. When
-// its time is over, the first caller gets false and is the probe: it must ask.
-// The others get true until the probe's verdict.
-func (u *upstream) isDown(r *remote) bool {
-	u.breaker.mu.Lock()
-	defer u.breaker.mu.Unlock()
-	h, now := u.breaker.of(r.name), u.now()
-	if !h.tripped {
-		return false
-	}
-	if now.Before(h.until) || now.Before(h.probe) {
-		return true
-	}
-	h.probe = now.Add(probeTime)
-	return false
+// isDown reports whether a remote counts as down, for callers that have a copy. Once a
+// pause is over, one caller gets false and is the probe: it must send a request, and it
+// is the probe until that has a result or ctx ends.
+func (u *upstream) isDown(ctx context.Context, r *remote) bool {
+	return u.circuitOf(r.name).admit(ctx) != nil
 }
 
 // parseRetryAfter reads Retry-After (RFC 9110 section 10.2.3), a number of seconds or

@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -33,7 +32,7 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 	if req.remote.packageType != "docker" {
 		return u.followRedirects(ctx, x)
 	}
-	x.auth = u.tokens.cachedAuthorization(x.registryKeyOf(), req.scope, u.now())
+	x.auth = u.tokens.cachedAuthorization(x.registryKeyOf(), req.scope)
 	for last, n := false, 0; ; n++ {
 		resp, err := u.followRedirects(ctx, x)
 		if err != nil || last || n == 2 || resp.StatusCode != http.StatusUnauthorized {
@@ -68,7 +67,7 @@ func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, scope s
 	case !ok, challenge.scheme == "basic" && x.auth == registry.basic:
 		return "", true, nil
 	case challenge.scheme == "basic":
-		u.tokens.rememberChallenge(registry, challenge)
+		u.tokens.challenges.put(registry, challenge)
 		return registry.basic, true, nil
 	}
 	realm, err := x.parseRealm(challenge.params["realm"], registry.basic != "")
@@ -79,7 +78,7 @@ func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, scope s
 	if err != nil {
 		return "", true, err
 	}
-	u.tokens.rememberChallenge(registry, challenge)
+	u.tokens.challenges.put(registry, challenge)
 	return "Bearer " + value, fresh, nil
 }
 
@@ -207,10 +206,11 @@ func isPublicSuffix(host string) bool {
 
 // tokenCache remembers the challenges of registries and the tokens of token services.
 type tokenCache struct {
-	mu         sync.Mutex // guards the fields below; no request is sent and no other lock taken under it
-	valid      map[tokenKey]bearerToken
-	pending    map[tokenKey]*tokenRequest // requests that run now
-	challenges map[registryKey]authChallenge
+	valid      *boundedMap[tokenKey, bearerToken]
+	challenges *boundedMap[registryKey, authChallenge]
+
+	mu      sync.Mutex                 // guards pending; no request is sent under it, and of the other locks only the maps' are taken
+	pending map[tokenKey]*tokenRequest // requests that run now
 }
 
 // bearerToken is a token and the time until which it is used. It is the zero value if
@@ -232,27 +232,15 @@ type tokenRequest struct {
 
 // cachedAuthorization returns the Authorization header that a registry will probably
 // want, or "" if its challenge must be awaited.
-func (ts *tokenCache) cachedAuthorization(k registryKey, scope string, now time.Time) string {
-	ts.mu.Lock()
-	defer ts.mu.Unlock()
-	c := ts.challenges[k]
+func (ts *tokenCache) cachedAuthorization(k registryKey, scope string) string {
+	c, _ := ts.challenges.get(k)
 	if c.scheme == "basic" {
 		return k.basic
 	}
-	if token := ts.valid[k.tokenKeyFor(c, scope)]; now.Before(token.until) {
+	if token, found := ts.valid.get(k.tokenKeyFor(c, scope)); found {
 		return "Bearer " + token.value
 	}
 	return ""
-}
-
-// rememberChallenge remembers the challenge that a registry will probably send again.
-func (ts *tokenCache) rememberChallenge(k registryKey, c authChallenge) {
-	ts.mu.Lock()
-	defer ts.mu.Unlock()
-	if len(ts.challenges) >= maxRemembered {
-		clear(ts.challenges)
-	}
-	ts.challenges[k] = c
 }
 
 // fetchToken returns a token for k that is not the refused one. fresh is false if it
@@ -260,7 +248,7 @@ func (ts *tokenCache) rememberChallenge(k registryKey, c authChallenge) {
 // others share its outcome, unless the context of the one that sent it ended.
 func (u *upstream) fetchToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL, refused string) (value string, fresh bool, err error) {
 	for {
-		token, pending, mustSend := u.tokens.claimToken(k, refused, u.now())
+		token, pending, mustSend := u.tokens.claimToken(k, refused)
 		if pending == nil {
 			return token.value, false, nil
 		}
@@ -281,10 +269,10 @@ func (u *upstream) fetchToken(ctx context.Context, x *exchange, k tokenKey, real
 
 // claimToken returns a valid token, or the request that will bring one. mustSend means
 // that the request is new and the caller must run it (runTokenRequest).
-func (ts *tokenCache) claimToken(k tokenKey, refused string, now time.Time) (token bearerToken, pending *tokenRequest, mustSend bool) {
+func (ts *tokenCache) claimToken(k tokenKey, refused string) (token bearerToken, pending *tokenRequest, mustSend bool) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
-	if token = ts.valid[k]; now.Before(token.until) && token.value != refused {
+	if token, found := ts.valid.get(k); found && token.value != refused {
 		return token, nil, false
 	}
 	if pending = ts.pending[k]; pending != nil {
@@ -297,25 +285,19 @@ func (ts *tokenCache) claimToken(k tokenKey, refused string, now time.Time) (tok
 
 // runTokenRequest sends the request that others wait for and gives them its outcome.
 func (u *upstream) runTokenRequest(ctx context.Context, x *exchange, k tokenKey, realm *url.URL, pending *tokenRequest) {
-	defer u.tokens.finishTokenRequest(k, pending, u.now) // after a panic too: then it is abandoned
+	defer u.tokens.finishTokenRequest(k, pending) // after a panic too: then it is abandoned
 	pending.token, pending.err = u.requestToken(ctx, x, k, realm)
 	pending.abandoned = ctx.Err() != nil
 }
 
 // finishTokenRequest ends a request, remembers its token and wakes those that wait.
-func (ts *tokenCache) finishTokenRequest(k tokenKey, pending *tokenRequest, now func() time.Time) {
+func (ts *tokenCache) finishTokenRequest(k tokenKey, pending *tokenRequest) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
 	delete(ts.pending, k)
-	delete(ts.valid, k)
-	if pending.err == nil && now().Before(pending.token.until) {
-		if len(ts.valid) >= maxRemembered {
-			maps.DeleteFunc(ts.valid, func(_ tokenKey, t bearerToken) bool { return !now().Before(t.until) })
-		}
-		if len(ts.valid) >= maxRemembered {
-			clear(ts.valid)
-		}
-		ts.valid[k] = pending.token
+	ts.valid.delete(k)
+	if pending.err == nil {
+		ts.valid.putFor(k, pending.token, pending.token.until.Sub(ts.valid.now()))
 	}
 	close(pending.done)
 }

@@ -204,7 +204,7 @@ func resolveLocation(at *url.URL, location string) (next *url.URL, reason string
 func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, first bool) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	name := x.remote.name
-	answers := u.breaker.answers(name)
+	began := u.now()
 	var trace connectionTrace
 	req := x.newRequest(trace.withTrace(ctx), at, u.version)
 	proxied := u.usesProxy(req)
@@ -219,12 +219,14 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		if failure, ok := errors.AsType[*transportError](err); ok {
 			// Silence or a reset means little if the remote answered another request
 			// meanwhile.
-			failure.countsAsDown = first && (trace.neverConnected(failure) || answers == u.breaker.answers(name))
+			failure.countsAsDown = first && (trace.neverConnected(failure) || !u.circuitOf(name).hasSucceededSince(began))
 		}
 		cancel(nil)
 		return nil, err
 	}
-	u.breaker.answered(name)
+	if lasted, recovered := u.circuitOf(name).succeed(); recovered {
+		u.log.Info("a remote can be reached again", "remote", name, "after", lasted.Round(time.Second).String())
+	}
 	if sameHost(at, x.origin) && !proxied && trace.wentTo(u.isPrivate) {
 		x.mayDialPrivate = true // the origin is in a private network itself
 	}
@@ -312,14 +314,14 @@ type transportError struct {
 	kind         error
 	reason       string
 	reset        bool // the other side ended the connection
-	countsAsDown bool // counts for the breaker
+	countsAsDown bool // shows that the remote cannot be reached
 }
 
 func (e *transportError) Error() string { return e.reason }
 
 func (e *transportError) Unwrap() error { return e.kind }
 
-// countsAsDown reports whether err, an origin's failure, counts for the breaker.
+// countsAsDown reports whether err shows that an origin cannot be reached.
 func countsAsDown(err error) bool {
 	failure, ok := errors.AsType[*transportError](err)
 	return ok && failure.countsAsDown

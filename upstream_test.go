@@ -1067,7 +1067,7 @@ func TestDown(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				a := newUpstreamTesterOver(t, (&answersAs{how}).rt, "http://b", "http://m")
 				a.send(upstreamRequest{hasCopy: true})
-				if got := a.u.isDown(a.r); got != want {
+				if got := a.u.isDown(t.Context(), a.r); got != want {
 					t.Errorf("down: %v; want %v", got, want)
 				}
 			})
@@ -1084,7 +1084,7 @@ func TestDownLastsTenSecondsThenOneProbes(t *testing.T) {
 			t.Helper()
 			for i, w := range want {
 				// A reload makes a new remote of the same name.
-				if got := a.u.isDown(&remote{name: "r"}); got != w {
+				if got := a.u.isDown(t.Context(), &remote{name: "r"}); got != w {
 					t.Errorf("caller %d: down is %v; want %v", i, got, w)
 				}
 			}
@@ -1102,13 +1102,17 @@ func TestDownLastsTenSecondsThenOneProbes(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		down(false, true)
 
-		s.how = "hangs" // a probe that ends without an outcome makes place for another
+		a.send(upstreamRequest{hasCopy: true}).wantErr(errUnreachable)
+		time.Sleep(10 * time.Second)
+		s.how = "hangs" // a probe that ends without a result makes place for another
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
+		if a.u.isDown(ctx, a.r) {
+			t.Error("nobody may probe")
+		}
+		down(true)
 		a.sendUnder(ctx, upstreamRequest{hasCopy: true}).wantErr(context.DeadlineExceeded)
-		down(false, true)
-
-		time.Sleep(probeTime) // so does one that never asked
+		synctest.Wait()
 		down(false, true)
 
 		s.how = "answers" // any status will do
@@ -1147,22 +1151,11 @@ func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 					a.get("good").want(200, "")
 				}
 				wg.Wait()
-				if got := a.u.isDown(a.r); got != c.wantsDown {
+				if got := a.u.isDown(t.Context(), a.r); got != c.wantsDown {
 					t.Errorf("down: %v; want %v", got, c.wantsDown)
 				}
 			})
 		})
-	}
-}
-
-func TestBreakerIsBounded(t *testing.T) {
-	t.Parallel()
-	b := breaker{remotes: map[string]*health{}}
-	for i := range 2*maxRemembered + 1 {
-		b.answers(fmt.Sprint(i))
-	}
-	if n := len(b.remotes); n > maxRemembered {
-		t.Errorf("%d remotes are remembered", n)
 	}
 }
 
@@ -1396,7 +1389,7 @@ func TestRefusedTokenIsRenewedOnce(t *testing.T) {
 
 	// A token that was remembered is not a fresh one.
 	g.accepts = func(auth string) bool { return auth == "Bearer t4" }
-	clear(g.u.tokens.challenges)
+	clear(g.u.tokens.challenges.entries)
 	g.pull().want(200, "manifest")
 	g.wantTraffic(13, 4)
 }
@@ -1407,7 +1400,7 @@ func TestRefusedTokensComeToAnEnd(t *testing.T) {
 	g := newTokenRegistry(t)
 	g.accepts = func(string) bool {
 		k := tokenKey{"r", "https://auth.test.test/token", "svc", "repository:i:pull", ""}
-		g.u.tokens.valid[k] = bearerToken{fmt.Sprint(len(g.lines)), time.Now().Add(time.Hour)}
+		g.u.tokens.valid.put(k, bearerToken{fmt.Sprint(len(g.lines)), time.Now().Add(time.Hour)})
 		return false
 	}
 	g.pull().want(401, "")
@@ -1439,7 +1432,7 @@ func TestTokenServiceFailures(t *testing.T) {
 		if statusOf(r.err) != c.status {
 			t.Errorf("%s: status %d; want %d", name, statusOf(r.err), c.status)
 		}
-		if g.u.isDown(g.r) {
+		if g.u.isDown(t.Context(), g.r) {
 			t.Errorf("%s: the remote counts as down though it answers", name)
 		}
 	}
@@ -1464,7 +1457,7 @@ func TestTokenServiceUnreachableCountsForTheRemote(t *testing.T) {
 			if !errors.Is(r.err, errUnreachable) && !errors.Is(r.err, errTimeout) {
 				t.Errorf("got %v", r.err)
 			}
-			if !g.u.isDown(g.r) {
+			if !g.u.isDown(t.Context(), g.r) {
 				t.Error("not down")
 			}
 		}
@@ -1693,22 +1686,6 @@ func TestMirrorsTokenTroubleNeverCounts(t *testing.T) {
 	g.pull().want(500, "base")
 	g.tokens = says(429, "")
 	g.pull().want(500, "base")
-}
-
-func TestTokenTablesAreBounded(t *testing.T) {
-	t.Parallel()
-	g := newTokenRegistry(t)
-	g.accepts = func(auth string) bool { return auth != "" }
-	for i := range maxRemembered + 10 {
-		s := fmt.Sprint(i)
-		g.u.tokens.rememberChallenge(registryKey{server: s}, authChallenge{})
-		_, pending, _ := g.u.tokens.claimToken(tokenKey{scope: s}, "", time.Now())
-		pending.token = bearerToken{s, time.Now().Add(time.Hour)}
-		g.u.tokens.finishTokenRequest(tokenKey{scope: s}, pending, time.Now)
-	}
-	if ts := &g.u.tokens; len(ts.valid) > maxRemembered || len(ts.challenges) > maxRemembered || len(ts.pending) != 0 {
-		t.Errorf("kept %d tokens, %d challenges, %d flights", len(ts.valid), len(ts.challenges), len(ts.pending))
-	}
 }
 
 func TestParseChallenges(t *testing.T) {
