@@ -143,6 +143,9 @@ func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	if t.remote != nil {
 		w.remote, w.path = t.remote.name, t.path
 	}
+	if err == nil && t.path != "" {
+		err = t.classify()
+	}
 	if err != nil {
 		return err
 	}

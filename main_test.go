@@ -410,7 +410,7 @@ func TestREADMEsClientsFindTheirIndexes(t *testing.T) {
 	behind := map[string]string{"almalinux": "repodata/repomd.xml", "alpine": "x86_64/APKINDEX.tar.gz", "apt-mirror": "dists/trixie/InRelease"}
 	for _, m := range regexp.MustCompile(`//cache\.example:8000/api/([^/ \n]+)/?(\S*)`).FindAllStringSubmatch(string(data), -1) {
 		path := strings.TrimLeft(strings.TrimSuffix(m[2], "/")+"/"+behind[m[1]], "/")
-		if at, err := cfg.resolveTarget(m[1], path, ""); err != nil || !strings.HasSuffix(at.path, behind[m[1]]) || at.class != mutable {
+		if at, err := resolveAndClassify(cfg, m[1], path, ""); err != nil || !strings.HasSuffix(at.path, behind[m[1]]) || at.class != mutable {
 			t.Errorf("%s leads to %s, which is %q, %v", m[0], path, at.class, err)
 		}
 		delete(behind, m[1])

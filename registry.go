@@ -170,9 +170,7 @@ func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 	if len(file.wire) > maxSpelling {
 		return file, newTooLongError()
 	}
-	var err error
-	file.class, file.builtin, err = c.remote.classifyPath(file.path)
-	return file, err
+	return file, file.classify()
 }
 
 // newTarget returns c's file; path is the decoded path that patterns see. It is its

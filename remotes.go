@@ -97,8 +97,8 @@ type target struct {
 	path     string // decoded, without query; patterns, listings and logs use it
 	spelling string // upstream spelling with its query; the record contains it and the key is its hash
 	wire     string // escaped path and query that are asked below base_url, without a leading slash; differs from spelling for registries
-	class    class
-	builtin  bool // mutable by a built-in pattern
+	class    class // set by classify
+	builtin  bool  // mutable by a built-in pattern; set by classify
 }
 
 // addRegistry remembers the registry of a docker remote. A remote with the key
@@ -144,9 +144,9 @@ func (r *remote) urlPath() string {
 
 // resolveTarget returns the file that a request below /api/ names. escaped is what
 // follows the remote's name in the path, as the client sent it, and query is the raw
-// query. An empty path, which lists the remote, gives a target without a class. The
-// errors are problems: 404 if there is no such remote or it is below /v2/, 400 and
-// 414 from spellPath, 403 if the patterns of the remote do not allow the path.
+// query. An empty path, which lists the remote, gives a target with the remote alone.
+// The errors are problems: 404 if there is no such remote or it is below /v2/, 400 and
+// 414 from spellPath.
 func (c *config) resolveTarget(name, escaped, query string) (target, error) {
 	r := c.remotes[name]
 	if r == nil {
@@ -159,9 +159,7 @@ func (c *config) resolveTarget(name, escaped, query string) (target, error) {
 	if err != nil || path == "" {
 		return target{remote: r}, err
 	}
-	t := target{remote: r, path: path, spelling: spelling, wire: spelling}
-	t.class, t.builtin, err = r.classifyPath(path)
-	return t, err
+	return target{remote: r, path: path, spelling: spelling, wire: spelling}, nil
 }
 
 // spellPath turns an escaped request path (without its remote) and a raw query into
@@ -308,49 +306,6 @@ func newUnsafePathError(reason string) error {
 func newTooLongError() error {
 	return &problem{status: http.StatusRequestURITooLong, cause: errTooLong,
 		detail: fmt.Sprintf("the path with its query is over %d bytes long when it is escaped", maxSpelling)}
-}
-
-// classifyPath decides by the patterns of r which class a decoded path has, and
-// whether a built-in pattern made it mutable. Mutable patterns come first; what they
-// do not match must match an immutable pattern, if r has any, or the error is a
-// problem that wraps errDenied. For docker a mutable pattern allows nothing, because
-// immutable_patterns there say which images may be pulled. A path that ends in a
-// slash is a listing and so mutable.
-func (r *remote) classifyPath(path string) (c class, builtin bool, err error) {
-	builtin = matchesAny(r.builtin, path)
-	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, path)) // allowed without an immutable pattern
-	switch {
-	case !listed && r.immutable != nil && !matchesAny(r.immutable, path):
-		return "", false, &problem{status: http.StatusForbidden, cause: errDenied,
-			detail: fmt.Sprintf("remote %q does not allow this path: none of its patterns matches", r.name)}
-	case r.local:
-		return local, false, nil
-	case builtin || listed || strings.HasSuffix(path, "/"):
-		return mutable, builtin, nil
-	}
-	return immutable, false, nil
-}
-
-// matchesAny reports whether one of the patterns matches somewhere in path.
-func matchesAny(patterns []*regexp.Regexp, path string) bool {
-	for _, p := range patterns {
-		if p.MatchString(path) {
-			return true
-		}
-	}
-	return false
-}
-
-// ttlOf returns how long a file of a class stays fresh. If forever is true, it never
-// expires and d is 0.
-func (r *remote) ttlOf(c class) (d time.Duration, forever bool) {
-	switch c {
-	case mutable:
-		return r.mutableTTL, false
-	case immutable:
-		return r.immutableTTL, r.immutableTTL == 0
-	}
-	return 0, true
 }
 
 // key returns the storage key of the file.
