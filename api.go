@@ -15,7 +15,6 @@ import (
 	"hash"
 	"html/template"
 	"io"
-	"io/fs"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -374,7 +373,7 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	if err != nil {
 		return err
 	}
-	p, err := a.cache.index.listPage(r.Context(), q)
+	p, err := a.cache.listFiles(r.Context(), q)
 	if err != nil {
 		return err
 	}
@@ -456,22 +455,11 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 		spelling = path // a registry's paths are their own spelling, see newTarget
 	}
 	w.path = path
-	err = a.cache.purgeFile(r.Context(), rem.name, target{remote: rem, spelling: spelling}.key())
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	found := err == nil
-	if err := a.cache.purgeMatchingFills(r.Context(), rem.name, regexp.MustCompile("^"+regexp.QuoteMeta(path)+"$")); err != nil {
-		return err
-	}
-	n, err := a.purgeRows(r, pageQuery{remote: rem.name, prefix: w.path}, func(row indexRow) bool {
-		variant, _, hasQuery := strings.Cut(row.Path, "?")
-		return hasQuery && variant == spelling
-	})
+	purged, err := a.cache.purgePath(r.Context(), target{remote: rem, path: path, spelling: spelling})
 	if err != nil {
 		return err
 	}
-	if !found && n == 0 {
+	if purged == 0 {
 		return newProblem(http.StatusNotFound, "nothing is stored at this path")
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -491,41 +479,11 @@ func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) erro
 	if re == nil {
 		return newProblem(http.StatusBadRequest, "the query must say what to purge: ?pattern=REGEX (\".\" purges everything)")
 	}
-	if err := a.cache.purgeMatchingFills(r.Context(), rem.name, re); err != nil {
-		return err
-	}
-	n, err := a.purgeRows(r, pageQuery{remote: rem.name, pattern: re}, func(indexRow) bool { return true })
+	purged, err := a.cache.purgeMatching(r.Context(), rem.name, re)
 	if err != nil {
 		return err
 	}
-	return writeJSON(w, map[string]int{"purged": n})
-}
-
-// purgeRows removes the files of the rows that q finds and match accepts, page by
-// page, and returns how many were removed.
-func (a *api) purgeRows(r *http.Request, q pageQuery, match func(indexRow) bool) (purged int, err error) {
-	q.limit = defaultPage
-	for {
-		p, err := a.cache.index.listPage(r.Context(), q)
-		if err != nil {
-			return purged, err
-		}
-		for _, row := range p.rows {
-			if !match(row) {
-				continue
-			}
-			switch err := a.cache.purgeFile(r.Context(), row.Remote, row.Key); {
-			case err == nil:
-				purged++
-			case !errors.Is(err, fs.ErrNotExist):
-				return purged, err
-			}
-		}
-		if p.next == "" {
-			return purged, nil
-		}
-		q.after = p.next
-	}
+	return writeJSON(w, map[string]int{"purged": purged})
 }
 
 // serveHealth serves /health. It answers 200 even when a backend is down, because
@@ -551,7 +509,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	for name, state := range a.health().Backends {
 		g.backends[name] = state != "down"
 	}
-	totals, err := a.cache.index.totals(r.Context())
+	totals, err := a.cache.storedTotals(r.Context())
 	if err != nil {
 		totals = nil // without the index, the other series are still sent
 	}
@@ -583,7 +541,7 @@ type remoteOverview struct {
 // serveRoot serves /: the remotes and what is stored of each, as JSON or, to a client
 // that accepts text/html, as a page.
 func (a *api) serveRoot(w *response, r *http.Request) error {
-	totals, err := a.cache.index.totals(r.Context())
+	totals, err := a.cache.storedTotals(r.Context())
 	if err != nil {
 		totals = nil // without the index, the remotes are still shown
 	}

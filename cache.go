@@ -416,7 +416,7 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 		}
 		if rng.head && !file.needsWholeBody && !c.fills.isFilling(key) {
 			if file.knownSize > 0 {
-				return c.headFromKnownSize(file), false, nil
+				return file.headFromKnownSize(c.now()), false, nil
 			}
 			reply, err := c.headUpstream(ctx, file)
 			return reply, false, err
@@ -438,12 +438,12 @@ func isRefusal(err error) bool {
 	return status || errors.Is(err, errCredentials)
 }
 
-// headFromKnownSize answers HEAD from what is known of q beforehand.
-func (c *cache) headFromKnownSize(file fileRequest) *fileReply {
-	rec := c.newRecord(file, http.Header{})
-	sum, ok := strings.CutPrefix(file.digest, "sha256:")
+// headFromKnownSize is the reply to HEAD from what is known of a file beforehand.
+func (file *fileRequest) headFromKnownSize(now time.Time) *fileReply {
+	rec := file.newRecord(http.Header{}, now)
+	sum, isSHA256 := strings.CutPrefix(file.digest, "sha256:")
 	rec.SHA256 = sum
-	return &fileReply{rec: rec, size: file.knownSize, body: unreadBody(file.knownSize), hashKnown: ok, cacheStatus: "hit; detail=size-known", result: "HIT"}
+	return &fileReply{rec: rec, size: file.knownSize, body: unreadBody(file.knownSize), hashKnown: isSHA256, cacheStatus: "hit; detail=size-known", result: "HIT"}
 }
 
 // findCopy finds key's copy and judges it. A miss is a nil copy; the error says
@@ -556,16 +556,6 @@ func (c *cache) Close(ctx context.Context) {
 	}
 	c.cancel()
 	c.flushCounts(context.WithoutCancel(ctx))
-}
-
-// expiryOf is when a listed file stops being fresh.
-func (c *cache) expiryOf(ctx context.Context, rem *remote, r indexRow) (until time.Time, forever bool) {
-	ttl, forever := rem.ttlOf(r.Class)
-	if forever {
-		return time.Time{}, true
-	}
-	m, _ := c.marks.getMark(ctx, r.Key) // none if it cannot be had
-	return lastGood(r.Fetched, r.SHA256, m, c.now(), ttl).Add(ttl).UTC(), false
 }
 
 // classifyPath decides by the patterns of r which class a decoded path has, and

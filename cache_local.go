@@ -36,7 +36,7 @@ func (c *cache) putFile(ctx context.Context, file fileRequest, u upload) (create
 	if err := receiveUpload(spool, u); err != nil {
 		return false, err
 	}
-	rec := c.newRecord(file, http.Header{})
+	rec := file.newRecord(http.Header{}, c.now())
 	rec.Size, _ = spool.progress()
 	rec.SHA256 = spool.hash.sumHex()
 	key := file.key()

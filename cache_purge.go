@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io/fs"
 	"regexp"
+	"strings"
 )
 
 // purgeFile removes key from the store; fs.ErrNotExist when nothing was there. A
@@ -21,6 +22,62 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 		return err
 	}
 	return c.removeFile(ctx, remote, key)
+}
+
+// purgePath removes the file of t and all its query variants, and returns how many
+// files that were.
+func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
+	switch err := c.purgeFile(ctx, t.remote.name, t.key()); {
+	case err == nil:
+		purged++
+	case !errors.Is(err, fs.ErrNotExist):
+		return 0, err
+	}
+	this := regexp.MustCompile("^" + regexp.QuoteMeta(t.path) + "$")
+	if err := c.purgeMatchingFills(ctx, t.remote.name, this); err != nil {
+		return purged, err
+	}
+	variants, err := c.purgeRows(ctx, pageQuery{remote: t.remote.name, prefix: t.path}, func(row indexRow) bool {
+		spelling, _, hasQuery := strings.Cut(row.Path, "?")
+		return hasQuery && spelling == t.spelling
+	})
+	return purged + variants, err
+}
+
+// purgeMatching removes the files of a remote in whose decoded path pattern is found,
+// and returns how many that were.
+func (c *cache) purgeMatching(ctx context.Context, remote string, pattern *regexp.Regexp) (purged int, err error) {
+	if err := c.purgeMatchingFills(ctx, remote, pattern); err != nil {
+		return 0, err
+	}
+	return c.purgeRows(ctx, pageQuery{remote: remote, pattern: pattern}, func(indexRow) bool { return true })
+}
+
+// purgeRows removes the files of the rows that q finds and match accepts, page by
+// page, and returns how many that were.
+func (c *cache) purgeRows(ctx context.Context, q pageQuery, match func(indexRow) bool) (purged int, err error) {
+	q.limit = 1000
+	for {
+		page, err := c.index.listPage(ctx, q)
+		if err != nil {
+			return purged, err
+		}
+		for _, row := range page.rows {
+			if !match(row) {
+				continue
+			}
+			switch err := c.purgeFile(ctx, row.Remote, row.Key); {
+			case err == nil:
+				purged++
+			case !errors.Is(err, fs.ErrNotExist):
+				return purged, err
+			}
+		}
+		if page.next == "" {
+			return purged, nil
+		}
+		q.after = page.next
+	}
 }
 
 // purgeMatchingFills keeps what is being filled of a remote, here or on another

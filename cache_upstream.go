@@ -31,7 +31,7 @@ func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply,
 	if err := c.statusError(file, resp); err != nil {
 		return nil, err
 	}
-	rec := c.newRecord(file, resp.Header)
+	rec := file.newRecord(resp.Header, c.now())
 	return &fileReply{rec: rec, size: resp.ContentLength, body: unreadBody(resp.ContentLength), fromRemote: true, cacheStatus: "fwd=miss", result: "MISS"}, nil
 }
 
@@ -106,8 +106,8 @@ func (e *upstreamStatus) isGone() bool {
 const maxHeaderValue = 128
 
 // newRecord begins the record of a body that is about to be fetched.
-func (c *cache) newRecord(file fileRequest, h http.Header) *record {
-	now := c.now().UTC()
+func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
+	now = now.UTC()
 	rec := &record{
 		Remote: file.remote.name, Path: file.spelling, Class: file.class, Fetched: now, Modified: now.Truncate(time.Second),
 		ContentType: boundedHeader(h.Get("Content-Type")), Encoding: boundedHeader(h.Get("Content-Encoding")),

@@ -380,7 +380,7 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outco
 	if !f.openSpool() || !f.reserveSpace(resp.ContentLength) {
 		return fillOutcome{kind: outcomeNoSpool}, true
 	}
-	rec := f.c.newRecord(f.file, resp.Header)
+	rec := f.file.newRecord(resp.Header, f.c.now())
 	if sum, ok := strings.CutPrefix(f.file.digest, "sha256:"); ok {
 		rec.SHA256 = sum
 	}

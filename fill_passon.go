@@ -39,7 +39,7 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 		}
 		return nil, err
 	}
-	rec := c.newRecord(file, resp.Header)
+	rec := file.newRecord(resp.Header, c.now())
 	reply := &fileReply{rec: rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss"}
 	if cp != nil {
 		reply.cacheStatus = "fwd=stale; fwd-status=200"

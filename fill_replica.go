@@ -293,7 +293,7 @@ func (f *follower) refetchWhole() (*upstreamResponse, error) {
 // compareWithSpool reads the part of resp that the spool has and compares it.
 func (f *follower) compareWithSpool(resp *upstreamResponse) error {
 	written, size := f.spool.progress()
-	now := f.c.newRecord(f.file, resp.Header)
+	now := f.file.newRecord(resp.Header, f.c.now())
 	if resp.ContentLength != size || now.ETag != f.rec.ETag || now.LastModified != f.rec.LastModified {
 		return fmt.Errorf("%w: it has changed since", errBroken)
 	}

@@ -97,8 +97,8 @@ type target struct {
 	path     string // decoded, without query; patterns, listings and logs use it
 	spelling string // upstream spelling with its query; the record contains it and the key is its hash
 	wire     string // escaped path and query that are asked below base_url, without a leading slash; differs from spelling for registries
-	class    class // set by classify
-	builtin  bool  // mutable by a built-in pattern; set by classify
+	class    class  // set by classify
+	builtin  bool   // mutable by a built-in pattern; set by classify
 }
 
 // addRegistry remembers the registry of a docker remote. A remote with the key

@@ -1,0 +1,28 @@
+// cache_list.go: what is stored, for listings and statistics.
+
+package main
+
+import (
+	"context"
+	"time"
+)
+
+// listFiles returns a page of what is stored.
+func (c *cache) listFiles(ctx context.Context, q pageQuery) (indexPage, error) {
+	return c.index.listPage(ctx, q)
+}
+
+// storedTotals returns how much is stored, by remote.
+func (c *cache) storedTotals(ctx context.Context) (map[string]remoteTotal, error) {
+	return c.index.totals(ctx)
+}
+
+// expiryOf is when a listed file stops being fresh.
+func (c *cache) expiryOf(ctx context.Context, rem *remote, r indexRow) (until time.Time, forever bool) {
+	ttl, forever := rem.ttlOf(r.Class)
+	if forever {
+		return time.Time{}, true
+	}
+	m, _ := c.marks.getMark(ctx, r.Key) // none if it cannot be had
+	return lastGood(r.Fetched, r.SHA256, m, c.now(), ttl).Add(ttl).UTC(), false
+}
