@@ -1,5 +1,6 @@
-// cache.go: the decision for one file: serve what is stored, ask whether it is
-// still good, fill, or serve it stale. The fill itself is in fill.go.
+// cache.go: the contracts of the stores, and the decision for one file: serve the
+// stored copy, ask whether it is still good, fill, or serve it stale. The class of a
+// file decides by patterns and TTL. The fill itself is in fill.go.
 
 package main
 
@@ -19,8 +20,8 @@ import (
 	"time"
 )
 
-// record describes one stored body and is stored with it. Key and source URL
-// are derived, not stored (DESIGN.md, "What is kept").
+// record describes one stored body and is stored with it. Key and source URL are not
+// in it: they follow from remote and path.
 type record struct {
 	Remote       string    `json:"r"`
 	Path         string    `json:"p"` // upstream spelling, with its query
@@ -31,7 +32,7 @@ type record struct {
 	Encoding     string    `json:"e,omitempty"` // Content-Encoding
 	ETag         string    `json:"g,omitempty"` // upstream's, for revalidation
 	LastModified string    `json:"m,omitempty"` // upstream's, for revalidation
-	Modified     time.Time `json:"u"`           // what clients see: the same for every refill of the same bytes
+	Modified     time.Time `json:"u"`           // Last-Modified for clients: it stays when a refill brings the same bytes
 	Fetched      time.Time `json:"f"`
 	Digest       string    `json:"d,omitempty"` // Docker-Content-Digest
 	Link         string    `json:"l,omitempty"` // below /v2/
@@ -40,10 +41,10 @@ type record struct {
 	create bool // for objects.put: fail if there is something already. Not stored
 }
 
-// object is a stored record and, unless only the record was asked for, its
-// body. The holder closes body.
+// object is a stored record and, unless only the record was asked for, its body. Its
+// holder closes body.
 type object struct {
-	rec  *record // shared: never changed
+	rec  *record // shared by all holders, and so never changed
 	body io.ReadSeekCloser
 }
 
@@ -173,12 +174,12 @@ type replicas interface {
 // growing file, and the lease's random token, which the request carries.
 type leaseHolder struct{ addr, token string }
 
-// maxRememberedFiles bounds what is remembered of files that are not stored: what
-// a crawler of missing files can pile up.
+// maxRememberedFiles bounds the files that upstream does not have: a crawler of missing
+// files must not fill the memory.
 const maxRememberedFiles = 100_000
 
-// cache serves files of remotes: from the store, or by filling it. It is safe
-// for concurrent use; Close ends its fills.
+// cache serves files of remotes, from the store or by filling it. Its methods may be
+// called concurrently. Close ends its fills.
 type cache struct {
 	objects  objects
 	index    index
@@ -200,28 +201,28 @@ type cache struct {
 	headRefused *boundedMap[string, struct{}] // remotes that refuse HEAD
 	passOn      *boundedMap[string, struct{}] // keys whose bodies are not spooled for a while
 	changing    keyedLock                     // keys that are being put or purged
-	uses        uses
+	uses        useCounts
 	announcer   *announcer
 	copies      cachingObjects // objects, if it keeps copies of what is elsewhere
 }
 
-// newCache wires a cache; its caller closes it before the stores.
+// newCache makes a cache over the stores. Its caller closes it before them.
 func newCache(o objects, ix index, f freshness, space *spoolSpace, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
 	c := &cache{objects: o, index: ix, marks: f, space: space, upstream: up, now: now, log: log, metrics: m,
 		replicaClient: newReplicaClient(), fills: newFillTable()}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.useObjects(o)
 	c.announcer = &announcer{onError: func(announcement string, err error) {
-		c.noteStoreError("redis", "announcing", announcement, err)
+		c.reportStoreError("redis", "announcing", announcement, err)
 	}}
-	clock := func() time.Time { return c.now() } // tests replace it
+	clock := func() time.Time { return c.now() } // tests replace c.now
 	c.missing = newBoundedMap[string, *problem](maxRememberedFiles, clock)
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	return c
 }
 
-// useObjects keeps files in o from now on; before the first request.
+// useObjects makes the cache keep files in o. It is called before the first request.
 func (c *cache) useObjects(o objects) {
 	c.objects, c.copies = o, noCopies{}
 	if copies, ok := o.(cachingObjects); ok {
@@ -229,7 +230,8 @@ func (c *cache) useObjects(o objects) {
 	}
 }
 
-// joinReplicas makes the cache one of several replicas; before the first request.
+// joinReplicas makes the cache one of several replicas. It is called before the first
+// request.
 func (c *cache) joinReplicas(r replicas) { c.replicas, c.announcer.replicas = r, r }
 
 // fileRequest is a file to serve and what is known about it beforehand.
@@ -291,7 +293,7 @@ func (file *fileRequest) behaves() fileBehavior {
 	return file.behavior
 }
 
-// fileReply is an answer that is ready to be sent.
+// fileReply is a reply that is ready to be sent. Its holder closes body.
 type fileReply struct {
 	rec          *record
 	size         int64 // of the whole body; -1: not known yet
@@ -304,16 +306,16 @@ type fileReply struct {
 	result       string    // HIT, MISS, STALE, REVALIDATED: for log and counters
 }
 
-// byteRange is what of a client's request matters before the answer: the method
-// and a single range, which says where reading will begin.
+// byteRange is the part of a body that a client wants, as far as a single range says
+// it, and whether it wants a body at all.
 type byteRange struct {
-	head       bool
-	from, to   int64 // of a single Range with a known beginning; to is -1 for "to the end"
-	suffix     int64 // of a single suffix Range
-	hasIfRange bool  // the whole may be wanted after all
+	head       bool  // a HEAD request
+	from, to   int64 // of a range with a known beginning; to is -1 for "to the end"
+	suffix     int64 // the length of a range that ends at the end; 0: it is none
+	hasIfRange bool  // the whole body may be wanted after all
 }
 
-// serveFile answers GET and HEAD for q.
+// serveFile answers GET and HEAD for a file.
 func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error {
 	w.remote, w.path = file.remote.name, file.path
 	if strings.Count(r.Header.Get("Range"), ",") >= maxRanges {
@@ -339,23 +341,74 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 	return nil
 }
 
-// storedCopy is a copy found in the store and how good it still is.
+// classifyPath decides by the patterns of r which class a decoded path has, and
+// whether a built-in pattern made it mutable. Mutable patterns come first; what they
+// do not match must match an immutable pattern, if r has any, or the error is a
+// problem that wraps errDenied. For docker a mutable pattern allows nothing, because
+// immutable_patterns there say which images may be pulled. A path that ends in a
+// slash is a listing and so mutable.
+func (r *remote) classifyPath(path string) (c class, builtin bool, err error) {
+	builtin = matchesAny(r.builtin, path)
+	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, path)) // allowed without an immutable pattern
+	switch {
+	case !listed && r.immutable != nil && !matchesAny(r.immutable, path):
+		return "", false, &problem{status: http.StatusForbidden, cause: errDenied,
+			detail: fmt.Sprintf("remote %q does not allow this path: none of its patterns matches", r.name)}
+	case r.local:
+		return local, false, nil
+	case builtin || listed || strings.HasSuffix(path, "/"):
+		return mutable, builtin, nil
+	}
+	return immutable, false, nil
+}
+
+// classify sets the class of t's path. Its error is classifyPath's.
+func (t *target) classify() (err error) {
+	t.class, t.builtin, err = t.remote.classifyPath(t.path)
+	return err
+}
+
+// matchesAny reports whether one of the patterns matches somewhere in path.
+func matchesAny(patterns []*regexp.Regexp, path string) bool {
+	for _, p := range patterns {
+		if p.MatchString(path) {
+			return true
+		}
+	}
+	return false
+}
+
+// ttlOf returns how long a file of a class stays fresh. If forever is true, it never
+// expires and d is 0.
+func (r *remote) ttlOf(c class) (d time.Duration, forever bool) {
+	switch c {
+	case mutable:
+		return r.mutableTTL, false
+	case immutable:
+		return r.immutableTTL, r.immutableTTL == 0
+	}
+	return 0, true
+}
+
+// storedCopy is a file's object and how fresh it is.
 type storedCopy struct {
 	*object
-	goodAt  time.Time     // when it was last found good
-	ttlLeft time.Duration // what is left; negative: expired
-	forever bool
-	// outdated: a later version was stored, if this one is a copy of a copy.
+	goodAt  time.Time     // when it was last found good upstream
+	ttlLeft time.Duration // 0 or less: it has expired
+	forever bool          // it never expires
+	// outdated: the freshness mark is about a later version. If the store keeps
+	// copies of what is elsewhere, this one is old.
 	outdated bool
 }
 
 func (s *storedCopy) isFresh() bool { return s.forever || s.ttlLeft > 0 }
 
-// maxLookAgains bounds how often a request may find that the store has the file
-// after all and then not find it there.
+// maxLookAgains bounds how often a request may learn that the store has the file after
+// all, and then not find it there.
 const maxLookAgains = 3
 
-// findOrFetch finds or fetches q and returns what to send; the caller closes its body.
+// findOrFetch finds or fetches a file and returns what to send. The caller closes its
+// body.
 func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange) (*fileReply, error) {
 	key := file.key()
 	// A fill may end between a lookup that misses and the next fill: then the
@@ -367,7 +420,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			return nil, err
 		}
 		if storeErr != nil && !errors.Is(storeErr, fs.ErrNotExist) {
-			c.noteStoreError("storage", "opening", key, storeErr)
+			c.reportStoreError("storage", "opening", key, storeErr)
 		}
 		if cp != nil && cp.isFresh() {
 			c.countUse(file.remote.name, key)
@@ -393,8 +446,8 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 	}
 }
 
-// withStoreError: with neither the store nor the upstream there is nothing to
-// answer with, and it is not the upstream alone that is to blame.
+// withStoreError is err, or the error that names both if neither the store nor upstream
+// can be reached: upstream alone is not to blame then.
 func withStoreError(err, storeErr error) error {
 	if err == nil || !errors.Is(storeErr, errStoreDown) {
 		return err
@@ -446,8 +499,8 @@ func (file *fileRequest) headFromKnownSize(now time.Time) *fileReply {
 	return &fileReply{rec: rec, size: file.knownSize, body: unreadBody(file.knownSize), hashKnown: isSHA256, cacheStatus: "hit; detail=size-known", result: "HIT"}
 }
 
-// findCopy finds key's copy and judges it. A miss is a nil copy; the error says
-// why.
+// findCopy opens the copy of a file and finds out how fresh it is. The caller closes
+// its body. A miss is fs.ErrNotExist, and errStoreDown a store that cannot be asked.
 func (c *cache) findCopy(ctx context.Context, key string, file fileRequest, rng byteRange) (*storedCopy, error) {
 	off := rng.from
 	if rng.head {
@@ -455,7 +508,7 @@ func (c *cache) findCopy(ctx context.Context, key string, file fileRequest, rng 
 	}
 	s, err := c.openCopy(ctx, key, file, off)
 	if err == nil && s.outdated {
-		// Once: an older version in the store itself is all there is.
+		// Not again after that: an old version in the store itself is all there is.
 		s.body.Close()
 		c.copies.invalidate(key)
 		return c.openCopy(ctx, key, file, off)
@@ -463,6 +516,7 @@ func (c *cache) findCopy(ctx context.Context, key string, file fileRequest, rng 
 	return s, err
 }
 
+// openCopy opens the copy at off; -1 asks for its record alone.
 func (c *cache) openCopy(ctx context.Context, key string, file fileRequest, off int64) (*storedCopy, error) {
 	obj, err := c.objects.open(ctx, key, off)
 	if err != nil {
@@ -478,7 +532,8 @@ func (c *cache) openCopy(ctx context.Context, key string, file fileRequest, off 
 	return c.freshnessOf(ctx, key, file, obj), nil
 }
 
-// freshnessOf tells how fresh obj is.
+// freshnessOf finds out how fresh an object is: by the class and the TTL of the file,
+// and by when the object was last found good.
 func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, obj *object) *storedCopy {
 	s := &storedCopy{object: obj, goodAt: obj.rec.Fetched}
 	ttl, forever := file.remote.ttlOf(file.class)
@@ -488,7 +543,7 @@ func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, o
 	}
 	m, err := c.marks.getMark(ctx, key)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		c.noteStoreError("redis", "reading freshness of", key, err)
+		c.reportStoreError("redis", "reading freshness of", key, err)
 	}
 	now := c.now()
 	s.goodAt = lastGood(obj.rec.Fetched, obj.rec.SHA256, m, now, ttl)
@@ -497,8 +552,8 @@ func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, o
 	return s
 }
 
-// lastGood is when a copy with that sha256 was last found good: fetched, or
-// marked since (a zero mark is none).
+// lastGood is when a copy with that SHA-256 was last found good: when it was fetched,
+// or when it was marked since then. The zero mark is older than any fetch.
 func lastGood(fetched time.Time, sum string, m freshnessMark, now time.Time, ttl time.Duration) time.Time {
 	at := notAfterTTL(fetched, now, ttl)
 	if marked := notAfterTTL(m.GoodAt, now, ttl); m.SHA256 == sum && marked.After(at) {
@@ -507,8 +562,8 @@ func lastGood(fetched time.Time, sum string, m freshnessMark, now time.Time, ttl
 	return at
 }
 
-// notAfterTTL is t, the time at which a copy was good, unless it lies further ahead
-// than the TTL: then a clock was wrong, and the copy's age is not known.
+// notAfterTTL is t, when a copy was good, unless that is more than the TTL in the
+// future. Then a clock was wrong and the age is not known: the copy counts as expired.
 func notAfterTTL(t, now time.Time, ttl time.Duration) time.Time {
 	if t.Sub(now) > ttl {
 		return now.Add(-ttl)
@@ -516,7 +571,7 @@ func notAfterTTL(t, now time.Time, ttl time.Duration) time.Time {
 	return t
 }
 
-// hitReply answers with a stored copy.
+// hitReply is the reply with a stored copy; extra goes behind the Cache-Status.
 func (s *storedCopy) hitReply(extra string) *fileReply {
 	status := "hit"
 	if !s.forever {
@@ -525,84 +580,35 @@ func (s *storedCopy) hitReply(extra string) *fileReply {
 	return &fileReply{rec: s.rec, size: s.rec.Size, body: s.body, goodAt: s.goodAt, hashKnown: true, cacheStatus: status + extra, result: "HIT"}
 }
 
-// staleReply answers with an expired copy; why goes into Cache-Status.
+// staleReply is the reply with an expired copy; why goes into the Cache-Status.
 func (s *storedCopy) staleReply(why string) *fileReply {
-	s.ttlLeft = min(s.ttlLeft, -time.Second) // never the 0 of a copy that is fresh
+	s.ttlLeft = min(s.ttlLeft, -time.Second) // ttl=0 would look like a fresh copy
 	reply := s.hitReply("; detail=" + why)
 	reply.result = "STALE"
 	return reply
 }
 
-// countStoreError logs and counts a failure of a store that the request survives.
-func (c *cache) noteStoreError(what, doing, key string, err error) {
+// reportStoreError logs and counts a failure of a store that the request survives.
+func (c *cache) reportStoreError(what, doing, key string, err error) {
 	c.metrics.countStoreError(what)
-	c.log.Warn("store failed, going on without it", "store", what, "doing", doing, "key", key, "error", err)
+	c.log.Warn("a store failed, the request goes on without it", "store", what, "doing", doing, "key", key, "error", err)
 }
 
-// cleanUpTimeout is how long fills that were told to end may take for it: a store that
-// hangs would keep the process beyond the time that it is given.
+// cleanUpTimeout is how long cancelled fills may take to end. A store that hangs would
+// otherwise keep the process beyond the time that it is given.
 const cleanUpTimeout = 2 * time.Second
 
-// Close ends all fills, after at most the patience of ctx, and writes what is
-// left of the accounting.
+// Close waits for the fills until ctx ends, then cancels them, and writes the uses that
+// were not counted yet.
 func (c *cache) Close(ctx context.Context) {
 	if !c.fills.waitIdle(ctx) {
 		c.cancel()
 		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTimeout)
 		defer cancel()
 		if !c.fills.waitIdle(ending) {
-			c.log.Warn("a fill does not end: what it left is swept later")
+			c.log.Warn("a fill does not end: what it leaves behind is swept at the next start")
 		}
 	}
 	c.cancel()
 	c.flushCounts(context.WithoutCancel(ctx))
-}
-
-// classifyPath decides by the patterns of r which class a decoded path has, and
-// whether a built-in pattern made it mutable. Mutable patterns come first; what they
-// do not match must match an immutable pattern, if r has any, or the error is a
-// problem that wraps errDenied. For docker a mutable pattern allows nothing, because
-// immutable_patterns there say which images may be pulled. A path that ends in a
-// slash is a listing and so mutable.
-func (r *remote) classifyPath(path string) (c class, builtin bool, err error) {
-	builtin = matchesAny(r.builtin, path)
-	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, path)) // allowed without an immutable pattern
-	switch {
-	case !listed && r.immutable != nil && !matchesAny(r.immutable, path):
-		return "", false, &problem{status: http.StatusForbidden, cause: errDenied,
-			detail: fmt.Sprintf("remote %q does not allow this path: none of its patterns matches", r.name)}
-	case r.local:
-		return local, false, nil
-	case builtin || listed || strings.HasSuffix(path, "/"):
-		return mutable, builtin, nil
-	}
-	return immutable, false, nil
-}
-
-// classify sets the class of t's path. Its error is classifyPath's.
-func (t *target) classify() (err error) {
-	t.class, t.builtin, err = t.remote.classifyPath(t.path)
-	return err
-}
-
-// matchesAny reports whether one of the patterns matches somewhere in path.
-func matchesAny(patterns []*regexp.Regexp, path string) bool {
-	for _, p := range patterns {
-		if p.MatchString(path) {
-			return true
-		}
-	}
-	return false
-}
-
-// ttlOf returns how long a file of a class stays fresh. If forever is true, it never
-// expires and d is 0.
-func (r *remote) ttlOf(c class) (d time.Duration, forever bool) {
-	switch c {
-	case mutable:
-		return r.mutableTTL, false
-	case immutable:
-		return r.immutableTTL, r.immutableTTL == 0
-	}
-	return 0, true
 }

@@ -20,13 +20,13 @@ func (c *cache) flushCounts(ctx context.Context) {
 		return
 	}
 	if err := c.index.countUses(ctx, batch); err != nil {
-		c.noteStoreError("database", "counting uses of", batch[0].key, err)
+		c.reportStoreError("database", "counting uses of", batch[0].key, err)
 	}
 }
 
-// uses gathers how often keys were served, so that the index is written every
+// useCounts gathers how often keys were served, so that the index is written every
 // few seconds and not with every hit.
-type uses struct {
+type useCounts struct {
 	mu sync.Mutex // guards m; held for a map write only
 	m  map[string]*fileUse
 }
@@ -34,7 +34,7 @@ type uses struct {
 // maxUses bounds the map where the index cannot be written for long.
 const maxUses = 100_000
 
-func (u *uses) add(remote, key string, now time.Time) {
+func (u *useCounts) add(remote, key string, now time.Time) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	t := u.m[key]
@@ -52,7 +52,7 @@ func (u *uses) add(remote, key string, now time.Time) {
 	t.last = now
 }
 
-func (u *uses) take() []fileUse {
+func (u *useCounts) take() []fileUse {
 	u.mu.Lock()
 	m := u.m
 	u.m = nil

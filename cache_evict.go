@@ -21,7 +21,7 @@ func (e *evictor) evictFiles(ctx context.Context) {
 	e.flushCounts(ctx) // the order is by last access
 	totals, err := e.index.totals(ctx)
 	if err != nil {
-		e.noteStoreError("database", "adding up", "", err)
+		e.reportStoreError("database", "adding up", "", err)
 		return
 	}
 	var all int64
@@ -43,7 +43,7 @@ func (e *evictor) evictOldest(ctx context.Context, remote string, bytes int64) (
 	for freed < bytes {
 		p, err := e.index.listPage(ctx, q)
 		if err != nil {
-			e.noteStoreError("database", "listing for eviction", "", err)
+			e.reportStoreError("database", "listing for eviction", "", err)
 			return freed
 		}
 		for _, r := range p.rows {
@@ -54,7 +54,7 @@ func (e *evictor) evictOldest(ctx context.Context, remote string, bytes int64) (
 				continue
 			}
 			if err := e.purgeFile(ctx, r.Remote, r.Key); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				e.noteStoreError("storage", "evicting", r.Key, err)
+				e.reportStoreError("storage", "evicting", r.Key, err)
 				return freed
 			}
 			freed += r.Size

@@ -102,10 +102,10 @@ func (c *cache) removeFile(ctx context.Context, remote, key string) error {
 	}
 	c.announcer.announce(ctx, removedPrefix+key)
 	if ierr := c.index.delete(ctx, remote, key); ierr != nil && !errors.Is(ierr, fs.ErrNotExist) {
-		c.noteStoreError("database", "deleting", key, ierr)
+		c.reportStoreError("database", "deleting", key, ierr)
 	}
 	if ferr := c.marks.delete(ctx, key); ferr != nil && !errors.Is(ferr, fs.ErrNotExist) {
-		c.noteStoreError("redis", "deleting", key, ferr)
+		c.reportStoreError("redis", "deleting", key, ferr)
 	}
 	return err
 }

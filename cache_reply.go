@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// maxRanges is how many ranges a request may ask for at once: ServeContent
-// takes seconds for 200,000. zchunk asks for 256.
+// maxRanges is how many ranges a request may ask for at once. ServeContent takes
+// seconds for 200,000; zchunk, the client that asks for most, wants 256.
 const maxRanges = 1000
 
 // closableBody is a body that may be closed while it is read. ServeContent reads
@@ -55,7 +55,8 @@ func (b *closableBody) Close() error {
 	return b.body.Close()
 }
 
-// resultOfError names a request that failed: one that went upstream was a miss.
+// resultOfError is the result of a request that failed, for the log and the
+// counters. A request that was refused before anything was looked up has none.
 func resultOfError(err error) string {
 	if status, _ := statusAndDetail(err); status == http.StatusForbidden || status == http.StatusBadRequest {
 		return ""
@@ -63,8 +64,8 @@ func resultOfError(err error) string {
 	return "MISS"
 }
 
-// parseByteRange reads what get needs to know of r. ServeContent judges the Range
-// again and is what answers it.
+// parseByteRange reads what findOrFetch needs to know of r. It only says where reading
+// will begin: ServeContent evaluates the Range header itself.
 func parseByteRange(r *http.Request) byteRange {
 	rng := byteRange{head: r.Method == http.MethodHead, to: -1, hasIfRange: r.Header.Get("If-Range") != ""}
 	spec, ok := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
@@ -171,7 +172,8 @@ var (
 	keepAlive    = []string{"keep-alive"}
 )
 
-// contentDisposition names the file to save (RFC 6266). Most names need no quotes.
+// contentDisposition names the file to save (RFC 6266). mime.FormatMediaType would do
+// for all names; most need no quotes, and this runs for every hit.
 func contentDisposition(name string) string {
 	if strings.Trim(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-+") == "" {
 		return "attachment; filename=" + name
@@ -179,8 +181,8 @@ func contentDisposition(name string) string {
 	return mime.FormatMediaType("attachment", map[string]string{"filename": name})
 }
 
-// contentTypes are the content types by file name, longest suffix first where one
-// ends in another. A scratch image has no mime.types to ask.
+// contentTypes are the content types by the extension of the file name. The system's
+// mime.types is not used: an image from scratch has none.
 var contentTypes = map[string]string{
 	".7z": "application/x-7z-compressed", ".apk": "application/vnd.android.package-archive",
 	".asc": "application/pgp-signature", ".bz2": "application/x-bzip2", ".crate": "application/gzip",
@@ -198,8 +200,8 @@ var contentTypes = map[string]string{
 	".zip": "application/zip", ".zst": "application/zstd",
 }
 
-// contentTypeOf is the type of a file by its name; upstream's for JSON and XML
-// metadata (npm and others have types of their own) and where the name says
+// contentTypeOf is the content type of a file by its name. Upstream's counts for JSON
+// and XML metadata (npm and others have types of their own), and where the name says
 // nothing.
 func contentTypeOf(name, upstream string) string {
 	ext := strings.ToLower(path.Ext(name))
@@ -214,7 +216,7 @@ func contentTypeOf(name, upstream string) string {
 	return "application/octet-stream"
 }
 
-// unreadBody is the body of an answer to HEAD: its size is all that is asked of it.
+// unreadBody is the body of a reply to HEAD. ServeContent only seeks to its end.
 type unreadBody int64
 
 func (unreadBody) Read([]byte) (int, error) { return 0, io.EOF }

@@ -17,14 +17,14 @@ import (
 func (c *cache) storeBody(ctx context.Context, key string, rec *record, body *os.File) error {
 	if err := c.objects.put(ctx, key, rec, body); err != nil {
 		if !errors.Is(err, errFileExists) {
-			c.noteStoreError("storage", "storing", key, err)
+			c.reportStoreError("storage", "storing", key, err)
 		}
 		return err
 	}
 	c.announcer.announce(ctx, key)
 	c.missing.delete(key)
 	if err := c.index.saveRow(ctx, newIndexRow(key, rec)); err != nil {
-		c.noteStoreError("database", "indexing", key, err)
+		c.reportStoreError("database", "indexing", key, err)
 	}
 	if rec.Class != local {
 		c.refreshMark(ctx, key, rec)
@@ -42,16 +42,16 @@ func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, 
 	}
 	spool, err := c.space.newSpool("")
 	if err != nil {
-		c.noteStoreError("spool", "beginning", key, err)
+		c.reportStoreError("spool", "beginning", key, err)
 		return
 	}
 	defer spool.discard()
 	if err := spool.setSize(rec.Size); err != nil {
-		c.noteStoreError("spool", "beginning", key, err)
+		c.reportStoreError("spool", "beginning", key, err)
 		return
 	}
 	if _, err := io.Copy(spool, io.NewSectionReader(body, 0, rec.Size)); err != nil {
-		c.noteStoreError("spool", "growing", key, err)
+		c.reportStoreError("spool", "growing", key, err)
 		return
 	}
 	second := *rec
@@ -67,6 +67,6 @@ func newIndexRow(key string, rec *record) indexRow {
 // refreshMark remembers that the copy was just found good.
 func (c *cache) refreshMark(ctx context.Context, key string, rec *record) {
 	if err := c.marks.setMark(ctx, key, freshnessMark{GoodAt: c.now().UTC(), SHA256: rec.SHA256}); err != nil {
-		c.noteStoreError("redis", "refreshing", key, err)
+		c.reportStoreError("redis", "refreshing", key, err)
 	}
 }

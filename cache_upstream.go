@@ -7,13 +7,14 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/http"
 	"strconv"
 	"time"
 )
 
-// headUpstream answers HEAD for a file that is not stored; nothing is stored.
-// Where HEAD is refused, a GET is asked and its body not read.
+// headUpstream answers HEAD for a file that is not stored, and stores nothing. Where
+// upstream refuses HEAD, it sends a GET and does not read the body.
 func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply, error) {
 	req := file.newUpstreamRequest(http.MethodHead, nil)
 	resp, err := c.upstream.send(ctx, req)
@@ -35,7 +36,8 @@ func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply,
 	return &fileReply{rec: rec, size: resp.ContentLength, body: unreadBody(resp.ContentLength), fromRemote: true, cacheStatus: "fwd=miss", result: "MISS"}, nil
 }
 
-// refusesHEAD: presigned and CDN origins refuse HEAD in all these ways.
+// refusesHEAD reports whether the status of a HEAD may say that upstream does not take
+// HEAD: presigned URLs and CDNs refuse it in all these ways.
 func refusesHEAD(status int) bool {
 	switch status {
 	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotImplemented:
@@ -44,20 +46,19 @@ func refusesHEAD(status int) bool {
 	return false
 }
 
-// newUpstreamRequest is what is asked upstream for q.
+// newUpstreamRequest is the request to upstream for the file, with these headers.
 func (file fileRequest) newUpstreamRequest(method string, header http.Header) upstreamRequest {
 	h := http.Header{}
-	for k, v := range header {
-		h[k] = v
-	}
+	maps.Copy(h, header)
 	if file.accept != "" {
 		h.Set("Accept", file.accept)
 	}
 	return upstreamRequest{remote: file.remote, method: method, wire: file.wire, header: h, scope: file.scope}
 }
 
-// statusError turns an upstream's status other than 200 into the error a client
-// gets (SPEC.md section 4, Responses); nil for 200.
+// statusError is the error that a client gets for a status of upstream's other than
+// 200, and nil for 200. 4xx statuses pass through, but for two: a 401 is about this
+// server's credentials and becomes 502, a 429 becomes 503 with Retry-After.
 func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 	p := &problem{status: resp.StatusCode, cause: &upstreamStatus{resp.StatusCode}}
 	name := file.remote.name
@@ -87,12 +88,12 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 	return p
 }
 
-// upstreamStatus is the cause of a problem that an upstream's status made.
+// upstreamStatus is the cause of a problem that stands for a status of upstream's.
 type upstreamStatus struct{ code int }
 
 func (e *upstreamStatus) Error() string { return "upstream status " + strconv.Itoa(e.code) }
 
-// Is: a 404 or 410 upstream is a file that is not there.
+// Is reports that a 404 or 410 of upstream's means fs.ErrNotExist.
 func (e *upstreamStatus) Is(target error) bool {
 	return target == fs.ErrNotExist && e.isGone()
 }
@@ -101,11 +102,12 @@ func (e *upstreamStatus) isGone() bool {
 	return e.code == http.StatusNotFound || e.code == http.StatusGone
 }
 
-// maxHeaderValue bounds what is kept of an upstream's header: a record must
-// fit S3's 2 KB of metadata.
+// maxHeaderValue bounds a header of upstream's that a record keeps: the whole record
+// must fit the 2 KB of metadata that an S3 object may have.
 const maxHeaderValue = 128
 
-// newRecord begins the record of a body that is about to be fetched.
+// newRecord begins the record of a body whose headers are h. Its size and its hash
+// are still missing.
 func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
 	now = now.UTC()
 	rec := &record{
@@ -123,6 +125,7 @@ func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
 	return rec
 }
 
+// boundedHeader is v, or "" if it is too long to be kept.
 func boundedHeader(v string) string {
 	if len(v) > maxHeaderValue {
 		return ""

@@ -509,7 +509,7 @@ func TestDiskFullInTheMiddleOfAFill(t *testing.T) {
 					t.Errorf("%d upstream requests: %v", n, o.all())
 				}
 				c.tester().get("/api/r/a").wantUnstored().wantBody(text) // passed on
-				c.wantLog("store failed")
+				c.wantLog("a store failed")
 				c.wantNoLeftovers()
 				o.file("/small", "fits")
 				c.tester().get("/api/r/small").wantBody("fits")

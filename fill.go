@@ -399,7 +399,7 @@ func (f *fillRun) openSpool() bool {
 	}
 	spool, err := f.c.space.newSpool(f.file.digest)
 	if err != nil {
-		f.c.noteStoreError("spool", "beginning", f.key, err)
+		f.c.reportStoreError("spool", "beginning", f.key, err)
 		return false
 	}
 	f.mu.Lock()
@@ -413,7 +413,7 @@ func (f *fillRun) openSpool() bool {
 func (f *fillRun) reserveSpace(size int64) bool {
 	err := f.spool.setSize(size)
 	if err != nil {
-		f.c.noteStoreError("spool", "beginning", f.key, err)
+		f.c.reportStoreError("spool", "beginning", f.key, err)
 	}
 	return err == nil
 }
@@ -462,7 +462,7 @@ const passOnTime = time.Minute
 // of it are cut off; the others, and those that come now, ask upstream
 // themselves.
 func (f *fillRun) runOutOfSpace(err error) fillOutcome {
-	f.c.noteStoreError("spool", "growing", f.key, err)
+	f.c.reportStoreError("spool", "growing", f.key, err)
 	f.c.passOn.putFor(f.key, struct{}{}, passOnTime)
 	f.spool.fail(err)
 	return fillOutcome{kind: outcomeNoSpool, err: err}
@@ -528,7 +528,7 @@ func (f *fillRun) store() {
 // removeStored removes what is stored under the fill's key.
 func (f *fillRun) removeStored(doing string) {
 	if err := f.c.removeFile(f.c.ctx, f.file.remote.name, f.key); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		f.c.noteStoreError("storage", doing, f.key, err)
+		f.c.reportStoreError("storage", doing, f.key, err)
 	}
 }
 

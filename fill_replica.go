@@ -101,7 +101,7 @@ func (f *fillRun) acquireLease() (leader *leaseHolder) {
 	}
 	f.setLease(heldLease{token, release})
 	if err != nil {
-		f.c.noteStoreError("redis", "leasing", f.key, err)
+		f.c.reportStoreError("redis", "leasing", f.key, err)
 	}
 	return leader
 }

@@ -1285,7 +1285,7 @@ func TestClientsGetTheirBytesWithoutAStore(t *testing.T) {
 				tt.head("/api/r/a").wantStatus(200).wantHeader("Content-Length", "300000")
 				objects.failOpen(nil)
 				tt.wantStored("a", false)
-				tt.wantLog("store failed")
+				tt.wantLog("a store failed")
 				spools.heal()
 				objects.failPut(nil)
 				tt.get("/api/r/a").wantMiss().wantBody(text)
