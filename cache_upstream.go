@@ -60,11 +60,12 @@ func (file fileRequest) newUpstreamRequest(method string, header http.Header) up
 // 200, and nil for 200. 4xx statuses pass through, but for two: a 401 is about this
 // server's credentials and becomes 502, a 429 becomes 503 with Retry-After.
 func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
-	p := &problem{status: resp.StatusCode, cause: &upstreamStatus{resp.StatusCode}}
-	name := file.remote.name
-	switch code := resp.StatusCode; {
-	case code == http.StatusOK:
+	code, name := resp.StatusCode, file.remote.name
+	if code == http.StatusOK {
 		return nil
+	}
+	p := &problem{status: code, cause: &upstreamStatus{code}}
+	switch {
 	case code == http.StatusNotFound, code == http.StatusGone:
 		p.detail = fmt.Sprintf("not found: the upstream of remote %q answered %d", name, code)
 		if !file.sharedKey {

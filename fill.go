@@ -96,7 +96,7 @@ type fill struct {
 	clients int // guarded by the table's mu
 
 	mu          sync.Mutex // guards the fields below; taken after the table's mu and before a spool's
-	changed     chan struct{}
+	changed     broadcast
 	phase       fillPhase
 	fate        bodyFate
 	outcome     fillOutcome
@@ -120,20 +120,15 @@ type heldLease struct {
 // is the request that began it. endedBefore is fillTable.ended from before the
 // store was looked up.
 func (c *cache) joinFill(key string, file fileRequest, cp *storedCopy, endedBefore int64) (f *fill, leads bool) {
-	f, leads = c.fills.join(key, file.spelling, func() *fill {
-		f := &fill{c: c, key: key, file: file,
-			changed: make(chan struct{}), farSlots: make(chan struct{}, maxFarRanges)}
+	return c.fills.join(key, file.spelling, func() *fill {
+		run := &fillRun{fill: fill{c: c, key: key, file: file, farSlots: make(chan struct{}, maxFarRanges)}, endedBefore: endedBefore}
 		if cp != nil {
-			f.oldRecord = cp.rec
+			run.oldRecord = cp.rec
 		}
-		f.ctx, f.cancel = context.WithCancelCause(c.ctx)
-		return f
-	})
-	if leads {
-		run := &fillRun{fill: f, endedBefore: endedBefore}
+		run.ctx, run.cancel = context.WithCancelCause(c.ctx)
 		c.fills.running.Go(run.run)
-	}
-	return f, leads
+		return &run.fill
+	})
 }
 
 func (f *fill) leave() { f.c.fills.leave(f) }
@@ -144,13 +139,7 @@ func (f *fill) advance(to fillPhase) {
 		panic(fmt.Sprintf("fill of %s: from phase %v to %v", f.key, f.phase, to))
 	}
 	f.phase = to
-	f.wakeWaiters()
-}
-
-// wakeWaiters tells all that wait that something has changed. mu is held.
-func (f *fill) wakeWaiters() {
-	close(f.changed)
-	f.changed = make(chan struct{})
+	f.changed.wake()
 }
 
 // setStorable decides whether the body is to be stored, unless a purge has. mu
@@ -178,7 +167,7 @@ func (f *fill) preventStoring(ctx context.Context) error {
 	f.purge(fatePurgedHere)
 	for {
 		f.mu.Lock()
-		storing, changed := f.phase == phaseStoring, f.changed
+		storing, changed := f.phase == phaseStoring, f.changed.next()
 		f.mu.Unlock()
 		if !storing {
 			return nil
@@ -235,9 +224,9 @@ func (f *fill) leaseToken() string {
 // that goroutine's alone; it alone moves the phase, writes the spool and sets the
 // record, and so reads them without the lock.
 type fillRun struct {
-	*fill
-	endedBefore int64  // fillTable.ended when the store was looked up
-	freeSlot    func() // gives the place among the remote's fills back; once
+	fill
+	endedBefore int64         // fillTable.ended when the store was looked up
+	slots       chan struct{} // of the remote's fills, while this one has a place among them
 }
 
 // run is the goroutine.
@@ -277,14 +266,20 @@ func (f *fillRun) waitForSlot() fillOutcome {
 		return failedOutcome(context.Cause(f.ctx))
 	}
 	f.c.metrics.addFillsInFlight(name, 1)
-	f.freeSlot = sync.OnceFunc(func() {
-		f.c.metrics.addFillsInFlight(name, -1)
-		<-slots
-	})
+	f.slots = slots
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.advance(phaseAsking)
 	return fillOutcome{}
+}
+
+// freeSlot gives the place among the remote's fills back, if the fill still has it.
+func (f *fillRun) freeSlot() {
+	if f.slots != nil {
+		f.c.metrics.addFillsInFlight(f.file.remote.name, -1)
+		<-f.slots
+		f.slots = nil
+	}
 }
 
 // fetch brings the body, or finds out that none is needed or to be had.
@@ -323,7 +318,7 @@ func (f *fill) startStreamingEarly() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.streamEarly = true
-	f.wakeWaiters()
+	f.changed.wake()
 }
 
 // mayBeStoredByNow reports whether the store can have the file although it did
@@ -377,7 +372,11 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outco
 	if f.file.maxBytes > 0 && resp.ContentLength > f.file.maxBytes {
 		return failedOutcome(f.file.newTooLargeError()), true
 	}
-	if !f.openSpool() || !f.reserveSpace(resp.ContentLength) {
+	if !f.openSpool() {
+		return fillOutcome{kind: outcomeNoSpool}, true
+	}
+	if err := f.spool.setSize(resp.ContentLength); err != nil {
+		f.c.reportStoreError("spool", "beginning", f.key, err)
 		return fillOutcome{kind: outcomeNoSpool}, true
 	}
 	rec := f.file.newRecord(resp.Header, f.c.now())
@@ -408,16 +407,6 @@ func (f *fillRun) openSpool() bool {
 	return true
 }
 
-// reserveSpace reports whether there is space for a body of that size (-1: not
-// known).
-func (f *fillRun) reserveSpace(size int64) bool {
-	err := f.spool.setSize(size)
-	if err != nil {
-		f.c.reportStoreError("spool", "beginning", f.key, err)
-	}
-	return err == nil
-}
-
 // publishHeaders makes the headers of the coming body known to all that wait.
 func (f *fillRun) publishHeaders(rec *record, origin int, validator string, storable bool) {
 	f.mu.Lock()
@@ -431,7 +420,7 @@ func (f *fillRun) publishHeaders(rec *record, origin int, validator string, stor
 // endIfOfNoUse ends a fill that found out that its body may not be stored when
 // its last client had left already.
 func (f *fillRun) endIfOfNoUse() {
-	if f.isOfNoUse() && !f.c.fills.hasClients(f.fill) {
+	if f.isOfNoUse() && !f.c.fills.hasClients(&f.fill) {
 		f.cancel(errAbandoned)
 	}
 }
@@ -563,12 +552,12 @@ func (f *fillRun) end(outcome fillOutcome) {
 	if f.lease.release != nil {
 		f.lease.release()
 	}
-	f.c.fills.remove(f.fill) // first: a client that is cut off may come again at once
+	f.c.fills.remove(&f.fill) // first: a client that is cut off may come again at once
 	if f.spool != nil {
 		f.spool.fail(errors.Join(outcome.err, io.ErrUnexpectedEOF)) // unless it is complete
 		f.spool.removeName()
 	}
-	unused := f.c.fills.finish(f.fill, outcome)
+	unused := f.c.fills.finish(&f.fill, outcome)
 	if outcome.err != nil {
 		f.c.log.Debug("a fill has failed", "key", f.key, "error", outcome.err)
 	}

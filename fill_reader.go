@@ -33,7 +33,11 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 	for {
 		f.mu.Lock()
 		ready := f.canAnswer(cp != nil) && (!lateComer || f.phase >= phaseComplete)
-		phase, fate, outcome, changed := f.phase, f.fate, f.outcome, f.changed
+		phase, fate, outcome := f.phase, f.fate, f.outcome
+		var changed <-chan struct{}
+		if !ready && phase != phaseDone {
+			changed = f.changed.next()
+		}
 		f.mu.Unlock()
 		switch {
 		case ready && lateComer && fate == fateKeep:

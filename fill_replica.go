@@ -463,7 +463,7 @@ type frameStream struct {
 func (s *frameStream) awaitPhase(phase fillPhase) (*record, error) {
 	for {
 		s.f.mu.Lock()
-		reached, rec, changed := s.f.phase >= phase, s.f.rec, s.f.changed
+		reached, rec, changed := s.f.phase >= phase, s.f.rec, s.f.changed.next()
 		s.f.mu.Unlock()
 		if reached {
 			return rec, nil

@@ -8,7 +8,7 @@ import (
 
 // bareFill is a fill without a goroutine, in that phase.
 func bareFill(c *cache, spelling string, phase fillPhase) *fill {
-	f := &fill{c: c, key: "r/0000000000000000/a", changed: make(chan struct{}), phase: phase, cancel: func(error) {}}
+	f := &fill{c: c, key: "r/0000000000000000/a", phase: phase, cancel: func(error) {}}
 	f.file.spelling, f.file.remote = spelling, &remote{name: "r"}
 	return f
 }
@@ -50,13 +50,19 @@ func TestFillPhases(t *testing.T) {
 		}
 		for name, c := range events {
 			f := bareFill(nil, "a", from)
-			changed := f.changed
+			changed := f.changed.next()
 			got := result{refused: panics(func() { c.event(f) })}
 			got.phase, got.fate = f.phase, f.fate
 			if got != c.want {
 				t.Errorf("%v, %s: %+v; want %+v", from, name, got, c.want)
 			}
-			if woken := f.changed != changed; woken != (f.phase != from) {
+			woken := false
+			select {
+			case <-changed:
+				woken = true
+			default:
+			}
+			if woken != (f.phase != from) {
 				t.Errorf("%v, %s: those that wait were woken: %v", from, name, woken)
 			}
 		}

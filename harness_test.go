@@ -453,12 +453,12 @@ func (tt *tester) settle() {
 		return // a child's
 	}
 	for {
-		var wait chan struct{}
+		var wait <-chan struct{}
 		for _, f := range c.fills.all() {
 			written, size := f.progress()
 			f.mu.Lock()
 			if f.phase != phaseDone && (f.phase >= phaseComplete || f.rec != nil && written == size) {
-				wait = f.changed
+				wait = f.changed.next()
 			}
 			f.mu.Unlock()
 		}

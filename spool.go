@@ -107,7 +107,7 @@ func (s *spoolSpace) newSpool(digest string) (*spool, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &spool{space: s, file: file, hash: newBodyHash(digest), size: -1, users: 1, changed: make(chan struct{})}, nil
+	return &spool{space: s, file: file, hash: newBodyHash(digest), size: -1, users: 1}, nil
 }
 
 // spool is a body that is being written by one goroutine and read by any number
@@ -126,7 +126,7 @@ type spool struct {
 	state   spoolState
 	err     error // of a spool that failed
 	users   int   // the writer and the readers: the last one closes the file
-	changed chan struct{}
+	changed broadcast
 }
 
 // spoolState says what is to be expected of a spool.
@@ -183,17 +183,30 @@ func (s *spool) Write(p []byte) (int, error) {
 	s.hash.Write(p)
 	s.mu.Lock()
 	s.written += n
-	s.wakeReaders()
+	s.changed.wake()
 	s.mu.Unlock()
 	s.reserved -= n
 	s.space.release(n)
 	return len(p), nil
 }
 
-// wakeReaders tells all that wait that something has changed. mu is held.
-func (s *spool) wakeReaders() {
-	close(s.changed)
-	s.changed = make(chan struct{})
+// broadcast wakes all that wait for a change of what its owner's mutex guards. That
+// mutex is held for its methods.
+type broadcast struct{ waiting chan struct{} } // nil: nobody waits
+
+// next returns a channel that is closed by the next wake.
+func (b *broadcast) next() <-chan struct{} {
+	if b.waiting == nil {
+		b.waiting = make(chan struct{})
+	}
+	return b.waiting
+}
+
+func (b *broadcast) wake() {
+	if b.waiting != nil {
+		close(b.waiting)
+		b.waiting = nil
+	}
 }
 
 // complete gives readers the body to its end. The writer has verified it.
@@ -216,7 +229,7 @@ func (s *spool) end(state spoolState, err error) {
 	if state == spoolComplete {
 		s.size = s.written
 	}
-	s.wakeReaders()
+	s.changed.wake()
 }
 
 // progress is how much is written of how much; size is -1 while it is not known.
@@ -299,7 +312,7 @@ func (r *spoolReader) available() (n int64, changed <-chan struct{}, err error) 
 	case s.state == spoolFailed:
 		return 0, nil, s.err
 	}
-	return 0, s.changed, nil
+	return 0, s.changed.next(), nil
 }
 
 // readableBytes is how far readers may read. mu is held.
