@@ -197,13 +197,14 @@ type cache struct {
 	cancel context.CancelFunc
 	fills  *fillTable
 
-	missing     *boundedMap[string, *problem] // keys of files that upstream does not have (negative_ttl)
-	headRefused *boundedMap[string, struct{}] // remotes that refuse HEAD
-	passOn      *boundedMap[string, struct{}] // keys whose bodies are not spooled for a while
-	changing    keyedLock                     // keys that are being put or purged
-	uses        useCounts
-	announcer   *announcer
-	copies      cachingObjects // objects, if it keeps copies of what is elsewhere
+	missing      *boundedMap[string, *problem] // keys of files that upstream does not have (negative_ttl)
+	headRefused  *boundedMap[string, struct{}] // remotes that refuse HEAD
+	passOn       *boundedMap[string, struct{}] // keys whose bodies are not spooled for a while
+	failedLeases *boundedMap[string, struct{}] // tokens of leases whose holder could not be followed
+	changing     keyedLock                     // keys that are being put or purged
+	uses         useCounts
+	announcer    *announcer
+	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
 }
 
 // newCache makes a cache over the stores. Its caller closes it before them.
@@ -219,6 +220,7 @@ func newCache(o objects, ix index, f freshness, space *spoolSpace, up *upstream,
 	c.missing = newBoundedMap[string, *problem](maxRememberedFiles, clock)
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
+	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
 	return c
 }
 

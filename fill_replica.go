@@ -6,7 +6,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -32,6 +31,9 @@ const (
 	// it has nothing to send; replicaTimeout is when it is given up.
 	replicaHeartbeat = 2 * time.Second
 	replicaTimeout   = 5 * time.Second
+	// failedLeaseTime is how long the leader of a failed fill is not followed again:
+	// longer than its lease lives without it.
+	failedLeaseTime = time.Minute
 	// maxReplicaFrame bounds what is read for one frame.
 	maxReplicaFrame = 1 << 20
 )
@@ -115,6 +117,9 @@ func (f *fillRun) setLease(l heldLease) {
 // fetchFromReplica brings the body from the replica that fills already. If ended
 // is false, that replica had nothing for us, and upstream must be asked.
 func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, ended bool) {
+	if _, failed := f.c.failedLeases.get(leader.token); failed {
+		return fillOutcome{}, false
+	}
 	if !f.openSpool() {
 		return fillOutcome{kind: outcomeNoSpool}, true
 	}
@@ -127,6 +132,7 @@ func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, en
 	case f.rec == nil && f.isStoredByNow(): // it ended before we asked
 		return fillOutcome{kind: outcomeLookAgain}, true
 	}
+	f.c.failedLeases.putFor(leader.token, struct{}{}, failedLeaseTime)
 	written, _ := f.spool.progress()
 	f.c.log.Info("fetching what another replica began", "key", f.key, "replica", leader.addr, "at", written, "error", err)
 	if f.rec != nil {
@@ -248,70 +254,22 @@ func (f *follower) readOutcome(payload []byte) (fillOutcome, error) {
 	return outcome, nil
 }
 
-// takeOver fetches what is missing of a body whose leader is gone: by Range, or
-// as a whole where upstream has no ranges or the bytes that came are in doubt.
+// takeOver fetches by Range what is missing of a body whose leader is gone. Where
+// upstream has no ranges, or the bytes that came are in doubt, clients that have a
+// part of the body are cut off, and those that have nothing yet begin anew.
 func (f *follower) takeOver(cause error) fillOutcome {
 	f.mu.Lock()
 	f.setStorable(true)
 	f.leader = nil
 	f.mu.Unlock()
-	var resp *upstreamResponse
 	err := cause
 	if !errors.Is(cause, errDigest) {
-		resp, err = f.resumeBody(cause, 0)
-	}
-	if err != nil && !errors.Is(err, errUnreachable) && !errors.Is(err, errTimeout) && f.ctx.Err() == nil {
-		resp, err = f.refetchWhole()
-	}
-	if err != nil {
-		return failedOutcome(err)
-	}
-	return f.receiveBody(resp, 1)
-}
-
-// refetchWhole asks for the whole body and reads past what the spool has already.
-// Clients have seen that: it must be the same.
-func (f *follower) refetchWhole() (*upstreamResponse, error) {
-	resp, err := f.file.behaves().requestBody(f.ctx, f.c.upstream, f.file.newUpstreamRequest(http.MethodGet, nil))
-	if err != nil {
-		return nil, err
-	}
-	if err = f.c.statusError(f.file, resp); err == nil {
-		err = f.compareWithSpool(resp)
-	}
-	if err != nil {
-		resp.Body.Close()
-		return nil, err
-	}
-	storable := f.mayBeStored(resp)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.setStorable(storable)
-	return resp, nil
-}
-
-// compareWithSpool reads the part of resp that the spool has and compares it.
-func (f *follower) compareWithSpool(resp *upstreamResponse) error {
-	written, size := f.spool.progress()
-	now := f.file.newRecord(resp.Header, f.c.now())
-	if resp.ContentLength != size || now.ETag != f.rec.ETag || now.LastModified != f.rec.LastModified {
-		return fmt.Errorf("%w: it has changed since", errBroken)
-	}
-	got, had := make([]byte, copyBufferSize), make([]byte, copyBufferSize)
-	for off := int64(0); off < written; {
-		n, err := io.ReadFull(resp.Body, got[:min(copyBufferSize, written-off)])
-		if err != nil {
-			return fmt.Errorf("%w: %w", errBroken, err)
+		var resp *upstreamResponse
+		if resp, err = f.resumeBody(cause, 0); err == nil {
+			return f.receiveBody(resp, 1)
 		}
-		if _, err := f.spool.file.ReadAt(had[:n], off); err != nil {
-			return fmt.Errorf("reading the spool: %w", err)
-		}
-		if !bytes.Equal(got[:n], had[:n]) {
-			return fmt.Errorf("%w: another replica sent other bytes than upstream has", errBroken)
-		}
-		off += int64(n)
 	}
-	return nil
+	return fillOutcome{outcomeLookAgain, err}
 }
 
 // openStream opens the stream of the leader's fill. The caller closes it.

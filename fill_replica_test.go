@@ -317,13 +317,15 @@ func peerRecord(text string) *record {
 		ContentType: "application/x-origin", ETag: `"1"`, LastModified: longAgo.Format(http.TimeFormat), Modified: longAgo, Fetched: longAgo}
 }
 
-// Whatever the process at the lease's address does, clients get the right
-// bytes: by Range from where it stopped, or all from upstream.
+// Whatever the process at the lease's address does, clients get the right bytes: by
+// Range from where it stopped, or all from upstream. Where bytes that a client has
+// already are in doubt, or upstream cannot continue them, the client is cut off and
+// the next one gets the file.
 func TestReplicaThatGoesWrong(t *testing.T) {
 	t.Parallel()
 	text := noise(1, peerSize)
 	rec, half := peerRecord(text), text[:peerSize/2]
-	const rest = "GET /a bytes=150000-"
+	const rest, cutOff = "GET /a bytes=150000-", "the client is cut off"
 	begin := func(p *peerScript) {
 		p.head(rec, peerSize, `"1"`)
 		p.data(half)
@@ -353,14 +355,14 @@ func TestReplicaThatGoesWrong(t *testing.T) {
 		{"sends data before the head", func(p *peerScript) { p.data(half); begin(p) }, "GET /a"},
 		{"sends a head that is none", func(p *peerScript) { p.frame(frameHead, "{}") }, "GET /a"},
 		{"sends two heads", func(p *peerScript) { begin(p); p.head(rec, 7, ""); p.data(half) }, rest},
-		{"has another sha256", func(p *peerScript) { begin(p); p.data(text[len(half):]); p.end(peerRecord("x")) }, "GET /a"},
-		{"ends too early", func(p *peerScript) { begin(p); p.end(rec) }, "GET /a"},
-		{"sends too much", func(p *peerScript) { begin(p); p.data(text) }, "GET /a"},
-		{"has an end that is none", func(p *peerScript) { begin(p); p.frame(frameEnd, "[") }, "GET /a"},
+		{"has another sha256", func(p *peerScript) { begin(p); p.data(text[len(half):]); p.end(peerRecord("x")) }, cutOff},
+		{"ends too early", func(p *peerScript) { begin(p); p.end(rec) }, cutOff},
+		{"sends too much", func(p *peerScript) { begin(p); p.data(text) }, cutOff},
+		{"has an end that is none", func(p *peerScript) { begin(p); p.frame(frameEnd, "[") }, cutOff},
 		{"gives up", func(p *peerScript) { begin(p); p.over(replicaOutcome{Kind: "self"}) }, rest},
 		{"cannot fill", func(p *peerScript) { p.over(replicaOutcome{Kind: "self"}) }, "GET /a"},
 		{"has a verdict that is none", func(p *peerScript) { p.frame(frameOutcome, "[") }, "GET /a"},
-		{"gives no validator", func(p *peerScript) { p.head(rec, peerSize, ""); p.data(half); p.cut() }, "GET /a"},
+		{"gives no validator", func(p *peerScript) { p.head(rec, peerSize, ""); p.data(half); p.cut() }, cutOff},
 		{"does not know the length", func(p *peerScript) { p.head(rec, -1, `"1"`); p.data(half); p.cut() }, rest},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -368,7 +370,19 @@ func TestReplicaThatGoesWrong(t *testing.T) {
 			f := newFleet(t, 1)
 			f.origin.file("/a", text).etag(`"1"`)
 			asked := f.script(c.play)
-			f.get("/api/r/a").wantStatus(200).wantBody(text)
+			g := f.get("/api/r/a")
+			if c.want == cutOff {
+				if !strings.HasPrefix(text, g.text) {
+					t.Error("the client has wrong bytes")
+				}
+				f.settled()
+				if g.err != nil { // it has a part: one that had nothing yet has begun anew
+					f.wantStored("a", false)
+				}
+				f.get("/api/r/a").wantStatus(200).wantBody(text)
+				return
+			}
+			g.wantStatus(200).wantBody(text)
 			if got := strings.Join(f.origin.all(), ", "); got != c.want || asked() != 1 {
 				t.Errorf("upstream was asked %q, want %q; the replica %d times", got, c.want, asked())
 			}
@@ -391,39 +405,38 @@ func TestReplicaThatIsNotThere(t *testing.T) {
 
 // Where upstream has no ranges it is asked for all of it again, which goes on
 // behind what clients have if it is the same.
+// A body cannot be continued without ranges. Clients that have a part of it are cut
+// off; those that have nothing yet begin anew.
 func TestTakingOverWithoutRanges(t *testing.T) {
 	t.Parallel()
-	text, other := noise(1, peerSize), noise(2, peerSize)
-	for _, c := range []struct {
-		name  string
-		sent  string // by the replica that died
-		file  func(f *testFile)
-		right bool
-	}{
-		{"the same", text, func(f *testFile) { f.etag(`"1"`) }, true},
-		{"the same, chunked", text, func(f *testFile) { f.etag(`"1"`).chunked() }, false}, // of another length, as far as known
-		{"changed", text, func(f *testFile) { f.etag(`"2"`) }, false},
-		{"of another time", text, func(f *testFile) { f.etag(`"1"`).at(longAgo.Add(time.Hour)) }, false},
-		{"other bytes", other, func(f *testFile) { f.etag(`"1"`) }, false},
-		{"broken too", text, func(f *testFile) { f.etag(`"1"`).cut(peerSize / 4) }, false},
-		{"gone", text, func(f *testFile) { f.answering(404) }, false},
-	} {
-		t.Run(c.name, func(t *testing.T) {
+	text := noise(1, peerSize)
+	for _, needsWhole := range []bool{false, true} {
+		t.Run(fmt.Sprintf("needs the whole body: %v", needsWhole), func(t *testing.T) {
 			t.Parallel()
 			f := newFleet(t, 1)
-			c.file(f.origin.file("/a", text).noRanges())
+			f.digested(func(file *fileRequest) { file.needsWholeBody, file.maxBytes = needsWhole, 1<<20 })
+			f.origin.file("/a", text).noRanges().undated()
+			begun := make(chan struct{})
 			f.script(func(p *peerScript) {
 				p.head(peerRecord(text), peerSize, "")
-				p.data(c.sent[:peerSize/2])
+				p.data(text[:peerSize/2])
+				_ = http.NewResponseController(p.ResponseWriter).Flush()
+				<-begun
 				p.cut()
 			})
-			g := f.get("/api/r/a")
-			f.settled()
-			if f.wantStored("a", c.right); c.right {
-				g.wantStatus(200).wantBody(text)
-				return
+			if needsWhole {
+				close(begun)
+				f.get("/api/r/a").wantStatus(200).wantBody(text)
+			} else {
+				s := f.open("/api/r/a")
+				defer s.leave()
+				s.read(peerSize / 2)
+				close(begun)
+				s.rest().wantAborted()
 			}
-			g.wantAborted()
+			f.settled()
+			f.wantStored("a", needsWhole)
+			f.get("/api/r/a").wantStatus(200).wantBody(text)
 		})
 	}
 }
@@ -450,10 +463,11 @@ func TestReplicaThatLiesAboutADigest(t *testing.T) {
 			if f.settled(); g.err == nil && g.text != text {
 				t.Errorf("a body without its digest was completed")
 			}
-			if len(g.text) > peerSize-heldBackBytes {
+			if g.err != nil && len(g.text) > peerSize-heldBackBytes {
 				t.Errorf("%d of %d bytes were sent", len(g.text), peerSize)
 			}
-			f.wantStored("a", false)
+			f.wantStored("a", g.err == nil)
+			f.get("/api/r/a").wantStatus(200).wantBody(text)
 		})
 	}
 }
