@@ -357,7 +357,7 @@ func (f *fillRun) fetchBody(validators http.Header) fillOutcome {
 		resp.Body.Close()
 		return outcome
 	}
-	return f.receiveBody(resp, 0)
+	return f.receiveBody(resp)
 }
 
 // acceptHeaders looks at the headers of an answer and lets clients know them;
@@ -425,10 +425,10 @@ func (f *fillRun) endIfOfNoUse() {
 	}
 }
 
-// receiveBody moves the body of resp, and of what continues it, into the spool;
-// it has broken off that often already.
-func (f *fillRun) receiveBody(resp *upstreamResponse, breaks int) fillOutcome {
-	for ; ; breaks++ {
+// receiveBody moves the body of resp, and of what continues it, into the spool.
+func (f *fillRun) receiveBody(resp *upstreamResponse) fillOutcome {
+	for stuck := 0; ; { // times that the body broke off without progress
+		before, _ := f.spool.progress()
 		err := f.copyToSpool(resp)
 		resp.Body.Close()
 		if err == nil {
@@ -437,7 +437,9 @@ func (f *fillRun) receiveBody(resp *upstreamResponse, breaks int) fillOutcome {
 		if errors.Is(err, errNoSpace) {
 			return f.runOutOfSpace(err)
 		}
-		if resp, err = f.resumeBody(err, breaks); err != nil {
+		after, _ := f.spool.progress()
+		stuck = countStuck(stuck, before, after)
+		if resp, err = f.resumeBody(err, stuck); err != nil {
 			return failedOutcome(err)
 		}
 	}

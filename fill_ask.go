@@ -15,8 +15,12 @@ import (
 )
 
 const (
-	// maxResumes bounds how often one body may break off.
+	// maxResumes bounds how often one body may break off without progress. There is
+	// no bound on breaks with progress: 50 GB over a bad line must arrive.
 	maxResumes = 3
+	// minProgress is what must arrive between two breaks to count as progress: an
+	// origin that gives some bytes with each request would be asked for ever.
+	minProgress = 64 << 10
 	// headRefusedFor is how long a remote is remembered to refuse HEAD.
 	headRefusedFor = time.Hour
 )
@@ -178,18 +182,29 @@ func (f *fillRun) appendToSpool(p []byte) error {
 	return err
 }
 
-// resumeBody asks for the rest of a body that broke off with cause, after that
-// many breaks before. An error means that the body cannot be had.
-func (f *fillRun) resumeBody(cause error, breaks int) (*upstreamResponse, error) {
+// countStuck counts the breaks of a body without progress between them: stuck were
+// there before the bytes from before to now.
+func countStuck(stuck int, before, now int64) int {
+	if now-before < minProgress {
+		return stuck + 1
+	}
+	return 0
+}
+
+// resumeBody asks for the rest of a body that broke off with cause. It is stuck after
+// that many breaks without progress. An error means that the body cannot be had.
+func (f *fillRun) resumeBody(cause error, stuck int) (*upstreamResponse, error) {
 	if _, fatal := errors.AsType[*problem](cause); fatal || errors.Is(cause, errBroken) || errors.Is(cause, errTooMuch) || f.ctx.Err() != nil {
 		return nil, cause
 	}
 	written, size := f.spool.progress()
 	broken := fmt.Errorf("%w after %d of %d bytes: %w", errBroken, written, size, cause)
-	if breaks >= maxResumes {
+	if stuck > maxResumes {
 		return nil, broken
 	}
-	resp, err := f.partFrom(written, -1).request(f.ctx, f.c.upstream)
+	part := f.partFrom(written, -1)
+	part.tryOtherOrigin(stuck)
+	resp, err := part.request(f.ctx, f.c.upstream)
 	if err == nil {
 		if err = f.spool.setSize(resp.completeLength()); err != nil {
 			resp.Body.Close()
@@ -218,8 +233,15 @@ func (f *fill) partFrom(from, to int64) bodyPart {
 	return bodyPart{f.file, f.validator, size, from, to, f.origin}
 }
 
-// request asks upstream for the part, and accepts exactly that part of the very
-// same body.
+// tryOtherOrigin has the next origin asked first for a body that is stuck for at least
+// the second time.
+func (p *bodyPart) tryOtherOrigin(stuck int) {
+	p.origin = (p.origin + max(0, stuck-1)) % len(p.file.remote.origins)
+}
+
+// request asks upstream for the part, and accepts exactly that part of the very same
+// body. Not every server knows If-Range, so the answer must name the version too (RFC
+// 9110 section 13.1.5), unless the digest of the whole body will tell.
 func (p bodyPart) request(ctx context.Context, up *upstream) (*upstreamResponse, error) {
 	if p.validator == "" && p.file.digest == "" {
 		return nil, errors.New("the upstream gave no strong validator")
@@ -245,7 +267,19 @@ func (p bodyPart) request(ctx context.Context, up *upstream) (*upstreamResponse,
 		resp.Body.Close()
 		return nil, fmt.Errorf("%w: status %d, Content-Range %q for a part from %d", errBadUpstream, resp.StatusCode, resp.Header.Get("Content-Range"), p.from)
 	}
+	if p.file.digest == "" && !p.isSameVersion(resp.Header) {
+		resp.Body.Close()
+		return nil, fmt.Errorf("%w: the part is of another version of the file", errBadUpstream)
+	}
 	return resp, nil
+}
+
+// isSameVersion reports whether an answer names the version that the part is of.
+func (p bodyPart) isSameVersion(h http.Header) bool {
+	if isStrongETag(p.validator) {
+		return h.Get("ETag") == p.validator
+	}
+	return h.Get("Last-Modified") == p.validator
 }
 
 // completeLength is the size of the body of which bodyPart.request's answer is a part.

@@ -116,7 +116,8 @@ type upstreamReader struct {
 	hash       *bodyHash         // of a body with a digest, up to respOffset; nil: it is not verified
 	held       []byte            // read and hashed, not given out yet
 	done       bool              // all is read and verified
-	breaks     int               // how often the body broke off
+	stuck      int               // times that the body broke off without progress
+	breakAt    int64             // where it broke off last
 }
 
 func (b *upstreamReader) Read(p []byte) (int, error) {
@@ -203,7 +204,8 @@ func (b *upstreamReader) readAt(p []byte, off int64) (int, error) {
 			return 0, io.EOF
 		}
 		b.closeResponse()
-		if b.breaks++; b.breaks > maxResumes || b.ctx.Err() != nil {
+		b.stuck, b.breakAt = countStuck(b.stuck, b.breakAt, off), off
+		if b.stuck > maxResumes || b.ctx.Err() != nil {
 			return 0, fmt.Errorf("%w: %w", errBroken, err)
 		}
 	}
@@ -217,6 +219,7 @@ func (b *upstreamReader) seekUpstream(off int64) error {
 	}
 	part := b.part
 	part.from = off
+	part.tryOtherOrigin(b.stuck)
 	if part.to < off {
 		part.to = -1
 	}

@@ -266,7 +266,7 @@ func (f *follower) takeOver(cause error) fillOutcome {
 	if !errors.Is(cause, errDigest) {
 		var resp *upstreamResponse
 		if resp, err = f.resumeBody(cause, 0); err == nil {
-			return f.receiveBody(resp, 1)
+			return f.receiveBody(resp)
 		}
 	}
 	return fillOutcome{outcomeLookAgain, err}
