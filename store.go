@@ -177,22 +177,22 @@ type diskStore struct {
 	dir           string
 	now           func() time.Time
 	log           *slog.Logger
-	memory        *hotCache
-	turns         turns    // by directory
-	syncedRemotes sync.Map // names of remotes whose directory is durable; no values
+	memory        *memoryCache
+	folders       keyedLock // by directory
+	syncedRemotes sync.Map  // names of remotes whose directory is durable; no values
 	// isIrreplaceable reports whether a remote's files cannot be fetched again. Its
 	// damaged files are set aside instead of removed. nil: no remote is. It is set
 	// before the first use.
 	isIrreplaceable func(remote string) bool
 
-	owner *os.File  // .lock while this process has it; lockData and Close use it, never concurrently
-	probe diskProbe // of ping
-	swept time.Time // when sweep last read all directories; sweep alone uses it
+	owner *os.File        // .lock while this process has it; lockData and Close use it, never concurrently
+	probe backgroundCheck // of ping
+	swept time.Time       // when sweep last read all directories; sweep alone uses it
 }
 
 // newDiskStore makes a store below dir without touching the disk.
 func newDiskStore(dir string, now func() time.Time, log *slog.Logger) *diskStore {
-	return &diskStore{fileWriter: newDisk(), dir: filepath.Clean(dir), now: now, log: log, memory: newHotCache(memoryBudget)}
+	return &diskStore{fileWriter: newDisk(), dir: filepath.Clean(dir), now: now, log: log, memory: newMemoryCache(memoryBudget)}
 }
 
 // pathOf returns the name of key's body, or of a folder {remote}/{hash}.

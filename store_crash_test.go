@@ -408,10 +408,10 @@ func TestDiskSpace(t *testing.T) {
 	}
 }
 
-func TestHotCacheIsBounded(t *testing.T) {
+func TestMemoryCacheIsBounded(t *testing.T) {
 	t.Parallel()
 	s := newDiskTester(t)
-	s.d.memory = newHotCache(16 * (memoryEntryCost + 1000))
+	s.d.memory = newMemoryCache(16 * (memoryEntryCost + 1000))
 	for i := range 100 {
 		s.mustPut(fmt.Sprint(i), fmt.Sprint(i))
 		s.wantHit(fmt.Sprint(i), fmt.Sprint(i))
@@ -419,10 +419,9 @@ func TestHotCacheIsBounded(t *testing.T) {
 	s.mustPut("larger", bigContent(5000)) // larger than a shard
 	s.wantHit("larger", bigContent(5000))
 	entries := 0
-	for i := range s.d.memory.shards {
-		sh := &s.d.memory.shards[i]
-		if sh.room < 0 || sh.order.Len() != len(sh.byKey) {
-			t.Errorf("shard %d: room %d, %d entries of %d", i, sh.room, sh.order.Len(), len(sh.byKey))
+	for i, sh := range s.d.memory.shards {
+		if sh.cost > sh.budget || sh.order.Len() != len(sh.byKey) {
+			t.Errorf("shard %d: cost %d of %d, %d entries of %d", i, sh.cost, sh.budget, sh.order.Len(), len(sh.byKey))
 		}
 		entries += len(sh.byKey)
 	}

@@ -49,7 +49,7 @@ type tieredStore struct {
 	checkRoom func(n int64) error // nil while n more bytes may be written
 	log       *slog.Logger
 	copies    *recency      // the copies that may be used
-	turns     turns         // by key: who changes the copy on disk
+	copyLocks keyedLock     // by key: for changes of the copy on disk
 	slots     chan struct{} // of copies being made
 
 	mu      sync.Mutex // guards copying
@@ -171,11 +171,11 @@ func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool *o
 // installCopy makes spool, rec's body, the copy of key. Other copies go only when
 // key's turn is over: two that wait for each other's would wait for ever.
 func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, spool *os.File, stamp changeStamp) error {
-	if err := t.turns.take(ctx, key); err != nil {
+	if err := t.copyLocks.lock(ctx, key); err != nil {
 		return err
 	}
 	out, err := t.replaceCopy(ctx, key, rec, spool, stamp)
-	t.turns.give(key)
+	t.copyLocks.unlock(key)
 	t.removeCopies(out)
 	return err
 }
@@ -244,10 +244,10 @@ func (t *tieredStore) removeCopies(out []keptEntry) {
 
 // removeCopy removes key's file, unless there is a new copy by now.
 func (t *tieredStore) removeCopy(key string) {
-	if t.turns.take(t.ctx, key) != nil {
+	if t.copyLocks.lock(t.ctx, key) != nil {
 		return // at the end: load will find it
 	}
-	defer t.turns.give(key)
+	defer t.copyLocks.unlock(key)
 	if t.copies.has(key) {
 		return
 	}

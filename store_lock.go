@@ -8,51 +8,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"time"
 )
 
-// turns is a lock for each name, between the goroutines of this process.
-type turns struct {
-	mu   sync.Mutex               // guards held; no other lock is taken under it
-	held map[string]chan struct{} // names that are locked; closed by unlocking
-}
-
-// take locks name. It waits for the goroutine that has the lock, at most until ctx
-// ends.
-func (t *turns) take(ctx context.Context, name string) error {
-	for {
-		t.mu.Lock()
-		busy, held := t.held[name]
-		if !held {
-			if t.held == nil {
-				t.held = map[string]chan struct{}{}
-			}
-			t.held[name] = make(chan struct{})
-		}
-		t.mu.Unlock()
-		if !held {
-			return nil
-		}
-		select {
-		case <-busy:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-// give unlocks name.
-func (t *turns) give(name string) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	close(t.held[name])
-	delete(t.held, name)
-}
-
-// folderLock is a lock on one directory: turns keeps out the other goroutines of
-// this process, flock(2) on the directory keeps out other processes.
+// folderLock is a lock on one directory: diskStore.folders keeps out the other
+// goroutines of this process, flock(2) on the directory keeps out other processes.
 type folderLock struct {
 	d    *diskStore
 	path string
@@ -64,13 +25,13 @@ type folderLock struct {
 // missing directory is fs.ErrNotExist. The caller calls unlock. Directories are
 // locked one at a time, so there is no order among them.
 func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (*folderLock, error) {
-	if err := d.turns.take(ctx, path); err != nil {
+	if err := d.folders.lock(ctx, path); err != nil {
 		return nil, err
 	}
 	for {
 		f, err := openAndLock(ctx, path, create)
 		if err != nil {
-			d.turns.give(path)
+			d.folders.unlock(path)
 			return nil, err
 		}
 		// Another process may have removed the directory while we waited. Then the
@@ -106,7 +67,7 @@ func openAndLock(ctx context.Context, path string, create bool) (*os.File, error
 // waitForFlock takes the flock on f. It polls, because a blocking flock(2) occupies a
 // thread and does not end with ctx. Only another process can have the lock, and not
 // for long. On a file system without flock (some network ones) it returns nil without
-// a lock: then the goroutines of one process still have turns.
+// a lock: then diskStore.folders still keeps the goroutines of one process apart.
 func waitForFlock(ctx context.Context, f *os.File) error {
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		if locked, err := tryFlock(f); locked || err != nil {
@@ -139,7 +100,7 @@ func tryFlock(f *os.File) (locked bool, err error) {
 // unlock ends the lock. It is called once.
 func (l *folderLock) unlock() {
 	l.f.Close() // ends the flock
-	l.d.turns.give(l.path)
+	l.d.folders.unlock(l.path)
 }
 
 // removeEmpty removes the directory if nothing is in it. A caller of lockFolder that

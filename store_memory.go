@@ -4,10 +4,8 @@ package main
 
 import (
 	"bytes"
-	"container/list"
 	"hash/maphash"
 	"io"
-	"sync"
 )
 
 // memBody is a small stored body that is read from memory. Closing it does nothing.
@@ -44,78 +42,37 @@ func (e *memoryEntry) newObject(off int64) *object {
 	return &o.object
 }
 
-// hotCache keeps the most recently used entries within a budget of bytes. It is
+// memoryCache keeps the most recently used entries within a budget of bytes. It is
 // divided into shards, so that requests seldom wait for each other's lock.
-type hotCache struct {
+type memoryCache struct {
 	seed   maphash.Seed
-	shards [16]hotShard // more than processors that serve at once, as a rule
+	shards [16]*lru[*memoryEntry] // more than processors that serve at once, as a rule
 }
 
-// hotShard holds the entries of a part of the keys.
-type hotShard struct {
-	mu    sync.Mutex               // guards the fields below; never held across I/O, no other lock is taken under it
-	byKey map[string]*list.Element // elements of order
-	order list.List                // of *memoryEntry, most recently used first
-	room  int64                    // bytes of the budget that are left
-}
-
-// newHotCache makes an empty cache with a budget of that many bytes.
-func newHotCache(bytes int64) *hotCache {
-	c := &hotCache{seed: maphash.MakeSeed()}
+// newMemoryCache makes an empty cache with a budget of that many bytes.
+func newMemoryCache(bytes int64) *memoryCache {
+	c := &memoryCache{seed: maphash.MakeSeed()}
 	for i := range c.shards {
-		c.shards[i].byKey = map[string]*list.Element{}
-		c.shards[i].room = bytes / int64(len(c.shards))
+		c.shards[i] = newLRU[*memoryEntry](bytes/int64(len(c.shards)), 0)
 	}
 	return c
 }
 
-func (c *hotCache) shard(key string) *hotShard {
-	return &c.shards[maphash.String(c.seed, key)%uint64(len(c.shards))]
+func (c *memoryCache) shardOf(key string) *lru[*memoryEntry] {
+	return c.shards[maphash.String(c.seed, key)%uint64(len(c.shards))]
 }
 
 // get returns key's entry, or nil, and makes it the most recently used one.
-func (c *hotCache) get(key string) *memoryEntry {
-	s := c.shard(key)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	el := s.byKey[key]
-	if el == nil {
-		return nil
-	}
-	s.order.MoveToFront(el)
-	return el.Value.(*memoryEntry)
+func (c *memoryCache) get(key string) *memoryEntry {
+	e, _ := c.shardOf(key).get(key)
+	return e
 }
 
 // add adds an entry in place of an older one of its key. The least recently used
 // entries of the shard go until it is within its budget.
-func (c *hotCache) add(e *memoryEntry) {
-	s := c.shard(e.key)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.remove(s.byKey[e.key])
-	s.byKey[e.key] = s.order.PushFront(e)
-	s.room -= e.memoryCost()
-	for s.room < 0 {
-		s.remove(s.order.Back())
-	}
+func (c *memoryCache) add(e *memoryEntry) {
+	c.shardOf(e.key).put(e.key, memoryEntryCost+int64(len(e.body)), e)
 }
 
 // drop removes key's entry if there is one.
-func (c *hotCache) drop(key string) {
-	s := c.shard(key)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.remove(s.byKey[key])
-}
-
-func (s *hotShard) remove(el *list.Element) {
-	if el == nil {
-		return
-	}
-	e := s.order.Remove(el).(*memoryEntry)
-	delete(s.byKey, e.key)
-	s.room += e.memoryCost()
-}
-
-// memoryCost returns what the entry costs of the budget, in bytes.
-func (e *memoryEntry) memoryCost() int64 { return memoryEntryCost + int64(len(e.body)) }
+func (c *memoryCache) drop(key string) { c.shardOf(key).remove(key) }

@@ -13,7 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
 	"syscall"
 )
 
@@ -168,7 +167,7 @@ func (d *diskStore) lockData() (locked bool, err error) {
 
 // Close unlocks DATA_DIR. It waits for a ping that still runs.
 func (d *diskStore) Close() error {
-	d.probe.wg.Wait()
+	d.probe.wait()
 	if d.owner == nil {
 		return nil
 	}
@@ -386,45 +385,22 @@ func (d *diskStore) dropIfUnchanged(ctx context.Context, key string, id fileIden
 	return d.dropDamaged(key, reason)
 }
 
-// diskProbe runs at most one check of the disk at a time. On a disk that hangs, each
-// check occupies a thread until the disk answers.
-type diskProbe struct {
-	wg   sync.WaitGroup // counts the running check
-	mu   sync.Mutex     // guards the fields below; never held during I/O
-	done chan struct{}  // closed by the running check at its end; nil: none runs
-	err  error          // of the last check that ended
-}
-
 // ping returns nil if a file can be made in DATA_DIR. It ends with ctx even if the
-// disk hangs. Calls that overlap share one check.
+// disk hangs. Calls that overlap share one check, since each occupies a thread until
+// such a disk answers.
 func (d *diskStore) ping(ctx context.Context) error {
-	p := &d.probe
-	p.mu.Lock()
-	if p.done == nil {
-		p.done = make(chan struct{})
-		done := p.done
-		p.wg.Go(func() { d.probeWrite(done) })
+	err := d.probe.result(ctx, d.probeWrite)
+	if err != nil && ctx.Err() != nil {
+		return fmt.Errorf("%w: %w", errStoreDown, err)
 	}
-	done := p.done
-	p.mu.Unlock()
-	select {
-	case <-done:
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return p.err
-	case <-ctx.Done():
-		return fmt.Errorf("%w: %w", errStoreDown, ctx.Err())
-	}
+	return err
 }
 
 // probeWrite is the check of ping: it makes a file and removes it.
-func (d *diskStore) probeWrite(done chan struct{}) {
+func (d *diskStore) probeWrite() error {
 	f, err := d.newSpool()
-	if err == nil {
-		err = storeError("removing a file", errors.Join(f.Close(), os.Remove(f.Name())))
+	if err != nil {
+		return err
 	}
-	d.probe.mu.Lock()
-	defer d.probe.mu.Unlock()
-	d.probe.err, d.probe.done = err, nil
-	close(done)
+	return storeError("removing a file", errors.Join(f.Close(), os.Remove(f.Name())))
 }
