@@ -1,6 +1,6 @@
-// store_redis.go: what replicas share through Redis: when copies were last
-// found good, who fills what, and which files have changed. All of it may be
-// lost at any time; it costs a revalidation or a second download.
+// store_redis.go: what replicas share through Redis: freshness marks, leases of
+// fills, and announcements of changes. All of it may be lost at any time, which
+// costs a revalidation or a second download.
 
 package main
 
@@ -12,44 +12,44 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/url"
 	"os"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
 )
 
 const (
-	// redisTimeout bounds everything asked of Redis, the connection included: a
-	// request waits for it.
+	// redisTimeout bounds each use of Redis, the connection included, because a
+	// client waits for it.
 	redisTimeout = 500 * time.Millisecond
-	// redisPause is how long Redis is left alone after it failed.
+	// redisPause is how long Redis is not asked after a failure. /health has to see
+	// within a second that it is back.
 	redisPause = time.Second
-	// redisConns bounds the connections of one replica; redisIdle closes those
-	// that a burst left, before middle boxes forget them.
+	// redisConns bounds the connections of one replica. redisIdle closes those that
+	// are left of a burst, before a firewall forgets them.
 	redisConns = 64
 	redisIdle  = time.Minute
-	// markLife is when a mark is forgotten that nobody renewed: its file then
-	// is as old as its record says. Marks of files that are gone must not
-	// stay for ever, and few TTLs are longer.
+	// markLife is when a mark that is not renewed is forgotten; its file is then as
+	// old as its record says. It removes the marks of files that are gone, and few
+	// TTLs are longer.
 	markLife = 30 * 24 * time.Hour
-	// leaseLife is when a lease without a heartbeat is dead (SPEC.md section
-	// 8). leaseInterval is how often beat should be called: two beats may be lost.
+	// leaseLife is when a lease that is not renewed ends. leaseInterval is how often
+	// renewLeases should be called, so that two calls may fail.
 	leaseLife     = 15 * time.Second
 	leaseInterval = 5 * time.Second
-	// maxLeaseTries bounds how often a lease may end between asking for it and
-	// asking who has it.
-	maxLeaseTries = 3
-	// watchInterval is how often a subscription is asked whether it is alive, and
-	// watchTimeout how long it may be silent: a purge has to be seen everywhere
-	// within a second, or known not to be.
+	// watchInterval is how often a subscription is pinged, and watchTimeout how long
+	// it may be silent: a purge has to be seen by all replicas within a second, or
+	// be known to be missed.
 	watchInterval = 300 * time.Millisecond
 	watchTimeout  = time.Second
-	// watchPause is between two attempts to subscribe.
+	// watchPause is the pause between two attempts to subscribe.
 	watchPause = 300 * time.Millisecond
 )
 
@@ -58,55 +58,54 @@ var (
 	_ replicas  = (*redisStore)(nil)
 )
 
-// renewScript keeps a lease, and takes it again after Redis has lost it; 0
-// says that another process has it.
+// renewScript renews a lease, and takes it again when Redis has lost it. Its answer
+// is 0 when another process has the lease.
 var renewScript = redis.NewScript(1, `local v = redis.call('GET', KEYS[1])
 if v == ARGV[1] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) return 1 end
 if v then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1`)
 
-// releaseScript ends a lease, if it still is the caller's.
+// releaseScript ends a lease if it still is the caller's.
 var releaseScript = redis.NewScript(1, `if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0`)
 
-// redisStore implements freshness and replicas. After a failure it answers
-// errStoreDown at once for a second; then one call, usually ping's, tries.
+// redisStore implements freshness and replicas. After a failure everything fails at
+// once with errStoreDown, for redisPause; then one call, usually ping's, finds out
+// whether Redis is back. Its methods may be called concurrently.
 type redisStore struct {
-	address   string // host:port
-	options   []redis.DialOption
-	prefix    string // of all keys and of the channel
-	channel   string
-	self      string // names this process in announcements
-	password  secret // kept out of errors
-	advertise func(localIP string) string
-	now       func() time.Time
-	log       *slog.Logger
-	pause     time.Duration // watchPause but in tests
+	address    string // host:port
+	options    []redis.DialOption
+	prefix     string // of all keys and of the channel
+	channel    string
+	self       string // names this process in leases and announcements
+	password   secret // is kept out of errors
+	advertise  func(localIP string) string
+	now        func() time.Time
+	log        *slog.Logger
+	watchPause time.Duration // watchPause but in tests
+	outage     *circuit
+	subscribed atomic.Bool // announcements arrive, as far as the subscription knows
 
-	mu         sync.Mutex // guards the rest; never held across I/O
-	pool       *redis.Pool
-	broken     error     // why Redis is down; nil: it is not, as far as known
-	next       time.Time // when one call is to try again
-	ip         string    // our end of the connection made last
-	subscribed bool
-	leases     map[string]string // what we hold: value by key of Redis
+	mu     sync.Mutex // guards the fields below; not held across I/O
+	pool   *redis.Pool
+	ip     string            // our end of the connection that was made last
+	leases map[string]string // that we hold: value by key of Redis
 }
 
-// newRedisStore does not connect yet. prefix keeps caches apart that share a
-// Redis (the bucket's name). advertise makes the address at which other
-// replicas reach this one of the local IP of its Redis connection; it is asked
-// with each lease.
+// newRedisStore does not connect yet. prefix separates caches that share a Redis.
+// advertise returns the address at which other replicas reach this one, given the
+// local IP of its connection to Redis; it is called for each lease.
 func newRedisStore(rawURL, prefix string, advertise func(localIP string) string, now func() time.Time, log *slog.Logger) (*redisStore, error) {
 	u, err := url.Parse(rawURL)
-	if err != nil || u.Hostname() == "" || u.Scheme != "redis" && u.Scheme != "rediss" {
-		// The error of url.Parse would show the password.
+	if err != nil || u.Hostname() == "" || (u.Scheme != "redis" && u.Scheme != "rediss") {
+		// The error of url.Parse shows the password.
 		return nil, errors.New("REDIS_URL is not a URL like redis://:PASSWORD@HOST:6379/0 or rediss:// for TLS")
 	}
 	db := 0
 	if name := strings.Trim(u.Path, "/"); name != "" {
 		if db, err = strconv.Atoi(name); err != nil || db < 0 {
-			return nil, errors.New("REDIS_URL: the path is not a database number") // it may be a piece of a password
+			return nil, errors.New("REDIS_URL: the path is not a database number") // and not shown: it may be a part of a password
 		}
 	}
 	port := u.Port()
@@ -116,9 +115,10 @@ func newRedisStore(rawURL, prefix string, advertise func(localIP string) string,
 	password, _ := u.User.Password()
 	r := &redisStore{
 		address: net.JoinHostPort(u.Hostname(), port), prefix: "artifactapi:" + prefix + ":", self: rand.Text(),
-		password: secret(password), advertise: advertise, now: now, log: log, pause: watchPause, leases: map[string]string{},
+		password: secret(password), advertise: advertise, now: now, log: log, watchPause: watchPause,
+		outage: newCircuit(now, redisPause, redisPause), leases: map[string]string{},
 	}
-	// Channels are shared by all databases of a server.
+	// Channels belong to all databases of a server, keys to one.
 	r.channel = r.prefix + strconv.Itoa(db) + ":changed"
 	r.options = []redis.DialOption{
 		redis.DialUsername(u.User.Username()), redis.DialPassword(password), redis.DialDatabase(db),
@@ -136,7 +136,7 @@ func (r *redisStore) newPool() *redis.Pool {
 	}
 }
 
-// dialRedis makes a connection that is logged in, within ctx.
+// dialRedis makes a connection and logs in.
 func (r *redisStore) dialRedis(ctx context.Context) (redis.Conn, error) {
 	return redis.DialContext(ctx, "tcp", r.address, r.options...)
 }
@@ -155,15 +155,15 @@ func (r *redisStore) dialTCP(ctx context.Context, network, address string) (net.
 	return c, nil
 }
 
-// localIP is the address of this machine that faces Redis, and so most likely
-// the other replicas; "" before the first connection.
+// localIP is the address of this machine in its connection to Redis, at which the
+// other replicas most likely reach it; "" before the first connection.
 func (r *redisStore) localIP() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.ip
 }
 
-// getMark: see freshness. A mark that cannot be read is none.
+// getMark implements freshness. A mark that cannot be parsed counts as missing.
 func (r *redisStore) getMark(ctx context.Context, key string) (m freshnessMark, err error) {
 	err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
 		v, err := redis.String(redis.DoContext(c, ctx, "GET", r.markKey(key)))
@@ -182,13 +182,13 @@ func (r *redisStore) getMark(ctx context.Context, key string) (m freshnessMark, 
 	return m, nil
 }
 
-// setMark: see freshness.
+// setMark implements freshness.
 func (r *redisStore) setMark(ctx context.Context, key string, m freshnessMark) error {
 	value := strconv.FormatInt(m.GoodAt.UnixNano(), 10) + " " + m.SHA256
 	return r.runCommand(ctx, "SET", r.markKey(key), value, "PX", markLife.Milliseconds())
 }
 
-// delete: see freshness. A mark that is not there is no error.
+// delete implements freshness. A missing mark is no error.
 func (r *redisStore) delete(ctx context.Context, key string) error {
 	return r.runCommand(ctx, "DEL", r.markKey(key))
 }
@@ -202,30 +202,26 @@ func parseMark(v string) (freshnessMark, bool) {
 	return freshnessMark{time.Unix(0, nanos).UTC(), sum}, ok && err == nil
 }
 
-// acquireLease: see replicas. A key that this process has leased already (its fill
-// was purged and goes on for its clients) is not leased again.
+// acquireLease implements replicas. A key that this process has leased already is
+// not leased again: its fill was purged and goes on for its clients.
 func (r *redisStore) acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error) {
 	at := r.leaseKey(key)
 	err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
 		// The address is known now that there is a connection.
 		value := r.self + " " + token + " " + r.advertise(r.localIP())
-		for range maxLeaseTries {
-			holder, err := setLease(ctx, c, at, value)
-			switch {
-			case err != nil:
-				return err
-			case holder == value:
-				r.rememberLease(at, value)
-				release = func() { r.releaseLease(at, value) }
-				return nil
-			case strings.HasPrefix(holder, r.self+" "):
-				return nil
-			case holder != "":
-				other = parseLeaseHolder(holder)
-				return nil
-			}
+		holder, err := setLease(ctx, c, at, value)
+		switch {
+		case err != nil:
+			return err
+		case holder == value:
+			r.mu.Lock()
+			r.leases[at] = value
+			r.mu.Unlock()
+			release = func() { r.releaseLease(at, value) }
+		case holder != "" && !strings.HasPrefix(holder, r.self+" "):
+			other = parseLeaseHolder(holder)
 		}
-		return nil // it comes and goes: fill without
+		return nil
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("leasing %s: %w", key, err)
@@ -233,14 +229,15 @@ func (r *redisStore) acquireLease(ctx context.Context, key, token string) (relea
 	return release, other, nil
 }
 
-// acquireLease returns the value that holds the lease: ours, another's, or none
-// if the other's has just ended.
-func setLease(ctx context.Context, c redis.Conn, at, value string) (string, error) {
-	_, err := redis.String(redis.DoContext(c, ctx, "SET", at, value, "NX", "PX", leaseLife.Milliseconds()))
+// setLease returns the value that holds the lease: value itself, another one, or ""
+// if the other lease has just ended. That fill is over, so filling without a lease is
+// good enough.
+func setLease(ctx context.Context, c redis.Conn, at, value string) (holder string, err error) {
+	_, err = redis.String(redis.DoContext(c, ctx, "SET", at, value, "NX", "PX", leaseLife.Milliseconds()))
 	if !errors.Is(err, redis.ErrNil) {
 		return value, err
 	}
-	holder, err := redis.String(redis.DoContext(c, ctx, "GET", at))
+	holder, err = redis.String(redis.DoContext(c, ctx, "GET", at))
 	if errors.Is(err, redis.ErrNil) {
 		return "", nil
 	}
@@ -254,24 +251,24 @@ func parseLeaseHolder(v string) *leaseHolder {
 	return &leaseHolder{addr: addr, token: token}
 }
 
-func (r *redisStore) rememberLease(at, value string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.leases[at] = value
-}
-
-// forgetLease forgets a lease; it tells whether it was still known.
+// forgetLease reports whether the lease was held until now.
 func (r *redisStore) forgetLease(at, value string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	known := r.leases[at] == value
-	if known {
+	held := r.leases[at] == value
+	if held {
 		delete(r.leases, at)
 	}
-	return known
+	return held
 }
 
-// releaseLease ends a lease. Where Redis cannot be told it dies by itself.
+func (r *redisStore) holdsLease(at, value string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.leases[at] == value
+}
+
+// releaseLease ends a lease. While Redis is down the lease ends by itself.
 func (r *redisStore) releaseLease(at, value string) {
 	if r.forgetLease(at, value) {
 		r.deleteLease(at, value)
@@ -284,94 +281,70 @@ func (r *redisStore) deleteLease(at, value string) {
 		return err
 	})
 	if err != nil {
-		r.log.Debug("a lease is left to die", "lease", at, "error", err)
+		r.log.Debug("a lease was not released and will expire", "lease", at, "error", err)
 	}
 }
 
-// renewLeases is the step of the loop that keeps our leases, to be called each
-// leaseInterval. A lease that another process has taken is forgotten: both fill.
+// renewLeases renews all leases that we hold. It is to be called each leaseInterval.
+// A lease that another process has taken is given up: both go on filling.
 func (r *redisStore) renewLeases(ctx context.Context) error {
 	r.mu.Lock()
-	held := make(map[string]string, len(r.leases))
-	for at, value := range r.leases {
-		held[at] = value
-	}
+	held := maps.Clone(r.leases)
 	r.mu.Unlock()
-	if len(held) == 0 {
-		return nil
-	}
 	for at, value := range held {
-		var kept int
+		var renewed int
 		err := r.withConn(ctx, func(ctx context.Context, c redis.Conn) (err error) {
-			kept, err = redis.Int(renewScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
+			renewed, err = redis.Int(renewScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
 			return err
 		})
 		if err != nil {
 			return fmt.Errorf("keeping leases: %w", err)
 		}
-		if kept == 0 {
+		if renewed == 0 {
 			r.forgetLease(at, value)
-		} else if !r.holdsLease(at, value) { // released meanwhile, and brought back by us
+		} else if !r.holdsLease(at, value) {
+			// It was released meanwhile, and the script has made it again: other
+			// replicas would look here for a fill that is over.
 			r.deleteLease(at, value)
 		}
 	}
 	return nil
 }
 
-func (r *redisStore) holdsLease(at, value string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.leases[at] == value
-}
-
-// announceChange: see replicas.
+// announceChange implements replicas.
 func (r *redisStore) announceChange(ctx context.Context, key string) error {
 	return r.runCommand(ctx, "PUBLISH", r.channel, r.self+" "+key)
 }
 
-// hearsChanges: see replicas.
+// hearsChanges implements replicas.
 func (r *redisStore) hearsChanges() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.subscribed && r.broken == nil
+	return r.subscribed.Load() && r.outage.outageCause() == nil
 }
 
-// watchChanges: see replicas. It connects again until ctx ends.
+// watchChanges implements replicas. It subscribes again until ctx ends.
 func (r *redisStore) watchChanges(ctx context.Context, changed func(key string), reset func()) {
-	told := false // of an outage
+	logged := false // since the last subscription
 	for ctx.Err() == nil {
 		err := r.subscribe(ctx, changed, func() {
-			told = false
+			logged = false
 			reset()
 		})
-		r.setSubscribed(false)
-		if ctx.Err() != nil {
-			return
+		r.subscribed.Store(false)
+		if !logged && ctx.Err() == nil {
+			r.log.Warn("announcements of other replicas do not arrive: hot copies are checked before use",
+				"redis", r.address, "error", redact(err, r.password))
+			logged = true
 		}
-		if !told {
-			r.log.Warn("announcements of other replicas do not arrive: hot copies are checked before use", "error", redact(err, r.password))
-		}
-		told = true
-		wait := time.NewTimer(r.pause)
 		select {
-		case <-wait.C:
+		case <-time.After(r.watchPause):
 		case <-ctx.Done():
-			wait.Stop()
 		}
 	}
 }
 
-func (r *redisStore) setSubscribed(is bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.subscribed = is
-}
-
-// subscribe is one subscription, to its end.
+// subscribe subscribes once and returns the error that ends the subscription.
 func (r *redisStore) subscribe(ctx context.Context, changed func(key string), reset func()) error {
-	dialing, cancel := context.WithTimeout(ctx, redisTimeout)
-	c, err := r.dialRedis(dialing)
-	cancel()
+	c, err := r.dialRedis(ctx) // the options bound each step of it
 	if err != nil {
 		return err
 	}
@@ -380,7 +353,7 @@ func (r *redisStore) subscribe(ctx context.Context, changed func(key string), re
 	if err := ps.Subscribe(r.channel); err != nil {
 		return err
 	}
-	ctx, cancel = context.WithCancel(ctx)
+	ctx, cancel := context.WithCancel(ctx)
 	var pinging sync.WaitGroup
 	pinging.Go(func() {
 		defer ps.Close() // ends the wait for a message when ctx ends
@@ -393,10 +366,10 @@ func (r *redisStore) subscribe(ctx context.Context, changed func(key string), re
 		case error:
 			return m
 		case redis.Subscription:
-			// From here on nothing is missed; what came before may have been.
+			// From now on nothing is missed, but something may have been before.
 			reset()
-			r.worked()
-			r.setSubscribed(true)
+			r.noteSuccess()
+			r.subscribed.Store(true)
 		case redis.Message:
 			if sender, key, _ := strings.Cut(string(m.Data), " "); sender != r.self {
 				changed(key)
@@ -405,8 +378,8 @@ func (r *redisStore) subscribe(ctx context.Context, changed func(key string), re
 	}
 }
 
-// pingSubscription pings a subscription, so that its silence means something, until
-// ctx or the connection ends.
+// pingSubscription pings a subscription until ctx or the connection ends. Without
+// pings a dead connection and one without announcements look the same.
 func pingSubscription(ctx context.Context, ps redis.PubSubConn) {
 	t := time.NewTicker(watchInterval)
 	defer t.Stop()
@@ -422,11 +395,12 @@ func pingSubscription(ctx context.Context, ps redis.PubSubConn) {
 	}
 }
 
-// ping asks Redis whether it answers: errStoreDown if not. It is what finds
-// out that Redis is back, so it should be called twice a second.
+// ping asks Redis whether it answers: errStoreDown if not. It finds out that Redis
+// is back, so it should be called twice a second.
 func (r *redisStore) ping(ctx context.Context) error { return r.runCommand(ctx, "PING") }
 
-// Close releases what is leased and ends all connections but watch's.
+// Close releases the leases and closes the connections, but for watchChanges', whose
+// ctx closes it.
 func (r *redisStore) Close() error {
 	r.mu.Lock()
 	held := r.leases
@@ -438,7 +412,7 @@ func (r *redisStore) Close() error {
 	return r.currentPool().Close()
 }
 
-// runCommand is do for a command whose answer says nothing.
+// runCommand is withConn for one command whose answer does not matter.
 func (r *redisStore) runCommand(ctx context.Context, command string, args ...any) error {
 	return r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
 		_, err := redis.DoContext(c, ctx, command, args...)
@@ -446,46 +420,71 @@ func (r *redisStore) runCommand(ctx context.Context, command string, args ...any
 	})
 }
 
-// withConn runs f with a connection, within redisTimeout, and learns from it whether
-// Redis is up. Its errors are fs.ErrNotExist of f and errStoreDown.
+// withConn calls f with a connection, within redisTimeout, and learns from it whether
+// Redis is up. f may be called twice. The error is fs.ErrNotExist if f's is, and
+// errStoreDown otherwise.
 func (r *redisStore) withConn(ctx context.Context, f func(context.Context, redis.Conn) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	pool, err := r.turn()
-	if err != nil {
-		return err
-	}
+	began := r.now()
 	inner, cancel := context.WithTimeout(ctx, redisTimeout)
 	defer cancel()
+	if err := r.outage.admit(inner); err != nil {
+		return err
+	}
+	pool := r.currentPool()
 	got, err := withPoolConn(inner, pool, f)
-	if got && isStaleConn(err) { // Redis was started again, or closed what was idle
+	if got && isStaleConn(err) { // Redis was restarted, or closes idle connections (its "timeout")
 		pool = r.replacePool(pool)
 		got, err = withPoolConn(inner, pool, f)
 	}
 	refused, _ := errors.AsType[redis.Error](err)
 	switch {
 	case err == nil, errors.Is(err, fs.ErrNotExist):
-		r.worked()
+		r.noteSuccess()
 		return err
 	case isCallerTimeout(ctx, inner, err): // which says nothing about Redis
-		return fmt.Errorf("%w: redis: %w", errStoreDown, cmp.Or(ctx.Err(), context.DeadlineExceeded))
-	case got && refused != "": // Redis is there and does not like this, such as being full
-		return fmt.Errorf("%w: redis: %s", errStoreDown, redact(err, r.password))
+		return fmt.Errorf("%w: Redis: %w", errStoreDown, cmp.Or(ctx.Err(), context.DeadlineExceeded))
+	case got && refused != "": // Redis is up and refuses this command, for instance because it is full
+		return r.storeDown(err)
 	}
-	return r.failed(pool, err)
+	r.replacePool(pool)
+	return r.noteFailure(r.storeDown(err), began)
 }
 
-// isCallerTimeout tells that err is of the caller's context and not of our own
-// patience. redigo's deadline may pass a moment before the context's.
+// storeDown is err as errStoreDown, with Redis' address and without the password.
+func (r *redisStore) storeDown(err error) error {
+	return fmt.Errorf("%w: Redis at %s: %s", errStoreDown, r.address, redact(err, r.password))
+}
+
+// noteFailure opens the circuit because of cause, in a request that began then, and
+// returns cause.
+func (r *redisStore) noteFailure(cause error, began time.Time) error {
+	if r.outage.fail(cause, began) {
+		r.log.Error("Redis is down: each replica fetches for itself, and freshness counts from what the records say",
+			"redis", r.address, "error", cause)
+	}
+	return cause
+}
+
+func (r *redisStore) noteSuccess() {
+	if lasted, recovered := r.outage.succeed(); recovered {
+		r.log.Info("Redis is up again", "redis", r.address, "outage", lasted.Round(time.Millisecond).String())
+	}
+}
+
+// isCallerTimeout reports whether err comes from the caller's ctx and not from
+// redisTimeout, which ends inner. redigo's deadline may pass a moment before that of
+// the context.
 func isCallerTimeout(ctx, inner context.Context, err error) bool {
-	theirs, has := ctx.Deadline()
-	ours, _ := inner.Deadline()
-	late := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
-	return ctx.Err() != nil || has && theirs.Equal(ours) && late
+	callers, has := ctx.Deadline()
+	earliest, _ := inner.Deadline()
+	isTimeout := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
+	return ctx.Err() != nil || (has && callers.Equal(earliest) && isTimeout)
 }
 
-// withPoolConn runs f with a connection, if it got one.
+// withPoolConn calls f with a connection, if it got one.
 func withPoolConn(ctx context.Context, pool *redis.Pool, f func(context.Context, redis.Conn) error) (got bool, err error) {
 	c, err := pool.GetContext(ctx)
 	if err != nil {
@@ -495,51 +494,14 @@ func withPoolConn(ctx context.Context, pool *redis.Pool, f func(context.Context,
 	return true, f(ctx, c)
 }
 
-// turn is the pool to use. While Redis is down there is none, but for one call
-// a second.
-func (r *redisStore) turn() (*redis.Pool, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.broken != nil {
-		if r.now().Before(r.next) {
-			return nil, fmt.Errorf("%w: redis: %w", errStoreDown, r.broken)
-		}
-		r.next = r.now().Add(redisPause)
-	}
-	return r.pool, nil
-}
-
-// worked notes that Redis answers.
-func (r *redisStore) worked() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.broken != nil {
-		r.log.Info("redis is usable again")
-	}
-	r.broken = nil
-}
-
-// failed notes that Redis cannot be used.
-func (r *redisStore) failed(used *redis.Pool, err error) error {
-	text := errors.New(redact(err, r.password))
-	r.replacePool(used)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.broken == nil {
-		r.log.Error("redis is down: freshness is what the records say, and replicas do not hear of each other", "error", text)
-	}
-	r.broken, r.next = text, r.now().Add(redisPause)
-	return fmt.Errorf("%w: redis: %w", errStoreDown, text)
-}
-
-// replacePool drops the connections of a pool in which one was found dead: they die
-// together. It returns the pool to use.
+// replacePool closes the connections of a pool in which one was found dead: they die
+// together. It returns the pool to use from now on.
 func (r *redisStore) replacePool(used *redis.Pool) *redis.Pool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if used == r.pool {
 		r.pool = r.newPool()
-		used.Close() // closes what is idle; the rest when it is given back
+		used.Close() // the connections in use are closed when they are given back
 	}
 	return r.pool
 }

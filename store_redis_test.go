@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -284,12 +285,18 @@ func (l *lockedBuffer) String() string {
 
 func startRedis(t *testing.T, rawURL, prefix, port string) *redisTester {
 	t.Helper()
+	return startRedisAt(t, rawURL, prefix, port, time.Now)
+}
+
+// startRedisAt is startRedis with a clock.
+func startRedisAt(t *testing.T, rawURL, prefix, port string, now func() time.Time) *redisTester {
+	t.Helper()
 	out := new(lockedBuffer)
-	r, err := newRedisStore(rawURL, prefix, func(ip string) string { return "http://" + net.JoinHostPort(ip, port) }, time.Now, slog.New(slog.NewTextHandler(out, nil)))
+	r, err := newRedisStore(rawURL, prefix, func(ip string) string { return "http://" + net.JoinHostPort(ip, port) }, now, slog.New(slog.NewTextHandler(out, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.pause = time.Millisecond
+	r.watchPause = time.Millisecond
 	t.Cleanup(func() { r.Close() })
 	return &redisTester{t, r, out}
 }
@@ -477,9 +484,9 @@ func waitUntil(t *testing.T, what string, ok func() bool) {
 func TestRedisDown(t *testing.T) {
 	t.Parallel()
 	f := newFakeRedis(t)
-	r := startRedis(t, "redis://"+f.name, "", "1")
+	f.auth = "hunter2"
 	at := testDay
-	r.now = func() time.Time { return at }
+	r := startRedisAt(t, "redis://:hunter2@"+f.name, "", "1", func() time.Time { return at })
 	if err := r.ping(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -493,9 +500,7 @@ func TestRedisDown(t *testing.T) {
 			}
 		}
 	}
-	if strings.Count(r.out.String(), "level=ERROR") != 1 {
-		t.Errorf("the outage should be told once:\n%s", r.out)
-	}
+	r.wantLine("level=ERROR", "redis="+f.name, "connection refused")
 	f.start()
 	if err := r.ping(t.Context()); !errors.Is(err, errStoreDown) || f.calls > 3 {
 		t.Errorf("asked again at once: %v", err)
@@ -506,6 +511,41 @@ func TestRedisDown(t *testing.T) {
 	}
 	if _, err := r.getMark(t.Context(), "k"); errors.Is(err, errStoreDown) {
 		t.Errorf("get: %v", err)
+	}
+	r.wantLine("Redis is up again", "redis="+f.name, "outage=1s")
+	if strings.Contains(r.out.String(), "hunter2") {
+		t.Error("the password is in the log")
+	}
+}
+
+// wantLine checks that one line of the log has text, and that it has the rest too.
+func (r *redisTester) wantLine(text string, rest ...string) {
+	r.Helper()
+	var lines []string
+	for line := range strings.Lines(r.out.String()) {
+		if strings.Contains(line, text) {
+			lines = append(lines, line)
+		}
+	}
+	missing := func(part string) bool { return !strings.Contains(lines[0], part) }
+	if len(lines) != 1 || slices.ContainsFunc(rest, missing) {
+		r.Errorf("the log says %q; want one line with %q and %q", lines, text, rest)
+	}
+}
+
+// TestRedisSlowRequestIsNoOutage: a request gets no answer while others do.
+func TestRedisSlowRequestIsNoOutage(t *testing.T) {
+	t.Parallel()
+	at := testDay
+	r := startRedisAt(t, "redis://"+newFakeRedis(t).name, "", "1", func() time.Time { return at })
+	began := at
+	at = at.Add(redisTimeout)
+	if err := r.ping(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.noteFailure(errStoreDown, began)
+	if err := r.ping(t.Context()); err != nil || strings.Contains(r.out.String(), "down") {
+		t.Errorf("it is taken for an outage: %v\n%s", err, r.out)
 	}
 }
 
@@ -536,8 +576,8 @@ func TestRedisThatNeverAnswers(t *testing.T) {
 	f.with(func() { f.silent = true })
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if err := r.ping(ctx); !errors.Is(err, errStoreDown) || r.broken != nil {
-		t.Errorf("a caller in a hurry: %v, %v", err, r.broken)
+	if err := r.ping(ctx); !errors.Is(err, errStoreDown) || r.outage.outageCause() != nil {
+		t.Errorf("a caller with little time: %v, %v", err, r.outage.outageCause())
 	}
 	within(t, redisTimeout+300*time.Millisecond, func() {
 		if _, err := r.getMark(t.Context(), "k"); !errors.Is(err, errStoreDown) {
@@ -696,11 +736,7 @@ func TestRealRedisThatNeverAnswers(t *testing.T) {
 	if r.hearsChanges() {
 		t.Error("online while Redis is silent")
 	}
-	waitUntil(t, "unsubscribed", func() bool {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		return !r.subscribed
-	})
+	waitUntil(t, "unsubscribed", func() bool { return !r.subscribed.Load() })
 	w.speak()
 	h.want(t, "reset")
 	waitUntil(t, "usable again", func() bool { return r.ping(t.Context()) == nil && r.hearsChanges() })
