@@ -1,16 +1,14 @@
-// store_hot.go: copies on local disk of what S3 has, those used last, so that
-// a replica serves them at the speed of its disk.
+// store_hot.go: hot copies, which are copies on local disk of the objects in S3 that
+// were used last, so that a replica serves them at the speed of its disk.
 
 package main
 
 import (
-	"container/list"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -24,14 +22,19 @@ const (
 	hotCopyOverhead = 12 << 10
 	// maxHotCopies bounds the copies, at some 300 bytes of memory each.
 	maxHotCopies = 100_000
-	// maxHotShare of the tier is the most that one file may take: a single image
-	// of a disk must not push everything else out.
+	// maxHotShare is the part of the tier that one file may take, as a divisor: one
+	// image of a disk must not evict everything else.
 	maxHotShare = 2
-	// maxParallelCopies are made at once; further files wait for their next reader.
+	// maxParallelCopies bounds the copies that are made at once. Further files get
+	// their copy from a later reader.
 	maxParallelCopies = 4
-	// maxChunksAhead is how many chunks (2 MiB) a client may be ahead of the copy
-	// before it leaves the copy behind: it is never made to wait.
-	maxChunksAhead = 32
+	// maxChunksAhead is how many chunks (4 MiB in all) a client may be ahead of its
+	// copy: 40 ms of a disk that stalls, at 1 Gbit/s. A client never waits.
+	maxChunksAhead = 64
+	// copyBudgetStep is how far ahead of the bytes written others are evicted. A
+	// client that is faster than the disk soon ends its copy, which then has not
+	// evicted the gigabytes of the whole file for nothing.
+	copyBudgetStep = 8 << 20
 )
 
 var (
@@ -39,34 +42,36 @@ var (
 	_ cachingObjects = (*tieredStore)(nil)
 )
 
-// tieredStore implements objects in S3 with copies on disk. What is stored is
-// durable in S3 before there is a copy, so that any copy may be lost. A copy
-// answers as long as s3Store.trusts its ticket; then S3 is asked whether it
-// still has that version.
+// tieredStore implements objects in S3 with hot copies on disk. An object is durable
+// in S3 before it has a copy, so any copy may be lost. A copy is served as long as
+// s3Store.trustsCopy; after that S3 is asked whether it still has that version.
 type tieredStore struct {
-	cold      *s3Store
+	s3        *s3Store
 	disk      *diskStore
 	checkRoom func(n int64) error // nil while n more bytes may be written
 	log       *slog.Logger
-	copies    *recency      // the copies that may be used
-	copyLocks keyedLock     // by key: for changes of the copy on disk
-	slots     chan struct{} // of copies being made
+	copies    *lru[validity] // the copies that may be used
+	copyLocks keyedLock      // for changes of a key's copy on disk; taken before the locks of disk and copies
 
-	mu      sync.Mutex // guards copying
-	copying map[string]bool
+	mu      sync.Mutex      // guards copying; no other lock is taken under it
+	copying map[string]bool // the keys of which a copy is being made
 
 	ctx    context.Context // of what runs in the background
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 }
 
-// newTiered puts up to limit bytes in disk, which is the tier's alone, before
-// cold; 0 keeps none. load finds what an earlier process left there. The
-// caller closes the tier first, then cold.
-func newTiered(cold *s3Store, disk *diskStore, limit int64, room func(n int64) error) *tieredStore {
+// newTiered puts up to limit bytes of copies in disk, which nothing else uses, in
+// front of s3; 0 keeps none. checkRoom is nil or returns nil while n more bytes may be
+// written. findCopies finds what an earlier process left. The caller closes the tier
+// before s3.
+func newTiered(s3 *s3Store, disk *diskStore, limit int64, checkRoom func(n int64) error) *tieredStore {
+	if checkRoom == nil {
+		checkRoom = func(int64) error { return nil }
+	}
 	ctx, cancel := context.WithCancel(context.Background())
-	return &tieredStore{cold: cold, disk: disk, checkRoom: room, log: cold.log, copies: newRecency(limit, maxHotCopies),
-		slots: make(chan struct{}, maxParallelCopies), copying: map[string]bool{}, ctx: ctx, cancel: cancel}
+	return &tieredStore{s3: s3, disk: disk, checkRoom: checkRoom, log: s3.log, copies: newLRU[validity](limit, maxHotCopies),
+		copying: map[string]bool{}, ctx: ctx, cancel: cancel}
 }
 
 // Close ends what runs in the background.
@@ -75,49 +80,48 @@ func (t *tieredStore) Close() {
 	t.wg.Wait()
 }
 
-// findCopies finds the copies of an earlier process. Each is used again once S3 was
-// asked about it.
+// findCopies finds the copies of an earlier process. S3 is asked about each before it
+// is used.
 func (t *tieredStore) findCopies(ctx context.Context) error {
 	return t.disk.walk(ctx, func(key string, rec *record) error {
-		t.removeCopies(t.copies.addLast(keptEntry{key: key, cost: rec.Size + hotCopyOverhead}))
+		t.removeCopies(t.copies.putOldest(key, rec.Size+hotCopyOverhead, validity{}))
 		return nil
 	})
 }
 
-func (t *tieredStore) mayKeep(size int64) bool {
-	return size+hotCopyOverhead <= t.copies.limit/maxHotShare
+func (t *tieredStore) mayCopy(size int64) bool {
+	return size+hotCopyOverhead <= t.copies.budget/maxHotShare
 }
 
-// open: see objects.
+// open implements objects.
 func (t *tieredStore) open(ctx context.Context, key string, off int64) (*object, error) {
-	if k, ok := t.copies.get(key); ok {
-		if obj, err := t.openCopy(ctx, key, off, k); obj != nil || err != nil {
+	if v, found := t.copies.get(key); found {
+		if obj, err := t.openCopy(ctx, key, off, v); obj != nil || err != nil {
 			return obj, err
 		}
 	}
-	stamp := t.cold.stampOf(key)
-	obj, err := t.cold.open(ctx, key, off)
-	if err != nil || obj.body == nil || off > 0 || !t.mayKeep(obj.rec.Size) {
+	v := t.s3.validityNow(key)
+	obj, err := t.s3.open(ctx, key, off)
+	if err != nil || obj.body == nil || off > 0 || !t.mayCopy(obj.rec.Size) {
 		return obj, err
 	}
-	if body, ok := obj.body.(*s3Reader); ok {
-		obj.body = &copyingBody{s3Reader: body, t: t, rec: obj.rec, ticket: stamp}
-	}
+	obj.body = &copyingBody{s3Reader: obj.body.(*s3Reader), tier: t, hot: &hotCopy{key: key, rec: obj.rec, validity: v}}
 	return obj, nil
 }
 
-// openCopy answers from the copy; with neither object nor error S3 has to.
-func (t *tieredStore) openCopy(ctx context.Context, key string, off int64, k keptEntry) (*object, error) {
+// openCopy opens the copy of key, which was valid at v. Without an object and an
+// error S3 has to be asked for it.
+func (t *tieredStore) openCopy(ctx context.Context, key string, off int64, v validity) (*object, error) {
 	obj, err := t.disk.open(ctx, key, off)
-	if ctx.Err() != nil {
-		return nil, err
-	}
 	if err != nil {
-		t.log.Debug("a local copy cannot be used", "key", key, "error", err)
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		t.log.Debug("a hot copy cannot be used", "key", key, "error", err)
 		t.invalidate(key)
 		return nil, nil
 	}
-	if t.cold.trustsCopy(obj.rec.Class, k.stamp) {
+	if t.s3.trustsCopy(obj.rec.Class, v) {
 		return obj, nil
 	}
 	good, err := t.recheckCopy(ctx, key, obj.rec)
@@ -130,15 +134,15 @@ func (t *tieredStore) openCopy(ctx context.Context, key string, off int64, k kep
 	return nil, err
 }
 
-// recheckCopy asks S3 whether it still has the version of a copy; one that it does
-// not have is dropped. While S3 is down, immutable files are good enough.
+// recheckCopy asks S3 whether it still has the version of a copy, and drops the copy
+// if not. While S3 is down, the copy of an immutable file is good.
 func (t *tieredStore) recheckCopy(ctx context.Context, key string, rec *record) (good bool, err error) {
-	stamp := t.cold.stampOf(key)
-	now, err := t.cold.headRecord(ctx, key)
+	v := t.s3.validityNow(key)
+	now, err := t.s3.headRecord(ctx, key)
 	switch {
 	case err == nil && now.SHA256 == rec.SHA256 && now.Fetched.Equal(rec.Fetched):
-		if t.cold.isCurrent(key, stamp) {
-			t.copies.confirm(key, stamp)
+		if t.s3.isCurrent(key, v) {
+			t.setValidity(key, v)
 		}
 		return true, nil
 	case errors.Is(err, errStoreDown):
@@ -149,110 +153,119 @@ func (t *tieredStore) recheckCopy(ctx context.Context, key string, rec *record) 
 	return false, err
 }
 
-// put: see objects. The spool becomes the copy once S3 has the object; where
-// that fails there is none.
+// setValidity says when key's copy was valid. With the zero validity S3 is asked
+// before it is used again.
+func (t *tieredStore) setValidity(key string, v validity) {
+	t.copies.update(key, func(old *validity) { *old = v })
+}
+
+// put implements objects. The spool becomes the copy once S3 has the object. That this
+// fails is no error: there is no copy then.
 func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool *os.File) error {
-	stamp, err := t.cold.putStamped(ctx, key, rec, spool)
+	v, err := t.s3.upload(ctx, key, rec, spool)
 	if err != nil {
-		t.copies.confirm(key, changeStamp{}) // it may have arrived: ask before the copy is used
+		t.setValidity(key, validity{}) // the new version may have arrived
 		return err
 	}
-	t.copies.drop(key)
-	if !t.mayKeep(rec.Size) {
+	t.copies.remove(key)
+	if !t.mayCopy(rec.Size) {
 		t.removeCopy(key)
 		return nil
 	}
-	if err := t.installCopy(ctx, key, rec, spool, stamp); err != nil && ctx.Err() == nil {
-		t.log.Warn("no local copy", "key", key, "error", err)
+	if err := t.installCopy(ctx, key, rec, spool, v); err != nil && ctx.Err() == nil {
+		t.log.Warn("no hot copy was made", "key", key, "error", err)
 	}
 	return nil
 }
 
-// installCopy makes spool, rec's body, the copy of key. Other copies go only when
-// key's turn is over: two that wait for each other's would wait for ever.
-func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, spool *os.File, stamp changeStamp) error {
+// installCopy makes spool, the body of rec, the copy of key. Other copies are evicted
+// after key's lock is given back: two that wait for each other's key would wait
+// forever.
+func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, spool *os.File, v validity) error {
 	if err := t.copyLocks.lock(ctx, key); err != nil {
 		return err
 	}
-	out, err := t.replaceCopy(ctx, key, rec, spool, stamp)
+	evicted, err := t.replaceCopy(ctx, key, rec, spool, v)
 	t.copyLocks.unlock(key)
-	t.removeCopies(out)
+	t.removeCopies(evicted)
 	return err
 }
 
-// replaceCopy does install's work, unless key was announced to be replaced or
-// removed after at. It has key's turn.
-func (t *tieredStore) replaceCopy(ctx context.Context, key string, rec *record, spool *os.File, stamp changeStamp) (out []keptEntry, err error) {
-	valid := func() bool { return t.cold.isCurrent(key, stamp) }
+// replaceCopy does the work of installCopy, unless key was invalidated since v. The
+// caller holds key's lock.
+func (t *tieredStore) replaceCopy(ctx context.Context, key string, rec *record, spool *os.File, v validity) (evicted []lruEntry[validity], err error) {
+	valid := func() bool { return t.s3.isCurrent(key, v) }
 	if !valid() {
 		return nil, nil
 	}
 	if err := t.disk.put(ctx, key, rec, spool); err != nil {
-		t.copies.drop(key)
+		t.copies.remove(key)
 		return nil, errors.Join(err, t.deleteCopyFile(key))
 	}
-	added, out := t.copies.add(keptEntry{key: key, cost: rec.Size + hotCopyOverhead, stamp: stamp}, valid)
+	added, evicted := t.copies.putIf(key, rec.Size+hotCopyOverhead, v, valid)
 	if !added {
 		return nil, t.deleteCopyFile(key)
 	}
-	return out, nil
+	return evicted, nil
 }
 
-// delete: see objects.
+// delete implements objects.
 func (t *tieredStore) delete(ctx context.Context, key string) error {
-	err := t.cold.delete(ctx, key)
+	err := t.s3.delete(ctx, key)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		t.invalidate(key)
 	} else {
-		t.copies.confirm(key, changeStamp{})
+		t.setValidity(key, validity{}) // it may be deleted
 	}
 	return err
 }
 
-// walk: see objects.
+// walk implements objects.
 func (t *tieredStore) walk(ctx context.Context, f func(key string, rec *record) error) error {
-	return t.cold.walk(ctx, f)
+	return t.s3.walk(ctx, f)
 }
 
-// invalidate drops key's copy: the object was replaced or removed. The copy is not
-// used any more when it returns; its file goes in the background.
+// invalidate implements cachingObjects. key's copy is not used any more when it
+// returns; the file is removed in the background.
 func (t *tieredStore) invalidate(key string) {
-	t.cold.invalidate(key)
-	if t.copies.drop(key) && t.ctx.Err() == nil {
+	t.s3.invalidate(key)
+	if t.copies.remove(key) && t.ctx.Err() == nil {
 		t.wg.Go(func() { t.removeCopy(key) })
 	}
 }
 
-// invalidateAll has S3 asked about each copy before it is used again.
-func (t *tieredStore) invalidateAll() { t.cold.invalidateAll() }
+// invalidateAll implements cachingObjects. S3 is asked about each copy before it is
+// used again.
+func (t *tieredStore) invalidateAll() { t.s3.invalidateAll() }
 
-func (t *tieredStore) refusesWrites() bool { return t.cold.refusesWrites() }
+// refusesWrites implements cachingObjects.
+func (t *tieredStore) refusesWrites() bool { return t.s3.refusesWrites() }
 
-// freeSpace frees about n bytes of disk for what needs them more, and says
-// whether it freed any.
+// freeSpace removes copies worth about n bytes, those used longest ago, for something
+// that needs the space more. It reports whether it removed any.
 func (t *tieredStore) freeSpace(n int64) bool {
-	out := t.copies.shrink(n)
-	t.removeCopies(out)
-	return len(out) > 0
+	evicted := t.copies.evict(n)
+	t.removeCopies(evicted)
+	return len(evicted) > 0
 }
 
-func (t *tieredStore) removeCopies(out []keptEntry) {
-	for _, k := range out {
-		t.removeCopy(k.key)
+func (t *tieredStore) removeCopies(evicted []lruEntry[validity]) {
+	for _, e := range evicted {
+		t.removeCopy(e.key)
 	}
 }
 
-// removeCopy removes key's file, unless there is a new copy by now.
+// removeCopy removes the file of key's copy, unless there is a new copy by now.
 func (t *tieredStore) removeCopy(key string) {
 	if t.copyLocks.lock(t.ctx, key) != nil {
-		return // at the end: load will find it
+		return // the tier is closed: findCopies will find it
 	}
 	defer t.copyLocks.unlock(key)
-	if t.copies.has(key) {
+	if t.copies.contains(key) {
 		return
 	}
 	if err := t.deleteCopyFile(key); err != nil {
-		t.log.Warn("removing a local copy", "key", key, "error", err)
+		t.log.Warn("a hot copy cannot be removed", "key", key, "error", err)
 	}
 }
 
@@ -263,344 +276,176 @@ func (t *tieredStore) deleteCopyFile(key string) error {
 	return nil
 }
 
-// verify checks the copies and the objects.
+// verify implements verifiableObjects for the copies and the objects.
 func (t *tieredStore) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	checked, dropped, err = t.disk.verify(ctx, func(key string, err error) { report("local copy of "+key, err) })
-	c, d, cerr := t.cold.verify(ctx, report)
-	return checked + c, dropped + d, errors.Join(err, cerr)
+	checked, dropped, err = t.disk.verify(ctx, func(key string, err error) { report("hot copy of "+key, err) })
+	c, d, s3err := t.s3.verify(ctx, report)
+	return checked + c, dropped + d, errors.Join(err, s3err)
 }
 
-// hotCopy is a copy being made of what a client reads.
+// hotCopy is a copy being made of the body that a client reads.
 type hotCopy struct {
-	key, etag string
-	rec       *record
-	ticket    changeStamp // from before S3 was asked
-	chunks    chan hotChunk
-	rest      bool // set before chunks is closed: the client is too fast, get the rest from S3
+	validity // from before S3 was asked
+	key      string
+	rec      *record
+	chunks   chan []byte // of the body, from copyBuffers; closed by the client's side
+	reserved int64       // of the tier's budget; runCopy's alone
 }
 
-type hotChunk struct {
-	buf *[copyBufferSize]byte
-	n   int
-}
-
-// tryStartCopy starts a copy, if there is none of that key on its way and a slot is
-// free.
+// tryStartCopy starts a copy, unless one of that key is being made or too many are.
 func (t *tieredStore) tryStartCopy(c *hotCopy) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.copying[c.key] || t.ctx.Err() != nil {
-		return false
-	}
-	select {
-	case t.slots <- struct{}{}:
-	default:
+	if t.copying[c.key] || len(t.copying) == maxParallelCopies || t.ctx.Err() != nil {
 		return false
 	}
 	t.copying[c.key] = true
+	c.chunks = make(chan []byte, maxChunksAhead)
 	t.wg.Go(func() { t.runCopy(c) })
 	return true
 }
 
+// runCopy makes the copy of what arrives, if that is the whole body.
 func (t *tieredStore) runCopy(c *hotCopy) {
-	err := t.makeCopy(c)
-	if err != nil && t.ctx.Err() == nil {
-		t.log.Warn("no local copy", "key", c.key, "error", err)
+	spool, err := t.spoolCopy(c)
+	for chunk := range c.chunks { // the client goes on without a copy
+		putChunk(chunk)
 	}
-	<-t.slots
+	t.copies.release(c.reserved)
+	if spool != nil {
+		err = t.installCopy(t.ctx, c.key, c.rec, spool, c.validity)
+		spool.Close()
+		os.Remove(spool.Name())
+	}
+	if err != nil && t.ctx.Err() == nil {
+		t.log.Warn("no hot copy was made", "key", c.key, "error", err)
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.copying, c.key)
 }
 
-// makeCopy makes a copy of what comes in, if that is the whole body with its
-// record's sha256.
-func (t *tieredStore) makeCopy(c *hotCopy) error {
-	cost := c.rec.Size + hotCopyOverhead
-	t.removeCopies(t.copies.reserve(cost))
-	spool, err := t.newSpool(c.rec.Size)
-	var h hash.Hash
-	if err == nil {
-		defer spool.Close()
-		defer os.Remove(spool.Name())
-		h, err = t.receiveChunks(c, spool)
-	} else {
-		c.discardChunks()
-	}
-	t.copies.release(cost)
-	if err != nil || h == nil {
-		return err
-	}
-	if sum := hex.EncodeToString(h.Sum(nil)); sum != c.rec.SHA256 {
-		return fmt.Errorf("the object in S3 has sha256 %s, its record %s: run verify", sum, c.rec.SHA256)
-	}
-	return t.installCopy(t.ctx, c.key, c.rec, spool, c.ticket)
-}
-
-// receiveChunks writes and hashes what the client reads; nil when that was not all.
-func (t *tieredStore) receiveChunks(c *hotCopy, spool *os.File) (h hash.Hash, err error) {
-	h = sha256.New()
-	w, n := io.MultiWriter(spool, h), int64(0)
-	for ch := range c.chunks {
-		_, err = w.Write(ch.buf[:ch.n])
-		copyBuffers.Put(ch.buf)
-		if err != nil {
-			c.discardChunks()
-			return nil, err
-		}
-		n += int64(ch.n)
-	}
-	if c.rest {
-		n, err = t.readRest(c, n, w)
-	}
-	if n != c.rec.Size {
+// spoolCopy writes the chunks of c to a temporary file. It returns the file, which the
+// caller closes and removes, if that is the whole body and has the record's sha256.
+// Without a file and an error the client did not read everything, or was too fast.
+func (t *tieredStore) spoolCopy(c *hotCopy) (_ *os.File, err error) {
+	if err := t.makeRoom(c.rec.Size); err != nil {
 		return nil, err
 	}
-	return h, err
-}
-
-// discardChunks lets the client go on without a copy.
-func (c *hotCopy) discardChunks() {
-	for ch := range c.chunks {
-		copyBuffers.Put(ch.buf)
+	spool, err := t.disk.newSpool()
+	if err != nil {
+		return nil, err
 	}
-}
-
-// newSpool is a file for a copy of that size, where MIN_FREE allows it.
-func (t *tieredStore) newSpool(size int64) (*os.File, error) {
-	if t.checkRoom != nil {
-		if err := t.checkRoom(size); err != nil {
-			return nil, err
+	h, written := sha256.New(), int64(0)
+	w := io.MultiWriter(spool, h)
+	for chunk := range c.chunks {
+		t.reserveBudget(c, written+int64(len(chunk)))
+		n, werr := w.Write(chunk)
+		putChunk(chunk)
+		if written += int64(n); werr != nil {
+			err = werr
+			break
 		}
 	}
-	return t.disk.newSpool()
-}
-
-// readRest reads what a client was too fast for, of the same version.
-func (t *tieredStore) readRest(c *hotCopy, n int64, w io.Writer) (int64, error) {
-	r := &s3Reader{s: t.cold, key: c.key, etag: c.etag, size: c.rec.Size, off: n, at: n}
-	r.ctx, r.cancel = context.WithCancelCause(t.ctx)
-	defer r.Close()
-	k, err := io.Copy(w, r)
-	if errors.Is(err, errS3PreconditionFailed) {
-		err = nil // replaced: not a copy, and nothing to report
+	if err == nil && written == c.rec.Size {
+		sum := hex.EncodeToString(h.Sum(nil))
+		if sum == c.rec.SHA256 {
+			return spool, nil
+		}
+		err = fmt.Errorf("the object in S3 has sha256 %s, its record %s: run verify", sum, c.rec.SHA256)
 	}
-	return n + k, err
+	spool.Close()
+	os.Remove(spool.Name())
+	return nil, err
 }
 
-// copyingBody is a body from S3 of which a copy is made while it is read from its
-// beginning to its end.
+// makeRoom returns nil if a copy of that size fits on the disk, for which older copies
+// may have to go.
+func (t *tieredStore) makeRoom(size int64) error {
+	err := t.checkRoom(size)
+	if errors.Is(err, errNoSpace) && t.freeSpace(size) {
+		err = t.checkRoom(size)
+	}
+	return err
+}
+
+// reserveBudget takes budget for the first n bytes of c, and some more. What is
+// evicted for it is removed in the background, so that the copy is not held up.
+func (t *tieredStore) reserveBudget(c *hotCopy, n int64) {
+	if n <= c.reserved {
+		return
+	}
+	step := min(n+copyBudgetStep, c.rec.Size+hotCopyOverhead) - c.reserved
+	c.reserved += step
+	if evicted := t.copies.reserve(step); len(evicted) > 0 {
+		t.wg.Go(func() { t.removeCopies(evicted) })
+	}
+}
+
+// copyingBody is a body from S3 of which a copy is made if it is read from its
+// beginning to its end. Like s3Reader, it is used by one goroutine at a time.
 type copyingBody struct {
 	*s3Reader
-	t      *tieredStore
-	rec    *record
-	ticket changeStamp
-
-	copyMu sync.Mutex // guards the rest, for the reason of s3Reader.mu
-	pos    int64      // where the reader stands
-	fed    int64      // what the copy was given, or will be with chunk
-	copy   *hotCopy
-	chunk  hotChunk
-	done   bool // nothing more will be given
+	tier  *tieredStore
+	hot   *hotCopy // nil: nothing more is given to it
+	chunk []byte   // of the body, being filled for hot
+	fed   int64    // what hot got, and will get with chunk
 }
 
 func (b *copyingBody) Read(p []byte) (int, error) {
+	at := b.off
 	n, err := b.s3Reader.Read(p)
-	b.copyMu.Lock()
-	defer b.copyMu.Unlock()
-	b.feedCopy(p[:n])
-	b.pos += int64(n)
-	return n, err
-}
-
-func (b *copyingBody) Seek(off int64, whence int) (int64, error) {
-	to, err := b.s3Reader.Seek(off, whence)
-	b.copyMu.Lock()
-	defer b.copyMu.Unlock()
-	if err == nil {
-		b.pos = to
+	if n > 0 && b.hot != nil {
+		b.feedCopy(at, p[:n])
 	}
-	return to, err
+	return n, err
 }
 
 func (b *copyingBody) Close() error {
 	err := b.s3Reader.Close()
-	b.copyMu.Lock()
-	defer b.copyMu.Unlock()
-	b.endCopy(false)
+	b.endCopy()
 	return err
 }
 
-// feedCopy gives the copy what follows on what it has.
-func (b *copyingBody) feedCopy(p []byte) {
-	if len(p) == 0 || b.done {
+// feedCopy gives p, which stands at that offset of the body, to the copy. The first
+// bytes start it.
+func (b *copyingBody) feedCopy(at int64, p []byte) {
+	if at != b.fed || (at == 0 && !b.tier.tryStartCopy(b.hot)) {
+		b.endCopy()
 		return
-	}
-	if b.pos != b.fed {
-		b.endCopy(false)
-		return
-	}
-	if b.copy == nil {
-		c := &hotCopy{key: b.key, etag: b.etag, rec: b.rec, ticket: b.ticket, chunks: make(chan hotChunk, maxChunksAhead)}
-		if !b.t.tryStartCopy(c) {
-			b.done = true
-			return
-		}
-		b.copy = c
 	}
 	for len(p) > 0 {
-		if b.chunk.buf == nil {
-			b.chunk.buf = copyBuffers.Get().(*[copyBufferSize]byte)
+		if b.chunk == nil {
+			b.chunk = copyBuffers.Get().(*[copyBufferSize]byte)[:0]
 		}
-		n := copy(b.chunk.buf[b.chunk.n:], p)
-		p, b.fed, b.chunk.n = p[n:], b.fed+int64(n), b.chunk.n+n
-		if b.chunk.n < copyBufferSize && b.fed < b.rec.Size {
+		n := min(len(p), copyBufferSize-len(b.chunk))
+		b.chunk = append(b.chunk, p[:n]...)
+		p, b.fed = p[n:], b.fed+int64(n)
+		if len(b.chunk) < copyBufferSize && b.fed < b.size {
 			return
 		}
 		select {
-		case b.copy.chunks <- b.chunk:
-			b.chunk = hotChunk{}
-		default:
-			b.endCopy(true)
+		case b.hot.chunks <- b.chunk:
+			b.chunk = nil
+		default: // the client is faster than the disk: a later reader makes the copy
+			b.endCopy()
 			return
 		}
 	}
-	if b.fed == b.rec.Size {
-		b.endCopy(false)
+	if b.fed == b.size {
+		b.endCopy()
 	}
 }
 
 // endCopy gives the copy nothing more.
-func (b *copyingBody) endCopy(rest bool) {
-	if b.copy != nil && !b.done {
-		b.copy.rest = rest
-		close(b.copy.chunks)
+func (b *copyingBody) endCopy() {
+	if b.hot != nil && b.hot.chunks != nil {
+		close(b.hot.chunks)
 	}
-	if b.chunk.buf != nil {
-		copyBuffers.Put(b.chunk.buf)
+	if b.chunk != nil {
+		putChunk(b.chunk)
 	}
-	b.done, b.chunk = true, hotChunk{}
+	b.hot, b.chunk = nil, nil
 }
 
-// keptEntry is what a recency keeps of one key.
-type keptEntry struct {
-	key   string
-	cost  int64
-	stamp changeStamp // when S3 was known to have it
-	rec   *record     // with text: of a record in memory
-	text  string
-}
-
-// recency keeps entries within a budget, those used last.
-type recency struct {
-	mu    sync.Mutex // guards all below; never held across I/O
-	byKey map[string]*list.Element
-	order list.List // of *kept, used last in front
-	cost  int64
-	limit int64
-	most  int // entries, for the memory they take
-}
-
-func newRecency(limit int64, most int) *recency {
-	return &recency{byKey: map[string]*list.Element{}, limit: limit, most: most}
-}
-
-func (r *recency) get(key string) (keptEntry, bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	el := r.byKey[key]
-	if el == nil {
-		return keptEntry{}, false
-	}
-	r.order.MoveToFront(el)
-	return *el.Value.(*keptEntry), true
-}
-
-// add puts an entry in front, if valid says so under the lock that drop takes
-// too, and returns those that had to go for it.
-func (r *recency) add(k keptEntry, valid func() bool) (added bool, out []keptEntry) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if !valid() {
-		return false, nil
-	}
-	r.remove(r.byKey[k.key])
-	r.byKey[k.key] = r.order.PushFront(&k)
-	r.cost += k.cost
-	return true, r.trim(0)
-}
-
-// addLast is add for an entry of which nobody knows when it was used; a known
-// one stays as it is.
-func (r *recency) addLast(k keptEntry) (out []keptEntry) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.byKey[k.key] == nil {
-		r.byKey[k.key] = r.order.PushBack(&k)
-		r.cost += k.cost
-	}
-	return r.trim(0)
-}
-
-// confirm renews an entry's ticket.
-func (r *recency) confirm(key string, stamp changeStamp) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if el := r.byKey[key]; el != nil {
-		el.Value.(*keptEntry).stamp = stamp
-	}
-}
-
-func (r *recency) drop(key string) (was bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	el := r.byKey[key]
-	r.remove(el)
-	return el != nil
-}
-
-func (r *recency) has(key string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.byKey[key] != nil
-}
-
-// reserve makes room for n that will be added later; release gives it back.
-func (r *recency) reserve(n int64) (out []keptEntry) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.cost += n
-	return r.trim(0)
-}
-
-func (r *recency) release(n int64) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.cost -= n
-}
-
-// shrink lets entries worth n go.
-func (r *recency) shrink(n int64) (out []keptEntry) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.trim(max(0, r.limit-r.cost) + n)
-}
-
-// trim lets the last entries go until spare of the budget is free. The lock
-// is held.
-func (r *recency) trim(spare int64) (out []keptEntry) {
-	for r.order.Len() > 0 && (r.cost+spare > r.limit || r.order.Len() > r.most) {
-		el := r.order.Back()
-		out = append(out, *el.Value.(*keptEntry))
-		r.remove(el)
-	}
-	return out
-}
-
-func (r *recency) remove(el *list.Element) {
-	if el != nil {
-		k := r.order.Remove(el).(*keptEntry)
-		delete(r.byKey, k.key)
-		r.cost -= k.cost
-	}
-}
+func putChunk(chunk []byte) { copyBuffers.Put((*[copyBufferSize]byte)(chunk[:copyBufferSize])) }

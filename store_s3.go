@@ -1,5 +1,5 @@
-// store_s3.go: artifacts in S3. An object's metadata holds its record, so that
-// one GET brings both. The local copies in front of it are in store_hot.go.
+// store_s3.go: objects in S3. The metadata of an object holds its record, so that
+// one GET brings both. The hot copies in front of it are in store_hot.go.
 
 package main
 
@@ -27,46 +27,51 @@ import (
 )
 
 const (
-	// s3RecordField is the metadata field that makes an object ours.
+	// s3RecordField is the metadata field that marks an object as ours.
 	s3RecordField   = "artifact"
 	s3RecordVersion = 1
-	// s3MaxRecord bounds the field: S3 allows 2,048 bytes for all names and
-	// values, and MinIO counts the prefix of the name too.
+	// s3MaxRecord bounds that field. S3 allows 2,048 bytes for the names and values
+	// of all fields, and MinIO counts the prefix of the name too.
 	s3MaxRecord = 2000
-	// s3ProbeKey is asked for to see whether S3 answers, and written to see
-	// whether the bucket can be. The dot keeps it apart from artifacts.
+	// s3ProbeKey is read to see whether S3 answers, and written to see whether the
+	// bucket takes writes. The dot keeps it apart from artifacts.
 	s3ProbeKey = ".artifactapi-probe"
 
-	// s3OpenTimeout is how long a client waits for S3 before it is sent on to the
-	// upstream; s3FlakyTimeout the same while an outage is known.
-	s3OpenTimeout  = 3 * time.Second
-	s3FlakyTimeout = 2 * time.Second
-	// s3CheckTimeout bounds a background check, and s3RetryAfter is when one
-	// request may find out for itself. It is longer than a check and the pause
-	// before it, so that where checks run no client ever waits for a dead S3.
+	// s3OpenTimeout is how long a client waits for S3 before its file is fetched
+	// from the upstream.
+	s3OpenTimeout = 3 * time.Second
+	// s3CheckTimeout bounds a background check. s3RetryAfter is when a request may
+	// find out whether an outage is over. It is longer than a check and the pause
+	// between two checks (0.5 s), and each failed check renews it: where checks run,
+	// no client waits for a dead S3.
 	s3CheckTimeout = 1500 * time.Millisecond
 	s3RetryAfter   = 2500 * time.Millisecond
-	// s3WriteThrough is how long into an outage uploads are still begun: over
-	// a restart of S3. Later they would only hold up the fills behind them.
+	// s3WriteThrough is how long into an outage uploads are still begun: a restart
+	// of S3 takes that long. Later they would only delay the fills behind them.
 	s3WriteThrough = 10 * time.Second
 	// s3WriteCheckInterval is how often a bucket that refuses writes is tried again.
 	s3WriteCheckInterval = 10 * time.Second
 
-	// s3MaxBreaks bounds how often one body may break off. The pauses before them
-	// add up to 10 s, a restart of S3.
-	s3MaxBreaks = 4
-	// s3MaxSkip is read over rather than asked for anew: about what arrives
-	// in the time of a request.
+	// s3MaxInterruptions bounds how often the body of one answer may break off. The
+	// pauses before the new requests add up to 10 s, a restart of S3.
+	s3MaxInterruptions = 4
+	// s3MaxSkip is how much is read and discarded to reach a range instead of asking
+	// for it: about what arrives in the time of a request. dnf asks for up to 256
+	// ranges of one zchunk file at once.
 	s3MaxSkip = 128 << 10
-	// s3MaxDrain is read to its end, so that the connection stays usable.
+	// s3MaxDrain is how much of a body is read at its close, which costs less than a
+	// new connection. Clients ask for metadata on a condition, and the answer to
+	// them has no body.
 	s3MaxDrain = 64 << 10
-	// s3ParallelHeads ask for records at once in a walk: a listing has none, and one
-	// after the other a million would take an hour.
+	// s3ParallelHeads ask for records at once in a walk. A listing has no metadata,
+	// and a million HEAD requests one after the other take an hour.
 	s3ParallelHeads = 16
-	s3UploadAge     = 24 * time.Hour
+	// s3UploadAge is when an unfinished upload was left by a crash: no upload of ours
+	// takes a day.
+	s3UploadAge = 24 * time.Hour
 
-	// recheckAfter is how long copies of immutable files are used without
-	// asking S3 while announcements do not arrive.
+	// recheckAfter is how long copies of immutable files are used without asking
+	// S3 while announcements do not arrive.
 	recheckAfter = time.Minute
 	// maxRecordsInMemory bounds the records in memory, at 2 KB or less each.
 	maxRecordsInMemory = 8192
@@ -77,98 +82,112 @@ var (
 	_ cachingObjects = (*s3Store)(nil)
 
 	errS3ReadOnly = errors.New("the bucket refuses writes")
-	errS3Outage   = fmt.Errorf("%w: S3 did not answer a moment ago", errStoreDown)
 )
 
-// s3Store implements objects in a bucket. All methods may be called
-// concurrently, and by several replicas. A body that is open and small enough
-// to be on its way outlives its object; a larger one then ends in an error.
+// s3Store implements objects in a bucket. All methods may be called concurrently,
+// and by several replicas. An open body that is small enough to be on its way
+// survives the removal of its object; a larger one then ends in an error.
 type s3Store struct {
 	client       *s3Client
 	hearsChanges func() bool // announcements of other replicas arrive
 	now          func() time.Time
 	log          *slog.Logger
-	wait         time.Duration // s3OpenTimeout but in tests
+	openTimeout  time.Duration // s3OpenTimeout but in tests
 
-	seed    maphash.Seed
-	resets  atomic.Uint64      // times that announcements may have been missed
-	changes [256]atomic.Uint64 // replacements and removals, by hash of the key
-	records *recency           // of immutable files
+	seed           maphash.Seed
+	invalidatedAll atomic.Uint64      // counts the calls of invalidateAll
+	invalidated    [256]atomic.Uint64 // counts replacements and removals, by hash of the key
+	records        *lru[cachedRecord] // of immutable files
 
-	outage outage
-	check  s3Check
+	outage *circuit
+	check  backgroundCheck
+	writes s3WriteAccess
 }
 
-// newS3Store keeps objects in client's bucket; it asks nothing yet. online
-// says whether the other replicas' announcements arrive at the moment; nil is
-// never. The caller closes it after all users.
-func newS3Store(client *s3Client, online func() bool) *s3Store {
-	if online == nil {
-		online = func() bool { return false }
+// cachedRecord is a record in memory. text is the metadata field that it was
+// decoded from: an answer with the same text need not be decoded again.
+type cachedRecord struct {
+	validity
+	rec  *record
+	text string
+}
+
+// validity is the state of a key's invalidations at one moment. It is taken before
+// S3 is asked, and what S3 answers is kept only while the state is the same: the
+// answer may be older than the change that was announced.
+type validity struct {
+	all, ofKey uint64 // the counts at that moment; the zero validity never holds
+	at         time.Time
+}
+
+// newS3Store keeps objects in client's bucket. It sends no request yet. hearsChanges
+// reports whether the announcements of other replicas arrive at the moment; nil means
+// never. The caller closes the store after its last use.
+func newS3Store(client *s3Client, hearsChanges func() bool) *s3Store {
+	if hearsChanges == nil {
+		hearsChanges = func() bool { return false }
 	}
-	return &s3Store{client: client, hearsChanges: online, now: client.cfg.now, log: client.cfg.log, wait: s3OpenTimeout,
-		seed: maphash.MakeSeed(), records: newRecency(maxRecordsInMemory, maxRecordsInMemory)}
+	s := &s3Store{client: client, hearsChanges: hearsChanges, now: client.cfg.now, log: client.cfg.log, openTimeout: s3OpenTimeout,
+		seed: maphash.MakeSeed(), records: newLRU[cachedRecord](maxRecordsInMemory, 0),
+		outage: newCircuit(client.cfg.now, s3RetryAfter, s3RetryAfter)}
+	s.invalidatedAll.Store(1)
+	return s
 }
 
 // Close waits for the check that runs.
-func (s *s3Store) Close() { s.check.wg.Wait() }
+func (s *s3Store) Close() { s.check.wait() }
 
-// changeStamp is the state of a key's announcements at one moment. It is taken
-// before S3 is asked: what the answer teaches is kept only if nothing was
-// announced since, or an old version would be kept that arrived late.
-type changeStamp struct {
-	resets, changes uint64
-	at              time.Time
+func (s *s3Store) counterOf(key string) *atomic.Uint64 {
+	return &s.invalidated[maphash.String(s.seed, key)%uint64(len(s.invalidated))]
 }
 
-func (s *s3Store) changeCounter(key string) *atomic.Uint64 {
-	return &s.changes[maphash.String(s.seed, key)%uint64(len(s.changes))]
+// validityNow is taken before S3 is asked for key.
+func (s *s3Store) validityNow(key string) validity {
+	return validity{s.invalidatedAll.Load(), s.counterOf(key).Load(), s.now()}
 }
 
-func (s *s3Store) stampOf(key string) changeStamp {
-	// Resets begin at one, so that the zero ticket is never trusted.
-	return changeStamp{s.resets.Load() + 1, s.changeCounter(key).Load(), s.now()}
-}
+// isCurrent reports whether key was not invalidated since v.
+func (s *s3Store) isCurrent(key string, v validity) bool { return s.counterOf(key).Load() == v.ofKey }
 
-func (s *s3Store) isCurrent(key string, stamp changeStamp) bool {
-	return s.changeCounter(key).Load() == stamp.changes
-}
-
-// trustsCopy says whether what was true at t may be used without asking S3
-// (SPEC.md section 8).
-func (s *s3Store) trustsCopy(c class, stamp changeStamp) bool {
-	if stamp.resets != s.resets.Load()+1 {
+// trustsCopy reports whether a copy of that class, valid at v and not invalidated
+// since, may be used without asking S3: forever while announcements arrive, for
+// recheckAfter without them if the file never changes, else not at all.
+func (s *s3Store) trustsCopy(c class, v validity) bool {
+	if v.all != s.invalidatedAll.Load() {
 		return false
 	}
-	return s.hearsChanges() || c == immutable && s.now().Sub(stamp.at) < recheckAfter
+	return s.hearsChanges() || (c == immutable && s.now().Sub(v.at) < recheckAfter)
 }
 
-// invalidate drops what is known of key: it was replaced or removed.
+// invalidate implements cachingObjects.
 func (s *s3Store) invalidate(key string) {
-	s.changeCounter(key).Add(1)
-	s.records.drop(key)
+	s.counterOf(key).Add(1)
+	s.records.remove(key)
 }
 
-// invalidateAll has everything asked for again: announcements may have been missed.
-func (s *s3Store) invalidateAll() { s.resets.Add(1) }
+// invalidateAll implements cachingObjects.
+func (s *s3Store) invalidateAll() { s.invalidatedAll.Add(1) }
 
-// open: see objects. With a body it is one GET, whose answer decides: an
-// object that vanished is a miss though its record is known.
+// open implements objects. With a body it is one GET, whose answer decides: an
+// object that vanished is a miss even if its record is in memory.
 func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, error) {
 	if !validKey(key) {
 		return nil, fmt.Errorf("opening %q: %w", key, fs.ErrNotExist)
 	}
 	if off < 0 {
-		rec, err := s.recordOf(ctx, key)
+		if known, found := s.records.get(key); found && s.trustsCopy(immutable, known.validity) {
+			return &object{rec: known.rec}, nil
+		}
+		rec, err := s.headRecord(ctx, key)
 		if err != nil {
 			return nil, err
 		}
 		return &object{rec: rec}, nil
 	}
-	stamp := s.stampOf(key)
-	r := &s3Reader{s: s, key: key, off: off, at: off}
+	v := s.validityNow(key)
+	r := &s3Reader{s: s, key: key, off: off, bodyOff: off}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
-	rec, err := r.openBody(stamp)
+	rec, err := r.openBody(v)
 	if err != nil {
 		r.Close()
 		return nil, err
@@ -176,123 +195,121 @@ func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, err
 	return &object{rec: rec, body: r}, nil
 }
 
-// recordOf is key's record alone, from memory where that may be.
-func (s *s3Store) recordOf(ctx context.Context, key string) (*record, error) {
-	if k, ok := s.records.get(key); ok && s.trustsCopy(immutable, k.stamp) {
-		return k.rec, nil
-	}
-	return s.headRecord(ctx, key)
-}
-
 // headRecord asks S3 for key's record.
 func (s *s3Store) headRecord(ctx context.Context, key string) (*record, error) {
-	stamp := s.stampOf(key)
+	v := s.validityNow(key)
 	o, err := s.headObject(ctx, key)
 	if err != nil {
 		return nil, err
 	}
-	return s.readObjectRecord(key, o, stamp)
+	return s.readObjectRecord(key, o, v)
 }
 
 func (s *s3Store) headObject(ctx context.Context, key string) (*s3Object, error) {
 	return s.askS3(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.headObject(ctx, key) })
 }
 
-// getObject asks for a part of an object. What it holds on to is given back when ctx
+// getObject asks for a part of an object. What the answer holds is released when ctx
 // ends.
-func (s *s3Store) getObject(ctx context.Context, key string, g s3GetInput) (*s3Object, error) {
-	return s.askS3(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.getObject(ctx, key, g) })
+func (s *s3Store) getObject(ctx context.Context, key string, in s3GetInput) (*s3Object, error) {
+	return s.askS3(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.getObject(ctx, key, in) })
 }
 
-// askS3 bounds what a client waits for an answer's header, all attempts
-// together, and fails at once while S3 is known to be down.
-func (s *s3Store) askS3(ctx context.Context, key string, f func(context.Context) (*s3Object, error)) (*s3Object, error) {
+// askS3 bounds how long a client waits for the header of an answer, all attempts
+// together. It fails at once while S3 is known to be down.
+func (s *s3Store) askS3(ctx context.Context, key string, ask func(context.Context) (*s3Object, error)) (*s3Object, error) {
 	began := s.now()
-	flaky, err := s.outage.enter(began)
-	if err != nil {
+	inner, cancel := context.WithCancelCause(ctx)
+	if err := s.outage.admit(inner); err != nil {
+		cancel(nil)
 		return nil, err
 	}
-	wait := s.wait
-	if flaky {
-		wait = min(wait, s3FlakyTimeout)
-	}
-	inner, cancel := context.WithCancelCause(ctx)
-	timer := time.AfterFunc(wait, func() { cancel(errS3Timeout) })
-	o, err := f(inner)
+	timer := time.AfterFunc(s.openTimeout, func() { cancel(errS3Timeout) })
+	o, err := ask(inner)
 	timer.Stop()
+	err = s.classifyError(ctx, began, err)
 	if o == nil || o.body == nil {
 		cancel(nil)
 	}
-	err = s.classifyError(ctx, began, err)
 	if errors.Is(err, fs.ErrNotExist) {
-		s.records.drop(key)
+		s.records.remove(key)
 	}
 	return o, err
 }
 
-// classifyError gives an error of the client its kind, and notes what it says about
-// the state of S3. Only a caller who left, a miss and a condition that was not
-// met keep theirs.
+// classifyError makes err, of a request that began then, errStoreDown or errNoSpace,
+// and tells the circuit what it means for S3. A miss, a condition that was not met,
+// and the error of a caller that left stay what they are.
 func (s *s3Store) classifyError(ctx context.Context, began time.Time, err error) error {
 	refused, _ := errors.AsType[*s3Error](err)
 	switch {
 	case err == nil, errors.Is(err, fs.ErrNotExist), errors.Is(err, errS3PreconditionFailed), isBehindEnd(err):
-		s.outage.answered(s.now())
+		s.outage.succeed()
 		return err
 	case ctx.Err() != nil:
 		return fmt.Errorf("%w: %w", context.Cause(ctx), err)
 	case refused != nil && refused.status == http.StatusInsufficientStorage:
 		return fmt.Errorf("%w: %v", errNoSpace, err)
-	case refused == nil: // no answer at all
-		s.outage.failed(began, s.now())
-	case refused.status < http.StatusInternalServerError:
-		s.outage.answered(s.now())
 	}
-	return fmt.Errorf("%w: %v", errStoreDown, err)
+	down := fmt.Errorf("%w: %v", errStoreDown, err)
+	if refused == nil {
+		s.outage.fail(down, began)
+	} else if refused.status < http.StatusInternalServerError {
+		s.outage.succeed()
+	}
+	return down
 }
 
-// isBehindEnd says whether a range was refused because the object ends before.
+// isBehindEnd reports whether a range was refused because the object ends before it.
 func isBehindEnd(err error) bool {
 	refused, ok := errors.AsType[*s3Error](err)
 	return ok && refused.status == http.StatusRequestedRangeNotSatisfiable
 }
 
-// readObjectRecord reads the record that came with o and keeps an immutable file's. An
-// object without a sound one of this key is a miss.
-func (s *s3Store) readObjectRecord(key string, o *s3Object, stamp changeStamp) (*record, error) {
-	k, known := s.records.get(key)
-	if text := o.meta[s3RecordField]; !known || k.text != text {
+// readObjectRecord returns the record that came with o, the answer to a request that began
+// at v, and keeps an immutable file's in memory. An object without a sound record of
+// key is a miss.
+func (s *s3Store) readObjectRecord(key string, o *s3Object, v validity) (*record, error) {
+	known, found := s.records.get(key)
+	if text := o.meta[s3RecordField]; !found || known.text != text {
 		rec, err := decodeS3Record(key, o)
 		if err != nil {
-			s.records.drop(key)
-			s.log.Warn("object in S3 is of no use", "key", key, "reason", err)
+			s.records.remove(key)
+			s.log.Warn("object in S3 cannot be used: its file counts as missing", "key", key, "error", err)
 			return nil, fmt.Errorf("opening %s: %w: %w", key, err, fs.ErrNotExist)
 		}
-		k = keptEntry{key: key, cost: 1, rec: rec, text: text}
+		known = cachedRecord{rec: rec, text: text}
 	}
-	if k.stamp = stamp; k.rec.Class == immutable {
-		s.records.add(k, func() bool { return s.isCurrent(key, stamp) })
-	}
-	return k.rec, nil
+	known.validity = v
+	s.cacheRecord(key, known)
+	return known.rec, nil
 }
 
-// s3Record is the content of the metadata field. Put is another one for each
-// upload: it tells whether one arrived whose acknowledgement was lost.
+// cacheRecord keeps the record of an immutable file, unless key was invalidated
+// meanwhile.
+func (s *s3Store) cacheRecord(key string, known cachedRecord) {
+	if known.rec.Class == immutable {
+		s.records.putIf(key, 1, known, func() bool { return s.isCurrent(key, known.validity) })
+	}
+}
+
+// s3Record is the content of the metadata field. Put is different for each upload:
+// after a lost answer it shows whether the upload arrived.
 type s3Record struct {
 	Version int `json:"v"`
 	record
 	Put string `json:"i"`
 }
 
-// encodeS3Record makes a record fit for a header: ASCII, of bounded length. An
-// ETag or type that makes it too long is left out: the one costs a fetch, the
-// other is mostly told by the file's name.
+// encodeS3Record makes a record fit for a header: ASCII, of bounded length. An ETag
+// or type that makes it too long is left out. Without the first a revalidation
+// becomes a fetch; the second mostly follows from the file's name.
 func encodeS3Record(rec *record) (string, error) {
 	r := s3Record{s3RecordVersion, *rec, strconv.FormatUint(rand.Uint64(), 36)}
 	text, err := encodeASCIIJSON(r)
-	for _, drop := range []*string{&r.ETag, &r.ContentType} {
+	for _, optional := range []*string{&r.ETag, &r.ContentType} {
 		if err == nil && len(text) > s3MaxRecord {
-			*drop = ""
+			*optional = ""
 			text, err = encodeASCIIJSON(r)
 		}
 	}
@@ -302,8 +319,8 @@ func encodeS3Record(rec *record) (string, error) {
 	return text, err
 }
 
-// encodeASCIIJSON escapes what not every server keeps: all but printable ASCII, and
-// the second of two spaces.
+// encodeASCIIJSON escapes what some servers change in a header: everything but
+// printable ASCII, and the second of two spaces.
 func encodeASCIIJSON(v any) (string, error) {
 	var plain, out strings.Builder
 	e := json.NewEncoder(&plain)
@@ -317,7 +334,7 @@ func encodeASCIIJSON(v any) (string, error) {
 		case r > 0xffff:
 			hi, lo := utf16.EncodeRune(r)
 			fmt.Fprintf(&out, `\u%04x\u%04x`, hi, lo)
-		case r > '~' || r == ' ' && last == ' ':
+		case r > '~', r == ' ' && last == ' ':
 			fmt.Fprintf(&out, `\u%04x`, r)
 		default:
 			out.WriteRune(r)
@@ -327,6 +344,8 @@ func encodeASCIIJSON(v any) (string, error) {
 	return out.String(), nil
 }
 
+// decodeS3Record returns the record in o's metadata. Its errors are errDamaged,
+// errVersion, and one without a kind for an object that is not ours.
 func decodeS3Record(key string, o *s3Object) (*record, error) {
 	text, ours := o.meta[s3RecordField]
 	if !ours {
@@ -347,63 +366,63 @@ func decodeS3Record(key string, o *s3Object) (*record, error) {
 	return &r.record, nil
 }
 
-// put: see objects. S3 replaces an object in one step, when it acknowledges
-// it; a crash before leaves the old one, and at most an unfinished upload that
+// put implements objects. S3 replaces an object in one step, when it acknowledges
+// it. A crash before that leaves the old one, and at most an unfinished upload that
 // sweep aborts.
 func (s *s3Store) put(ctx context.Context, key string, rec *record, spool *os.File) error {
-	_, err := s.putStamped(ctx, key, rec, spool)
+	_, err := s.upload(ctx, key, rec, spool)
 	return err
 }
 
-// putStamped is put. Its ticket is valid as long as no other replica announced a
-// change since the upload began.
-func (s *s3Store) putStamped(ctx context.Context, key string, rec *record, spool *os.File) (changeStamp, error) {
+// upload is put. The validity that it returns holds as long as no other replica
+// announces a change after the upload began.
+func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os.File) (validity, error) {
 	if err := ctx.Err(); err != nil {
-		return changeStamp{}, err
+		return validity{}, err
 	}
 	if err := checkPut(key, rec, spool); err != nil {
-		return changeStamp{}, err
+		return validity{}, err
 	}
 	text, err := encodeS3Record(rec)
 	if err != nil {
-		return changeStamp{}, fmt.Errorf("storing %s: %w", key, err)
+		return validity{}, fmt.Errorf("storing %s: %w", key, err)
 	}
-	stamp := s.stampOf(key)
-	if s.outage.lasts(stamp.at) > s3WriteThrough {
-		return changeStamp{}, errS3Outage
+	if cause := s.outage.outageCause(); cause != nil && s.outage.outageAge() > s3WriteThrough {
+		return validity{}, cause
 	}
-	p := s3PutInput{body: spool, size: rec.Size, sha256: rec.SHA256,
+	v := s.validityNow(key)
+	in := s3PutInput{body: spool, size: rec.Size, sha256: rec.SHA256,
 		meta: map[string]string{s3RecordField: text}, contentType: contentTypeOf(path.Base(key), rec.ContentType)}
 	if rec.create {
-		p.ifNoneMatch = "*"
+		in.ifNoneMatch = "*"
 	}
-	_, err = s.client.putObject(ctx, key, p)
+	_, err = s.client.putObject(ctx, key, in)
 	s.noteWrite(err)
-	stamp = s.noteOwnChange(key, stamp) // without an answer it may have arrived all the same
-	if err := s.classifyError(ctx, stamp.at, err); errors.Is(err, errS3PreconditionFailed) {
-		return changeStamp{}, errFileExists
+	v = s.countOwnChange(key, v) // a failed upload may have arrived all the same
+	if err := s.classifyError(ctx, v.at, err); errors.Is(err, errS3PreconditionFailed) {
+		return validity{}, errFileExists
 	} else if err != nil {
-		return changeStamp{}, err
+		return validity{}, err
 	}
-	if rec.Class == immutable {
-		s.records.add(keptEntry{key: key, cost: 1, rec: rec, text: text, stamp: stamp}, func() bool { return s.isCurrent(key, stamp) })
-	}
-	return stamp, nil
+	s.cacheRecord(key, cachedRecord{v, rec, text})
+	return v, nil
 }
 
-// noteOwnChange is forget for a change of our own: t is renewed, unless another
-// change was announced meanwhile and nobody knows which was last.
-func (s *s3Store) noteOwnChange(key string, stamp changeStamp) changeStamp {
-	if s.changeCounter(key).CompareAndSwap(stamp.changes, stamp.changes+1) {
-		stamp.changes++
+// countOwnChange is invalidate for a change of our own. It returns v with that change
+// counted in, so that v stays current unless another change was announced meanwhile:
+// then it is not known which of the two was last.
+func (s *s3Store) countOwnChange(key string, v validity) validity {
+	if s.counterOf(key).CompareAndSwap(v.ofKey, v.ofKey+1) {
+		v.ofKey++
 	} else {
-		s.changeCounter(key).Add(1)
+		s.counterOf(key).Add(1)
 	}
-	s.records.drop(key)
-	return stamp
+	s.records.remove(key)
+	return v
 }
 
-// delete: see objects. S3 itself does not say whether there was something.
+// delete implements objects. It asks first, since S3 does not say whether there was
+// something to delete.
 func (s *s3Store) delete(ctx context.Context, key string) error {
 	if !validKey(key) {
 		return fmt.Errorf("deleting %q: %w", key, fs.ErrNotExist)
@@ -417,38 +436,38 @@ func (s *s3Store) delete(ctx context.Context, key string) error {
 	return s.classifyError(ctx, began, err)
 }
 
-// walk: see objects. It costs a HEAD per object.
+// walk implements objects. It costs a HEAD request for each object.
 func (s *s3Store) walk(ctx context.Context, f func(key string, rec *record) error) error {
-	var stop error // guarded by one: f is not called after it failed
-	return s.eachKey(ctx, s3ParallelHeads, func(ctx context.Context, one *sync.Mutex, key string) error {
+	var mu sync.Mutex // held while f runs; guards failed
+	var failed error  // by f, which is not called again
+	return s.eachKey(ctx, s3ParallelHeads, func(ctx context.Context, key string) error {
 		rec, err := s.headRecord(ctx, key)
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil // foreign, or removed meanwhile
+			return nil // not ours, or removed meanwhile
 		}
-		one.Lock()
-		defer one.Unlock()
-		if err == nil && stop == nil {
-			stop = f(key, rec)
+		mu.Lock()
+		defer mu.Unlock()
+		if err == nil && failed == nil {
+			failed = f(key, rec)
 		}
-		return errors.Join(err, stop)
+		return errors.Join(err, failed)
 	})
 }
 
-// eachKey calls f with each artifact's key, several at once; one is for what
-// they may do only one at a time. The first error ends it.
-func (s *s3Store) eachKey(ctx context.Context, workers int, f func(ctx context.Context, one *sync.Mutex, key string) error) error {
+// eachKey calls f with the key of each artifact, in that many goroutines. The first
+// error ends it and is returned.
+func (s *s3Store) eachKey(ctx context.Context, workers int, f func(ctx context.Context, key string) error) error {
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	var one sync.Mutex
-	var wg sync.WaitGroup
+	var running sync.WaitGroup
 	keys := make(chan string)
 	for range workers {
-		wg.Go(func() {
+		running.Go(func() {
 			for key := range keys {
 				if inner.Err() != nil {
 					continue
 				}
-				if err := f(inner, &one, key); err != nil {
+				if err := f(inner, key); err != nil {
 					cancel(err)
 				}
 			}
@@ -467,24 +486,23 @@ func (s *s3Store) eachKey(ctx context.Context, workers int, f func(ctx context.C
 		}
 	})
 	close(keys)
-	wg.Wait()
+	running.Wait()
 	if cause := context.Cause(inner); cause != nil {
 		return cause
 	}
 	return s.classifyError(ctx, began, err)
 }
 
-// verify reads and hashes all that is stored and drops what its record does
-// not describe, beside running servers. report is told of each object that was
-// dropped or could not be read; dropped counts the former.
+// verify implements verifiableObjects. It may run beside servers.
 func (s *s3Store) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	err = s.eachKey(ctx, s3ParallelParts, func(ctx context.Context, one *sync.Mutex, key string) error {
+	var mu sync.Mutex // held while report runs; guards checked and dropped
+	err = s.eachKey(ctx, s3ParallelParts, func(ctx context.Context, key string) error {
 		err := s.verifyObject(ctx, key)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		one.Lock()
-		defer one.Unlock()
+		mu.Lock()
+		defer mu.Unlock()
 		checked++
 		if errors.Is(err, errDropped) {
 			dropped++
@@ -497,8 +515,8 @@ func (s *s3Store) verify(ctx context.Context, report func(key string, err error)
 	return checked, dropped, err
 }
 
-// verifyObject drops an object of ours whose record or body is damaged. What
-// is not ours, or a later version's, stays.
+// verifyObject drops an object of ours whose record or body is damaged. An object
+// that is not ours, or of a later version of the program, stays.
 func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -529,8 +547,8 @@ func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	return nil
 }
 
-// dropIfUnchanged removes an object unless it was replaced since it had etag. Between
-// the look and the removal it still may be: that one is fetched again.
+// dropIfUnchanged removes an object unless it was replaced since it had etag. One that
+// is replaced between the HEAD and the removal is lost and fetched again.
 func (s *s3Store) dropIfUnchanged(ctx context.Context, key, etag string, reason error) error {
 	o, err := s.headObject(ctx, key)
 	if err != nil || o.etag != etag {
@@ -539,11 +557,11 @@ func (s *s3Store) dropIfUnchanged(ctx context.Context, key, etag string, reason 
 	if err := s.delete(ctx, key); err != nil {
 		return err
 	}
-	s.log.Warn("stored object is dropped", "key", key, "reason", reason)
+	s.log.Warn("stored object was dropped", "key", key, "reason", reason)
 	return fmt.Errorf("%w: %w", errDropped, reason)
 }
 
-// sweep aborts uploads that were never finished.
+// sweep aborts the uploads that were never finished.
 func (s *s3Store) sweep(ctx context.Context) error {
 	n, err := s.client.abortOldUploads(ctx, "", s3UploadAge)
 	if n > 0 {

@@ -1,5 +1,5 @@
-// store_s3_check.go: whether S3 can be used: a check in the background, and an
-// outage that costs one short wait instead of one a request.
+// store_s3_check.go: the background check of S3, which finds out whether the bucket
+// can be read and written.
 
 package main
 
@@ -16,43 +16,23 @@ import (
 	"time"
 )
 
-// s3Check is at most one background check at a time, and what it found.
-type s3Check struct {
-	wg      sync.WaitGroup
-	mu      sync.Mutex    // guards the rest
-	done    chan struct{} // of the check that runs
-	err     error
-	told    string // what the log said last
-	written bool   // a write was not refused since the last outage
-	tried   time.Time
+// s3WriteAccess is what is known of whether the bucket takes writes. An outage of
+// S3 resets it.
+type s3WriteAccess struct {
+	mu        sync.Mutex // guards the fields below; no other lock is taken under it
+	logged    string     // the state of S3 that was logged last
+	accepted  bool       // the last write was not refused
+	refusedAt time.Time  // when the last write was refused; zero: it was not
 }
 
-// ping reports whether S3 can be used, and says in the log when that changes.
-// It ends with ctx though S3 may hang.
+// ping reports whether S3 can be used: errStoreDown if not. A change of that is
+// logged. ping ends with ctx even if S3 hangs.
 func (s *s3Store) ping(ctx context.Context) error {
-	c := &s.check
-	c.mu.Lock()
-	if c.done == nil {
-		done := make(chan struct{})
-		c.done = done
-		c.wg.Go(func() {
-			err := s.checkNow()
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			c.err, c.done = err, nil
-			close(done)
-		})
+	err := s.check.result(ctx, s.checkNow)
+	if err != nil && ctx.Err() != nil {
+		return fmt.Errorf("%w: %w", errStoreDown, err)
 	}
-	done := c.done
-	c.mu.Unlock()
-	select {
-	case <-done:
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		return c.err
-	case <-ctx.Done():
-		return fmt.Errorf("%w: %w", errStoreDown, ctx.Err())
-	}
+	return err
 }
 
 // checkNow finds out whether the bucket can be read and written.
@@ -63,7 +43,7 @@ func (s *s3Store) checkNow() error {
 	err := s.checkRead(ctx)
 	down := s.classifyError(context.Background(), began, err)
 	if err == nil {
-		if err = s.checkWrite(ctx, began); err != nil {
+		if err = s.checkWrite(ctx); err != nil {
 			down = fmt.Errorf("%w: %w", errStoreDown, err)
 		}
 	}
@@ -71,8 +51,8 @@ func (s *s3Store) checkNow() error {
 	return down
 }
 
-// checkRead asks for an object that is not there: of all that shows credentials
-// and bucket to be right it costs the least. A missing bucket is made.
+// checkRead asks for an object that does not exist: of the requests that show
+// credentials and bucket to be right, it costs the least. A missing bucket is made.
 func (s *s3Store) checkRead(ctx context.Context) error {
 	o, err := s.client.getObject(ctx, s3ProbeKey, s3GetInput{})
 	switch {
@@ -89,13 +69,13 @@ func (s *s3Store) checkRead(ctx context.Context) error {
 	return err
 }
 
-// checkWrite writes and removes an empty object, once after each outage and now
-// and then while writes are refused.
-func (s *s3Store) checkWrite(ctx context.Context, now time.Time) error {
-	c := &s.check
-	c.mu.Lock()
-	due := !c.written && now.Sub(c.tried) >= s3WriteCheckInterval
-	c.mu.Unlock()
+// checkWrite writes and removes an empty object, once after each outage and every
+// s3WriteCheckInterval while writes are refused.
+func (s *s3Store) checkWrite(ctx context.Context) error {
+	w := &s.writes
+	w.mu.Lock()
+	due := !w.accepted && s.now().Sub(w.refusedAt) >= s3WriteCheckInterval
+	w.mu.Unlock()
 	if !due {
 		if s.refusesWrites() {
 			return errS3ReadOnly
@@ -105,7 +85,7 @@ func (s *s3Store) checkWrite(ctx context.Context, now time.Time) error {
 	_, err := s.client.putObject(ctx, s3ProbeKey, s3PutInput{body: strings.NewReader(""), sha256: emptySHA256,
 		meta: map[string]string{"probe": strconv.FormatUint(rand.Uint64(), 36)}})
 	if err == nil {
-		_ = s.client.deleteObject(ctx, s3ProbeKey) // it harms nobody
+		_ = s.client.deleteObject(ctx, s3ProbeKey) // what stays is harmless
 	}
 	s.noteWrite(err)
 	if errors.Is(err, fs.ErrPermission) {
@@ -114,29 +94,28 @@ func (s *s3Store) checkWrite(ctx context.Context, now time.Time) error {
 	return err
 }
 
-// noteWrite notes whether the bucket takes writes.
+// noteWrite takes the result of a write as the state of write access.
 func (s *s3Store) noteWrite(err error) {
-	c := &s.check
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	w := &s.writes
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	switch {
 	case err == nil:
-		c.written = true
+		w.accepted, w.refusedAt = true, time.Time{}
 	case errors.Is(err, fs.ErrPermission):
-		c.written, c.tried = false, s.now()
+		w.accepted, w.refusedAt = false, s.now()
 	}
 }
 
-// refusesWrites: see forgetter.
+// refusesWrites implements cachingObjects.
 func (s *s3Store) refusesWrites() bool {
-	c := &s.check
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return !c.written && !c.tried.IsZero()
+	s.writes.mu.Lock()
+	defer s.writes.mu.Unlock()
+	return !s.writes.refusedAt.IsZero()
 }
 
-// logState logs a state of S3 that is not the one that was logged last, with what
-// to do about it.
+// logState logs the state of S3 that err, of a check, shows and what to do about it,
+// if it is not the state that was logged last.
 func (s *s3Store) logState(err error) {
 	text, level := "S3 cannot be reached: files are passed on and not stored", slog.LevelError
 	switch {
@@ -149,15 +128,15 @@ func (s *s3Store) logState(err error) {
 	case errors.Is(err, fs.ErrPermission):
 		text = "S3 refuses the credentials: check MINIO_ACCESS_KEY and MINIO_SECRET_KEY, and that they may read and list the bucket"
 	}
-	c := &s.check
-	c.mu.Lock()
-	told := c.told
-	c.told = text
+	w := &s.writes
+	w.mu.Lock()
+	changed := w.logged != text
+	w.logged = text
 	if err != nil && !errors.Is(err, errS3ReadOnly) {
-		c.written, c.tried = false, time.Time{} // who knows what comes back
+		w.accepted, w.refusedAt = false, time.Time{} // it may come back with other permissions
 	}
-	c.mu.Unlock()
-	if told == text {
+	w.mu.Unlock()
+	if !changed {
 		return
 	}
 	attrs := []any{"endpoint", s.client.cfg.host, "bucket", s.client.cfg.bucket}
@@ -165,60 +144,4 @@ func (s *s3Store) logState(err error) {
 		attrs = append(attrs, "error", err)
 	}
 	s.log.Log(context.Background(), level, text, attrs...)
-}
-
-// outage makes an S3 that does not answer cost one short wait, not one per
-// request.
-type outage struct {
-	mu    sync.Mutex // guards all
-	since time.Time  // zero: there is none
-	next  time.Time  // when one request may try again
-	last  time.Time  // when S3 answered last
-	flaky time.Time  // when an outage was last seen
-}
-
-// flakyFor is how long after an outage another one is expected.
-const flakyFor = time.Minute
-
-// enter says whether S3 may be asked, and whether to be impatient.
-func (o *outage) enter(now time.Time) (flaky bool, err error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if !o.since.IsZero() {
-		if now.Before(o.next) {
-			return true, errS3Outage
-		}
-		o.next = now.Add(s3RetryAfter)
-	}
-	return !o.flaky.IsZero() && now.Sub(o.flaky) < flakyFor, nil
-}
-
-func (o *outage) answered(now time.Time) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.since, o.last = time.Time{}, now
-}
-
-// failed notes a request that was not answered. If another one was, while it
-// waited, it says nothing about S3.
-func (o *outage) failed(began, now time.Time) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.last.After(began) {
-		return
-	}
-	if o.since.IsZero() {
-		o.since = now
-	}
-	o.next, o.flaky = now.Add(s3RetryAfter), now
-}
-
-// lasts is the age of the outage.
-func (o *outage) lasts(now time.Time) time.Duration {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.since.IsZero() {
-		return 0
-	}
-	return now.Sub(o.since)
 }

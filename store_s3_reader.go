@@ -8,13 +8,13 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"sync"
 	"time"
 )
 
-// s3Reader is the body of one version of an object. It reads on from where its
-// answer stands; sought elsewhere, or broken off, it asks again when bytes are
-// wanted, for the same version only.
+// s3Reader is the body of one version of an object. It reads on in the answer that
+// it has. After a Seek, or when the answer breaks off, the next Read asks again, for
+// the same version only. It is used by one goroutine at a time; the end of the ctx
+// that it was opened with ends a Read that waits.
 type s3Reader struct {
 	s         *s3Store
 	key, etag string
@@ -22,18 +22,15 @@ type s3Reader struct {
 	ctx       context.Context // ends with the reader
 	cancel    context.CancelCauseFunc
 
-	// mu guards what follows: http.ServeContent reads several ranges in a
-	// goroutine of its own, which may still read when the body is closed.
-	mu     sync.Mutex
-	off    int64         // where the reader stands
-	body   io.ReadCloser // nil: to be asked for
-	at     int64         // where body stands
-	breaks int
+	off           int64         // where the next Read begins
+	body          io.ReadCloser // of the answer; nil: none is open
+	bodyOff       int64         // where body is
+	interruptions int           // so far
 }
 
-// openBody opens the object at r.off and tells its record. Behind the end there
-// is nothing to get, and the record is asked for alone.
-func (r *s3Reader) openBody(stamp changeStamp) (*record, error) {
+// openBody asks for the object at r.off and returns its record. Behind the end there
+// is no body to get, and the record is asked for alone.
+func (r *s3Reader) openBody(v validity) (*record, error) {
 	o, err := r.s.getObject(r.ctx, r.key, s3GetInput{off: r.off})
 	if isBehindEnd(err) {
 		o, err = r.s.headObject(r.ctx, r.key)
@@ -42,18 +39,16 @@ func (r *s3Reader) openBody(stamp changeStamp) (*record, error) {
 		return nil, err
 	}
 	r.etag, r.size, r.body = o.etag, o.size, o.body
-	return r.s.readObjectRecord(r.key, o, stamp)
+	return r.s.readObjectRecord(r.key, o, v)
 }
 
 func (r *s3Reader) Read(p []byte) (int, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	for r.off < r.size {
 		err := r.seekBody()
 		if err == nil {
 			var n int
 			n, err = r.body.Read(p)
-			r.off, r.at = r.off+int64(n), r.at+int64(n)
+			r.off, r.bodyOff = r.off+int64(n), r.bodyOff+int64(n)
 			if err != nil {
 				r.closeBody()
 			}
@@ -61,20 +56,20 @@ func (r *s3Reader) Read(p []byte) (int, error) {
 				return n, nil
 			}
 		}
-		if err := r.pauseAfterBreak(err); err != nil {
+		if err := r.pauseBeforeRetry(err); err != nil {
 			return 0, fmt.Errorf("reading %s at %d: %w", r.key, r.off, err)
 		}
 	}
 	return 0, io.EOF
 }
 
-// seekBody leaves r.body where r.off is.
+// seekBody leaves r.body open at r.off.
 func (r *s3Reader) seekBody() error {
-	if gap := r.off - r.at; r.body != nil && gap > 0 && gap <= s3MaxSkip {
+	if gap := r.off - r.bodyOff; r.body != nil && gap > 0 && gap <= s3MaxSkip {
 		n, _ := io.CopyN(io.Discard, r.body, gap)
-		r.at += n
+		r.bodyOff += n
 	}
-	if r.body != nil && r.at == r.off {
+	if r.body != nil && r.bodyOff == r.off {
 		return nil
 	}
 	r.closeBody()
@@ -84,21 +79,22 @@ func (r *s3Reader) seekBody() error {
 		return fmt.Errorf("%w: it is gone", errS3PreconditionFailed)
 	case err != nil:
 		return err
-	case o.etag != r.etag || o.etag == "" || o.size != r.size: // If-Match is not for all servers
+	case o.etag != r.etag || o.etag == "" || o.size != r.size: // not all servers know If-Match
 		o.body.Close()
 		return fmt.Errorf("%w: it was replaced", errS3PreconditionFailed)
 	}
-	r.body, r.at = o.body, r.off
+	r.body, r.bodyOff = o.body, r.off
 	return nil
 }
 
-// pauseAfterBreak is nil when it is worth going on after err.
-func (r *s3Reader) pauseAfterBreak(err error) error {
-	if errors.Is(err, errS3PreconditionFailed) || r.ctx.Err() != nil || r.breaks == s3MaxBreaks {
+// pauseBeforeRetry returns nil when it is time to ask again after err, and an error
+// when that is of no use.
+func (r *s3Reader) pauseBeforeRetry(err error) error {
+	if errors.Is(err, errS3PreconditionFailed) || r.ctx.Err() != nil || r.interruptions == s3MaxInterruptions {
 		return err
 	}
-	pause := time.Duration(r.breaks*(r.breaks+1)/2) * time.Second
-	r.breaks++
+	pause := time.Duration(r.interruptions*(r.interruptions+1)/2) * time.Second
+	r.interruptions++
 	if serr := r.s.client.cfg.sleep(r.ctx, pause); serr != nil {
 		return fmt.Errorf("%w: %w", serr, err)
 	}
@@ -113,8 +109,6 @@ func (r *s3Reader) closeBody() {
 }
 
 func (r *s3Reader) Seek(off int64, whence int) (int64, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
 	switch whence {
 	case io.SeekCurrent:
 		off += r.off
@@ -128,18 +122,11 @@ func (r *s3Reader) Seek(off int64, whence int) (int64, error) {
 	return off, nil
 }
 
-// Close ends a Read that is under way.
 func (r *s3Reader) Close() error {
-	if !r.mu.TryLock() {
-		r.cancel(fs.ErrClosed)
-		r.mu.Lock()
-	}
-	defer r.mu.Unlock()
-	if left := r.size - r.at; r.body != nil && left <= s3MaxDrain {
-		// It is on its way and costs less than a new connection.
-		t := time.AfterFunc(100*time.Millisecond, func() { r.cancel(fs.ErrClosed) })
+	if r.body != nil && r.size-r.bodyOff <= s3MaxDrain {
+		timer := time.AfterFunc(100*time.Millisecond, func() { r.cancel(fs.ErrClosed) })
 		_, _ = io.Copy(io.Discard, r.body)
-		t.Stop()
+		timer.Stop()
 	}
 	r.closeBody()
 	r.cancel(fs.ErrClosed)

@@ -344,9 +344,9 @@ func TestS3CutBodiesGoOn(t *testing.T) {
 	content := bigContent(500_000)
 	b := newS3Bench(t)
 	b.mustPut("f", content)
-	b.fake.failOnce("GetObject", s3MaxBreaks, true, fakeFault{cut: 100_000})
+	b.fake.failOnce("GetObject", s3MaxInterruptions, true, fakeFault{cut: 100_000})
 	wantBody(t, b.mustOpen("f", 0).body, content)
-	b.fake.failOnce("GetObject", s3MaxBreaks+2, true, fakeFault{cut: 10_000})
+	b.fake.failOnce("GetObject", s3MaxInterruptions+2, true, fakeFault{cut: 10_000})
 	n, err := io.Copy(io.Discard, b.mustOpen("f", 0).body)
 	if err == nil || n >= int64(len(content)) {
 		t.Errorf("a body that breaks off again and again: %d bytes, %v", n, err)
@@ -389,12 +389,17 @@ func reopen(b *s3Bench) *object {
 	return o
 }
 
-func TestS3CloseEndsARead(t *testing.T) {
+func TestS3ReadEndsWithItsContext(t *testing.T) {
 	t.Parallel()
 	b := newS3Bench(t)
 	b.mustPut("f", bigContent(500_000))
 	b.fake.failOnce("GetObject", 1, true, fakeFault{cut: 1000})
-	o := b.mustOpen("f", 0)
+	ctx, leave := context.WithCancel(t.Context())
+	o, err := b.open(ctx, testKey("f"), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.body.Close()
 	if _, err := io.ReadFull(o.body, make([]byte, 1000)); err != nil {
 		t.Fatal(err)
 	}
@@ -409,9 +414,9 @@ func TestS3CloseEndsARead(t *testing.T) {
 		ended <- err
 	}()
 	<-asked
-	o.body.Close()
+	leave()
 	if err := <-ended; err == nil {
-		t.Error("a read that was closed ended well")
+		t.Error("a read whose caller left ended well")
 	}
 }
 
@@ -459,7 +464,7 @@ func TestS3HangIsOneShortWait(t *testing.T) {
 	t.Parallel()
 	b := newS3Bench(t)
 	b.mustPut("f", "content")
-	b.store.wait = 30 * time.Millisecond
+	b.store.openTimeout = 30 * time.Millisecond
 	b.fake.fail(always("", fakeFault{hang: true}))
 	b.fake.count("")
 	b.store.invalidate(testKey("f"))
@@ -472,7 +477,7 @@ func TestS3HangIsOneShortWait(t *testing.T) {
 	b.wantRequests("GetObject", 1)
 	b.fake.fail(nil)
 	b.wantDown("f")
-	b.store.wait = s3OpenTimeout
+	b.store.openTimeout = s3OpenTimeout
 	if err := b.store.ping(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -481,20 +486,51 @@ func TestS3HangIsOneShortWait(t *testing.T) {
 
 func TestS3LateAnswersAreNoOutage(t *testing.T) {
 	t.Parallel()
-	var o outage
-	now := time.Now()
-	o.answered(now.Add(time.Second))
-	o.failed(now, now.Add(5*time.Second))
-	if _, err := o.enter(now.Add(5 * time.Second)); err != nil {
-		t.Error("a request failed beside one that was answered, and counted as an outage")
+	b := newS3Bench(t)
+	b.putClass("f", "content", mutable)
+	began := b.store.now()
+	b.advance(time.Second)
+	wantBody(t, b.mustOpen("f", 0).body, "content")
+	b.store.classifyError(t.Context(), began, errS3Timeout)
+	wantBody(t, b.mustOpen("f", 0).body, "content") // the other request was only slow
+	b.store.classifyError(t.Context(), b.store.now(), errS3Timeout)
+	b.wantDown("f")
+}
+
+// TestS3OutageCostsNoWaitBesideChecks: each check that fails renews the pause after
+// which a client would find out by itself.
+func TestS3OutageCostsNoWaitBesideChecks(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.putClass("f", "content", mutable)
+	b.fake.fail(always("", fakeFault{}))
+	for range 10 {
+		b.store.ping(t.Context())
+		b.fake.count("")
+		b.advance(s3CheckTimeout + 500*time.Millisecond)
+		b.wantDown("f")
+		b.wantRequests()
 	}
-	o.failed(now.Add(6*time.Second), now.Add(7*time.Second))
-	if flaky, err := o.enter(now.Add(7 * time.Second)); err == nil || !flaky {
-		t.Error("an outage was not noticed")
+	b.fake.fail(nil)
+	if err := b.store.ping(t.Context()); err != nil {
+		t.Fatal(err)
 	}
-	if d := o.lasts(now.Add(9 * time.Second)); d != 2*time.Second {
-		t.Errorf("it lasts %v", d)
-	}
+	wantBody(t, b.mustOpen("f", 0).body, "content")
+}
+
+// TestS3ProbeWithoutAResult: an answer that says neither that S3 is up nor that it is
+// down leaves finding out to the next request.
+func TestS3ProbeWithoutAResult(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.putClass("f", "content", mutable)
+	b.fake.fail(always("", fakeFault{}))
+	b.store.ping(t.Context())
+	b.advance(s3RetryAfter)
+	b.fake.fail(always("", fakeFault{status: 503, code: "SlowDown"}))
+	b.wantDown("f")
+	b.fake.fail(nil)
+	waitUntil(t, "up", func() bool { return reopen(b) != nil })
 }
 
 func TestS3LongOutageTakesNoUploads(t *testing.T) {
