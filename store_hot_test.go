@@ -63,8 +63,9 @@ func (b *hotBench) wantHot(spelling, content string) {
 	b.wantRequests()
 }
 
-// wantCold checks that there is no copy of a file, and never opens it.
-func (b *hotBench) wantCold(spelling string) {
+// wantNoCopy checks that there is no copy of a file. It does not open the file, which
+// would make one.
+func (b *hotBench) wantNoCopy(spelling string) {
 	b.t.Helper()
 	b.tier.wg.Wait()
 	if b.tier.copies.contains(testKey(spelling)) {
@@ -143,7 +144,7 @@ func TestHotIsWhatWasReadToItsEnd(t *testing.T) {
 				b.wantHot("f", content)
 				return
 			}
-			b.wantCold("f")
+			b.wantNoCopy("f")
 		})
 	}
 }
@@ -159,7 +160,7 @@ func TestRangesAreNotCopied(t *testing.T) {
 	a.mustPut("f", "content")
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	wantBody(t, b.mustOpen("f", 1).body, "ontent")
-	b.wantCold("f")
+	b.wantNoCopy("f")
 }
 
 func TestCopiesAreVerified(t *testing.T) {
@@ -169,7 +170,7 @@ func TestCopiesAreVerified(t *testing.T) {
 	a.fake.object(testKey("f")).data[2] ^= 1
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	io.Copy(io.Discard, b.mustOpen("f", 0).body)
-	b.wantCold("f")
+	b.wantNoCopy("f")
 	if b.log.count("run verify") != 1 {
 		t.Errorf("the log does not say so: %s", b.log.b.String())
 	}
@@ -188,7 +189,7 @@ func TestFastClientsAreNotSlowed(t *testing.T) {
 	b.fake.count("")
 	wantBody(t, b.mustOpen("f", 0).body, content)
 	close(gate)
-	b.wantCold("f")
+	b.wantNoCopy("f")
 	b.wantRequests("GetObject", 1) // nothing is read a second time
 	if b.log.count("no hot copy was made") > 0 {
 		t.Error("a fast client was logged as a failure")
@@ -220,7 +221,7 @@ func TestUnfinishedCopiesEvictLittle(t *testing.T) {
 	o := b.mustOpen("large", 0)
 	io.CopyN(io.Discard, o.body, copyBufferSize)
 	o.body.Close()
-	b.wantCold("large")
+	b.wantNoCopy("large")
 	if left, want := len(b.tier.copies.byKey), others-copyBudgetStep>>20-1; left != want {
 		t.Errorf("%d other copies are left, want %d", left, want)
 	}
@@ -236,7 +237,7 @@ func TestCopiesLeaveRoom(t *testing.T) {
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	b.tier.checkRoom = func(int64) error { return errNoSpace }
 	b.read("f", "content")
-	b.wantCold("f")
+	b.wantNoCopy("f")
 }
 
 // TestNewCopiesReplaceOldOnesOnAFullDisk: the tier is not at its limit, but the disk is.
@@ -254,7 +255,7 @@ func TestNewCopiesReplaceOldOnesOnAFullDisk(t *testing.T) {
 	}
 	b.read("new", "new")
 	b.wantHot("new", "new")
-	b.wantCold("old")
+	b.wantNoCopy("old")
 }
 
 func TestOneCopyOfManyReaders(t *testing.T) {
@@ -293,15 +294,15 @@ func TestEviction(t *testing.T) {
 	}
 	b.wantHot("0", content(0))
 	b.wantHot("29", content(29))
-	b.wantCold("1")
+	b.wantNoCopy("1")
 	b.wantHit("1", content(1))
 	b.mustPut("huge", strings.Repeat("x", limit-10_000))
-	b.wantCold("huge")
+	b.wantNoCopy("huge")
 	b.wantHot("0", content(0))
 	if !b.tier.freeSpace(limit) || b.tier.freeSpace(1) {
-		t.Error("shrink does not say what it did")
+		t.Error("freeSpace does not report what it did")
 	}
-	b.wantCold("0")
+	b.wantNoCopy("0")
 	if b.tier.copies.cost != 0 {
 		t.Errorf("%d bytes are charged for nothing", b.tier.copies.cost)
 	}
@@ -367,11 +368,11 @@ func TestAnnouncementsReachTheCopy(t *testing.T) {
 	}
 	b.tier.invalidate(testKey("f"))
 	b.wantMiss("f")
-	b.wantCold("f")
+	b.wantNoCopy("f")
 }
 
-// TestAnnouncementsDuringACopy: what was read before must not become a copy
-// after.
+// TestAnnouncementsDuringACopy: what was read before an announcement must not become
+// a copy after it.
 func TestAnnouncementsDuringACopy(t *testing.T) {
 	t.Parallel()
 	a := newHotBench(t)
@@ -382,7 +383,7 @@ func TestAnnouncementsDuringACopy(t *testing.T) {
 	io.CopyN(io.Discard, o.body, 100_000)
 	b.tier.invalidate(testKey("f"))
 	io.Copy(io.Discard, o.body)
-	b.wantCold("f")
+	b.wantNoCopy("f")
 }
 
 func TestMissedAnnouncementsAreFound(t *testing.T) {
@@ -405,7 +406,7 @@ func TestMissedAnnouncementsAreFound(t *testing.T) {
 				return
 			}
 			b.wantMiss("f")
-			b.wantCold("f")
+			b.wantNoCopy("f")
 		})
 	}
 }
@@ -413,16 +414,16 @@ func TestMissedAnnouncementsAreFound(t *testing.T) {
 func TestHotInAnOutage(t *testing.T) {
 	t.Parallel()
 	b := newHotBench(t)
-	b.putClass("for ever", "x", immutable)
+	b.putClass("forever", "x", immutable)
 	b.putClass("changes", "x", mutable)
 	b.fake.fail(always("", fakeFault{}))
 	b.wantDown("unknown")
-	for _, spelling := range []string{"for ever", "changes"} {
+	for _, spelling := range []string{"forever", "changes"} {
 		wantBody(t, b.mustOpen(spelling, 0).body, "x")
 	}
 	b.online.Store(false)
 	b.advance(time.Hour / 10)
-	wantBody(t, b.mustOpen("for ever", 0).body, "x")
+	wantBody(t, b.mustOpen("forever", 0).body, "x")
 	b.wantDown("changes") // it may have been replaced: upstream is asked
 	b.fake.fail(nil)
 	if err := b.store.ping(t.Context()); err != nil {
@@ -432,7 +433,7 @@ func TestHotInAnOutage(t *testing.T) {
 }
 
 // TestPutWithoutAnAnswer: the new version may be in S3 or not, so the old copy
-// is no longer believed.
+// is checked before it is used again.
 func TestPutWithoutAnAnswer(t *testing.T) {
 	t.Parallel()
 	b := newHotBench(t)
@@ -464,7 +465,7 @@ func TestCopiesOutliveTheProcess(t *testing.T) {
 	b.read("replaced", "new")
 	b.tier.Close()
 	b.restart(b.disk, 0) // switched off
-	b.wantCold("kept")
+	b.wantNoCopy("kept")
 	b.wantHit("kept", content)
 }
 
@@ -553,7 +554,7 @@ func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 		defer s.body.Close()
 		wantBody(t, s.body, content)
 	}
-	wantLookup("old") // nobody told
+	wantLookup("old") // the change was not announced
 	fresh.setMark(t.Context(), testKey("f"), freshnessMark{GoodAt: time.Now(), SHA256: testRecord("f", "new").SHA256})
 	b.fake.count("")
 	wantLookup("new")
@@ -562,7 +563,7 @@ func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 	wantLookup("new")
 	b.wantRequests()
 	fresh.setMark(t.Context(), testKey("f"), freshnessMark{GoodAt: time.Now(), SHA256: testRecord("f", "lost").SHA256})
-	wantLookup("new") // and not for ever
+	wantLookup("new") // asked for once, not in a loop
 	b.wantRequests("GetObject", 1)
 }
 

@@ -475,8 +475,9 @@ func (r *redisStore) noteSuccess() {
 }
 
 // isCallerTimeout reports whether err comes from the caller's ctx and not from
-// redisTimeout, which ends inner. redigo's deadline may pass a moment before that of
-// the context.
+// redisTimeout, which ends inner: the background check has 0.4 s, and a request ends
+// when its client leaves. redigo's deadline may pass a moment before that of the
+// context.
 func isCallerTimeout(ctx, inner context.Context, err error) bool {
 	callers, has := ctx.Deadline()
 	earliest, _ := inner.Deadline()

@@ -301,7 +301,7 @@ func startRedisAt(t *testing.T, rawURL, prefix, port string, now func() time.Tim
 	return &redisTester{t, r, out}
 }
 
-// heard is what a watch was told, in order.
+// heard is what a watch heard, in order.
 type heard chan string
 
 func (r *redisTester) listenIn() heard {
@@ -400,7 +400,7 @@ func TestRedisLeaseOfTheDead(t *testing.T) {
 	b.mayLease("k", true)
 	f.advance(time.Millisecond)
 	b.mayLease("k", false)
-	// a was only slow: it finds out and disturbs nobody.
+	// a was only slow: it finds out and leaves the lease to b.
 	if err := a.renewLeases(t.Context()); err != nil || len(a.leases) != 0 {
 		t.Errorf("%v, %v", err, a.leases)
 	}

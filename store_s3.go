@@ -94,10 +94,8 @@ type s3Store struct {
 	log          *slog.Logger
 	openTimeout  time.Duration // s3OpenTimeout but in tests
 
-	seed           maphash.Seed
-	invalidatedAll atomic.Uint64      // counts the calls of invalidateAll
-	invalidated    [256]atomic.Uint64 // counts replacements and removals, by hash of the key
-	records        *lru[cachedRecord] // of immutable files
+	invalidations
+	records *lru[cachedRecord] // of immutable files
 
 	outage *circuit
 	check  backgroundCheck
@@ -110,6 +108,14 @@ type cachedRecord struct {
 	validity
 	rec  *record
 	text string
+}
+
+// invalidations counts the replacements and removals that were announced or are our
+// own.
+type invalidations struct {
+	seed  maphash.Seed
+	all   atomic.Uint64      // times that announcements may have been missed, from 1
+	byKey [256]atomic.Uint64 // by hash of the key
 }
 
 // validity is the state of a key's invalidations at one moment. It is taken before
@@ -128,32 +134,47 @@ func newS3Store(client *s3Client, hearsChanges func() bool) *s3Store {
 		hearsChanges = func() bool { return false }
 	}
 	s := &s3Store{client: client, hearsChanges: hearsChanges, now: client.cfg.now, log: client.cfg.log, openTimeout: s3OpenTimeout,
-		seed: maphash.MakeSeed(), records: newLRU[cachedRecord](maxRecordsInMemory, 0),
-		outage: newCircuit(client.cfg.now, s3RetryAfter, s3RetryAfter)}
-	s.invalidatedAll.Store(1)
+		records: newLRU[cachedRecord](maxRecordsInMemory, 0),
+		outage:  newCircuit(client.cfg.now, s3RetryAfter, s3RetryAfter)}
+	s.seed = maphash.MakeSeed()
+	s.invalidations.all.Store(1)
 	return s
 }
 
 // Close waits for the check that runs.
 func (s *s3Store) Close() { s.check.wait() }
 
-func (s *s3Store) counterOf(key string) *atomic.Uint64 {
-	return &s.invalidated[maphash.String(s.seed, key)%uint64(len(s.invalidated))]
+func (n *invalidations) counterOf(key string) *atomic.Uint64 {
+	return &n.byKey[maphash.String(n.seed, key)%uint64(len(n.byKey))]
+}
+
+// isCurrent reports whether key was not invalidated since v.
+func (n *invalidations) isCurrent(key string, v validity) bool {
+	return n.counterOf(key).Load() == v.ofKey
+}
+
+// countOwnChange returns v with a change of our own counted in, so that v stays current
+// unless another change was announced meanwhile: then it is not known which of the two
+// was last.
+func (n *invalidations) countOwnChange(key string, v validity) validity {
+	if n.counterOf(key).CompareAndSwap(v.ofKey, v.ofKey+1) {
+		v.ofKey++
+	} else {
+		n.counterOf(key).Add(1)
+	}
+	return v
 }
 
 // validityNow is taken before S3 is asked for key.
 func (s *s3Store) validityNow(key string) validity {
-	return validity{s.invalidatedAll.Load(), s.counterOf(key).Load(), s.now()}
+	return validity{s.invalidations.all.Load(), s.counterOf(key).Load(), s.now()}
 }
-
-// isCurrent reports whether key was not invalidated since v.
-func (s *s3Store) isCurrent(key string, v validity) bool { return s.counterOf(key).Load() == v.ofKey }
 
 // trustsCopy reports whether a copy of that class, valid at v and not invalidated
 // since, may be used without asking S3: forever while announcements arrive, for
 // recheckAfter without them if the file never changes, else not at all.
 func (s *s3Store) trustsCopy(c class, v validity) bool {
-	if v.all != s.invalidatedAll.Load() {
+	if v.all != s.invalidations.all.Load() {
 		return false
 	}
 	return s.hearsChanges() || (c == immutable && s.now().Sub(v.at) < recheckAfter)
@@ -166,7 +187,7 @@ func (s *s3Store) invalidate(key string) {
 }
 
 // invalidateAll implements cachingObjects.
-func (s *s3Store) invalidateAll() { s.invalidatedAll.Add(1) }
+func (s *s3Store) invalidateAll() { s.invalidations.all.Add(1) }
 
 // open implements objects. With a body it is one GET, whose answer decides: an
 // object that vanished is a miss even if its record is in memory.
@@ -397,8 +418,9 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os
 		in.ifNoneMatch = "*"
 	}
 	_, err = s.client.putObject(ctx, key, in)
-	s.noteWrite(err)
+	s.writes.noteWrite(err, s.now())
 	v = s.countOwnChange(key, v) // a failed upload may have arrived all the same
+	s.records.remove(key)
 	if err := s.classifyError(ctx, v.at, err); errors.Is(err, errS3PreconditionFailed) {
 		return validity{}, errFileExists
 	} else if err != nil {
@@ -406,19 +428,6 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os
 	}
 	s.cacheRecord(key, cachedRecord{v, rec, text})
 	return v, nil
-}
-
-// countOwnChange is invalidate for a change of our own. It returns v with that change
-// counted in, so that v stays current unless another change was announced meanwhile:
-// then it is not known which of the two was last.
-func (s *s3Store) countOwnChange(key string, v validity) validity {
-	if s.counterOf(key).CompareAndSwap(v.ofKey, v.ofKey+1) {
-		v.ofKey++
-	} else {
-		s.counterOf(key).Add(1)
-	}
-	s.records.remove(key)
-	return v
 }
 
 // delete implements objects. It asks first, since S3 does not say whether there was

@@ -25,6 +25,26 @@ type s3WriteAccess struct {
 	refusedAt time.Time  // when the last write was refused; zero: it was not
 }
 
+// noteWrite takes the result of a write as the state of write access. Errors other
+// than a refusal say nothing about it.
+func (w *s3WriteAccess) noteWrite(err error, now time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case err == nil:
+		w.accepted, w.refusedAt = true, time.Time{}
+	case errors.Is(err, fs.ErrPermission):
+		w.accepted, w.refusedAt = false, now
+	}
+}
+
+// isCheckDue reports whether it is time to try a write for the check's sake.
+func (w *s3WriteAccess) isCheckDue(now time.Time) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return !w.accepted && now.Sub(w.refusedAt) >= s3WriteCheckInterval
+}
+
 // ping reports whether S3 can be used: errStoreDown if not. A change of that is
 // logged. ping ends with ctx even if S3 hangs.
 func (s *s3Store) ping(ctx context.Context) error {
@@ -35,7 +55,8 @@ func (s *s3Store) ping(ctx context.Context) error {
 	return err
 }
 
-// checkNow finds out whether the bucket can be read and written.
+// checkNow finds out whether the bucket can be read and written. Its requests are not
+// admitted by the circuit, and their results open and close it.
 func (s *s3Store) checkNow() error {
 	ctx, cancel := context.WithTimeout(context.Background(), s3CheckTimeout)
 	defer cancel()
@@ -72,11 +93,7 @@ func (s *s3Store) checkRead(ctx context.Context) error {
 // checkWrite writes and removes an empty object, once after each outage and every
 // s3WriteCheckInterval while writes are refused.
 func (s *s3Store) checkWrite(ctx context.Context) error {
-	w := &s.writes
-	w.mu.Lock()
-	due := !w.accepted && s.now().Sub(w.refusedAt) >= s3WriteCheckInterval
-	w.mu.Unlock()
-	if !due {
+	if !s.writes.isCheckDue(s.now()) {
 		if s.refusesWrites() {
 			return errS3ReadOnly
 		}
@@ -87,24 +104,11 @@ func (s *s3Store) checkWrite(ctx context.Context) error {
 	if err == nil {
 		_ = s.client.deleteObject(ctx, s3ProbeKey) // what stays is harmless
 	}
-	s.noteWrite(err)
+	s.writes.noteWrite(err, s.now())
 	if errors.Is(err, fs.ErrPermission) {
 		return fmt.Errorf("%w: %w", errS3ReadOnly, err)
 	}
 	return err
-}
-
-// noteWrite takes the result of a write as the state of write access.
-func (s *s3Store) noteWrite(err error) {
-	w := &s.writes
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	switch {
-	case err == nil:
-		w.accepted, w.refusedAt = true, time.Time{}
-	case errors.Is(err, fs.ErrPermission):
-		w.accepted, w.refusedAt = false, s.now()
-	}
 }
 
 // refusesWrites implements cachingObjects.
@@ -117,6 +121,7 @@ func (s *s3Store) refusesWrites() bool {
 // logState logs the state of S3 that err, of a check, shows and what to do about it,
 // if it is not the state that was logged last.
 func (s *s3Store) logState(err error) {
+	// Each text names what the operator has to look at.
 	text, level := "S3 cannot be reached: files are passed on and not stored", slog.LevelError
 	switch {
 	case err == nil:

@@ -42,6 +42,8 @@ func (r *s3Reader) openBody(v validity) (*record, error) {
 	return r.s.readObjectRecord(r.key, o, v)
 }
 
+// Read goes on after an interruption, s3MaxInterruptions times. It ends with
+// errS3PreconditionFailed when that version is not in S3 any more.
 func (r *s3Reader) Read(p []byte) (int, error) {
 	for r.off < r.size {
 		err := r.seekBody()
@@ -63,7 +65,8 @@ func (r *s3Reader) Read(p []byte) (int, error) {
 	return 0, io.EOF
 }
 
-// seekBody leaves r.body open at r.off.
+// seekBody leaves r.body open at r.off: it reads on over a short gap, and asks again
+// for anything else.
 func (r *s3Reader) seekBody() error {
 	if gap := r.off - r.bodyOff; r.body != nil && gap > 0 && gap <= s3MaxSkip {
 		n, _ := io.CopyN(io.Discard, r.body, gap)
@@ -108,6 +111,7 @@ func (r *s3Reader) closeBody() {
 	}
 }
 
+// Seek sends no request: the next Read does, if it has to.
 func (r *s3Reader) Seek(off int64, whence int) (int64, error) {
 	switch whence {
 	case io.SeekCurrent:
@@ -122,6 +126,8 @@ func (r *s3Reader) Seek(off int64, whence int) (int64, error) {
 	return off, nil
 }
 
+// Close reads what is left of a body first, if that is little and arrives in 0.1 s, so
+// that the connection can be used again.
 func (r *s3Reader) Close() error {
 	if r.body != nil && r.size-r.bodyOff <= s3MaxDrain {
 		timer := time.AfterFunc(100*time.Millisecond, func() { r.cancel(fs.ErrClosed) })

@@ -45,7 +45,7 @@ func (l *logBuffer) Write(p []byte) (int, error) {
 	return l.b.Write(p)
 }
 
-// count says how many lines hold a text.
+// count returns how often a text occurs.
 func (l *logBuffer) count(text string) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -95,7 +95,7 @@ func (b *s3Bench) wantRequests(what ...any) {
 	}
 }
 
-// wantDown checks that the store says it is down, not that a file is missing.
+// wantDown checks that opening fails because the store is down, and not as a miss.
 func (b *s3Bench) wantDown(spelling string) {
 	b.t.Helper()
 	for _, off := range []int64{0, -1} {
@@ -226,7 +226,7 @@ func TestS3ManyRanges(t *testing.T) {
 			t.Errorf("the range at %d is missing", at)
 		}
 	}
-	// One each for the beginning, the leap ahead and the way back.
+	// One each for the beginning, the part far ahead, and the way back.
 	if n := b.fake.count("GetObject"); n != 3 {
 		t.Errorf("%d requests, want 3", n)
 	}
@@ -285,7 +285,7 @@ func TestS3ObjectsOfNoUseAreMisses(t *testing.T) {
 			if b.log.count(c.reason) == 0 {
 				t.Errorf("the log does not give the reason: %s", b.log.b.String())
 			}
-			err := b.walk(t.Context(), func(key string, _ *record) error { return errors.New("told " + key) })
+			err := b.walk(t.Context(), func(key string, _ *record) error { return errors.New("walk calls f for " + key) })
 			if err != nil {
 				t.Error(err)
 			}
@@ -426,12 +426,12 @@ func TestS3FaultsOfTheStore(t *testing.T) {
 		fault fakeFault
 		times int // 0: always
 	}{
-		"slow down for a moment":  {fakeFault{status: 503, code: "SlowDown"}, 2},
-		"internal error, once":    {fakeFault{status: 500, code: "InternalError"}, 1},
-		"connection lost, twice":  {fakeFault{}, 2},
-		"slow down for ever":      {fakeFault{status: 503, code: "SlowDown"}, 0},
-		"internal error for ever": {fakeFault{status: 500, code: "InternalError"}, 0},
-		"connections are lost":    {fakeFault{}, 0},
+		"slow down for a moment": {fakeFault{status: 503, code: "SlowDown"}, 2},
+		"internal error, once":   {fakeFault{status: 500, code: "InternalError"}, 1},
+		"connection lost, twice": {fakeFault{}, 2},
+		"slow down forever":      {fakeFault{status: 503, code: "SlowDown"}, 0},
+		"internal error forever": {fakeFault{status: 500, code: "InternalError"}, 0},
+		"connections are lost":   {fakeFault{}, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -575,7 +575,7 @@ func TestS3LostAcknowledgementOfAPut(t *testing.T) {
 	}
 }
 
-func TestS3PingTellsOnce(t *testing.T) {
+func TestS3PingLogsOnce(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		spoil func(b *s3Bench)
@@ -718,7 +718,7 @@ func TestS3WalkEndsWithAFailure(t *testing.T) {
 	seen := 0
 	err := b.walk(t.Context(), func(string, *record) error { seen++; return nil })
 	if !errors.Is(err, errStoreDown) || seen > 0 {
-		t.Errorf("walk: %v after %d; a reindex would drop what it was not told", err, seen)
+		t.Errorf("walk: %v after %d; a reindex would drop the rows of the others", err, seen)
 	}
 }
 
@@ -732,14 +732,14 @@ func TestS3Verify(t *testing.T) {
 	mustPut(t, b.store.client, testKey("foreign"), putOf([]byte("x")))
 	b.fake.object(testKey("rotten")).data[3] ^= 1
 	b.fake.object(testKey("damaged")).meta.Set("X-Amz-Meta-Artifact", "{")
-	told := map[string]error{}
-	checked, dropped, err := b.store.verify(t.Context(), func(key string, err error) { told[key] = err })
-	if checked != 5 || dropped != 2 || err != nil || len(told) != 3 {
-		t.Errorf("%d checked, %d dropped, %v, %v", checked, dropped, err, told)
+	reported := map[string]error{}
+	checked, dropped, err := b.store.verify(t.Context(), func(key string, err error) { reported[key] = err })
+	if checked != 5 || dropped != 2 || err != nil || len(reported) != 3 {
+		t.Errorf("%d checked, %d dropped, %v, %v", checked, dropped, err, reported)
 	}
 	for _, name := range []string{"rotten", "damaged"} {
-		if !errors.Is(told[testKey(name)], errDropped) {
-			t.Errorf("%s: %v", name, told[testKey(name)])
+		if !errors.Is(reported[testKey(name)], errDropped) {
+			t.Errorf("%s: %v", name, reported[testKey(name)])
 		}
 		b.wantMiss(name)
 	}
@@ -768,7 +768,7 @@ func TestS3SweepAbortsOldUploads(t *testing.T) {
 	}
 }
 
-// TestS3RefusedConnections asks a port where nobody listens, as after a crash.
+// TestS3RefusedConnections asks a port without a listener, as after a crash.
 func TestS3RefusedConnections(t *testing.T) {
 	t.Parallel()
 	dead := httptest.NewServer(nil)
