@@ -86,9 +86,9 @@ type redisStore struct {
 	watchPause time.Duration // watchPause but in tests
 	outage     *circuit
 	subscribed atomic.Bool // announcements arrive, as far as the subscription knows
+	pool       atomic.Pointer[redis.Pool]
 
-	mu     sync.Mutex // guards the fields below; not held across I/O
-	pool   *redis.Pool
+	mu     sync.Mutex        // guards the fields below; not held across I/O
 	ip     string            // our end of the connection that was made last
 	leases map[string]string // that we hold: value by key of Redis
 }
@@ -126,7 +126,7 @@ func newRedisStore(rawURL, prefix string, advertise func(localIP string) string,
 		redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(redisTimeout),
 		redis.DialContextFunc(r.dialTCP),
 	}
-	r.pool = r.newPool()
+	r.pool.Store(r.newPool())
 	return r, nil
 }
 
@@ -409,7 +409,7 @@ func (r *redisStore) Close() error {
 	for at, value := range held {
 		r.deleteLease(at, value)
 	}
-	return r.currentPool().Close()
+	return r.pool.Load().Close()
 }
 
 // runCommand is withConn for one command whose answer does not matter.
@@ -433,7 +433,7 @@ func (r *redisStore) withConn(ctx context.Context, f func(context.Context, redis
 	if err := r.outage.admit(inner); err != nil {
 		return err
 	}
-	pool := r.currentPool()
+	pool := r.pool.Load()
 	got, err := withPoolConn(inner, pool, f)
 	if got && isStaleConn(err) { // Redis was restarted, or closes idle connections (its "timeout")
 		pool = r.replacePool(pool)
@@ -498,17 +498,8 @@ func withPoolConn(ctx context.Context, pool *redis.Pool, f func(context.Context,
 // replacePool closes the connections of a pool in which one was found dead: they die
 // together. It returns the pool to use from now on.
 func (r *redisStore) replacePool(used *redis.Pool) *redis.Pool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if used == r.pool {
-		r.pool = r.newPool()
+	if r.pool.CompareAndSwap(used, r.newPool()) {
 		used.Close() // the connections in use are closed when they are given back
 	}
-	return r.pool
-}
-
-func (r *redisStore) currentPool() *redis.Pool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.pool
+	return r.pool.Load()
 }
