@@ -130,6 +130,8 @@ func (s *s3Store) logState(err error) {
 		text = "S3 refuses writes to the bucket: new files are passed on and not stored; allow s3:PutObject and s3:DeleteObject"
 	case errors.Is(err, errS3NoBucket):
 		text = "the bucket does not exist and cannot be created: check MINIO_BUCKET"
+	case errors.Is(err, errS3Clock):
+		text = "S3 refuses all requests because the clocks differ: set the clock of this machine"
 	case errors.Is(err, fs.ErrPermission):
 		text = "S3 refuses the credentials: check MINIO_ACCESS_KEY and MINIO_SECRET_KEY, and that they may read and list the bucket"
 	}

@@ -679,6 +679,9 @@ func TestS3ClockOfAnHourAgo(t *testing.T) {
 	if !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "behind the server's: set it") {
 		t.Errorf("ping: %v", err)
 	}
+	if b.log.count("set the clock of this machine") != 1 || b.log.count("cannot be reached") > 0 {
+		t.Errorf("the log does not name the clock: %s", b.log.b.String())
+	}
 }
 
 func TestS3MissingBucketIsMade(t *testing.T) {
