@@ -6,6 +6,8 @@ package main
 import (
 	"container/list"
 	"context"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 )
@@ -89,6 +91,13 @@ func (m *boundedMap[K, V]) delete(key K) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.entries, key)
+}
+
+// keys returns the keys of all entries, expired ones included, in no order.
+func (m *boundedMap[K, V]) keys() []K {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Collect(maps.Keys(m.entries))
 }
 
 // length is the number of entries, expired ones included.
