@@ -87,18 +87,18 @@ func (noCopies) invalidate(string)   {}
 func (noCopies) invalidateAll()      {}
 func (noCopies) refusesWrites() bool { return false }
 
-// indexRow is what the index knows of one object. Its JSON is a line of the journal.
+// indexRow is what the index knows of one object.
 type indexRow struct {
-	Remote      string    `json:"Remote"`
-	Path        string    `json:"Path"` // upstream spelling
-	Key         string    `json:"Key"`
-	SHA256      string    `json:"SHA256"`
-	ContentType string    `json:"ContentType"`
-	Class       class     `json:"Class"`
-	Size        int64     `json:"Size"`
-	Hits        int64     `json:"Hits"`
-	Fetched     time.Time `json:"Fetched"`
-	LastAccess  time.Time `json:"LastAccess"`
+	Remote      string
+	Path        string // upstream spelling
+	Key         string
+	SHA256      string
+	ContentType string
+	Class       class
+	Size        int64
+	Hits        int64
+	Fetched     time.Time
+	LastAccess  time.Time
 }
 
 // pageQuery asks the index for rows of one remote ("" = all, with oldest).
@@ -115,7 +115,7 @@ type pageQuery struct {
 type indexPage struct {
 	rows     []indexRow
 	next     string // "" at the end
-	complete bool   // false while the embedded index is being loaded
+	complete bool   // false: stored objects may be missing, see index
 }
 
 // fileUse counts uses of one key since the last flush.
@@ -128,13 +128,23 @@ type fileUse struct {
 // remoteTotal is what one remote has stored.
 type remoteTotal struct{ Files, Bytes int64 }
 
-// index lists what is stored. It is written after the object and can be
-// rebuilt from it. All methods may be called concurrently.
+// index lists what is stored. A row is written after its object and can be made from
+// it again: a crash may lose rows, never objects. An index that cannot be asked is
+// errStoreDown. All methods may be called concurrently.
 type index interface {
-	saveRow(ctx context.Context, r indexRow) error // insert or replace by key, hits kept
+	// saveRow inserts a row, or replaces the row with its key, whose hits stay. It
+	// may return before the row is durable, also without an error.
+	saveRow(ctx context.Context, r indexRow) error
+	// delete removes the row of key. A row that is not there is no error. Like
+	// saveRow it may return early.
 	delete(ctx context.Context, remote, key string) error
+	// listPage returns the rows that q asks for. The page is not complete while the
+	// index is loaded, while rows wait to be written, and after rows were dropped.
 	listPage(ctx context.Context, q pageQuery) (indexPage, error)
-	countUses(ctx context.Context, batch []fileUse) error // unknown keys are ignored
+	// countUses adds uses, at most usesBatch of them, to their rows. It returns those
+	// whose key has no row: the caller saves the row and counts them again.
+	countUses(ctx context.Context, batch []fileUse) (unknown []fileUse, err error)
+	// totals returns the number and the size of the objects of each remote that has any.
 	totals(ctx context.Context) (map[string]remoteTotal, error)
 }
 
@@ -145,10 +155,15 @@ type freshnessMark struct {
 	SHA256 string
 }
 
-// freshness keeps marks. It is advisory: losing it costs a revalidation.
+// freshness keeps marks. It is advisory: a mark may be lost at any time, which costs
+// a revalidation. Files that never expire have no mark. All methods may be called
+// concurrently.
 type freshness interface {
-	getMark(ctx context.Context, key string) (freshnessMark, error) // fs.ErrNotExist when unknown; an error has no mark
+	// getMark returns the mark of key. A miss is fs.ErrNotExist.
+	getMark(ctx context.Context, key string) (freshnessMark, error)
+	// setMark replaces the mark of key. It may return before the mark is durable.
 	setMark(ctx context.Context, key string, m freshnessMark) error
+	// delete removes the mark of key. A mark that is not there is no error.
 	delete(ctx context.Context, key string) error
 }
 

@@ -10,9 +10,9 @@ import (
 	"os"
 )
 
-// storeBody stores a complete body: the object, then its index row, then its
-// freshness mark. A crash behind the object leaves one without a row, which gets
-// it with its next use or by reindex; a crash behind the row leaves a copy whose
+// storeBody stores a complete body: the object, then its index row; the caller then
+// sets the freshness mark. A crash behind the object leaves one without a row, which
+// gets it with its next use or by reindex; a crash behind the row leaves a copy whose
 // freshness counts from its fetch. The error says that the object is not stored.
 func (c *cache) storeBody(ctx context.Context, key string, rec *record, body *os.File) error {
 	if err := c.objects.put(ctx, key, rec, body); err != nil {
@@ -25,9 +25,6 @@ func (c *cache) storeBody(ctx context.Context, key string, rec *record, body *os
 	c.missing.delete(key)
 	if err := c.index.saveRow(ctx, newIndexRow(key, rec)); err != nil {
 		c.reportStoreError("database", "indexing", key, err)
-	}
-	if rec.Class != local {
-		c.refreshMark(ctx, key, rec)
 	}
 	return nil
 }
@@ -56,7 +53,9 @@ func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, 
 	}
 	second := *rec
 	second.Path, second.Class = t.spelling, t.class
-	_ = c.storeBody(ctx, key, &second, spool.file) // has logged its failure
+	if c.storeBody(ctx, key, &second, spool.file) == nil { // it has logged its failure
+		c.refreshMark(ctx, t, &second)
+	}
 }
 
 func newIndexRow(key string, rec *record) indexRow {
@@ -64,8 +63,13 @@ func newIndexRow(key string, rec *record) indexRow {
 		Class: rec.Class, Size: rec.Size, Fetched: rec.Fetched, LastAccess: rec.Fetched}
 }
 
-// refreshMark remembers that the copy was just found good.
-func (c *cache) refreshMark(ctx context.Context, key string, rec *record) {
+// refreshMark remembers that the copy of t was just found good. A file that never
+// expires needs no mark.
+func (c *cache) refreshMark(ctx context.Context, t target, rec *record) {
+	if _, forever := t.remote.ttlOf(t.class); forever {
+		return
+	}
+	key := t.key()
 	if err := c.marks.setMark(ctx, key, freshnessMark{GoodAt: c.now().UTC(), SHA256: rec.SHA256}); err != nil {
 		c.reportStoreError("redis", "refreshing", key, err)
 	}

@@ -507,7 +507,9 @@ func (f *fillRun) store() {
 	if !storing {
 		return
 	}
-	_ = f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file) // it has logged its failure
+	if f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file) == nil { // it has logged its failure
+		f.c.refreshMark(f.c.ctx, f.file.target, rec)
+	}
 	f.mu.Lock()
 	purged := f.fate == fatePurgedElsewhere
 	f.mu.Unlock()
@@ -536,7 +538,7 @@ func (f *fillRun) applyToOldCopy(outcome fillOutcome) {
 	status, _ := errors.AsType[*upstreamStatus](outcome.err)
 	switch {
 	case outcome.kind == outcomeUnchanged, isUnreachable(outcome.err):
-		c.refreshMark(c.ctx, f.key, old)
+		c.refreshMark(c.ctx, f.file.target, old)
 	case status != nil && status.isGone():
 		c.log.Info("evicted a file that upstream does not have any more", "remote", f.file.remote.name, "path", f.file.path, "status", status.code)
 		f.removeStored("evicting")

@@ -346,6 +346,7 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 	select {
 	case err = <-serveFailed:
 	case <-ctx.Done():
+		loops.Go(func() { s.tryStep(background, "saving snapshots", s.stores.saveSnapshots) })
 		s.announceEnd()
 	}
 	drainCtx, cancel := context.WithTimeout(context.Background(), drainTimeout)
@@ -423,12 +424,12 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 		loops.Go(func() {
 			s.retryStep(ctx, "loading the index", func() error { return st.embedded.reconcile(ctx, st.objects) })
 		})
-		every(5*time.Minute, func() { s.tryStep(ctx, "saving the index", st.embedded.saveSnapshot) })
 	} else {
 		every(time.Second, func() {
-			s.tryStep(ctx, "writing the journal to the database", func() error { return st.sql.replay(ctx) })
+			s.tryStep(ctx, "writing index rows that wait", func() error { return st.sql.writePending(ctx) })
 		})
 	}
+	every(5*time.Minute, func() { s.tryStep(ctx, "saving snapshots", st.saveSnapshots) })
 	if st.redis != nil {
 		every(leaseInterval, func() { s.tryStep(ctx, "keeping leases", func() error { return st.redis.renewLeases(ctx) }) })
 		loops.Go(func() { st.redis.watchChanges(ctx, s.cache.onChange, s.cache.onMissedChanges) })

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"sync/atomic"
 	"time"
@@ -88,7 +89,8 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 		st.addBackend(&backend{name: "database", kind: "embedded", okWord: "embedded"})
 		return nil
 	}
-	st.sql, err = newSQLIndex(set.db, set.dataDir, now, log)
+	_ = os.Remove(filepath.Join(set.dataDir, ".journal")) // earlier versions kept rows there in an outage
+	st.sql, err = newSQLIndex(set.db, now, log)
 	if err == nil {
 		st.addBackend(&backend{name: "database", kind: "PostgreSQL " + set.db.host, okWord: "ok", ping: st.sql.ping})
 	}
@@ -134,6 +136,19 @@ func (st *stores) sharedReplicas() replicas {
 		return nil
 	}
 	return st.redis
+}
+
+// saveSnapshots writes what the stores keep in memory alone, so that a crash loses
+// less of it.
+func (st *stores) saveSnapshots() error {
+	var errs []error
+	if st.embedded != nil {
+		errs = append(errs, st.embedded.saveSnapshot())
+	}
+	if st.local != nil {
+		errs = append(errs, st.local.saveSnapshot())
+	}
+	return errors.Join(errs...)
 }
 
 // Close closes every store, those that use another one first. It returns the

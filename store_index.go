@@ -1,64 +1,57 @@
-// store_index.go: the embedded index, a table in memory that lists what is
-// stored, and the framed file format that its snapshot and the freshness log
-// share. Who outgrows it (about 200 bytes a file) has PostgreSQL.
+// store_index.go: the embedded index, a sorted table in memory with a row for each
+// stored object. It takes about 200 bytes of memory an object; a larger cache uses
+// PostgreSQL.
 
 package main
 
 import (
-	"bufio"
 	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/hex"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"log/slog"
-	"os"
 	"slices"
 	"sort"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unique"
 )
 
 const (
-	indexFile = ".index"
-	// indexMagic is the snapshot's first frame; another version is not read.
+	indexFile  = ".index"
 	indexMagic = "artifactapi index 1"
-	// chunkRows bounds what an insertion moves: 4 KiB of pointers.
+	// chunkRows bounds the pointers that an insertion moves: 4 KiB.
 	chunkRows = 512
-	// batchRows bounds how long a scan keeps writers waiting.
+	// batchRows bounds how long a scan makes writers wait: about 0.1 ms.
 	batchRows = 1024
-	// maxLate bounds the uses that are kept for rows which are not loaded yet.
-	maxLate = 100_000
-	// maxFrame is beyond any row or mark; a larger length is damage.
-	maxFrame = 1 << 20
 )
 
 var _ index = (*embeddedIndex)(nil)
 
-// indexEntry is a row as memory holds it; the key is made of the spelling.
+// indexEntry is a row as it is held in memory. Its key is derived from remote and
+// spelling.
 type indexEntry struct {
 	sortKey
-	spelling                  string
-	sha256                    [32]byte
-	size, hits, fetched, last int64 // times in ns
-	kind                      unique.Handle[typeAndClass]
-	generation                uint32 // the load that saw it, see embeddedIndex.load
+	spelling                        string
+	sha256                          [32]byte
+	size, hits, fetched, lastAccess int64 // times in ns since 1970
+	typeAndClass                    unique.Handle[typeAndClass]
+	generation                      uint32 // the last reconcile that found the object
 }
 
-// typeAndClass is what few different values of are shared by many rows.
+// typeAndClass holds the two values that many rows share, so that each combination
+// is in memory once.
 type typeAndClass struct {
 	contentType string
 	class       class
 }
 
-// sortKey is where a row stands in its remote: by decoded path, then by key, of
-// which the hash is the part that differs.
+// sortKey is the position of a row within its remote: by decoded path, then by
+// key. The hash is the part in which the keys of equal paths differ.
 type sortKey struct {
 	path string
 	hash uint64
@@ -68,7 +61,7 @@ func (p sortKey) compareTo(q sortKey) int {
 	return cmp.Or(strings.Compare(p.path, q.path), cmp.Compare(p.hash, q.hash))
 }
 
-// successor is the first place that may follow p.
+// successor is the least position behind p.
 func (p sortKey) successor() sortKey {
 	if p.hash == 1<<64-1 {
 		return sortKey{p.path + "\x00", 0}
@@ -76,7 +69,7 @@ func (p sortKey) successor() sortKey {
 	return sortKey{p.path, p.hash + 1}
 }
 
-// keyHash is the hash in a storage key.
+// keyHash returns the path hash in a storage key.
 func keyHash(key string) (uint64, bool) {
 	_, rest, _ := strings.Cut(key, "/")
 	digits, _, _ := strings.Cut(rest, "/")
@@ -85,29 +78,29 @@ func keyHash(key string) (uint64, bool) {
 }
 
 func (e *indexEntry) toRow(remote string) indexRow {
-	k := e.kind.Value()
+	k := e.typeAndClass.Value()
 	return indexRow{
 		Remote: remote, Path: e.spelling, Key: storageKey(remote, e.spelling), SHA256: hex.EncodeToString(e.sha256[:]),
 		ContentType: k.contentType, Class: k.class, Size: e.size, Hits: e.hits,
-		Fetched: time.Unix(0, e.fetched).UTC(), LastAccess: time.Unix(0, e.last).UTC(),
+		Fetched: time.Unix(0, e.fetched).UTC(), LastAccess: time.Unix(0, e.lastAccess).UTC(),
 	}
 }
 
-// newEntry takes a row apart. A row that was never used was used when it was
-// fetched.
+// newEntry is the inverse of toRow. The last access of a row is at least the time
+// of its fetch.
 func newEntry(r indexRow) (*indexEntry, error) {
 	hash, ok := keyHash(r.Key)
 	sum, err := hex.DecodeString(r.SHA256)
 	if !ok || err != nil || len(sum) != 32 {
-		return nil, fmt.Errorf("indexing %q: bad key or sha256 %q", r.Key, r.SHA256)
+		return nil, fmt.Errorf("indexing %q: the key or the sha256 %q is malformed", r.Key, r.SHA256)
 	}
 	if r.LastAccess.Before(r.Fetched) {
 		r.LastAccess = r.Fetched
 	}
 	e := &indexEntry{
 		spelling: r.Path, sha256: [32]byte(sum), size: r.Size, hits: r.Hits,
-		fetched: r.Fetched.UnixNano(), last: r.LastAccess.UnixNano(),
-		kind: unique.Make(typeAndClass{r.ContentType, r.Class}),
+		fetched: r.Fetched.UnixNano(), lastAccess: r.LastAccess.UnixNano(),
+		typeAndClass: unique.Make(typeAndClass{r.ContentType, r.Class}),
 	}
 	e.sortKey = sortKey{decodePath(r.Path), hash}
 	if e.path == e.spelling {
@@ -116,14 +109,14 @@ func newEntry(r indexRow) (*indexEntry, error) {
 	return e, nil
 }
 
-// remoteRows has the rows of one remote, in order, in chunks.
+// remoteRows holds the rows of one remote in order, cut into chunks.
 type remoteRows struct {
-	chunks [][]*indexEntry // none is empty
+	chunks [][]*indexEntry // no chunk is empty
 	byHash map[uint64]*indexEntry
-	bytes  int64
+	bytes  int64 // of all objects
 }
 
-// search is the first position at or behind p.
+// search finds the first row at or behind p: chunk and place in it.
 func (s *remoteRows) search(p sortKey) (chunk, i int) {
 	chunk = sort.Search(len(s.chunks), func(n int) bool {
 		c := s.chunks[n]
@@ -152,7 +145,7 @@ func (s *remoteRows) insertEntry(e *indexEntry) {
 	if rows := s.chunks[c]; len(rows) > chunkRows {
 		half := len(rows) / 2
 		s.chunks = slices.Insert(s.chunks, c+1, slices.Clone(rows[half:]))
-		s.chunks[c] = slices.Delete(rows, half, len(rows)) // Delete clears the rest
+		s.chunks[c] = slices.Delete(rows, half, len(rows))
 	}
 }
 
@@ -166,36 +159,35 @@ func (s *remoteRows) removeEntry(e *indexEntry) {
 	}
 }
 
-// putEntry inserts e or replaces the row with its hash, whose use is kept.
+// putEntry inserts e or replaces the row with its hash; hits and last access of
+// the old row stay.
 func (s *remoteRows) putEntry(e *indexEntry) {
 	if old := s.byHash[e.hash]; old != nil {
-		e.hits, e.last = old.hits, max(old.last, e.last)
+		e.hits, e.lastAccess = old.hits, max(old.lastAccess, e.lastAccess)
 		s.removeEntry(old)
 	}
 	s.insertEntry(e)
 }
 
 // embeddedIndex implements index in memory, with a snapshot in DATA_DIR. It is
-// complete once load has compared it with what is stored.
+// complete once reconcile has compared it with what is stored. Rows of objects that
+// other processes store in the same DATA_DIR come with their first use here.
 type embeddedIndex struct {
-	*fileWriter
-	dir string
+	snapshotFile
 	log *slog.Logger
 
-	saving sync.Mutex // one flush at a time; taken before mu
+	complete     atomic.Bool // changed under mu
+	snapshotRead bool        // reconcile's alone
 
-	mu          sync.RWMutex // guards the rest; nothing waits for I/O under it
+	mu          sync.RWMutex // guards the fields below; never held across I/O
 	rows        map[string]*remoteRows
-	complete    bool
-	dirty       bool
-	read        bool   // the snapshot was loaded
-	generation  uint32 // of the load that runs or ran last
-	deletedKeys map[string]bool
-	late        []fileUse
+	generation  uint32          // counts calls of reconcile
+	deletedKeys map[string]bool // deleted while reconcile runs
 }
 
 func newEmbeddedIndex(dir string, log *slog.Logger) *embeddedIndex {
-	return &embeddedIndex{fileWriter: newDisk(), dir: dir, log: log, rows: map[string]*remoteRows{}, deletedKeys: map[string]bool{}}
+	return &embeddedIndex{log: log, rows: map[string]*remoteRows{}, deletedKeys: map[string]bool{},
+		snapshotFile: snapshotFile{fileWriter: newDisk(), name: dir + "/" + indexFile, magic: indexMagic}}
 }
 
 // saveRow: see index.
@@ -209,11 +201,11 @@ func (x *embeddedIndex) saveRow(ctx context.Context, r indexRow) error {
 	e.generation = x.generation
 	delete(x.deletedKeys, r.Key)
 	x.rowsOf(r.Remote).putEntry(e)
-	x.dirty = true
+	x.changed.Store(true)
 	return nil
 }
 
-// rowsOf is a remote's, made when it is the first row's. mu is held.
+// rowsOf returns the rows of a remote, and makes them for its first row. mu is held.
 func (x *embeddedIndex) rowsOf(remote string) *remoteRows {
 	s := x.rows[remote]
 	if s == nil {
@@ -223,24 +215,24 @@ func (x *embeddedIndex) rowsOf(remote string) *remoteRows {
 	return s
 }
 
-// delete: see index. A row that is not there is no error.
+// delete: see index.
 func (x *embeddedIndex) delete(ctx context.Context, remote, key string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if !x.complete {
+	if !x.complete.Load() {
 		x.deletedKeys[key] = true
 	}
 	if e := x.findEntry(remote, key); e != nil {
 		x.rows[remote].removeEntry(e)
-		x.dirty = true
+		x.changed.Store(true)
 	}
 	return nil
 }
 
-// findEntry is the entry of a key, or nil. mu is held.
+// findEntry returns the entry of a key, or nil. mu is held.
 func (x *embeddedIndex) findEntry(remote, key string) *indexEntry {
 	s := x.rows[remote]
 	hash, ok := keyHash(key)
@@ -250,24 +242,24 @@ func (x *embeddedIndex) findEntry(remote, key string) *indexEntry {
 	return s.byHash[hash]
 }
 
-// countUses: see index. While rows are loaded, uses of unknown ones are kept.
-func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) error {
+// countUses: see index.
+func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) (unknown []fileUse, err error) {
 	if err := ctx.Err(); err != nil {
-		return err
+		return nil, err
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	for _, t := range batch {
-		switch e := x.findEntry(t.remote, t.key); {
-		case e != nil:
-			e.hits += t.hits
-			e.last = max(e.last, t.last.UnixNano())
-			x.dirty = true
-		case !x.complete && len(x.late) < maxLate:
-			x.late = append(x.late, t)
+	for _, use := range batch {
+		e := x.findEntry(use.remote, use.key)
+		if e == nil {
+			unknown = append(unknown, use)
+			continue
 		}
+		e.hits += use.hits
+		e.lastAccess = max(e.lastAccess, use.last.UnixNano())
+		x.changed.Store(true)
 	}
-	return nil
+	return unknown, nil
 }
 
 // totals: see index.
@@ -299,7 +291,7 @@ func (x *embeddedIndex) listPage(ctx context.Context, q pageQuery) (indexPage, e
 		}
 		return len(found) <= q.limit // one more, to see whether there is a next page
 	})
-	p := indexPage{complete: x.isComplete()}
+	p := indexPage{complete: x.complete.Load()}
 	for i := range min(len(found), q.limit) {
 		p.rows = append(p.rows, found[i].toRow(q.remote))
 	}
@@ -309,8 +301,9 @@ func (x *embeddedIndex) listPage(ctx context.Context, q pageQuery) (indexPage, e
 	return p, err
 }
 
-// nextPage is the token behind a row: its path, and its key only when the
-// following row has the same path, so that tokens can be written by hand.
+// nextPage returns the token of the page that begins behind the row of path and
+// key: its path, and its key only if the following row has the same path. So people
+// can write tokens by hand.
 func nextPage(path, key, following string) string {
 	if path == following {
 		return path + "\n" + key
@@ -318,8 +311,8 @@ func nextPage(path, key, following string) string {
 	return path
 }
 
-// firstSortKey is the first place of a page. Paths hold no control characters, so
-// that a token has one meaning.
+// firstSortKey returns the position at which a page begins. A token with a line
+// break holds a key too: no path has a line break.
 func firstSortKey(q pageQuery) sortKey {
 	if q.after == "" {
 		return sortKey{q.prefix, 0}
@@ -339,14 +332,8 @@ func (q *pageQuery) matchesPattern(path string) bool {
 	return q.pattern == nil || q.pattern.MatchString(path)
 }
 
-func (x *embeddedIndex) isComplete() bool {
-	x.mu.RLock()
-	defer x.mu.RUnlock()
-	return x.complete
-}
-
-// eachEntry calls f with a remote's entries in order from a place on, until f says
-// no. f runs under mu, of which each lets go now and then.
+// eachEntry calls f with the entries of a remote in order, beginning at from, until
+// f returns false. f runs under mu, which is released now and then.
 func (x *embeddedIndex) eachEntry(ctx context.Context, remote string, from sortKey, f func(*indexEntry) bool) error {
 	for more := true; more; {
 		if err := ctx.Err(); err != nil {
@@ -381,7 +368,7 @@ func (x *embeddedIndex) eachInBatch(remote string, from sortKey, f func(*indexEn
 	return next, true
 }
 
-// remoteNames are the remotes that have rows.
+// remoteNames lists the remotes that have rows.
 func (x *embeddedIndex) remoteNames() []string {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
@@ -395,52 +382,54 @@ func (x *embeddedIndex) remoteNames() []string {
 	return names
 }
 
-// agedEntry is an entry in the order of eviction.
-type agedEntry struct {
+// evictionEntry is an entry in the order of eviction: by last access.
+type evictionEntry struct {
 	indexEntry
 	remote string
 }
 
-func (a *agedEntry) compareTo(b *agedEntry) int {
-	return cmp.Or(cmp.Compare(a.last, b.last), strings.Compare(a.remote, b.remote), cmp.Compare(a.hash, b.hash))
+func (a *evictionEntry) compareTo(b *evictionEntry) int {
+	return cmp.Or(cmp.Compare(a.lastAccess, b.lastAccess), strings.Compare(a.remote, b.remote), cmp.Compare(a.hash, b.hash))
 }
 
-// oldestEntries keeps the n first of the entries it is given, behind one.
+// oldestEntries collects the n oldest entries behind after. It holds 2n at most.
 type oldestEntries struct {
 	n     int
-	after *agedEntry // nil: from the first
-	kept  []agedEntry
-	full  bool // n were found: what is behind kept[n-1] is of no interest
+	after *evictionEntry // nil: from the beginning
+	found []evictionEntry
+	full  bool // the first n of found are sorted: an entry behind them is too young
 }
 
-func (k *oldestEntries) addEntry(a agedEntry) {
-	if k.after != nil && a.compareTo(k.after) <= 0 || k.full && a.compareTo(&k.kept[k.n-1]) > 0 {
+func (k *oldestEntries) addEntry(a evictionEntry) {
+	isBefore := k.after != nil && a.compareTo(k.after) <= 0
+	isTooYoung := k.full && a.compareTo(&k.found[k.n-1]) > 0
+	if isBefore || isTooYoung {
 		return
 	}
-	if k.kept = append(k.kept, a); len(k.kept) >= 2*k.n {
+	if k.found = append(k.found, a); len(k.found) >= 2*k.n {
 		k.trim()
 	}
 }
 
 func (k *oldestEntries) trim() {
-	slices.SortFunc(k.kept, func(a, b agedEntry) int { return a.compareTo(&b) })
-	k.full = len(k.kept) >= k.n
-	k.kept = k.kept[:min(len(k.kept), k.n)]
+	slices.SortFunc(k.found, func(a, b evictionEntry) int { return a.compareTo(&b) })
+	k.full = len(k.found) >= k.n
+	k.found = k.found[:min(len(k.found), k.n)]
 }
 
-// oldestPage is a page by last access. It looks at every row of the remotes asked
-// for and keeps twice the page at most. A token is a time and a key.
+// oldestPage is listPage by last access. It reads every row of the remotes that q
+// asks for. A token is a last access in ns and a key.
 func (x *embeddedIndex) oldestPage(ctx context.Context, q pageQuery) (indexPage, error) {
 	names := []string{q.remote}
 	if q.remote == "" {
 		names = x.remoteNames()
 	}
-	first := oldestEntries{n: q.limit + 1, after: oldestAfter(q.after)} // one more, as in page
+	first := oldestEntries{n: q.limit + 1, after: oldestAfter(q.after)} // one more, as in listPage
 	for _, name := range names {
 		err := x.eachEntry(ctx, name, sortKey{q.prefix, 0}, func(e *indexEntry) bool {
 			more := strings.HasPrefix(e.path, q.prefix)
 			if more && q.matchesPattern(e.path) {
-				first.addEntry(agedEntry{*e, name})
+				first.addEntry(evictionEntry{*e, name})
 			}
 			return more
 		})
@@ -449,18 +438,18 @@ func (x *embeddedIndex) oldestPage(ctx context.Context, q pageQuery) (indexPage,
 		}
 	}
 	first.trim()
-	p := indexPage{complete: x.isComplete()}
-	for _, a := range first.kept[:min(len(first.kept), q.limit)] {
+	p := indexPage{complete: x.complete.Load()}
+	for _, a := range first.found[:min(len(first.found), q.limit)] {
 		p.rows = append(p.rows, a.toRow(a.remote))
 	}
-	if len(first.kept) > q.limit {
-		p.next = fmt.Sprintf("%d\n%s", first.kept[q.limit-1].last, p.rows[q.limit-1].Key)
+	if len(first.found) > q.limit {
+		p.next = fmt.Sprintf("%d\n%s", first.found[q.limit-1].lastAccess, p.rows[q.limit-1].Key)
 	}
 	return p, nil
 }
 
-// oldestAfter reads a token of oldest; nil begins.
-func oldestAfter(token string) *agedEntry {
+// oldestAfter reads a token of oldestPage. nil stands for the beginning.
+func oldestAfter(token string) *evictionEntry {
 	at, key, _ := strings.Cut(token, "\n")
 	last, err := strconv.ParseInt(at, 10, 64)
 	hash, ok := keyHash(key)
@@ -468,21 +457,23 @@ func oldestAfter(token string) *agedEntry {
 		return nil
 	}
 	remote, _, _ := strings.Cut(key, "/")
-	return &agedEntry{indexEntry{sortKey: sortKey{hash: hash}, last: last}, remote}
+	return &evictionEntry{indexEntry{sortKey: sortKey{hash: hash}, lastAccess: last}, remote}
 }
 
 // reconcile fills the index from the snapshot and then compares it with what is
-// stored: rows without an object go, objects without a row come. Saves and
-// deletes that arrive meanwhile win. After an error it may be called again; it
-// runs once at a time.
+// stored: rows without an object go, objects without a row get one. What is saved
+// and deleted meanwhile wins. After an error it may be called again. It runs once at
+// a time.
 func (x *embeddedIndex) reconcile(ctx context.Context, from objects) error {
 	x.mu.Lock()
 	x.generation++
-	x.complete = false
-	read := x.read
+	x.complete.Store(false)
 	x.mu.Unlock()
-	if !read {
-		x.readSnapshot()
+	if !x.snapshotRead {
+		x.snapshotRead = true
+		if err := x.load(x.restoreEntry); err != nil {
+			x.log.Warn("the index snapshot is damaged: rows are made again, but some hits and times of use are lost", "error", err)
+		}
 	}
 	err := from.walk(ctx, func(key string, rec *record) error {
 		x.addFound(key, rec)
@@ -495,17 +486,18 @@ func (x *embeddedIndex) reconcile(ctx context.Context, from objects) error {
 	return nil
 }
 
-// addFound takes a stored record into the index, unless the row is newer.
+// addFound adds the row of an object that reconcile has found. A row that was saved
+// meanwhile stays.
 func (x *embeddedIndex) addFound(key string, rec *record) {
 	e, err := newEntry(newIndexRow(key, rec))
 	if err != nil {
-		x.log.Warn("stored file is not indexed", "err", err)
+		x.log.Warn("a stored file is not indexed", "error", err)
 		return
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	old := x.findEntry(rec.Remote, key)
-	if x.deletedKeys[key] || old != nil && old.generation == x.generation {
+	if x.deletedKeys[key] || (old != nil && old.generation == x.generation) {
 		return
 	}
 	e.generation = x.generation
@@ -514,94 +506,54 @@ func (x *embeddedIndex) addFound(key string, rec *record) {
 		return
 	}
 	x.rowsOf(rec.Remote).putEntry(e)
-	x.dirty = true
+	x.changed.Store(true)
 }
 
-// finishReconcile drops what the walk did not see and makes the index complete.
+// finishReconcile removes the rows whose object was not found, and makes the index
+// complete.
 func (x *embeddedIndex) finishReconcile() {
 	x.mu.Lock()
+	defer x.mu.Unlock()
 	for _, s := range x.rows {
-		for _, e := range s.notSeenBy(x.generation) {
-			s.removeEntry(e)
-			x.dirty = true
+		for _, e := range s.byHash {
+			if e.generation != x.generation {
+				s.removeEntry(e)
+				x.changed.Store(true)
+			}
 		}
 	}
-	late := x.late
-	x.complete, x.late = true, nil
+	x.complete.Store(true)
 	clear(x.deletedKeys)
-	x.mu.Unlock()
-	x.countUses(context.Background(), late)
 }
 
-func (s *remoteRows) notSeenBy(gen uint32) (es []*indexEntry) {
-	for _, e := range s.byHash {
-		if e.generation != gen {
-			es = append(es, e)
-		}
-	}
-	return es
-}
-
-// saveSnapshot writes the snapshot if there is news. A snapshot made before load is
-// done would lose the uses that are still to be loaded.
+// saveSnapshot writes the snapshot if a row has changed since the last one. It does
+// nothing before reconcile has ended: uses that are only in the old snapshot would
+// be lost.
 func (x *embeddedIndex) saveSnapshot() error {
-	x.saving.Lock()
-	defer x.saving.Unlock()
-	x.mu.Lock()
-	due := x.dirty && x.complete
-	if due {
-		x.dirty = false
-	}
-	x.mu.Unlock()
-	if !due {
+	if !x.complete.Load() {
 		return nil
 	}
-	err := os.MkdirAll(x.dir, 0o755)
-	if err == nil {
-		err = x.replaceFile(x.dir+"/"+indexFile, x.writeRows)
-	}
-	if err != nil {
-		x.mu.Lock()
-		x.dirty = true
-		x.mu.Unlock()
-	}
-	return storeError("saving the index", err)
+	return x.save(func(add func(payload []byte)) {
+		var batch []indexEntry // mu is not held while the disk is slow
+		for _, name := range x.remoteNames() {
+			for from, more := (sortKey{}), true; more; batch = batch[:0] {
+				from, more = x.eachInBatch(name, from, func(e *indexEntry) bool {
+					batch = append(batch, *e)
+					return true
+				})
+				for i := range batch {
+					add(batch[i].appendTo(nil, name))
+				}
+			}
+		}
+	})
 }
 
-// Close saves what is new.
+// Close saves the snapshot.
 func (x *embeddedIndex) Close() error { return x.saveSnapshot() }
 
-func (x *embeddedIndex) writeRows(w io.Writer) error {
-	b := bufio.NewWriter(w) // keeps its first error until Flush
-	b.Write(appendFrame(nil, []byte(indexMagic)))
-	var payload, frame []byte
-	for _, name := range x.remoteNames() {
-		x.eachEntry(context.Background(), name, sortKey{}, func(e *indexEntry) bool {
-			payload = e.appendTo(payload[:0], name)
-			frame = appendFrame(frame[:0], payload)
-			b.Write(frame)
-			return true
-		})
-	}
-	return b.Flush()
-}
-
-// readSnapshot takes the rows of the snapshot that are not known. What is
-// damaged is ignored: the walk that follows tells it again, but for its uses.
-func (x *embeddedIndex) readSnapshot() {
-	f, err := os.Open(x.dir + "/" + indexFile)
-	if err == nil {
-		defer f.Close()
-		err = readFrames(f, indexMagic, x.restoreEntry)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		x.log.Warn("index snapshot is not read to its end", "err", err)
-	}
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.read = true
-}
-
+// restoreEntry takes a row of the snapshot into the index. A row that was saved
+// since the start stays, and the hits of both are added up.
 func (x *embeddedIndex) restoreEntry(payload []byte) error {
 	remote, e := decodeEntry(payload)
 	if e == nil {
@@ -613,9 +565,9 @@ func (x *embeddedIndex) restoreEntry(payload []byte) error {
 		return nil
 	}
 	s := x.rowsOf(remote)
-	if newer := s.byHash[e.hash]; newer != nil { // saved since we began
+	if newer := s.byHash[e.hash]; newer != nil {
 		newer.hits += e.hits
-		newer.last = max(newer.last, e.last)
+		newer.lastAccess = max(newer.lastAccess, e.lastAccess)
 		return nil
 	}
 	s.insertEntry(e)
@@ -623,17 +575,17 @@ func (x *embeddedIndex) restoreEntry(payload []byte) error {
 }
 
 func (e *indexEntry) appendTo(b []byte, remote string) []byte {
-	k := e.kind.Value()
+	k := e.typeAndClass.Value()
 	for _, s := range []string{remote, e.spelling, string(e.sha256[:]), k.contentType, string(k.class)} {
 		b = appendString(b, s)
 	}
-	for _, n := range []int64{e.size, e.hits, e.fetched, e.last} {
+	for _, n := range []int64{e.size, e.hits, e.fetched, e.lastAccess} {
 		b = binary.AppendVarint(b, n)
 	}
 	return b
 }
 
-// decodeEntry is nil for what append did not write.
+// decodeEntry reads what appendTo wrote. It returns nil for anything else.
 func decodeEntry(payload []byte) (remote string, e *indexEntry) {
 	p := fieldReader{b: payload}
 	r := indexRow{Remote: p.readString(), Path: p.readString(), SHA256: hex.EncodeToString([]byte(p.readString())), ContentType: p.readString()}

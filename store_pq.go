@@ -1,9 +1,10 @@
-// store_pq.go: connections to PostgreSQL, which end when they should, what is
-// known about its being up, and the schema.
+// store_pq.go: connections to PostgreSQL that end with their context, outages of the
+// database, and its schema.
 
 package main
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -14,16 +15,18 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/lib/pq"
 )
 
-// sqlMigrations make the schema, one version each. Replicas of the version
-// before go on working beside a new one, so that a migration may add things
-// and must not take any away. One that takes long on many rows (an index)
-// needs a step of its own, outside of the transaction: sqlReadTimeout bounds it.
+// sqlMigrations make the schema, each of them one version of it. Replicas of the
+// previous version work beside new ones: a migration may add something and must not
+// remove anything, and one that was released is never changed. One that takes long
+// on many rows (an index) needs a step of its own outside of the transaction, which
+// sqlReadTimeout bounds. The table artifactapi_journals is of earlier versions only.
 var sqlMigrations = []string{`
 CREATE TABLE artifactapi_files (
 	key text COLLATE "C" PRIMARY KEY,
@@ -81,11 +84,12 @@ COMMENT ON TABLE artifactapi_journals IS 'how far the journal of a replica has b
 type sqlSettings struct {
 	host, port, user, name, sslmode string
 	password                        secret
-	schema                          string // "": where the user's tables go by default
+	schema                          string // "": the user's default
 }
 
-// dsn is what lib/pq connects with. binary_parameters spares a round trip a
-// statement, and named statements, which poolers such as PgBouncer dislike.
+// dsn returns the settings in lib/pq's format. binary_parameters saves a round trip
+// for each statement, and avoids named statements, which poolers such as PgBouncer
+// do not support.
 func (s sqlSettings) dsn() string {
 	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`)
 	var b strings.Builder
@@ -101,262 +105,194 @@ func (s sqlSettings) dsn() string {
 	return b.String()
 }
 
-// pqConn is all that lib/pq's connections can do.
-type pqConn interface {
-	driver.Conn
-	driver.ConnBeginTx
-	driver.ConnPrepareContext
-	driver.ExecerContext
-	driver.NamedValueChecker
-	driver.Pinger
-	driver.QueryerContext
-	driver.SessionResetter
-	driver.Validator
-}
+// sqlConnector makes connections of lib/pq that end with the context of their use.
+type sqlConnector struct{ dsn string }
 
-// cuttableConn is a connection that can be cut: lib/pq waits for an answer to a
-// statement whatever its context says.
-type cuttableConn struct {
-	pqConn
-	netConn net.Conn
-}
-
-// cut ends all waiting for the server. A deadline would not do: lib/pq sets its
-// own during the handshake.
-func (c *cuttableConn) cut() { c.netConn.Close() }
-
-// cuttableConnector makes wiredConns.
-type cuttableConnector struct{ dsn string }
-
-func (w *cuttableConnector) Driver() driver.Driver { return &pq.Driver{} }
+// Driver: see driver.Connector.
+func (c *sqlConnector) Driver() driver.Driver { return &pq.Driver{} }
 
 // Connect: see driver.Connector. It ends with ctx.
-func (w *cuttableConnector) Connect(ctx context.Context) (driver.Conn, error) {
-	c, err := pq.NewConnector(w.dsn)
+func (c *sqlConnector) Connect(ctx context.Context) (driver.Conn, error) {
+	connector, err := pq.NewConnector(c.dsn)
 	if err != nil {
 		return nil, err
 	}
-	d := &recordingDialer{}
-	c.Dialer(d)
+	d := &cuttingDialer{}
+	connector.Dialer(d)
 	stop := context.AfterFunc(ctx, d.cut)
-	raw, err := c.Connect(ctx)
+	conn, err := connector.Connect(ctx)
 	if err != nil {
 		stop()
 		return nil, err
 	}
-	conn, ok := raw.(pqConn)
-	if !ok {
-		err = errors.New("this version of lib/pq is not the one this was written for")
-	} else {
-		// Sent behind the start and not with it, where PgBouncer refuses them.
-		_, err = conn.ExecContext(ctx, sqlSession, nil)
+	// PgBouncer refuses these settings as part of the start of a connection.
+	_, err = conn.(driver.ExecerContext).ExecContext(ctx, sqlSession, nil)
+	if !stop() || err != nil {
+		conn.Close()
+		return nil, cmp.Or(err, ctx.Err())
 	}
-	if !stop() {
-		err = ctx.Err()
-	}
-	if err != nil {
-		raw.Close()
-		return nil, err
-	}
-	return &cuttableConn{conn, d.netConn}, nil
+	d.connected.Store(true)
+	return conn, nil
 }
 
-// recordingDialer dials for one connection and remembers what it dialled first:
-// lib/pq dials again to cancel a statement.
-type recordingDialer struct {
+// cuttingDialer dials for one connection of lib/pq. When the context of a statement
+// ends, lib/pq dials again, to ask the server to cancel the statement, and goes on
+// waiting for the answer as long as the server likes. Here the second dial ends the
+// wait instead. The server ends the statement itself, by statement_timeout.
+type cuttingDialer struct {
 	net.Dialer
-	mu      sync.Mutex // guards the rest
-	netConn net.Conn
-	closed  bool
+	connected atomic.Bool // a further dial is for a cancellation
+
+	mu   sync.Mutex // guards conn; held while dialling, which ends with its context
+	conn net.Conn
 }
 
 // DialContext: see pq.DialerContext.
-func (d *recordingDialer) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	c, err := d.Dialer.DialContext(ctx, network, address)
+func (d *cuttingDialer) DialContext(ctx context.Context, network, address string) (c net.Conn, err error) {
+	d.cut()
+	if d.connected.Load() {
+		return nil, net.ErrClosed
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err == nil && d.netConn == nil {
-		d.netConn = c
-	}
-	if err == nil && d.closed {
-		c.Close()
-	}
-	return c, err
+	d.conn, err = d.Dialer.DialContext(ctx, network, address)
+	return d.conn, err
 }
 
-// DialTimeout: see pq.Dialer, which prefers DialContext.
-func (d *recordingDialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
+// DialTimeout: see pq.Dialer. lib/pq calls DialContext instead.
+func (d *cuttingDialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
 	return net.DialTimeout(network, address, timeout)
 }
 
-// cut ends the handshake.
-func (d *recordingDialer) cut() {
+// cut closes the connection, if there is one. A deadline would not do: lib/pq sets
+// its own during the handshake.
+func (d *cuttingDialer) cut() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.closed = true
-	if d.netConn != nil {
-		d.netConn.Close()
+	if d.conn != nil {
+		d.conn.Close()
 	}
 }
 
-// ping asks the database whether it answers: errStoreDown if not. One that is
-// known to be down is asked when its pause is over.
-func (x *sqlIndex) ping(ctx context.Context) error {
-	if err := x.retryError(); err != nil {
-		return err
-	}
-	return x.withConn(ctx, sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
-		_, err := conn.ExecContext(ctx, sqlPing)
-		return err
-	})
+// ping asks the database whether it answers: errStoreDown if not. While the database
+// is down it does not ask: that is probe's task.
+func (x *sqlIndex) ping(ctx context.Context) error { return x.whileUp(ctx, execPing) }
+
+func execPing(ctx context.Context, conn *sql.Conn) error {
+	_, err := conn.ExecContext(ctx, sqlPing)
+	return err
 }
 
-// Close ends all connections. What is journalled stays for the next start.
-func (x *sqlIndex) Close() error {
-	return errors.Join(x.db.Close(), x.journal.Close())
-}
-
-// downError is why the database is down, or nil.
-func (x *sqlIndex) downError() error {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.broken == nil {
+// probe asks a database that is down whether it is back, when the pause is over. Its
+// error is errStoreDown while the database is down.
+func (x *sqlIndex) probe(ctx context.Context) error {
+	if x.downError() == nil {
 		return nil
 	}
-	return fmt.Errorf("%w: database: %v", errStoreDown, x.broken)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if x.outage.admit(ctx) != nil {
+		return x.downError()
+	}
+	return x.withConn(ctx, sqlReadTimeout, execPing)
 }
 
-// retryError is known until it is time to try again.
-func (x *sqlIndex) retryError() error {
-	err := x.downError()
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.now().Before(x.next) {
-		return err
+// downError returns the cause of the outage as errStoreDown, or nil while the
+// database is up.
+func (x *sqlIndex) downError() error {
+	if cause := x.outage.outageCause(); cause != nil {
+		return fmt.Errorf("%w: database: %v", errStoreDown, cause)
 	}
 	return nil
 }
 
-// withConn runs f on a connection, within wait, and learns from it whether the
-// database is up. Only errors of our own are told from it: errStoreDown, that
-// of the caller's context, or one of the data that f sent.
-func (x *sqlIndex) withConn(ctx context.Context, wait time.Duration, f func(context.Context, *sql.Conn) error) error {
-	inner, cancel := context.WithTimeout(ctx, wait)
+// whileUp is withConn for up to sqlReadTimeout, or an error at once while the
+// database is down.
+func (x *sqlIndex) whileUp(ctx context.Context, f func(context.Context, *sql.Conn) error) error {
+	if err := x.downError(); err != nil {
+		return err
+	}
+	return x.withConn(ctx, sqlReadTimeout, f)
+}
+
+// withConn runs f on a connection, within timeout. It may run f several times. The
+// error is errStoreDown, except where the database refuses the data that f sent.
+func (x *sqlIndex) withConn(ctx context.Context, timeout time.Duration, f func(context.Context, *sql.Conn) error) error {
+	inner, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	began := x.now()
 	var err error
-	for range 3 { // a stale connection, a deadlock; then it is something else
+	for range 3 { // after a stale connection and a deadlock it is something else
 		if err = x.runOnConn(inner, f); err == nil || inner.Err() != nil || !x.mayRetry(err) {
 			break
 		}
 	}
-	switch {
-	case err == nil:
-		x.up()
-		return nil
-	case ctx.Err() != nil: // the caller was in a hurry, which says nothing about the database
+	if err != nil && ctx.Err() != nil { // the caller did not wait: the database may be up
 		return fmt.Errorf("%w: database: %w", errStoreDown, ctx.Err())
-	case isBadData(err):
-		return fmt.Errorf("database: %s", redact(err, x.password))
 	}
-	text := errors.New(redact(err, x.password))
-	x.down(text)
-	return fmt.Errorf("%w: database: %v", errStoreDown, text)
+	if err == nil || isBadData(err) {
+		if lasted, recovered := x.outage.succeed(); recovered {
+			x.log.Info("database is up again", "lasted", lasted)
+		}
+		if err != nil {
+			err = fmt.Errorf("database: %s", redact(err, x.password))
+		}
+		return err
+	}
+	cause := errors.New(redact(err, x.password))
+	if x.outage.fail(cause, began) {
+		x.log.Error("database is down: files are stored and served, their index rows wait", "error", cause)
+	}
+	return fmt.Errorf("%w: database: %v", errStoreDown, cause)
 }
 
-// runOnConn runs f on a connection of its own, over an up to date schema. The
-// connection is cut when ctx ends.
+// runOnConn runs f on a connection of its own, with the schema up to date.
 func (x *sqlIndex) runOnConn(ctx context.Context, f func(context.Context, *sql.Conn) error) error {
 	conn, err := x.db.Conn(ctx)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	var wired *cuttableConn
-	_ = conn.Raw(func(c any) error {
-		wired, _ = c.(*cuttableConn)
-		return nil
-	})
-	if wired != nil {
-		stop := context.AfterFunc(ctx, wired.cut)
-		defer func() {
-			if !stop() {
-				_ = conn.Raw(func(any) error { return driver.ErrBadConn }) // which drops it
-			}
-		}()
-	}
 	if err := x.migrate(ctx, conn); err != nil {
 		return err
 	}
 	return f(ctx, conn)
 }
 
-// staleErrors are what a connection says whose server was started again.
+// staleErrors are the errors of a connection whose server was restarted.
 var staleErrors = []error{driver.ErrBadConn, io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, syscall.ECONNRESET, syscall.EPIPE}
 
 func isStaleConn(err error) bool {
-	return slices.ContainsFunc(staleErrors, func(e error) bool { return errors.Is(err, e) })
+	return slices.ContainsFunc(staleErrors, func(stale error) bool { return errors.Is(err, stale) })
 }
 
-// mayRetry tells whether it is worth to try again at once, and prepares for it.
+// mayRetry reports whether a second attempt at once may succeed, and prepares it.
 func (x *sqlIndex) mayRetry(err error) bool {
 	e, ok := errors.AsType[*pq.Error](err)
 	switch {
-	case !ok: // connections die together: the next must be a new one
+	case !ok: // connections die together: the next one must be new
 		x.db.SetMaxIdleConns(0)
 		x.db.SetMaxIdleConns(sqlConns)
 		return isStaleConn(err)
-	case e.Code == "42P01": // a table is gone: somebody made the database anew
-		x.setReady(false)
+	case e.Code == "42P01": // a table is missing: somebody made the database anew
+		x.ready.Store(false)
 		return true
 	}
-	// Deadlocks, and what a restart says on old connections.
+	// Class 40: deadlocks. Class 57: the server shuts down, as old connections say.
 	return e.Code.Class() == "40" || e.Code.Class() == "57"
 }
 
-// isBadData tells that the database is well and will never take this: malformed
-// values, broken constraints, too large for an index.
+// isBadData reports whether the database works and will always refuse what it was
+// sent: malformed values, broken constraints, too large for an index.
 func isBadData(err error) bool {
 	e, ok := errors.AsType[*pq.Error](err)
 	return ok && slices.Contains([]string{"22", "23", "54"}, string(e.Code.Class()))
 }
 
-func (x *sqlIndex) up() {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.broken != nil {
-		x.log.Info("database is usable again")
-	}
-	x.broken, x.pause, x.next = nil, 0, time.Time{}
-}
-
-// down notes that the database cannot be used. Of many requests that find out
-// together, one counts.
-func (x *sqlIndex) down(err error) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.broken == nil {
-		x.log.Error("database is down: what is stored is indexed when it is back", "error", err)
-	} else if x.now().Before(x.next) {
-		return
-	}
-	x.broken = err
-	x.pause = min(max(2*x.pause, sqlPauseMin), sqlPauseMax)
-	x.next = x.now().Add(x.pause)
-}
-
-func (x *sqlIndex) setReady(ready bool) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.ready = ready
-}
-
-// migrate brings the schema up to date, once. Replicas that start together
-// wait for each other.
+// migrate brings the schema up to date, once. Replicas that start together wait for
+// each other.
 func (x *sqlIndex) migrate(ctx context.Context, conn *sql.Conn) error {
-	x.mu.Lock()
-	ready := x.ready
-	x.mu.Unlock()
-	if ready {
+	if x.ready.Load() {
 		return nil
 	}
 	err := inTransaction(ctx, conn, func(tx *sql.Tx) error {
@@ -368,12 +304,12 @@ func (x *sqlIndex) migrate(ctx context.Context, conn *sql.Conn) error {
 	if err != nil {
 		return fmt.Errorf("preparing the schema: %w", err)
 	}
-	x.setReady(true)
+	x.ready.Store(true)
 	return nil
 }
 
-// migrateTo runs the steps that the schema does not have. A schema that is
-// newer than the program is left to it: see sqlMigrations.
+// migrateTo runs the steps that the schema does not have yet. A schema that is newer
+// than the program stays as it is: see sqlMigrations.
 func migrateTo(ctx context.Context, tx *sql.Tx, steps []string) error {
 	var has bool
 	var encoding string
@@ -381,7 +317,7 @@ func migrateTo(ctx context.Context, tx *sql.Tx, steps []string) error {
 		return err
 	}
 	if encoding != "UTF8" && encoding != "SQL_ASCII" {
-		return fmt.Errorf("the database's encoding is %s: make one with UTF8", encoding)
+		return fmt.Errorf("the encoding of the database is %s: create it with ENCODING 'UTF8'", encoding)
 	}
 	if !has {
 		if _, err := tx.ExecContext(ctx, sqlMakeSchema); err != nil {
@@ -403,14 +339,14 @@ func migrateTo(ctx context.Context, tx *sql.Tx, steps []string) error {
 	return nil
 }
 
-// inTransaction runs f in a transaction, which is undone when f fails.
+// inTransaction runs f in a transaction, and undoes it if f fails.
 func inTransaction(ctx context.Context, conn *sql.Conn, f func(*sql.Tx) error) error {
 	tx, err := conn.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
 	if err := f(tx); err != nil {
-		_ = tx.Rollback() // f's error counts
+		_ = tx.Rollback() // the error of f says more
 		return err
 	}
 	return tx.Commit()

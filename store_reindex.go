@@ -1,5 +1,5 @@
-// store_reindex.go: reindex makes the index follow from what is stored, beside
-// replicas that go on.
+// store_reindex.go: reindex corrects the index in PostgreSQL from what is stored,
+// beside running replicas.
 
 package main
 
@@ -12,41 +12,28 @@ import (
 	"time"
 )
 
-// reindexBatch is how many rows are read and written at a time: a transaction
-// of them ends within its time on a slow database.
+// reindexBatch is how many rows are read and written at a time: a transaction of
+// them ends within sqlReadTimeout on a slow database.
 const reindexBatch = 500
 
-// rebuildableIndex is an index that reindex corrects while others write to it.
-type rebuildableIndex interface {
-	listPage(ctx context.Context, q pageQuery) (indexPage, error)
-	totals(ctx context.Context) (map[string]remoteTotal, error)
-	// restoreRows saves rows of what is stored, unless the one there was fetched
-	// later.
-	restoreRows(ctx context.Context, rows []indexRow) error
-	// dropRow deletes a row, unless the one there was fetched later.
-	dropRow(ctx context.Context, r indexRow) error
-}
-
-var _ rebuildableIndex = (*sqlIndex)(nil)
-
-// reindexer compares an index with what is stored. It remembers two hashes a
-// row, so that a million rows are about 40 MB.
+// reindexer compares an index with what is stored. It holds two hashes for each
+// row, so that a million rows take about 40 MB.
 type reindexer struct {
 	from   objects
-	to     rebuildableIndex
-	report func(what, key string)
+	to     *sqlIndex
+	report func(change, key string)
 	seed   maphash.Seed
-	rows   map[uint64]uint64 // of the key: of the row, until its object is found
-	due    []indexRow        // to be restored
+	rows   map[uint64]uint64 // hash of the key: hash of the row, until its object is found
+	due    []rowChange       // rows to be added
 }
 
-// reindex gives each stored object its row and drops rows that were there
-// before and have no object. Replicas may go on: what they write meanwhile
-// wins. report hears of each change ("added", "dropped").
-func reindex(ctx context.Context, from objects, to rebuildableIndex, report func(what, key string)) error {
+// reindex gives each stored object its row, and drops each row that was there before
+// and has no object. What replicas write meanwhile wins. It calls report for each
+// row, with "added" or "dropped".
+func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change, key string)) error {
 	x := &reindexer{from: from, to: to, report: report, seed: maphash.MakeSeed(), rows: map[uint64]uint64{}}
-	// The rows come first: one that is saved during the run is not among them
-	// and is left alone.
+	// The rows are read before the objects: a row that is saved meanwhile is then
+	// not among them, and is left alone.
 	err := x.eachRow(ctx, func(r indexRow) error {
 		x.rows[x.hashText(r.Key)] = x.hashRow(r)
 		return nil
@@ -54,10 +41,11 @@ func reindex(ctx context.Context, from objects, to rebuildableIndex, report func
 	if err != nil {
 		return fmt.Errorf("reading the index: %w", err)
 	}
-	if err := from.walk(ctx, func(key string, rec *record) error { return x.checkObject(ctx, newIndexRow(key, rec)) }); err != nil {
+	err = from.walk(ctx, func(key string, rec *record) error { return x.checkObject(ctx, newIndexRow(key, rec)) })
+	if err != nil {
 		return fmt.Errorf("reading what is stored: %w", err)
 	}
-	if err := x.restoreDue(ctx); err != nil {
+	if err := x.addDue(ctx); err != nil {
 		return fmt.Errorf("adding rows: %w", err)
 	}
 	if len(x.rows) == 0 {
@@ -71,12 +59,13 @@ func reindex(ctx context.Context, from objects, to rebuildableIndex, report func
 
 func (x *reindexer) hashText(s string) uint64 { return maphash.String(x.seed, s) }
 
-// hashRow is of what a row says about its object. A database keeps microseconds.
+// hashRow hashes what a row says about its object. PostgreSQL keeps microseconds.
 func (x *reindexer) hashRow(r indexRow) uint64 {
 	return x.hashText(fmt.Sprint(r.Path, "\n", r.SHA256, "\n", r.ContentType, "\n", r.Class, r.Size, r.Fetched.Round(time.Microsecond).UnixMicro()))
 }
 
-// eachRow calls f with all rows, some twice or not where they change meanwhile.
+// eachRow calls f with all rows. A row that changes meanwhile may be left out or come
+// twice.
 func (x *reindexer) eachRow(ctx context.Context, f func(indexRow) error) error {
 	names, err := x.to.totals(ctx)
 	if err != nil {
@@ -100,39 +89,34 @@ func (x *reindexer) eachRow(ctx context.Context, f func(indexRow) error) error {
 	return nil
 }
 
-// checkObject takes a stored object off the list, and restores its row if it is
-// another.
+// checkObject compares a stored object with its row, and takes the row off the list.
 func (x *reindexer) checkObject(ctx context.Context, r indexRow) error {
 	r.ContentType = toSQLText(r.ContentType)
 	k := x.hashText(r.Key)
-	sum, has := x.rows[k]
+	sum, found := x.rows[k]
 	delete(x.rows, k)
-	if has && sum == x.hashRow(r) {
+	if found && sum == x.hashRow(r) {
 		return nil
 	}
-	if x.due = append(x.due, r); len(x.due) >= reindexBatch {
-		return x.restoreDue(ctx)
+	if x.due = append(x.due, rowChange{key: r.Key, save: &r}); len(x.due) >= reindexBatch {
+		return x.addDue(ctx)
 	}
 	return nil
 }
 
-func (x *reindexer) restoreDue(ctx context.Context) error {
-	if len(x.due) == 0 {
-		return nil
-	}
-	if err := x.to.restoreRows(ctx, x.due); err != nil {
+func (x *reindexer) addDue(ctx context.Context) error {
+	if err := x.to.writeChanges(ctx, x.due); err != nil {
 		return err
 	}
-	for _, r := range x.due {
-		x.report("added", r.Key)
+	for _, c := range x.due {
+		x.report("added", c.key)
 	}
 	x.due = x.due[:0]
 	return nil
 }
 
-// dropIfLost drops r if it was there from the start, is what it was and still
-// has no object: listing what is stored takes long, and an object may have
-// been replaced under it.
+// dropIfLost drops r if it was there from the start, is unchanged and still has no
+// object: the walk took long, and an object may have been replaced under it.
 func (x *reindexer) dropIfLost(ctx context.Context, r indexRow) error {
 	if sum, listed := x.rows[x.hashText(r.Key)]; !listed || sum != x.hashRow(r) {
 		return nil
@@ -141,7 +125,7 @@ func (x *reindexer) dropIfLost(ctx context.Context, r indexRow) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := x.to.dropRow(ctx, r); err != nil {
+	if err := x.to.writeChanges(ctx, []rowChange{{key: r.Key, madeAt: r.Fetched}}); err != nil {
 		return err
 	}
 	x.report("dropped", r.Key)

@@ -1,6 +1,5 @@
-// store_sql.go: the index in PostgreSQL, which all replicas share. Its schema
-// makes and migrates itself. Changes that the database cannot take are kept in
-// the journal (store_journal.go) and written when it is back.
+// store_sql.go: the index in PostgreSQL, which all replicas share: the statements,
+// changes and listings.
 
 package main
 
@@ -8,13 +7,13 @@ import (
 	"context"
 	"database/sql"
 	"database/sql/driver"
-	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -22,46 +21,45 @@ import (
 )
 
 const (
-	// sqlWriteTimeout bounds a change: a fill waits for it, and what takes longer
-	// is as well kept in the journal.
+	// sqlWriteTimeout bounds a change of a row. A fill waits for it, and a change
+	// that takes longer can wait in memory.
 	sqlWriteTimeout = 2 * time.Second
-	// sqlReadTimeout bounds one statement that reads. A page of the largest size
-	// from cold disks stays far below.
+	// sqlReadTimeout bounds every other use of a connection. The largest page from
+	// cold disks takes much less.
 	sqlReadTimeout = 5 * time.Second
-	// sqlConns bounds what one replica takes of the server's connections, of
-	// which there are 100 unless told otherwise.
+	// sqlConns bounds the connections of one replica. A server has 100 for all
+	// replicas by default.
 	sqlConns = 8
-	// sqlIdleTimeout closes connections before middle boxes forget them.
+	// sqlIdleTimeout closes idle connections before a firewall forgets them.
 	sqlIdleTimeout = time.Minute
-	// sqlMaxRows is how many rows one statement reads at most: a pattern that
-	// matches little must not hold a connection while a remote is searched.
+	// sqlMaxRows bounds the rows that one statement reads: a pattern that matches
+	// few of them must not hold a connection while a whole remote is searched.
 	sqlMaxRows = 1000
-	// sqlMaxUses is how many uses one statement counts.
-	sqlMaxUses = 1000
-	// A database that is down is tried again after a second, and then after
-	// ever longer pauses: soon enough for people who watch it come back.
+	// A database that is down is probed after a second, then after longer pauses:
+	// often enough for people who watch it come back.
 	sqlPauseMin = time.Second
 	sqlPauseMax = 5 * time.Second
-	// sqlLockKey is the first half of the advisory lock that migrations hold;
-	// the second is the schema's.
+	// sqlLockKey is the first half of the advisory lock that migrations hold. The
+	// second half is made of the schema's name.
 	sqlLockKey = 0x61727466
-	// afterAllKeys sorts behind all keys, whose bytes are below it.
+	// afterAllKeys sorts behind all keys: their bytes are smaller.
 	afterAllKeys = "\x7f"
 )
 
 var _ index = (*sqlIndex)(nil)
 
-// The statements. Late changes (of the journal and of reindex) give way to a
-// row that was fetched after them; others replace whatever is there, since
-// clocks of replicas differ.
+// The statements. A change is made as soon as its object is stored or removed, and
+// then it replaces whatever row there is, because the clocks of replicas differ.
+// Changes that have waited, and those of reindex, do not replace a row whose object
+// was fetched later: that is the last parameter but one of sqlDelete, the last of
+// sqlSave.
 //
-// Totals are kept by a trigger and not counted: an aggregate over a million
-// rows takes a tenth of a second at best, and touch spoils the visibility map
-// that an index-only one lives on. 16 slots a remote keep fills of one remote
-// from waiting for each other's commits.
+// A trigger keeps the totals: counting a million rows takes 0.1 s at best, and
+// sqlTouch spoils the visibility map that would make it fast. The totals of a remote
+// are spread over 16 rows, so that its fills do not wait for each other's commits.
 //
-// sqlTouch locks its rows in order of key, or two replicas that count the same
-// keys would deadlock.
+// sqlTouch locks its rows in the order of their keys, so that two replicas that
+// count the same keys do not deadlock. It returns the keys that have a row.
 const (
 	sqlSave = `INSERT INTO artifactapi_files AS f
 		(key, remote, path, spelling, sha256, content_type, class, size, hits, fetched_at, last_access)
@@ -80,62 +78,55 @@ const (
 		)
 		UPDATE artifactapi_files f
 		SET hits = f.hits + uses.hits, last_access = greatest(f.last_access, uses.last)
-		FROM uses JOIN held USING (key) WHERE f.key = uses.key`
+		FROM uses JOIN held USING (key) WHERE f.key = uses.key RETURNING f.key`
 	sqlColumns = `SELECT key, remote, spelling, sha256, content_type, class, size, hits, fetched_at, last_access
 		FROM artifactapi_files `
-	sqlByPath       = sqlColumns + `WHERE remote = $1 AND (path, key) > ($2, $3) ORDER BY path, key LIMIT $4`
-	sqlByPathBelow  = sqlColumns + `WHERE remote = $1 AND (path, key) > ($2, $3) AND path < $5 ORDER BY path, key LIMIT $4`
-	sqlByAge        = sqlColumns + `WHERE (last_access, key) > ($1::timestamptz, $2) ORDER BY last_access, key LIMIT $3`
-	sqlByAgeOf      = sqlColumns + `WHERE remote = $4 AND (last_access, key) > ($1::timestamptz, $2) ORDER BY last_access, key LIMIT $3`
-	sqlTotals       = `SELECT remote, sum(files)::bigint, sum(bytes)::bigint FROM artifactapi_totals GROUP BY remote HAVING sum(files) > 0`
-	sqlPing         = `SELECT 1`
-	sqlLock         = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
-	sqlHasSchema    = `SELECT to_regclass('artifactapi_schema') IS NOT NULL, current_setting('server_encoding')`
-	sqlMakeSchema   = `CREATE TABLE artifactapi_schema (version integer NOT NULL); INSERT INTO artifactapi_schema VALUES (0)`
-	sqlVersion      = `SELECT version FROM artifactapi_schema`
-	sqlSetVersion   = `UPDATE artifactapi_schema SET version = $1`
-	sqlSession      = `SET statement_timeout = '5s'; SET idle_in_transaction_session_timeout = '10s'`
-	sqlJournal      = `INSERT INTO artifactapi_journals VALUES ($1, 0, now()) ON CONFLICT (id) DO UPDATE SET at = now() RETURNING done`
-	sqlJournalDone  = `UPDATE artifactapi_journals SET done = $2 WHERE id = $1`
-	sqlJournalEnded = `DELETE FROM artifactapi_journals WHERE id = $1 OR at < now() - interval '1 year'`
+	sqlByPath     = sqlColumns + `WHERE remote = $1 AND (path, key) > ($2, $3) ORDER BY path, key LIMIT $4`
+	sqlByAge      = sqlColumns + `WHERE (last_access, key) > ($1::timestamptz, $2) ORDER BY last_access, key LIMIT $3`
+	sqlByAgeOf    = sqlColumns + `WHERE remote = $4 AND (last_access, key) > ($1::timestamptz, $2) ORDER BY last_access, key LIMIT $3`
+	sqlTotals     = `SELECT remote, sum(files)::bigint, sum(bytes)::bigint FROM artifactapi_totals GROUP BY remote HAVING sum(files) > 0`
+	sqlPing       = `SELECT 1`
+	sqlLock       = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
+	sqlHasSchema  = `SELECT to_regclass('artifactapi_schema') IS NOT NULL, current_setting('server_encoding')`
+	sqlMakeSchema = `CREATE TABLE artifactapi_schema (version integer NOT NULL); INSERT INTO artifactapi_schema VALUES (0)`
+	sqlVersion    = `SELECT version FROM artifactapi_schema`
+	sqlSetVersion = `UPDATE artifactapi_schema SET version = $1`
+	sqlSession    = `SET statement_timeout = '5s'; SET idle_in_transaction_session_timeout = '10s'`
 )
 
-// sqlIndex implements index. While the database is down, changes go to the
-// journal and reading is errStoreDown; replay notices that it is back.
+// sqlIndex implements index. While the database is down, changes wait in memory and
+// everything else is errStoreDown at once. writePending notices that it is back.
 type sqlIndex struct {
 	db       *sql.DB
-	journal  *journal
+	outage   *circuit
+	pending  pendingChanges
 	now      func() time.Time
 	log      *slog.Logger
-	password secret // kept out of errors
+	password secret      // kept out of errors
+	ready    atomic.Bool // the schema is up to date
 
-	replaying sync.Mutex // one replay at a time
-
-	mu     sync.Mutex // guards the rest; never held across I/O
-	broken error      // why the database is down; nil: it is not, as far as known
-	next   time.Time  // when it is to be tried again
-	pause  time.Duration
-	ready  bool // the schema is up to date
+	writing  sync.Mutex // one writePending at a time; held across I/O
+	dropping sync.Once  // says that changes are dropped
 }
 
-// newSQLIndex does not connect yet: a database that is down at the start does
-// not stop the start.
-func newSQLIndex(set sqlSettings, dataDir string, now func() time.Time, log *slog.Logger) (*sqlIndex, error) {
+// newSQLIndex makes the index without connecting, so that a database that is down
+// does not stop the start.
+func newSQLIndex(set sqlSettings, now func() time.Time, log *slog.Logger) (*sqlIndex, error) {
 	if _, err := pq.NewConnector(set.dsn()); err != nil {
 		return nil, fmt.Errorf("configuring the database: %s", redact(err, set.password))
 	}
-	return newSQLIndexOn(&cuttableConnector{set.dsn()}, set.password, dataDir, now, log), nil
+	return newSQLIndexOn(&sqlConnector{set.dsn()}, set.password, now, log), nil
 }
 
-func newSQLIndexOn(c driver.Connector, password secret, dataDir string, now func() time.Time, log *slog.Logger) *sqlIndex {
+func newSQLIndexOn(c driver.Connector, password secret, now func() time.Time, log *slog.Logger) *sqlIndex {
 	db := sql.OpenDB(c)
 	db.SetMaxOpenConns(sqlConns)
 	db.SetMaxIdleConns(sqlConns)
 	db.SetConnMaxIdleTime(sqlIdleTimeout)
-	return &sqlIndex{db: db, journal: newJournal(dataDir), now: now, log: log, password: password}
+	return &sqlIndex{db: db, outage: newCircuit(now, sqlPauseMin, sqlPauseMax), now: now, log: log, password: password}
 }
 
-// redact is err's text without the password.
+// redact returns the text of err without the password.
 func redact(err error, password secret) string {
 	if password == "" {
 		return err.Error()
@@ -145,44 +136,12 @@ func redact(err error, password secret) string {
 
 // saveRow: see index.
 func (x *sqlIndex) saveRow(ctx context.Context, r indexRow) error {
-	return x.change(ctx, change{Save: &r})
+	return x.changeRow(ctx, rowChange{key: r.Key, save: &r})
 }
 
-// delete: see index. A row that is not there is no error.
+// delete: see index.
 func (x *sqlIndex) delete(ctx context.Context, remote, key string) error {
-	return x.change(ctx, change{Delete: key})
-}
-
-// countUses: see index. A connection that is lost between the work and its answer
-// counts uses twice; they are statistics.
-func (x *sqlIndex) countUses(ctx context.Context, batch []fileUse) error {
-	for part := range slices.Chunk(batch, sqlMaxUses) {
-		uses := make([]use, len(part))
-		for i, t := range part {
-			uses[i] = use{t.key, t.hits, t.last}
-		}
-		if err := x.change(ctx, change{Uses: uses}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// change makes a change, or journals it: behind others that wait there already,
-// so that their order is kept. The object it is about is stored or gone for
-// good, and so the change outlives the request that made it.
-func (x *sqlIndex) change(ctx context.Context, c change) error {
-	c.At = x.now()
-	if x.downError() != nil || x.journal.pending() {
-		return x.journal.append(c)
-	}
-	err := x.withConn(context.WithoutCancel(ctx), sqlWriteTimeout, func(ctx context.Context, conn *sql.Conn) error {
-		return c.apply(ctx, conn, false)
-	})
-	if errors.Is(err, errStoreDown) {
-		return x.journal.append(c)
-	}
-	return err
+	return x.changeRow(ctx, rowChange{key: key})
 }
 
 // execer is a connection or a transaction.
@@ -190,45 +149,74 @@ type execer interface {
 	ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)
 }
 
-// apply makes the change in the database. A late one gives way to news.
-func (c *change) apply(ctx context.Context, on execer, late bool) (err error) {
-	switch {
-	case c.Save != nil:
-		r := c.Save
-		if r.LastAccess.Before(r.Fetched) {
-			r.LastAccess = r.Fetched
-		}
-		_, err = on.ExecContext(ctx, sqlSave, r.Key, r.Remote, toSQLText(decodePath(r.Path)), toSQLText(r.Path), r.SHA256,
-			toSQLText(r.ContentType), string(r.Class), r.Size, r.Hits, r.Fetched.UTC(), r.LastAccess.UTC(), late)
-	case c.Delete != "":
-		_, err = on.ExecContext(ctx, sqlDelete, c.Delete, late, c.At.UTC())
-	case len(c.Uses) > 0:
-		keys, hits, last := make([]string, len(c.Uses)), make([]int64, len(c.Uses)), make([]string, len(c.Uses))
-		for i, u := range c.Uses {
-			keys[i], hits[i], last[i] = u.Key, u.Hits, u.Last.UTC().Format(time.RFC3339Nano)
-		}
-		_, err = on.ExecContext(ctx, sqlTouch, pq.StringArray(keys), pq.Int64Array(hits), pq.StringArray(last))
+// execute makes the change. With keepNewer it leaves a row alone whose object was
+// fetched later.
+func (c *rowChange) execute(ctx context.Context, on execer, keepNewer bool) error {
+	if c.save == nil {
+		_, err := on.ExecContext(ctx, sqlDelete, c.key, keepNewer, c.madeAt.UTC())
+		return err
 	}
+	r := c.save
+	lastAccess := r.LastAccess
+	if lastAccess.Before(r.Fetched) {
+		lastAccess = r.Fetched
+	}
+	_, err := on.ExecContext(ctx, sqlSave, r.Key, r.Remote, toSQLText(decodePath(r.Path)), toSQLText(r.Path), r.SHA256,
+		toSQLText(r.ContentType), string(r.Class), r.Size, r.Hits, r.Fetched.UTC(), lastAccess.UTC(), keepNewer)
 	return err
 }
 
-// toSQLText drops what a text of PostgreSQL cannot hold. Paths have none of it;
-// header values that we were sent may.
+// countUses: see index. It is errStoreDown while rows wait to be written. A
+// connection that is lost before the answer counts the uses twice; they are
+// statistics.
+func (x *sqlIndex) countUses(ctx context.Context, batch []fileUse) (unknown []fileUse, err error) {
+	if len(batch) == 0 {
+		return nil, nil
+	}
+	if n, _ := x.pending.state(); n > 0 {
+		return nil, fmt.Errorf("%w: database: %d rows wait to be written", errStoreDown, n)
+	}
+	keys, hits, last := make(pq.StringArray, len(batch)), make(pq.Int64Array, len(batch)), make(pq.StringArray, len(batch))
+	for i, use := range batch {
+		keys[i], hits[i], last[i] = use.key, use.hits, use.last.UTC().Format(time.RFC3339Nano)
+	}
+	known, err := queryAll(ctx, x, func(row *sql.Rows) (key string, err error) {
+		err = row.Scan(&key)
+		return key, err
+	}, sqlTouch, keys, hits, last)
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(known)
+	return slices.DeleteFunc(slices.Clone(batch), func(use fileUse) bool {
+		_, isKnown := slices.BinarySearch(known, use.key)
+		return isKnown
+	}), nil
+}
+
+// toSQLText replaces what PostgreSQL's type text cannot hold. Paths have no such
+// bytes, but headers of an upstream may.
 func toSQLText(s string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "")
 }
 
-// listPage: see index. It is complete unless rows wait in the journal.
+// listPage: see index. It is incomplete while rows wait to be written, and from the
+// first row on that was dropped.
 func (x *sqlIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error) {
 	q.limit = max(q.limit, 1)
 	scan := newSQLScan(q)
-	p := indexPage{complete: !x.journal.pending()}
+	var p indexPage
+	_, p.complete = x.pending.state()
 	for {
-		rows, err := x.readStep(ctx, scan)
+		query, args := scan.statement()
+		rows, err := queryAll(ctx, x, scanRow, query, args...)
 		if err != nil {
 			return indexPage{}, err
 		}
 		for _, r := range rows {
+			if scan.isBehindPrefix(r) {
+				return p, nil
+			}
 			if !scan.isOnPage(r) {
 				continue
 			}
@@ -245,34 +233,42 @@ func (x *sqlIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error)
 	}
 }
 
-// sqlScan reads a listing step by step.
+// scanRow reads a row of sqlColumns.
+func scanRow(row *sql.Rows) (r indexRow, err error) {
+	err = row.Scan(&r.Key, &r.Remote, &r.Path, &r.SHA256, &r.ContentType, &r.Class, &r.Size, &r.Hits, &r.Fetched, &r.LastAccess)
+	r.Fetched, r.LastAccess = r.Fetched.UTC(), r.LastAccess.UTC()
+	return r, err
+}
+
+// sqlScan reads a listing with several statements of at most step rows each.
 type sqlScan struct {
-	q         pageQuery
-	step      int       // rows a statement
-	path, key string    // by path: the place behind which the next step begins
-	last      time.Time // by age: the same, with key
+	q          pageQuery
+	step       int
+	path, key  string    // by path: the next statement begins behind this position
+	lastAccess time.Time // by age: the same, with key
 }
 
 func newSQLScan(q pageQuery) *sqlScan {
 	s := &sqlScan{q: q, step: min(q.limit+1, sqlMaxRows)} // one more, to see whether there is a next page
-	if q.pattern != nil || q.oldest && q.prefix != "" {
+	if q.pattern != nil || (q.oldest && q.prefix != "") {
 		s.step = sqlMaxRows
 	}
-	at, key, variant := strings.Cut(q.after, "\n")
+	at, key, hasKey := strings.Cut(q.after, "\n")
 	if q.oldest {
 		if micros, err := strconv.ParseInt(at, 10, 64); err == nil {
-			s.last, s.key = time.UnixMicro(micros), toSQLText(key)
+			s.lastAccess, s.key = time.UnixMicro(micros), toSQLText(key)
 		}
 		return s
 	}
 	s.path, s.key = at, key
-	if !variant {
+	if !hasKey {
 		s.key = afterAllKeys
 	}
 	if q.after == "" || s.path < q.prefix {
 		s.path, s.key = q.prefix, ""
 	}
-	// What is no text begins where the text before it ends; takes does the rest.
+	// A position that is no text is moved back to the text before it. isOnPage
+	// leaves out the rows in between.
 	if text := sqlTextPrefix(s.path); text != s.path {
 		s.path, s.key = text, ""
 	}
@@ -280,123 +276,92 @@ func newSQLScan(q pageQuery) *sqlScan {
 	return s
 }
 
-// sqlTextPrefix is the beginning of s that can be a text of PostgreSQL.
+// sqlTextPrefix returns the longest beginning of s that PostgreSQL's type text can
+// hold.
 func sqlTextPrefix(s string) string {
 	for i, r := range s {
-		if r == 0 || r == utf8.RuneError && !strings.HasPrefix(s[i:], "\uFFFD") {
+		if r == 0 || (r == utf8.RuneError && !strings.HasPrefix(s[i:], "\uFFFD")) {
 			return s[:i]
 		}
 	}
 	return s
 }
 
-// textAbove is the least text behind all that begin with prefix, if there is one.
-// UTF-8 sorts as its code points do.
-func textAbove(prefix string) (string, bool) {
-	for prefix != "" {
-		r, n := utf8.DecodeLastRuneInString(prefix)
-		prefix = prefix[:len(prefix)-n]
-		if r == 0xD7FF {
-			r = 0xDFFF // surrogates are no text
-		}
-		if r < utf8.MaxRune {
-			return prefix + string(r+1), true
-		}
-	}
-	return "", false
-}
-
-// statement reads the next step.
-func (s *sqlScan) statement() (string, []any) {
-	switch limit, has := textAbove(sqlTextPrefix(s.q.prefix)); {
+// statement returns the next statement and its parameters.
+func (s *sqlScan) statement() (query string, args []any) {
+	switch {
 	case s.q.oldest && s.q.remote != "":
-		return sqlByAgeOf, []any{s.last.UTC(), s.key, s.step, s.q.remote}
+		return sqlByAgeOf, []any{s.lastAccess.UTC(), s.key, s.step, s.q.remote}
 	case s.q.oldest:
-		return sqlByAge, []any{s.last.UTC(), s.key, s.step}
-	case has:
-		return sqlByPathBelow, []any{s.q.remote, s.path, s.key, s.step, limit}
-	default:
-		return sqlByPath, []any{s.q.remote, s.path, s.key, s.step}
+		return sqlByAge, []any{s.lastAccess.UTC(), s.key, s.step}
 	}
+	return sqlByPath, []any{s.q.remote, s.path, s.key, s.step}
 }
 
-// moveBehind moves on to what follows r.
+// moveBehind lets the next statement begin behind r.
 func (s *sqlScan) moveBehind(r indexRow) {
-	s.path, s.key, s.last = toSQLText(decodePath(r.Path)), r.Key, r.LastAccess
+	s.path, s.key, s.lastAccess = toSQLText(decodePath(r.Path)), r.Key, r.LastAccess
 }
 
-// isOnPage tells whether a row belongs on the page.
+// isBehindPrefix reports whether neither r nor a later row can be on the page.
+func (s *sqlScan) isBehindPrefix(r indexRow) bool {
+	path := decodePath(r.Path)
+	return !s.q.oldest && path > s.q.prefix && !strings.HasPrefix(path, s.q.prefix)
+}
+
+// isOnPage reports whether a row that was read belongs on the page.
 func (s *sqlScan) isOnPage(r indexRow) bool {
 	path := decodePath(r.Path)
-	after, _, variant := strings.Cut(s.q.after, "\n")
-	if !s.q.oldest && !variant && after != "" && path <= after {
+	after, _, hasKey := strings.Cut(s.q.after, "\n")
+	if !s.q.oldest && !hasKey && after != "" && path <= after {
 		return false
 	}
-	return strings.HasPrefix(path, s.q.prefix) && (s.q.pattern == nil || s.q.pattern.MatchString(path))
+	return strings.HasPrefix(path, s.q.prefix) && s.q.matchesPattern(path)
 }
 
-// nextToken is the page's next: the last row's path, with its key only when the
-// following row has the same path, so that tokens can be written by hand.
+// nextToken returns the token of the page behind last. By age it is a last access in
+// microseconds, as the database keeps it, and a key; by path see nextPage.
 func (s *sqlScan) nextToken(last, following indexRow) string {
 	if s.q.oldest {
 		return strconv.FormatInt(last.LastAccess.UnixMicro(), 10) + "\n" + last.Key
 	}
-	path := decodePath(last.Path)
-	if path == decodePath(following.Path) {
-		return path + "\n" + last.Key
-	}
-	return path
-}
-
-// readStep reads a step.
-func (x *sqlIndex) readStep(ctx context.Context, s *sqlScan) (all []indexRow, err error) {
-	query, args := s.statement()
-	err = x.withReadConn(ctx, func(ctx context.Context, conn *sql.Conn) error {
-		all = nil // of an attempt that failed
-		found, err := conn.QueryContext(ctx, query, args...)
-		if err != nil {
-			return err
-		}
-		defer found.Close()
-		for found.Next() {
-			var r indexRow
-			if err := found.Scan(&r.Key, &r.Remote, &r.Path, &r.SHA256, &r.ContentType, &r.Class, &r.Size, &r.Hits, &r.Fetched, &r.LastAccess); err != nil {
-				return err
-			}
-			r.Fetched, r.LastAccess = r.Fetched.UTC(), r.LastAccess.UTC()
-			all = append(all, r)
-		}
-		return found.Err()
-	})
-	return all, err
+	return nextPage(decodePath(last.Path), last.Key, decodePath(following.Path))
 }
 
 // totals: see index.
-func (x *sqlIndex) totals(ctx context.Context) (all map[string]remoteTotal, err error) {
-	err = x.withReadConn(ctx, func(ctx context.Context, conn *sql.Conn) error {
-		all = map[string]remoteTotal{}
-		found, err := conn.QueryContext(ctx, sqlTotals)
-		if err != nil {
-			return err
-		}
-		defer found.Close()
-		for found.Next() {
-			var name string
-			var t remoteTotal
-			if err := found.Scan(&name, &t.Files, &t.Bytes); err != nil {
-				return err
-			}
-			all[name] = t
-		}
-		return found.Err()
-	})
+func (x *sqlIndex) totals(ctx context.Context) (map[string]remoteTotal, error) {
+	type namedTotal struct {
+		remote string
+		remoteTotal
+	}
+	found, err := queryAll(ctx, x, func(row *sql.Rows) (t namedTotal, err error) {
+		err = row.Scan(&t.remote, &t.Files, &t.Bytes)
+		return t, err
+	}, sqlTotals)
+	all := map[string]remoteTotal{}
+	for _, t := range found {
+		all[t.remote] = t.remoteTotal
+	}
 	return all, err
 }
 
-// withReadConn is attempt for statements that read.
-func (x *sqlIndex) withReadConn(ctx context.Context, f func(context.Context, *sql.Conn) error) error {
-	if err := x.downError(); err != nil {
-		return err
-	}
-	return x.withConn(ctx, sqlReadTimeout, f)
+// queryAll runs a statement and returns its rows as scan reads them.
+func queryAll[T any](ctx context.Context, x *sqlIndex, scan func(*sql.Rows) (T, error), query string, args ...any) (all []T, err error) {
+	err = x.whileUp(ctx, func(ctx context.Context, conn *sql.Conn) error {
+		all = nil // forget an attempt that failed
+		rows, err := conn.QueryContext(ctx, query, args...)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			v, err := scan(rows)
+			if err != nil {
+				return err
+			}
+			all = append(all, v)
+		}
+		return rows.Err()
+	})
+	return all, err
 }

@@ -423,7 +423,8 @@ func testIndex(t *testing.T, newIndex func(t *testing.T) index) {
 		"prefix and pattern choose by decoded path":     testIndexChoose,
 		"pages neither lose nor repeat variants":        testIndexPaging,
 		"a page may begin anywhere":                     testIndexAfter,
-		"touch counts and never goes back":              testIndexTouch,
+		"uses are counted and never go back in time":    testIndexUses,
+		"uses without a row are returned":               testIndexUnknownUses,
 		"totals follow what is stored":                  testIndexTotals,
 		"the oldest come first, page by page":           testIndexOldest,
 		"many rows stay in order through many changes":  testIndexMany,
@@ -639,27 +640,47 @@ func testIndexAfter(x *indexTester) {
 	x.wantPaths(pageQuery{remote: "r", prefix: "d", after: "z", limit: 9})
 }
 
-func testIndexTouch(x *indexTester) {
+// count counts uses of rows that are there.
+func (x *indexTester) count(batch ...fileUse) {
+	x.t.Helper()
+	if unknown, err := x.countUses(x.t.Context(), batch); err != nil || len(unknown) > 0 {
+		x.t.Fatalf("counting uses: unknown %v, %v", unknown, err)
+	}
+}
+
+func testIndexUses(x *indexTester) {
 	r := testRow("r", "f")
 	x.save(r)
 	late := testDay.Add(time.Hour)
-	err := x.countUses(x.t.Context(), []fileUse{
-		{"r", r.Key, 2, late},
-		{"r", storageKey("r", "unknown"), 1, late},
-		{"nobody", storageKey("nobody", "f"), 1, late},
-	})
-	if err == nil {
-		err = x.countUses(x.t.Context(), []fileUse{{"r", r.Key, 3, testDay.Add(-time.Hour)}})
-	}
-	if err == nil {
-		err = x.countUses(x.t.Context(), nil)
-	}
-	if err != nil {
-		x.t.Fatal(err)
-	}
+	x.count(fileUse{"r", r.Key, 2, late})
+	x.count(fileUse{"r", r.Key, 3, testDay.Add(-time.Hour)})
+	x.count()
 	r.Hits, r.LastAccess = 5, late
 	x.wantRow(r)
 	x.wantPaths(pageQuery{limit: 10, oldest: true}, "f")
+}
+
+func testIndexUnknownUses(x *indexTester) {
+	known, lost := testRow("r", "known"), testRow("r", "lost")
+	x.save(known, lost)
+	x.delete(x.t.Context(), "r", lost.Key)
+	use := func(remote, spelling string) fileUse {
+		return fileUse{remote, storageKey(remote, spelling), 2, testDay.Add(time.Hour)}
+	}
+	unknown, err := x.countUses(x.t.Context(), []fileUse{use("r", "lost"), use("r", "known"), use("r", "never"), use("nobody", "f")})
+	slices.SortFunc(unknown, func(a, b fileUse) int { return strings.Compare(a.key, b.key) })
+	want := []fileUse{use("nobody", "f"), use("r", "lost"), use("r", "never")}
+	slices.SortFunc(want, func(a, b fileUse) int { return strings.Compare(a.key, b.key) })
+	if err != nil || !slices.Equal(unknown, want) {
+		x.t.Errorf("unknown uses %v, %v; want %v", unknown, err, want)
+	}
+	// The row of one of them is made, and its uses are counted again.
+	x.save(lost)
+	x.count(use("r", "lost"))
+	for _, r := range []indexRow{known, lost} {
+		r.Hits, r.LastAccess = 2, testDay.Add(time.Hour)
+		x.wantRow(r)
+	}
 }
 
 func testIndexTotals(x *indexTester) {
