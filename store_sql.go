@@ -88,7 +88,8 @@ const (
 	sqlPing       = `SELECT 1`
 	sqlLock       = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlHasSchema  = `SELECT to_regclass('artifactapi_schema') IS NOT NULL, current_setting('server_encoding')`
-	sqlMakeSchema = `CREATE TABLE artifactapi_schema (version integer NOT NULL); INSERT INTO artifactapi_schema VALUES (0)`
+	sqlMakeSchema = `DROP FUNCTION IF EXISTS artifactapi_count(); -- stays when somebody drops the tables
+		CREATE TABLE artifactapi_schema (version integer NOT NULL); INSERT INTO artifactapi_schema VALUES (0)`
 	sqlVersion    = `SELECT version FROM artifactapi_schema`
 	sqlSetVersion = `UPDATE artifactapi_schema SET version = $1`
 	sqlSession    = `SET statement_timeout = '5s'; SET idle_in_transaction_session_timeout = '10s'`

@@ -1249,13 +1249,20 @@ func TestPostgresMadeAnew(t *testing.T) {
 	x := startSQL(t, set)
 	ix := &indexTester{t, x}
 	ix.save(testRow("r", "a"))
-	for _, s := range []string{"DROP SCHEMA " + set.schema + " CASCADE", "CREATE SCHEMA " + set.schema} {
-		if _, err := db.Exec(s); err != nil {
+	tables := ""
+	for _, name := range []string{"files", "totals", "journals", "schema"} {
+		tables += ", " + set.schema + ".artifactapi_" + name
+	}
+	for name, statements := range map[string]string{
+		"b": "DROP SCHEMA " + set.schema + " CASCADE; CREATE SCHEMA " + set.schema,
+		"c": "DROP TABLE " + tables[2:],
+	} {
+		if _, err := db.Exec(statements); err != nil {
 			t.Fatal(err)
 		}
+		ix.save(testRow("r", name))
+		ix.wantPaths(pageQuery{remote: "r", limit: 9}, name)
 	}
-	ix.save(testRow("r", "b"))
-	ix.wantPaths(pageQuery{remote: "r", limit: 9}, "b")
 }
 
 func TestPostgresOddValues(t *testing.T) {
