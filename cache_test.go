@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// --- the path decision (SPEC.md section 3) ---
+// --- the path decision  ---
 
 func TestSecondRequestIsServedFromTheStore(t *testing.T) {
 	t.Parallel()

@@ -307,9 +307,9 @@ func (s *server) newHandler() http.Handler {
 	s.openData()
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version
-	s.cache = newCache(st.objects, st.chosenIndex(), st.chosenFreshness(), st.space, up, time.Now, s.log, metrics)
-	if r := st.sharedReplicas(); r != nil {
-		s.cache.joinReplicas(r)
+	s.cache = newCache(st.objects, st.index, st.freshness, st.space, up, time.Now, s.log, metrics)
+	if st.replicas != nil {
+		s.cache.joinReplicas(st.replicas)
 	}
 	responder := &responder{now: time.Now, log: s.log, metrics: metrics}
 	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: responder, metrics: metrics,
@@ -346,7 +346,11 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 	select {
 	case err = <-serveFailed:
 	case <-ctx.Done():
-		loops.Go(func() { s.tryStep(background, "saving snapshots", s.stores.saveSnapshots) })
+		loops.Go(func() {
+			if err := s.stores.saveSnapshots(background); err != nil {
+				s.log.Warn("the snapshots could not be saved", "error", err)
+			}
+		})
 		s.announceEnd()
 	}
 	drainCtx, cancel := context.WithTimeout(context.Background(), drainTimeout)
@@ -390,77 +394,64 @@ func (s *server) drain(ctx context.Context, srv *http.Server) {
 	}
 }
 
-// startLoops starts the background loops. Each is a ticker around one step and
-// ends with ctx; loops counts them.
+// startLoops starts the background tasks. They end with ctx; loops counts them.
 func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
-	loop := func(first func(), d time.Duration, step func()) {
-		loops.Go(func() {
-			first()
-			t := time.NewTicker(d)
-			defer t.Stop()
-			for {
-				select {
-				case <-t.C:
-					step()
-				case <-ctx.Done():
-					return
-				}
-			}
-		})
+	tasks := []task{
+		{doing: "counting uses", every: 2 * time.Second, step: func(ctx context.Context) error {
+			s.cache.flushCounts(ctx)
+			return nil
+		}},
+		{doing: "evicting", every: 5 * time.Second, step: func(ctx context.Context) error {
+			(&evictor{s.cache, s.config.Load(), s.set.maxSize}).evictFiles(ctx)
+			return nil
+		}},
+		// A sweep reads all directories. It runs in the background from the start on,
+		// so that the first request does not wait for it.
+		{doing: "sweeping temporary files", every: time.Hour, atStart: true, step: s.sweepDisks},
+		{doing: "saving snapshots", every: 5 * time.Minute, step: s.stores.saveSnapshots},
 	}
-	every := func(d time.Duration, step func()) { loop(func() {}, d, step) }
-	atOnceAndEvery := func(d time.Duration, step func()) { loop(step, d, step) }
-	st := s.stores
-	for _, b := range st.backends {
-		atOnceAndEvery(checkEvery, func() { s.checkBackend(b) })
+	for _, b := range s.stores.backends {
+		tasks = append(tasks, task{doing: "checking a backend", every: checkEvery, atStart: true, step: func(context.Context) error {
+			s.checkBackend(b)
+			return nil
+		}})
+		tasks = append(tasks, b.tasks...)
 	}
-	every(2*time.Second, func() { s.cache.flushCounts(ctx) })
-	every(5*time.Second, func() { (&evictor{s.cache, s.config.Load(), s.set.maxSize}).evictFiles(ctx) })
-	// A sweep reads all directories. It runs in its loop, so that the first
-	// request does not wait for it.
-	loop(func() { s.sweepDisks(ctx) }, time.Hour, func() { s.openData(); s.sweepDisks(ctx) })
+	for _, t := range tasks {
+		loops.Go(func() { s.runTask(ctx, t) })
+	}
 	loops.Go(func() { s.watchFiles(ctx) })
-	if st.embedded != nil {
-		loops.Go(func() {
-			s.retryStep(ctx, "loading the index", func() error { return st.embedded.reconcile(ctx, st.objects) })
-		})
-	} else {
-		every(time.Second, func() {
-			s.tryStep(ctx, "writing index rows that wait", func() error { return st.sql.writePending(ctx) })
-		})
-	}
-	every(5*time.Minute, func() { s.tryStep(ctx, "saving snapshots", st.saveSnapshots) })
-	if st.redis != nil {
-		every(leaseInterval, func() { s.tryStep(ctx, "keeping leases", func() error { return st.redis.renewLeases(ctx) }) })
-		loops.Go(func() { st.redis.watchChanges(ctx, s.cache.onChange, s.cache.onMissedChanges) })
-	}
-	if st.hot != nil {
-		loops.Go(func() { s.retryStep(ctx, "finding hot copies", func() error { return st.hot.findCopies(ctx) }) })
-		atOnceAndEvery(time.Hour, func() {
-			s.tryStep(ctx, "sweeping unfinished uploads", func() error { return st.s3.sweep(ctx) })
-		})
+	if r := s.stores.replicas; r != nil {
+		loops.Go(func() { r.watchChanges(ctx, s.cache.onChange, s.cache.onMissedChanges) })
 	}
 }
 
-// tryStep runs one step of a loop and logs its error. The loop runs it again at
-// its next tick.
-func (s *server) tryStep(ctx context.Context, task string, step func() error) {
-	if err := step(); err != nil && ctx.Err() == nil {
-		s.log.Debug("a background task failed and will be tried again", "task", task, "error", err)
-	}
-}
+// taskRetryPause is the pause before a task that has to succeed once is tried again:
+// a backend that is down needs some time.
+const taskRetryPause = 10 * time.Second
 
-// retryStep runs a step that has to succeed once, until it does or ctx ends.
-func (s *server) retryStep(ctx context.Context, task string, step func() error) {
-	for {
-		err := step()
-		if err == nil || ctx.Err() != nil {
-			return
+// runTask runs a task until ctx ends, or until it has succeeded where that is enough.
+// What fails is tried again at the next tick.
+func (s *server) runTask(ctx context.Context, t task) {
+	once, level := t.every == 0, slog.LevelDebug
+	if once {
+		t.every, t.atStart, level = taskRetryPause, true, slog.LevelWarn
+	}
+	ticker := time.NewTicker(t.every)
+	defer ticker.Stop()
+	for first := true; ; first = false {
+		if t.atStart || !first {
+			err := t.step(ctx)
+			if err != nil && ctx.Err() == nil {
+				s.log.Log(ctx, level, "a background task failed and will be tried again", "task", t.doing, "after", t.every, "error", err)
+			} else if once {
+				return
+			}
 		}
-		s.log.Warn("a background task failed and will be tried again in 10 s", "task", task, "error", err)
 		select {
-		case <-time.After(10 * time.Second): // a backend that is down needs some time
+		case <-ticker.C:
 		case <-ctx.Done():
+			return
 		}
 	}
 }
@@ -479,23 +470,23 @@ func (s *server) openData() {
 	case !locked:
 		s.log.Warn("another process uses DATA_DIR: its temporary files are left alone", "dir", s.set.dataDir)
 	default:
-		s.eachDisk(context.Background(), func(d *diskStore) error { return d.sweepSpools(true) })
+		for _, d := range s.stores.disks {
+			if err := d.sweepSpools(true); err != nil {
+				s.log.Warn("temporary files of an earlier process could not be removed", "dir", d.dir, "error", err)
+			}
+		}
 	}
 	s.ownsDataDir = locked
 }
 
 // sweepDisks removes the files that crashes left in DATA_DIR.
-func (s *server) sweepDisks(ctx context.Context) {
-	s.eachDisk(ctx, func(d *diskStore) error { return d.sweep(ctx) })
-}
-
-// eachDisk calls sweep with each disk store: that of DATA_DIR, and with S3 that of
-// the hot copies.
-func (s *server) eachDisk(ctx context.Context, sweep func(*diskStore) error) {
-	s.tryStep(ctx, "sweeping temporary files", func() error { return sweep(s.stores.disk) })
-	if s.stores.hot != nil {
-		s.tryStep(ctx, "sweeping temporary files", func() error { return sweep(s.stores.hot.disk) })
+func (s *server) sweepDisks(ctx context.Context) error {
+	s.openData()
+	var errs []error
+	for _, d := range s.stores.disks {
+		errs = append(errs, d.sweep(ctx))
 	}
+	return errors.Join(errs...)
 }
 
 // /health says within a second that a backend is down: the pause between two
@@ -505,8 +496,8 @@ const (
 	checkTimeout = 400 * time.Millisecond
 )
 
-// checkBackend pings a backend and keeps the result for /health. It logs only a
-// change of state.
+// checkBackend pings a backend and keeps the result for /health. It logs a change of
+// state, unless the backend does that itself.
 func (s *server) checkBackend(b *backend) {
 	if b.ping == nil {
 		b.up.Store(true)
@@ -515,9 +506,12 @@ func (s *server) checkBackend(b *backend) {
 	ctx, cancel := context.WithTimeout(context.Background(), checkTimeout)
 	defer cancel()
 	err := b.ping(ctx)
-	if wasUp := b.up.Swap(err == nil); wasUp && err != nil {
+	wasUp := b.up.Swap(err == nil)
+	switch {
+	case b.logsOutages:
+	case wasUp && err != nil:
 		s.log.Error("backend is down", "backend", b.name, "kind", b.kind, "error", err)
-	} else if !wasUp && err == nil {
+	case !wasUp && err == nil:
 		s.log.Info("backend is up", "backend", b.name, "kind", b.kind)
 	}
 }

@@ -9,23 +9,24 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
 )
 
-// stores holds the backends that the environment chose. Objects, index and
-// freshness are chosen independently of each other.
+// stores holds what the environment chose. Objects, index and freshness are chosen
+// independently of each other.
 type stores struct {
-	disk     *diskStore        // DATA_DIR: spools, and without S3 the objects
-	space    *spoolSpace       // of the disk that has DATA_DIR
-	objects  verifiableObjects // disk or hot
-	s3       *s3Store          // nil: objects are on the local disk
-	hot      *tieredStore      // hot copies in front of s3; nil when s3 is
-	sql      *sqlIndex         // nil: the index is embedded
-	embedded *embeddedIndex    // nil: the index is in PostgreSQL
-	redis    *redisStore       // nil: freshness is kept in this process
-	local    *localFreshness   // nil: freshness is in Redis
-	backends []*backend        // for /health: storage, database, redis
+	disk      *diskStore  // DATA_DIR: spools, and without S3 the objects
+	space     *spoolSpace // of the disk that has DATA_DIR
+	objects   verifiableObjects
+	index     index
+	freshness freshness
+	replicas  replicas       // nil unless objects and Redis are shared
+	sql       *sqlIndex      // index, if it is in PostgreSQL; else nil
+	embedded  *embeddedIndex // index, if it is not; else nil
+	disks     []*diskStore   // disk, and with S3 that of the hot copies
+	backends  []*backend     // in the order in which they were opened
 }
 
 // verifiableObjects is a store of objects that can hash everything in it.
@@ -37,138 +38,135 @@ type verifiableObjects interface {
 	verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error)
 }
 
-// backend is one of the three backends that /health shows.
+// backend is one of the three backends that /health shows: what main needs to know of
+// it. Functions that a backend does not need are nil.
 type backend struct {
-	name   string                      // storage, database or redis
-	kind   string                      // what it is, for the log
-	okWord string                      // what /health calls it while it works: ok or embedded
-	ping   func(context.Context) error // nil: it cannot be down
-	up     atomic.Bool                 // the last ping succeeded
+	name         string                      // storage, database or redis
+	kind         string                      // what it is, for the log
+	okWord       string                      // what /health calls it while it works: ok or embedded
+	ping         func(context.Context) error // nil: it cannot be down
+	logsOutages  bool                        // it logs itself when it goes and when it is back
+	tasks        []task                      // that run as long as the server
+	saveSnapshot func() error                // writes what is in memory alone
+	close        func() error
+	up           atomic.Bool // the last ping succeeded
+}
+
+// task is a step that runs in the background, again and again.
+type task struct {
+	doing   string        // for the log: "saving snapshots"
+	every   time.Duration // 0: once, and again after a while until it succeeds
+	atStart bool          // not only after the first pause
+	step    func(context.Context) error
 }
 
 // openStores makes the stores without connecting to any of them, so that a backend
 // that is down does not stop the start. Its caller closes them.
 func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores, error) {
-	st := &stores{disk: newDiskStore(set.dataDir, now, log)}
-	st.space = &spoolSpace{createFile: st.disk.newSpool, diskSpace: st.disk.freeSpace, minFree: set.minFree}
-	if err := st.openRedis(set, now, log); err != nil {
-		return nil, err
+	disk := newDiskStore(set.dataDir, now, log)
+	st := &stores{disk: disk, disks: []*diskStore{disk}}
+	st.space = &spoolSpace{createFile: disk.newSpool, diskSpace: disk.freeSpace, minFree: set.minFree}
+	redis, err := st.openFreshness(set, now, log)
+	if err == nil {
+		err = st.openIndex(set, now, log)
 	}
-	if err := st.openIndex(set, now, log); err != nil {
-		return nil, err
+	if err == nil && set.s3.bucket != "" {
+		return st, st.openS3(set, redis, now, log)
 	}
-	if set.s3.bucket == "" {
-		st.objects = st.disk
-		st.addBackend(&backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: st.disk.ping})
-		return st, nil
+	st.objects = disk
+	st.backends = append(st.backends, &backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: disk.ping, close: disk.Close})
+	return st, err
+}
+
+// openFreshness makes what keeps freshness marks: Redis if REDIS_URL is set, which is
+// returned too, else this process.
+func (st *stores) openFreshness(set *settings, now func() time.Time, log *slog.Logger) (*redisStore, error) {
+	if set.redisURL == "" {
+		local := newLocalFreshness(set.dataDir, now, log)
+		st.freshness = local
+		st.backends = append(st.backends, &backend{name: "redis", kind: "embedded", okWord: "embedded", saveSnapshot: local.saveSnapshot, close: local.Close})
+		return nil, nil
 	}
-	set.s3.now, set.s3.log = now, log
-	client, err := newS3Client(set.s3)
+	redis, err := newRedisStore(string(set.redisURL), set.redisPrefix(), set.advertisedURL, now, log)
 	if err != nil {
-		return nil, fmt.Errorf("configuring S3: %w", err)
+		return nil, err
 	}
-	var online func() bool
-	if st.redis != nil {
-		online = st.redis.hearsChanges
-	}
-	st.s3 = newS3Store(client, online)
-	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
-	st.hot = newTiered(st.s3, copies, set.hotSize, st.space.check)
-	st.space.freeUp = st.hot.freeSpace
-	st.objects = st.hot
-	st.addBackend(&backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok", ping: func(ctx context.Context) error {
-		return errors.Join(st.disk.ping(ctx), st.s3.ping(ctx)) // spools are in DATA_DIR
-	}})
-	return st, nil
+	st.freshness = redis
+	st.backends = append(st.backends, &backend{name: "redis", kind: "Redis", okWord: "ok", ping: redis.ping, logsOutages: true, close: redis.Close,
+		tasks: []task{{doing: "keeping leases", every: leaseInterval, step: redis.renewLeases}}})
+	return redis, nil
 }
 
 // openIndex makes the index: in PostgreSQL if DBHOST is set, else embedded.
 func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logger) (err error) {
 	if set.db.host == "" {
 		st.embedded = newEmbeddedIndex(set.dataDir, log)
-		st.addBackend(&backend{name: "database", kind: "embedded", okWord: "embedded"})
+		st.index = st.embedded
+		st.backends = append(st.backends, &backend{name: "database", kind: "embedded", okWord: "embedded",
+			saveSnapshot: st.embedded.saveSnapshot, close: st.embedded.Close,
+			tasks: []task{{doing: "loading the index", step: func(ctx context.Context) error { return st.embedded.reconcile(ctx, st.objects) }}}})
 		return nil
 	}
 	_ = os.Remove(filepath.Join(set.dataDir, ".journal")) // earlier versions kept rows there in an outage
-	st.sql, err = newSQLIndex(set.db, now, log)
-	if err == nil {
-		st.addBackend(&backend{name: "database", kind: "PostgreSQL " + set.db.host, okWord: "ok", ping: st.sql.ping})
+	if st.sql, err = newSQLIndex(set.db, now, log); err != nil {
+		return err
 	}
-	return err
+	st.index = st.sql
+	st.backends = append(st.backends, &backend{name: "database", kind: "PostgreSQL " + set.db.host, okWord: "ok", ping: st.sql.ping, logsOutages: true, close: st.sql.Close,
+		tasks: []task{{doing: "writing index rows that wait", every: time.Second, step: st.sql.writePending}}})
+	return nil
 }
 
-// openRedis makes what keeps freshness: Redis if REDIS_URL is set, else this process.
-func (st *stores) openRedis(set *settings, now func() time.Time, log *slog.Logger) (err error) {
-	if set.redisURL == "" {
-		st.local = newLocalFreshness(set.dataDir, now, log)
-		st.addBackend(&backend{name: "redis", kind: "embedded", okWord: "embedded"})
-		return nil
+// openS3 makes the objects in S3, with hot copies on the disk in front of them.
+func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time, log *slog.Logger) error {
+	set.s3.now, set.s3.log = now, log
+	client, err := newS3Client(set.s3)
+	if err != nil {
+		return fmt.Errorf("configuring S3: %w", err)
 	}
-	st.redis, err = newRedisStore(string(set.redisURL), set.redisPrefix(), set.advertisedURL, now, log)
-	if err == nil {
-		st.addBackend(&backend{name: "redis", kind: "Redis", okWord: "ok", ping: st.redis.ping})
+	var hearsChanges func() bool
+	if redis != nil {
+		hearsChanges, st.replicas = redis.hearsChanges, redis
 	}
-	return err
-}
-
-func (st *stores) addBackend(b *backend) { st.backends = append(st.backends, b) }
-
-// chosenIndex returns the index for the cache.
-func (st *stores) chosenIndex() index {
-	if st.sql != nil {
-		return st.sql
-	}
-	return st.embedded
-}
-
-// chosenFreshness returns what keeps freshness for the cache.
-func (st *stores) chosenFreshness() freshness {
-	if st.redis != nil {
-		return st.redis
-	}
-	return st.local
-}
-
-// sharedReplicas returns what connects the replicas, or nil when there can be only
-// one: a cache has replicas when both its objects and Redis are shared.
-func (st *stores) sharedReplicas() replicas {
-	if st.redis == nil || st.s3 == nil {
-		return nil
-	}
-	return st.redis
+	s3 := newS3Store(client, hearsChanges)
+	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
+	hot := newTiered(s3, copies, set.hotSize, st.space.check)
+	st.space.freeUp = hot.freeSpace
+	st.objects = hot
+	st.disks = append(st.disks, copies)
+	st.backends = append(st.backends, &backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok",
+		ping: func(ctx context.Context) error {
+			return errors.Join(st.disk.ping(ctx), s3.ping(ctx)) // spools are in DATA_DIR
+		},
+		tasks: []task{
+			{doing: "finding hot copies", step: hot.findCopies},
+			{doing: "sweeping unfinished uploads", every: time.Hour, atStart: true, step: s3.sweep},
+		},
+		close: func() error {
+			hot.Close()
+			s3.Close()
+			return errors.Join(copies.Close(), st.disk.Close())
+		}})
+	return nil
 }
 
 // saveSnapshots writes what the stores keep in memory alone, so that a crash loses
 // less of it.
-func (st *stores) saveSnapshots() error {
+func (st *stores) saveSnapshots(context.Context) error {
 	var errs []error
-	if st.embedded != nil {
-		errs = append(errs, st.embedded.saveSnapshot())
-	}
-	if st.local != nil {
-		errs = append(errs, st.local.saveSnapshot())
+	for _, b := range st.backends {
+		if b.saveSnapshot != nil {
+			errs = append(errs, b.saveSnapshot())
+		}
 	}
 	return errors.Join(errs...)
 }
 
-// Close closes every store, those that use another one first. It returns the
-// errors of all of them.
+// Close closes all stores and returns the errors of all of them.
 func (st *stores) Close() error {
 	var errs []error
-	if st.sql != nil {
-		errs = append(errs, st.sql.Close())
-	} else {
-		errs = append(errs, st.embedded.Close())
+	for _, b := range slices.Backward(st.backends) {
+		errs = append(errs, b.close())
 	}
-	if st.redis != nil {
-		errs = append(errs, st.redis.Close())
-	} else {
-		errs = append(errs, st.local.Close())
-	}
-	if st.s3 != nil {
-		st.hot.Close()
-		st.s3.Close()
-		errs = append(errs, st.hot.disk.Close())
-	}
-	return errors.Join(append(errs, st.disk.Close())...)
+	return errors.Join(errs...)
 }
