@@ -80,6 +80,14 @@ type cachingObjects interface {
 	refusesWrites() bool
 }
 
+// copiesOf is the ability of a store, or of one that keeps no copies.
+func copiesOf(o objects) cachingObjects {
+	if copies, ok := o.(cachingObjects); ok {
+		return copies
+	}
+	return noCopies{}
+}
+
 // noCopies is the ability of a store that keeps none.
 type noCopies struct{}
 
@@ -222,13 +230,22 @@ type cache struct {
 	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
 }
 
+// cacheStores is what a cache keeps its files in and by. replicas is nil on a single
+// machine.
+type cacheStores struct {
+	objects   objects
+	index     index
+	freshness freshness
+	space     *spoolSpace
+	replicas  replicas
+}
+
 // newCache makes a cache over the stores. Its caller closes it before them.
-func newCache(o objects, ix index, f freshness, space *spoolSpace, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
-	c := &cache{objects: o, index: ix, marks: f, space: space, upstream: up, now: now, log: log, metrics: m,
-		replicaClient: newReplicaClient(), fills: newFillTable()}
+func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
+	c := &cache{objects: st.objects, copies: copiesOf(st.objects), index: st.index, marks: st.freshness, space: st.space, replicas: st.replicas,
+		upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable()}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	c.useObjects(o)
-	c.announcer = &announcer{onError: func(announcement string, err error) {
+	c.announcer = &announcer{replicas: st.replicas, onError: func(announcement string, err error) {
 		c.reportStoreError("redis", "announcing", announcement, err)
 	}}
 	clock := func() time.Time { return c.now() } // tests replace c.now
@@ -238,18 +255,6 @@ func newCache(o objects, ix index, f freshness, space *spoolSpace, up *upstream,
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
 	return c
 }
-
-// useObjects makes the cache keep files in o. It is called before the first request.
-func (c *cache) useObjects(o objects) {
-	c.objects, c.copies = o, noCopies{}
-	if copies, ok := o.(cachingObjects); ok {
-		c.copies = copies
-	}
-}
-
-// joinReplicas makes the cache one of several replicas. It is called before the first
-// request.
-func (c *cache) joinReplicas(r replicas) { c.replicas, c.announcer.replicas = r, r }
 
 // fileRequest is a file to serve and what is known about it beforehand.
 type fileRequest struct {

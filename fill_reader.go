@@ -46,7 +46,7 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 			return f.replyFromSpool(ctx, leads, rng), false, nil
 		case phase == phaseDone:
 			f.leave()
-			return f.c.replyWithoutBody(ctx, f.file, rng, cp, outcome)
+			return f.replyWithoutBody(ctx, rng, cp, outcome)
 		}
 		select {
 		case <-changed:
@@ -112,7 +112,8 @@ func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 
 // replyWithoutBody answers when the fill has brought no body; again says that
 // the store must be looked up once more.
-func (c *cache) replyWithoutBody(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
+func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
+	c, file := f.c, f.file
 	switch outcome.kind {
 	case outcomeLookAgain, outcomeAbandoned:
 		return nil, true, nil

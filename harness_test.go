@@ -469,6 +469,12 @@ func (tt *tester) settle() {
 	}
 }
 
+// useObjects makes a cache keep files in o.
+func (c *cache) useObjects(o objects) { c.objects, c.copies = o, copiesOf(o) }
+
+// joinReplicas makes a cache one of several replicas.
+func (c *cache) joinReplicas(r replicas) { c.replicas, c.announcer.replicas = r, r }
+
 // all are the fills in the table.
 func (t *fillTable) all() (all []*fill) {
 	t.mu.Lock()

@@ -307,10 +307,7 @@ func (s *server) newHandler() http.Handler {
 	s.openData()
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version
-	s.cache = newCache(st.objects, st.index, st.freshness, st.space, up, time.Now, s.log, metrics)
-	if st.replicas != nil {
-		s.cache.joinReplicas(st.replicas)
-	}
+	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas}, up, time.Now, s.log, metrics)
 	responder := &responder{now: time.Now, log: s.log, metrics: metrics}
 	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: responder, metrics: metrics,
 		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
