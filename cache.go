@@ -334,7 +334,22 @@ type byteRange struct {
 	head       bool  // a HEAD request
 	from, to   int64 // of a range with a known beginning; to is -1 for "to the end"
 	suffix     int64 // the length of a range that ends at the end; 0: it is none
+	several    bool  // several ranges, of which the fields above say nothing
 	hasIfRange bool  // the whole body may be wanted after all
+}
+
+// isWhole reports whether the answer may reach from the first byte to the last of a
+// body of that size (-1: not known, and then no range is answered).
+func (rng byteRange) isWhole(size int64) bool {
+	switch {
+	case size < 0, rng.hasIfRange:
+		return true
+	case rng.several:
+		return false
+	case rng.suffix > 0:
+		return rng.suffix >= size
+	}
+	return rng.from == 0 && (rng.to < 0 || rng.to >= size-1)
 }
 
 // serveFile answers GET and HEAD for a file.

@@ -69,7 +69,8 @@ func resultOfError(err error) string {
 func parseByteRange(r *http.Request) byteRange {
 	rng := byteRange{head: r.Method == http.MethodHead, to: -1, hasIfRange: r.Header.Get("If-Range") != ""}
 	spec, ok := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
-	if !ok || strings.Contains(spec, ",") {
+	rng.several = ok && strings.Contains(spec, ",")
+	if !ok || rng.several {
 		return rng
 	}
 	first, last, ok := strings.Cut(strings.TrimSpace(spec), "-")

@@ -48,7 +48,7 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 		return reply, reply.readSmallBody(ctx, file, resp)
 	}
 	body := &upstreamReader{up: c.upstream, ctx: ctx, resp: resp, respOffset: at, part: bodyPart{file: file, validator: rangeValidator(resp), size: size, to: rng.to, origin: resp.origin}}
-	if file.digest != "" {
+	if file.digest != "" && rng.isWhole(size) {
 		body.hash = newBodyHash(file.digest)
 	}
 	reply.body = body
@@ -56,11 +56,11 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 }
 
 // rangeHeader is the Range header for the single range that a client wants, or
-// nil. A body with a digest is asked for as a whole, since only that can be
-// verified, and so is one of which the client may have an older part (If-Range).
+// nil. A body of which the client may have an older part (If-Range) is asked for as a
+// whole.
 func (rng byteRange) rangeHeader(file fileRequest) http.Header {
 	switch {
-	case file.needsWholeBody || file.digest != "" || rng.hasIfRange || (rng.from == 0 && rng.to < 0 && rng.suffix == 0):
+	case file.needsWholeBody || rng.hasIfRange || (rng.from == 0 && rng.to < 0 && rng.suffix == 0):
 		return nil
 	case rng.suffix > 0:
 		return http.Header{"Range": {"bytes=-" + strconv.FormatInt(rng.suffix, 10)}}
@@ -113,7 +113,7 @@ type upstreamReader struct {
 	resp       *upstreamResponse // nil: asked for when bytes are wanted
 	respOffset int64             // of the next byte of resp
 	offset     int64             // of the next byte that is given out
-	hash       *bodyHash         // of a body with a digest, up to respOffset; nil: it is not verified
+	hash       *bodyHash         // of a whole body with a digest, up to respOffset; nil: it is not verified
 	held       []byte            // read and hashed, not given out yet
 	done       bool              // all is read and verified
 	stuck      int               // times that the body broke off without progress
@@ -121,36 +121,13 @@ type upstreamReader struct {
 }
 
 func (b *upstreamReader) Read(p []byte) (int, error) {
-	for b.hash != nil {
-		switch ahead := b.offset - (b.respOffset - int64(len(b.held))); {
-		case ahead == 0:
-			return b.readHeld(p)
-		case ahead > 0 && !b.done && b.wantsEnd():
-			if err := b.skipHeld(ahead); err != nil {
-				return 0, err
-			}
-		default: // a part from the middle, which proves nothing about the whole
-			b.hash, b.held = nil, nil
-		}
+	if b.hash != nil && b.offset == b.respOffset-int64(len(b.held)) {
+		return b.readHeld(p)
 	}
+	b.hash, b.held = nil, nil // sought elsewhere: a part proves nothing about the whole
 	n, err := b.readAt(p, b.offset)
 	b.offset += int64(n)
 	return n, err
-}
-
-// wantsEnd reports whether the range that was asked for reaches into what is held
-// back.
-func (b *upstreamReader) wantsEnd() bool {
-	return b.part.to < 0 || b.part.to >= b.part.size-heldBackBytes
-}
-
-// skipHeld reads up to n bytes that only the digest needs.
-func (b *upstreamReader) skipHeld(n int64) error {
-	to := b.offset
-	b.offset -= n
-	_, err := b.readHeld(make([]byte, min(n, copyBufferSize)))
-	b.offset = to
-	return err
 }
 
 // readHeld gives out what lies heldBackBytes behind, and the rest when it has

@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"errors"
-	"io"
 	"net/http"
 	"os"
 	"strconv"
@@ -156,7 +155,8 @@ func (file fileRequest) staleReason(err error) string {
 
 // newReader returns a client's reader of the body. Closing it leaves the fill.
 func (f *fill) newReader(ctx context.Context, rng byteRange) *fillReader {
-	r := &fillReader{spoolReader: f.spool.newReader(ctx, f.file.digest != ""), f: f, last: rng.to}
+	_, size := f.progress()
+	r := &fillReader{spoolReader: f.spool.newReader(ctx, f.file.digest != "" && rng.isWhole(size)), f: f, last: rng.to}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	single := rng.from > 0 || rng.suffix > 0
@@ -187,16 +187,8 @@ func (r *fillReader) Read(p []byte) (int, error) {
 	return r.spoolReader.Read(p)
 }
 
-// readBeyond reads from upstream, but not what has to wait until the whole body
-// has verified.
+// readBeyond reads from upstream.
 func (r *fillReader) readBeyond(p []byte) (int, error) {
-	if r.holdsBack {
-		free := r.size - heldBackBytes - r.offset
-		if free <= 0 {
-			return 0, io.EOF
-		}
-		p = p[:min(int64(len(p)), free)]
-	}
 	n, err := r.beyond.Read(p)
 	r.offset += int64(n)
 	if n > 0 {
@@ -236,13 +228,9 @@ func (r *fillReader) chooseSource() error {
 
 func (r *fillReader) isFarAhead() bool {
 	written, size := r.f.progress()
-	end := size
-	if r.holdsBack {
-		end -= heldBackBytes
-	}
 	r.f.mu.Lock()
 	defer r.f.mu.Unlock()
-	return !r.f.noRanges && r.offset-written > farRangeDistance && r.offset < end
+	return !r.f.noRanges && r.offset-written > farRangeDistance && r.offset < size
 }
 
 // requestFarRange opens the range upstream. If that fails, the fill will come by.

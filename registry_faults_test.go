@@ -45,8 +45,8 @@ func TestRegistryWrongDigestIsNeverCompleted(t *testing.T) {
 		if len(a.body) > len(good)-held && a.status == http.StatusOK {
 			t.Errorf("%d of %d wrong bytes were sent", len(a.body), len(good))
 		}
-		m.get("/v2/reg/app/blobs/"+d, "Range", "bytes=-10").wantBroken()
-		if n <= held {
+		if n <= held { // of a larger one a range is not held back
+			m.get("/v2/reg/app/blobs/"+d, "Range", "bytes=-10").wantBroken()
 			a.wantError(http.StatusBadGateway, "UNAVAILABLE")
 		}
 		h.on("/v2/app/blobs/"+d, func(w http.ResponseWriter, _ *http.Request) { // chunked
