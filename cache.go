@@ -221,7 +221,7 @@ type cache struct {
 	fills  *fillTable
 
 	missing      *boundedMap[string, *problem] // keys of files that upstream does not have (negative_ttl)
-	headRefused  *boundedMap[string, struct{}] // remotes that refuse HEAD
+	headRefused  *boundedMap[string, struct{}] // remotes, and keys of files, that refuse HEAD
 	passOn       *boundedMap[string, struct{}] // keys whose bodies are not spooled for a while
 	failedLeases *boundedMap[string, struct{}] // tokens of leases whose holder could not be followed
 	changing     keyedLock                     // keys that are being put or purged

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"mime"
 	"mime/multipart"
 	"net/http"
@@ -474,7 +475,7 @@ func TestHEADOfWhatIsNotStored(t *testing.T) {
 			t.Parallel()
 			tt := newTester(t)
 			f := tt.origin.file("/a.zip", noise(1, 1<<20)).refusesHEAD(refusal)
-			release := f.stallAt(1000) // who reads the body waits for ever
+			release := f.stallAt(1000) // a client that reads the body waits forever
 			defer release()
 			g := tt.head("/api/r/a.zip").wantStatus(200).wantUnstored().wantHeader("Content-Length", strconv.Itoa(1<<20)).
 				wantHeader("Last-Modified", longAgo.Format(http.TimeFormat)).wantHeader("Content-Type", "application/zip").wantBody("")
@@ -762,7 +763,7 @@ func TestValidatorsAreSentWhenKnown(t *testing.T) {
 
 func TestRefusedHEADBecomesAConditionalGET(t *testing.T) {
 	t.Parallel()
-	for _, status := range []int{400, 401, 403, 405, 501} {
+	for _, status := range []int{400, 401, 403, 404, 405, 501} {
 		t.Run(strconv.Itoa(status), func(t *testing.T) {
 			t.Parallel()
 			tt := newTester(t, `mutable_patterns: ["."]`, "check_mutable_updates: true", "cache: {mutable_ttl: 60}")
@@ -777,8 +778,9 @@ func TestRefusedHEADBecomesAConditionalGET(t *testing.T) {
 			if tt.origin.last("GET /a").header.Get("If-None-Match") != `"1"` {
 				t.Error("the GET was not conditional")
 			}
-			tt.get("/api/r/b").wantRevalidated() // remembered for the whole remote
-			tt.wantRequests("HEAD /b", 0)
+			tt.get("/api/r/b").wantRevalidated()
+			ofRemote := status == 405 || status == 501 // remembered for the whole remote, else for the file
+			tt.wantRequests("HEAD /b", map[bool]int{true: 0, false: 1}[ofRemote])
 
 			tt.advance(50 * time.Minute)
 			tt.origin.file("/a", "new").etag(`"2"`).at(longAgo.Add(time.Hour)).refusesHEAD(status)
@@ -793,6 +795,58 @@ func TestRefusedHEADBecomesAConditionalGET(t *testing.T) {
 			tt.wantRequests("HEAD /a", 2)
 			tt.wantRequests("GET /a", 3)
 		})
+	}
+}
+
+// A 304 that names another version is not believed: a front of upstream's may have
+// answered for an old copy of its own.
+func TestNotModifiedThatNamesAnotherVersion(t *testing.T) {
+	t.Parallel()
+	date, later := longAgo.Format(http.TimeFormat), longAgo.Add(time.Hour).Format(http.TimeFormat)
+	for _, c := range []struct {
+		name     string
+		old, now http.Header
+		changed  bool
+	}{
+		{"the same ETag", http.Header{"Etag": {`"1"`}}, http.Header{"Etag": {`"1"`}}, false},
+		{"the same ETag, weakly", http.Header{"Etag": {`"1"`}}, http.Header{"Etag": {`W/"1"`}}, false},
+		{"another ETag", http.Header{"Etag": {`"1"`}}, http.Header{"Etag": {`"2"`}}, true},
+		{"the same ETag, another date", http.Header{"Etag": {`"1"`}, "Last-Modified": {date}}, http.Header{"Etag": {`"1"`}, "Last-Modified": {later}}, false},
+		{"no ETag, another date", http.Header{"Etag": {`"1"`}, "Last-Modified": {date}}, http.Header{"Last-Modified": {later}}, true},
+		{"only now an ETag, another date", http.Header{"Last-Modified": {date}}, http.Header{"Etag": {`"2"`}, "Last-Modified": {later}}, true},
+		{"nothing", http.Header{"Etag": {`"1"`}, "Last-Modified": {date}}, http.Header{}, false},
+	} {
+		for _, refusesHEAD := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, HEAD refused: %v", c.name, refusesHEAD), func(t *testing.T) {
+				t.Parallel()
+				tt := newTester(t, `mutable_patterns: ["."]`, "check_mutable_updates: true")
+				first := true
+				tt.origin.file("/a", "").acts(func(w http.ResponseWriter, r *http.Request) {
+					w.Header().Del("Last-Modified")
+					conditional := r.Header.Get("If-None-Match")+r.Header.Get("If-Modified-Since") != ""
+					switch {
+					case r.Method == http.MethodHead && refusesHEAD:
+						w.WriteHeader(http.StatusForbidden)
+					case first:
+						maps.Copy(w.Header(), c.old)
+						_, _ = io.WriteString(w, "old")
+						first = false
+					case conditional:
+						maps.Copy(w.Header(), c.now)
+						w.WriteHeader(http.StatusNotModified)
+					default:
+						_, _ = io.WriteString(w, "new")
+					}
+				})
+				tt.get("/api/r/a").wantMiss().wantBody("old")
+				tt.advance(2 * time.Hour)
+				if c.changed {
+					tt.get("/api/r/a").wantRefetched().wantBody("new")
+				} else {
+					tt.get("/api/r/a").wantRevalidated().wantBody("old")
+				}
+			})
+		}
 	}
 }
 

@@ -14,7 +14,7 @@ import (
 )
 
 // headUpstream answers HEAD for a file that is not stored, and stores nothing. Where
-// upstream refuses HEAD, it sends a GET and does not read the body.
+// upstream refuses HEAD, it asks for the first byte, which tells the size too.
 func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply, error) {
 	req := file.newUpstreamRequest(http.MethodHead, nil)
 	resp, err := c.upstream.send(ctx, req)
@@ -23,17 +23,19 @@ func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply,
 	}
 	if refusesHEAD(resp.StatusCode) {
 		resp.Body.Close()
-		req.method = http.MethodGet
-		if resp, err = c.upstream.send(ctx, req); err != nil {
+		if resp, err = c.upstream.send(ctx, file.newUpstreamRequest(http.MethodGet, http.Header{"Range": {"bytes=0-0"}})); err != nil {
 			return nil, err
 		}
 	}
 	defer resp.Body.Close()
-	if err := c.statusError(file, resp); err != nil {
-		return nil, err
+	_, size, partial := resp.partOf(true)
+	if !partial {
+		if err := c.statusError(file, resp); err != nil {
+			return nil, err
+		}
 	}
 	rec := file.newRecord(resp.Header, c.now())
-	return &fileReply{rec: rec, size: resp.ContentLength, body: unreadBody(resp.ContentLength), fromRemote: true, cacheStatus: "fwd=miss", result: "MISS"}, nil
+	return &fileReply{rec: rec, size: size, body: unreadBody(size), fromRemote: true, cacheStatus: "fwd=miss", result: "MISS"}, nil
 }
 
 // refusesHEAD reports whether the status of a HEAD may say that upstream does not take

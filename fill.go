@@ -352,6 +352,10 @@ func (f *fillRun) fetchBody(validators http.Header) fillOutcome {
 	if err != nil {
 		return failedOutcome(err)
 	}
+	if validators != nil && resp.StatusCode == http.StatusNotModified && !f.isUnchanged(resp) {
+		resp.discardBody() // it names another version: get that
+		return f.fetchBody(nil)
+	}
 	outcome, ended := f.acceptHeaders(resp, validators != nil)
 	if ended {
 		resp.Body.Close()

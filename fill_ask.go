@@ -21,7 +21,7 @@ const (
 	// minProgress is what must arrive between two breaks to count as progress: an
 	// origin that gives some bytes with each request would be asked for ever.
 	minProgress = 64 << 10
-	// headRefusedFor is how long a remote is remembered to refuse HEAD.
+	// headRefusedFor is how long a refused HEAD is remembered.
 	headRefusedFor = time.Hour
 )
 
@@ -57,11 +57,14 @@ const (
 	copyChanged                    // upstream has another version
 )
 
-// revalidateByHEAD asks whether the expired copy is still good.
+// revalidateByHEAD asks whether the expired copy is still good. A HEAD that is refused
+// or finds nothing proves nothing: GET may work all the same.
 func (f *fillRun) revalidateByHEAD(validators http.Header) (copyState, error) {
 	c, name := f.c, f.file.remote.name
-	if _, refused := c.headRefused.get(name); refused {
-		return copyUnknown, nil
+	for _, refuses := range []string{name, f.key} {
+		if _, found := c.headRefused.get(refuses); found {
+			return copyUnknown, nil
+		}
 	}
 	req := f.file.newUpstreamRequest(http.MethodHead, validators)
 	req.hasCopy = true
@@ -70,30 +73,48 @@ func (f *fillRun) revalidateByHEAD(validators http.Header) (copyState, error) {
 		return copyUnknown, err
 	}
 	resp.Body.Close()
-	switch {
+	switch code := resp.StatusCode; {
 	case f.isUnchanged(resp):
 		return copyUnchanged, nil
-	case refusesHEAD(resp.StatusCode):
+	case code == http.StatusNotModified:
+		return copyChanged, nil // it names another version
+	case code == http.StatusMethodNotAllowed, code == http.StatusNotImplemented:
 		c.headRefused.putFor(name, struct{}{}, headRefusedFor)
+		return copyUnknown, nil
+	case refusesHEAD(code), code == http.StatusNotFound:
+		c.headRefused.putFor(f.key, struct{}{}, headRefusedFor)
 		return copyUnknown, nil
 	}
 	return copyChanged, c.statusError(f.file, resp)
 }
 
-// isUnchanged reports whether an answer to a conditional request means that the
-// copy is still good: 304, or a 200 that names the very same bytes.
+// isUnchanged reports whether an answer to a conditional request means that the copy is
+// still good: a 304 that does not name another version, or a 200 that names the very
+// same bytes.
 func (f *fillRun) isUnchanged(resp *upstreamResponse) bool {
-	if resp.StatusCode == http.StatusNotModified {
-		return true
-	}
-	if resp.StatusCode != http.StatusOK {
+	switch resp.StatusCode {
+	case http.StatusNotModified:
+		return f.oldRecord.mayBe(resp.Header)
+	default:
 		return false
+	case http.StatusOK:
 	}
 	digest := resp.Header.Get("Docker-Content-Digest")
 	if digest != "" && digest == f.oldRecord.Digest {
 		return true
 	}
 	return isStrongETag(f.oldRecord.ETag) && resp.Header.Get("ETag") == f.oldRecord.ETag
+}
+
+// mayBe reports whether headers do not name another version than the record's: by ETag,
+// compared weakly (RFC 9110 section 8.8.3.2), or where one of the two has none by
+// Last-Modified.
+func (rec *record) mayBe(h http.Header) bool {
+	if tag := h.Get("ETag"); tag != "" && rec.ETag != "" {
+		return strings.TrimPrefix(tag, "W/") == strings.TrimPrefix(rec.ETag, "W/")
+	}
+	date := h.Get("Last-Modified")
+	return date == "" || rec.LastModified == "" || date == rec.LastModified
 }
 
 func isStrongETag(etag string) bool { return strings.HasPrefix(etag, `"`) }
