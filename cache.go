@@ -355,7 +355,8 @@ func (rng byteRange) isWhole(size int64) bool {
 // serveFile answers GET and HEAD for a file.
 func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error {
 	w.remote, w.path = file.remote.name, file.path
-	if strings.Count(r.Header.Get("Range"), ",") >= maxRanges {
+	// Range is defined for GET alone (RFC 9110 section 14.2).
+	if r.Method == http.MethodHead || strings.Count(r.Header.Get("Range"), ",") >= maxRanges {
 		r.Header.Del("Range")
 	}
 	ctx := r.Context()

@@ -449,6 +449,17 @@ func (g *got) multipart() (parts []string) {
 	}
 }
 
+func TestHEADIgnoresRange(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a", "0123456789").etag(`"1"`)
+	for range 2 { // not stored, stored
+		tt.head("/api/r/a", "Range: bytes=2-3").wantStatus(200).wantHeader("Content-Length", "10").wantHeader("Content-Range", "")
+		tt.head("/api/r/a", "Range: bytes=20-").wantStatus(200)
+		tt.get("/api/r/a")
+	}
+}
+
 func TestTooManyRangesAreIgnored(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)

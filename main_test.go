@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	goast "go/ast"
@@ -14,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -852,4 +854,41 @@ func TestHealthIsQuickWhateverHangs(t *testing.T) {
 	}
 	leave()
 	hanging.Wait()
+}
+
+// The end of whatever reads the log (a pipe to another program) ends nothing.
+func TestServerOutlivesTheReaderOfItsLog(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	must(t, os.WriteFile(dir+"/remotes.yaml", []byte("remotes: {own: {type: local}}"), 0o600))
+	r, w, err := os.Pipe()
+	must(t, err)
+	cmd := exec.Command(os.Args[0])
+	cmd.Stderr = w
+	cmd.Env = []string{childMark + "=1", "CONFIG_PATH=" + dir + "/remotes.yaml", "DATA_DIR=" + dir + "/data", "LISTEN_ADDR=127.0.0.1:0",
+		"LOG_FORMAT=json", "GORACE=" + os.Getenv("GORACE")}
+	must(t, cmd.Start())
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	w.Close()
+	var said struct{ Address string }
+	for lines := bufio.NewScanner(r); said.Address == "" && lines.Scan(); {
+		_ = json.Unmarshal(lines.Bytes(), &said)
+	}
+	r.Close()
+	client := &http.Client{Transport: &http.Transport{}}
+	defer client.CloseIdleConnections()
+	for range 3 { // each is a log line
+		res, err := client.Get("http://" + said.Address + "/api/own/none")
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		if res.StatusCode != http.StatusNotFound {
+			t.Errorf("status %d", res.StatusCode)
+		}
+	}
+	must(t, cmd.Process.Signal(syscall.SIGTERM))
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("the end: %v", err)
+	}
 }
