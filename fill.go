@@ -24,10 +24,11 @@ const maxWholeBodyWait = 10 * time.Second
 var (
 	// errAbandoned ends the context of a fill that nobody waits for any more.
 	errAbandoned = errors.New("nobody waits for the fill any more")
-	// errFillQueueFull: no place for another fill became free in time.
-	errFillQueueFull = fmt.Errorf("%w: the remote's fills take too long", errBusy)
-	errBroken        = fmt.Errorf("%w: the body broke off", errBadUpstream)
-	errTooLarge      = fmt.Errorf("%w: the body is too large", errBadUpstream)
+	// errFillQueueFull: there is no place for another fill, or none became free in time.
+	errFillQueueFull = &problem{status: http.StatusServiceUnavailable, cause: errBusy, retryAfter: 10 * time.Second,
+		detail: "the remote has too many downloads at once: try again later"}
+	errBroken   = fmt.Errorf("%w: the body broke off", errBadUpstream)
+	errTooLarge = fmt.Errorf("%w: the body is too large", errBadUpstream)
 )
 
 // fillPhase is how far a fill is. Phases follow each other in this order; any
@@ -225,8 +226,8 @@ func (f *fill) leaseToken() string {
 // record, and so reads them without the lock.
 type fillRun struct {
 	fill
-	endedBefore int64         // fillTable.ended when the store was looked up
-	slots       chan struct{} // of the remote's fills, while this one has a place among them
+	endedBefore int64      // fillTable.ended when the store was looked up
+	slots       *fillSlots // of the remote, while this fill has a place among them
 }
 
 // run is the goroutine.
@@ -258,11 +259,17 @@ func (f *fillRun) waitForSlot() fillOutcome {
 	}
 	name := f.file.remote.name
 	slots := f.c.fills.slotsOf(name)
+	if slots.queued.Add(1) > maxFillsPerRemote+maxQueuedPerRemote {
+		slots.queued.Add(-1)
+		return failedOutcome(errFillQueueFull)
+	}
 	select {
-	case slots <- struct{}{}:
+	case slots.places <- struct{}{}:
 	case <-enough:
+		slots.queued.Add(-1)
 		return failedOutcome(errFillQueueFull)
 	case <-f.ctx.Done():
+		slots.queued.Add(-1)
 		return failedOutcome(context.Cause(f.ctx))
 	}
 	f.c.metrics.addFillsInFlight(name, 1)
@@ -277,7 +284,8 @@ func (f *fillRun) waitForSlot() fillOutcome {
 func (f *fillRun) freeSlot() {
 	if f.slots != nil {
 		f.c.metrics.addFillsInFlight(f.file.remote.name, -1)
-		<-f.slots
+		<-f.slots.places
+		f.slots.queued.Add(-1)
 		f.slots = nil
 	}
 }

@@ -16,6 +16,9 @@ import (
 const (
 	// maxFillsPerRemote bounds what one slow upstream can pile up.
 	maxFillsPerRemote = 64
+	// maxQueuedPerRemote bounds the fills that wait for a place: clients of more
+	// had better come back later than pile up here.
+	maxQueuedPerRemote = 256
 	// maxAbandonedPerRemote is how many fills without a client may go on for a
 	// remote: clients that come and go must not leave an endless queue behind.
 	maxAbandonedPerRemote = 8
@@ -33,21 +36,27 @@ type fillTable struct {
 	// mu guards the fields below and the clients of every fill. Of the other
 	// locks a fill's may be taken under it, and a spool's under that.
 	mu    sync.Mutex
-	byKey map[string][]*fill // one a key, but for spellings whose hashes collide
-	slots map[string]chan struct{}
+	byKey map[string][]*fill    // one a key, but for spellings whose hashes collide
+	slots map[string]*fillSlots // by remote
+}
+
+// fillSlots are the places for the fills of one remote.
+type fillSlots struct {
+	places chan struct{} // one element for each fill that has a place
+	queued atomic.Int64  // fills that have a place or wait for one
 }
 
 func newFillTable() *fillTable {
-	return &fillTable{byKey: map[string][]*fill{}, slots: map[string]chan struct{}{}}
+	return &fillTable{byKey: map[string][]*fill{}, slots: map[string]*fillSlots{}}
 }
 
-// slotsOf is the semaphore of a remote's fills.
-func (t *fillTable) slotsOf(remote string) chan struct{} {
+// slotsOf returns the places for a remote's fills.
+func (t *fillTable) slotsOf(remote string) *fillSlots {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s := t.slots[remote]
 	if s == nil {
-		s = make(chan struct{}, maxFillsPerRemote)
+		s = &fillSlots{places: make(chan struct{}, maxFillsPerRemote)}
 		t.slots[remote] = s
 	}
 	return s

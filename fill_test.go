@@ -466,6 +466,39 @@ func TestFillsPerRemoteAreBounded(t *testing.T) {
 	tt.wantRequests("/impatient", 0)
 }
 
+// So many files may wait for a place; what comes behind them is told to come back.
+func TestQueueOfFillsIsBounded(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	open := make(chan struct{})
+	tt.origin.troubled(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-open:
+		case <-tt.origin.ended:
+		}
+		_, _ = io.WriteString(w, r.URL.Path)
+	})
+	const most = maxFillsPerRemote + maxQueuedPerRemote
+	var all sync.WaitGroup
+	for i := range most {
+		path := fmt.Sprintf("/f%d", i)
+		all.Go(func() { tt.get("/api/r" + path).wantStatus(200).wantBody(path) })
+	}
+	slots := tt.cache.fills.slotsOf("r")
+	tt.eventually("a full queue", func() bool { return slots.queued.Load() == most })
+	tt.get("/api/r/more").wantDetail(503, "too many downloads").wantHeader("Retry-After", "10")
+	for range 3 { // many clients of a file that waits count once
+		all.Go(func() { tt.get("/api/r/f0").wantStatus(200) })
+	}
+	close(open)
+	all.Wait()
+	tt.settle()
+	if n := slots.queued.Load(); n != 0 || len(slots.places) != 0 {
+		t.Errorf("%d fills are counted as queued, %d have a place", n, len(slots.places))
+	}
+	tt.get("/api/r/more").wantStatus(200)
+}
+
 // An upstream that hangs keeps all fills of its remote waiting. Who has a copy
 // is not to wait behind them.
 func TestExpiredCopyBehindFillsThatHang(t *testing.T) {

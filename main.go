@@ -275,7 +275,7 @@ func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writ
 	s := &server{set: set, env: env, log: log, hup: make(chan os.Signal, 1)}
 	signal.Notify(s.hup, syscall.SIGHUP) // first of all: an unhandled SIGHUP ends the program
 	defer signal.Stop(s.hup)
-	signal.Ignore(syscall.SIGPIPE) // the end of whatever reads the log must not end the server
+	signal.Ignore(syscall.SIGPIPE)        // the end of whatever reads the log must not end the server
 	s.seenContents = s.hashWatchedFiles() // before the files are loaded, so that no later change is missed
 	cfg, err := loadConfig(set.configPath, env)
 	if err != nil {
