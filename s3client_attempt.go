@@ -225,7 +225,7 @@ func (c *s3Client) buildRequest(ctx context.Context, op *s3Operation, endpoint s
 		// reset the connection while we send, and the refusal would be lost.
 		req.Header.Set("Expect", "100-continue")
 	}
-	c.signingKey(endpoint.region, at).signRequest(req, c.cfg.accessKey, sum, at)
+	c.signRequest(req, endpoint.region, sum, at)
 	return req
 }
 

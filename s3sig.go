@@ -8,7 +8,6 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
-	"io"
 	"net/http"
 	"net/url"
 	"slices"
@@ -34,18 +33,12 @@ func (c *s3Client) signingKey(region string, at time.Time) *s3SigningKey {
 	if k := c.cachedKey.Load(); k != nil && k.day == day && k.region == region {
 		return k
 	}
-	k := deriveSigningKey(c.cfg.secretKey, day, region)
+	k := &s3SigningKey{day: day, region: region, key: []byte("AWS4" + c.cfg.secretKey)}
+	for _, s := range []string{day, region, "s3", "aws4_request"} {
+		k.key = hmacSHA256(k.key, s)
+	}
 	c.cachedKey.Store(k)
 	return k
-}
-
-// deriveSigningKey makes the signing key of a secret access key.
-func deriveSigningKey(secret, day, region string) *s3SigningKey {
-	key := []byte("AWS4" + secret)
-	for _, s := range []string{day, region, "s3", "aws4_request"} {
-		key = hmacSHA256(key, s)
-	}
-	return &s3SigningKey{day: day, region: region, key: key}
 }
 
 // signRequest sets X-Amz-Date, X-Amz-Content-Sha256 and Authorization of req,
@@ -53,99 +46,56 @@ func deriveSigningKey(secret, day, region string) *s3SigningKey {
 // encodeQuery. bodySHA256 is the hash of the body in hex; the body itself is not
 // read. Every header that is set is signed, except those that a proxy on the way
 // may change.
-func (k *s3SigningKey) signRequest(req *http.Request, accessKey, bodySHA256 string, at time.Time) {
+func (c *s3Client) signRequest(req *http.Request, region, bodySHA256 string, at time.Time) {
 	date := at.UTC().Format("20060102T150405Z")
 	req.Header.Set("X-Amz-Date", date)
 	req.Header.Set("X-Amz-Content-Sha256", bodySHA256)
 	canonical, signedHeaders := canonicalRequest(req, bodySHA256)
-	scope := k.day + "/" + k.region + "/s3/aws4_request"
-	signature := hmacSHA256(k.key, "AWS4-HMAC-SHA256\n"+date+"\n"+scope+"\n"+sha256Hex(canonical))
-	req.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential="+accessKey+"/"+scope+
+	k := c.signingKey(region, at)
+	scope := k.day + "/" + region + "/s3/aws4_request"
+	signature := hmacSHA256(k.key, "AWS4-HMAC-SHA256\n"+date+"\n"+scope+"\n"+sha256Hex([]byte(canonical)))
+	req.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential="+c.cfg.accessKey+"/"+scope+
 		",SignedHeaders="+signedHeaders+",Signature="+hex.EncodeToString(signature))
 }
 
 // canonicalRequest returns the text that is hashed and signed (method, path,
 // query, headers sorted by name, their names, hash of the body) and the names of
 // the signed headers, joined by semicolons.
-func canonicalRequest(req *http.Request, bodySHA256 string) (canonical []byte, signedHeaders string) {
-	lines := make([]string, 0, len(req.Header)+1)
-	lines = append(lines, "host:"+req.URL.Host)
+func canonicalRequest(req *http.Request, bodySHA256 string) (canonical, signedHeaders string) {
+	headers := append(make([][2]string, 0, 16), [2]string{"host", req.URL.Host})
 	for name, values := range req.Header {
 		switch name {
 		case "Authorization", "Accept-Encoding", "User-Agent", "Expect", "Connection":
 			continue
 		}
-		lines = append(lines, strings.ToLower(name)+":"+strings.Join(strings.Fields(strings.Join(values, ",")), " "))
+		value := strings.Join(strings.Fields(strings.Join(values, ",")), " ")
+		headers = append(headers, [2]string{strings.ToLower(name), value})
 	}
-	slices.SortFunc(lines, func(a, b string) int { return strings.Compare(headerName(a), headerName(b)) })
-	b := make([]byte, 0, 1024)
-	b = append(b, req.Method...)
-	for _, part := range []string{req.URL.EscapedPath(), req.URL.RawQuery} {
-		b = append(append(b, '\n'), part...)
+	slices.SortFunc(headers, func(a, b [2]string) int { return strings.Compare(a[0], b[0]) })
+	text := append(make([]string, 0, 64), req.Method, "\n", req.URL.EscapedPath(), "\n", req.URL.RawQuery, "\n")
+	names := make([]string, 0, 16)
+	for _, h := range headers {
+		text = append(text, h[0], ":", h[1], "\n")
+		names = append(names, h[0])
 	}
-	names := make([]byte, 0, 128)
-	for i, line := range lines {
-		b = append(append(b, '\n'), line...)
-		if i > 0 {
-			names = append(names, ';')
-		}
-		names = append(names, headerName(line)...)
-	}
-	b = append(append(b, '\n', '\n'), names...)
-	return append(append(b, '\n'), bodySHA256...), string(names)
+	signedHeaders = strings.Join(names, ";")
+	text = append(text, "\n", signedHeaders, "\n", bodySHA256)
+	return strings.Join(text, ""), signedHeaders
 }
 
-// headerName returns the name in a line "name:value".
-func headerName(line string) string {
-	name, _, _ := strings.Cut(line, ":")
-	return name
-}
-
-// encodeQuery returns q in canonical form: each name with its value, sorted by
-// encoded name and then by encoded value.
-func encodeQuery(q url.Values) string {
-	pairs := make([][2]string, 0, len(q))
-	for name, values := range q {
-		for _, v := range values {
-			pairs = append(pairs, [2]string{uriEncode(name, false), uriEncode(v, false)})
-		}
-	}
-	slices.SortFunc(pairs, func(a, b [2]string) int { return slices.Compare(a[:], b[:]) })
-	var b []byte
-	for i, p := range pairs {
-		if i > 0 {
-			b = append(b, '&')
-		}
-		b = append(append(append(b, p[0]...), '='), p[1]...)
-	}
-	return string(b)
-}
+// encodeQuery returns q in canonical form, sorted by name. Each name is one of
+// the S3 API's, in ASCII, and has one value.
+func encodeQuery(q url.Values) string { return strings.ReplaceAll(q.Encode(), "+", "%20") }
 
 // uriEncode escapes every byte except A-Za-z0-9-._~ and, if s is a path, the
-// slash. It escapes more than net/url does: a server computes the signature from
-// this spelling, so another one is refused.
+// slash. A server computes the signature from this spelling, so another one is
+// refused; url.PathEscape would leave more bytes as they are.
 func uriEncode(s string, path bool) string {
-	const upperHex = "0123456789ABCDEF"
-	var b []byte // nil until the first byte that is escaped: most names need no copy
-	for i := range len(s) {
-		ch := s[i]
-		switch {
-		case 'a' <= ch && ch <= 'z', 'A' <= ch && ch <= 'Z', '0' <= ch && ch <= '9',
-			ch == '-', ch == '.', ch == '_', ch == '~', path && ch == '/':
-			if b != nil {
-				b = append(b, ch)
-			}
-			continue
-		}
-		if b == nil {
-			b = append(make([]byte, 0, len(s)+16), s[:i]...)
-		}
-		b = append(b, '%', upperHex[ch>>4], upperHex[ch&15])
+	s = strings.ReplaceAll(url.QueryEscape(s), "+", "%20") // a plus sign is %2B here
+	if path {
+		s = strings.ReplaceAll(s, "%2F", "/")
 	}
-	if b == nil {
-		return s
-	}
-	return string(b)
+	return s
 }
 
 // sha256Hex returns the SHA-256 of b in lower-case hex.
@@ -157,6 +107,6 @@ func sha256Hex(b []byte) string {
 // hmacSHA256 returns the HMAC of s, 32 bytes.
 func hmacSHA256(key []byte, s string) []byte {
 	h := hmac.New(sha256.New, key)
-	io.WriteString(h, s)
+	h.Write([]byte(s))
 	return h.Sum(nil)
 }
