@@ -85,23 +85,22 @@ var (
 	errS3Metadata           = errors.New("metadata cannot be stored") // see checkMetadata
 )
 
-// s3Config says where objects are stored. All fields up to secretKey are needed,
-// and now; the others have defaults.
+// s3Config says where objects are stored. All fields are needed, but for those
+// with a default.
 type s3Config struct {
-	host      string // of the endpoint, with a port if it is not the scheme's
-	secure    bool   // https
-	bucket    string
-	accessKey string
-	secretKey string
-
-	region      string // default us-east-1
+	host        string // of the endpoint, with a port if it is not the scheme's
+	secure      bool   // https
 	virtualHost bool   // bucket.host/key instead of host/bucket/key
-	partSize    int64  // default s3PartSize; tests use less
+	bucket      string
+	region      string // us-east-1 where the server has no regions
+	accessKey   string
+	secretKey   string
 
 	now       func() time.Time
+	log       *slog.Logger                                     // default none
+	partSize  int64                                            // default s3PartSize; tests use less
 	sleep     func(ctx context.Context, d time.Duration) error // between attempts; default s3pause
 	transport http.RoundTripper                                // default newS3Transport
-	log       *slog.Logger                                     // default none
 }
 
 // String keeps the secret key out of a configuration that is printed.
@@ -110,7 +109,7 @@ func (c s3Config) String() string { return c.host + "/" + c.bucket }
 // s3Client is a client of one bucket. All methods may be called concurrently.
 type s3Client struct {
 	cfg       s3Config                     // not changed after newS3Client
-	endpoint  atomic.Pointer[s3Endpoint]   // replaced by learnRegion
+	endpoint  atomic.Pointer[s3Endpoint]   // replaced by removeCause
 	cachedKey atomic.Pointer[s3SigningKey] // the last one that signed
 }
 
@@ -121,16 +120,15 @@ type s3Endpoint struct{ host, region string }
 // s3Object is an object as a server describes it. A caller of getObject closes
 // body. A body that breaks off ends in io.ErrUnexpectedEOF.
 type s3Object struct {
-	size     int64 // of the whole object, also when a range was asked for
-	etag     string
-	modified time.Time         // zero if the server did not say it
-	meta     map[string]string // names in lower case
-	body     io.ReadCloser     // nil from headObject
+	size int64 // of the whole object, also when a range was asked for
+	etag string
+	meta map[string]string // names in lower case
+	body io.ReadCloser     // nil from headObject
 }
 
 // s3GetInput says which part of an object is wanted, and on which condition.
 type s3GetInput struct {
-	off, n      int64  // n <= 0 means up to the end
+	off         int64  // from there to the end
 	ifMatch     string // an ETag; another one is errS3PreconditionFailed
 	ifNoneMatch string // an ETag; the same one is errS3NotModified
 }
@@ -140,7 +138,7 @@ type s3PutInput struct {
 	body        io.ReaderAt // read several times: parts are hashed first, and sent again after a fault
 	size        int64
 	sha256      string            // in hex, of the whole body
-	meta        map[string]string // printable ASCII, 2 KB in all; with ifNoneMatch something in it must be unique to this object
+	meta        map[string]string // printable ASCII, 2 KB in all; with ifNoneMatch something in it is unique to this put
 	contentType string
 	ifMatch     string // the ETag of the object that may be replaced
 	ifNoneMatch string // "*" means: only if there is no object
@@ -155,19 +153,14 @@ type s3ListedObject struct {
 
 // newS3Client checks cfg, sets its defaults and makes a client. It sends nothing.
 func newS3Client(cfg s3Config) (*s3Client, error) {
-	if cfg.host == "" || strings.ContainsAny(cfg.host, "/?#@ ") {
-		return nil, fmt.Errorf("s3: the endpoint must be HOST or HOST:PORT, not %q", cfg.host)
+	isName := cfg.bucket != "" && uriEncode(cfg.bucket, false) == cfg.bucket
+	if cfg.host == "" || strings.ContainsAny(cfg.host, "/?#@ ") || !isName {
+		return nil, fmt.Errorf("s3: the endpoint must be HOST or HOST:PORT, not %q, and the bucket a name, not %q", cfg.host, cfg.bucket)
 	}
-	if cfg.bucket == "" || uriEncode(cfg.bucket, false) != cfg.bucket {
-		return nil, fmt.Errorf("s3: a bucket name has only letters, digits, '.', '_' and '-', not %q", cfg.bucket)
+	if cfg.accessKey == "" || cfg.secretKey == "" {
+		return nil, errors.New("s3: the access key or the secret key is missing")
 	}
-	if cfg.accessKey == "" || cfg.secretKey == "" || cfg.now == nil {
-		return nil, errors.New("s3: the access key, the secret key or the clock is missing")
-	}
-	if cfg.region == "" {
-		cfg.region = "us-east-1"
-	}
-	if cfg.partSize <= 0 {
+	if cfg.partSize == 0 {
 		cfg.partSize = s3PartSize
 	}
 	if cfg.sleep == nil {
@@ -179,14 +172,20 @@ func newS3Client(cfg s3Config) (*s3Client, error) {
 	if cfg.transport == nil {
 		cfg.transport = newS3Transport()
 	}
+	// Proxies in front of a server remove the scheme's port from the Host header
+	// after it was signed, which would break the signature.
+	port := ":80"
+	if cfg.secure {
+		port = ":443"
+	}
 	c := &s3Client{cfg: cfg}
-	c.endpoint.Store(&s3Endpoint{host: withoutDefaultPort(cfg.host, cfg.secure), region: cfg.region})
+	c.endpoint.Store(&s3Endpoint{host: strings.TrimSuffix(cfg.host, port), region: cfg.region})
 	return c, nil
 }
 
 // newS3Transport makes the transport of a client. It speaks HTTP/1 only, because
 // one HTTP/2 connection would share its flow-control window among all bodies, and
-// uses no proxy. Response headers and bodies have no timeout here: s3Watchdog
+// uses no proxy. Response headers and bodies have no timeout here: s3Attempt
 // has them, since they differ by operation.
 func newS3Transport() *http.Transport {
 	return &http.Transport{
@@ -203,40 +202,36 @@ func newS3Transport() *http.Transport {
 }
 
 // getObject opens an object: its metadata, its whole size and its body from g.off
-// come with one request. The caller closes the body.
+// come with one request. The caller closes the body. An answer with other bytes
+// than those that were asked for is refused (RFC 9110 section 14.4).
 func (c *s3Client) getObject(ctx context.Context, key string, g s3GetInput) (*s3Object, error) {
-	h := http.Header{}
-	setNonEmptyHeader(h, "Range", g.rangeHeader())
-	setNonEmptyHeader(h, "If-Match", g.ifMatch)
-	setNonEmptyHeader(h, "If-None-Match", g.ifNoneMatch)
-	resp, err := c.sendWithRetries(ctx, &s3Operation{doing: "getting", method: "GET", key: key, header: h, keepBody: true})
+	header := map[string]string{"If-Match": g.ifMatch, "If-None-Match": g.ifNoneMatch}
+	if g.off > 0 { // of an empty object a server would refuse even bytes=0-
+		header["Range"] = fmt.Sprintf("bytes=%d-", g.off)
+	}
+	resp, err := c.sendWithRetries(ctx, &s3Operation{doing: "getting", method: "GET", key: key, header: header,
+		timeout: s3ReadTimeout, keepBody: true})
 	if err != nil {
 		return nil, err
 	}
 	o := objectFromResponse(resp)
-	if err := o.readContentRange(resp, g); err != nil {
-		resp.Body.Close()
-		return nil, fmt.Errorf("getting %q: %w", key, err)
-	}
+	o.size += g.off
 	o.body = resp.Body
-	return o, nil
-}
-
-// rangeHeader returns the Range header, or "" for a whole object: for an empty
-// object a server would refuse even bytes=0-.
-func (g s3GetInput) rangeHeader() string {
-	switch {
-	case g.n > 0:
-		return fmt.Sprintf("bytes=%d-%d", g.off, g.off+g.n-1)
-	case g.off > 0:
-		return fmt.Sprintf("bytes=%d-", g.off)
+	valid, contentRange := resp.StatusCode == http.StatusOK, resp.Header.Get("Content-Range")
+	if g.off > 0 {
+		valid = resp.StatusCode == http.StatusPartialContent && contentRange == fmt.Sprintf("bytes %d-%d/%d", g.off, o.size-1, o.size)
 	}
-	return ""
+	if !valid || resp.ContentLength < 0 {
+		resp.Body.Close()
+		return nil, fmt.Errorf("getting %q: status %d, length %d, content range %q: %w",
+			key, resp.StatusCode, resp.ContentLength, cleanText(contentRange), errS3BadAnswer)
+	}
+	return o, nil
 }
 
 // headObject returns what getObject returns, without a body.
 func (c *s3Client) headObject(ctx context.Context, key string) (*s3Object, error) {
-	resp, err := c.sendWithRetries(ctx, &s3Operation{doing: "asking for", method: "HEAD", key: key})
+	resp, err := c.sendWithRetries(ctx, &s3Operation{doing: "asking for", method: "HEAD", key: key, timeout: s3ReadTimeout})
 	if err != nil {
 		return nil, err
 	}
@@ -246,7 +241,6 @@ func (c *s3Client) headObject(ctx context.Context, key string) (*s3Object, error
 // objectFromResponse reads what the headers of a response say about its object.
 func objectFromResponse(resp *http.Response) *s3Object {
 	o := &s3Object{size: resp.ContentLength, etag: resp.Header.Get("Etag"), meta: map[string]string{}}
-	o.modified, _ = http.ParseTime(resp.Header.Get("Last-Modified"))
 	for name, values := range resp.Header {
 		if m, ok := strings.CutPrefix(name, "X-Amz-Meta-"); ok {
 			o.meta[strings.ToLower(m)] = values[0]
@@ -255,30 +249,10 @@ func objectFromResponse(resp *http.Response) *s3Object {
 	return o
 }
 
-// readContentRange takes the size of the whole object from Content-Range (RFC
-// 9110 section 14.4). It refuses an answer with another range than the one that
-// was asked for, because its bytes would be taken for others.
-func (o *s3Object) readContentRange(resp *http.Response, g s3GetInput) error {
-	ranged := g.rangeHeader() != ""
-	if ranged != (resp.StatusCode == http.StatusPartialContent) || resp.ContentLength < 0 {
-		return fmt.Errorf("status %d, length %d: %w", resp.StatusCode, resp.ContentLength, errS3BadAnswer)
-	}
-	if !ranged {
-		return nil
-	}
-	var first, last int64
-	cr := resp.Header.Get("Content-Range")
-	_, err := fmt.Sscanf(cr, "bytes %d-%d/%d", &first, &last, &o.size)
-	if err != nil || first != g.off || last-first+1 != resp.ContentLength || last >= o.size {
-		return fmt.Errorf("content range %q: %w", cleanText(cr), errS3BadAnswer)
-	}
-	return nil
-}
-
 // deleteObject removes an object. A missing object is no error: S3 does not say
 // whether there was one.
 func (c *s3Client) deleteObject(ctx context.Context, key string) error {
-	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "deleting", method: "DELETE", key: key, timeout: s3WriteTimeout})
+	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "deleting", method: "DELETE", key: key})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // some servers do say it, also when an earlier attempt removed the object
 	}
@@ -296,25 +270,13 @@ func (c *s3Client) putObject(ctx context.Context, key string, p s3PutInput) (eta
 	if p.size > c.cfg.partSize {
 		return c.putMultipart(ctx, key, p)
 	}
-	h := p.objectHeader()
-	p.setConditions(h)
-	op := &s3Operation{doing: "putting", method: "PUT", key: key, header: h, body: p.body, size: p.size, sum: p.sha256, write: true}
+	op := &s3Operation{doing: "putting", method: "PUT", key: key, header: p.objectHeader(), body: p.body, size: p.size, sum: p.sha256, write: true}
+	op.header["If-Match"], op.header["If-None-Match"] = p.ifMatch, p.ifNoneMatch
 	resp, err := c.sendWithRetries(ctx, op)
-	if err == nil {
-		return resp.Header.Get("Etag"), nil
+	if err != nil {
+		return c.confirmPut(ctx, key, p, op, err)
 	}
-	if p.ifNoneMatch != "" && op.mayHaveApplied(err) {
-		ctx, cancel := cleanupContext(ctx)
-		defer cancel()
-		return c.confirmPut(ctx, key, p, err)
-	}
-	return "", err
-}
-
-// cleanupContext returns a context for work that is done although the caller's
-// context may have ended.
-func cleanupContext(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), s3CleanupTimeout)
+	return resp.Header.Get("Etag"), nil
 }
 
 // checkMetadata refuses metadata that not every server returns unchanged. Servers
@@ -322,44 +284,42 @@ func cleanupContext(ctx context.Context) (context.Context, context.CancelFunc) {
 func checkMetadata(meta map[string]string) error {
 	for name, v := range meta {
 		unprintable := strings.ContainsFunc(v, func(r rune) bool { return r < ' ' || r > '~' })
-		if unprintable || strings.TrimSpace(v) != v || name == "" || uriEncode(name, false) != name {
-			return fmt.Errorf("field %q: %w", cleanText(name), errS3Metadata)
+		if unprintable || strings.TrimSpace(v) != v {
+			return fmt.Errorf("field %q: %w", name, errS3Metadata)
 		}
 	}
 	return nil
 }
 
-// objectHeader returns the headers that describe the object: Content-Type and
-// metadata.
-func (p s3PutInput) objectHeader() http.Header {
-	h := http.Header{}
-	setNonEmptyHeader(h, "Content-Type", p.contentType)
+// objectHeader returns the headers that describe the object.
+func (p s3PutInput) objectHeader() map[string]string {
+	h := map[string]string{"Content-Type": p.contentType}
 	for name, v := range p.meta {
-		h.Set("X-Amz-Meta-"+name, v)
+		h["X-Amz-Meta-"+name] = v
 	}
 	return h
 }
 
-// setConditions adds If-Match and If-None-Match. Of a multipart upload they
-// belong to CompleteMultipartUpload, which replaces the object.
-func (p s3PutInput) setConditions(h http.Header) {
-	setNonEmptyHeader(h, "If-Match", p.ifMatch)
-	setNonEmptyHeader(h, "If-None-Match", p.ifNoneMatch)
-}
-
-// confirmPut looks whether a put with If-None-Match took place although it ended
-// in err, and returns err if it did not. A client that uploads a file to a local
-// repository needs this: when the answer to the first attempt is lost, the
-// second attempt is refused because of the object that the first one stored,
-// and the client would be told that somebody else's file exists already. A put
-// without that condition is simply done again.
+// confirmPut looks whether a put with If-None-Match took place although op, which
+// would have stored the object, ended in err, and returns err if it did not. A
+// client that uploads a file to a local repository needs this: when the answer to
+// the first attempt is lost, the second attempt is refused because of the object
+// that the first one stored, and the client would be told that somebody else's
+// file exists already. A put without that condition is simply done again.
 //
 // It compares size and metadata, never the ETag, which is an MD5 on some servers
 // and for some objects only. Without metadata nothing tells the new object from
 // an older one.
-func (c *s3Client) confirmPut(ctx context.Context, key string, p s3PutInput, err error) (string, error) {
-	o, herr := c.headObject(ctx, key)
-	if herr != nil || o.size != p.size || len(p.meta) == 0 {
+func (c *s3Client) confirmPut(ctx context.Context, key string, p s3PutInput, op *s3Operation, err error) (string, error) {
+	_, refused := errors.AsType[*s3Error](err)
+	cannotHaveApplied := op.attempts == 0 || (op.attempts == 1 && refused)
+	if p.ifNoneMatch == "" || len(p.meta) == 0 || cannotHaveApplied {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s3CleanupTimeout)
+	defer cancel()
+	o, headErr := c.headObject(ctx, key)
+	if headErr != nil || o.size != p.size {
 		return "", err
 	}
 	for name, v := range p.meta { // servers add fields: rclone has mtime
@@ -378,24 +338,25 @@ func (c *s3Client) putMultipart(ctx context.Context, key string, p s3PutInput) (
 	if err != nil {
 		return "", err
 	}
-	mayHaveApplied := false
-	parts, err := c.uploadParts(ctx, key, id, p)
+	var completed struct{ ETag string }
+	conditions := map[string]string{"If-Match": p.ifMatch, "If-None-Match": p.ifNoneMatch} // for what replaces the object
+	op := &s3Operation{doing: "completing", method: "POST", key: key, query: url.Values{"uploadId": {id}}, header: conditions,
+		decodeInto: &completed, timeout: s3CompleteTimeout, write: true}
+	list, err := c.uploadParts(ctx, key, id, p)
 	if err == nil {
-		var etag string
-		if etag, mayHaveApplied, err = c.completeMultipartUpload(ctx, key, id, p, parts); err == nil {
-			return etag, nil
-		}
+		op.body, op.size, op.sum = bytes.NewReader(list), int64(len(list)), sha256Hex(list)
+		_, err = c.sendWithRetries(ctx, op)
 	}
-	ctx, cancel := cleanupContext(ctx)
+	if err == nil {
+		return completed.ETag, nil
+	}
+	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), s3CleanupTimeout)
 	defer cancel()
 	// Abort first: once that is answered, a late complete cannot take effect.
-	if aerr := c.abortMultipartUpload(ctx, key, id); aerr != nil {
-		c.cfg.log.Warn("an unfinished upload could not be aborted: a later sweep removes it", "key", key, "error", aerr)
+	if abortErr := c.abortMultipartUpload(cleanup, key, id); abortErr != nil {
+		c.cfg.log.Warn("an unfinished upload could not be aborted: a later sweep removes it", "key", key, "error", abortErr)
 	}
-	if p.ifNoneMatch != "" && mayHaveApplied {
-		return c.confirmPut(ctx, key, p, err)
-	}
-	return "", err
+	return c.confirmPut(ctx, key, p, op, err)
 }
 
 // createMultipartUpload begins an upload and returns its id.
@@ -409,57 +370,52 @@ func (c *s3Client) createMultipartUpload(ctx context.Context, key string, p s3Pu
 	return out.UploadId, err
 }
 
-// s3CompletedPart names a part in the body of CompleteMultipartUpload.
-type s3CompletedPart struct {
-	PartNumber int
-	ETag       string
-}
-
-// uploadParts sends all parts, several at once. All but the last have the same
-// size, as R2 demands. The first error ends the others; the function returns when
-// none of its goroutines runs any more.
-func (c *s3Client) uploadParts(ctx context.Context, key, id string, p s3PutInput) ([]s3CompletedPart, error) {
-	size := choosePartSize(p.size, c.cfg.partSize)
-	parts := make([]s3CompletedPart, (p.size+size-1)/size)
+// uploadParts sends all parts, several at once, and returns the body of
+// CompleteMultipartUpload, which lists them. All but the last have the same size,
+// as R2 demands. The first error ends the others; the function returns when none
+// of its goroutines runs any more.
+func (c *s3Client) uploadParts(ctx context.Context, key, id string, p s3PutInput) ([]byte, error) {
+	type completedPart struct {
+		PartNumber int64
+		ETag       string
+	}
+	size := max(c.cfg.partSize, (p.size+s3MaxParts-1)/s3MaxParts)
+	parts := make([]completedPart, (p.size+size-1)/size)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	var next atomic.Int64 // the first part that no goroutine has taken
+	var taken atomic.Int64 // so many parts are sent, or being sent
 	var wg sync.WaitGroup
 	for range min(s3ParallelParts, len(parts)) {
 		wg.Go(func() {
-			for i := next.Add(1) - 1; i < int64(len(parts)) && ctx.Err() == nil; i = next.Add(1) - 1 {
-				part := io.NewSectionReader(p.body, i*size, min(size, p.size-i*size))
-				etag, err := c.uploadPart(ctx, key, id, int(i)+1, part)
+			for n := taken.Add(1); n <= int64(len(parts)) && ctx.Err() == nil; n = taken.Add(1) {
+				off := (n - 1) * size
+				etag, err := c.uploadPart(ctx, key, id, n, io.NewSectionReader(p.body, off, min(size, p.size-off)))
 				if err != nil {
 					cancel(err)
-					return
 				}
-				parts[i] = s3CompletedPart{int(i) + 1, etag} // written by this goroutine alone
+				parts[n-1] = completedPart{n, etag} // written by this goroutine alone
 			}
 		})
 	}
 	wg.Wait()
-	return parts, context.Cause(ctx)
-}
-
-// choosePartSize returns the size of a part of an object: preferred, or as many
-// whole MiB as are needed to have no more than s3MaxParts parts.
-func choosePartSize(size, preferred int64) int64 {
-	const mib = 1 << 20
-	if least := (size + s3MaxParts - 1) / s3MaxParts; least > preferred {
-		return (least + mib - 1) / mib * mib
+	if err := context.Cause(ctx); err != nil {
+		return nil, err
 	}
-	return preferred
+	return xml.Marshal(struct {
+		XMLName xml.Name `xml:"CompleteMultipartUpload"`
+		Part    []completedPart
+	}{Part: parts})
 }
 
 // uploadPart hashes and sends part n, counted from 1, and returns its ETag.
-func (c *s3Client) uploadPart(ctx context.Context, key, id string, n int, part *io.SectionReader) (etag string, err error) {
+func (c *s3Client) uploadPart(ctx context.Context, key, id string, n int64, part *io.SectionReader) (etag string, err error) {
 	h := sha256.New()
 	if _, err := io.Copy(h, part); err != nil {
 		return "", fmt.Errorf("reading part %d of %q: %w", n, key, err)
 	}
-	resp, err := c.sendWithRetries(ctx, &s3Operation{doing: "putting part " + strconv.Itoa(n) + " of", method: "PUT", key: key,
-		query: url.Values{"partNumber": {strconv.Itoa(n)}, "uploadId": {id}},
+	number := strconv.FormatInt(n, 10)
+	resp, err := c.sendWithRetries(ctx, &s3Operation{doing: "putting part " + number + " of", method: "PUT", key: key,
+		query: url.Values{"partNumber": {number}, "uploadId": {id}},
 		body:  part, size: part.Size(), sum: hex.EncodeToString(h.Sum(nil)), write: true})
 	if err != nil {
 		return "", err
@@ -467,30 +423,10 @@ func (c *s3Client) uploadPart(ctx context.Context, key, id string, n int, part *
 	return resp.Header.Get("Etag"), nil
 }
 
-// completeMultipartUpload makes an object of the parts. mayHaveApplied reports
-// whether the object may be in place in spite of an error.
-func (c *s3Client) completeMultipartUpload(ctx context.Context, key, id string, p s3PutInput, parts []s3CompletedPart) (etag string, mayHaveApplied bool, err error) {
-	body, err := xml.Marshal(struct {
-		XMLName xml.Name `xml:"CompleteMultipartUpload"`
-		Part    []s3CompletedPart
-	}{Part: parts})
-	if err != nil {
-		return "", false, err
-	}
-	h := http.Header{}
-	p.setConditions(h)
-	var out struct{ ETag string }
-	op := &s3Operation{doing: "completing", method: "POST", key: key, query: url.Values{"uploadId": {id}},
-		header: h, body: bytes.NewReader(body), size: int64(len(body)), sum: sha256Hex(body), decodeInto: &out, timeout: s3CompleteTimeout, write: true}
-	_, err = c.sendWithRetries(ctx, op)
-	return out.ETag, op.mayHaveApplied(err), err
-}
-
 // abortMultipartUpload ends an upload and removes its parts. A missing upload is
 // no error.
 func (c *s3Client) abortMultipartUpload(ctx context.Context, key, id string) error {
-	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "aborting the upload of", method: "DELETE", key: key,
-		query: url.Values{"uploadId": {id}}, timeout: s3WriteTimeout})
+	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "aborting the upload of", method: "DELETE", key: key, query: url.Values{"uploadId": {id}}})
 	if errors.Is(err, errS3NoUpload) || errors.Is(err, fs.ErrNotExist) {
 		return nil // it was completed or aborted before
 	}
@@ -500,66 +436,9 @@ func (c *s3Client) abortMultipartUpload(ctx context.Context, key, id string) err
 // listObjects calls f with each object whose key begins with prefix, in the
 // server's order. An error of f ends the listing and is returned as it is.
 func (c *s3Client) listObjects(ctx context.Context, prefix string, f func(s3ListedObject) error) error {
-	for token := ""; ; {
-		page, err := c.listObjectsPage(ctx, prefix, token, 0)
-		if err != nil {
-			return err
-		}
-		for _, o := range page.Contents {
-			key, err := decodeListedKey(o.Key, page.EncodingType)
-			if err != nil {
-				return fmt.Errorf("listing %q: key %q: %w", prefix, cleanText(o.Key), errS3BadAnswer)
-			}
-			if err := f(s3ListedObject{key: key, etag: o.ETag, size: o.Size, modified: o.LastModified}); err != nil {
-				return err
-			}
-		}
-		if !page.IsTruncated {
-			return nil
-		}
-		if page.NextContinuationToken == "" || page.NextContinuationToken == token {
-			return fmt.Errorf("listing %q: the answer has no new token for the next page: %w", prefix, errS3BadAnswer)
-		}
-		token = page.NextContinuationToken
-	}
-}
-
-// s3ObjectsPage is an answer to ListObjectsV2.
-type s3ObjectsPage struct {
-	IsTruncated           bool
-	NextContinuationToken string
-	EncodingType          string
-	Contents              []struct {
-		Key, ETag    string
-		Size         int64
-		LastModified time.Time
-	}
-}
-
-// listObjectsPage asks for the page of a listing that begins at token ("" for the
-// first page), with at most maxKeys objects (0: as many as the server likes).
-func (c *s3Client) listObjectsPage(ctx context.Context, prefix, token string, maxKeys int) (*s3ObjectsPage, error) {
-	// With encoding-type keys are escaped: XML cannot hold every byte.
-	q := url.Values{"list-type": {"2"}, "encoding-type": {"url"}, "prefix": {prefix}}
-	if token != "" {
-		q.Set("continuation-token", token)
-	}
-	if maxKeys > 0 {
-		q.Set("max-keys", strconv.Itoa(maxKeys))
-	}
-	page := &s3ObjectsPage{}
-	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "listing", method: "GET", query: q, decodeInto: page, timeout: s3WriteTimeout})
-	return page, err
-}
-
-// decodeListedKey undoes encoding-type=url, if the answer says that the server
-// used it. Some servers write a space as "+", and all write a "+" as %2B, so
-// QueryUnescape reads them all.
-func decodeListedKey(s, encoding string) (string, error) {
-	if encoding != "url" {
-		return s, nil
-	}
-	return url.QueryUnescape(s)
+	return c.listPages(ctx, "listing", url.Values{"list-type": {"2"}, "prefix": {prefix}}, func(e s3ListedEntry) error {
+		return f(s3ListedObject{key: e.Key, etag: e.ETag, size: e.Size, modified: e.LastModified})
+	})
 }
 
 // abortOldUploads aborts the uploads below prefix that were begun longer than age
@@ -569,62 +448,90 @@ func decodeListedKey(s, encoding string) (string, error) {
 // itself after a day.
 func (c *s3Client) abortOldUploads(ctx context.Context, prefix string, age time.Duration) (n int, err error) {
 	before := c.cfg.now().Add(-age)
-	keyMark, idMark := "", ""
-	for {
-		page, err := c.listMultipartUploads(ctx, prefix, keyMark, idMark)
-		if err != nil {
-			return n, err
+	err = c.listPages(ctx, "listing uploads", url.Values{"uploads": {""}, "prefix": {prefix}}, func(u s3ListedEntry) error {
+		if !u.Initiated.Before(before) {
+			return nil
 		}
-		for _, u := range page.Upload {
-			key, err := decodeListedKey(u.Key, page.EncodingType)
-			if err != nil || !u.Initiated.Before(before) {
-				continue
-			}
-			if err := c.abortMultipartUpload(ctx, key, u.UploadId); err != nil {
-				return n, err
-			}
+		err := c.abortMultipartUpload(ctx, u.Key, u.UploadId)
+		if err == nil {
 			n++
 		}
-		next, err := decodeListedKey(page.NextKeyMarker, page.EncodingType)
-		sameMarks := next == keyMark && page.NextUploadIdMarker == idMark // a listing that would never end
-		if err != nil || !page.IsTruncated || sameMarks {
-			return n, nil
+		return err
+	})
+	return n, err
+}
+
+// s3ListedEntry is an object or an unfinished upload in a listing.
+type s3ListedEntry struct {
+	Key, ETag, UploadId     string
+	Size                    int64
+	LastModified, Initiated time.Time
+}
+
+// listPages calls f with each entry of a listing, page by page: of ListObjectsV2
+// or ListMultipartUploads, as query says. An error of f ends the listing.
+func (c *s3Client) listPages(ctx context.Context, doing string, query url.Values, f func(s3ListedEntry) error) error {
+	query.Set("encoding-type", "url") // keys are escaped: XML cannot hold every byte
+	for {
+		var page struct {
+			EncodingType                                             string // "url" if the server did it
+			Contents, Upload                                         []s3ListedEntry
+			IsTruncated                                              bool
+			NextContinuationToken, NextKeyMarker, NextUploadIdMarker string
 		}
-		keyMark, idMark = next, page.NextUploadIdMarker
+		_, err := c.sendWithRetries(ctx, &s3Operation{doing: doing, method: "GET", query: query, decodeInto: &page})
+		if err != nil {
+			return err
+		}
+		// Some servers write a space as "+", and all write a "+" as %2B, so QueryUnescape
+		// reads them all.
+		decode := url.QueryUnescape
+		if page.EncodingType != "url" {
+			decode = func(s string) (string, error) { return s, nil }
+		}
+		for _, e := range append(page.Contents, page.Upload...) {
+			if e.Key, err = decode(e.Key); err != nil {
+				return fmt.Errorf("%s: key %q: %w", doing, cleanText(e.Key), errS3BadAnswer)
+			}
+			if err := f(e); err != nil {
+				return err
+			}
+		}
+		if !page.IsTruncated {
+			return nil
+		}
+		marks := map[string]string{"continuation-token": page.NextContinuationToken, "upload-id-marker": page.NextUploadIdMarker}
+		if marks["key-marker"], err = decode(page.NextKeyMarker); err != nil {
+			return fmt.Errorf("%s: mark %q: %w", doing, cleanText(page.NextKeyMarker), errS3BadAnswer)
+		}
+		thisPage := query.Encode()
+		for name, mark := range marks {
+			if mark != "" {
+				query.Set(name, mark)
+			}
+		}
+		if query.Encode() == thisPage {
+			return fmt.Errorf("%s: the answer names no next page: %w", doing, errS3BadAnswer)
+		}
 	}
-}
-
-// s3UploadsPage is an answer to ListMultipartUploads.
-type s3UploadsPage struct {
-	IsTruncated                                     bool
-	NextKeyMarker, NextUploadIdMarker, EncodingType string
-	Upload                                          []struct {
-		Key, UploadId string
-		Initiated     time.Time
-	}
-}
-
-// listMultipartUploads asks for the page of uploads behind the two marks, which
-// are those of the page before ("" for the first page).
-func (c *s3Client) listMultipartUploads(ctx context.Context, prefix, keyMark, idMark string) (*s3UploadsPage, error) {
-	q := url.Values{"uploads": {""}, "encoding-type": {"url"}, "prefix": {prefix}}
-	if keyMark != "" {
-		q.Set("key-marker", keyMark)
-		q.Set("upload-id-marker", idMark)
-	}
-	page := &s3UploadsPage{}
-	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "listing uploads", method: "GET", query: q, decodeInto: page, timeout: s3WriteTimeout})
-	return page, err
 }
 
 // ensureBucket checks that the bucket is there and can be listed, and creates it
-// if it is missing. It lists instead of HeadBucket, because the refusal of a HEAD
-// has no body that would name the right region.
+// if it is missing.
 func (c *s3Client) ensureBucket(ctx context.Context) error {
-	_, err := c.listObjectsPage(ctx, "", "", 1)
+	err := c.listOneObject(ctx)
 	if errors.Is(err, errS3NoBucket) {
 		return c.createBucket(ctx)
 	}
+	return err
+}
+
+// listOneObject shows whether the bucket can be used. It takes the place of
+// HeadBucket, because the refusal of a HEAD has no body that would name the right
+// region.
+func (c *s3Client) listOneObject(ctx context.Context) error {
+	query := url.Values{"list-type": {"2"}, "encoding-type": {"url"}, "max-keys": {"1"}}
+	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "listing", method: "GET", query: query, decodeInto: &struct{}{}})
 	return err
 }
 
@@ -636,34 +543,13 @@ func (c *s3Client) createBucket(ctx context.Context) error {
 		body = fmt.Appendf(nil, "<CreateBucketConfiguration><LocationConstraint>%s</LocationConstraint></CreateBucketConfiguration>", region)
 	}
 	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "creating bucket", method: "PUT", body: bytes.NewReader(body), size: int64(len(body)),
-		sum: sha256Hex(body), timeout: s3WriteTimeout})
-	if refused, ok := errors.AsType[*s3Error](err); ok && refused.status == http.StatusConflict {
-		if refused.code == "BucketAlreadyOwnedByYou" {
-			return nil
-		}
-		if _, lerr := c.listObjectsPage(ctx, "", "", 1); lerr == nil {
-			return nil
-		}
+		sum: sha256Hex(body)})
+	refused, ok := errors.AsType[*s3Error](err)
+	if ok && refused.status == http.StatusConflict && c.listOneObject(ctx) == nil {
+		return nil
 	}
 	if err == nil {
 		c.cfg.log.Info("the bucket was missing and has been created", "bucket", c.cfg.bucket)
 	}
 	return err
-}
-
-// withoutDefaultPort removes the scheme's port from a host. Proxies in front of a
-// server remove it from the Host header after it was signed, which would break
-// the signature.
-func withoutDefaultPort(host string, secure bool) string {
-	if secure {
-		return strings.TrimSuffix(host, ":443")
-	}
-	return strings.TrimSuffix(host, ":80")
-}
-
-// setNonEmptyHeader sets a header unless its value is empty.
-func setNonEmptyHeader(h http.Header, name, value string) {
-	if value != "" {
-		h.Set(name, value)
-	}
 }

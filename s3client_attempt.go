@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/xml"
 	"errors"
@@ -14,9 +15,9 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
-	"strconv"
 	"strings"
 	"time"
+	"unicode"
 )
 
 // s3Operation is one operation. Every attempt makes a new request of it. It is
@@ -26,35 +27,15 @@ type s3Operation struct {
 	method     string
 	key        string // "" means the bucket
 	query      url.Values
-	header     http.Header
-	body       io.ReaderAt // size bytes; nil means no body
+	header     map[string]string // an empty value is not sent
+	body       io.ReaderAt       // size bytes; nil means no body
 	size       int64
 	sum        string        // the SHA-256 of body, in hex
 	write      bool          // gets more attempts, and a missing bucket is created
-	timeout    time.Duration // for the response header; 0 means the default of reads or writes
+	timeout    time.Duration // for the response header; 0 means s3WriteTimeout
 	decodeInto any           // where the XML answer is decoded to, if not nil
 	keepBody   bool          // the caller reads and closes the body of the answer
 	attempts   int           // attempts so far
-}
-
-// mayHaveApplied reports whether an operation that ended in err may have taken
-// effect: the last attempt got no answer, or an earlier attempt failed, which may
-// have had no answer either.
-func (op *s3Operation) mayHaveApplied(err error) bool {
-	_, refused := errors.AsType[*s3Error](err)
-	return op.attempts > 1 || !refused
-}
-
-// headerTimeout returns how long an attempt waits for the response header after
-// the request was sent.
-func (op *s3Operation) headerTimeout() time.Duration {
-	switch {
-	case op.timeout > 0:
-		return op.timeout
-	case op.write:
-		return s3WriteTimeout
-	}
-	return s3ReadTimeout
 }
 
 // sendWithRetries makes attempts until one succeeds or fails in a way that another
@@ -74,36 +55,49 @@ func (c *s3Client) sendWithRetries(ctx context.Context, op *s3Operation) (*http.
 		if errors.Is(err, errS3Timeout) {
 			n += tries / 2 // a server that hangs twice is down, and the caller waited long enough
 		}
-		var pause time.Duration
-		switch {
-		case n >= tries || ctx.Err() != nil:
-			return nil, fmt.Errorf("%s %q: %w", op.doing, op.key, err)
-		case c.learnRegion(err) || c.prepareRetry(ctx, op, err):
-		case isTransientS3(err):
-			pause = retryDelay(n)
-		default:
-			return nil, fmt.Errorf("%s %q: %w", op.doing, op.key, err)
+		if n < tries && ctx.Err() == nil {
+			if c.removeCause(ctx, op, err) {
+				continue
+			}
+			if isTransientS3(err) {
+				if c.cfg.sleep(ctx, retryDelay(n)) == nil {
+					continue
+				}
+				err = fmt.Errorf("%w (%w)", context.Cause(ctx), err)
+			}
 		}
-		if c.cfg.sleep(ctx, pause) != nil {
-			return nil, fmt.Errorf("%s %q: %w (%w)", op.doing, op.key, context.Cause(ctx), err)
-		}
+		return nil, fmt.Errorf("%s %q: %w", op.doing, op.key, err)
 	}
 }
 
-// prepareRetry sends another request if that lets the next attempt of op succeed,
-// and reports whether it does. For a write it creates a bucket that is missing.
-// For a HEAD, whose refusal has no body that would name the region, it learns the
-// region from the refusal of a listing.
-func (c *s3Client) prepareRetry(ctx context.Context, op *s3Operation, err error) bool {
-	if op.write && errors.Is(err, errS3NoBucket) {
-		return c.createBucket(ctx) == nil
-	}
+// removeCause reports whether the cause of a refusal of op is gone, so that the
+// next attempt may succeed at once: a write's missing bucket was created, or the
+// right region is known. For a HEAD, whose refusal has no body that would name the
+// region, it learns that from the refusal of a listing.
+func (c *s3Client) removeCause(ctx context.Context, op *s3Operation, err error) bool {
 	refused, ok := errors.AsType[*s3Error](err)
-	if !ok || op.method != http.MethodHead || refused.status != http.StatusBadRequest {
+	if !ok {
 		return false
 	}
-	c.listObjectsPage(ctx, "", "", 1) // only so that learnRegion sees its refusal
-	return c.endpoint.Load().region != refused.endpoint.region
+	used, region := refused.endpoint, refused.region
+	switch {
+	case op.write && errors.Is(err, errS3NoBucket):
+		return c.createBucket(ctx) == nil
+	case op.method == http.MethodHead && refused.status == http.StatusBadRequest && region == "":
+		_ = c.listOneObject(ctx)
+		return c.endpoint.Load().region != used.region
+	case region == "" || region == used.region: // used, not c.endpoint: others learn at the same time
+		return false
+	}
+	host := used.host
+	if host == "s3.amazonaws.com" || host == "s3."+used.region+".amazonaws.com" {
+		// Only Amazon has one host for each region. The host that a redirect names is
+		// not used: a signed request must not be sent to any host that an answer names.
+		host = "s3." + region + ".amazonaws.com"
+	}
+	c.endpoint.Store(&s3Endpoint{host: host, region: region})
+	c.cfg.log.Warn("the bucket is in another region than configured: set the right one", "configured", c.cfg.region, "region", region)
+	return true
 }
 
 // isTransientS3 reports whether an error may be over in a moment. An error that is
@@ -132,59 +126,46 @@ func retryDelay(n int) time.Duration {
 
 // s3pause waits for d, or until ctx ends, which is its error.
 func s3pause(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
 	select {
 	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return ctx.Err()
+	case <-time.After(d):
 	}
+	return ctx.Err()
 }
 
-// learnRegion takes the bucket's region from a refusal and reports whether
-// another attempt will be signed for another region than the refused one was.
-// It compares with the region of that attempt, since a concurrent operation may
-// have learned the region meanwhile.
-func (c *s3Client) learnRegion(err error) bool {
-	refused, ok := errors.AsType[*s3Error](err)
-	if !ok || refused.region == "" || refused.region == refused.endpoint.region {
-		return false
-	}
-	c.endpoint.Store(&s3Endpoint{host: regionHost(refused.endpoint, refused.region), region: refused.region})
-	c.cfg.log.Warn("the bucket is in another region than configured: set the right one", "configured", c.cfg.region, "region", refused.region)
-	return true
+// s3Attempt is one attempt of an operation and, once the header is there, the
+// body of the response. timer ends it when no byte moved for some time: it runs
+// until the header comes, and during reads of the body, not between them, since
+// that time is the caller's. The whole attempt has no limit: 50 GB over a slow
+// line must pass.
+type s3Attempt struct {
+	io.ReadCloser // the body, from the transport
+	ctx           context.Context
+	cancel        context.CancelCauseFunc
+	timer         *time.Timer // cancels ctx with errS3Timeout
 }
 
-// regionHost returns the host of another region. Only Amazon has one host for
-// each region. The host that a redirect names is not used: a signed request must
-// not be sent to any host that an answer names.
-func regionHost(used s3Endpoint, region string) string {
-	if used.host == "s3.amazonaws.com" || used.host == "s3."+used.region+".amazonaws.com" {
-		return "s3." + region + ".amazonaws.com"
-	}
-	return used.host
-}
-
-// sendOnce sends op once. With op.keepBody the caller closes the body of the
-// response. Any other body was read as far as needed and is closed.
+// sendOnce is one attempt of sendWithRetries.
 func (c *s3Client) sendOnce(ctx context.Context, op *s3Operation) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	w := &s3Watchdog{ctx: ctx, cancel: cancel}
-	w.timer = time.AfterFunc(op.headerTimeout(), func() { cancel(errS3Timeout) })
+	timeout := cmp.Or(op.timeout, s3WriteTimeout)
+	a := &s3Attempt{ctx: ctx, cancel: cancel, timer: time.AfterFunc(timeout, func() { cancel(errS3Timeout) })}
 	endpoint, at := *c.endpoint.Load(), c.cfg.now()
-	resp, err := c.cfg.transport.RoundTrip(c.buildRequest(ctx, op, endpoint, at, w))
-	if err != nil {
-		err = w.causeOf(err)
-		w.stop()
-		return nil, err
+	req := c.buildRequest(ctx, op, endpoint, at)
+	if op.size > 0 { // net/http would send an empty reader chunked
+		body := io.NewSectionReader(op.body, 0, op.size)
+		req.Body = io.NopCloser(&s3RequestBody{body, a.timer, max(timeout, s3BodyTimeout)})
 	}
-	w.timer.Stop() // each read of the body starts it again
-	resp.Body = &s3ResponseBody{ReadCloser: resp.Body, watch: w}
-	if resp.StatusCode/100 != 2 {
-		err = readRefusal(resp, endpoint, at)
-	} else if op.decodeInto != nil {
-		err = readXML(resp, op.decodeInto, endpoint, at)
+	resp, err := c.cfg.transport.RoundTrip(req)
+	a.timer.Stop()
+	if err != nil {
+		cancel(nil)
+		return nil, a.causeOf(err)
+	}
+	a.ReadCloser, resp.Body = resp.Body, a
+	err = readAnswer(resp, op.decodeInto)
+	if refused, ok := errors.AsType[*s3Error](err); ok {
+		refused.endpoint, refused.sent = endpoint, at
 	}
 	if err != nil || !op.keepBody {
 		io.CopyN(io.Discard, resp.Body, s3TextLimit) // so that the connection can be used again
@@ -193,8 +174,8 @@ func (c *s3Client) sendOnce(ctx context.Context, op *s3Operation) (*http.Respons
 	return resp, err
 }
 
-// buildRequest builds and signs one attempt.
-func (c *s3Client) buildRequest(ctx context.Context, op *s3Operation, endpoint s3Endpoint, at time.Time, w *s3Watchdog) *http.Request {
+// buildRequest builds and signs the request of one attempt, all but its body.
+func (c *s3Client) buildRequest(ctx context.Context, op *s3Operation, endpoint s3Endpoint, at time.Time) *http.Request {
 	u := &url.URL{Scheme: "http", Host: endpoint.host, RawQuery: encodeQuery(op.query)}
 	if c.cfg.secure {
 		u.Scheme = "https"
@@ -208,25 +189,52 @@ func (c *s3Client) buildRequest(ctx context.Context, op *s3Operation, endpoint s
 	u.RawPath = uriEncode(u.Path, true) // what is sent must be spelled as it is signed
 	req := (&http.Request{Method: op.method, URL: u, Host: u.Host, Header: http.Header{}}).WithContext(ctx)
 	for name, v := range op.header {
-		req.Header[name] = v
-	}
-	sum := op.sum
-	if op.size > 0 {
-		req.ContentLength = op.size
-		req.GetBody = func() (io.ReadCloser, error) {
-			return &s3RequestBody{r: io.NewSectionReader(op.body, 0, op.size), watch: w, headerTimeout: op.headerTimeout()}, nil
+		if v != "" {
+			req.Header.Set(name, v)
 		}
-		req.Body, _ = req.GetBody()
-	} else {
-		sum = emptySHA256 // Body stays nil: net/http would send an empty reader chunked
 	}
+	req.ContentLength = op.size
 	if op.size > 1<<20 {
 		// A refusal then comes before the body is sent. Without this the server may
 		// reset the connection while we send, and the refusal would be lost.
 		req.Header.Set("Expect", "100-continue")
 	}
-	c.signRequest(req, endpoint.region, sum, at)
+	c.signRequest(req, endpoint.region, cmp.Or(op.sum, emptySHA256), at)
 	return req
+}
+
+// s3RequestBody is the body of a request. Each read by the transport shows that
+// the request moves, and sets the attempt's timer anew.
+type s3RequestBody struct {
+	io.Reader
+	timer   *time.Timer
+	timeout time.Duration // after the last read it includes the wait for the header
+}
+
+func (b *s3RequestBody) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	b.timer.Reset(b.timeout)
+	return n, err
+}
+
+func (a *s3Attempt) Read(p []byte) (int, error) {
+	a.timer.Reset(s3BodyTimeout)
+	n, err := a.ReadCloser.Read(p)
+	a.timer.Stop()
+	return n, a.causeOf(err)
+}
+
+func (a *s3Attempt) Close() error {
+	defer a.cancel(nil)
+	return a.ReadCloser.Close()
+}
+
+// causeOf returns errS3Timeout if err comes from the timer, else err.
+func (a *s3Attempt) causeOf(err error) error {
+	if err != nil && err != io.EOF && context.Cause(a.ctx) == errS3Timeout {
+		return errS3Timeout
+	}
+	return err
 }
 
 // s3Error is a server's refusal. errors.Is finds fs.ErrNotExist,
@@ -242,10 +250,7 @@ type s3Error struct {
 }
 
 func (e *s3Error) Error() string {
-	text := "s3: " + strconv.Itoa(e.status)
-	if reason := strings.TrimSpace(e.code + " " + e.message); reason != "" {
-		text += " " + reason
-	}
+	text := strings.TrimSpace(fmt.Sprintf("s3: %d %s %s", e.status, e.code, e.message))
 	if e.requestID != "" {
 		text += " (request " + e.requestID + ")"
 	}
@@ -273,20 +278,23 @@ func (e *s3Error) isClockRefusal() bool {
 	return withoutCode && e.date.Sub(e.sent).Abs() > s3ClockTolerance
 }
 
-// Is decides by the code and not by the status. A 404 without a code comes from a proxy in front
-// of S3, not from S3, and does not prove that an object is missing.
+// s3CodeErrors says what the codes of refusals mean.
+var s3CodeErrors = map[string]error{
+	"NoSuchKey":                  fs.ErrNotExist,
+	"NotFound":                   fs.ErrNotExist,
+	"NoSuchUpload":               errS3NoUpload,
+	"NoSuchBucket":               errS3NoBucket,
+	"NotModified":                errS3NotModified,
+	"PreconditionFailed":         errS3PreconditionFailed,
+	"ConditionalRequestConflict": errS3PreconditionFailed,
+}
+
+// Is decides by the code and not by the status. A 404 without a code comes from
+// a proxy in front of S3, not from S3, and does not prove that an object is
+// missing.
 func (e *s3Error) Is(target error) bool {
-	switch e.code {
-	case "NoSuchKey", "NotFound":
-		return target == fs.ErrNotExist
-	case "NoSuchUpload":
-		return target == errS3NoUpload
-	case "NoSuchBucket":
-		return target == errS3NoBucket
-	case "NotModified":
-		return target == errS3NotModified
-	case "PreconditionFailed", "ConditionalRequestConflict":
-		return target == errS3PreconditionFailed
+	if known := s3CodeErrors[e.code]; known != nil {
+		return target == known
 	}
 	if e.isClockRefusal() { // the credentials may be right
 		return target == errS3Clock
@@ -294,136 +302,49 @@ func (e *s3Error) Is(target error) bool {
 	return target == fs.ErrPermission && (e.status == http.StatusForbidden || e.code == "AccessDenied")
 }
 
-// readRefusal reads the error in a response. Answers to HEAD and 304 have no body;
-// there the status gives the code.
-func readRefusal(resp *http.Response, endpoint s3Endpoint, at time.Time) error {
-	err := readXML(resp, &struct{}{}, endpoint, at)
-	if refused, ok := errors.AsType[*s3Error](err); ok && refused.code != "" {
-		return refused
+// readAnswer decodes an answer into the value that into points to, if that is
+// not nil. A refusal is returned as an s3Error: any status but 2xx, and an Error
+// in the body whatever the status is, because CompleteMultipartUpload sends the
+// status 200 before it knows the outcome.
+func readAnswer(resp *http.Response, into any) error {
+	succeeded := resp.StatusCode/100 == 2
+	if succeeded && into == nil {
+		return nil
 	}
-	e := newS3Error(resp, s3ErrorBody{}, endpoint, at)
-	head := resp.Request != nil && resp.Request.Method == http.MethodHead
-	switch {
+	text, err := io.ReadAll(io.LimitReader(resp.Body, s3XMLLimit))
+	var body struct {
+		XMLName                          xml.Name `xml:"Error"` // or it is not decoded
+		Code, Message, RequestId, Region string
+	}
+	if isError := xml.Unmarshal(text, &body) == nil; succeeded && !isError {
+		if xmlErr := xml.Unmarshal(text, into); xmlErr != nil {
+			return fmt.Errorf("reading the answer: %w", cmp.Or(err, xmlErr))
+		}
+		return nil
+	}
+	e := &s3Error{status: resp.StatusCode, code: cleanText(body.Code), message: cleanText(body.Message),
+		requestID: cleanText(cmp.Or(resp.Header.Get("X-Amz-Request-Id"), body.RequestId)),
+		region:    cmp.Or(resp.Header.Get("X-Amz-Bucket-Region"), body.Region)}
+	if uriEncode(e.region, false) != e.region {
+		e.region = "" // it would go into a host name and a header
+	}
+	e.date, _ = http.ParseTime(resp.Header.Get("Date"))
+	switch { // these answers have no body
 	case resp.StatusCode == http.StatusNotModified:
 		e.code = "NotModified"
-	case head && resp.StatusCode == http.StatusNotFound:
+	case resp.StatusCode == http.StatusNotFound && resp.Request != nil && resp.Request.Method == http.MethodHead:
 		e.code = "NoSuchKey"
 	}
 	return e
 }
 
-// s3ErrorBody is the body of a refusal, without the fields that repeat the request.
-type s3ErrorBody struct{ Code, Message, RequestId, Region string }
-
-// newS3Error makes the error of a refusal from its headers and its body. endpoint and
-// at are where the request was sent and when it was signed.
-func newS3Error(resp *http.Response, body s3ErrorBody, endpoint s3Endpoint, at time.Time) *s3Error {
-	e := &s3Error{status: resp.StatusCode, code: cleanText(body.Code), message: cleanText(body.Message), requestID: cleanText(body.RequestId),
-		region: body.Region, endpoint: endpoint, sent: at}
-	if id := resp.Header.Get("X-Amz-Request-Id"); id != "" {
-		e.requestID = cleanText(id)
-	}
-	if r := resp.Header.Get("X-Amz-Bucket-Region"); r != "" && resp.StatusCode/100 != 2 {
-		e.region = r
-	}
-	if uriEncode(e.region, false) != e.region {
-		e.region = "" // it would go into a host name and a header
-	}
-	e.date, _ = http.ParseTime(resp.Header.Get("Date"))
-	return e
-}
-
-// readXML decodes an answer into the value that into points to. An Error in the
-// body is returned as an s3Error whatever the status is: CompleteMultipartUpload
-// sends the status 200 before it knows the outcome.
-func readXML(resp *http.Response, into any, endpoint s3Endpoint, at time.Time) error {
-	d := xml.NewDecoder(io.LimitReader(resp.Body, s3XMLLimit))
-	for {
-		tok, err := d.Token()
-		if err != nil {
-			return fmt.Errorf("reading the answer: %w", err)
-		}
-		start, ok := tok.(xml.StartElement)
-		if !ok {
-			continue
-		}
-		if start.Name.Local != "Error" {
-			return d.DecodeElement(into, &start)
-		}
-		var body s3ErrorBody
-		if err := d.DecodeElement(&body, &start); err != nil {
-			return fmt.Errorf("reading the error: %w", err)
-		}
-		return newS3Error(resp, body, endpoint, at)
-	}
-}
-
 // cleanText makes a server's text fit for a line of a log: no control characters,
 // and at most s3TextLimit bytes.
 func cleanText(s string) string {
-	s = strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || r == '\uFFFD' {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
 			return -1
 		}
 		return r
-	}, s[:min(len(s), 4*s3TextLimit)])
-	return strings.ToValidUTF8(s[:min(len(s), s3TextLimit)], "")
-}
-
-// s3Watchdog ends an attempt when no byte moved for the time that timer is set to.
-// The whole attempt has no limit: 50 GB over a slow line must pass.
-type s3Watchdog struct {
-	ctx    context.Context // of the attempt
-	cancel context.CancelCauseFunc
-	timer  *time.Timer // cancels ctx with errS3Timeout
-}
-
-// stop ends the attempt and its timer.
-func (w *s3Watchdog) stop() { w.timer.Stop(); w.cancel(nil) }
-
-// causeOf returns errS3Timeout if the watchdog ended the attempt, else err.
-func (w *s3Watchdog) causeOf(err error) error {
-	if context.Cause(w.ctx) == errS3Timeout {
-		return errS3Timeout
-	}
-	return err
-}
-
-// s3RequestBody is the body of a request. Each read by the transport shows that the
-// request moves, and sets the watchdog's timer anew.
-type s3RequestBody struct {
-	r             io.Reader
-	watch         *s3Watchdog
-	headerTimeout time.Duration // what the wait for the header may take after the last read
-}
-
-func (s *s3RequestBody) Read(p []byte) (int, error) {
-	n, err := s.r.Read(p)
-	s.watch.timer.Reset(max(s3BodyTimeout, s.headerTimeout))
-	return n, err
-}
-
-func (s *s3RequestBody) Close() error { return nil }
-
-// s3ResponseBody is the body of a response. The watchdog's timer runs during reads
-// only: the time between two reads is the caller's.
-type s3ResponseBody struct {
-	io.ReadCloser
-	watch *s3Watchdog
-}
-
-func (b *s3ResponseBody) Read(p []byte) (int, error) {
-	b.watch.timer.Reset(s3BodyTimeout)
-	n, err := b.ReadCloser.Read(p)
-	b.watch.timer.Stop()
-	if err != nil && err != io.EOF {
-		err = b.watch.causeOf(err)
-	}
-	return n, err
-}
-
-func (b *s3ResponseBody) Close() error {
-	err := b.ReadCloser.Close()
-	b.watch.stop()
-	return err
+	}, strings.ToValidUTF8(s[:min(len(s), s3TextLimit)], ""))
 }

@@ -160,28 +160,28 @@ func FuzzS3Answer(f *testing.F) {
 	f.Add(502, "<html>Bad Gateway")
 	f.Fuzz(func(t *testing.T, status int, body string) {
 		resp := &http.Response{StatusCode: status, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(body))}
-		text := readRefusal(resp, s3Endpoint{}, time.Time{}).Error()
-		if len(text) > 4*s3TextLimit || strings.ContainsAny(text, "\r\n\x00") {
+		refused, ok := errors.AsType[*s3Error](readAnswer(resp, &struct{ Contents []s3ListedEntry }{}))
+		if !ok {
+			return
+		}
+		if text := refused.Error(); len(text) > 4*s3TextLimit || strings.ContainsAny(text, "\r\n\x00") {
 			t.Fatalf("error text %q", text)
 		}
-		resp.Body = io.NopCloser(strings.NewReader(body))
-		_ = readXML(resp, &s3ObjectsPage{}, s3Endpoint{}, time.Time{})
 	})
 }
 
 func TestNewS3Refuses(t *testing.T) {
 	t.Parallel()
-	good := s3Config{host: "h:9000", bucket: "b", accessKey: "a", secretKey: "s3cr3t", now: time.Now}
+	good := s3Config{host: "h:9000", bucket: "b", region: "r", accessKey: "a", secretKey: "s3cr3t"}
 	if _, err := newS3Client(good); err != nil {
 		t.Fatal(err)
 	}
 	for name, spoil := range map[string]func(*s3Config){
-		"url as host":    func(c *s3Config) { c.host = "http://h" },
-		"no host":        func(c *s3Config) { c.host = "" },
-		"bucket path":    func(c *s3Config) { c.bucket = "a/b" },
-		"no secret":      func(c *s3Config) { c.secretKey = "" },
-		"no access key":  func(c *s3Config) { c.accessKey = "" },
-		"nobody's clock": func(c *s3Config) { c.now = nil },
+		"url as host":   func(c *s3Config) { c.host = "http://h" },
+		"no host":       func(c *s3Config) { c.host = "" },
+		"bucket path":   func(c *s3Config) { c.bucket = "a/b" },
+		"no secret":     func(c *s3Config) { c.secretKey = "" },
+		"no access key": func(c *s3Config) { c.accessKey = "" },
 	} {
 		cfg := good
 		spoil(&cfg)
@@ -315,18 +315,14 @@ func testS3Keys(t *testing.T, c *s3Client) {
 func testS3Ranges(t *testing.T, c *s3Client) {
 	data := pattern(1000)
 	mustPut(t, c, "range", putOf(data))
-	for _, g := range []s3GetInput{{}, {off: 1}, {off: 999}, {n: 1}, {off: 10, n: 20}, {off: 990, n: 100}} {
+	for _, g := range []s3GetInput{{}, {off: 1}, {off: 990}, {off: 999}} {
 		o, err := c.getObject(t.Context(), "range", g)
 		if err != nil {
 			t.Fatalf("%+v: %v", g, err)
 		}
 		got, err := io.ReadAll(o.body)
 		o.body.Close()
-		end := int64(1000)
-		if g.n > 0 {
-			end = min(end, g.off+g.n)
-		}
-		if err != nil || !bytes.Equal(got, data[g.off:end]) || o.size != 1000 || o.meta["record"] == "" {
+		if err != nil || !bytes.Equal(got, data[g.off:]) || o.size != 1000 || o.meta["record"] == "" {
 			t.Errorf("%+v: %d bytes, size %d, meta %v, error %v", g, len(got), o.size, o.meta, err)
 		}
 	}
@@ -378,7 +374,7 @@ func testS3Metadata(t *testing.T, c *s3Client) {
 	p.meta = map[string]string{"record": `{"p":"a  b, c","q":"\\u00e4"}` + strings.Repeat("y", 1900)}
 	mustPut(t, c, "meta", p)
 	o, err := c.headObject(t.Context(), "meta")
-	if err != nil || o.meta["record"] != p.meta["record"] || o.size != 1 || o.modified.IsZero() {
+	if err != nil || o.meta["record"] != p.meta["record"] || o.size != 1 {
 		t.Fatalf("head: %+v, %v", o, err)
 	}
 	p.meta["record"] += strings.Repeat("y", 9000)
@@ -552,7 +548,7 @@ func realS3(t testing.TB, partSize int64) *s3Client {
 	}
 	secret, _ := u.User.Password()
 	c, err := newS3Client(s3Config{host: u.Host, secure: u.Scheme == "https", bucket: strings.Trim(u.Path, "/"), accessKey: u.User.Username(),
-		secretKey: secret, partSize: partSize, now: time.Now, transport: newS3Transport()})
+		secretKey: secret, region: "us-east-1", partSize: partSize, now: time.Now, transport: newS3Transport()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -570,12 +566,21 @@ func TestS3LargePartsAreEqual(t *testing.T) {
 		t.Errorf("ETag %s", etag)
 	}
 	wantObject(t, c, "large", data)
-	for _, tt := range []struct{ size, want int64 }{
-		{1, s3PartSize}, {s3PartSize * s3MaxParts, s3PartSize}, {s3PartSize*s3MaxParts + 1, s3PartSize + 1<<20}, {5 << 40, 525 << 20},
-	} {
-		if got := choosePartSize(tt.size, s3PartSize); got != tt.want || (tt.size+got-1)/got > s3MaxParts {
-			t.Errorf("partSize(%d) = %d, want %d", tt.size, got, tt.want)
+}
+
+// TestS3PartsAreNotTooMany: an object of more than s3MaxParts parts gets larger ones.
+func TestS3PartsAreNotTooMany(t *testing.T) {
+	t.Parallel()
+	var parts atomic.Int64
+	c := timedClient(t, func(r *http.Request) (*http.Response, error) {
+		if r.Method == "PUT" {
+			parts.Add(1)
 		}
+		return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader("<R><UploadId>u</UploadId></R>"))}, nil
+	})
+	c.cfg.partSize = 1
+	if _, err := c.putObject(t.Context(), "k", putOf(pattern(s3MaxParts+1))); err != nil || parts.Load() != s3MaxParts/2+1 {
+		t.Errorf("%d parts: %v", parts.Load(), err)
 	}
 }
 
@@ -833,15 +838,17 @@ func TestS3LearnsTheRegion(t *testing.T) {
 	}
 }
 
-func TestRegionHost(t *testing.T) {
+func TestS3HostOfARegion(t *testing.T) {
 	t.Parallel()
 	for _, tt := range [][4]string{
 		{"s3.amazonaws.com", "us-east-1", "eu-west-1", "s3.eu-west-1.amazonaws.com"},
 		{"s3.us-west-2.amazonaws.com", "us-west-2", "eu-west-1", "s3.eu-west-1.amazonaws.com"},
 		{"minio:9000", "us-east-1", "eu-west-1", "minio:9000"},
 	} {
-		if got := regionHost(s3Endpoint{tt[0], tt[1]}, tt[2]); got != tt[3] {
-			t.Errorf("%s for %s: %s, want %s", tt[0], tt[2], got, tt[3])
+		c := timedClient(t, nil)
+		refusal := &s3Error{endpoint: s3Endpoint{tt[0], tt[1]}, region: tt[2]}
+		if !c.removeCause(t.Context(), &s3Operation{}, refusal) || *c.endpoint.Load() != (s3Endpoint{tt[3], tt[2]}) {
+			t.Errorf("%s for %s: %v, want %s", tt[0], tt[2], *c.endpoint.Load(), tt[3])
 		}
 	}
 }
@@ -957,7 +964,7 @@ type roundTrip func(*http.Request) (*http.Response, error)
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
 
 func timedClient(t *testing.T, rt roundTrip) *s3Client {
-	c, err := newS3Client(s3Config{host: "h", bucket: "b", accessKey: "a", secretKey: "s", now: time.Now, transport: rt})
+	c, err := newS3Client(s3Config{host: "h", bucket: "b", region: "r", accessKey: "a", secretKey: "s", now: time.Now, transport: rt})
 	if err != nil {
 		t.Fatal(err)
 	}
