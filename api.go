@@ -11,12 +11,10 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"hash"
 	"html/template"
 	"io"
 	"net/http"
-	"net/url"
 	"regexp"
 	"regexp/syntax"
 	"slices"
@@ -38,7 +36,7 @@ type api struct {
 	started   time.Time
 	token     secret                      // API_TOKEN; "": only a write_token allows writing
 	origin    *http.CrossOriginProtection // refuses writes that browsers make for other sites
-	registry  http.Handler                // of /v2/... and /{remote}/v2/...; may be nil
+	registry  http.Handler                // of /v2/... and /{remote}/v2/...
 }
 
 // healthReport is the answer of /health.
@@ -52,75 +50,42 @@ type healthReport struct {
 // http.ServeMux cannot be used: it redirects paths with "//" or "/./" and decodes
 // escapes that belong to a file's name.
 func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	p := rawPath(r.URL)
-	if a.registry != nil && isRegistryPath(p) {
+	p := r.URL.RawPath // EscapedPath would decode all of it for one character that should be escaped
+	if p == "" {
+		p = r.URL.EscapedPath()
+	}
+	first, rest, _ := strings.Cut(strings.TrimPrefix(p, "/"), "/")
+	second, _, _ := strings.Cut(rest, "/")
+	if first == "v2" || (second == "v2" && first != "api" && first != "artifacts") {
 		a.registry.ServeHTTP(w, r)
 		return
 	}
-	var h handler
-	switch first, rest, _ := strings.Cut(strings.TrimPrefix(p, "/"), "/"); first {
-	case "api":
-		h = func(w *response, r *http.Request) error {
-			return a.serveFile(w, r, strings.TrimPrefix(rest, "v1/remote/"))
-		}
-	case ".fill": // another replica streams a fill of this one
-		h = func(w *response, r *http.Request) error { return a.cache.serveReplica(w, r, rest) }
-	case "artifacts":
-		h = func(w *response, r *http.Request) error { return a.serveArtifacts(w, r, rest) }
-	default:
-		h = a.fixedEndpoint(p)
-	}
-	if a.origin.Check(r) != nil { // it refuses no GET, HEAD or OPTIONS
-		h = func(*response, *http.Request) error {
+	a.responder.serveRequest(w, r, func(w *response, r *http.Request) error {
+		if a.origin.Check(r) != nil { // it refuses no GET, HEAD or OPTIONS
 			return newProblem(http.StatusForbidden, "a browser may not write here from another site (cross-origin request)")
 		}
-	}
-	a.responder.serveRequest(w, r, h, writeJSONError)
-}
-
-// rawPath returns u's path as the client sent it, with its escapes.
-func rawPath(u *url.URL) string {
-	if u.RawPath != "" {
-		return u.RawPath
-	}
-	return u.EscapedPath()
-}
-
-// isRegistryPath reports whether a path is the registry's: /v2, /v2/... or
-// /{remote}/v2/....
-func isRegistryPath(p string) bool {
-	first, rest, _ := strings.Cut(strings.TrimPrefix(p, "/"), "/")
-	if first == "v2" {
-		return true
-	}
-	second, _, _ := strings.Cut(rest, "/")
-	return second == "v2" && first != "api" && first != "artifacts"
-}
-
-// fixedEndpoint returns the handler of a management endpoint, which answers GET and
-// HEAD, or one that answers 404.
-func (a *api) fixedEndpoint(p string) handler {
-	var h handler
-	switch p {
-	case "/":
-		h = a.serveRoot
-	case "/health":
-		h = a.serveHealth
-	case "/config":
-		h = a.serveConfig
-	case "/metrics":
-		h = a.serveMetrics
-	default:
-		return func(*response, *http.Request) error {
-			return newProblem(http.StatusNotFound, "there is no such path: files are below /api/REMOTE/, images below /v2/REMOTE/")
+		switch first {
+		case "api":
+			return a.serveFile(w, r, strings.TrimPrefix(rest, "v1/remote/"))
+		case ".fill": // another replica streams a fill of this one
+			return a.cache.serveReplica(w, r, rest)
+		case "artifacts":
+			return a.serveArtifacts(w, r, rest)
 		}
+		return a.serveEndpoint(w, r, p)
+	}, writeJSONError)
+}
+
+// serveEndpoint serves a management endpoint that answers GET and HEAD.
+func (a *api) serveEndpoint(w *response, r *http.Request, path string) error {
+	serve, found := map[string]handler{"/": a.serveRoot, "/health": a.serveHealth, "/config": a.serveConfig, "/metrics": a.serveMetrics}[path]
+	if !found {
+		return newProblem(http.StatusNotFound, "there is no such path: files are below /api/REMOTE/, images below /v2/REMOTE/")
 	}
-	return func(w *response, r *http.Request) error {
-		if err := allowMethods(r, http.MethodGet, http.MethodHead); err != nil {
-			return err
-		}
-		return h(w, r)
+	if err := allowMethods(r, http.MethodGet, http.MethodHead); err != nil {
+		return err
 	}
+	return serve(w, r)
 }
 
 // allowMethods returns a 405 problem unless the request has one of the methods.
@@ -134,8 +99,8 @@ func allowMethods(r *http.Request, methods ...string) error {
 }
 
 // serveFile serves /api/{remote}/{path}. rest is the path behind /api/, or behind
-// /api/v1/remote/, which is another name for it. An empty path is the list of the remote's
-// files.
+// /api/v1/remote/, which is another name for it. An empty path lists the remote's files.
+// PUT and DELETE write to a local repository.
 func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	name, escaped, _ := strings.Cut(rest, "/")
 	t, err := a.config().resolveTarget(name, escaped, r.URL.RawQuery)
@@ -148,36 +113,28 @@ func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	if err != nil {
 		return err
 	}
-	writable := t.remote.local // only local repositories are written by clients
-	switch {
-	case r.Method == http.MethodGet || r.Method == http.MethodHead:
-		if t.spelling == "" {
+	if r.Method == http.MethodGet || r.Method == http.MethodHead {
+		if t.path == "" {
 			return a.serveList(w, r, t.remote)
 		}
 		return a.cache.serveFile(w, r, fileRequest{target: t})
-	case writable && r.Method == http.MethodPut:
-		return a.servePut(w, r, t)
-	case writable && r.Method == http.MethodDelete:
-		return a.serveLocalDelete(w, r, t)
-	case writable:
-		return allowMethods(r, http.MethodGet, http.MethodHead, http.MethodPut, http.MethodDelete)
 	}
-	return allowMethods(r, http.MethodGet, http.MethodHead)
-}
-
-// serveLocalDelete removes a file of a local repository: 204, or 404 if there is none.
-func (a *api) serveLocalDelete(w *response, r *http.Request, t target) error {
+	methods := []string{http.MethodGet, http.MethodHead}
+	if t.remote.local { // only local repositories are written by clients
+		methods = append(methods, http.MethodPut, http.MethodDelete)
+	}
+	if err := allowMethods(r, methods...); err != nil {
+		return err
+	}
 	if err := a.authorizeWrite(r, t.remote.writeToken); err != nil {
 		return err
 	}
-	if t.spelling == "" {
-		return newProblem(http.StatusBadRequest, "name the file to delete: /api/%s/PATH", t.remote.name)
+	if t.path == "" {
+		return newProblem(http.StatusBadRequest, "name the file to store or to delete: /api/%s/PATH", t.remote.name)
 	}
-	return a.purgeKey(w, r, t)
-}
-
-// purgeKey removes one stored file and answers 204.
-func (a *api) purgeKey(w *response, r *http.Request, t target) error {
+	if r.Method == http.MethodPut {
+		return a.servePut(w, r, t)
+	}
 	if err := a.cache.purgeFile(r.Context(), t.remote.name, t.key()); err != nil {
 		return err
 	}
@@ -188,12 +145,6 @@ func (a *api) purgeKey(w *response, r *http.Request, t target) error {
 // servePut stores a file of a local repository: 201 for a new file, 200 for one that
 // was replaced, once the file is durable. A broken upload leaves the old file.
 func (a *api) servePut(w *response, r *http.Request, t target) error {
-	if err := a.authorizeWrite(r, t.remote.writeToken); err != nil {
-		return err
-	}
-	if t.spelling == "" {
-		return newProblem(http.StatusBadRequest, "name the file to store: /api/%s/PATH", t.remote.name)
-	}
 	if r.Header.Get("Content-Range") != "" { // a partial PUT must be refused (RFC 9110 section 14.5)
 		return newProblem(http.StatusBadRequest, "a part of a file cannot be stored: send all of it, without Content-Range")
 	}
@@ -206,12 +157,11 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 	if err != nil {
 		return err
 	}
-	w.Header().Set("Content-Length", "0")
+	status := http.StatusOK
 	if created {
-		w.WriteHeader(http.StatusCreated)
-		return nil
+		status = http.StatusCreated
 	}
-	w.WriteHeader(http.StatusOK)
+	w.WriteHeader(status)
 	return nil
 }
 
@@ -256,17 +206,14 @@ func parseDeclaredDigests(h http.Header) (sums []declaredDigest, err error) {
 		}
 		sums = append(sums, declaredDigest{sha256.New(), b})
 	}
+	hashes := map[string]func() hash.Hash{"sha-256": sha256.New, "sha-512": sha512.New}
 	for part := range strings.SplitSeq(strings.Join(h.Values("Content-Digest"), ","), ",") {
 		name, v, _ := strings.Cut(strings.TrimSpace(part), "=")
-		s := declaredDigest{}
-		switch name {
-		case "sha-256":
-			s.Hash = sha256.New()
-		case "sha-512":
-			s.Hash = sha512.New()
-		default:
+		newHash, known := hashes[name]
+		if !known {
 			continue
 		}
+		s := declaredDigest{Hash: newHash()}
 		s.want, err = base64.StdEncoding.DecodeString(strings.Trim(v, ":"))
 		if err != nil || len(s.want) != s.Size() {
 			return nil, newProblem(http.StatusBadRequest, "Content-Digest: %s is not the base64 of %d bytes between colons", name, s.Size())
@@ -277,41 +224,27 @@ func parseDeclaredDigests(h http.Header) (sums []declaredDigest, err error) {
 }
 
 // authorizeWrite returns nil if the request has API_TOKEN or the repository's
-// write_token ("": it has none). Its error is 403 if there is no token at all, since
-// no client can then write, and else 401. It does not read the body.
+// write_token ("": it has none), as the token of Authorization: Bearer or as the
+// password of Basic, which more clients can send. Its error is 403 if there is no
+// token at all, since no client can then write, and else 401. It does not read the
+// body.
 func (a *api) authorizeWrite(r *http.Request, writeToken secret) error {
 	if a.token == "" && writeToken == "" {
 		return newProblem(http.StatusForbidden, "writing is disabled: set API_TOKEN in the server's environment (or write_token of a local repository in remotes.yaml)")
 	}
-	given := tokenOf(r)
-	if sameToken(given, a.token) || sameToken(given, writeToken) {
-		return nil
+	_, given, isBasic := r.BasicAuth()
+	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); !isBasic && strings.EqualFold(scheme, "Bearer") {
+		given = strings.TrimSpace(token)
+	}
+	sum := sha256.Sum256([]byte(given)) // ConstantTimeCompare returns at once for different lengths
+	for _, token := range []secret{a.token, writeToken} {
+		want := sha256.Sum256([]byte(token))
+		if token != "" && subtle.ConstantTimeCompare(sum[:], want[:]) == 1 {
+			return nil
+		}
 	}
 	return &problem{status: http.StatusUnauthorized, detail: "a valid token is needed: Authorization: Bearer TOKEN",
 		challenge: `Bearer realm="artifactapi"`, cause: errUnauthorized}
-}
-
-// tokenOf returns the token of a request: that of Authorization: Bearer, or the
-// password of Basic, which more clients can send. "" if there is none.
-func tokenOf(r *http.Request) string {
-	if _, password, ok := r.BasicAuth(); ok {
-		return password
-	}
-	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	if strings.EqualFold(scheme, "Bearer") {
-		return strings.TrimSpace(token)
-	}
-	return ""
-}
-
-// sameToken reports whether given is the token. Its time depends on neither: both are
-// hashed first, because ConstantTimeCompare returns at once for different lengths.
-func sameToken(given string, token secret) bool {
-	if token == "" || given == "" {
-		return false
-	}
-	x, y := sha256.Sum256([]byte(given)), sha256.Sum256([]byte(token))
-	return subtle.ConstantTimeCompare(x[:], y[:]) == 1
 }
 
 // serveArtifacts serves /artifacts/{remote} and /artifacts/{remote}/{path}: GET
@@ -324,18 +257,21 @@ func (a *api) serveArtifacts(w *response, r *http.Request, rest string) error {
 	}
 	w.remote = name
 	switch {
-	case escaped == "":
+	case r.Method != http.MethodDelete && escaped != "":
+		return allowMethods(r, http.MethodDelete)
+	case r.Method != http.MethodDelete:
 		if err := allowMethods(r, http.MethodGet, http.MethodHead, http.MethodDelete); err != nil {
 			return err
 		}
-		if r.Method == http.MethodDelete {
-			return a.servePurgeMatching(w, r, rem)
-		}
 		return a.serveList(w, r, rem)
-	case r.Method == http.MethodDelete:
-		return a.servePurge(w, r, rem, escaped)
 	}
-	return allowMethods(r, http.MethodDelete)
+	if err := a.authorizeWrite(r, ""); err != nil {
+		return err
+	}
+	if escaped == "" {
+		return a.servePurgeMatching(w, r, rem)
+	}
+	return a.servePurge(w, r, rem, escaped)
 }
 
 // listedArtifact is one file in a listing. Its JSON is part of the API.
@@ -367,10 +303,18 @@ const (
 	maxPage     = 10000 // a larger page would be some 4 MB in memory for each client
 )
 
-// serveList sends a page of the files that are stored of a remote.
+// serveList sends a page of the files that are stored of a remote, as the query says
+// with prefix, pattern, limit and after.
 func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
-	q, err := listQuery(r.URL.Query(), rem.name)
-	if err != nil {
+	v := r.URL.Query()
+	q := pageQuery{remote: rem.name, prefix: v.Get("prefix"), after: v.Get("after"), limit: defaultPage}
+	var err error
+	if s := v.Get("limit"); s != "" {
+		if q.limit, err = strconv.Atoi(s); err != nil || q.limit < 1 || q.limit > maxPage {
+			return newProblem(http.StatusBadRequest, "limit must be a number from 1 to %d", maxPage)
+		}
+	}
+	if q.pattern, err = compilePattern(v.Get("pattern")); err != nil {
 		return err
 	}
 	p, err := a.cache.listFiles(r.Context(), q)
@@ -388,22 +332,6 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 		l.Complete = new(bool)
 	}
 	return writeJSON(w, l)
-}
-
-// listQuery reads the query of a listing: prefix, pattern, limit and after. Its error
-// is a 400 problem.
-func listQuery(v url.Values, name string) (pageQuery, error) {
-	q := pageQuery{remote: name, prefix: v.Get("prefix"), after: v.Get("after"), limit: defaultPage}
-	if s := v.Get("limit"); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil || n < 1 || n > maxPage {
-			return q, newProblem(http.StatusBadRequest, "limit must be a number from 1 to %d", maxPage)
-		}
-		q.limit = n
-	}
-	var err error
-	q.pattern, err = compilePattern(v.Get("pattern"))
-	return q, err
 }
 
 // compilePattern compiles a client's regular expression. It returns nil for "", and a
@@ -444,9 +372,6 @@ func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) list
 // servePurge removes the file at one path and all its query variants: 204, or 404 if
 // nothing was stored there. Fills of the path that run are not stored.
 func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped string) error {
-	if err := a.authorizeWrite(r, ""); err != nil {
-		return err
-	}
 	path, spelling, err := spellPath(escaped, "")
 	if err != nil {
 		return err
@@ -469,9 +394,6 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 // servePurgeMatching removes the files of a remote whose decoded path matches
 // ?pattern=, and answers how many were removed. Fills that match are not stored.
 func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) error {
-	if err := a.authorizeWrite(r, ""); err != nil {
-		return err
-	}
 	re, err := compilePattern(r.URL.Query().Get("pattern"))
 	if err != nil {
 		return err
@@ -509,10 +431,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	for name, state := range a.health().Backends {
 		g.backends[name] = state != "down"
 	}
-	totals, err := a.cache.storedTotals(r.Context())
-	if err != nil {
-		totals = nil // without the index, the other series are still sent
-	}
+	totals, _ := a.cache.storedTotals(r.Context()) // without the index, the other series are still sent
 	for name, t := range totals {
 		g.stored[name] = storedSize(t)
 	}
@@ -541,10 +460,7 @@ type remoteOverview struct {
 // serveRoot serves /: the remotes and what is stored of each, as JSON or, to a client
 // that accepts text/html, as a page.
 func (a *api) serveRoot(w *response, r *http.Request) error {
-	totals, err := a.cache.storedTotals(r.Context())
-	if err != nil {
-		totals = nil // without the index, the remotes are still shown
-	}
+	totals, _ := a.cache.storedTotals(r.Context()) // without the index, the remotes are still shown
 	cfg := a.config()
 	v := overview{Name: "artifactapi", Version: a.version, Remotes: make([]remoteOverview, 0, len(cfg.names))}
 	for _, name := range cfg.names {
@@ -557,44 +473,23 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 		}
 		v.Remotes = append(v.Remotes, e)
 	}
-	w.Header().Set("Vary", "Accept")
-	if strings.Contains(r.Header.Get("Accept"), "text/html") {
-		return a.servePage(w, v)
+	h := w.Header()
+	h.Set("Vary", "Accept")
+	if !strings.Contains(r.Header.Get("Accept"), "text/html") {
+		return writeJSON(w, v)
 	}
-	return writeJSON(w, v)
+	h.Set("Content-Type", "text/html; charset=utf-8")
+	h.Set("Content-Security-Policy", "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+	h.Set("X-Content-Type-Options", "nosniff")
+	return pageTemplate.Execute(w, v)
 }
 
-// pageCSS is the page's only style sheet. The page's Content-Security-Policy allows it
-// by its hash and nothing else.
-const pageCSS = `body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}
-table{border-collapse:collapse;width:100%}th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid #ddd}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}code{background:#f3f3f3;padding:.1rem .3rem}
-@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}th,td{border-color:#333}code{background:#262626}}`
-
-// pageTemplate is the page of /. html/template escapes what it is given.
+// pageTemplate is the page of / for browsers. html/template escapes what it is given.
 var pageTemplate = template.Must(template.New("page").Parse(`<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>artifactapi</title>
-<style>{{.CSS}}</style>
-<h1>artifactapi <small>{{.Version}}</small></h1>
+<h1>artifactapi {{.Version}}</h1>
 <p>Files are at <code>/api/REMOTE/PATH</code>, images at <code>/v2/REMOTE/IMAGE</code>. <a href="health">health</a> <a href="config">config</a> <a href="metrics">metrics</a></p>
-<table><tr><th>Remote<th>Package<th>Upstream<th class="n">Files<th class="n">Bytes<th>About</tr>
-{{range .Remotes}}<tr><td><a href="artifacts/{{.Name}}">{{.Name}}</a><td>{{.Package}}<td>{{if eq .Type "local"}}local{{else}}{{.URL}}{{end}}<td class="n">{{.Artifacts}}<td class="n">{{.Bytes}}<td>{{.Description}}</tr>
+<table><tr><th>Remote<th>Package<th>Upstream<th>Files<th>Bytes<th>About</tr>
+{{range .Remotes}}<tr><td><a href="artifacts/{{.Name}}">{{.Name}}</a><td>{{.Package}}<td>{{or .URL "local"}}<td>{{.Artifacts}}<td>{{.Bytes}}<td>{{.Description}}</tr>
 {{end}}</table></html>
 `))
-
-// servePage sends v as an HTML page.
-func (a *api) servePage(w *response, v overview) error {
-	sum := sha256.Sum256([]byte(pageCSS))
-	h := w.Header()
-	h.Set("Content-Type", "text/html; charset=utf-8")
-	h.Set("Content-Security-Policy", "default-src 'none'; style-src 'sha256-"+base64.StdEncoding.EncodeToString(sum[:])+"'")
-	h.Set("X-Content-Type-Options", "nosniff")
-	data := struct {
-		overview
-		CSS template.CSS
-	}{v, pageCSS}
-	if err := pageTemplate.Execute(w, data); err != nil {
-		return fmt.Errorf("writing the page of /: %w", err)
-	}
-	return nil
-}
