@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,7 +14,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
-	"slices"
+	"regexp"
 	"strings"
 )
 
@@ -155,27 +156,34 @@ var (
 // newFileRequest returns the cache's request for c. Its error is a problem: the path
 // is too long or not allowed.
 func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
-	var file fileRequest
+	file := fileRequest{target: c.newTarget(cmp.Or(c.reference, "list")), scope: "repository:" + c.image + ":pull"}
+	common := registryFile{call: c}
 	switch c.route {
 	case routeManifest:
-		file = g.manifestRequest(c)
+		file.behavior, file.digest = &manifestFile{common, g}, c.digest
+		file.accept, file.maxBytes, file.needsWholeBody = acceptManifests, maxManifest, true
 	case routeBlob:
-		file = g.blobRequest(c)
+		file.behavior, file.digest = &registryFile{call: c}, c.digest
+		file.spelling, file.sharedKey = "blobs/"+c.reference, true // all images of a remote share one stored copy
+		file.knownSize, _ = g.sizes.get(c.sizeKey(c.digest))
 	case routeTags:
-		file = g.tagsRequest(c)
-	default:
-		file = g.referrersRequest(c)
+		file.behavior = &listFile{common, "tags"}
+		file.accept, file.maxBytes, file.needsWholeBody = typeJSON, maxList, true
+	case routeReferrers:
+		file.behavior, file.alwaysRefetched = &referrersFile{listFile{common, "manifests"}}, true
+		file.accept, file.maxBytes, file.needsWholeBody = acceptManifests, maxList, true
 	}
-	file.scope = "repository:" + c.image + ":pull"
 	if len(file.wire) > maxSpelling {
 		return file, newTooLongError()
 	}
 	return file, file.classify()
 }
 
-// newTarget returns c's file; path is the decoded path that patterns see. It is its
-// own spelling: a ":" is not escaped, because some registries refuse "%3A".
-func (c *registryCall) newTarget(path string) target {
+// newTarget returns the file of c's route with that reference. Its decoded path, which
+// patterns see, is its own spelling: a ":" is not escaped, because some registries
+// refuse "%3A".
+func (c *registryCall) newTarget(reference string) target {
+	path := c.image + "/" + string(c.route) + "/" + reference
 	t := target{remote: c.remote, path: path, spelling: path}
 	if c.query != "" {
 		t.spelling += "?" + c.query
@@ -184,73 +192,19 @@ func (c *registryCall) newTarget(path string) target {
 	return t
 }
 
-// manifestRequest asks for a manifest, by tag or by digest.
-func (g *registry) manifestRequest(c *registryCall) fileRequest {
-	return fileRequest{target: c.newTarget(c.image + "/manifests/" + c.reference), behavior: &manifestFile{registryFile{call: c}, g},
-		accept: acceptManifests, digest: c.digest, maxBytes: maxManifest, needsWholeBody: true}
-}
+// nextLinkPattern finds the target of a link with rel=next in a Link header (RFC 8288).
+var nextLinkPattern = regexp.MustCompile(`(?i)<([^<>]*)>[^<]*;\s*rel\s*=\s*"?[^"<;,]*\bnext\b`)
 
-// blobRequest asks for a blob. All images of a remote share one stored copy of it.
-func (g *registry) blobRequest(c *registryCall) fileRequest {
-	file := fileRequest{target: c.newTarget(c.image + "/blobs/" + c.reference), behavior: &registryFile{call: c}, digest: c.digest, sharedKey: true}
-	file.spelling = "blobs/" + c.reference
-	file.knownSize, _ = g.sizes.get(c.sizeKey(c.digest))
-	return file
-}
-
-// tagsRequest asks for a page of the list of an image's tags.
-func (g *registry) tagsRequest(c *registryCall) fileRequest {
-	return fileRequest{target: c.newTarget(c.image + "/tags/list"), behavior: &listFile{registryFile{call: c}, "tags"},
-		accept: typeJSON, maxBytes: maxList, needsWholeBody: true}
-}
-
-// referrersRequest asks for the list of manifests that refer to a digest.
-func (g *registry) referrersRequest(c *registryCall) fileRequest {
-	return fileRequest{target: c.newTarget(c.image + "/referrers/" + c.reference), behavior: &referrersFile{listFile{registryFile{call: c}, "manifests"}},
-		accept: acceptManifests, maxBytes: maxList, needsWholeBody: true, alwaysRefetched: true}
-}
-
-// nextPageQuery returns the normalised query of the link with rel=next in Link headers
-// (RFC 8288), or "" if there is none. The link's path is not needed: the next page
-// has the path of the list itself.
+// nextPageQuery returns the query of the link with rel=next in Link headers, or "" if
+// there is none. It is sorted and without ns, which clients send to mirrors and
+// mirrors do not send upstream. The link's path is not needed: the next page has the
+// path of the list itself.
 func nextPageQuery(links []string) string {
-	for _, l := range links {
-		for {
-			_, rest, opened := strings.Cut(l, "<")
-			ref, rest, closed := strings.Cut(rest, ">")
-			if !opened || !closed {
-				break
-			}
-			params := rest
-			if i := strings.IndexByte(rest, '<'); i >= 0 {
-				params = rest[:i]
-			}
-			if hasRelNext(params) {
-				return queryOfReference(ref)
-			}
-			l = rest
-		}
+	found := nextLinkPattern.FindStringSubmatch(strings.Join(links, ", "))
+	if found == nil {
+		return ""
 	}
-	return ""
-}
-
-// hasRelNext reports whether the parameters of a link include rel=next.
-func hasRelNext(params string) bool {
-	for p := range strings.FieldsFuncSeq(params, func(r rune) bool { return r == ';' || r == ',' }) {
-		name, value, _ := strings.Cut(strings.TrimSpace(p), "=")
-		if !strings.EqualFold(strings.TrimSpace(name), "rel") {
-			continue
-		}
-		rels := strings.Fields(strings.Trim(strings.TrimSpace(value), `"`))
-		return slices.ContainsFunc(rels, func(rel string) bool { return strings.EqualFold(rel, "next") })
-	}
-	return false
-}
-
-// queryOfReference returns the query of a URI reference, sorted and without ns, which
-// clients send to mirrors and mirrors do not send upstream.
-func queryOfReference(ref string) string {
-	u, err := url.Parse(ref)
+	u, err := url.Parse(found[1])
 	if err != nil {
 		return ""
 	}
@@ -283,13 +237,6 @@ func readWholeBody(rec *record, body io.ReaderAt) ([]byte, error) {
 	return text, nil
 }
 
-// newNotAManifestError returns the error for a body with status 200 that is not a
-// manifest. Often it is a login page.
-func newNotAManifestError(r *remote, rec *record) error {
-	return &registryError{codeManifestInvalid, nil, &problem{status: http.StatusBadGateway, cause: errBadUpstream,
-		detail: fmt.Sprintf("the upstream of remote %q did not answer with a manifest (its content type is %.100q)", r.name, rec.ContentType)}}
-}
-
 // mediaType returns a manifest's type: the upstream's if that is specific, else the
 // type that the manifest declares, else the one that its members suggest.
 func (m *manifest) mediaType(upstream string) string {
@@ -308,18 +255,6 @@ func (m *manifest) mediaType(upstream string) string {
 		return upstream
 	}
 	return typeJSON
-}
-
-// manifestDigest returns the digest of a manifest that was asked for by tag. It is
-// the digest that the upstream sent if the text has it (it may be a SHA-512), else
-// the SHA-256 of the text.
-func manifestDigest(text []byte, upstream string) string {
-	s := newBodyHash(upstream)
-	s.Write(text)
-	if upstream != "" && s.verifyDigest(upstream) == nil {
-		return upstream
-	}
-	return "sha256:" + s.sumHex()
 }
 
 // rememberSizes keeps the sizes of an image's blobs, with which a HEAD of a blob that
@@ -366,10 +301,8 @@ func newRegistryError(code string, status int, format string, args ...any) error
 	return &registryError{code, nil, newProblem(status, format, args...)}
 }
 
-// newNoRouteError returns the error for a path that is not one of the registry API.
-func newNoRouteError() error {
-	return newRegistryError(codeUnsupported, http.StatusNotFound, "the registry API has no such path: images are below /v2/REMOTE/")
-}
+// errNoRoute is the error for a path that is not one of the registry API.
+var errNoRoute = newRegistryError(codeUnsupported, http.StatusNotFound, "the registry API has no such path: images are below /v2/REMOTE/")
 
 // newUnknownNameError returns the error for a path whose first element is not a docker
 // remote, when ns names none either. For a remote of another package it says where
@@ -403,7 +336,7 @@ func (c *registryCall) withErrorCode(err error) error {
 	newStatus := status
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		e.code, newStatus = c.notFoundCode(), http.StatusNotFound
+		e.code, newStatus = cmp.Or(notFoundCodes[c.route], codeNameUnknown), http.StatusNotFound
 	case upstream != nil && upstream.code == http.StatusUnauthorized, status == http.StatusForbidden:
 		e.code, newStatus = codeDenied, http.StatusForbidden
 	case upstream != nil && upstream.code == http.StatusTooManyRequests, errors.Is(err, errBusy):
@@ -421,16 +354,8 @@ func (c *registryCall) withErrorCode(err error) error {
 	return e
 }
 
-// notFoundCode returns the code of a 404 for c.
-func (c *registryCall) notFoundCode() string {
-	switch c.route {
-	case routeManifest:
-		return codeManifestUnknown
-	case routeBlob:
-		return codeBlobUnknown
-	}
-	return codeNameUnknown
-}
+// notFoundCodes are the codes of a 404; codeNameUnknown for the other routes.
+var notFoundCodes = map[registryRoute]string{routeManifest: codeManifestUnknown, routeBlob: codeBlobUnknown}
 
 // writeRegistryError is the registry's errorWriter: it sends an error in the form of
 // the specification.

@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -41,14 +42,15 @@ func (f *registryFile) setHeaders(h *headerSetter, _ string, rec *record) {
 	}
 }
 
-// manifestFile is the behavior of a manifest. Clients retry a 429 at once, so a
-// stale tag is better than none.
+// servesStale reports a 429. Clients retry it at once, so a stale tag is better than
+// none.
+func (f *registryFile) servesStale(status int) bool { return status == http.StatusTooManyRequests }
+
+// manifestFile is the behavior of a manifest.
 type manifestFile struct {
 	registryFile
 	g *registry
 }
-
-func (f *manifestFile) servesStale(status int) bool { return status == http.StatusTooManyRequests }
 
 // keepHeaders keeps the upstream's Docker-Content-Digest in the record, if it is one.
 func (f *manifestFile) keepHeaders(rec *record, h http.Header) {
@@ -70,7 +72,8 @@ func (f *manifestFile) checkBody(ctx context.Context, rec *record, body io.Reade
 	var m manifest
 	_ = json.Unmarshal(text, &m) // m stays empty if the text is not JSON
 	if c.digest == "" && len(m.SchemaVersion) == 0 {
-		return newNotAManifestError(c.remote, rec)
+		return &registryError{codeManifestInvalid, nil, &problem{status: http.StatusBadGateway, cause: errBadUpstream,
+			detail: fmt.Sprintf("the upstream of remote %q did not answer with a manifest (its content type is %.100q)", rec.Remote, rec.ContentType)}}
 	}
 	rec.ContentType = m.mediaType(rec.ContentType)
 	g.rememberSizes(c, &m)
@@ -78,8 +81,12 @@ func (f *manifestFile) checkBody(ctx context.Context, rec *record, body io.Reade
 		rec.Digest = c.digest
 		return nil
 	}
-	rec.Digest = manifestDigest(text, rec.Digest)
-	t := c.newTarget(c.image + "/manifests/" + rec.Digest)
+	sum := newBodyHash(rec.Digest)
+	sum.Write(text)
+	if rec.Digest == "" || sum.verifyDigest(rec.Digest) != nil { // the upstream's may be a SHA-512
+		rec.Digest = "sha256:" + sum.sumHex()
+	}
+	t := c.newTarget(rec.Digest)
 	t.class = immutable
 	g.cache.storeUnderSecondKey(ctx, t, rec, body)
 	return nil
@@ -91,8 +98,6 @@ type listFile struct {
 	registryFile
 	member string
 }
-
-func (f *listFile) servesStale(status int) bool { return status == http.StatusTooManyRequests }
 
 // keepHeaders keeps the headers that belong to a page of a list in its record:
 // the next page, and whether the upstream has filtered referrers.

@@ -29,15 +29,12 @@ func parseCall(cfg *config, u *url.URL) (*registryCall, error) {
 		c.ns = query.Get("ns")
 		query.Del("ns")
 	}
-	first, rest, _ := strings.Cut(strings.TrimPrefix(u.Path, "/"), "/")
-	var err error
-	if first == "v2" {
-		err = c.parseBelowV2(cfg, rest)
-	} else {
-		_, rest, _ = strings.Cut(rest, "/") // "v2"
-		err = c.parseBelowRemote(cfg, first, rest)
+	path, ns := strings.TrimPrefix(u.Path, "/"), c.ns
+	first, rest, _ := strings.Cut(path, "/")
+	if first != "v2" { // /{remote}/v2/... is /v2/{remote}/v2/..., and no ns counts beside the remote
+		rest, ns = path, ""
 	}
-	if err != nil || c.route == routePing {
+	if err := c.parseBelowV2(cfg, rest, ns); err != nil || c.route == routePing {
 		return c, err
 	}
 	if c.remote.registry == "docker.io" && !strings.Contains(c.image, "/") {
@@ -50,8 +47,8 @@ func parseCall(cfg *config, u *url.URL) (*registryCall, error) {
 }
 
 // parseBelowV2 parses the part of a path behind /v2/. A docker remote of the name of
-// the first element is preferred to the one that ns names.
-func (c *registryCall) parseBelowV2(cfg *config, rest string) error {
+// the first element is preferred to the one whose registry is ns.
+func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 	if rest == "" {
 		return nil
 	}
@@ -60,45 +57,27 @@ func (c *registryCall) parseBelowV2(cfg *config, rest string) error {
 		name = rest
 	}
 	first, image, _ := strings.Cut(name, "/")
-	rem := dockerRemote(cfg, first)
-	switch {
-	case !hasOperation && rem != nil && (image == "" || image == "v2" || image == "v2/"):
+	rem := cfg.remotes[first]
+	switch isDocker := rem != nil && rem.packageType == "docker"; {
+	case isDocker && !hasOperation:
 		c.remote = rem
-		return nil
-	case !hasOperation && rem != nil:
-		c.remote = rem
-		return newNoRouteError()
-	case rem != nil && image != "":
-		// Clients append /v2/IMAGE to a mirror's URL, whatever its path is.
-		if inner, ok := strings.CutPrefix(image, "v2/"); ok {
-			image = inner
+		if image == "" || image == "v2" || image == "v2/" {
+			return nil
 		}
+		return errNoRoute
+	case isDocker && image != "":
+		// Clients append /v2/IMAGE to a mirror's URL, whatever its path is.
+		image = strings.TrimPrefix(image, "v2/")
 	default:
-		if rem = cfg.remoteByRegistry(c.ns); rem == nil || c.ns == "" {
-			return newUnknownNameError(cfg, first, c.ns)
+		if rem = cfg.remoteByRegistry(ns); rem == nil || ns == "" {
+			return newUnknownNameError(cfg, first, ns)
 		}
 		image = name
 	}
 	if !hasOperation {
-		return newNoRouteError()
+		return errNoRoute
 	}
 	c.remote, c.image = rem, image
-	return nil
-}
-
-// parseBelowRemote parses the part of a path behind /{name}/v2/.
-func (c *registryCall) parseBelowRemote(cfg *config, name, rest string) error {
-	if c.remote = dockerRemote(cfg, name); c.remote == nil {
-		return newUnknownNameError(cfg, name, "")
-	}
-	if rest == "" {
-		return nil
-	}
-	image, ok := c.splitOperation(rest)
-	if !ok {
-		return newNoRouteError()
-	}
-	c.image = image
 	return nil
 }
 
@@ -122,14 +101,6 @@ func (c *registryCall) splitOperation(rest string) (name string, ok bool) {
 		return rest[:j], true
 	}
 	return "", false
-}
-
-// dockerRemote returns the remote of that name if its package is docker, else nil.
-func dockerRemote(cfg *config, name string) *remote {
-	if r := cfg.remotes[name]; r != nil && r.packageType == "docker" {
-		return r
-	}
-	return nil
 }
 
 // checkNames refuses names, tags and digests that no registry can have, so that no
@@ -181,15 +152,8 @@ func isImageName(s string) bool {
 // isTag reports whether s is a tag: letters, digits and "._-", at most maxTag of them,
 // the first one neither "." nor "-" (OCI distribution specification).
 func isTag(s string) bool {
-	if s == "" || len(s) > maxTag || s[0] == '.' || s[0] == '-' {
-		return false
-	}
-	for i := range len(s) {
-		if c := s[i]; !unescapedBytes[c] || c == '/' || c == '~' {
-			return false
-		}
-	}
-	return true
+	return s != "" && len(s) <= maxTag && s[0] != '.' && s[0] != '-' &&
+		strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") == ""
 }
 
 // isDigest reports whether s is a digest that can be verified: sha256 or sha512 with
