@@ -94,7 +94,7 @@ func allowMethods(r *http.Request, methods ...string) error {
 		return nil
 	}
 	p := newProblem(http.StatusMethodNotAllowed, "method %s is not allowed here", r.Method)
-	p.allow = strings.Join(methods, ", ")
+	p.headers = http.Header{"Allow": {strings.Join(methods, ", ")}}
 	return p
 }
 
@@ -244,7 +244,7 @@ func (a *api) authorizeWrite(r *http.Request, writeToken secret) error {
 		}
 	}
 	return &problem{status: http.StatusUnauthorized, detail: "a valid token is needed: Authorization: Bearer TOKEN",
-		challenge: `Bearer realm="artifactapi"`, cause: errUnauthorized}
+		headers: http.Header{"Www-Authenticate": {`Bearer realm="artifactapi"`}}}
 }
 
 // serveArtifacts serves /artifacts/{remote} and /artifacts/{remote}/{path}: GET
@@ -257,21 +257,15 @@ func (a *api) serveArtifacts(w *response, r *http.Request, rest string) error {
 	}
 	w.remote = name
 	switch {
-	case r.Method != http.MethodDelete && escaped != "":
+	case r.Method == http.MethodDelete:
+		return a.servePurge(w, r, rem, escaped)
+	case escaped != "":
 		return allowMethods(r, http.MethodDelete)
-	case r.Method != http.MethodDelete:
-		if err := allowMethods(r, http.MethodGet, http.MethodHead, http.MethodDelete); err != nil {
-			return err
-		}
-		return a.serveList(w, r, rem)
 	}
-	if err := a.authorizeWrite(r, ""); err != nil {
+	if err := allowMethods(r, http.MethodGet, http.MethodHead, http.MethodDelete); err != nil {
 		return err
 	}
-	if escaped == "" {
-		return a.servePurgeMatching(w, r, rem)
-	}
-	return a.servePurge(w, r, rem, escaped)
+	return a.serveList(w, r, rem)
 }
 
 // listedArtifact is one file in a listing. Its JSON is part of the API.
@@ -370,8 +364,26 @@ func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) list
 }
 
 // servePurge removes the file at one path and all its query variants: 204, or 404 if
-// nothing was stored there. Fills of the path that run are not stored.
+// nothing was stored there. Without a path it removes the files whose decoded path
+// matches ?pattern=, and answers how many. Fills of them that run are not stored.
 func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped string) error {
+	if err := a.authorizeWrite(r, ""); err != nil {
+		return err
+	}
+	if escaped == "" {
+		re, err := compilePattern(r.URL.Query().Get("pattern"))
+		if err != nil {
+			return err
+		}
+		if re == nil {
+			return newProblem(http.StatusBadRequest, "the query must say what to purge: ?pattern=REGEX (\".\" purges everything)")
+		}
+		purged, err := a.cache.purgeMatching(r.Context(), rem.name, re)
+		if err != nil {
+			return err
+		}
+		return writeJSON(w, map[string]int{"purged": purged})
+	}
 	path, spelling, err := spellPath(escaped, "")
 	if err != nil {
 		return err
@@ -389,23 +401,6 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
-}
-
-// servePurgeMatching removes the files of a remote whose decoded path matches
-// ?pattern=, and answers how many were removed. Fills that match are not stored.
-func (a *api) servePurgeMatching(w *response, r *http.Request, rem *remote) error {
-	re, err := compilePattern(r.URL.Query().Get("pattern"))
-	if err != nil {
-		return err
-	}
-	if re == nil {
-		return newProblem(http.StatusBadRequest, "the query must say what to purge: ?pattern=REGEX (\".\" purges everything)")
-	}
-	purged, err := a.cache.purgeMatching(r.Context(), rem.name, re)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, map[string]int{"purged": purged})
 }
 
 // serveHealth serves /health. It answers 200 even when a backend is down, because

@@ -119,7 +119,7 @@ func (g *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (g *registry) serveCall(w *response, r *http.Request) error {
 	w.Header()["Docker-Distribution-Api-Version"] = apiVersion
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return &registryError{codeUnsupported, nil, &problem{status: http.StatusMethodNotAllowed, allow: "GET, HEAD",
+		return &registryError{codeUnsupported, nil, &problem{status: http.StatusMethodNotAllowed, headers: http.Header{"Allow": {"GET, HEAD"}},
 			detail: "this registry is a read-only mirror: push images to the registry behind it"}}
 	}
 	c, err := parseCall(g.config(), r.URL)

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -13,6 +14,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -27,17 +29,16 @@ import (
 // The error kinds that all layers share. An error with more to say wraps one of
 // them. A missing file is fs.ErrNotExist in every layer.
 var (
-	errBadRequest   = errors.New("bad request")
-	errUnauthorized = errors.New("a token is needed")
-	errDenied       = errors.New("denied")
-	errTooLong      = errors.New("path too long")
-	errUnreachable  = errors.New("upstream unreachable") // dial, DNS, TLS, reset before headers
-	errTimeout      = errors.New("upstream timed out")
-	errBadUpstream  = errors.New("bad upstream answer") // there is an answer, but it cannot be used
-	errStoreDown    = errors.New("store is not usable")
-	errNoSpace      = errors.New("no space left to store")
-	errBusy         = errors.New("too many requests") // Retry-After is sent
-	errClientGone   = errors.New("the client left")
+	errBadRequest  = errors.New("bad request")
+	errDenied      = errors.New("denied")
+	errTooLong     = errors.New("path too long")
+	errUnreachable = errors.New("upstream unreachable") // dial, DNS, TLS, reset before headers
+	errTimeout     = errors.New("upstream timed out")
+	errBadUpstream = errors.New("bad upstream answer") // there is an answer, but it cannot be used
+	errStoreDown   = errors.New("store is not usable")
+	errNoSpace     = errors.New("no space left to store")
+	errBusy        = errors.New("too many requests") // Retry-After is sent
+	errClientGone  = errors.New("the client left")
 )
 
 // statusClientGone is logged for a client that left before the end of its answer.
@@ -50,8 +51,7 @@ type problem struct {
 	status     int
 	detail     string
 	retryAfter time.Duration // 0 means no Retry-After header
-	allow      string        // the Allow header of a 405
-	challenge  string        // the WWW-Authenticate header of a 401
+	headers    http.Header   // Allow of a 405, WWW-Authenticate of a 401
 	cause      error         // for errors.Is and errors.AsType; may be nil
 }
 
@@ -80,7 +80,6 @@ var errorStatuses = []struct {
 	{context.Canceled, statusClientGone, "the client left"},
 	{errClientGone, statusClientGone, "the client left"},
 	{errBadRequest, http.StatusBadRequest, "bad request"},
-	{errUnauthorized, http.StatusUnauthorized, "a token is needed"},
 	{errDenied, http.StatusForbidden, "this path may not be fetched: no pattern of the remote allows it"},
 	{errTooLong, http.StatusRequestURITooLong, "the path is longer than 1024 bytes"},
 	{fs.ErrNotExist, http.StatusNotFound, "not found"},
@@ -116,11 +115,10 @@ func (s secret) String() string {
 	return "***"
 }
 
-// GoString, LogValue and MarshalJSON hide the secret from %#v, slog and
-// encoding/json, which do not use String.
+// GoString and MarshalText hide the secret from %#v, and from encoding/json and slog,
+// which do not use String.
 func (s secret) GoString() string             { return s.String() }
-func (s secret) LogValue() slog.Value         { return slog.StringValue(s.String()) }
-func (s secret) MarshalJSON() ([]byte, error) { return json.Marshal(s.String()) }
+func (s secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
 // handler serves one request. The responder answers an error that it returns. If
 // the answer has begun by then, the connection is aborted instead, so that the
@@ -137,7 +135,6 @@ type responder struct {
 
 // requestCounter counts answered requests. It is called concurrently.
 type requestCounter interface {
-	// countRequest: see metrics.countRequest.
 	countRequest(remote, result string, status int, bytes int64, d time.Duration)
 }
 
@@ -148,10 +145,7 @@ type errorWriter func(w http.ResponseWriter, status int, detail string, err erro
 // the connection must be aborted, after the request was logged and counted.
 func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handler, writeError errorWriter) {
 	began := s.now()
-	res := &response{ResponseWriter: w, controller: http.NewResponseController(w), now: s.now, head: r.Method == http.MethodHead}
-	if r.ProtoMajor == 1 && r.TLS == nil {
-		res.sendfile = true
-	}
+	res := &response{ResponseWriter: w, controller: http.NewResponseController(w), now: s.now, sendfile: r.ProtoMajor == 1 && r.TLS == nil}
 	res.extendWriteDeadline() // the deadline of an earlier answer may be over, and net/http may write before we do
 	if r.ContentLength != 0 {
 		// net/http reads a body that no handler reads before it sends the answer.
@@ -159,7 +153,9 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 		// of the body.
 		_ = res.controller.SetReadDeadline(began.Add(clientTimeout / 2))
 	}
-	unwanted := hasUnwantedBody(r)
+	// A body of a method that has none here may never come, and net/http would read
+	// it before it answers, to keep the connection.
+	unwanted := r.ContentLength != 0 && r.ProtoMajor == 1 && r.Method != http.MethodPut && r.Method != http.MethodPost
 	if unwanted {
 		res.Header().Set("Connection", "close")
 	}
@@ -167,10 +163,7 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 	if unwanted { // what has not arrived by then is not waited for
 		_ = res.controller.SetReadDeadline(s.now().Add(closeDelay))
 	}
-	abort := false
-	if err != nil {
-		abort = s.answerError(res, r, err, writeError)
-	}
+	abort := err != nil && s.answerError(res, r, err, writeError)
 	s.logAndCount(res, r, err, s.now().Sub(began))
 	if abort {
 		if !r.ProtoAtLeast(1, 1) {
@@ -196,13 +189,6 @@ func (s *responder) readRefusedBody(w *response, r *http.Request) {
 			return
 		}
 	}
-}
-
-// hasUnwantedBody reports whether r announces a body although its method has none
-// here. net/http would read the body before it answers, to keep the connection, but
-// the body may never come.
-func hasUnwantedBody(r *http.Request) bool {
-	return r.ContentLength != 0 && r.ProtoMajor == 1 && r.Method != http.MethodPut && r.Method != http.MethodPost
 }
 
 // callHandler calls h and turns a panic into an error. http.ErrAbortHandler becomes
@@ -244,12 +230,7 @@ func (s *responder) answerError(w *response, r *http.Request, err error, writeEr
 		if p.retryAfter > 0 {
 			h.Set("Retry-After", strconv.Itoa(int(math.Ceil(p.retryAfter.Seconds()))))
 		}
-		if p.allow != "" {
-			h.Set("Allow", p.allow)
-		}
-		if p.challenge != "" {
-			h.Set("WWW-Authenticate", p.challenge)
-		}
+		maps.Copy(h, p.headers)
 	}
 	h.Set("X-Content-Type-Options", "nosniff")
 	switch {
@@ -284,15 +265,8 @@ func (s *responder) logAndCount(w *response, r *http.Request, err error, took ti
 	if !s.log.Enabled(r.Context(), level) {
 		return
 	}
-	path := w.path
-	if path == "" {
-		path = r.URL.Path
-	}
-	client, _, splitErr := net.SplitHostPort(r.RemoteAddr)
-	if splitErr != nil {
-		client = r.RemoteAddr
-	}
-	attrs := []slog.Attr{slog.String("method", r.Method), slog.String("remote", w.remote), slog.String("path", path),
+	client, _, _ := net.SplitHostPort(r.RemoteAddr)
+	attrs := []slog.Attr{slog.String("method", r.Method), slog.String("remote", w.remote), slog.String("path", cmp.Or(w.path, r.URL.Path)),
 		slog.Int("status", w.status), slog.Int64("bytes", w.bytes), slog.Duration("duration", took), slog.String("client", client)}
 	if err != nil && !errors.Is(err, http.ErrAbortHandler) {
 		attrs = append(attrs, slog.String("error", err.Error()))
@@ -382,7 +356,6 @@ type response struct {
 	http.ResponseWriter
 	controller    *http.ResponseController
 	now           func() time.Time
-	head          bool      // the request is a HEAD
 	sendfile      bool      // plain HTTP/1, where net/http lets the kernel send files
 	deadlineSetAt time.Time // when the write deadline was last set
 
@@ -455,7 +428,7 @@ func (w *response) noteWriteError(err error) error {
 // buffered after the handler returned, and the client may not take it.
 func (w *response) extendWriteDeadline() {
 	now := w.now()
-	if now.Sub(w.deadlineSetAt) < clientTimeout/4 && !w.deadlineSetAt.IsZero() {
+	if now.Sub(w.deadlineSetAt) < clientTimeout/4 {
 		return
 	}
 	w.deadlineSetAt = now
@@ -465,7 +438,7 @@ func (w *response) extendWriteDeadline() {
 // ReadFrom sends src, by the kernel if it is a fileSource and the connection is
 // plain. An error of src is remembered in bodyErr, because http.ServeContent
 // ignores the error of its copy.
-func (w *response) ReadFrom(src io.Reader) (int64, error) {
+func (w *response) ReadFrom(src io.Reader) (sent int64, err error) {
 	limit, body := int64(math.MaxInt64), src
 	if l, ok := src.(*io.LimitedReader); ok {
 		limit, body = l.N, l.R
@@ -473,10 +446,27 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}
-	if s, ok := body.(fileSource); ok && w.sendfile {
-		return w.sendFiles(s, limit)
+	files, inFiles := body.(fileSource)
+	for inFiles && w.sendfile && sent < limit {
+		w.flushIfWaiting(body)
+		f, n, err := files.nextFile(min(limit-sent, sendStep))
+		if err != nil {
+			return sent, w.checkBodyEnd(err, sent, limit)
+		}
+		if f == nil { // the bytes are not in a file
+			break
+		}
+		step, err := w.sendFile(f, n)
+		files.advanceBy(step)
+		sent += step
+		if err != nil {
+			return sent, err
+		}
 	}
-	return w.copyBody(body, limit)
+	if sent == limit {
+		return sent, nil
+	}
+	return w.copyBody(body, sent, limit)
 }
 
 // flushIfWaiting sends what is buffered (at first the headers) if the next read of
@@ -487,47 +477,14 @@ func (w *response) flushIfWaiting(body any) {
 	}
 }
 
-// sendFiles sends limit bytes of s by the kernel, or all of s if limit is
-// math.MaxInt64.
-func (w *response) sendFiles(s fileSource, limit int64) (sent int64, err error) {
-	for sent < limit {
-		w.flushIfWaiting(s)
-		f, n, err := s.nextFile(min(limit-sent, sendStep))
-		if err != nil {
-			return sent, w.checkBodyEnd(err, sent, limit)
-		}
-		if f == nil {
-			if limit < math.MaxInt64 { // a length was promised
-				limit -= sent
-			}
-			n, err := w.copyBody(s, limit)
-			return sent + n, err
-		}
-		step, err := w.sendFile(f, n)
-		s.advanceBy(step)
-		sent += step
-		if err != nil {
-			return sent, err
-		}
-	}
-	return sent, nil
-}
-
 // sendFile sends n bytes of f from its current position. If the deadline passes
 // although bytes were sent, the step was only large for a slow client, and it goes
 // on.
 func (w *response) sendFile(f *os.File, n int64) (sent int64, err error) {
-	kernel, ok := w.ResponseWriter.(io.ReaderFrom)
 	for sent < n {
 		w.deadlineSetAt = time.Time{} // each step gets the whole time
 		w.extendWriteDeadline()
-		var step int64
-		src := &io.LimitedReader{R: f, N: n - sent}
-		if ok {
-			step, err = kernel.ReadFrom(src)
-		} else {
-			step, err = io.Copy(w.ResponseWriter, src)
-		}
+		step, err := io.Copy(w.ResponseWriter, &io.LimitedReader{R: f, N: n - sent}) // by its ReadFrom
 		sent += step
 		w.bytes += step
 		switch {
@@ -548,9 +505,9 @@ var (
 	largeBuffers = sync.Pool{New: func() any { return new([largeBufferSize]byte) }}
 )
 
-// copyBody sends limit bytes of a body that the kernel cannot send: from memory, by
-// TLS, from a stream.
-func (w *response) copyBody(body io.Reader, limit int64) (sent int64, err error) {
+// copyBody sends what the kernel cannot send: from memory, by TLS, from a stream. Of
+// the limit bytes of the body sent are sent already, and it returns how many are then.
+func (w *response) copyBody(body io.Reader, sent, limit int64) (int64, error) {
 	var buf []byte
 	if w.sendfile && limit > 4*largeBufferSize {
 		b := largeBuffers.Get().(*[largeBufferSize]byte)

@@ -20,7 +20,7 @@ import (
 func TestErrorsHaveOneStatusEach(t *testing.T) {
 	t.Parallel()
 	want := map[error]int{
-		context.Canceled: 499, errClientGone: 499, errBadRequest: 400, errUnauthorized: 401, errDenied: 403, errTooLong: 414,
+		context.Canceled: 499, errClientGone: 499, errBadRequest: 400, errDenied: 403, errTooLong: 414,
 		fs.ErrNotExist: 404, errBusy: 503, errNoSpace: 507, errStoreDown: 503, errTimeout: 504, errUnreachable: 502, errBadUpstream: 502,
 		errBroken: 502, errDigest: 502, &upstreamStatus{404}: 404, &upstreamStatus{410}: 404,
 		errors.New("anything else"): 500, newProblem(418, "teapot"): 418,
