@@ -157,11 +157,9 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 	if err != nil {
 		return err
 	}
-	status := http.StatusOK
-	if created {
-		status = http.StatusCreated
+	if created { // else net/http sends 200
+		w.WriteHeader(http.StatusCreated)
 	}
-	w.WriteHeader(status)
 	return nil
 }
 

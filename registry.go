@@ -6,6 +6,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,8 +26,6 @@ const (
 	// maxList bounds a page of tags or referrers in bytes. Some registries send
 	// all tags of an image in one page.
 	maxList = 32 << 20
-	// maxTag is the longest tag that the specification allows.
-	maxTag = 128
 	// maxNextLink bounds the path of a list plus the query of its next page, in
 	// bytes: both are in the record, which must fit the 2 KB of metadata of an S3
 	// object. A list with a longer link is an error, because without the link
@@ -54,22 +53,6 @@ const acceptManifests = typeIndex + ", " + typeManifest + ", " + typeDockerList 
 
 // emptyIndex is the list of referrers where the upstream has none.
 const emptyIndex = `{"schemaVersion":2,"mediaType":"` + typeIndex + `","manifests":[]}`
-
-// The error codes of the specification. UNAVAILABLE and UNKNOWN are Docker's own
-// additions to it.
-const (
-	codeManifestUnknown = "MANIFEST_UNKNOWN"
-	codeManifestInvalid = "MANIFEST_INVALID"
-	codeBlobUnknown     = "BLOB_UNKNOWN"
-	codeNameUnknown     = "NAME_UNKNOWN"
-	codeNameInvalid     = "NAME_INVALID"
-	codeDigestInvalid   = "DIGEST_INVALID"
-	codeDenied          = "DENIED"
-	codeUnsupported     = "UNSUPPORTED"
-	codeTooManyRequests = "TOOMANYREQUESTS"
-	codeUnavailable     = "UNAVAILABLE"
-	codeUnknown         = "UNKNOWN"
-)
 
 // registryRoute says what a registry path asks for. Its value is the path element
 // that names it.
@@ -119,7 +102,7 @@ func (g *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (g *registry) serveCall(w *response, r *http.Request) error {
 	w.Header()["Docker-Distribution-Api-Version"] = apiVersion
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return &registryError{codeUnsupported, nil, &problem{status: http.StatusMethodNotAllowed, headers: http.Header{"Allow": {"GET, HEAD"}},
+		return &registryError{"UNSUPPORTED", nil, &problem{status: http.StatusMethodNotAllowed, headers: http.Header{"Allow": {"GET, HEAD"}},
 			detail: "this registry is a read-only mirror: push images to the registry behind it"}}
 	}
 	c, err := parseCall(g.config(), r.URL)
@@ -141,17 +124,11 @@ func (g *registry) serveCall(w *response, r *http.Request) error {
 	if err == nil {
 		err = g.cache.serveFile(w, r, file)
 	}
-	if err != nil {
-		return c.withErrorCode(err)
-	}
-	return nil
+	return c.withErrorCode(err)
 }
 
-// Header values that never change, shared by all answers.
-var (
-	apiVersion    = []string{"registry/2.0"}
-	filterApplied = []string{"artifactType"}
-)
+// apiVersion is the value of a header of all answers, which they share.
+var apiVersion = []string{"registry/2.0"}
 
 // newFileRequest returns the cache's request for c. Its error is a problem: the path
 // is too long or not allowed.
@@ -190,6 +167,161 @@ func (c *registryCall) newTarget(reference string) target {
 	}
 	t.wire = "v2/" + t.spelling
 	return t
+}
+
+// registryFile is the behavior of a blob, and what the others have in common.
+type registryFile struct {
+	download
+	call *registryCall
+}
+
+// setHeaders sets the headers that registry clients expect.
+func (f *registryFile) setHeaders(h *headerSetter, _ string, rec *record) {
+	c, mediaType := f.call, rec.ContentType
+	switch c.route {
+	case routeManifest, routeBlob:
+		h.set("Docker-Content-Digest", cmp.Or(c.digest, rec.Digest))
+		mediaType = cmp.Or(mediaType, typeBinary)
+	case routeTags:
+		if !strings.Contains(mediaType, "json") {
+			mediaType = typeJSON
+		}
+	case routeReferrers:
+		mediaType = typeIndex
+	}
+	h.set("Content-Type", mediaType)
+	if rec.Link != "" {
+		h.set("Link", c.nextLink(rec.Link))
+	}
+	if rec.Filters != "" {
+		h.set("Oci-Filters-Applied", rec.Filters)
+	}
+}
+
+// servesStale reports a 429. Clients retry it at once, so a stale tag is better than
+// none.
+func (f *registryFile) servesStale(status int) bool { return status == http.StatusTooManyRequests }
+
+// manifestFile is the behavior of a manifest.
+type manifestFile struct {
+	registryFile
+	g *registry
+}
+
+// keepHeaders keeps the upstream's Docker-Content-Digest in the record, if it is one.
+func (f *manifestFile) keepHeaders(rec *record, h http.Header) {
+	if rec.Digest = h.Get("Docker-Content-Digest"); !isDigest(rec.Digest) {
+		rec.Digest = ""
+	}
+}
+
+// checkBody checks a complete manifest and completes its record. A manifest that
+// was asked for by tag must look like a manifest, since no digest proves it. It is
+// stored under its digest as well, before the tag is answered, because clients ask
+// for the digest next.
+func (f *manifestFile) checkBody(ctx context.Context, rec *record, body io.ReaderAt) error {
+	c, g := f.call, f.g
+	text, err := readWholeBody(rec, body)
+	if err != nil {
+		return err
+	}
+	var m manifest
+	_ = json.Unmarshal(text, &m) // m stays empty if the text is not JSON
+	if c.digest == "" && len(m.SchemaVersion) == 0 {
+		return &registryError{"MANIFEST_INVALID", nil, &problem{status: http.StatusBadGateway, cause: errBadUpstream,
+			detail: fmt.Sprintf("the upstream of remote %q did not answer with a manifest (its content type is %.100q)", rec.Remote, rec.ContentType)}}
+	}
+	rec.ContentType = m.mediaType(rec.ContentType)
+	if m.Config != nil {
+		m.Layers = append(m.Layers, *m.Config)
+	}
+	for _, d := range m.Layers { // a HEAD of one that is not stored is answered with its size
+		if isDigest(d.Digest) && d.Size > 0 {
+			g.sizes.put(c.sizeKey(d.Digest), d.Size)
+		}
+	}
+	if c.digest != "" {
+		rec.Digest = c.digest
+		return nil
+	}
+	sum := newBodyHash(rec.Digest)
+	sum.Write(text)
+	if rec.Digest == "" || sum.verifyDigest(rec.Digest) != nil { // the upstream's may be a SHA-512
+		rec.Digest = "sha256:" + sum.sumHex()
+	}
+	t := c.newTarget(rec.Digest)
+	t.class = immutable
+	g.cache.storeUnderSecondKey(ctx, t, rec, body)
+	return nil
+}
+
+// listFile is the behavior of a list: a JSON object whose member of that name is an
+// array, or null, which some registries send for an empty repository.
+type listFile struct {
+	registryFile
+	member string
+}
+
+// keepHeaders keeps the headers that belong to a page of a list in its record:
+// the next page, and whether the upstream has filtered referrers.
+func (f *listFile) keepHeaders(rec *record, h http.Header) {
+	rec.Link = nextPageQuery(h.Values("Link"))
+	if h.Get("OCI-Filters-Applied") == "artifactType" {
+		rec.Filters = "artifactType"
+	}
+}
+
+// checkBody refuses what is not such a list, and a link to the next page that cannot
+// be stored.
+func (f *listFile) checkBody(_ context.Context, rec *record, body io.ReaderAt) error {
+	text, err := readWholeBody(rec, body)
+	if err != nil {
+		return err
+	}
+	var o map[string]json.RawMessage
+	err = json.Unmarshal(text, &o)
+	list, found := o[f.member]
+	if err != nil || !found || (list[0] != '[' && string(list) != "null") {
+		return newRegistryError("UNKNOWN", http.StatusBadGateway, "the upstream of remote %q did not answer with a list of %s (its content type is %.100q)", rec.Remote, f.member, rec.ContentType)
+	}
+	if len(rec.Link)+len(rec.Path) > maxNextLink {
+		return newRegistryError("UNKNOWN", http.StatusBadGateway, "the upstream of remote %q sent a link to the next page that is too long to be stored", rec.Remote)
+	}
+	return nil
+}
+
+// referrersFile is the behavior of a list of referrers. A signature check that gets
+// an old list is better than one that fails.
+type referrersFile struct{ listFile }
+
+func (f *referrersFile) servesStale(status int) bool {
+	return status >= 500 || f.listFile.servesStale(status)
+}
+
+// requestBody asks the upstream for referrers. A registry without the referrers API
+// has them under a tag made from the digest (the OCI distribution specification's
+// referrers tag schema). One that has neither has no referrers. A denial, a 429 and a
+// failure do not say that there are none and are returned.
+func (f *referrersFile) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
+	algorithm, sum, _ := strings.Cut(f.call.digest, ":")
+	tag := "v2/" + f.call.image + "/manifests/" + algorithm + "-" + sum[:64] // 64: the schema's bound for a hash
+	var resp *upstreamResponse
+	for _, wire := range []string{req.wire, tag} {
+		req.wire = wire
+		var err error
+		if resp, err = up.send(ctx, req); err != nil {
+			return resp, err
+		}
+		switch code := resp.StatusCode; {
+		case code < 400, code >= 500, code == http.StatusUnauthorized, code == http.StatusForbidden, code == http.StatusTooManyRequests:
+			return resp, nil
+		}
+		resp.discardBody()
+	}
+	return &upstreamResponse{origin: resp.origin, Response: &http.Response{
+		StatusCode: http.StatusOK, ProtoMajor: 1, ProtoMinor: 1, Header: http.Header{"Content-Type": {typeIndex}},
+		ContentLength: int64(len(emptyIndex)), Body: io.NopCloser(strings.NewReader(emptyIndex)),
+	}}, nil
 }
 
 // nextLinkPattern finds the target of a link with rel=next in a Link header (RFC 8288).
@@ -240,34 +372,18 @@ func readWholeBody(rec *record, body io.ReaderAt) ([]byte, error) {
 // mediaType returns a manifest's type: the upstream's if that is specific, else the
 // type that the manifest declares, else the one that its members suggest.
 func (m *manifest) mediaType(upstream string) string {
-	if strings.HasPrefix(upstream, "application/vnd.") {
-		return upstream
-	}
-	if _, _, err := mime.ParseMediaType(m.MediaType); err == nil && boundedHeader(m.MediaType) != "" {
-		return m.MediaType
-	}
+	_, _, err := mime.ParseMediaType(m.MediaType)
 	switch {
+	case strings.HasPrefix(upstream, "application/vnd."):
+		return upstream
+	case err == nil && boundedHeader(m.MediaType) != "":
+		return m.MediaType
 	case len(m.Manifests) > 0:
 		return typeIndex
 	case m.Config != nil:
 		return typeManifest
-	case upstream != "":
-		return upstream
 	}
-	return typeJSON
-}
-
-// rememberSizes keeps the sizes of an image's blobs, with which a HEAD of a blob that
-// is not stored is answered.
-func (g *registry) rememberSizes(c *registryCall, m *manifest) {
-	if m.Config != nil {
-		m.Layers = append(m.Layers, *m.Config)
-	}
-	for _, d := range m.Layers {
-		if isDigest(d.Digest) && d.Size > 0 {
-			g.sizes.put(c.sizeKey(d.Digest), d.Size)
-		}
-	}
+	return cmp.Or(upstream, typeJSON)
 }
 
 // sizeKey returns the key of a blob's size. It includes the image: another image may
@@ -288,65 +404,62 @@ func (c *registryCall) nextLink(query string) string {
 
 // registryError is an error with its code of the specification.
 type registryError struct {
-	code   string
-	detail any   // the member "detail" of the answer; may be nil
-	err    error // gives the status and the message
+	code   string // of the specification; UNAVAILABLE and UNKNOWN are Docker's additions to it
+	detail any    // the member "detail" of the answer; may be nil
+	err    error  // gives the status and the message
 }
 
 func (e *registryError) Error() string { return e.err.Error() }
 func (e *registryError) Unwrap() error { return e.err }
 
 // newRegistryError makes an error with a code, a status and a message for the client.
-func newRegistryError(code string, status int, format string, args ...any) error {
+func newRegistryError(code string, status int, format string, args ...any) *registryError {
 	return &registryError{code, nil, newProblem(status, format, args...)}
 }
 
 // errNoRoute is the error for a path that is not one of the registry API.
-var errNoRoute = newRegistryError(codeUnsupported, http.StatusNotFound, "the registry API has no such path: images are below /v2/REMOTE/")
+var errNoRoute = newRegistryError("UNSUPPORTED", http.StatusNotFound, "the registry API has no such path: images are below /v2/REMOTE/")
 
 // newUnknownNameError returns the error for a path whose first element is not a docker
 // remote, when ns names none either. For a remote of another package it says where
 // the remote is served.
 func newUnknownNameError(cfg *config, name, ns string) error {
-	p := &problem{status: http.StatusNotFound, cause: fs.ErrNotExist}
-	e := &registryError{code: codeNameUnknown, err: p}
 	switch r := cfg.remotes[name]; {
 	case r != nil && r.packageType == "docker":
-		p.detail = fmt.Sprintf("the path names no image: use /v2/%s/IMAGE/...", name)
+		return newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "the path names no image: use /v2/%s/IMAGE/...", name)
 	case r != nil:
-		p.detail = fmt.Sprintf("remote %q is not a container registry: its files are below %s", name, r.urlPath())
+		e := newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "remote %q is not a container registry: its files are below %s", name, r.urlPath())
 		e.detail = map[string]string{"location": r.urlPath()}
+		return e
 	case ns != "":
-		p.detail = fmt.Sprintf("no docker remote is named %.100q, and none has the registry %.100q", name, ns)
-	default:
-		p.detail = fmt.Sprintf("there is no docker remote %.100q", name)
+		return newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "no docker remote is named %.100q, and none has the registry %.100q", name, ns)
 	}
-	return e
+	return newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "there is no docker remote %.100q", name)
 }
 
 // withErrorCode returns an error of the cache with its code, and with the status that
-// the specification wants for that code.
+// the specification wants for that code; nil for nil.
 func (c *registryCall) withErrorCode(err error) error {
-	if _, ok := errors.AsType[*registryError](err); ok {
+	if _, ok := errors.AsType[*registryError](err); ok || err == nil {
 		return err
 	}
 	status, detail := statusAndDetail(err)
 	upstream, _ := errors.AsType[*upstreamStatus](err)
-	e := &registryError{code: codeUnknown, err: err}
+	e := &registryError{code: "UNKNOWN", err: err}
 	newStatus := status
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		e.code, newStatus = cmp.Or(notFoundCodes[c.route], codeNameUnknown), http.StatusNotFound
+		e.code, newStatus = cmp.Or(notFoundCodes[c.route], "NAME_UNKNOWN"), http.StatusNotFound
 	case upstream != nil && upstream.code == http.StatusUnauthorized, status == http.StatusForbidden:
-		e.code, newStatus = codeDenied, http.StatusForbidden
+		e.code, newStatus = "DENIED", http.StatusForbidden
 	case upstream != nil && upstream.code == http.StatusTooManyRequests, errors.Is(err, errBusy):
-		e.code = codeTooManyRequests
+		e.code = "TOOMANYREQUESTS"
 	case errors.Is(err, errTooLarge) && c.route == routeManifest:
-		e.code = codeManifestInvalid
+		e.code = "MANIFEST_INVALID"
 	case errors.Is(err, errTooLong):
-		e.code = codeNameInvalid
+		e.code = "NAME_INVALID"
 	case status >= 500 && status != http.StatusInternalServerError:
-		e.code = codeUnavailable
+		e.code = "UNAVAILABLE"
 	}
 	if newStatus != status {
 		e.err = &problem{status: newStatus, detail: detail, cause: err}
@@ -354,22 +467,18 @@ func (c *registryCall) withErrorCode(err error) error {
 	return e
 }
 
-// notFoundCodes are the codes of a 404; codeNameUnknown for the other routes.
-var notFoundCodes = map[registryRoute]string{routeManifest: codeManifestUnknown, routeBlob: codeBlobUnknown}
+// notFoundCodes are the codes of a 404; "NAME_UNKNOWN" for the other routes.
+var notFoundCodes = map[registryRoute]string{routeManifest: "MANIFEST_UNKNOWN", routeBlob: "BLOB_UNKNOWN"}
 
 // writeRegistryError is the registry's errorWriter: it sends an error in the form of
 // the specification.
 func writeRegistryError(w http.ResponseWriter, status int, message string, err error) {
-	type errorItem struct {
-		Code    string `json:"code"`
-		Message string `json:"message"`
-		Detail  any    `json:"detail"`
+	e := &registryError{code: "UNKNOWN"}
+	if coded, ok := errors.AsType[*registryError](err); ok {
+		e = coded
 	}
-	e := errorItem{Code: codeUnknown, Message: message}
-	if c, ok := errors.AsType[*registryError](err); ok {
-		e.Code, e.Detail = c.code, c.detail
-	}
-	b, _ := json.Marshal(map[string][]errorItem{"errors": {e}}) // strings and maps of them always encode
+	item := map[string]any{"code": e.code, "message": message, "detail": e.detail}
+	b, _ := json.Marshal(map[string]any{"errors": []any{item}}) // strings and maps of them always encode
 	w.Header()["Docker-Distribution-Api-Version"] = apiVersion
 	sendJSON(w, status, b)
 }

@@ -53,9 +53,6 @@ func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 		return nil
 	}
 	name, hasOperation := c.splitOperation(rest)
-	if !hasOperation {
-		name = rest
-	}
 	first, image, _ := strings.Cut(name, "/")
 	rem := cfg.remotes[first]
 	switch isDocker := rem != nil && rem.packageType == "docker"; {
@@ -82,45 +79,41 @@ func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 }
 
 // splitOperation cuts the operation off the end of a path, sets c's route and
-// reference, and returns the name before it. ok is false if the path ends in no
-// operation. It searches from the end because an image's name may have an element
+// reference, and returns the name before it. If the path ends in no operation, all of
+// it is the name. It searches from the end because an image's name may have an element
 // like "tags" or "blobs".
-func (c *registryCall) splitOperation(rest string) (name string, ok bool) {
-	if name, ok := strings.CutSuffix(rest, "/tags/list"); ok {
-		c.route = routeTags
-		return name, name != ""
-	}
+func (c *registryCall) splitOperation(rest string) (name string, hasOperation bool) {
 	i := strings.LastIndexByte(rest, '/')
 	j := strings.LastIndexByte(rest[:max(i, 0)], '/')
 	if j < 1 {
-		return "", false
+		return rest, false
 	}
-	switch k := registryRoute(rest[j+1 : i]); k {
-	case routeManifest, routeBlob, routeReferrers:
-		c.route, c.reference = k, rest[i+1:]
-		return rest[:j], true
+	switch route, reference := registryRoute(rest[j+1:i]), rest[i+1:]; {
+	case route == routeTags && reference == "list":
+		c.route = route
+	case route == routeManifest, route == routeBlob, route == routeReferrers:
+		c.route, c.reference = route, reference
+	default:
+		return rest, false
 	}
-	return "", false
+	return rest[:j], true
 }
 
 // checkNames refuses names, tags and digests that no registry can have, so that no
 // upstream is asked for them. It sets c.digest if the reference is one.
 func (c *registryCall) checkNames() error {
-	if !isImageName(c.image) {
-		return newRegistryError(codeNameInvalid, http.StatusBadRequest, "%.300q is not a valid image name", c.image)
-	}
-	if c.route == routeTags {
+	switch {
+	case !isImageName(c.image):
+		return newRegistryError("NAME_INVALID", http.StatusBadRequest, "%.300q is not a valid image name", c.image)
+	case c.route == routeTags:
 		return nil
-	}
-	if isDigest(c.reference) {
+	case isDigest(c.reference):
 		c.digest = c.reference
 		return nil
-	}
-	if c.route != routeManifest || strings.Contains(c.reference, ":") {
-		return newRegistryError(codeDigestInvalid, http.StatusBadRequest, "%.200q is not a digest: use sha256:HEX or sha512:HEX in lower case", c.reference)
-	}
-	if !isTag(c.reference) {
-		return newRegistryError(codeManifestUnknown, http.StatusNotFound, "%.200q is not a valid tag", c.reference)
+	case c.route != routeManifest, strings.Contains(c.reference, ":"):
+		return newRegistryError("DIGEST_INVALID", http.StatusBadRequest, "%.200q is not a digest: use sha256:HEX or sha512:HEX in lower case", c.reference)
+	case !isTag(c.reference):
+		return newRegistryError("MANIFEST_UNKNOWN", http.StatusNotFound, "%.200q is not a valid tag", c.reference)
 	}
 	return nil
 }
@@ -137,22 +130,19 @@ func isImageName(s string) bool {
 		if rest == "" {
 			return true
 		}
-		n := len(rest) - len(strings.TrimLeft(rest, "._-/"))
-		switch sep := rest[:n]; sep {
-		case ".", "_", "__", "/":
-		default:
-			if strings.Trim(sep, "-") != "" || n == 0 {
-				return false
-			}
+		s = strings.TrimLeft(rest, "._-/")
+		switch sep := rest[:len(rest)-len(s)]; {
+		case sep == ".", sep == "_", sep == "__", sep == "/":
+		case sep == "", strings.Trim(sep, "-") != "":
+			return false
 		}
-		s = rest[n:]
 	}
 }
 
-// isTag reports whether s is a tag: letters, digits and "._-", at most maxTag of them,
+// isTag reports whether s is a tag: letters, digits and "._-", at most 128 of them,
 // the first one neither "." nor "-" (OCI distribution specification).
 func isTag(s string) bool {
-	return s != "" && len(s) <= maxTag && s[0] != '.' && s[0] != '-' &&
+	return s != "" && len(s) <= 128 && s[0] != '.' && s[0] != '-' &&
 		strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") == ""
 }
 

@@ -130,12 +130,9 @@ type handler func(w *response, r *http.Request) error
 type responder struct {
 	now     func() time.Time
 	log     *slog.Logger
-	metrics requestCounter
-}
-
-// requestCounter counts answered requests. It is called concurrently.
-type requestCounter interface {
-	countRequest(remote, result string, status int, bytes int64, d time.Duration)
+	metrics interface { // counts answered requests; called concurrently
+		countRequest(remote, result string, status int, bytes int64, d time.Duration)
+	}
 }
 
 // errorWriter writes an error answer in the format of its API.
@@ -446,15 +443,18 @@ func (w *response) ReadFrom(src io.Reader) (sent int64, err error) {
 	if w.status == 0 {
 		w.status = http.StatusOK
 	}
-	files, inFiles := body.(fileSource)
-	for inFiles && w.sendfile && sent < limit {
+	files, ok := body.(fileSource)
+	if !ok || !w.sendfile {
+		return w.copyBody(body, 0, limit)
+	}
+	for sent < limit {
 		w.flushIfWaiting(body)
 		f, n, err := files.nextFile(min(limit-sent, sendStep))
 		if err != nil {
 			return sent, w.checkBodyEnd(err, sent, limit)
 		}
 		if f == nil { // the bytes are not in a file
-			break
+			return w.copyBody(body, sent, limit)
 		}
 		step, err := w.sendFile(f, n)
 		files.advanceBy(step)
@@ -463,10 +463,7 @@ func (w *response) ReadFrom(src io.Reader) (sent int64, err error) {
 			return sent, err
 		}
 	}
-	if sent == limit {
-		return sent, nil
-	}
-	return w.copyBody(body, sent, limit)
+	return sent, nil
 }
 
 // flushIfWaiting sends what is buffered (at first the headers) if the next read of
