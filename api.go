@@ -224,8 +224,7 @@ func parseDeclaredDigests(h http.Header) (sums []declaredDigest, err error) {
 // authorizeWrite returns nil if the request has API_TOKEN or the repository's
 // write_token ("": it has none), as the token of Authorization: Bearer or as the
 // password of Basic, which more clients can send. Its error is 403 if there is no
-// token at all, since no client can then write, and else 401. It does not read the
-// body.
+// token at all, since no client can then write, else 401. The body is not read.
 func (a *api) authorizeWrite(r *http.Request, writeToken secret) error {
 	if a.token == "" && writeToken == "" {
 		return newProblem(http.StatusForbidden, "writing is disabled: set API_TOKEN in the server's environment (or write_token of a local repository in remotes.yaml)")

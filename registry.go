@@ -198,8 +198,7 @@ func (f *registryFile) setHeaders(h *headerSetter, _ string, rec *record) {
 	}
 }
 
-// servesStale reports a 429. Clients retry it at once, so a stale tag is better than
-// none.
+// servesStale reports a 429: clients retry it at once, so a stale tag is better.
 func (f *registryFile) servesStale(status int) bool { return status == http.StatusTooManyRequests }
 
 // manifestFile is the behavior of a manifest.
