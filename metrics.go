@@ -6,13 +6,13 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"fmt"
 	"io"
 	"maps"
 	"math"
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,18 +21,13 @@ import (
 // metricsType is the Content-Type of the text that writeExposition writes.
 const metricsType = "text/plain; version=0.0.4; charset=utf-8"
 
-// maxRemotes bounds the values of the label remote. Callers name configured remotes
-// only and use "" for everything else, so only reloads with ever new names reach
-// it. A thousand remotes make a scrape of about 1 MB.
-const maxRemotes = 1000
-
-// otherLabel is the label value of everything that has none of its own: a remote
-// beyond maxRemotes, or a value that is not in the lists below.
+// otherLabel is the label value of everything that is not in the lists below.
 const otherLabel = "other"
 
-// The values of the other labels. A value that is not listed is counted as the
-// last one. A caller's mistake is visible there, and the number of series stays
-// bounded.
+// The values of the labels. A value that is not listed is counted as the last one:
+// a caller's mistake is visible there, and the number of series stays bounded. The
+// label remote is bounded by the configuration, since callers name configured
+// remotes only and use "" for everything else.
 var (
 	resultLabels = [...]string{"hit", "miss", "stale", "revalidated", "none", otherLabel}
 	statusLabels = [...]string{"1xx", "2xx", "3xx", "4xx", "5xx", otherLabel}
@@ -44,8 +39,7 @@ var (
 // takes well under a millisecond, a large file over a slow line takes minutes.
 var durationBounds = [...]float64{0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10, 60, 600}
 
-// metrics counts what the process does. All methods may be called concurrently
-// and on a nil receiver.
+// metrics counts what the process does. All methods may be called concurrently.
 type metrics struct {
 	// remotes holds the counters by the name of the remote. The map is replaced by
 	// a larger one when a name is added and never changed, so counting for a known
@@ -70,9 +64,9 @@ type remoteCounts struct {
 // exposition adds them up. The last bucket has no upper bound.
 type histogram struct {
 	buckets [len(durationBounds) + 1]atomic.Int64
-	// sum holds the bits of a float64, in seconds. Nanoseconds in an int64 would
-	// overflow within months while thousands of long downloads run at once.
-	sum atomic.Uint64
+	// sum is in microseconds. Nanoseconds would overflow within months while
+	// thousands of long downloads run at once.
+	sum atomic.Int64
 }
 
 // gauges are the values of a scrape that are not counted here.
@@ -98,79 +92,48 @@ func newMetrics() *metrics {
 // of the body that were sent, d is the time from the request to the end of the
 // answer.
 func (m *metrics) countRequest(remote, result string, status int, bytes int64, d time.Duration) {
-	if m == nil {
-		return
+	class := len(statusLabels) - 1
+	if status >= 100 && status <= 599 {
+		class = status/100 - 1
 	}
 	r := labelIndex(resultLabels[:], cmp.Or(result, "none"))
 	c := m.countsOf(remote)
-	c.requests[r][statusClass(status)].Add(1)
+	c.requests[r][class].Add(1)
 	c.served.Add(bytes)
 	m.durations[r].observe(d)
 }
 
 // countFetchedBytes counts body bytes that came from a remote's upstream.
-func (m *metrics) countFetchedBytes(remote string, n int64) {
-	if m != nil {
-		m.countsOf(remote).fetched.Add(n)
-	}
-}
+func (m *metrics) countFetchedBytes(remote string, n int64) { m.countsOf(remote).fetched.Add(n) }
 
-// countUpstreamError counts a failed request to an upstream by its kind:
-// unreachable, timeout, status, broken, digest or refused.
+// countUpstreamError counts a failed request to an upstream by its kind, one of
+// kindLabels.
 func (m *metrics) countUpstreamError(remote, kind string) {
-	if m != nil {
-		m.countsOf(remote).failures[labelIndex(kindLabels[:], kind)].Add(1)
-	}
+	m.countsOf(remote).failures[labelIndex(kindLabels[:], kind)].Add(1)
 }
 
-// countStoreError counts a failure of a store: storage, database, redis or spool.
+// countStoreError counts a failure of a store, one of storeLabels.
 func (m *metrics) countStoreError(store string) {
-	if m != nil {
-		m.stores[labelIndex(storeLabels[:], store)].Add(1)
-	}
+	m.stores[labelIndex(storeLabels[:], store)].Add(1)
 }
 
 // addFillsInFlight adds n to the number of a remote's fills that run now. n is 1 or
 // -1.
-func (m *metrics) addFillsInFlight(remote string, n int64) {
-	if m != nil {
-		m.countsOf(remote).fills.Add(n)
-	}
-}
+func (m *metrics) addFillsInFlight(remote string, n int64) { m.countsOf(remote).fills.Add(n) }
 
-// countsOf returns the counters of a remote, or those of otherLabel if there are
-// too many remotes.
+// countsOf returns the counters of a remote, and makes them for a new name.
 func (m *metrics) countsOf(name string) *remoteCounts {
-	all := *m.remotes.Load()
-	if c := all[name]; c != nil {
+	if c := (*m.remotes.Load())[name]; c != nil {
 		return c
 	}
-	if len(all) >= maxRemotes {
-		if c := all[otherLabel]; c != nil {
-			return c
-		}
-		name = otherLabel
-	}
-	return m.addRemote(name)
-}
-
-// addRemote is countsOf for a name that may be new.
-func (m *metrics) addRemote(name string) *remoteCounts {
-	name = strings.ToValidUTF8(name, "\uFFFD") // as escapeLabel does: two names must not become one series
 	m.addMu.Lock()
 	defer m.addMu.Unlock()
-	old := *m.remotes.Load()
-	if len(old) >= maxRemotes && old[name] == nil {
-		name = otherLabel
+	all := maps.Clone(*m.remotes.Load())
+	if all[name] == nil { // else another goroutine was faster
+		all[name] = &remoteCounts{}
+		m.remotes.Store(&all)
 	}
-	if c := old[name]; c != nil {
-		return c
-	}
-	all := maps.Clone(old)
-	c := &remoteCounts{}
-	all[strings.Clone(name)] = c // name may be a part of a long URL, which would stay in memory
-	m.remotes.Store(&all)
-	return c
+	return all[name]
 }
 
 // observe counts one duration.
@@ -181,12 +144,7 @@ func (h *histogram) observe(d time.Duration) {
 		i++
 	}
 	h.buckets[i].Add(1)
-	for {
-		old := h.sum.Load()
-		if h.sum.CompareAndSwap(old, math.Float64bits(math.Float64frombits(old)+seconds)) {
-			return
-		}
-	}
+	h.sum.Add(d.Round(time.Microsecond).Microseconds())
 }
 
 // labelIndex returns the index of a label value in its list, or the last index if
@@ -198,69 +156,49 @@ func labelIndex(values []string, value string) int {
 	return len(values) - 1
 }
 
-// statusClass returns the index of a status' class in statusLabels.
-func statusClass(status int) int {
-	if status < 100 || status > 599 {
-		return len(statusLabels) - 1
-	}
-	return status/100 - 1
-}
-
 // writeExposition writes all counters and g in Prometheus' text format. Its error
 // is w's.
 func (m *metrics) writeExposition(w io.Writer, g gauges) error {
 	e := &exposition{}
-	e.writeProcess(g)
-	if m != nil {
-		e.writeCounters(m)
-	}
-	e.writeGauges(g)
-	_, err := w.Write(e.buf.Bytes())
-	return err
-}
-
-// exposition builds the text of one scrape, one metric family after the other.
-type exposition struct {
-	buf bytes.Buffer
-}
-
-// writeProcess writes what is known of the process itself.
-func (e *exposition) writeProcess(g gauges) {
 	e.beginFamily("artifactapi_build_info", "gauge", "What is running; always 1.")
 	e.writeSample("artifactapi_build_info", 1, "version", g.version, "goversion", runtime.Version())
 	e.beginFamily("process_start_time_seconds", "gauge", "When the process started, in seconds since 1970.")
 	e.writeSample("process_start_time_seconds", float64(g.started.UnixMilli())/1000)
 	e.beginFamily("go_goroutines", "gauge", "Goroutines that exist.")
 	e.writeSample("go_goroutines", float64(runtime.NumGoroutine()))
-}
 
-// writeCounters writes everything that m counts.
-func (e *exposition) writeCounters(m *metrics) {
 	remotes := *m.remotes.Load()
 	e.writeRequests(remotes)
-	for _, f := range []struct {
-		name, kind, help string
-		of               func(*remoteCounts) *atomic.Int64
-	}{
-		{"artifactapi_served_bytes_total", "counter", "Body bytes sent to clients.",
-			func(c *remoteCounts) *atomic.Int64 { return &c.served }},
-		{"artifactapi_fetched_bytes_total", "counter", "Body bytes received from upstreams.",
-			func(c *remoteCounts) *atomic.Int64 { return &c.fetched }},
-		{"artifactapi_fills_in_flight", "gauge", "Downloads running now.",
-			func(c *remoteCounts) *atomic.Int64 { return &c.fills }},
-	} {
-		e.beginFamily(f.name, f.kind, f.help)
-		for _, r := range sortedKeys(remotes) {
-			e.writeSample(f.name, float64(f.of(remotes[r]).Load()), "remote", r)
-		}
-	}
+	writeFamily(e, "artifactapi_served_bytes_total", "counter", "Body bytes sent to clients.",
+		"remote", remotes, func(c *remoteCounts) float64 { return float64(c.served.Load()) })
+	writeFamily(e, "artifactapi_fetched_bytes_total", "counter", "Body bytes received from upstreams.",
+		"remote", remotes, func(c *remoteCounts) float64 { return float64(c.fetched.Load()) })
+	writeFamily(e, "artifactapi_fills_in_flight", "gauge", "Downloads running now.",
+		"remote", remotes, func(c *remoteCounts) float64 { return float64(c.fills.Load()) })
 	e.writeUpstreamErrors(remotes)
 	e.beginFamily("artifactapi_store_errors_total", "counter", "Failures of storage, database, redis and spool.")
 	for i, s := range storeLabels {
 		e.writeSample("artifactapi_store_errors_total", float64(m.stores[i].Load()), "store", s)
 	}
 	e.writeDurations(&m.durations)
+
+	writeFamily(e, "artifactapi_backend_up", "gauge", "1 if the backend can be used, else 0.",
+		"backend", g.backends, func(up bool) float64 {
+			if up {
+				return 1
+			}
+			return 0
+		})
+	writeFamily(e, "artifactapi_stored_bytes", "gauge", "Bytes stored.",
+		"remote", g.stored, func(s storedSize) float64 { return float64(s.Bytes) })
+	writeFamily(e, "artifactapi_stored_files", "gauge", "Files stored.",
+		"remote", g.stored, func(s storedSize) float64 { return float64(s.Files) })
+	_, err := w.Write(e.text.Bytes())
+	return err
 }
+
+// exposition builds the text of one scrape, one metric family after the other.
+type exposition struct{ text bytes.Buffer }
 
 // writeRequests writes the answered requests by remote, result and status class.
 func (e *exposition) writeRequests(remotes map[string]*remoteCounts) {
@@ -301,7 +239,6 @@ func (e *exposition) writeDurations(durations *[len(resultLabels)]histogram) {
 	e.beginFamily(name, "histogram", "Time from the arrival of a request to the end of its answer.")
 	for i, result := range resultLabels {
 		h := &durations[i]
-		sum := math.Float64frombits(h.sum.Load())
 		var n int64
 		for b := range h.buckets {
 			n += h.buckets[b].Load()
@@ -311,70 +248,43 @@ func (e *exposition) writeDurations(durations *[len(resultLabels)]histogram) {
 			}
 			e.writeSample(name+"_bucket", float64(n), "result", result, "le", formatNumber(bound))
 		}
-		e.writeSample(name+"_sum", sum, "result", result)
+		e.writeSample(name+"_sum", float64(h.sum.Load())/1e6, "result", result)
 		e.writeSample(name+"_count", float64(n), "result", result)
 	}
 }
 
-// writeGauges writes the state of the backends and what is stored.
-func (e *exposition) writeGauges(g gauges) {
-	e.beginFamily("artifactapi_backend_up", "gauge", "1 if the backend can be used, else 0.")
-	for _, b := range sortedKeys(g.backends) {
-		up := 0.0
-		if g.backends[b] {
-			up = 1
-		}
-		e.writeSample("artifactapi_backend_up", up, "backend", b)
-	}
-	e.beginFamily("artifactapi_stored_bytes", "gauge", "Bytes stored.")
-	for _, s := range sortedKeys(g.stored) {
-		e.writeSample("artifactapi_stored_bytes", float64(g.stored[s].Bytes), "remote", s)
-	}
-	e.beginFamily("artifactapi_stored_files", "gauge", "Files stored.")
-	for _, s := range sortedKeys(g.stored) {
-		e.writeSample("artifactapi_stored_files", float64(g.stored[s].Files), "remote", s)
+// writeFamily writes a family that has one label and a sample for each of its values.
+func writeFamily[V any](e *exposition, name, kind, help, label string, values map[string]V, number func(V) float64) {
+	e.beginFamily(name, kind, help)
+	for _, v := range sortedKeys(values) {
+		e.writeSample(name, number(values[v]), label, v)
 	}
 }
 
 // beginFamily begins a metric family. kind is counter, gauge or histogram. help
 // must not contain a backslash or a line feed, since it is not escaped.
 func (e *exposition) beginFamily(name, kind, help string) {
-	e.buf.WriteString("# HELP " + name + " " + help + "\n# TYPE " + name + " " + kind + "\n")
+	fmt.Fprintf(&e.text, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
 }
 
 // writeSample writes the value of one series. labels are alternately names and
-// values.
+// values. What can occur in a value (the names of remotes are ASCII) is escaped by
+// Go as by the format.
 func (e *exposition) writeSample(name string, v float64, labels ...string) {
-	e.buf.WriteString(name)
+	e.text.WriteString(name)
 	sep := "{"
 	for i := 0; i+1 < len(labels); i += 2 {
-		e.buf.WriteString(sep + labels[i] + `="` + escapeLabel(labels[i+1]) + `"`)
+		fmt.Fprintf(&e.text, "%s%s=%q", sep, labels[i], labels[i+1])
 		sep = ","
 	}
 	if len(labels) > 0 {
-		e.buf.WriteByte('}')
+		e.text.WriteByte('}')
 	}
-	e.buf.WriteString(" " + formatNumber(v) + "\n")
+	fmt.Fprintf(&e.text, " %s\n", formatNumber(v))
 }
-
-// escapeLabel makes any string fit for a label value.
-func escapeLabel(s string) string {
-	return labelEscapes.Replace(strings.ToValidUTF8(s, "\uFFFD"))
-}
-
-// labelEscapes escapes what the format says about label values.
-var labelEscapes = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
 // formatNumber formats a value without an exponent, which is easier to read.
-func formatNumber(v float64) string {
-	switch {
-	case math.IsInf(v, 1):
-		return "+Inf"
-	case v == math.Trunc(v) && math.Abs(v) < 1<<53:
-		return strconv.FormatInt(int64(v), 10)
-	}
-	return strconv.FormatFloat(v, 'f', -1, 64)
-}
+func formatNumber(v float64) string { return strconv.FormatFloat(v, 'f', -1, 64) }
 
 // sortedKeys returns the keys of a map in order, so that two scrapes differ in their
 // values only.
