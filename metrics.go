@@ -21,10 +21,10 @@ import (
 // metricsType is the Content-Type of the text that writeExposition writes.
 const metricsType = "text/plain; version=0.0.4; charset=utf-8"
 
-// otherLabel is the label value of everything that is not in the lists below.
+// otherLabel is the last value of each list below.
 const otherLabel = "other"
 
-// The values of the labels. A value that is not listed is counted as the last one:
+// The values of the labels. A value that is not listed is counted as otherLabel:
 // a caller's mistake is visible there, and the number of series stays bounded. The
 // label remote is bounded by the configuration, since callers name configured
 // remotes only and use "" for everything else.

@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -149,10 +150,10 @@ func (r *remote) urlPath() string {
 // 414 from spellPath.
 func (c *config) resolveTarget(name, escaped, query string) (target, error) {
 	r := c.remotes[name]
-	if r == nil {
+	switch {
+	case r == nil:
 		return target{}, newProblem(http.StatusNotFound, "there is no remote %.100q", name)
-	}
-	if r.packageType == "docker" {
+	case r.packageType == "docker":
 		return target{}, newProblem(http.StatusNotFound, "remote %q is a container registry: ask for it below %s", name, r.urlPath())
 	}
 	path, spelling, err := spellPath(escaped, query)
@@ -172,12 +173,10 @@ func spellPath(escaped, query string) (path, spelling string, err error) {
 	escaped = strings.TrimLeft(escaped, "/")
 	path, spelling = escaped, escaped
 	if !isPlainPath(escaped) {
-		if path, spelling, err = spellEscapedPath(escaped); err != nil {
-			return "", "", err
-		}
+		path, spelling, err = spellEscapedPath(escaped)
 	}
-	if path == "" {
-		return "", "", nil
+	if err != nil || path == "" {
+		return "", "", err
 	}
 	if query != "" {
 		if strings.ContainsFunc(query, func(r rune) bool { return r <= ' ' || r == 0x7f }) || !utf8.ValidString(query) {
@@ -191,69 +190,59 @@ func spellPath(escaped, query string) (path, spelling string, err error) {
 	return path, spelling, nil
 }
 
-// isPlainPath reports whether s is equal to its spelling and to its decoded path.
-// Nearly all paths are, and spellPath allocates nothing for them.
+// isPlainPath reports whether s is surely equal to its spelling and to its decoded
+// path: nothing must be escaped, and no segment is empty or begins with a dot. Nearly
+// all paths are plain, and spellPath allocates nothing for them.
 func isPlainPath(s string) bool {
-	start := 0 // of the current segment
+	previous := byte('/')
 	for i := range len(s) {
-		if !unescapedBytes[s[i]] {
+		if !unescapedBytes[s[i]] || (previous == '/' && (s[i] == '/' || s[i] == '.')) {
 			return false
 		}
-		if s[i] == '/' {
-			if isFoldable(s[start:i]) {
-				return false
-			}
-			start = i + 1
-		}
+		previous = s[i]
 	}
-	return start == len(s) || !isFoldable(s[start:])
+	return true
 }
-
-// isFoldable reports whether a segment of a path must be dropped or refused.
-func isFoldable(segment string) bool { return segment == "" || segment == "." || segment == ".." }
 
 // spellEscapedPath is spellPath for a path that is not plain. In one pass it decodes
 // each byte for the path and escapes it anew for the spelling.
 func spellEscapedPath(escaped string) (string, string, error) {
+	const upperHex = "0123456789ABCDEF"    // RFC 3986 section 2.1 wants upper case, encoding/hex has lower case only
 	var pathSpace, spellingSpace [256]byte // most paths fit, so that only the results are allocated
 	path, spelling := pathSpace[:0], spellingSpace[:0]
 	// Where the current segment begins in path and in spelling, and where the
 	// current piece begins in path. A piece ends at an escaped slash too, since
 	// an upstream may decode it and see ".." behind it.
 	segment, segmentSpelling, piece := 0, 0, 0
-	for i := 0; i <= len(escaped); i++ {
-		if i == len(escaped) || escaped[i] == '/' {
-			if string(path[piece:]) == ".." {
-				return "", "", newUnsafePathError("the path holds ..")
-			}
-			empty := len(path) == segment || string(path[segment:]) == "."
-			if empty {
+	for i := 0; i <= len(escaped); {
+		b, n := byte('/'), 1 // the end of the path ends its last segment
+		if i < len(escaped) {
+			b, n = unescapeAt(escaped, i)
+		}
+		i += n
+		switch {
+		case n == 0:
+			return "", "", newUnsafePathError("the path holds a % that is not followed by two hex digits")
+		case b < ' ' || b == 0x7f || b == '\\':
+			return "", "", newUnsafePathError("the path holds a control character or a backslash")
+		case b == '/' && string(path[piece:]) == "..":
+			return "", "", newUnsafePathError("the path holds ..")
+		case b == '/' && n == 3:
+			piece = len(path) + 1
+		case b == '/':
+			if last := string(path[segment:]); last == "" || last == "." {
 				path, spelling = path[:segment], spelling[:segmentSpelling]
-			}
-			if i < len(escaped) && !empty {
+			} else if i <= len(escaped) {
 				path, spelling = append(path, '/'), append(spelling, '/')
 			}
 			segment, segmentSpelling, piece = len(path), len(spelling), len(path)
 			continue
 		}
-		b, n := unescapeAt(escaped, i)
-		if n == 0 {
-			return "", "", newUnsafePathError("the path holds a % that is not followed by two hex digits")
-		}
-		i += n - 1
-		if b < ' ' || b == 0x7f || b == '\\' {
-			return "", "", newUnsafePathError("the path holds a control character or a backslash")
-		}
-		if b == '/' {
-			if string(path[piece:]) == ".." {
-				return "", "", newUnsafePathError("the path holds ..")
-			}
-			piece = len(path) + 1
-		}
 		path = append(path, b)
-		spelling = appendSpelled(spelling, b, n == 3)
-		if len(spelling) > maxSpelling+1 { // one more, since a "." at the end is dropped
-			return "", "", newTooLongError()
+		if unescapedBytes[b] && b != '/' { // an escaped slash stays escaped: it is part of a name
+			spelling = append(spelling, b)
+		} else {
+			spelling = append(spelling, '%', upperHex[b>>4], upperHex[b&15])
 		}
 	}
 	if !utf8.Valid(path) {
@@ -268,14 +257,12 @@ func unescapeAt(s string, i int) (b byte, n int) {
 	if s[i] != '%' {
 		return s[i], 1
 	}
-	if i+2 >= len(s) {
-		return 0, 0
+	if i+2 < len(s) {
+		if v, err := strconv.ParseUint(s[i+1:i+3], 16, 8); err == nil {
+			return byte(v), 3
+		}
 	}
-	var decoded [1]byte
-	if _, err := hex.Decode(decoded[:], []byte(s[i+1:i+3])); err != nil {
-		return 0, 0
-	}
-	return decoded[0], 3
+	return 0, 0
 }
 
 // unescapedBytes says which bytes are not escaped in a spelling: the unreserved
@@ -286,16 +273,6 @@ var unescapedBytes = func() (t [256]bool) {
 	}
 	return t
 }()
-
-// appendSpelled appends one byte of a path to its spelling. A slash that was escaped
-// stays escaped: it is part of a name and separates nothing.
-func appendSpelled(to []byte, b byte, wasEscaped bool) []byte {
-	const upperHex = "0123456789ABCDEF" // RFC 3986 section 2.1 wants upper case, encoding/hex has lower case only
-	if unescapedBytes[b] && !(b == '/' && wasEscaped) {
-		return append(to, b)
-	}
-	return append(to, '%', upperHex[b>>4], upperHex[b&15])
-}
 
 // newUnsafePathError makes the answer to a path that is not passed to an upstream.
 func newUnsafePathError(reason string) error {
@@ -356,12 +333,8 @@ func appendFilename(to []byte, spelling string) []byte {
 // decodePath returns the decoded path of a spelling, without its query.
 func decodePath(spelling string) string {
 	path, _, _ := strings.Cut(spelling, "?")
-	if !strings.Contains(path, "%") {
-		return path
+	if decoded, err := url.PathUnescape(path); err == nil {
+		return decoded
 	}
-	decoded, err := url.PathUnescape(path)
-	if err != nil {
-		return path // spellPath did not make this spelling
-	}
-	return decoded
+	return path // spellPath did not make this spelling
 }
