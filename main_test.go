@@ -335,7 +335,7 @@ func TestREADMEIsComplete(t *testing.T) {
 		if rows[k.name] == "" && k.name != "cache" {
 			t.Errorf("no table in README.md has the key %s", k.name)
 		}
-		if k.set != nil && rows[k.name] != "" && regexp.MustCompile(`^[0-9]+$|^(true|false)$`).MatchString(k.defaultText) && !strings.Contains(rows[k.name], "`"+k.defaultText+"`") {
+		if k.field != nil && rows[k.name] != "" && regexp.MustCompile(`^[0-9]+$|^(true|false)$`).MatchString(k.defaultText) && !strings.Contains(rows[k.name], "`"+k.defaultText+"`") {
 			t.Errorf("README.md does not give the default %s of %s: %s", k.defaultText, k.name, rows[k.name])
 		}
 	}

@@ -112,7 +112,7 @@ func (c *config) addRegistry(r *remote) {
 		return
 	}
 	given := r.registry != ""
-	if !given && len(r.origins) > 0 {
+	if !given {
 		// Clients say docker.io for the registry that is served at this host.
 		if r.registry = r.origins[0].url.Host; r.registry == "registry-1.docker.io" {
 			r.registry = "docker.io"
