@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -41,20 +42,26 @@ type settings struct {
 	logFormat          string // text or json; "": text on a terminal, else json
 }
 
-// groups lists variables that belong together: when the first of a group is set,
-// the others must be set too.
+// groups lists variables that belong together: when one of a group is set, the
+// others must be set too.
 var groups = [][]string{
 	{"MINIO_ENDPOINT", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "MINIO_BUCKET"},
 	{"DBHOST", "DBUSER", "DBNAME"},
 	{"TLS_CERT_FILE", "TLS_KEY_FILE"},
-	{"TLS_KEY_FILE", "TLS_CERT_FILE"},
 }
 
-// parseSettings reads the environment. Its error is one line that names the first
-// variable that is missing or wrong and never holds the value of a secret.
+// parseSettings reads the environment. Its error has a line for each variable that is
+// missing or wrong, and never holds the value of a secret.
 func parseSettings(env lookupEnv) (*settings, error) {
 	p := &envReader{env: env}
-	p.checkGroups()
+	for _, group := range groups {
+		given := slices.IndexFunc(group, func(name string) bool { return p.readString(name, "") != "" })
+		for _, name := range group {
+			if given >= 0 && p.readString(name, "") == "" {
+				p.addError(name, "is not set, but must be because %s is set", group[given])
+			}
+		}
+	}
 	set := &settings{
 		configPath: p.readString("CONFIG_PATH", "remotes.yaml"),
 		listen:     p.readString("LISTEN_ADDR", ":8000"),
@@ -64,18 +71,22 @@ func parseSettings(env lookupEnv) (*settings, error) {
 		apiToken:   secret(p.readString("API_TOKEN", "")),
 		tlsCert:    p.readString("TLS_CERT_FILE", ""),
 		tlsKey:     p.readString("TLS_KEY_FILE", ""),
-		drainDelay: p.readDuration("DRAIN_DELAY", 0),
 		logFormat:  p.readOneOf("LOG_FORMAT", "", "text", "json"),
 	}
 	level := p.readOneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error")
-	if p.err == nil {
-		p.addError("LOG_LEVEL", set.logLevel.UnmarshalText([]byte(level)))
+	_ = set.logLevel.UnmarshalText([]byte(level)) // readOneOf has reported another word
+	drainDelay := p.readString("DRAIN_DELAY", "0s")
+	var err error
+	if set.drainDelay, err = time.ParseDuration(drainDelay); err != nil || set.drainDelay < 0 {
+		p.addError("DRAIN_DELAY", "%q is not a duration like 10s or 1m30s", drainDelay)
 	}
 	if _, port, err := net.SplitHostPort(set.listen); err != nil || port == "" {
-		p.addError("LISTEN_ADDR", fmt.Errorf("%q is not an address like :8000 or 127.0.0.1:8000", set.listen))
+		p.addError("LISTEN_ADDR", "%q is not an address like :8000 or 127.0.0.1:8000", set.listen)
 	}
-	if v := string(set.apiToken); strings.TrimSpace(v) != v || strings.ContainsAny(v, "\r\n") {
-		p.addError("API_TOKEN", errors.New("begins or ends with white space or holds a line break, so no client can send it: remove it (often it is the end of a file that was read into the variable)"))
+	for _, name := range []string{"API_TOKEN", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "DBPASS"} {
+		if !isCleanSecret(p.readString(name, "")) {
+			p.addError(name, uncleanSecret)
+		}
 	}
 	for _, name := range []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"} {
 		v := p.readString(name, "")
@@ -83,38 +94,33 @@ func parseSettings(env lookupEnv) (*settings, error) {
 			v = "http://" + v // net/http reads it this way
 		}
 		if v != "" && parseHostURL(v, "http", "https", "socks5", "socks5h") == nil {
-			p.addError(name, errors.New("is not a URL like http://proxy.example:3128"))
+			p.addError(name, "is not a URL like http://proxy.example:3128")
 		}
 	}
 	if dir, err := filepath.Abs(set.dataDir); err == nil {
 		set.dataDir = dir
 	}
-	p.readBackends(set)
-	return set, p.err
+	p.readS3(&set.s3)
+	p.readOtherBackends(set)
+	return set, errors.Join(p.errs...)
 }
 
-// envReader reads variables and keeps the first mistake, so that its callers need
-// not check each of them.
+// envReader reads variables and collects the mistakes in them.
 type envReader struct {
-	env lookupEnv
-	err error // the first mistake; nil so far
+	env  lookupEnv
+	errs []error
 }
 
-// addError records err as the mistake of the variable name, unless it is nil or an
-// earlier mistake is known.
-func (p *envReader) addError(name string, err error) {
-	if p.err == nil && err != nil {
-		p.err = fmt.Errorf("environment: %s: %w", name, err)
-	}
+// addError records a mistake in the variable name.
+func (p *envReader) addError(name, format string, args ...any) {
+	p.errs = append(p.errs, fmt.Errorf("environment: %s: "+format, append([]any{name}, args...)...))
 }
 
 // readString returns a variable's value, or the default value when it is unset or
 // empty.
 func (p *envReader) readString(name, defaultValue string) string {
-	if v, _ := p.env(name); v != "" {
-		return v
-	}
-	return defaultValue
+	v, _ := p.env(name)
+	return cmp.Or(v, defaultValue)
 }
 
 // readSize reads a size like 10GiB, in bytes.
@@ -124,21 +130,10 @@ func (p *envReader) readSize(name string, defaultValue int64) int64 {
 		return defaultValue
 	}
 	n, err := parseSize(v)
-	p.addError(name, err)
+	if err != nil {
+		p.addError(name, "%w", err)
+	}
 	return n
-}
-
-// readDuration reads a duration like 1m30s that is not negative.
-func (p *envReader) readDuration(name string, defaultValue time.Duration) time.Duration {
-	v := p.readString(name, "")
-	if v == "" {
-		return defaultValue
-	}
-	d, err := time.ParseDuration(v)
-	if err != nil || d < 0 {
-		p.addError(name, fmt.Errorf("%q is not a duration like 10s or 1m30s", v))
-	}
-	return d
 }
 
 // readOneOf reads one of some words, in upper or lower case, and returns it as it is
@@ -150,43 +145,63 @@ func (p *envReader) readOneOf(name, defaultValue string, values ...string) strin
 			return x
 		}
 	}
-	p.addError(name, fmt.Errorf("%q is not one of %s", v, strings.Join(values, ", ")))
+	p.addError(name, "%q is not one of %s", v, strings.Join(values, ", "))
 	return v
 }
 
-// checkGroups records a group of variables of which only a part is set.
-func (p *envReader) checkGroups() {
-	for _, g := range groups {
-		if p.readString(g[0], "") == "" {
-			continue
+// readS3 reads the variables of S3 into c. MINIO_ENDPOINT is host:port or a URL, whose
+// scheme must not contradict MINIO_SECURE.
+func (p *envReader) readS3(c *s3Config) {
+	endpoint := p.readString("MINIO_ENDPOINT", "")
+	secure := p.readOneOf("MINIO_SECURE", "", "true", "false", "1", "0")
+	virtual := p.readOneOf("MINIO_VIRTUAL_HOST", "false", "true", "false", "1", "0")
+	if endpoint == "" {
+		return
+	}
+	*c = s3Config{bucket: p.readString("MINIO_BUCKET", ""), accessKey: p.readString("MINIO_ACCESS_KEY", ""), secretKey: p.readString("MINIO_SECRET_KEY", ""),
+		region: p.readString("MINIO_REGION", "us-east-1"), virtualHost: virtual == "true" || virtual == "1"}
+	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
+		if v[1] != "" && !namePattern.MatchString(v[1]) {
+			p.addError(v[0], "%q is not a valid name: use letters, digits, '.', '_' and '-'", v[1])
 		}
-		for _, name := range g[1:] {
-			if p.readString(name, "") == "" {
-				p.addError(name, fmt.Errorf("is not set, but must be because %s is set", g[0]))
-			}
-		}
+	}
+	scheme := "http"
+	if secure == "true" || secure == "1" {
+		scheme = "https"
+	}
+	if !strings.Contains(endpoint, "://") {
+		endpoint = scheme + "://" + endpoint
+	}
+	u := parseHostURL(endpoint, "http", "https")
+	switch {
+	case u == nil || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "":
+		p.addError("MINIO_ENDPOINT", "is neither HOST:PORT nor a URL like https://s3.example:9000 (without path, query and user)")
+	case secure != "" && scheme != u.Scheme:
+		p.addError("MINIO_SECURE", "%s contradicts the scheme %s of MINIO_ENDPOINT", secure, u.Scheme)
+	default:
+		c.host, c.secure = u.Host, u.Scheme == "https"
 	}
 }
 
-// readBackends reads the variables of S3, PostgreSQL and Redis.
-func (p *envReader) readBackends(set *settings) {
+// readOtherBackends reads the variables of hot copies, PostgreSQL, Redis and the
+// other replicas.
+func (p *envReader) readOtherBackends(set *settings) {
 	set.hotSize = p.readSize("HOT_CACHE_SIZE", 10<<30)
-	p.readS3Endpoint(&set.s3)
 	set.db = sqlSettings{host: p.readString("DBHOST", ""), port: p.readString("DBPORT", "5432"), user: p.readString("DBUSER", ""), name: p.readString("DBNAME", ""),
 		password: secret(p.readString("DBPASS", "")), sslmode: p.readOneOf("DBSSLMODE", "disable", "disable", "require", "verify-ca", "verify-full")}
 	if n, err := strconv.Atoi(set.db.port); err != nil || n < 1 || n > 65535 {
-		p.addError("DBPORT", fmt.Errorf("%q is not a port number", set.db.port))
+		p.addError("DBPORT", "%q is not a port number", set.db.port)
 	}
 	if h := set.db.host; h != "" && h[0] != '/' && !hostPattern.MatchString(h) && net.ParseIP(h) == nil {
-		p.addError("DBHOST", errors.New("is not the name or address of a host: put everything else into DBPORT, DBUSER, DBPASS and DBNAME"))
+		p.addError("DBHOST", "is not the name or address of a host: put everything else into DBPORT, DBUSER, DBPASS and DBNAME")
 	}
 	set.redisURL = secret(p.readString("REDIS_URL", ""))
 	if v := string(set.redisURL); v != "" && parseHostURL(v, "redis", "rediss") == nil {
-		p.addError("REDIS_URL", errors.New("is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS)"))
+		p.addError("REDIS_URL", "is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS)")
 	}
 	set.advertise = strings.TrimSuffix(p.readString("ADVERTISE_URL", ""), "/")
 	if u := parseHostURL(set.advertise, "http", "https"); set.advertise != "" && (u == nil || u.User != nil || u.RawQuery != "") {
-		p.addError("ADVERTISE_URL", errors.New("is not a URL like http://10.0.0.7:8000"))
+		p.addError("ADVERTISE_URL", "is not a URL like http://10.0.0.7:8000")
 	}
 }
 
@@ -202,39 +217,6 @@ func parseHostURL(v string, schemes ...string) *url.URL {
 		return nil
 	}
 	return u
-}
-
-// readS3Endpoint reads the variables of S3 into c. MINIO_ENDPOINT is host:port or a
-// URL, whose scheme must not contradict MINIO_SECURE.
-func (p *envReader) readS3Endpoint(c *s3Config) {
-	host := p.readString("MINIO_ENDPOINT", "")
-	secure := p.readOneOf("MINIO_SECURE", "", "true", "false", "1", "0")
-	virtual := p.readOneOf("MINIO_VIRTUAL_HOST", "false", "true", "false", "1", "0")
-	if host == "" {
-		return
-	}
-	*c = s3Config{bucket: p.readString("MINIO_BUCKET", ""), accessKey: p.readString("MINIO_ACCESS_KEY", ""), secretKey: p.readString("MINIO_SECRET_KEY", ""),
-		region: p.readString("MINIO_REGION", "us-east-1"), secure: secure == "true" || secure == "1", virtualHost: virtual == "true" || virtual == "1"}
-	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
-		if !namePattern.MatchString(v[1]) {
-			p.addError(v[0], fmt.Errorf("%q is not a valid name: use letters, digits, '.', '_' and '-'", v[1]))
-		}
-	}
-	isURL := strings.Contains(host, "://")
-	if !isURL {
-		host = "http://" + host
-	}
-	u := parseHostURL(host, "http", "https")
-	switch {
-	case u == nil || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "":
-		p.addError("MINIO_ENDPOINT", errors.New("is neither HOST:PORT nor a URL like https://s3.example:9000 (without path, query and user)"))
-		return
-	case isURL && secure != "" && c.secure != (u.Scheme == "https"):
-		p.addError("MINIO_SECURE", fmt.Errorf("%s contradicts the scheme %s of MINIO_ENDPOINT", secure, u.Scheme))
-	case isURL:
-		c.secure = u.Scheme == "https"
-	}
-	c.host = u.Host
 }
 
 // redisPrefix returns the prefix of this cache's keys in Redis, so that several
