@@ -5,13 +5,13 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"log/slog"
 	"net/http"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -73,6 +73,9 @@ var (
 	// errPrivateAddress is the error of a dial that publicTransport refuses.
 	errPrivateAddress = errors.New("a redirect must not lead to a private address")
 )
+
+// contentRange matches a Content-Range with a range.
+var contentRange = regexp.MustCompile(`^(?i)\s*bytes\s+(\d+)-(\d+)/(\d+|\*)\s*$`)
 
 // upstream sends requests to the origins of all remotes. All methods may be called
 // concurrently.
@@ -154,21 +157,11 @@ func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResp
 			return resp, err
 		}
 		resp.discardBody()
-		if err := sleepUnlessDone(ctx, firstRetryDelay<<(2*try)); err != nil {
-			return nil, err
+		select {
+		case <-time.After(firstRetryDelay << (2 * try)):
+		case <-ctx.Done():
+			return nil, ctx.Err()
 		}
-	}
-}
-
-// sleepUnlessDone waits for d, or until ctx ends, which is its error.
-func sleepUnlessDone(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }
 
@@ -205,13 +198,15 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 }
 
 // originOrder returns the indexes of the origins in the order in which they are asked.
+// first may come from another replica whose configuration has more mirrors.
 func (req upstreamRequest) originOrder() []int {
 	var order []int
 	for i := range req.remote.origins {
-		order = append(order, i)
-	}
-	if req.first > 0 && req.first < len(order) {
-		order = slices.Insert(slices.Delete(order, req.first, req.first+1), 0, req.first)
+		if i == req.first {
+			order = slices.Insert(order, 0, i)
+		} else {
+			order = append(order, i)
+		}
 	}
 	return order
 }
@@ -231,11 +226,7 @@ func isTransient(resp *upstreamResponse, err error) bool {
 	if resp == nil {
 		return errors.Is(err, errUnreachable)
 	}
-	switch resp.StatusCode {
-	case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-		return true
-	}
-	return false
+	return resp.StatusCode >= http.StatusBadGateway && resp.StatusCode <= http.StatusGatewayTimeout // 502, 503, 504
 }
 
 // tryOrigin asks origin i and counts a failure. If a copy can be served, everything
@@ -244,7 +235,7 @@ func isTransient(resp *upstreamResponse, err error) bool {
 func (u *upstream) tryOrigin(ctx context.Context, req upstreamRequest, i int) (*upstreamResponse, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	if req.hasCopy {
-		limit := min(req.remote.headerTimeout(), copyTimeout)
+		limit := min(req.remote.timeout, copyTimeout)
 		defer time.AfterFunc(limit, func() { cancel(errTimeout) }).Stop()
 	}
 	resp, err := u.sendAuthorized(ctx, req, i)
@@ -260,9 +251,6 @@ func (u *upstream) tryOrigin(ctx context.Context, req upstreamRequest, i int) (*
 	}
 	return &upstreamResponse{Response: resp, origin: i}, nil
 }
-
-// headerTimeout returns how long connecting and the response header may take.
-func (r *remote) headerTimeout() time.Duration { return cmp.Or(r.timeout, defaultTimeout) }
 
 // countFailure counts by its kind what went wrong at one origin.
 func (u *upstream) countFailure(r *remote, resp *http.Response, err error) {
@@ -316,26 +304,15 @@ func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 // section 14.4). size is -1 if it is "*". ok is false for anything else, also for the
 // Content-Range of a 416, which has no range.
 func parseContentRange(s string) (first, last, size int64, ok bool) {
-	unit, rest, _ := strings.Cut(strings.TrimSpace(s), " ")
-	span, total, found := strings.Cut(strings.TrimSpace(rest), "/")
-	from, to, dashed := strings.Cut(span, "-")
-	if !strings.EqualFold(unit, "bytes") || !found || !dashed {
+	parts := contentRange.FindStringSubmatch(s)
+	if parts == nil {
 		return 0, 0, 0, false
 	}
-	first, ok1 := parseDigits(from)
-	last, ok2 := parseDigits(to)
-	size, ok3 := parseDigits(total)
-	if total == "*" {
-		size, ok3 = -1, true
-	}
-	if !ok1 || !ok2 || !ok3 || last < first || (size >= 0 && last >= size) {
+	first, err1 := strconv.ParseInt(parts[1], 10, 64)
+	last, err2 := strconv.ParseInt(parts[2], 10, 64)
+	size, err3 := strconv.ParseInt(strings.Replace(parts[3], "*", "-1", 1), 10, 64)
+	if err1 != nil || err2 != nil || err3 != nil || last < first || (size >= 0 && last >= size) {
 		return 0, 0, 0, false
 	}
 	return first, last, size, true
-}
-
-// parseDigits parses a number without a sign.
-func parseDigits(s string) (int64, bool) {
-	n, err := strconv.ParseUint(s, 10, 63)
-	return int64(n), err == nil
 }

@@ -308,7 +308,7 @@ func (ts *tokenCache) finishTokenRequest(k tokenKey, pending *tokenRequest) {
 func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL) (bearerToken, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	defer time.AfterFunc(x.remote.headerTimeout(), func() { cancel(errTimeout) }).Stop()
+	defer time.AfterFunc(x.remote.timeout, func() { cancel(errTimeout) }).Stop()
 	tokenExchange := &exchange{
 		remote: x.remote, method: http.MethodGet, start: k.tokenURL(realm),
 		header: http.Header{"Accept": {"application/json"}},

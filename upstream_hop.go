@@ -208,7 +208,7 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	var trace connectionTrace
 	req := x.newRequest(trace.withTrace(ctx), at, u.version)
 	proxied := u.usesProxy(req)
-	timer := time.AfterFunc(x.remote.headerTimeout(), func() { cancel(errTimeout) })
+	timer := time.AfterFunc(x.remote.timeout, func() { cancel(errTimeout) })
 	resp, err := u.chooseTransport(x, at, proxied).RoundTrip(req)
 	if !timer.Stop() && err == nil { // the header came just after the timeout, which ended the body
 		resp.Body.Close()

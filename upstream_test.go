@@ -520,7 +520,6 @@ func TestWithACopyTenSecondsAreEnough(t *testing.T) {
 		for timeout, want := range map[time.Duration][2]time.Duration{
 			time.Minute:     {10 * time.Second, time.Minute},
 			3 * time.Second: {3 * time.Second, 3 * time.Second},
-			0:               {10 * time.Second, 30 * time.Second},
 		} {
 			a.r.timeout = timeout
 			for i, hasCopy := range []bool{true, false} {
@@ -1507,7 +1506,7 @@ func TestCredentialsGoToTheRealm(t *testing.T) {
 			t.Errorf("%s: password sent: %v", r.URL, got)
 		}
 	}
-	g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins, username: "u", password: "changed"}
+	g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins, timeout: g.r.timeout, username: "u", password: "changed"}
 	g.pull().want(200, "manifest") // after a reload with another password
 	g.wantTraffic(6, 2)
 }
@@ -1645,7 +1644,7 @@ func TestBasicRegistry(t *testing.T) {
 		g.wantTraffic(4, 0)
 
 		for _, g.challenge = range []string{`Basic realm="x"`, `Bearer service="s"`, `Digest realm="x"`, ``} {
-			g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins}
+			g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins, timeout: g.r.timeout}
 			before := len(g.lines)
 			g.send(req).want(401, "") // no credentials for a Basic challenge
 			g.wantTraffic(before+1, 0)
