@@ -25,7 +25,7 @@ import (
 // registry asks for it in a 401. Its challenge is remembered, and so are the tokens, so
 // that the next request has an Authorization at once. The caller closes the body.
 func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i int) (*http.Response, error) {
-	x, err := newExchange(req, i)
+	x, err := u.newExchange(req, i)
 	if err != nil {
 		return nil, err
 	}

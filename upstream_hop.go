@@ -18,6 +18,7 @@ import (
 	"net/http/httptrace"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -76,17 +77,19 @@ type exchange struct {
 	header         http.Header // sent to every host
 	auth           string      // docker: Authorization, sent to the scheme, host and port of start only
 	origin         *url.URL    // the origin it is made for, whose host may have a private address
-	mayDialPrivate bool        // other hosts may have private addresses too
+	mayDialPrivate bool        // other hosts may have private addresses too, as the origin itself has one
 }
 
 // newExchange makes the exchange that asks origin i of a remote for req.wire.
-func newExchange(req upstreamRequest, i int) (*exchange, error) {
+func (u *upstream) newExchange(req upstreamRequest, i int) (*exchange, error) {
 	o := req.remote.origins[i].url
 	start, err := joinURL(o, req.wire)
 	if err != nil {
 		return nil, err
 	}
-	return &exchange{remote: req.remote, method: req.method, start: start, header: req.header, origin: o}, nil
+	addr, _ := netip.ParseAddr(o.Hostname()) // an address is known even if a proxy dials; a name is found out later
+	return &exchange{remote: req.remote, method: req.method, start: start, header: req.header,
+		origin: o, mayDialPrivate: u.isPrivate(addr)}, nil
 }
 
 // joinURL returns the URL base + "/" + wire. net/http sends exactly these bytes, since
@@ -109,12 +112,7 @@ func joinURL(base *url.URL, wire string) (*url.URL, error) {
 // server of at: only to the servers of base_url and of mirrors with auth, whatever a
 // redirect says.
 func (r *remote) sendsCredentialsTo(at *url.URL) bool {
-	for i, o := range r.origins {
-		if (i == 0 || o.auth) && sameServer(o.url, at) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(r.origins, func(o origin) bool { return o.auth && sameServer(o.url, at) })
 }
 
 // basicAuthorization returns the Authorization header for the credentials of r (RFC
@@ -142,6 +140,12 @@ func effectivePort(u *url.URL) string {
 	return cmp.Or(u.Port(), "80")
 }
 
+// redirectStatuses are those of a redirect with a Location (RFC 9110 section 15.4).
+var redirectStatuses = []int{
+	http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
+	http.StatusTemporaryRedirect, http.StatusPermanentRedirect,
+}
+
 // followRedirects sends x and follows redirects to an answer. The caller closes its
 // body. http.Client is not used: it would send Authorization to sub-domains and the
 // URL before as Referer, and its errors hold whole URLs.
@@ -149,7 +153,7 @@ func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Resp
 	at := x.start
 	for n := 0; ; n++ {
 		resp, err := u.roundTrip(ctx, x, at, n == 0)
-		if err != nil || !isRedirect(resp.StatusCode) {
+		if err != nil || !slices.Contains(redirectStatuses, resp.StatusCode) {
 			return resp, err
 		}
 		next, reason := resolveLocation(at, resp.Header.Get("Location"))
@@ -162,17 +166,6 @@ func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Resp
 		}
 		at = next
 	}
-}
-
-// isRedirect reports whether a status is one of a redirect with a Location (RFC 9110
-// section 15.4).
-func isRedirect(status int) bool {
-	switch status {
-	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
-		http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
-		return true
-	}
-	return false
 }
 
 // resolveLocation returns the URL that a Location header at the URL at leads to. reason
@@ -203,35 +196,47 @@ func resolveLocation(at *url.URL, location string) (next *url.URL, reason string
 // header; after that the body has its own. The caller closes the body.
 func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, first bool) (*http.Response, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
-	name := x.remote.name
-	began := u.now()
-	var trace connectionTrace
-	req := x.newRequest(trace.withTrace(ctx), at, u.version)
-	proxied := u.usesProxy(req)
+	name, began := x.remote.name, u.now()
+	var connected atomic.Pointer[netip.Addr] // where the connection goes; a goroutine of the transport may store it
+	req := x.newRequest(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+		ap, _ := netip.ParseAddrPort(i.Conn.RemoteAddr().String())
+		addr := ap.Addr()
+		connected.Store(&addr)
+	}}), at, u.version)
+	// A proxy looks up and dials the address itself, and we cannot check it.
+	proxy, err := u.proxyFor(req)
+	proxied := err == nil && proxy != nil
+	// A redirect must not lead us into our private network, unless the origin is there
+	// itself.
+	transport := u.publicTransport
+	if proxied || x.mayDialPrivate || sameHost(at, x.origin) {
+		transport = u.transport
+	}
 	timer := time.AfterFunc(x.remote.timeout, func() { cancel(errTimeout) })
-	resp, err := u.chooseTransport(x, at, proxied).RoundTrip(req)
+	resp, err := transport.RoundTrip(req)
 	if !timer.Stop() && err == nil { // the header came just after the timeout, which ended the body
 		resp.Body.Close()
 		err = errTimeout
 	}
 	if err != nil {
-		err = x.explainFailure(ctx, at, err)
-		if failure, ok := errors.AsType[*transportError](err); ok {
+		explained := x.explainFailure(ctx, at, err)
+		if failure, ok := errors.AsType[*transportError](explained); ok {
 			// Silence or a reset means little if the remote answered another request
-			// meanwhile.
-			failure.countsAsDown = first && (trace.neverConnected(failure) || !u.circuitOf(name).hasSucceededSince(began))
+			// meanwhile. A failure of dial, DNS or TLS always counts.
+			neverConnected := connected.Load() == nil && failure.kind == errUnreachable && !isReset(err)
+			failure.countsAsDown = first && (neverConnected || !u.circuitOf(name).hasSucceededSince(began))
 		}
 		cancel(nil)
-		return nil, err
+		return nil, explained
 	}
 	if lasted, recovered := u.circuitOf(name).succeed(); recovered {
 		u.log.Info("a remote can be reached again", "remote", name, "after", lasted.Round(time.Second).String())
 	}
-	if sameHost(at, x.origin) && !proxied && trace.wentTo(u.isPrivate) {
+	if a := connected.Load(); sameHost(at, x.origin) && !proxied && a != nil && u.isPrivate(*a) {
 		x.mayDialPrivate = true // the origin is in a private network itself
 	}
 	resp.Request = req
-	resp.Body = u.newUpstreamBody(ctx, cancel, name, at.Host, resp.Body)
+	resp.Body = &upstreamBody{ReadCloser: resp.Body, u: u, ctx: ctx, cancel: cancel, idle: timer, remote: name, host: at.Host}
 	return resp, nil
 }
 
@@ -259,61 +264,11 @@ func (x *exchange) newRequest(ctx context.Context, at *url.URL, version string) 
 	return req.WithContext(ctx)
 }
 
-// usesProxy reports whether req goes through a proxy. The proxy then looks up and dials
-// the address, and we cannot check it.
-func (u *upstream) usesProxy(req *http.Request) bool {
-	p, err := u.proxyFor(req)
-	return err == nil && p != nil
-}
-
-// chooseTransport returns the transport for a request to at. A redirect of an upstream
-// must not lead us into our private network, unless the upstream is there itself.
-func (u *upstream) chooseTransport(x *exchange, at *url.URL, proxied bool) http.RoundTripper {
-	if proxied || x.mayDialPrivate || sameHost(at, x.origin) || u.hasPrivateAddress(x.origin) {
-		return u.transport
-	}
-	return u.publicTransport
-}
-
-// hasPrivateAddress reports whether the host in at is a private IP address. That is
-// known even if a proxy dials.
-func (u *upstream) hasPrivateAddress(at *url.URL) bool {
-	a, err := netip.ParseAddr(at.Hostname())
-	return err == nil && u.isPrivate(a)
-}
-
-// connectionTrace remembers which connection one request got. A goroutine of the
-// transport writes it.
-type connectionTrace struct {
-	addr atomic.Value // the remote address as a string; unset if there was no connection
-}
-
-// withTrace returns a context for the request that is traced.
-func (c *connectionTrace) withTrace(ctx context.Context) context.Context {
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(i httptrace.GotConnInfo) { c.addr.Store(i.Conn.RemoteAddr().String()) },
-	})
-}
-
-// wentTo reports whether isWanted accepts the address of the connection.
-func (c *connectionTrace) wentTo(isWanted func(netip.Addr) bool) bool {
-	s, _ := c.addr.Load().(string)
-	ap, err := netip.ParseAddrPort(s)
-	return err == nil && isWanted(ap.Addr())
-}
-
-// neverConnected reports whether dial, DNS or TLS failed: there was no connection, and
-// neither silence nor a reset was the reason.
-func (c *connectionTrace) neverConnected(e *transportError) bool {
-	return c.addr.Load() == nil && e.kind == errUnreachable && !e.reset
-}
-
 // transportError says how a request failed. It wraps one of the error kinds. Its text
 // is net/http's, which may name hosts and addresses but holds no URL.
 type transportError struct {
 	kind         error
 	reason       string
-	reset        bool // the other side ended the connection
 	countsAsDown bool // shows that the remote cannot be reached
 }
 
@@ -327,21 +282,30 @@ func countsAsDown(err error) bool {
 	return ok && failure.countsAsDown
 }
 
-// explainFailure makes the error for a request to at that failed with err; ctx is the
-// request's. An answer that is not HTTP counts as unreachable, because a captive portal
-// or a wrong port says nothing about the file. err itself is not wrapped: a context
-// error in it may not be the client's.
-func (x *exchange) explainFailure(ctx context.Context, at *url.URL, err error) error {
-	e := &transportError{kind: errUnreachable, reason: clipText(err.Error()), reset: isReset(err)}
+// newTransportError makes the error for a request or a body that failed with err. It is
+// nil if ctx, the request's, was ended from outside. An answer that is not HTTP counts
+// as unreachable, because a captive portal or a wrong port says nothing about the file.
+// err itself is not wrapped: a context error in it may not be the client's.
+func newTransportError(ctx context.Context, err error) *transportError {
 	switch cause := context.Cause(ctx); {
-	case errors.Is(err, errPrivateAddress):
-		return x.newUnusableError(at, errPrivateAddress.Error())
 	case errors.Is(cause, errTimeout), errors.Is(err, errTimeout):
-		e.kind, e.reason = errTimeout, "no answer in time"
+		return &transportError{kind: errTimeout, reason: "nothing arrived in time"}
 	case cause != nil:
-		return ctx.Err()
+		return nil
 	}
-	return x.newExchangeProblem(e.kind, at, e.kind.Error(), e)
+	return &transportError{kind: errUnreachable, reason: clipText(err.Error())}
+}
+
+// explainFailure makes the error for a request to at that failed with err before its
+// response header; ctx is the request's.
+func (x *exchange) explainFailure(ctx context.Context, at *url.URL, err error) error {
+	if errors.Is(err, errPrivateAddress) {
+		return x.newUnusableError(at, errPrivateAddress.Error())
+	}
+	if failure := newTransportError(ctx, err); failure != nil {
+		return x.newExchangeProblem(failure.kind, at, failure.kind.Error(), failure)
+	}
+	return ctx.Err()
 }
 
 // newUnusableError makes the error for an answer from at that cannot be used.
@@ -377,22 +341,15 @@ func isReset(err error) bool {
 type upstreamBody struct {
 	io.ReadCloser
 	u            *upstream
-	ctx          context.Context // of the request
-	cancel       context.CancelCauseFunc
+	ctx          context.Context         // of the request
+	cancel       context.CancelCauseFunc // ends ctx
 	release      context.CancelCauseFunc // ends the context of the attempt; may be nil
 	idle         *time.Timer             // cancels ctx with errTimeout
 	remote, host string                  // for counters and errors
 }
 
-// newUpstreamBody makes the body of a response. cancel ends ctx, the context of its
-// request.
-func (u *upstream) newUpstreamBody(ctx context.Context, cancel context.CancelCauseFunc, remote, host string, rc io.ReadCloser) *upstreamBody {
-	idle := time.AfterFunc(bodyIdleTimeout, func() { cancel(errTimeout) })
-	idle.Stop()
-	return &upstreamBody{ReadCloser: rc, u: u, ctx: ctx, cancel: cancel, idle: idle, remote: remote, host: host}
-}
-
-// Read reads and counts bytes. Its error is io.EOF or one of explainReadError.
+// Read reads and counts bytes. The error of a body that broke off wraps errTimeout or
+// errUnreachable, as if there had been no answer, or is the context's.
 func (b *upstreamBody) Read(p []byte) (int, error) {
 	b.idle.Reset(bodyIdleTimeout)
 	n, err := b.ReadCloser.Read(p)
@@ -401,21 +358,12 @@ func (b *upstreamBody) Read(p []byte) (int, error) {
 	if err == nil || err == io.EOF {
 		return n, err
 	}
-	return n, b.explainReadError(err)
-}
-
-// explainReadError makes the error of a body that broke off with err. It wraps
-// errTimeout or errUnreachable, as if there had been no answer, or is the context's.
-func (b *upstreamBody) explainReadError(err error) error {
-	kind, reason := errUnreachable, clipText(err.Error())
-	switch cause := context.Cause(b.ctx); {
-	case errors.Is(cause, errTimeout):
-		kind, reason = errTimeout, "no byte in time"
-	case cause != nil:
-		return b.ctx.Err()
+	failure := newTransportError(b.ctx, err)
+	if failure == nil {
+		return n, b.ctx.Err()
 	}
 	b.u.metrics.countUpstreamError(b.remote, "broken")
-	return fmt.Errorf("remote %q: reading from %s: %w", b.remote, b.host, &transportError{kind: kind, reason: reason})
+	return n, fmt.Errorf("remote %q: reading from %s: %w", b.remote, b.host, failure)
 }
 
 // Close ends the request and releases what it held.
@@ -429,18 +377,13 @@ func (b *upstreamBody) Close() error {
 	return err
 }
 
-// drainRest reads the rest of b if it is short and arrives at once.
-func (b *upstreamBody) drainRest() {
-	b.idle.Reset(drainTime)
-	io.CopyN(io.Discard, b.ReadCloser, drainBytes)
-	b.idle.Stop()
-}
-
-// discardResponse closes the body of resp. It reads a short body before, so that the
-// connection can be used again.
+// discardResponse closes the body of resp. If the body is short and arrives at once,
+// it is read before, so that the connection can be used again.
 func discardResponse(resp *http.Response) {
 	if b, ok := resp.Body.(*upstreamBody); ok && resp.ContentLength <= drainBytes {
-		b.drainRest()
+		b.idle.Reset(drainTime)
+		io.CopyN(io.Discard, b.ReadCloser, drainBytes)
+		b.idle.Stop()
 	}
 	resp.Body.Close()
 }

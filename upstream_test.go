@@ -1570,7 +1570,7 @@ func TestRealmTrust(t *testing.T) {
 		{"https://plain.example/v2", "http://configured.example/token", false},
 		{"https://plain.example/v2", "https://configured.example/other", false},
 	} {
-		r := &remote{origins: []origin{{url: mustURL(t, c.base)}}, tokenRealm: mustURL(t, "https://configured.example/token")}
+		r := &remote{origins: []origin{{mustURL(t, c.base), true}}, tokenRealm: mustURL(t, "https://configured.example/token")}
 		if got := r.trustsRealm(mustURL(t, c.realm)); got != c.want {
 			t.Errorf("%s trusts %s: %v; want %v", c.base, c.realm, got, c.want)
 		}
