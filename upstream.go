@@ -128,9 +128,8 @@ func newUpstream(rt func(strict bool) http.RoundTripper, now func() time.Time, l
 		metrics:         m,
 		circuits:        newBoundedMap[string, *circuit](maxRemembered, now),
 		tokens: tokenCache{
-			valid:      newBoundedMap[tokenKey, bearerToken](maxRemembered, now),
-			pending:    make(map[tokenKey]*tokenRequest),
 			challenges: newBoundedMap[registryKey, authChallenge](maxRemembered, now),
+			answers:    newBoundedMap[tokenKey, tokenAnswer](maxRemembered, now),
 		},
 		proxyFor:  http.ProxyFromEnvironment,
 		isPrivate: isPrivateAddress,
@@ -244,11 +243,7 @@ func (u *upstream) tryOrigin(ctx context.Context, req upstreamRequest, i int) (*
 		cancel(nil)
 		return nil, err
 	}
-	if b, ok := resp.Body.(*upstreamBody); ok {
-		b.release = cancel // the body needs the context until it is closed
-	} else {
-		cancel(nil)
-	}
+	resp.Body.(*upstreamBody).release = cancel // the body needs the context until it is closed
 	return &upstreamResponse{Response: resp, origin: i}, nil
 }
 

@@ -15,9 +15,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -45,10 +43,12 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 		if err == nil && auth == "" {
 			return resp, nil
 		}
-		discardResponse(resp)
 		if busy, ok := errors.AsType[*tokenServiceBusy](err); ok {
-			return busy.asResponse(resp.Request), nil
+			// Our callers treat it in the same way as a 429 of the registry.
+			resp.StatusCode, resp.Header = http.StatusTooManyRequests, http.Header{"Retry-After": {busy.retryAfter}}
+			return resp, nil
 		}
+		discardResponse(resp)
 		if err != nil {
 			return nil, err
 		}
@@ -204,30 +204,18 @@ func isPublicSuffix(host string) bool {
 	return false
 }
 
-// tokenCache remembers the challenges of registries and the tokens of token services.
+// tokenCache remembers the challenges of registries and the answers of token services.
 type tokenCache struct {
-	valid      *boundedMap[tokenKey, bearerToken]
 	challenges *boundedMap[registryKey, authChallenge]
-
-	mu      sync.Mutex                 // guards pending; no request is sent under it, and of the other locks only the maps' are taken
-	pending map[tokenKey]*tokenRequest // requests that run now
+	answers    *boundedMap[tokenKey, tokenAnswer]
+	asking     keyedLock // held during a request for a token; its keys are quoted tokenKeys
 }
 
-// bearerToken is a token and the time until which it is used. It is the zero value if
-// there is none.
-type bearerToken struct {
-	value string
-	until time.Time
-}
-
-// tokenRequest is a request for a token. The goroutine that sends it writes the fields
-// and then closes done. Other goroutines that need the token wait for done before they
-// read the fields.
-type tokenRequest struct {
-	done      chan struct{}
-	token     bearerToken
-	err       error
-	abandoned bool // the context of the sender ended: one of those that wait sends a new one
+// tokenAnswer is what came of one request for a token.
+type tokenAnswer struct {
+	token string
+	err   error
+	at    time.Time
 }
 
 // cachedAuthorization returns the Authorization header that a registry will probably
@@ -237,166 +225,102 @@ func (ts *tokenCache) cachedAuthorization(k registryKey, scope string) string {
 	if c.scheme == "basic" {
 		return k.basic
 	}
-	if token, found := ts.valid.get(k.tokenKeyFor(c, scope)); found {
-		return "Bearer " + token.value
+	if answer, _ := ts.answers.get(k.tokenKeyFor(c, scope)); answer.token != "" {
+		return "Bearer " + answer.token
 	}
 	return ""
 }
 
 // fetchToken returns a token for k that is not the refused one. fresh is false if it
-// was remembered. One of all goroutines that need the token sends the request. The
-// others share its outcome, unless the context of the one that sent it ended.
-func (u *upstream) fetchToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL, refused string) (value string, fresh bool, err error) {
-	for {
-		token, pending, mustSend := u.tokens.claimToken(k, refused)
-		if pending == nil {
-			return token.value, false, nil
-		}
-		if mustSend {
-			u.runTokenRequest(ctx, x, k, realm, pending)
-			return pending.token.value, true, pending.err
-		}
-		select {
-		case <-pending.done:
-		case <-ctx.Done():
-			return "", true, x.explainFailure(ctx, realm, ctx.Err())
-		}
-		if !pending.abandoned {
-			return pending.token.value, true, pending.err
-		}
+// was remembered. One request for a token runs at a time: goroutines that wait for it
+// share its outcome, unless the context of the one that sent it ended.
+func (u *upstream) fetchToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL, refused string) (token string, fresh bool, err error) {
+	began, lockKey := u.now(), fmt.Sprintf("%q", k)
+	if err := u.tokens.asking.lock(ctx, lockKey); err != nil {
+		return "", true, x.explainFailure(ctx, realm, err)
 	}
-}
-
-// claimToken returns a valid token, or the request that will bring one. mustSend means
-// that the request is new and the caller must run it (runTokenRequest).
-func (ts *tokenCache) claimToken(k tokenKey, refused string) (token bearerToken, pending *tokenRequest, mustSend bool) {
-	ts.mu.Lock()
-	defer ts.mu.Unlock()
-	if token, found := ts.valid.get(k); found && token.value != refused {
-		return token, nil, false
+	defer u.tokens.asking.unlock(lockKey)
+	last, _ := u.tokens.answers.get(k)
+	fresh = last.at.After(began)
+	if fresh || (last.token != "" && last.token != refused) {
+		return last.token, fresh, last.err
 	}
-	if pending = ts.pending[k]; pending != nil {
-		return token, pending, false
+	token, life, err := u.requestToken(ctx, x, k, realm)
+	answer := tokenAnswer{token, err, u.now()}
+	if err == nil {
+		u.tokens.answers.putFor(k, answer, life)
+	} else if ctx.Err() == nil {
+		u.tokens.answers.put(k, answer)
 	}
-	pending = &tokenRequest{done: make(chan struct{}), abandoned: true}
-	ts.pending[k] = pending
-	return token, pending, true
-}
-
-// runTokenRequest sends the request that others wait for and gives them its outcome.
-func (u *upstream) runTokenRequest(ctx context.Context, x *exchange, k tokenKey, realm *url.URL, pending *tokenRequest) {
-	defer u.tokens.finishTokenRequest(k, pending) // after a panic too: then it is abandoned
-	pending.token, pending.err = u.requestToken(ctx, x, k, realm)
-	pending.abandoned = ctx.Err() != nil
-}
-
-// finishTokenRequest ends a request, remembers its token and wakes those that wait.
-func (ts *tokenCache) finishTokenRequest(k tokenKey, pending *tokenRequest) {
-	ts.mu.Lock()
-	defer ts.mu.Unlock()
-	delete(ts.pending, k)
-	ts.valid.delete(k)
-	if pending.err == nil {
-		ts.valid.putFor(k, pending.token, pending.token.until.Sub(ts.valid.now()))
-	}
-	close(pending.done)
+	return token, true, err
 }
 
 // requestToken asks the token service at realm for the token k. It takes at most the
-// remote's timeout, redirects included. The error is a tokenServiceBusy for a 429,
-// errCredentials for a 401 or 403, or one of send's.
-func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL) (bearerToken, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer time.AfterFunc(x.remote.timeout, func() { cancel(errTimeout) }).Stop()
-	tokenExchange := &exchange{
-		remote: x.remote, method: http.MethodGet, start: k.tokenURL(realm),
+// remote's timeout, redirects included. life is how long the token may be used. The
+// error is a tokenServiceBusy for a 429, errCredentials for a 401 or 403, or one of
+// send's.
+func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL) (token string, life time.Duration, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, x.remote.timeout, errTimeout)
+	defer cancel()
+	start, query := *realm, realm.Query()
+	for name, value := range map[string]string{"service": k.service, "scope": k.scope} {
+		if value != "" {
+			query.Set(name, value)
+		}
+	}
+	start.RawQuery = query.Encode()
+	resp, err := u.followRedirects(ctx, &exchange{
+		remote: x.remote, method: http.MethodGet, start: &start,
 		header: http.Header{"Accept": {"application/json"}},
 		auth:   k.basic, origin: x.origin,
 		// A realm that gets credentials is trusted, and a realm in token_realm was
 		// named by the administrator. Both may be in a private network.
 		mayDialPrivate: x.mayDialPrivate || k.basic != "" || x.remote.isTokenRealm(realm),
-	}
-	began := u.now()
-	resp, err := u.followRedirects(ctx, tokenExchange)
+	})
 	if err != nil {
-		return bearerToken{}, err
+		return "", 0, err
 	}
 	defer discardResponse(resp)
 	switch resp.StatusCode {
 	case http.StatusOK:
-		return tokenExchange.readTokenResponse(resp, began)
-	case http.StatusTooManyRequests:
-		return bearerToken{}, &tokenServiceBusy{resp.Header.Get("Retry-After")}
-	case http.StatusUnauthorized, http.StatusForbidden:
-		return bearerToken{}, tokenExchange.newExchangeProblem(errDenied, realm, errCredentials.Error(), errCredentials)
-	}
-	return bearerToken{}, tokenExchange.newTokenError("status " + strconv.Itoa(resp.StatusCode))
-}
-
-// tokenURL returns realm with the service and the scope of k in its query.
-func (k tokenKey) tokenURL(realm *url.URL) *url.URL {
-	u, q := *realm, realm.Query()
-	for name, value := range map[string]string{"service": k.service, "scope": k.scope} {
-		if value != "" {
-			q.Set(name, value)
+		var text []byte
+		if text, err = io.ReadAll(io.LimitReader(resp.Body, maxTokenBytes)); err != nil {
+			return "", 0, err
 		}
+		token, life, err = parseTokenAnswer(text)
+	case http.StatusTooManyRequests:
+		return "", 0, &tokenServiceBusy{resp.Header.Get("Retry-After")}
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return "", 0, x.newExchangeProblem(errDenied, realm, errCredentials.Error(), errCredentials)
+	default:
+		err = fmt.Errorf("status %d", resp.StatusCode)
 	}
-	u.RawQuery = q.Encode()
-	return &u
+	if err != nil { // it counts as unreachable, because it says nothing about the file
+		return "", 0, x.newExchangeProblem(errUnreachable, realm, "the token service gave no token", fmt.Errorf("%w: %w", errUnreachable, err))
+	}
+	return token, life, nil
 }
 
-// readTokenResponse takes the token out of the answer of a token service. began is when
-// the request was sent.
-func (x *exchange) readTokenResponse(resp *http.Response, began time.Time) (bearerToken, error) {
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenBytes))
-	if err != nil {
-		return bearerToken{}, err
+// parseTokenAnswer takes the token out of the answer of a token service. life is a
+// tenth less than expires_in, so that the token does not expire on its way.
+func parseTokenAnswer(text []byte) (token string, life time.Duration, err error) {
+	var answer struct {
+		Token       string      `json:"token"`
+		AccessToken string      `json:"access_token"` // the name that OAuth 2.0 has for token
+		ExpiresIn   json.Number `json:"expires_in"`   // seconds
 	}
-	var answer tokenResponse
 	if err := json.Unmarshal(text, &answer); err != nil {
-		return bearerToken{}, x.newTokenError("its answer is not JSON with a token")
+		return "", 0, errors.New("its answer is not JSON with a token")
 	}
-	value := cmp.Or(answer.Token, answer.AccessToken)
-	if value == "" || strings.ContainsFunc(value, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return bearerToken{}, x.newTokenError("its answer has no usable token")
+	token = cmp.Or(answer.Token, answer.AccessToken)
+	if token == "" || strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return "", 0, errors.New("its answer has no usable token")
 	}
-	sent, err := http.ParseTime(resp.Header.Get("Date"))
-	if err != nil {
-		sent = began
-	}
-	return bearerToken{value, began.Add(answer.lifetime(sent))}, nil
-}
-
-// newTokenError makes the error for an answer of the token service without a token. It
-// counts as unreachable, because it says nothing about the file. reason is only logged.
-func (x *exchange) newTokenError(reason string) error {
-	e := &transportError{kind: errUnreachable, reason: reason}
-	return x.newExchangeProblem(errUnreachable, x.start, "the token service gave no token", e)
-}
-
-// tokenResponse is the answer of a token service.
-type tokenResponse struct {
-	Token       string      `json:"token"`
-	AccessToken string      `json:"access_token"` // the name that OAuth 2.0 has for token
-	ExpiresIn   json.Number `json:"expires_in"`   // seconds from issued_at
-	IssuedAt    any         `json:"issued_at"`    // RFC 3339; some services send none, or a number
-}
-
-// lifetime returns how long the token may be used after it was asked for. It is a tenth
-// less than expires_in, so that the token does not expire on its way. A service that
-// caches tokens may have issued this one long before sent, when it sent the answer;
-// both times are by the clock of the service.
-func (t tokenResponse) lifetime(sent time.Time) time.Duration {
-	life := defaultTokenLife
-	if seconds, err := t.ExpiresIn.Float64(); err == nil && seconds > 0 {
+	life = defaultTokenLife
+	if seconds, err := answer.ExpiresIn.Float64(); err == nil && seconds > 0 {
 		life = time.Duration(min(seconds, maxTokenLife.Seconds()) * float64(time.Second))
 	}
-	issued, _ := t.IssuedAt.(string)
-	if at, err := time.Parse(time.RFC3339, issued); err == nil {
-		life -= max(0, sent.Sub(at))
-	}
-	return life - life/10
+	return token, life - life/10, nil
 }
 
 // tokenServiceBusy is the error for a 429 of the token service. retryAfter is its
@@ -404,20 +328,6 @@ func (t tokenResponse) lifetime(sent time.Time) time.Duration {
 type tokenServiceBusy struct{ retryAfter string }
 
 func (b *tokenServiceBusy) Error() string { return "the token service limits its requests (429)" }
-
-// asResponse returns the 429 as if the registry had sent it, so that the cache treats
-// the two in the same way.
-func (b *tokenServiceBusy) asResponse(req *http.Request) *http.Response {
-	h := http.Header{}
-	if b.retryAfter != "" {
-		h.Set("Retry-After", b.retryAfter)
-	}
-	const status = http.StatusTooManyRequests
-	return &http.Response{
-		Status: strconv.Itoa(status) + " " + http.StatusText(status), StatusCode: status,
-		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: h, Body: http.NoBody, Request: req,
-	}
-}
 
 // authChallenge is one way to authorize that a WWW-Authenticate header offers.
 type authChallenge struct {
