@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"strings"
 	"time"
 )
@@ -335,128 +336,43 @@ type authChallenge struct {
 	params map[string]string // names in lower case
 }
 
+// httpToken matches a token of RFC 9110 section 5.6.2.
+const httpToken = "([\\w!#$%&'*+.^`|~-]+)"
+
+// challengePart matches the next part of a WWW-Authenticate header: a parameter (1: its
+// name, 2: its quoted value, or 3: its bare value, since some registries do not quote
+// URLs), or a scheme (4) with the token68 that it may have ("Negotiate YII=").
+var challengePart = regexp.MustCompile(`^(?s)[ \t,]*(?:` +
+	httpToken + `[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^ \t,"]*)(?:[ \t,]|$))|` +
+	httpToken + `(?:[ \t]+[\w.~+/-]+=*[ \t]*(?:,|$)|[ \t,]|$))`)
+
+// quotedPair matches an escaped character of a quoted string.
+var quotedPair = regexp.MustCompile(`(?s)\\(.)`)
+
 // parseChallenges parses WWW-Authenticate headers (RFC 9110 section 11.6.1). A header
 // may have several challenges, which are separated by commas as their parameters are.
-// What follows a syntax error in a header is ignored.
-func parseChallenges(values []string) []authChallenge {
+// Of a repeated parameter the first value counts. What follows a syntax error in a
+// header is ignored.
+func parseChallenges(headers []string) []authChallenge {
 	var challenges []authChallenge
-	for _, v := range values {
-		for p := (headerCursor{v}); ; {
-			c, ok := p.readChallenge()
-			if !ok {
+	for _, rest := range headers {
+		var params map[string]string // of the last challenge
+		for {
+			part := challengePart.FindStringSubmatch(rest)
+			if part == nil || (params == nil && part[4] == "") {
 				break
 			}
-			challenges = append(challenges, c)
+			rest = rest[len(part[0]):]
+			if scheme := part[4]; scheme != "" {
+				params = map[string]string{}
+				challenges = append(challenges, authChallenge{strings.ToLower(scheme), params})
+				continue
+			}
+			name := strings.ToLower(part[1])
+			if _, repeated := params[name]; !repeated {
+				params[name] = quotedPair.ReplaceAllString(part[2], "$1") + part[3]
+			}
 		}
 	}
 	return challenges
-}
-
-// headerCursor holds the rest of a header that is being parsed.
-type headerCursor struct{ s string }
-
-// readChallenge reads a scheme and its parameters. Of a repeated parameter the first
-// value counts. ok is false at the end of the header.
-func (p *headerCursor) readChallenge() (c authChallenge, ok bool) {
-	p.skipAny(" \t,")
-	c = authChallenge{scheme: strings.ToLower(p.readToken()), params: map[string]string{}}
-	if c.scheme == "" {
-		return c, false
-	}
-	p.skipAny(" \t")
-	p.skipToken68()
-	for {
-		name, value, found := p.readParam()
-		if !found {
-			return c, true
-		}
-		if _, repeated := c.params[name]; !repeated {
-			c.params[name] = value
-		}
-	}
-}
-
-// readParam reads name=value. If something else follows, it reads nothing: a name
-// without a value is the scheme of the next challenge.
-func (p *headerCursor) readParam() (name, value string, ok bool) {
-	before := p.s
-	p.skipAny(" \t,")
-	name = strings.ToLower(p.readToken())
-	p.skipAny(" \t")
-	if name != "" && p.skipByte('=') {
-		p.skipAny(" \t")
-		if value, ok = p.readValue(); ok {
-			return name, value, true
-		}
-		before = "" // a string without an end: the rest of the header is ignored
-	}
-	p.s = before
-	return "", "", false
-}
-
-// readValue reads a quoted string, or everything up to a blank or a comma: some
-// registries do not quote URLs. ok is false for a quoted string without an end.
-func (p *headerCursor) readValue() (value string, ok bool) {
-	if !p.skipByte('"') {
-		return p.takeWhile(func(c byte) bool { return !strings.ContainsRune(" \t,\"", rune(c)) }), true
-	}
-	var b strings.Builder
-	for i := 0; i < len(p.s); i++ {
-		switch c := p.s[i]; {
-		case c == '"':
-			p.s = p.s[i+1:]
-			return b.String(), true
-		case c == '\\' && i+1 < len(p.s):
-			i++
-			b.WriteByte(p.s[i])
-		default:
-			b.WriteByte(c)
-		}
-	}
-	return "", false
-}
-
-// skipToken68 skips the other form that the data of a challenge may have, a token68
-// ("Negotiate YII=", RFC 9110 section 11.2).
-func (p *headerCursor) skipToken68() {
-	rest := headerCursor{p.s}
-	word := rest.takeWhile(func(c byte) bool { return isTokenByte(c) || c == '/' })
-	rest.skipAny("=")
-	rest.skipAny(" \t")
-	if word != "" && (rest.s == "" || rest.s[0] == ',') {
-		*p = rest
-	}
-}
-
-// skipAny skips all bytes that are in set.
-func (p *headerCursor) skipAny(set string) { p.s = strings.TrimLeft(p.s, set) }
-
-// skipByte skips c and reports whether it was the next byte.
-func (p *headerCursor) skipByte(c byte) bool {
-	if p.s == "" || p.s[0] != c {
-		return false
-	}
-	p.s = p.s[1:]
-	return true
-}
-
-// takeWhile reads the bytes up to the first one that is not accepted.
-func (p *headerCursor) takeWhile(accept func(byte) bool) string {
-	n := 0
-	for n < len(p.s) && accept(p.s[n]) {
-		n++
-	}
-	word := p.s[:n]
-	p.s = p.s[n:]
-	return word
-}
-
-// readToken reads a token (RFC 9110 section 5.6.2), which may be empty.
-func (p *headerCursor) readToken() string { return p.takeWhile(isTokenByte) }
-
-// isTokenByte reports whether c may be in a token: it is a tchar of RFC 9110 section
-// 5.6.2.
-func isTokenByte(c byte) bool {
-	return (c >= '0' && c <= '9') || (c|0x20 >= 'a' && c|0x20 <= 'z') ||
-		strings.IndexByte("!#$%&'*+-.^_`|~", c) >= 0
 }
