@@ -12,10 +12,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
-	"net/netip"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 )
@@ -143,16 +144,10 @@ func (x *exchange) parseRealm(s string, hasCredentials bool) (*url.URL, error) {
 // token_realm, or shares the domain of base_url or of a mirror with auth. It must use
 // https, unless that origin uses http too.
 func (r *remote) trustsRealm(realm *url.URL) bool {
-	if r.isTokenRealm(realm) {
-		return true
-	}
-	for i, o := range r.origins {
-		if (i == 0 || o.auth) && (realm.Scheme == "https" || realm.Scheme == o.url.Scheme) &&
-			sharesDomain(lowerHost(o.url), lowerHost(realm)) {
-			return true
-		}
-	}
-	return false
+	return r.isTokenRealm(realm) || slices.ContainsFunc(r.origins, func(o origin) bool {
+		return o.auth && (realm.Scheme == "https" || realm.Scheme == o.url.Scheme) &&
+			sharesDomain(lowerHost(o.url), lowerHost(realm))
+	})
 }
 
 // isTokenRealm reports whether realm is token_realm, whatever the queries are.
@@ -167,18 +162,13 @@ func lowerHost(u *url.URL) string { return strings.TrimSuffix(strings.ToLower(u.
 // sharesDomain reports whether the host realm belongs to the host registry: it is the
 // same, or it is the parent domain of registry or below that, as auth.docker.io is for
 // registry-1.docker.io. A parent domain below which anybody can have a name does not
-// count.
+// count. An IP address has no domain.
 func sharesDomain(registry, realm string) bool {
 	if registry == realm {
 		return true
 	}
-	for _, host := range []string{registry, realm} {
-		if _, err := netip.ParseAddr(host); err == nil {
-			return false
-		}
-	}
 	_, parent, _ := strings.Cut(registry, ".")
-	if !strings.Contains(parent, ".") || isPublicSuffix(parent) {
+	if net.ParseIP(registry) != nil || net.ParseIP(realm) != nil || !strings.Contains(parent, ".") || isPublicSuffix(parent) {
 		return false
 	}
 	return realm == parent || strings.HasSuffix(realm, "."+parent)
@@ -189,21 +179,16 @@ func sharesDomain(registry, realm string) bool {
 // line token_realm; one that is missing may cost a password.
 func isPublicSuffix(host string) bool {
 	second, top, _ := strings.Cut(host, ".")
-	if len(top) == 2 {
-		switch second {
-		case "ac", "co", "com", "edu", "go", "gob", "gov", "gv", "id", "ltd", "me", "mil",
-			"ne", "net", "nom", "or", "org", "plc", "sch":
-			return true
-		}
-	}
-	switch host {
-	case "appspot.com", "azurecr.io", "azurewebsites.net", "cloudfront.net", "duckdns.org", "fly.dev",
-		"github.io", "gitlab.io", "herokuapp.com", "hf.space", "jfrog.io", "netlify.app", "ngrok.io",
-		"onrender.com", "pages.dev", "pkg.dev", "run.app", "vercel.app", "web.app", "workers.dev":
-		return true
-	}
-	return false
+	return (len(top) == 2 && slices.Contains(countrySuffixes, second)) || slices.Contains(hosterSuffixes, host)
 }
+
+// countrySuffixes are public below the domains of many countries: co.uk, com.au.
+var countrySuffixes = strings.Fields("ac co com edu go gob gov gv id ltd me mil ne net nom or org plc sch")
+
+// hosterSuffixes are domains below which a hoster gives names to its customers.
+var hosterSuffixes = strings.Fields(`appspot.com azurecr.io azurewebsites.net cloudfront.net
+	duckdns.org fly.dev github.io gitlab.io herokuapp.com hf.space jfrog.io netlify.app
+	ngrok.io onrender.com pages.dev pkg.dev run.app vercel.app web.app workers.dev`)
 
 // tokenCache remembers the challenges of registries and the answers of token services.
 type tokenCache struct {
