@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -33,7 +34,7 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 		return u.followRedirects(ctx, x)
 	}
 	x.auth = u.tokens.cachedAuthorization(x.registryKeyOf(), req.scope)
-	for last, n := false, 0; ; n++ {
+	for last, n := false, 0; ; n++ { // a remembered token may be refused, and so may another request's new one
 		resp, err := u.followRedirects(ctx, x)
 		if err != nil || last || n == 2 || resp.StatusCode != http.StatusUnauthorized {
 			return resp, err
@@ -167,8 +168,11 @@ func sharesDomain(registry, realm string) bool {
 	if registry == realm {
 		return true
 	}
+	if net.ParseIP(registry) != nil || net.ParseIP(realm) != nil {
+		return false
+	}
 	_, parent, _ := strings.Cut(registry, ".")
-	if net.ParseIP(registry) != nil || net.ParseIP(realm) != nil || !strings.Contains(parent, ".") || isPublicSuffix(parent) {
+	if !strings.Contains(parent, ".") || isPublicSuffix(parent) {
 		return false
 	}
 	return realm == parent || strings.HasSuffix(realm, "."+parent)
@@ -201,7 +205,7 @@ type tokenCache struct {
 type tokenAnswer struct {
 	token string
 	err   error
-	at    time.Time
+	at    time.Time // when it came
 }
 
 // cachedAuthorization returns the Authorization header that a registry will probably
@@ -269,22 +273,29 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, re
 	defer discardResponse(resp)
 	switch resp.StatusCode {
 	case http.StatusOK:
-		var text []byte
-		if text, err = io.ReadAll(io.LimitReader(resp.Body, maxTokenBytes)); err != nil {
-			return "", 0, err
-		}
-		token, life, err = parseTokenAnswer(text)
 	case http.StatusTooManyRequests:
 		return "", 0, &tokenServiceBusy{resp.Header.Get("Retry-After")}
 	case http.StatusUnauthorized, http.StatusForbidden:
 		return "", 0, x.newExchangeProblem(errDenied, realm, errCredentials.Error(), errCredentials)
 	default:
-		err = fmt.Errorf("status %d", resp.StatusCode)
+		return "", 0, x.newTokenError(realm, "status "+strconv.Itoa(resp.StatusCode))
 	}
-	if err != nil { // it counts as unreachable, because it says nothing about the file
-		return "", 0, x.newExchangeProblem(errUnreachable, realm, "the token service gave no token", fmt.Errorf("%w: %w", errUnreachable, err))
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenBytes))
+	if err != nil {
+		return "", 0, err
+	}
+	token, life, err = parseTokenAnswer(text)
+	if err != nil {
+		return "", 0, x.newTokenError(realm, err.Error())
 	}
 	return token, life, nil
+}
+
+// newTokenError makes the error for an answer of the token service without a token. It
+// counts as unreachable, because it says nothing about the file. reason is only logged.
+func (x *exchange) newTokenError(realm *url.URL, reason string) error {
+	e := &transportError{kind: errUnreachable, reason: reason}
+	return x.newExchangeProblem(errUnreachable, realm, "the token service gave no token", e)
 }
 
 // parseTokenAnswer takes the token out of the answer of a token service. life is a

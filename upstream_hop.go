@@ -77,7 +77,7 @@ type exchange struct {
 	header         http.Header // sent to every host
 	auth           string      // docker: Authorization, sent to the scheme, host and port of start only
 	origin         *url.URL    // the origin it is made for, whose host may have a private address
-	mayDialPrivate bool        // other hosts may have private addresses too, as the origin itself has one
+	mayDialPrivate bool        // other hosts may have private addresses too: the origin has one itself, or the token service is trusted
 }
 
 // newExchange makes the exchange that asks origin i of a remote for req.wire.
@@ -198,11 +198,12 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	ctx, cancel := context.WithCancelCause(ctx)
 	name, began := x.remote.name, u.now()
 	var connected atomic.Pointer[netip.Addr] // where the connection goes; a goroutine of the transport may store it
-	req := x.newRequest(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+	trace := &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
 		ap, _ := netip.ParseAddrPort(i.Conn.RemoteAddr().String())
 		addr := ap.Addr()
 		connected.Store(&addr)
-	}}), at, u.version)
+	}}
+	req := x.newRequest(httptrace.WithClientTrace(ctx, trace), at, u.version)
 	// A proxy looks up and dials the address itself, and we cannot check it.
 	proxy, err := u.proxyFor(req)
 	proxied := err == nil && proxy != nil
