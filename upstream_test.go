@@ -922,6 +922,16 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 		return nil, nil
 	}
 	a.get("f").wantErr(errBadUpstream, "private address")
+
+	// A base_url at a private address is known to be there.
+	a.r.origins[0].url = mustURL(t, "http://10.1.2.3")
+	a.u.proxyFor = func(r *http.Request) (*url.URL, error) {
+		if r.URL.Host == "10.1.2.3" {
+			return mustURL(t, s.URL), nil
+		}
+		return nil, nil
+	}
+	a.get("f").want(200, "inside")
 }
 
 func TestPrivateAddresses(t *testing.T) {
@@ -1564,6 +1574,12 @@ func TestRealmTrust(t *testing.T) {
 		r := &remote{origins: []origin{{mustURL(t, c.base), true}}, tokenRealm: mustURL(t, "https://configured.example/token")}
 		if got := r.trustsRealm(mustURL(t, c.realm)); got != c.want {
 			t.Errorf("%s trusts %s: %v; want %v", c.base, c.realm, got, c.want)
+		}
+	}
+	for _, auth := range []bool{false, true} { // a mirror's own realm
+		r := &remote{origins: []origin{{mustURL(t, "https://r.base.example"), true}, {mustURL(t, "https://r.mirror.example"), auth}}}
+		if got := r.trustsRealm(mustURL(t, "https://auth.mirror.example/token")); got != auth {
+			t.Errorf("the realm of a mirror with auth %v is trusted: %v", auth, got)
 		}
 	}
 }
