@@ -96,10 +96,10 @@ type slowObjects struct {
 	wait time.Duration
 }
 
-func (s *slowObjects) put(ctx context.Context, key string, rec *record, spool *os.File) error {
+func (s *slowObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
 	select {
 	case <-time.After(s.wait):
-		return s.objects.put(ctx, key, rec, spool)
+		return s.objects.put(ctx, key, rec, spool, create)
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -118,8 +118,8 @@ func TestUploadThatIsStoredSlowly(t *testing.T) {
 // hangingObjects is a store whose puts do not end with their context.
 type hangingObjects struct{ slowObjects }
 
-func (s *hangingObjects) put(_ context.Context, key string, rec *record, spool *os.File) error {
-	return s.slowObjects.put(context.Background(), key, rec, spool)
+func (s *hangingObjects) put(_ context.Context, key string, rec *record, spool *os.File, create bool) error {
+	return s.slowObjects.put(context.Background(), key, rec, spool, create)
 }
 
 func TestEndDoesNotWaitForAStoreThatHangs(t *testing.T) {

@@ -37,8 +37,6 @@ type record struct {
 	Digest       string    `json:"d,omitempty"` // Docker-Content-Digest
 	Link         string    `json:"l,omitempty"` // below /v2/
 	Filters      string    `json:"o,omitempty"` // OCI-Filters-Applied
-
-	create bool // for objects.put: fail if there is something already. Not stored
 }
 
 // object is a stored record and, unless only the record was asked for, its body. Its
@@ -53,9 +51,11 @@ type objects interface {
 	// put stores the spool's bytes (complete and verified, rec.Size long) under
 	// key and replaces what was there. On return all is durable, or an error
 	// says that the old state still holds. The spool's name may be moved away;
-	// its descriptor stays usable and belongs to the caller. Where other
-	// processes put as well, rec.create is heeded: errFileExists.
-	put(ctx context.Context, key string, rec *record, spool *os.File) error
+	// its descriptor stays usable and belongs to the caller. With create an
+	// object that is there already stays: errFileExists. Only the S3 stores heed
+	// create, because other replicas put there too; the caller of the disk store
+	// has looked for the object and still has the lock of its key.
+	put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error
 	// open returns key's object; reading will begin at off. off < 0 asks for
 	// the record alone (body is nil). A miss, damage included, is
 	// fs.ErrNotExist; a store that cannot be asked is errStoreDown.

@@ -51,8 +51,7 @@ func (c *cache) putFile(ctx context.Context, file fileRequest, u upload) (create
 	if created = err != nil; !created && u.create {
 		return false, errFileExists
 	}
-	rec.create = u.create
-	return created, c.storeBody(ctx, key, rec, spool.file)
+	return created, c.storeBody(ctx, key, rec, spool.file, u.create)
 }
 
 // receiveUpload spools an upload. errNoSpace: there is not enough for it.

@@ -13,9 +13,10 @@ import (
 // storeBody stores a complete body: the object, then its index row; the caller then
 // sets the freshness mark. A crash behind the object leaves one without a row, which
 // gets it with its next use or by reindex; a crash behind the row leaves a copy whose
-// freshness counts from its fetch. The error says that the object is not stored.
-func (c *cache) storeBody(ctx context.Context, key string, rec *record, body *os.File) error {
-	if err := c.objects.put(ctx, key, rec, body); err != nil {
+// freshness counts from its fetch. The error says that the object is not stored;
+// create is that of objects.put.
+func (c *cache) storeBody(ctx context.Context, key string, rec *record, body *os.File, create bool) error {
+	if err := c.objects.put(ctx, key, rec, body, create); err != nil {
 		if !errors.Is(err, errFileExists) {
 			c.reportStoreError("storage", "storing", key, err)
 		}
@@ -53,7 +54,7 @@ func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, 
 	}
 	second := *rec
 	second.Path, second.Class = t.spelling, t.class
-	if c.storeBody(ctx, key, &second, spool.file) == nil { // it has logged its failure
+	if c.storeBody(ctx, key, &second, spool.file, false) == nil { // it has logged its failure
 		c.refreshMark(ctx, t, &second)
 	}
 }

@@ -1274,14 +1274,14 @@ func (b *brokenObjects) open(ctx context.Context, key string, off int64) (*objec
 	return b.objects.open(ctx, key, off)
 }
 
-func (b *brokenObjects) put(ctx context.Context, key string, rec *record, spool *os.File) error {
+func (b *brokenObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
 	b.mu.Lock()
 	err := b.putting
 	b.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	return b.objects.put(ctx, key, rec, spool)
+	return b.objects.put(ctx, key, rec, spool, create)
 }
 
 func TestNegativeTTLOfAFileThatWasEvicted(t *testing.T) {

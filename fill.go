@@ -519,7 +519,7 @@ func (f *fillRun) store() {
 	if !storing {
 		return
 	}
-	if f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file) == nil { // it has logged its failure
+	if f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file, false) == nil { // it has logged its failure
 		f.c.refreshMark(f.c.ctx, f.file.target, rec)
 	}
 	f.mu.Lock()

@@ -741,9 +741,9 @@ type gatedObjects struct {
 	putting chan struct{}
 }
 
-func (g *gatedObjects) put(ctx context.Context, key string, rec *record, spool *os.File) error {
+func (g *gatedObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
 	close(g.putting)
-	return g.heldObjects.put(ctx, key, rec, spool)
+	return g.heldObjects.put(ctx, key, rec, spool, create)
 }
 
 // gateFirst has the first replica store when it is let.

@@ -191,9 +191,9 @@ type heldObjects struct {
 	gate chan struct{}
 }
 
-func (g *heldObjects) put(ctx context.Context, key string, rec *record, spool *os.File) error {
+func (g *heldObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
 	<-g.gate
-	return g.objects.put(ctx, key, rec, spool)
+	return g.objects.put(ctx, key, rec, spool, create)
 }
 
 // While a body that is all there is being stored, which may take long, it is
@@ -229,10 +229,10 @@ type renamingObjects struct {
 	other string
 }
 
-func (o *renamingObjects) put(ctx context.Context, key string, rec *record, spool *os.File) error {
+func (o *renamingObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
 	err := errors.Join(os.Rename(spool.Name(), spool.Name()+"~"), os.WriteFile(spool.Name(), []byte(o.other), 0o600))
 	<-o.gate
-	return errors.Join(err, os.Rename(spool.Name()+"~", spool.Name()), o.objects.put(ctx, key, rec, spool))
+	return errors.Join(err, os.Rename(spool.Name()+"~", spool.Name()), o.objects.put(ctx, key, rec, spool, create))
 }
 
 // The names of spools are random and come back.

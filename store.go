@@ -496,7 +496,7 @@ func hashFile(ctx context.Context, f *os.File) (string, error) {
 //	folder synced    nothing
 //
 // An error before "body moved" leaves the old copy, one after it the new copy.
-func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.File) error {
+func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.File, _ bool) error {
 	if err := checkPut(key, rec, spool); err != nil {
 		return err
 	}

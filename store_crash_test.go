@@ -333,7 +333,7 @@ func TestDiskCopiesWhatItCannotRename(t *testing.T) {
 		if i == 1 { // the name is another file's by now
 			must(t, os.WriteFile(spool.Name(), []byte("wrong"), 0o600))
 		}
-		must(t, s.objects.put(t.Context(), testKey("f"), testRecord("f", content), spool))
+		must(t, s.objects.put(t.Context(), testKey("f"), testRecord("f", content), spool, false))
 		s.wantHit("f", content)
 		s.wantFiles("f", "f", recordFile)
 	}
@@ -562,7 +562,7 @@ var crashScenes = map[string]struct {
 	"replacement by copying": {func(s *diskTester) { s.mustPut("f", "old") }, func(s *diskTester) {
 		spool := tempSpool(s.t, s.dir, "new")
 		os.Remove(spool.Name())
-		s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool)
+		s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool, false)
 	}, []string{"old", "new"}},
 	"replacement after a crash and a restore": {func(s *diskTester) {
 		s.mustPut("f", "old")
@@ -581,7 +581,7 @@ func crashPut(s *diskTester) {
 	spool, err := s.d.newSpool()
 	must(s.t, err)
 	io.WriteString(spool, "new")
-	s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool)
+	s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool, false)
 }
 
 // crashVar is the variable that tells the child its scene, the number of the step at
@@ -690,7 +690,7 @@ func TestDiskFileTooLarge(t *testing.T) {
 	spool := tempSpool(t, s.dir, bigContent(100_000))
 	must(t, os.Remove(spool.Name())) // so that put must copy it
 	must(t, syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: 50_000, Max: 50_000}))
-	err := s.objects.put(t.Context(), testKey("f"), testRecord("f", bigContent(100_000)), spool)
+	err := s.objects.put(t.Context(), testKey("f"), testRecord("f", bigContent(100_000)), spool, false)
 	if !errors.Is(err, errNoSpace) {
 		t.Errorf("put: %v, want errNoSpace", err)
 	}
@@ -984,7 +984,7 @@ func BenchmarkDiskOpen(b *testing.B) {
 			d := newTestDisk(b)
 			content := bigContent(size)
 			key := testKey("dir/f")
-			must(b, d.put(b.Context(), key, testRecord("dir/f", content), tempSpool(b, b.TempDir(), content)))
+			must(b, d.put(b.Context(), key, testRecord("dir/f", content), tempSpool(b, b.TempDir(), content), false))
 			b.ReportAllocs()
 			for b.Loop() {
 				o, err := d.open(b.Context(), key, 0)
@@ -1003,7 +1003,7 @@ func BenchmarkDiskPut(b *testing.B) {
 	rec := testRecord("f", content)
 	for b.Loop() {
 		spool := tempSpool(b, dir, content)
-		must(b, d.put(b.Context(), testKey("f"), rec, spool))
+		must(b, d.put(b.Context(), testKey("f"), rec, spool, false))
 		spool.Close()
 	}
 }

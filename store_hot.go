@@ -161,8 +161,8 @@ func (t *tieredStore) setValidity(key string, v validity) {
 
 // put implements objects. The spool becomes the copy once S3 has the object. That this
 // fails is no error: there is no copy then.
-func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool *os.File) error {
-	v, err := t.s3.upload(ctx, key, rec, spool)
+func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+	v, err := t.s3.upload(ctx, key, rec, spool, create)
 	if err != nil {
 		t.setValidity(key, validity{}) // the new version may have arrived
 		return err
@@ -198,7 +198,7 @@ func (t *tieredStore) replaceCopy(ctx context.Context, key string, rec *record, 
 	if !valid() {
 		return nil, nil
 	}
-	if err := t.disk.put(ctx, key, rec, spool); err != nil {
+	if err := t.disk.put(ctx, key, rec, spool, false); err != nil {
 		t.copies.remove(key)
 		return nil, errors.Join(err, t.deleteCopyFile(key))
 	}

@@ -390,14 +390,14 @@ func decodeS3Record(key string, o *s3Object) (*record, error) {
 // put implements objects. S3 replaces an object in one step, when it acknowledges
 // it. A crash before that leaves the old one, and at most an unfinished upload that
 // sweep aborts.
-func (s *s3Store) put(ctx context.Context, key string, rec *record, spool *os.File) error {
-	_, err := s.upload(ctx, key, rec, spool)
+func (s *s3Store) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+	_, err := s.upload(ctx, key, rec, spool, create)
 	return err
 }
 
 // upload is put. The validity that it returns holds as long as no other replica
 // announces a change after the upload began.
-func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os.File) (validity, error) {
+func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os.File, create bool) (validity, error) {
 	if err := ctx.Err(); err != nil {
 		return validity{}, err
 	}
@@ -414,7 +414,7 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os
 	v := s.validityNow(key)
 	in := s3PutInput{body: spool, size: rec.Size, sha256: rec.SHA256,
 		meta: map[string]string{s3RecordField: text}, contentType: contentTypeOf(path.Base(key), rec.ContentType)}
-	if rec.create {
+	if create {
 		in.ifNoneMatch = "*"
 	}
 	_, err = s.client.putObject(ctx, key, in)
