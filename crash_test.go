@@ -73,7 +73,7 @@ func serveUntilStep(ctx context.Context, step string) error {
 	handler := s.newHandler()
 	count, _ := strconv.Atoi(os.Getenv(childCount))
 	var mu sync.Mutex // guards count
-	s.stores.disk.step = func(name string) {
+	s.stores.disk.stepDone = func(name string) {
 		mu.Lock()
 		defer mu.Unlock()
 		if step == "list" {

@@ -68,7 +68,7 @@ const usage = `usage: artifactapi [COMMAND]
   serve          serve the remotes of remotes.yaml (the default)
   check [FILE]   validate the configuration; exit 0 or 1
   healthcheck    ask the local server's /health; exit 0 or 1
-  verify         hash everything stored and drop what does not match; exit 0 if nothing was dropped
+  verify         hash everything stored and drop what does not match; exit 0 if all was well
   reindex        rebuild the index from what is stored; exit 0 or 1
   version        print the version
   help           print this text
@@ -206,7 +206,7 @@ func verifyStored(ctx context.Context, set *settings, env lookupEnv, stdout io.W
 	})
 	fmt.Fprintf(stdout, "%d checked, %d dropped\n", checked, dropped)
 	if err == nil && reported > 0 {
-		err = fmt.Errorf("%d files were dropped or could not be read; a dropped file is fetched again when a client asks for it", reported)
+		err = fmt.Errorf("%d files were dropped, could not be read, or are strays; a dropped file is fetched again when a client asks for it", reported)
 	}
 	return err
 }

@@ -33,8 +33,8 @@ type stores struct {
 type verifiableObjects interface {
 	objects
 	// verify hashes each object and drops those that do not match their record. It
-	// may run beside writers. report is called for each object that was dropped
-	// or could not be read; dropped counts the former.
+	// may run beside writers. report is called for each object that was dropped or
+	// could not be read, and for strays; dropped counts the first.
 	verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error)
 }
 

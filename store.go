@@ -10,10 +10,10 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"io/fs"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,79 +31,41 @@ const (
 	spoolDir   = ".spool"       // directory of the spools, in DATA_DIR
 	lockFile   = ".lock"        // locked by the server that owns DATA_DIR
 	tempSuffix = ".tmp"         // ends the name of a small file while it is written
-
-	// maxRecord bounds a record file in bytes. Most have about 500 bytes; the
-	// longest path and all headers at their usual limits fit.
-	maxRecord = 64 << 10
-	// maxSmallBody is the largest body, in bytes, that is kept in memory. Metadata
-	// and manifests are smaller. They are asked for most, and opening their file
-	// costs more than reading it.
-	maxSmallBody = 64 << 10
-	// memoryBudget bounds the memory of records and small bodies together, in
-	// bytes. It leaves enough of a container of 256 MiB to everything else.
-	memoryBudget = 64 << 20
-	// memoryEntryCost is what an entry costs of the budget beside its body: about
-	// 500 bytes of record and as much for its place in the table, in bytes.
-	memoryEntryCost = 1 << 10
-	// orphanAge is the age from which a file that belongs to nothing is removed.
-	// It is long because a restore from a backup may write bodies long before
-	// their records.
-	orphanAge = 24 * time.Hour
 )
 
 var (
 	_ objects = (*diskStore)(nil)
 
-	// errDamaged is a record file that cannot be used. It counts as absent.
-	errDamaged = errors.New("damaged record")
-	// errVersion is a record of another version of the program. It is a miss,
-	// but its files are left alone: after a rollback they are good again.
-	errVersion = errors.New("record of another version of the program")
-	// errDropped is a miss (fs.ErrNotExist) whose files were removed, or set
-	// aside, because they are damaged.
-	errDropped error = droppedError{}
-
-	// castagnoli is the polynomial of CRC-32C, which processors compute in hardware.
-	castagnoli = crc32.MakeTable(crc32.Castagnoli)
+	// errDropped is a miss whose files were removed, or set aside, because they are
+	// damaged.
+	errDropped error = missError("dropped")
+	// errStray is a miss: a file beside one that a record describes. It is not ours
+	// and is left alone, and it says nothing about the other.
+	errStray error = missError("a stray file: it is left alone, the record beside it describes another")
 )
-
-// droppedError is the type of errDropped.
-type droppedError struct{}
-
-func (droppedError) Error() string        { return "dropped" }
-func (droppedError) Is(target error) bool { return target == fs.ErrNotExist }
 
 // fileWriter writes small files so that a crash leaves either the old or the new
 // content. No other code renames or fsyncs files.
 type fileWriter struct {
-	fsync func(*os.File) error // (*os.File).Sync, except in tests
-	step  func(name string)    // called after each step of a commit; nil except in tests
+	fsync    func(*os.File) error // (*os.File).Sync, except in tests
+	stepDone func(name string)    // called after each step of a commit: a test may kill the process there
 }
 
 // newDisk returns a fileWriter that fsyncs.
-func newDisk() *fileWriter { return &fileWriter{fsync: (*os.File).Sync} }
-
-// noteStep tells a test that a step of a commit is done, so that the test can kill
-// the process there.
-func (k *fileWriter) noteStep(step string) {
-	if k.step != nil {
-		k.step(step)
-	}
-}
+func newDisk() *fileWriter { return &fileWriter{(*os.File).Sync, func(string) {}} }
 
 // writeFile makes the file name with what fill writes, and fsyncs it. When it fails
 // it removes the file. The name itself is not durable yet, see syncDir.
-func (k *fileWriter) writeFile(name string, fill func(io.Writer) error) (err error) {
+func (k *fileWriter) writeFile(name string, fill func(io.Writer) error) error {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			os.Remove(name)
-		}
-	}()
-	return errors.Join(fill(f), k.fsync(f), f.Close())
+	err = errors.Join(fill(f), k.fsync(f), f.Close())
+	if err != nil {
+		os.Remove(name)
+	}
+	return err
 }
 
 // replaceFile writes a file beside name and renames it to name. When it returns
@@ -114,12 +76,12 @@ func (k *fileWriter) replaceFile(name string, fill func(io.Writer) error) error 
 	if err := k.writeFile(temp, fill); err != nil {
 		return err
 	}
-	k.noteStep("temporary file written")
+	k.stepDone("temporary file written")
 	if err := k.renameFile(temp, name); err != nil {
 		os.Remove(temp)
 		return err
 	}
-	k.noteStep("temporary file renamed")
+	k.stepDone("temporary file renamed")
 	return k.syncDir(filepath.Dir(name))
 }
 
@@ -156,16 +118,11 @@ func storeError(doing string, err error) error {
 	return fmt.Errorf("%w: %s: %v", errStoreDown, doing, err)
 }
 
-// fileBody is a stored body that is read from its file. Close closes the file.
-type fileBody struct{ f *os.File }
+// fileBody is a stored body that is read from its file. It implements fileSource: the
+// kernel sends the bytes from the file to the socket.
+type fileBody struct{ *os.File }
 
-func (b *fileBody) Read(p []byte) (int, error)                { return b.f.Read(p) }
-func (b *fileBody) Seek(off int64, whence int) (int64, error) { return b.f.Seek(off, whence) }
-func (b *fileBody) Close() error                              { return b.f.Close() }
-
-// nextFile and advanceBy implement fileSource: the kernel sends the bytes from the
-// file to the socket.
-func (b *fileBody) nextFile(limit int64) (*os.File, int64, error) { return b.f, limit, nil }
+func (b *fileBody) nextFile(limit int64) (*os.File, int64, error) { return b.File, limit, nil }
 func (b *fileBody) advanceBy(int64)                               {}
 
 // diskStore implements objects below one directory. DIR/{key} is the body and
@@ -215,7 +172,7 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 	}
 	f, e, err := d.openMatching(ctx, key, e)
 	if err != nil {
-		return nil, err
+		return nil, openError(key, err)
 	}
 	switch {
 	case off < 0:
@@ -228,33 +185,42 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 }
 
 // openMatching opens key's body and returns it with the entry that describes it: the
-// known one (which may be nil), one made from the record files, or one made by a
-// repair. The caller closes the file.
+// known one (which may be nil), or one made from the record files. The caller closes
+// the file. For a body that no record describes, after a restored backup, a crash or
+// damage, it repairs the record first.
 func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryEntry) (*os.File, *memoryEntry, error) {
 	if known == nil {
 		if !validKey(key) {
-			return nil, nil, fmt.Errorf("opening %q: %w", key, fs.ErrNotExist)
+			return nil, nil, fs.ErrNotExist
 		}
 		known = &memoryEntry{key: key, name: d.pathOf(key)}
 	}
 	f, id, err := openBody(known.name)
 	if err != nil {
-		return nil, nil, openError(key, err)
+		return nil, nil, err
 	}
 	if known.rec != nil && known.id == id {
 		return f, known, nil
 	}
 	rec, _, err := d.readRecords(key, id)
-	if err == nil && rec != nil {
-		e := &memoryEntry{key: key, name: known.name, id: id, rec: rec}
-		d.memory.add(e)
-		return f, e, nil
-	}
-	f.Close()
 	if err != nil {
-		return nil, nil, openError(key, err)
+		f.Close()
+		return nil, nil, err
 	}
-	return d.repairCopy(ctx, key)
+	e := &memoryEntry{key: key, name: known.name, id: id, rec: rec}
+	if rec == nil {
+		f.Close()
+		l, err := d.lockFolder(ctx, d.folderOf(key), false) // one of many callers does the work
+		if err != nil {
+			return nil, nil, err
+		}
+		defer l.unlock()
+		if f, e, err = d.openRepaired(ctx, key); err != nil {
+			return nil, nil, err
+		}
+	}
+	d.memory.add(e)
+	return f, e, nil
 }
 
 // openBody opens a body and returns the identity of the opened file. A later stat of
@@ -266,7 +232,7 @@ func openBody(name string) (*os.File, fileIdentity, error) {
 	}
 	fi, err := f.Stat()
 	if err == nil && !fi.Mode().IsRegular() {
-		err = fmt.Errorf("%s is not a regular file: %w", name, fs.ErrNotExist)
+		err = missError(name + " is not a regular file")
 	}
 	if err != nil {
 		f.Close()
@@ -315,77 +281,50 @@ func openLarge(f *os.File, e *memoryEntry, off int64) (*object, error) {
 		object
 		file fileBody
 	})
-	o.file.f = f
+	o.file.File = f
 	o.object = object{rec: e.rec, body: &o.file}
 	return &o.object, nil
 }
 
-// readRecords reads key's record files. matching is the record that describes the
-// body with that identity. When there is none, others are the undamaged records, and
-// the error is errVersion if one of the files is of another version.
-func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, others []*diskRecord, err error) {
-	var versionErr error
+// readRecords reads the record files beside key's body. matching is the record that
+// describes the body with that identity. When there is none, similar are the records
+// of key for a body of that size, and the error is errVersion or errStray if one of
+// the files is of another version or of another file in the same directory.
+func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, similar []*record, err error) {
+	var miss error
 	for _, name := range []string{recordFile, recordNext} {
-		e, describedKey, err := readRecord(d.folderOf(key) + "/" + name)
-		if err == nil && describedKey != key {
+		e, err := readRecord(d.folderOf(key) + "/" + name)
+		if err == nil && e.key != key {
 			err = fmt.Errorf("%w: it describes another file", errDamaged)
+			if filepath.Dir(e.key) == filepath.Dir(key) {
+				err = errStray
+			}
 		}
 		switch {
-		case errors.Is(err, fs.ErrNotExist):
+		case errors.Is(err, errStray):
+			miss = err
 		case errors.Is(err, errVersion):
-			versionErr = err
+			miss = err
+			d.log.Warn("stored file is neither used nor removed", "key", key, "error", err)
+		case errors.Is(err, fs.ErrNotExist):
 		case errors.Is(err, errDamaged):
 			d.log.Warn("damaged record is ignored", "key", key, "file", name, "error", err)
 		case err != nil:
 			return nil, nil, err
 		case e.bodyIdentity() == id:
 			return &e.record, nil, nil
-		default:
-			others = append(others, e)
+		case e.Size == id.size:
+			similar = append(similar, &e.record)
 		}
 	}
-	if versionErr != nil {
-		d.log.Warn("stored file is neither used nor removed", "key", key, "error", versionErr)
-		return nil, nil, fmt.Errorf("%w: %w", versionErr, fs.ErrNotExist)
-	}
-	return nil, others, nil
+	return nil, similar, miss
 }
 
-// repairCopy is for a body that no record describes, after a restored backup, a
-// crash or damage. It finds the body's record by its hash and writes the record anew
-// with the body's identity; without such a record it drops the files. The
-// directory's lock lets one of many callers do the work.
-func (d *diskStore) repairCopy(ctx context.Context, key string) (*os.File, *memoryEntry, error) {
-	l, err := d.lockFolder(ctx, d.folderOf(key), false)
-	if err != nil {
-		return nil, nil, openError(key, err)
-	}
-	defer l.unlock()
-	f, e, err := d.repairLocked(ctx, key)
-	if err != nil {
-		return nil, nil, openError(key, err)
-	}
-	d.memory.add(e)
-	return f, e, nil
-}
-
-// repairLocked leaves key with a body and a .record that describes it, or with
-// nothing (fs.ErrNotExist). The caller holds the directory's lock and closes the file.
-func (d *diskStore) repairLocked(ctx context.Context, key string) (*os.File, *memoryEntry, error) {
-	f, e, err := d.openCurrent(ctx, key)
-	if err != nil {
-		return nil, nil, err
-	}
-	if err := d.repairRecordFile(e); err != nil {
-		f.Close()
-		return nil, nil, err
-	}
-	return f, e, nil
-}
-
-// openCurrent opens key's body with the record that describes it. It drops a body
-// without such a record. The caller holds the directory's lock and closes the file.
-func (d *diskStore) openCurrent(ctx context.Context, key string) (_ *os.File, _ *memoryEntry, err error) {
+// openRepaired opens key's body with the record that describes it. It leaves that
+// record in .record, and no .record.next. It drops a body without such a record. If
+// it returns an entry and an error, there is a copy, but its record could not be
+// written. The caller holds the directory's lock and closes the file.
+func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e *memoryEntry, err error) {
 	f, id, err := openBody(d.pathOf(key))
 	if err != nil {
 		return nil, nil, err
@@ -395,37 +334,31 @@ func (d *diskStore) openCurrent(ctx context.Context, key string) (_ *os.File, _ 
 			f.Close()
 		}
 	}()
-	rec, others, err := d.readRecords(key, id)
-	if err == nil && rec == nil {
-		rec, err = d.matchByHash(ctx, f, id, others)
+	rec, similar, err := d.readRecords(key, id)
+	isHashed := rec == nil && len(similar) > 0
+	if err == nil && isHashed {
+		rec, err = matchByHash(ctx, f, similar)
 	}
 	if err == nil && rec == nil {
 		err = d.dropDamaged(key, "no record describes the body")
 	}
-	return f, &memoryEntry{key: key, name: d.pathOf(key), id: id, rec: rec}, err
+	if err != nil {
+		return nil, nil, err
+	}
+	e = &memoryEntry{key: key, name: d.pathOf(key), id: id, rec: rec, isHashed: isHashed}
+	return f, e, d.repairRecordFile(e)
 }
 
 // matchByHash hashes a body and returns the candidate that describes it, or nil. It
-// leaves f at its beginning. It goes on when the request that caused it ends:
-// otherwise impatient clients would have a large body hashed again and again.
-func (d *diskStore) matchByHash(ctx context.Context, f *os.File, id fileIdentity, candidates []*diskRecord) (*record, error) {
-	candidates = slices.DeleteFunc(candidates, func(e *diskRecord) bool { return e.Size != id.size })
-	if len(candidates) == 0 {
-		return nil, nil
-	}
+// goes on when the request that caused it ends: otherwise impatient clients would
+// have a large body hashed again and again.
+func matchByHash(ctx context.Context, f *os.File, candidates []*record) (*record, error) {
 	sum, err := hashFile(context.WithoutCancel(ctx), f)
-	if err != nil {
+	i := slices.IndexFunc(candidates, func(rec *record) bool { return rec.SHA256 == sum })
+	if err != nil || i < 0 {
 		return nil, err
 	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return nil, err
-	}
-	for _, e := range candidates {
-		if e.SHA256 == sum {
-			return &e.record, nil
-		}
-	}
-	return nil, nil
+	return candidates[i], nil
 }
 
 // repairRecordFile leaves e's record in .record and no .record.next. The old files
@@ -433,12 +366,8 @@ func (d *diskStore) matchByHash(ctx context.Context, f *os.File, id fileIdentity
 // repaired. The caller holds the directory's lock.
 func (d *diskStore) repairRecordFile(e *memoryEntry) error {
 	name := d.folderOf(e.key) + "/" + recordFile
-	if old, describedKey, err := readRecord(name); err != nil || describedKey != e.key || old.bodyIdentity() != e.id {
-		data, err := encodeRecord(e.rec, e.id)
-		if err != nil {
-			return err
-		}
-		if err := d.replaceFile(name, writeBytes(data)); err != nil {
+	if old, err := readRecord(name); err != nil || old.key != e.key || old.bodyIdentity() != e.id {
+		if err := d.replaceFile(name, writeRecord(e.rec, e.id)); err != nil {
 			return err
 		}
 		d.log.Info("stored record was repaired", "key", e.key)
@@ -454,24 +383,13 @@ func removeIfExists(name string) error {
 	return nil
 }
 
-// writeBytes returns a function for writeFile that writes data.
-func writeBytes(data []byte) func(io.Writer) error {
-	return func(w io.Writer) error {
-		_, err := w.Write(data)
-		return err
-	}
-}
-
-// hashFile returns the SHA-256 of f, from its beginning, in hexadecimal. It ends
-// with ctx and leaves f at its end.
+// hashFile returns the SHA-256 of f in hexadecimal. It ends with ctx and does not move
+// f's offset.
 func hashFile(ctx context.Context, f *os.File) (string, error) {
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return "", err
-	}
-	h := sha256.New()
+	h, r := sha256.New(), io.NewSectionReader(f, 0, math.MaxInt64)
 	for {
 		// A cancelled caller waits for one piece at most.
-		_, err := io.CopyN(h, f, 4<<20)
+		_, err := io.CopyN(h, r, 4<<20)
 		if err == io.EOF {
 			return hex.EncodeToString(h.Sum(nil)), nil
 		}
@@ -503,13 +421,13 @@ func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.
 	if err := d.fsync(spool); err != nil {
 		return storeError("syncing the spool of "+key, err)
 	}
-	d.noteStep("spool synced")
+	d.stepDone("spool synced")
 	l, err := d.lockFolder(ctx, d.folderOf(key), true)
 	if err != nil {
 		return storeError("storing "+key, err)
 	}
 	defer l.unlock()
-	d.noteStep("directory made")
+	d.stepDone("directory made")
 	if err := d.commitBody(ctx, key, rec, spool); err != nil {
 		l.removeEmpty()
 		return storeError("storing "+key, err)
@@ -536,64 +454,63 @@ func checkPut(key string, rec *record, spool *os.File) error {
 // name is renamed; one without a name or on another file system is copied. The
 // caller holds the directory's lock.
 func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spool *os.File) error {
-	hasOldCopy, err := d.keepOldRecord(ctx, key)
-	if err = errors.Join(err, ctx.Err()); err != nil {
+	// A crashed commit or a restored backup may have the old copy's record in
+	// .record.next alone, which installBody overwrites: it must be in .record.
+	old, oldEntry, err := d.openRepaired(ctx, key)
+	switch {
+	case err == nil:
+		old.Close()
+	case oldEntry != nil:
+		return err
+	case !errors.Is(err, fs.ErrNotExist):
+		d.log.Warn("stored file cannot be read and is replaced", "key", key, "error", err)
+	}
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	defer d.memory.drop(key)
 	if isLinked(spool) {
-		err := d.installBody(key, rec, spool, spool.Name(), hasOldCopy)
+		err := d.installBody(key, rec, spool.Name(), oldEntry != nil)
 		if !errors.Is(err, syscall.EXDEV) {
 			return err
 		}
 	}
-	return d.installCopy(key, rec, spool, hasOldCopy)
-}
-
-// keepOldRecord makes sure that the record of the present copy is in .record, and
-// reports whether there is a copy. A crashed commit or a restored backup may have its
-// record in .record.next alone, which the caller is about to overwrite.
-func (d *diskStore) keepOldRecord(ctx context.Context, key string) (hasOldCopy bool, err error) {
-	old, e, err := d.openCurrent(ctx, key)
-	switch {
-	case err == nil:
-		old.Close()
-		return true, d.repairRecordFile(e)
-	case !errors.Is(err, fs.ErrNotExist):
-		d.log.Warn("stored file cannot be read and is replaced", "key", key, "error", err)
+	name := d.folderOf(key) + "/" + bodyNext
+	err = d.writeFile(name, func(w io.Writer) error {
+		_, err := io.Copy(w, io.NewSectionReader(spool, 0, rec.Size))
+		return err
+	})
+	if err == nil {
+		err = d.installBody(key, rec, name, oldEntry != nil)
 	}
-	return false, nil
+	if err != nil {
+		os.Remove(name)
+	}
+	return err
 }
 
 // isLinked reports whether f's name is still the name of f: the file was neither
 // removed nor replaced.
 func isLinked(f *os.File) bool {
 	fi, err := f.Stat()
-	if err != nil {
-		return false
-	}
-	named, err := os.Stat(f.Name())
-	return err == nil && os.SameFile(fi, named)
+	named, namedErr := os.Stat(f.Name())
+	return err == nil && namedErr == nil && os.SameFile(fi, named)
 }
 
-// installBody renames the file name, which is open as body, to key's body and writes
-// its record. hasOldCopy says that key has a copy with its record in .record. The
-// caller holds the directory's lock.
-func (d *diskStore) installBody(key string, rec *record, body *os.File, name string, hasOldCopy bool) error {
-	fi, err := body.Stat()
-	if err != nil {
-		return err
-	}
-	data, err := encodeRecord(rec, identityOf(fi))
+// installBody renames the file name to key's body and writes its record. hasOldCopy
+// says that key has a copy with its record in .record. The caller holds the
+// directory's lock.
+func (d *diskStore) installBody(key string, rec *record, name string, hasOldCopy bool) error {
+	fi, err := os.Stat(name)
 	if err != nil {
 		return err
 	}
 	folder := d.folderOf(key)
 	next := folder + "/" + recordNext
-	if err := d.writeFile(next, writeBytes(data)); err != nil {
+	if err := d.writeFile(next, writeRecord(rec, identityOf(fi))); err != nil {
 		return err
 	}
-	d.noteStep("record written")
+	d.stepDone("record written")
 	if hasOldCopy {
 		// A power failure must not keep the new body's name and lose that of
 		// .record.next: .record describes the old body.
@@ -606,37 +523,16 @@ func (d *diskStore) installBody(key string, rec *record, body *os.File, name str
 		os.Remove(next)
 		return err
 	}
-	d.noteStep("body moved")
+	d.stepDone("body moved")
 	if err := d.renameFile(next, folder+"/"+recordFile); err != nil {
 		return err
 	}
-	d.noteStep("record moved")
+	d.stepDone("record moved")
 	if err := d.syncDir(folder); err != nil {
 		return err
 	}
-	d.noteStep("folder synced")
+	d.stepDone("folder synced")
 	return nil
-}
-
-// installCopy is installBody for a spool on another file system or without a name.
-func (d *diskStore) installCopy(key string, rec *record, spool *os.File, hasOldCopy bool) error {
-	name := d.folderOf(key) + "/" + bodyNext
-	err := d.writeFile(name, func(w io.Writer) error {
-		_, err := io.Copy(w, io.NewSectionReader(spool, 0, rec.Size))
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	f, err := os.Open(name)
-	if err == nil {
-		err = d.installBody(key, rec, f, name, hasOldCopy)
-		f.Close()
-	}
-	if err != nil {
-		os.Remove(name)
-	}
-	return err
 }
 
 // syncParents makes the name of key's directory durable, and those of the
@@ -644,19 +540,16 @@ func (d *diskStore) installCopy(key string, rec *record, spool *os.File, hasOldC
 // once a process, since they do not change.
 func (d *diskStore) syncParents(key string) error {
 	name, _, _ := strings.Cut(key, "/")
-	if err := d.syncDir(d.dir + "/" + name); err != nil {
+	err := d.syncDir(d.dir + "/" + name)
+	if _, synced := d.syncedRemotes.Load(name); synced || err != nil {
 		return err
-	}
-	if _, synced := d.syncedRemotes.Load(name); synced {
-		return nil
 	}
 	if err := d.syncDir(d.dir); err != nil {
 		return err
 	}
 	// A process that may not read the directory above DATA_DIR has not made
 	// DATA_DIR, so its name is durable already.
-	err := d.syncDir(filepath.Dir(filepath.Clean(d.dir)))
-	if err != nil && !errors.Is(err, fs.ErrPermission) {
+	if err := d.syncDir(filepath.Dir(d.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
 		return err
 	}
 	d.syncedRemotes.Store(name, true)
@@ -692,7 +585,7 @@ func (d *diskStore) removeFiles(key string) error {
 		if err := removeIfExists(d.folderOf(key) + "/" + name); err != nil {
 			return err
 		}
-		d.noteStep("removed " + name)
+		d.stepDone("removed " + name)
 	}
 	return d.syncDir(d.folderOf(key))
 }

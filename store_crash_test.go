@@ -256,9 +256,9 @@ func TestDiskSyncFailure(t *testing.T) {
 				}
 				return nil
 			}
-			s.d.step = func(step string) { moved = moved || step == "body moved" }
+			s.d.stepDone = func(step string) { moved = moved || step == "body moved" }
 			err := s.put("f", "new")
-			s.d.fsync, s.d.step = (*os.File).Sync, nil
+			s.d.fsync, s.d.stepDone = (*os.File).Sync, func(string) {}
 			if failing == calls {
 				must(t, err)
 				break
@@ -385,7 +385,7 @@ func TestDiskOwner(t *testing.T) {
 	for _, c := range []struct {
 		d    *diskStore
 		held bool
-	}{{a, true}, {b, false}, {a, true}} {
+	}{{a, true}, {b, false}} {
 		if held, err := c.d.lockData(); held != c.held || err != nil {
 			t.Errorf("locked %v, %v; want %v", held, err, c.held)
 		}
@@ -523,6 +523,108 @@ func TestDiskVerify(t *testing.T) {
 	}
 }
 
+// Whatever somebody puts beside a stored file, in any state of its record: that costs
+// the stored file nothing. verify reports it and leaves it alone.
+func TestDiskLeavesStrayFilesAlone(t *testing.T) {
+	t.Parallel()
+	text := bigContent(maxSmallBody + 1000)
+	states := map[string]func(s *diskTester){
+		"whole":               func(*diskTester) {},
+		"restored":            func(s *diskTester) { restore(s.t, s.body("f")) },
+		"the record is next":  func(s *diskTester) { must(s.t, os.Rename(s.file("f", recordFile), s.file("f", recordNext))) },
+		"a damaged next one":  func(s *diskTester) { must(s.t, os.WriteFile(s.file("f", recordNext), []byte("cut"), 0o600)) },
+		"the record is a new": func(s *diskTester) { editRecord(s.t, s.file("f", recordFile), "mt", 1) },
+	}
+	finders := map[string]func(s *diskTester){
+		"a hit": func(s *diskTester) { s.wantHit("f", text) },
+		"a hit on the stray": func(s *diskTester) {
+			for _, name := range []string{"Thumbs.db", "f.xz", "copy of f"} {
+				if _, err := s.open(s.t.Context(), filepath.Dir(testKey("f"))+"/"+name, 0); !errors.Is(err, fs.ErrNotExist) {
+					s.t.Errorf("opening %s: %v", name, err)
+				}
+			}
+		},
+		"the sweep": func(s *diskTester) { s.sweepLater() },
+		"verify":    func(s *diskTester) { s.wantVerified(1, "Thumbs.db", "f.xz", "copy of f", ".DS_Store", "folder") },
+		"a writer":  func(s *diskTester) { s.mustPut("f", text) },
+	}
+	for state, prepare := range states {
+		for finder, find := range finders {
+			t.Run(state+", "+finder, func(t *testing.T) {
+				t.Parallel()
+				s := newDiskTester(t)
+				s.d.isIrreplaceable = func(string) bool { return len(finder)%2 == 0 } // it makes no difference
+				s.mustPut("f", text)
+				strays := map[string]string{"Thumbs.db": "thumbs", "f.xz": "", "copy of f": text, ".DS_Store": "finder"}
+				for name, content := range strays {
+					must(t, os.WriteFile(s.file("f", name), []byte(content), 0o600))
+				}
+				must(t, os.Mkdir(s.file("f", "folder"), 0o755))
+				prepare(s)
+				s.reopen()
+				find(s)
+				s.sweepLater()
+				for range 2 {
+					s.wantVerified(1, "Thumbs.db", "f.xz", "copy of f", ".DS_Store", "folder")
+					s.wantHit("f", text)
+				}
+				s.wantFiles("f", "f", recordFile, "Thumbs.db", "f.xz", "copy of f", ".DS_Store", "folder")
+				for name, content := range strays {
+					if got := string(readFile(t, s.file("f", name))); got != content {
+						t.Errorf("%s was changed: it has %d bytes", name, len(got))
+					}
+				}
+			})
+		}
+	}
+}
+
+// xz without -k replaces a body: what it left may be all there is of the file.
+func TestDiskLeavesAStrayFileWithoutItsBody(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	s.mustPut("f", "content")
+	must(t, os.Rename(s.body("f"), s.file("f", "f.xz")))
+	s.wantMiss("f")
+	s.sweepLater()
+	s.wantVerified(0, "f.xz")
+	var out bytes.Buffer
+	env := envOf(map[string]string{"DATA_DIR": s.d.dir, "CONFIG_PATH": "/none"})
+	if code := run(t.Context(), []string{"verify"}, env, &out, &out); code != 1 || !strings.Contains(out.String(), "f.xz: a stray file") {
+		t.Errorf("verify exits with %d: %s", code, &out)
+	}
+	s.wantFiles("f", "f.xz", recordFile)
+	must(t, os.Rename(s.file("f", "f.xz"), s.body("f")))
+	s.wantHit("f", "content")
+	s.wantVerified(1)
+}
+
+// sweepLater sweeps as if a day had passed.
+func (s *diskTester) sweepLater() {
+	s.t.Helper()
+	s.d.now = func() time.Time { return time.Now().Add(25 * time.Hour) }
+	must(s.t, s.d.sweep(s.t.Context()))
+	s.d.now = time.Now
+}
+
+// wantVerified wants verify to check that many bodies, to drop none, and to report
+// exactly these files beside f, once each.
+func (s *diskTester) wantVerified(checked int, strays ...string) {
+	s.t.Helper()
+	var got []string
+	n, dropped, err := s.d.verify(s.t.Context(), func(key string, err error) {
+		got = append(got, strings.TrimPrefix(key, filepath.Dir(testKey("f"))+"/"))
+		if errors.Is(err, errDropped) {
+			s.t.Errorf("%s: %v", key, err)
+		}
+	})
+	slices.Sort(got)
+	slices.Sort(strays)
+	if n != checked || dropped != 0 || err != nil || !slices.Equal(got, strays) {
+		s.t.Errorf("verify: checked %d, want %d; dropped %d; reported %q, want %q; %v", n, checked, dropped, got, strays, err)
+	}
+}
+
 // rot flips a bit of a file and keeps its size and time.
 func rot(t testing.TB, name string) {
 	t.Helper()
@@ -540,9 +642,14 @@ func TestDiskVerifyLeavesTheReplaced(t *testing.T) {
 	s.mustPut("f", "old")
 	fi, err := os.Stat(s.body("f"))
 	must(t, err)
+	old := &memoryEntry{key: testKey("f"), name: s.body("f"), id: identityOf(fi), rec: testRecord("f", "old")}
+	c := &folderCheck{diskStore: s.d}
 	s.mustPut("f", "new")
-	must(t, s.d.dropIfUnchanged(t.Context(), testKey("f"), identityOf(fi), "test"))
+	must(t, c.verifyBody(t.Context(), old))
 	s.wantHit("f", "new")
+	gone := *old
+	gone.name += "-gone"
+	must(t, c.verifyBody(t.Context(), &gone))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, _, err := s.d.verify(ctx, func(string, error) {}); !errors.Is(err, context.Canceled) {
@@ -597,7 +704,7 @@ func TestCrashChild(t *testing.T) {
 	s := newDiskTester(t)
 	s.d.dir = parts[2]
 	n := 0
-	s.d.step = func(string) {
+	s.d.stepDone = func(string) {
 		if fmt.Sprint(n) == parts[1] {
 			syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			select {}
@@ -615,7 +722,7 @@ func TestDiskCrash(t *testing.T) {
 			s := newDiskTester(t)
 			scene.prepare(s)
 			var steps []string
-			s.d.step = func(step string) { steps = append(steps, step) }
+			s.d.stepDone = func(step string) { steps = append(steps, step) }
 			scene.act(s)
 			if len(steps) == 0 {
 				t.Fatal("no steps")

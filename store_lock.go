@@ -43,7 +43,11 @@ func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (*
 	}
 }
 
-// openAndLock opens a directory, made first with create, and takes its flock.
+// openAndLock opens a directory, made first with create, and takes its flock. It polls,
+// because a blocking flock(2) occupies a thread and does not end with ctx. Only another
+// process can have the lock, and not for long. On a file system without flock (some
+// network ones) it takes none: diskStore.folders still keeps the goroutines of this
+// process apart.
 func openAndLock(ctx context.Context, path string, create bool) (*os.File, error) {
 	if create {
 		if err := os.MkdirAll(path, 0o755); err != nil {
@@ -54,31 +58,18 @@ func openAndLock(ctx context.Context, path string, create bool) (*os.File, error
 	if create && errors.Is(err, fs.ErrNotExist) {
 		return openAndLock(ctx, path, create) // another process removed it after MkdirAll
 	}
-	if err != nil {
-		return nil, err
-	}
-	if err := waitForFlock(ctx, f); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
-}
-
-// waitForFlock takes the flock on f. It polls, because a blocking flock(2) occupies a
-// thread and does not end with ctx. Only another process can have the lock, and not
-// for long. On a file system without flock (some network ones) it returns nil without
-// a lock: then diskStore.folders still keeps the goroutines of one process apart.
-func waitForFlock(ctx context.Context, f *os.File) error {
-	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
-		if locked, err := tryFlock(f); locked || err != nil {
-			return nil
+	for pause := time.Millisecond; err == nil; pause = min(2*pause, 100*time.Millisecond) {
+		if locked, flockErr := tryFlock(f); locked || flockErr != nil {
+			return f, nil
 		}
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return ctx.Err()
+			f.Close()
+			err = ctx.Err()
 		}
 	}
+	return nil, err
 }
 
 // tryFlock takes the flock on f if nobody has it, and reports whether it did. The

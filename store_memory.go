@@ -8,6 +8,19 @@ import (
 	"io"
 )
 
+const (
+	// maxSmallBody is the largest body, in bytes, that is kept in memory. Metadata
+	// and manifests are smaller. They are asked for most, and opening their file
+	// costs more than reading it.
+	maxSmallBody = 64 << 10
+	// memoryBudget bounds the memory of records and small bodies together, in
+	// bytes. It leaves enough of a container of 256 MiB to everything else.
+	memoryBudget = 64 << 20
+	// memoryEntryCost is what an entry costs of the budget beside its body: about
+	// 500 bytes of record and as much for its place in the table, in bytes.
+	memoryEntryCost = 1 << 10
+)
+
 // memBody is a small stored body that is read from memory. Closing it does nothing.
 type memBody struct{ bytes.Reader }
 
@@ -21,6 +34,7 @@ type memoryEntry struct {
 	id        fileIdentity // of the body that the entry was made from
 	rec       *record
 	body      []byte // nil: larger than maxSmallBody, or not read yet
+	isHashed  bool   // to find rec, the whole body was hashed
 }
 
 // newObject returns the entry as an object that reads from off, or without a body if

@@ -4,9 +4,8 @@ package main
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -15,6 +14,27 @@ import (
 	"strings"
 	"syscall"
 )
+
+// maxRecord bounds a record file in bytes. Most have about 500 bytes; the longest
+// path and all headers at their usual limits fit.
+const maxRecord = 64 << 10
+
+var (
+	// errDamaged is a record file that cannot be used. It counts as absent.
+	errDamaged = errors.New("damaged record")
+	// errVersion is a record of another version of the program. It is a miss, but
+	// its files are left alone: after a rollback they are good again.
+	errVersion error = missError("record of another version of the program")
+
+	// castagnoli is the polynomial of CRC-32C, which processors compute in hardware.
+	castagnoli = crc32.MakeTable(crc32.Castagnoli)
+)
+
+// missError is a miss (fs.ErrNotExist) with its reason.
+type missError string
+
+func (e missError) Error() string      { return string(e) }
+func (missError) Is(target error) bool { return target == fs.ErrNotExist }
 
 // fileIdentity tells a file from every other file, and from itself after a change of
 // its content. A record holds the identity of its body, so that one stat shows
@@ -39,6 +59,8 @@ type diskRecord struct {
 	record
 	MTime int64  `json:"mt"`
 	Inode uint64 `json:"i"`
+
+	key string // that the record describes; readRecord sets it
 }
 
 func (e *diskRecord) bodyIdentity() fileIdentity { return fileIdentity{e.Size, e.MTime, e.Inode} }
@@ -51,7 +73,7 @@ const recordMagic = "artifactapi record 1 "
 // encodeRecord returns the content of the record file of a body with that identity.
 // It refuses a record that decodeRecord would.
 func encodeRecord(rec *record, id fileIdentity) ([]byte, error) {
-	body, err := json.Marshal(diskRecord{*rec, id.mtime, id.inode})
+	body, err := json.Marshal(diskRecord{record: *rec, MTime: id.mtime, Inode: id.inode})
 	if err != nil {
 		return nil, err
 	}
@@ -62,19 +84,29 @@ func encodeRecord(rec *record, id fileIdentity) ([]byte, error) {
 	return data, nil
 }
 
+// writeRecord returns a function for writeFile that writes a record file.
+func writeRecord(rec *record, id fileIdentity) func(io.Writer) error {
+	return func(w io.Writer) error {
+		data, err := encodeRecord(rec, id)
+		if err == nil {
+			_, err = w.Write(data)
+		}
+		return err
+	}
+}
+
 // decodeRecord reads the content of a record file. Its error is errVersion for a
 // record of another version and errDamaged for everything else.
 func decodeRecord(data []byte) (*diskRecord, error) {
 	firstLine, rest, _ := bytes.Cut(data, []byte("\n"))
+	body, isEnded := bytes.CutSuffix(rest, []byte("\n"))
 	sum, hasMagic := bytes.CutPrefix(firstLine, []byte(recordMagic))
 	switch {
 	case !hasMagic && bytes.HasPrefix(firstLine, []byte("artifactapi record ")):
 		return nil, errVersion
-	case !hasMagic || len(data) > maxRecord || len(rest) == 0 || rest[len(rest)-1] != '\n':
+	case !hasMagic || !isEnded || len(data) > maxRecord:
 		return nil, fmt.Errorf("%w: its frame is wrong", errDamaged)
-	}
-	body := rest[:len(rest)-1]
-	if string(sum) != fmt.Sprintf("%08x", crc32.Checksum(body, castagnoli)) {
+	case string(sum) != fmt.Sprintf("%08x", crc32.Checksum(body, castagnoli)):
 		return nil, fmt.Errorf("%w: its checksum is wrong", errDamaged)
 	}
 	e := new(diskRecord)
@@ -87,29 +119,23 @@ func decodeRecord(data []byte) (*diskRecord, error) {
 	return e, nil
 }
 
-// isSHA256 reports whether s is a SHA-256 in lower-case hexadecimal.
-func isSHA256(s string) bool {
-	b, err := hex.DecodeString(s)
-	return err == nil && len(b) == sha256.Size && s == strings.ToLower(s)
-}
-
-// readRecord reads a record file and returns the record with the key that it
-// describes. Its error is fs.ErrNotExist, errDamaged, errVersion or one of I/O.
-func readRecord(name string) (_ *diskRecord, key string, err error) {
+// readRecord reads a record file. Its error is fs.ErrNotExist, errDamaged, errVersion
+// or one of I/O.
+func readRecord(name string) (*diskRecord, error) {
 	f, err := os.Open(name)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, maxRecord+1))
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	e, err := decodeRecord(data)
-	if err != nil {
-		return nil, "", err
+	if err == nil {
+		e.key = storageKey(e.Remote, e.Path)
 	}
-	return e, storageKey(e.Remote, e.Path), nil
+	return e, err
 }
 
 // validKey reports whether key is {remote}/{hash}/{filename} and can be used as a
@@ -117,15 +143,14 @@ func readRecord(name string) (_ *diskRecord, key string, err error) {
 func validKey(key string) bool {
 	name, rest, _ := strings.Cut(key, "/")
 	hash, file, _ := strings.Cut(rest, "/")
-	return isRemoteName(name) && isHash(hash) && file != "" && file[0] != '.' && !strings.ContainsAny(file, "/\x00")
-}
-
-// isRemoteName reports whether s can be a remote's directory: letters, digits and
-// ._- without a dot at the beginning.
-func isRemoteName(s string) bool {
-	const allowed = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-"
-	return s != "" && s[0] != '.' && strings.Trim(s, allowed) == ""
+	return namePattern.MatchString(name) && isHash(hash) && file != "" && file[0] != '.' && !strings.ContainsAny(file, "/\x00")
 }
 
 // isHash reports whether s can be the path_hash of a key.
-func isHash(s string) bool { return len(s) == 16 && strings.Trim(s, "0123456789abcdef") == "" }
+func isHash(s string) bool { return isHex(s, 16) }
+
+// isSHA256 reports whether s can be the sha256 of a record.
+func isSHA256(s string) bool { return isHex(s, 64) }
+
+// isHex reports whether s is n digits of lower-case hexadecimal.
+func isHex(s string, n int) bool { return len(s) == n && strings.Trim(s, "0123456789abcdef") == "" }

@@ -14,52 +14,53 @@ import (
 	"path/filepath"
 	"slices"
 	"syscall"
+	"time"
 )
+
+// orphanAge is the age from which a file that belongs to nothing is removed. It is
+// long because a restore from a backup may write bodies long before their records.
+const orphanAge = 24 * time.Hour
 
 // walk implements objects. It leaves out a record whose body is gone or has another
 // size. It does not hash: a restored body of the right size is listed, and open
 // decides later whether a record describes it.
 func (d *diskStore) walk(ctx context.Context, f func(key string, rec *record) error) error {
 	return d.eachFolder(ctx, func(folder string) error {
-		key, rec := d.describeFolder(folder)
-		if rec == nil {
-			return nil
+		if e := d.describeFolder(folder); e != nil {
+			return f(e.key, &e.record)
 		}
-		return f(key, rec)
+		return nil
 	})
 }
 
-// describeFolder returns the key and the record of the file in a directory
-// {remote}/{hash}, or a nil record. Of two records it prefers the one with the
-// identity of its body.
-func (d *diskStore) describeFolder(folder string) (key string, rec *record) {
+// describeFolder returns the record of the file in a directory {remote}/{hash}, or
+// nil. Of two records it prefers the one with the identity of its body.
+func (d *diskStore) describeFolder(folder string) (found *diskRecord) {
 	for _, name := range []string{recordFile, recordNext} {
-		e, describedKey, err := readRecord(d.pathOf(folder) + "/" + name)
-		if err != nil || filepath.Dir(describedKey) != folder {
-			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				d.log.Warn("damaged record is ignored", "folder", folder, "file", name, "error", err)
-			}
+		e, err := readRecord(d.pathOf(folder) + "/" + name)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			d.log.Warn("damaged record is ignored", "folder", folder, "file", name, "error", err)
+		}
+		if err != nil || filepath.Dir(e.key) != folder {
 			continue
 		}
-		fi, err := os.Stat(d.pathOf(describedKey))
-		if err != nil || fi.Size() != e.Size {
-			continue
-		}
-		if rec == nil || identityOf(fi) == e.bodyIdentity() {
-			key, rec = describedKey, &e.record
-		}
-		if identityOf(fi) == e.bodyIdentity() {
-			break
+		fi, err := os.Stat(d.pathOf(e.key))
+		switch {
+		case err != nil || fi.Size() != e.Size:
+		case identityOf(fi) == e.bodyIdentity():
+			return e
+		case found == nil:
+			found = e
 		}
 	}
-	return key, rec
+	return found
 }
 
 // eachFolder calls f with {remote}/{hash} for each directory of files, until f or ctx
 // ends it. It skips other names (lost+found, or what was in DATA_DIR before).
 func (d *diskStore) eachFolder(ctx context.Context, f func(folder string) error) error {
 	return eachName(d.dir, func(name string) error {
-		if !isRemoteName(name) {
+		if !namePattern.MatchString(name) {
 			return nil
 		}
 		return eachName(d.pathOf(name), func(hash string) error {
@@ -78,13 +79,13 @@ func eachName(dir string, f func(name string) error) error {
 	h, err := os.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
-	}
-	if err != nil {
+	} else if err != nil {
 		return storeError("listing", err)
 	}
 	defer h.Close()
-	for {
-		names, err := h.Readdirnames(1000)
+	for err == nil {
+		var names []string
+		names, err = h.Readdirnames(1000)
 		for _, name := range names {
 			if name[0] == '.' {
 				continue
@@ -93,13 +94,11 @@ func eachName(dir string, f func(name string) error) error {
 				return err
 			}
 		}
-		switch {
-		case err == io.EOF, errors.Is(err, syscall.ENOTDIR), errors.Is(err, fs.ErrNotExist):
-			return nil
-		case err != nil:
-			return storeError("listing", err)
-		}
 	}
+	if err == io.EOF || errors.Is(err, syscall.ENOTDIR) || errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return storeError("listing", err)
 }
 
 // newSpool makes an empty temporary file in the directory of spools. The caller
@@ -107,12 +106,11 @@ func eachName(dir string, f func(name string) error) error {
 // it is open, so that no process sweeps it.
 func (d *diskStore) newSpool() (*os.File, error) {
 	dir := d.dir + "/" + spoolDir
-	for triedMkdir := false; ; {
+	for {
 		f, err := os.CreateTemp(dir, "*")
-		if errors.Is(err, fs.ErrNotExist) && !triedMkdir {
-			triedMkdir = true
+		if errors.Is(err, fs.ErrNotExist) {
 			if err = os.MkdirAll(dir, 0o755); err == nil {
-				continue
+				f, err = os.CreateTemp(dir, "*")
 			}
 		}
 		if err != nil {
@@ -127,13 +125,14 @@ func (d *diskStore) newSpool() (*os.File, error) {
 }
 
 // freeSpace returns the space that this process may still fill, and the size of the
-// file system, both in bytes. It may be called before DATA_DIR exists.
+// file system, both in bytes. Before DATA_DIR exists, they are those of the file
+// system that it will be made on.
 func (d *diskStore) freeSpace() (free, size uint64, err error) {
 	var st syscall.Statfs_t
-	dir := filepath.Clean(d.dir)
+	dir := d.dir
 	err = syscall.Statfs(dir, &st)
 	for errors.Is(err, fs.ErrNotExist) && dir != filepath.Dir(dir) {
-		dir = filepath.Dir(dir) // DATA_DIR will be made on this file system
+		dir = filepath.Dir(dir)
 		err = syscall.Statfs(dir, &st)
 	}
 	if err != nil {
@@ -144,25 +143,20 @@ func (d *diskStore) freeSpace() (free, size uint64, err error) {
 
 // lockData makes this process the owner of DATA_DIR until Close, and reports whether
 // it is. It is not when another process is the owner. It must not be called
-// concurrently.
+// concurrently, or again once it has succeeded.
 func (d *diskStore) lockData() (locked bool, err error) {
-	if d.owner != nil {
-		return true, nil
+	err = os.MkdirAll(d.dir, 0o755)
+	if err == nil {
+		d.owner, err = os.OpenFile(d.dir+"/"+lockFile, os.O_RDWR|os.O_CREATE, 0o600)
 	}
-	if err := os.MkdirAll(d.dir, 0o755); err != nil {
-		return false, storeError("locking DATA_DIR", err)
+	if err == nil {
+		locked, err = tryFlock(d.owner)
 	}
-	f, err := os.OpenFile(d.dir+"/"+lockFile, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return false, storeError("locking DATA_DIR", err)
+	if !locked && d.owner != nil {
+		d.owner.Close()
+		d.owner = nil
 	}
-	locked, err = tryFlock(f)
-	if !locked {
-		f.Close()
-		return false, storeError("locking DATA_DIR", err)
-	}
-	d.owner = f
-	return true, nil
+	return locked, storeError("locking DATA_DIR", err)
 }
 
 // Close unlocks DATA_DIR. It waits for a ping that still runs.
@@ -184,14 +178,15 @@ func (d *diskStore) sweep(ctx context.Context) error {
 		return err
 	}
 	d.swept = d.now()
+	c := &folderCheck{diskStore: d, report: func(key string, err error) {
+		d.log.Warn("sweeping found a file that cannot be used", "key", key, "error", err)
+	}}
 	return errors.Join(err, d.eachFolder(ctx, func(folder string) error {
-		_, untidy, err := d.listFolder(folder)
-		if err != nil || !untidy || !d.isOld(d.pathOf(folder)) {
-			return nil
+		names, err := readNames(d.pathOf(folder))
+		isTidy := len(names) == 2 && slices.Contains(names, recordFile)
+		if err == nil && !isTidy && d.isOld(d.pathOf(folder)) {
+			c.tidyFolder(ctx, folder)
 		}
-		d.tidyFolder(ctx, folder, func(key string, err error) {
-			d.log.Warn("sweeping found a stored file that cannot be used", "key", key, "error", err)
-		})
 		return nil
 	}))
 }
@@ -223,184 +218,146 @@ func (d *diskStore) isOld(name string) bool {
 	return err == nil && d.now().Sub(fi.ModTime()) > orphanAge
 }
 
-// listFolder returns the names of the bodies in a directory {remote}/{hash}. untidy
-// reports whether it holds anything else than one body and its .record.
-func (d *diskStore) listFolder(folder string) (bodies []string, untidy bool, err error) {
-	h, err := os.Open(d.pathOf(folder))
-	if err != nil {
-		return nil, false, err
-	}
-	defer h.Close()
-	names, err := h.Readdirnames(-1)
-	for _, name := range names {
-		if name[0] != '.' {
-			bodies = append(bodies, name)
-		}
-	}
-	untidy = len(bodies) != 1 || len(names) != 2 || !slices.Contains(names, recordFile)
-	return bodies, untidy, err
-}
-
-// tidyFolder repairs or drops each body of a directory, removes everything else that
-// a crash left there, and removes the directory if it is empty then. It holds the
-// directory's lock, so no put is between two of its steps. report is called for each
-// file that was dropped or could not be read.
-func (d *diskStore) tidyFolder(ctx context.Context, folder string, report func(key string, err error)) {
-	l, err := d.lockFolder(ctx, d.pathOf(folder), false)
-	if err != nil {
-		return // the directory was removed meanwhile
-	}
-	defer l.unlock()
-	bodies, _, err := d.listFolder(folder)
-	if err != nil {
-		report(folder, storeError("listing", err))
-		return
-	}
-	bodiesLeft := len(bodies)
-	for _, name := range bodies {
-		f, _, err := d.repairLocked(ctx, folder+"/"+name)
-		switch {
-		case err == nil:
-			f.Close()
-		case errors.Is(err, errDropped):
-			bodiesLeft--
-			fallthrough
-		default:
-			report(folder+"/"+name, err)
-		}
-	}
-	for _, name := range []string{bodyNext, recordFile + tempSuffix} {
-		removeIfExists(d.pathOf(folder) + "/" + name)
-	}
-	if bodiesLeft == 0 {
-		d.tidyRecords(folder, report)
-		l.removeEmpty()
-	}
-}
-
-// tidyRecords removes the records of a directory without bodies. It does not report
-// a .record.next: a crash during the first put of a key leaves one, and nothing that
-// was stored is lost.
-func (d *diskStore) tidyRecords(folder string, report func(key string, err error)) {
-	for _, name := range []string{recordNext, recordFile} {
-		err := os.Remove(d.pathOf(folder) + "/" + name)
-		switch {
-		case err == nil && name == recordNext:
-		case err == nil:
-			report(folder, fmt.Errorf("%w: %s without a body", errDropped, name))
-		case !errors.Is(err, fs.ErrNotExist):
-			report(folder, storeError("removing a record", err))
-		}
-	}
-}
-
-// verify implements verifiableObjects: it hashes each body and drops those that
-// their record does not describe.
+// verify implements verifiableObjects: it tidies each directory and hashes the body that
+// its record describes.
 func (d *diskStore) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	countAndReport := func(key string, err error) {
+	c := &folderCheck{diskStore: d, report: func(key string, err error) {
 		if errors.Is(err, errDropped) {
 			dropped++
 		}
 		report(key, err)
-	}
+	}}
 	err = d.eachFolder(ctx, func(folder string) error {
-		bodies, untidy, err := d.listFolder(folder)
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
-			return nil
-		} else if err != nil {
-			countAndReport(folder, storeError("listing", err))
-			return nil
+		e := c.tidyFolder(ctx, folder)
+		if e == nil || e.isHashed {
+			return ctx.Err()
 		}
-		for _, name := range bodies {
-			checked++
-			err := d.verifyBody(ctx, folder+"/"+name)
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			if err != nil {
-				countAndReport(folder+"/"+name, err)
-				untidy = true
-			}
+		if err := c.verifyBody(ctx, e); err != nil && ctx.Err() == nil {
+			c.report(e.key, err)
 		}
-		if untidy {
-			d.tidyFolder(ctx, folder, countAndReport)
-		}
-		return nil
+		return ctx.Err()
 	})
-	return checked, dropped, err
-}
-
-// verifyBody hashes one body and drops it if its record says otherwise. It takes the
-// directory's lock only to drop: a put must not wait for the hash of a large body.
-func (d *diskStore) verifyBody(ctx context.Context, key string) error {
-	f, id, err := openBody(d.pathOf(key))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it was deleted meanwhile
-	}
-	if err != nil {
-		return storeError("opening", err)
-	}
-	defer f.Close()
-	rec, _, err := d.readRecords(key, id)
-	if err != nil {
-		return openError(key, err)
-	}
-	if rec == nil {
-		return d.repairNow(ctx, key)
-	}
-	sum, err := hashFile(ctx, f)
-	if err != nil {
-		return storeError("reading", err)
-	}
-	if sum == rec.SHA256 {
-		return nil
-	}
-	return d.dropIfUnchanged(ctx, key, id, "the body has sha256 "+sum+", but its record says "+rec.SHA256)
-}
-
-// repairNow is repairCopy for a caller that does not need the body. It is no error
-// if key is deleted meanwhile.
-func (d *diskStore) repairNow(ctx context.Context, key string) error {
-	f, _, err := d.repairCopy(ctx, key)
-	switch {
-	case err == nil:
-		return f.Close()
-	case errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errDropped) && !errors.Is(err, errVersion):
-		return nil
-	}
-	return err
-}
-
-// dropIfUnchanged drops key if its body still has the identity id: a body that was
-// replaced meanwhile is not the one that was hashed.
-func (d *diskStore) dropIfUnchanged(ctx context.Context, key string, id fileIdentity, reason string) error {
-	l, err := d.lockFolder(ctx, d.folderOf(key), false)
-	if err != nil {
-		return nil // it was removed meanwhile
-	}
-	defer l.unlock()
-	if fi, err := os.Stat(d.pathOf(key)); err != nil || identityOf(fi) != id {
-		return nil
-	}
-	return d.dropDamaged(key, reason)
+	return c.checked, dropped, err
 }
 
 // ping returns nil if a file can be made in DATA_DIR. It ends with ctx even if the
 // disk hangs. Calls that overlap share one check, since each occupies a thread until
 // such a disk answers.
 func (d *diskStore) ping(ctx context.Context) error {
-	err := d.probe.result(ctx, d.probeWrite)
-	if err != nil && ctx.Err() != nil {
-		return fmt.Errorf("%w: %w", errStoreDown, err)
-	}
-	return err
+	return d.probe.result(ctx, func() error {
+		f, err := d.newSpool()
+		if err != nil {
+			return err
+		}
+		return storeError("removing a file", errors.Join(f.Close(), os.Remove(f.Name())))
+	})
 }
 
-// probeWrite is the check of ping: it makes a file and removes it.
-func (d *diskStore) probeWrite() error {
-	f, err := d.newSpool()
-	if err != nil {
-		return err
+// folderCheck goes through the directories {remote}/{hash} of a store, for verify and
+// for sweep.
+type folderCheck struct {
+	*diskStore
+	report  func(key string, err error) // called for each file that was dropped, cannot be read, or is not ours
+	checked int                         // bodies that tidyFolder has found good or dropped
+}
+
+// tidyFolder repairs or drops the body of a directory, removes what a crash left
+// there, and removes the directory if it is empty then. Strays beside a body are
+// reported and left alone. It returns the entry of the body that is left, or nil. It
+// holds the directory's lock, so no put is between two of its steps.
+func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memoryEntry) {
+	l, err := c.lockFolder(ctx, c.pathOf(folder), false)
+	if err == nil {
+		defer l.unlock()
 	}
-	return storeError("removing a file", errors.Join(f.Close(), os.Remove(f.Name())))
+	names, readErr := readNames(c.pathOf(folder))
+	if err = errors.Join(err, readErr); err != nil {
+		gone := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)
+		if !gone && ctx.Err() == nil {
+			c.report(folder, storeError("listing", err))
+		}
+		return nil
+	}
+	isEmpty := true
+	for _, name := range names {
+		key := folder + "/" + name
+		isAside, _ := filepath.Match(damagedDir, name)
+		switch {
+		case name == recordFile || name == recordNext || isAside:
+		case name == bodyNext || name == recordFile+tempSuffix:
+			os.Remove(c.pathOf(key))
+		case name[0] == '.':
+			c.report(key, errStray)
+		default:
+			f, e, err := c.openRepaired(ctx, key)
+			isDropped := errors.Is(err, errDropped)
+			isEmpty = isEmpty && isDropped
+			if err == nil || isDropped {
+				c.checked++
+			}
+			if err != nil {
+				c.report(key, err)
+				continue
+			}
+			f.Close()
+			left = e
+		}
+	}
+	if isEmpty {
+		c.removeRecords(folder)
+		l.removeEmpty()
+	}
+	return left
+}
+
+// readNames returns the names in a directory.
+func readNames(dir string) ([]string, error) {
+	h, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	return h.Readdirnames(-1)
+}
+
+// removeRecords removes the records of a directory without bodies. It does not report
+// a .record.next: a crash during the first put of a key leaves one, and nothing that
+// was stored is lost.
+func (c *folderCheck) removeRecords(folder string) {
+	for _, name := range []string{recordNext, recordFile} {
+		err := os.Remove(c.pathOf(folder) + "/" + name)
+		switch {
+		case err == nil && name == recordFile:
+			c.report(folder, fmt.Errorf("%w: %s without a body", errDropped, name))
+		case err != nil && !errors.Is(err, fs.ErrNotExist):
+			c.report(folder, storeError("removing a record", err))
+		}
+	}
+}
+
+// verifyBody hashes e's body and drops it if the record says otherwise. It takes the
+// directory's lock only to drop: a put must not wait for the hash of a large body. A
+// body that was replaced meanwhile is not the one that was hashed.
+func (c *folderCheck) verifyBody(ctx context.Context, e *memoryEntry) error {
+	f, err := os.Open(e.name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it was removed meanwhile
+	} else if err != nil {
+		return storeError("opening", err)
+	}
+	defer f.Close()
+	sum, err := hashFile(ctx, f)
+	if err != nil || sum == e.rec.SHA256 {
+		return storeError("reading", err)
+	}
+	l, err := c.lockFolder(ctx, c.folderOf(e.key), false)
+	if err != nil {
+		return nil // it was removed meanwhile
+	}
+	defer l.unlock()
+	if fi, err := os.Stat(e.name); err != nil || identityOf(fi) != e.id {
+		return nil
+	}
+	defer l.removeEmpty()
+	return c.dropDamaged(e.key, "the body has sha256 "+sum+", but its record says "+e.rec.SHA256)
 }
