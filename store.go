@@ -181,7 +181,7 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 	case e.id.size <= maxSmallBody:
 		return d.openSmall(f, e, off)
 	}
-	return openLarge(f, e, off)
+	return openLarge(f, e, off), nil
 }
 
 // openMatching opens key's body and returns it with the entry that describes it: the
@@ -270,20 +270,17 @@ func (d *diskStore) openSmall(f *os.File, e *memoryEntry, off int64) (*object, e
 
 // openLarge returns an object that reads from f, which the object's body closes.
 // One allocation holds object and body: this runs for each hit of a large file.
-func openLarge(f *os.File, e *memoryEntry, off int64) (*object, error) {
-	if off > 0 {
-		if _, err := f.Seek(off, io.SeekStart); err != nil {
-			f.Close()
-			return nil, storeError("opening "+e.key, err)
-		}
-	}
+func openLarge(f *os.File, e *memoryEntry, off int64) *object {
 	o := new(struct {
 		object
 		file fileBody
 	})
 	o.file.File = f
+	if off > 0 {
+		f.Seek(min(off, e.id.size), io.SeekStart) // within a regular file it does not fail
+	}
 	o.object = object{rec: e.rec, body: &o.file}
-	return &o.object, nil
+	return &o.object
 }
 
 // readRecords reads the record files beside key's body. matching is the record that
@@ -294,15 +291,7 @@ func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, 
 	var miss error
 	for _, name := range []string{recordFile, recordNext} {
 		e, err := readRecord(d.folderOf(key) + "/" + name)
-		if err == nil && e.key != key {
-			err = fmt.Errorf("%w: it describes another file", errDamaged)
-			if filepath.Dir(e.key) == filepath.Dir(key) {
-				err = errStray
-			}
-		}
 		switch {
-		case errors.Is(err, errStray):
-			miss = err
 		case errors.Is(err, errVersion):
 			miss = err
 			d.log.Warn("stored file is neither used nor removed", "key", key, "error", err)
@@ -311,6 +300,10 @@ func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, 
 			d.log.Warn("damaged record is ignored", "key", key, "file", name, "error", err)
 		case err != nil:
 			return nil, nil, err
+		case filepath.Dir(e.key) != filepath.Dir(key):
+			d.log.Warn("record of another file is ignored", "key", key, "file", name, "describes", e.key)
+		case e.key != key:
+			miss = errStray
 		case e.bodyIdentity() == id:
 			return &e.record, nil, nil
 		case e.Size == id.size:
@@ -377,10 +370,11 @@ func (d *diskStore) repairRecordFile(e *memoryEntry) error {
 
 // removeIfExists removes a file. It is no error if the file does not exist.
 func removeIfExists(name string) error {
-	if err := os.Remove(name); !errors.Is(err, fs.ErrNotExist) {
-		return err
+	err := os.Remove(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
 	}
-	return nil
+	return err
 }
 
 // hashFile returns the SHA-256 of f in hexadecimal. It ends with ctx and does not move
@@ -528,11 +522,9 @@ func (d *diskStore) installBody(key string, rec *record, name string, hasOldCopy
 		return err
 	}
 	d.stepDone("record moved")
-	if err := d.syncDir(folder); err != nil {
-		return err
-	}
+	err = d.syncDir(folder)
 	d.stepDone("folder synced")
-	return nil
+	return err
 }
 
 // syncParents makes the name of key's directory durable, and those of the

@@ -75,17 +75,14 @@ func openAndLock(ctx context.Context, path string, create bool) (*os.File, error
 // tryFlock takes the flock on f if nobody has it, and reports whether it did. The
 // lock is held until f is closed. An error says that the file system has no locks.
 func tryFlock(f *os.File) (locked bool, err error) {
-	for {
-		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-		switch {
-		case err == nil:
-			return true, nil
-		case errors.Is(err, syscall.EWOULDBLOCK):
-			return false, nil
-		case !errors.Is(err, syscall.EINTR):
-			return false, err
-		}
+	err = syscall.EINTR
+	for errors.Is(err, syscall.EINTR) {
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	}
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // unlock ends the lock. It is called once.

@@ -26,34 +26,29 @@ const orphanAge = 24 * time.Hour
 // decides later whether a record describes it.
 func (d *diskStore) walk(ctx context.Context, f func(key string, rec *record) error) error {
 	return d.eachFolder(ctx, func(folder string) error {
-		if e := d.describeFolder(folder); e != nil {
-			return f(e.key, &e.record)
+		var found *diskRecord
+		for _, name := range []string{recordFile, recordNext} {
+			e, err := readRecord(d.pathOf(folder) + "/" + name)
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				d.log.Warn("damaged record is ignored", "folder", folder, "file", name, "error", err)
+			}
+			if err != nil || filepath.Dir(e.key) != folder {
+				continue
+			}
+			fi, err := os.Stat(d.pathOf(e.key))
+			switch {
+			case err != nil || fi.Size() != e.Size:
+			case identityOf(fi) == e.bodyIdentity():
+				return f(e.key, &e.record)
+			case found == nil:
+				found = e
+			}
 		}
-		return nil
+		if found == nil {
+			return nil
+		}
+		return f(found.key, &found.record)
 	})
-}
-
-// describeFolder returns the record of the file in a directory {remote}/{hash}, or
-// nil. Of two records it prefers the one with the identity of its body.
-func (d *diskStore) describeFolder(folder string) (found *diskRecord) {
-	for _, name := range []string{recordFile, recordNext} {
-		e, err := readRecord(d.pathOf(folder) + "/" + name)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			d.log.Warn("damaged record is ignored", "folder", folder, "file", name, "error", err)
-		}
-		if err != nil || filepath.Dir(e.key) != folder {
-			continue
-		}
-		fi, err := os.Stat(d.pathOf(e.key))
-		switch {
-		case err != nil || fi.Size() != e.Size:
-		case identityOf(fi) == e.bodyIdentity():
-			return e
-		case found == nil:
-			found = e
-		}
-	}
-	return found
 }
 
 // eachFolder calls f with {remote}/{hash} for each directory of files, until f or ctx
@@ -72,9 +67,9 @@ func (d *diskStore) eachFolder(ctx context.Context, f func(folder string) error)
 	})
 }
 
-// eachName calls f with each name in a directory that does not begin with a dot. It
-// reads them in parts, since there may be millions. A missing directory and a file
-// have no names. f's error ends it and is returned.
+// eachName calls f with each name in a directory. It reads them in parts, since there
+// may be millions. A missing directory and a file have no names. f's error ends it and
+// is returned.
 func eachName(dir string, f func(name string) error) error {
 	h, err := os.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -87,9 +82,6 @@ func eachName(dir string, f func(name string) error) error {
 		var names []string
 		names, err = h.Readdirnames(1000)
 		for _, name := range names {
-			if name[0] == '.' {
-				continue
-			}
 			if err := f(name); err != nil {
 				return err
 			}
@@ -103,25 +95,21 @@ func eachName(dir string, f func(name string) error) error {
 
 // newSpool makes an empty temporary file in the directory of spools. The caller
 // closes it and removes its name, unless put has renamed it. The file is locked while
-// it is open, so that no process sweeps it.
+// it is open, so that no process sweeps it. One that was swept before that has no name:
+// put copies it.
 func (d *diskStore) newSpool() (*os.File, error) {
 	dir := d.dir + "/" + spoolDir
-	for {
-		f, err := os.CreateTemp(dir, "*")
-		if errors.Is(err, fs.ErrNotExist) {
-			if err = os.MkdirAll(dir, 0o755); err == nil {
-				f, err = os.CreateTemp(dir, "*")
-			}
+	f, err := os.CreateTemp(dir, "*")
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = os.MkdirAll(dir, 0o755); err == nil {
+			f, err = os.CreateTemp(dir, "*")
 		}
-		if err != nil {
-			return nil, storeError("making a temporary file", err)
-		}
-		tryFlock(f)
-		if isLinked(f) {
-			return f, nil
-		}
-		f.Close() // another process swept it before it was locked: make another
 	}
+	if err != nil {
+		return nil, storeError("making a temporary file", err)
+	}
+	tryFlock(f)
+	return f, nil
 }
 
 // freeSpace returns the space that this process may still fill, and the size of the
@@ -182,8 +170,8 @@ func (d *diskStore) sweep(ctx context.Context) error {
 		d.log.Warn("sweeping found a file that cannot be used", "key", key, "error", err)
 	}}
 	return errors.Join(err, d.eachFolder(ctx, func(folder string) error {
-		names, err := readNames(d.pathOf(folder))
-		isTidy := len(names) == 2 && slices.Contains(names, recordFile)
+		files, err := os.ReadDir(d.pathOf(folder))
+		isTidy := len(files) == 2 && slices.ContainsFunc(files, func(f fs.DirEntry) bool { return f.Name() == recordFile })
 		if err == nil && !isTidy && d.isOld(d.pathOf(folder)) {
 			c.tidyFolder(ctx, folder)
 		}
@@ -228,12 +216,10 @@ func (d *diskStore) verify(ctx context.Context, report func(key string, err erro
 		report(key, err)
 	}}
 	err = d.eachFolder(ctx, func(folder string) error {
-		e := c.tidyFolder(ctx, folder)
-		if e == nil || e.isHashed {
-			return ctx.Err()
-		}
-		if err := c.verifyBody(ctx, e); err != nil && ctx.Err() == nil {
-			c.report(e.key, err)
+		if e := c.tidyFolder(ctx, folder); e != nil && !e.isHashed {
+			if err := c.verifyBody(ctx, e); err != nil && ctx.Err() == nil {
+				c.report(e.key, err)
+			}
 		}
 		return ctx.Err()
 	})
@@ -270,7 +256,7 @@ func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memo
 	if err == nil {
 		defer l.unlock()
 	}
-	names, readErr := readNames(c.pathOf(folder))
+	files, readErr := os.ReadDir(c.pathOf(folder))
 	if err = errors.Join(err, readErr); err != nil {
 		gone := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)
 		if !gone && ctx.Err() == nil {
@@ -279,7 +265,8 @@ func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memo
 		return nil
 	}
 	isEmpty := true
-	for _, name := range names {
+	for _, file := range files {
+		name := file.Name()
 		key := folder + "/" + name
 		isAside, _ := filepath.Match(damagedDir, name)
 		switch {
@@ -303,36 +290,20 @@ func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memo
 			left = e
 		}
 	}
-	if isEmpty {
-		c.removeRecords(folder)
-		l.removeEmpty()
+	if !isEmpty {
+		return left
 	}
-	return left
-}
-
-// readNames returns the names in a directory.
-func readNames(dir string) ([]string, error) {
-	h, err := os.Open(dir)
-	if err != nil {
-		return nil, err
+	// A crash during the first put of a key leaves a .record.next. Nothing that was
+	// stored is lost with it, so it is not reported.
+	os.Remove(c.pathOf(folder) + "/" + recordNext)
+	switch err := os.Remove(c.pathOf(folder) + "/" + recordFile); {
+	case err == nil:
+		c.report(folder, fmt.Errorf("%w: a record without a body", errDropped))
+	case !errors.Is(err, fs.ErrNotExist):
+		c.report(folder, storeError("removing a record", err))
 	}
-	defer h.Close()
-	return h.Readdirnames(-1)
-}
-
-// removeRecords removes the records of a directory without bodies. It does not report
-// a .record.next: a crash during the first put of a key leaves one, and nothing that
-// was stored is lost.
-func (c *folderCheck) removeRecords(folder string) {
-	for _, name := range []string{recordNext, recordFile} {
-		err := os.Remove(c.pathOf(folder) + "/" + name)
-		switch {
-		case err == nil && name == recordFile:
-			c.report(folder, fmt.Errorf("%w: %s without a body", errDropped, name))
-		case err != nil && !errors.Is(err, fs.ErrNotExist):
-			c.report(folder, storeError("removing a record", err))
-		}
-	}
+	l.removeEmpty()
+	return nil
 }
 
 // verifyBody hashes e's body and drops it if the record says otherwise. It takes the
