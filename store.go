@@ -185,9 +185,8 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 }
 
 // openMatching opens key's body and returns it with the entry that describes it: the
-// known one (which may be nil), or one made from the record files. The caller closes
-// the file. For a body that no record describes, after a restored backup, a crash or
-// damage, it repairs the record first.
+// known one (which may be nil), one made from the record files or, after a restored
+// backup, a crash or damage, one made by a repair. The caller closes the file.
 func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryEntry) (*os.File, *memoryEntry, error) {
 	if known == nil {
 		if !validKey(key) {
@@ -365,12 +364,7 @@ func (d *diskStore) repairRecordFile(e *memoryEntry) error {
 		}
 		d.log.Info("stored record was repaired", "key", e.key)
 	}
-	return removeIfExists(d.folderOf(e.key) + "/" + recordNext)
-}
-
-// removeIfExists removes a file. It is no error if the file does not exist.
-func removeIfExists(name string) error {
-	err := os.Remove(name)
+	err := os.Remove(d.folderOf(e.key) + "/" + recordNext)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -422,11 +416,12 @@ func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.
 	}
 	defer l.unlock()
 	d.stepDone("directory made")
-	if err := d.commitBody(ctx, key, rec, spool); err != nil {
+	if err = d.commitBody(ctx, key, rec, spool); err == nil {
+		err = d.syncParents(key)
+	} else {
 		l.removeEmpty()
-		return storeError("storing "+key, err)
 	}
-	return storeError("storing "+key, d.syncParents(key))
+	return storeError("storing "+key, err)
 }
 
 // checkPut refuses a record that does not describe key and the spool: open would
@@ -563,56 +558,54 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 		return openError(key, err)
 	}
 	d.memory.drop(key)
-	if err := d.removeFiles(key); err != nil {
+	if err := d.removeFiles(key, ""); err != nil {
 		return storeError("deleting "+key, err)
 	}
 	l.removeEmpty()
 	return nil
 }
 
-// removeFiles removes key's records and body, durably. The caller holds the
-// directory's lock.
-func (d *diskStore) removeFiles(key string) error {
+// removeFiles durably removes key's records and body, or moves them to asideDir if that
+// is not "". The caller holds the directory's lock.
+func (d *diskStore) removeFiles(key, asideDir string) error {
 	for _, name := range []string{recordNext, recordFile, filepath.Base(key)} {
-		if err := removeIfExists(d.folderOf(key) + "/" + name); err != nil {
+		file := d.folderOf(key) + "/" + name
+		remove := func() error { return os.Remove(file) }
+		if asideDir != "" {
+			remove = func() error { return d.renameFile(file, asideDir+"/"+name) }
+		}
+		if err := remove(); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		d.stepDone("removed " + name)
 	}
-	return d.syncDir(d.folderOf(key))
-}
-
-// dropDamaged removes the damaged files of key, or sets them aside if they cannot be
-// fetched again, and logs it. It returns errDropped, which is a miss, or an error of
-// I/O. The caller holds the directory's lock.
-func (d *diskStore) dropDamaged(key, reason string) error {
-	d.memory.drop(key)
-	if name, _, _ := strings.Cut(key, "/"); d.isIrreplaceable != nil && d.isIrreplaceable(name) {
-		return d.setAside(key, reason)
-	}
-	d.log.Warn("damaged file is dropped and will be fetched again", "key", key, "reason", reason)
-	if err := d.removeFiles(key); err != nil {
-		return err
-	}
-	return fmt.Errorf("%w: %s", errDropped, reason)
-}
-
-// setAside moves a damaged file that cannot be fetched again into a directory beside
-// it, where a person can look at it: its bytes may still be right, but nothing
-// proves it. A crash in between leaves some of the files in their place; the next
-// open sets them aside as well. The caller holds the directory's lock.
-func (d *diskStore) setAside(key, reason string) error {
-	asideDir, err := os.MkdirTemp(d.folderOf(key), damagedDir)
-	if err != nil {
-		return err
-	}
-	for _, name := range []string{recordNext, recordFile, filepath.Base(key)} {
-		err := d.renameFile(d.folderOf(key)+"/"+name, asideDir+"/"+name)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if asideDir != "" {
+		if err := d.syncDir(asideDir); err != nil {
 			return err
 		}
 	}
-	if err := errors.Join(d.syncDir(asideDir), d.syncDir(d.folderOf(key))); err != nil {
+	return d.syncDir(d.folderOf(key))
+}
+
+// dropDamaged removes the damaged files of key and logs it. It returns errDropped,
+// which is a miss, or an error of I/O. What cannot be fetched again is set aside in a
+// directory where a person can look at it: its bytes may still be right, but nothing
+// proves it. A crash in between leaves some of the files in their place, and the next
+// open drops them too. The caller holds the directory's lock.
+func (d *diskStore) dropDamaged(key, reason string) error {
+	d.memory.drop(key)
+	if name, _, _ := strings.Cut(key, "/"); d.isIrreplaceable == nil || !d.isIrreplaceable(name) {
+		d.log.Warn("damaged file is dropped and will be fetched again", "key", key, "reason", reason)
+		if err := d.removeFiles(key, ""); err != nil {
+			return err
+		}
+		return fmt.Errorf("%w: %s", errDropped, reason)
+	}
+	asideDir, err := os.MkdirTemp(d.folderOf(key), damagedDir)
+	if err == nil {
+		err = d.removeFiles(key, asideDir)
+	}
+	if err != nil {
 		return err
 	}
 	d.log.Error("damaged file that cannot be fetched again was set aside: upload it again", "key", key, "reason", reason, "directory", asideDir)

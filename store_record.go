@@ -70,27 +70,19 @@ func (e *diskRecord) bodyIdentity() fileIdentity { return fileIdentity{e.Size, e
 // bit in the JSON could pass unseen.
 const recordMagic = "artifactapi record 1 "
 
-// encodeRecord returns the content of the record file of a body with that identity.
-// It refuses a record that decodeRecord would.
-func encodeRecord(rec *record, id fileIdentity) ([]byte, error) {
-	body, err := json.Marshal(diskRecord{record: *rec, MTime: id.mtime, Inode: id.inode})
-	if err != nil {
-		return nil, err
-	}
-	data := fmt.Appendf(nil, "%s%08x\n%s\n", recordMagic, crc32.Checksum(body, castagnoli), body)
-	if len(data) > maxRecord {
-		return nil, fmt.Errorf("the record has %d bytes, %d are allowed", len(data), maxRecord)
-	}
-	return data, nil
-}
-
-// writeRecord returns a function for writeFile that writes a record file.
+// writeRecord returns a function for writeFile that writes the record file of a body
+// with that identity. It refuses a record that decodeRecord would.
 func writeRecord(rec *record, id fileIdentity) func(io.Writer) error {
 	return func(w io.Writer) error {
-		data, err := encodeRecord(rec, id)
-		if err == nil {
-			_, err = w.Write(data)
+		body, err := json.Marshal(diskRecord{record: *rec, MTime: id.mtime, Inode: id.inode})
+		if err != nil {
+			return err
 		}
+		data := fmt.Appendf(nil, "%s%08x\n%s\n", recordMagic, crc32.Checksum(body, castagnoli), body)
+		if len(data) > maxRecord {
+			return fmt.Errorf("the record has %d bytes, %d are allowed", len(data), maxRecord)
+		}
+		_, err = w.Write(data)
 		return err
 	}
 }
