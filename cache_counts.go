@@ -6,6 +6,8 @@ package main
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 )
@@ -18,13 +20,12 @@ const (
 	// statement, few for the time that writers of the embedded index wait.
 	usesBatch = 1000
 	// maxHealedRows bounds the records that one flush reads. After the loss of a
-	// database every used file lacks its row, and in S3 each record may be a request.
+	// database every used file lacks its row, and in S3 each record may be a request. It
+	// bounds what a file costs whose row is always refused, too.
 	maxHealedRows = usesBatch
 	// healTimeout bounds the same in time: a flush follows every 2 s, and the last one
 	// is a part of the shutdown.
 	healTimeout = 2 * time.Second
-	// healPause is how long a key is left alone that could not get a row.
-	healPause = 10 * time.Minute
 )
 
 // countUse counts an answer from the store. flushCounts writes it to the index.
@@ -43,34 +44,27 @@ func (c *cache) flushCounts(ctx context.Context) {
 // seconds and not with every hit. The zero useCounts is ready to use. Its methods may be
 // called concurrently.
 type useCounts struct {
-	mu        sync.Mutex // guards the fields below; never held across I/O
-	byKey     map[string]*fileUse
-	healAfter map[string]time.Time // by key: no row could be added, it is not tried again until then
+	mu    sync.Mutex // guards byKey; never held across I/O
+	byKey map[string]fileUse
 }
 
-// add counts more uses of a file.
-func (u *useCounts) add(use fileUse) {
+// add counts more uses of files.
+func (u *useCounts) add(uses ...fileUse) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	sum := u.byKey[use.key]
-	switch {
-	case sum != nil:
-		sum.hits += use.hits
-		if use.last.After(sum.last) {
-			sum.last = use.last
-		}
-	case len(u.byKey) < maxUses:
-		if u.byKey == nil {
-			u.byKey = map[string]*fileUse{}
-		}
-		first := use // use itself stays off the heap: most hits end above
-		u.byKey[use.key] = &first
+	if u.byKey == nil {
+		u.byKey = map[string]fileUse{}
 	}
-}
-
-func (u *useCounts) addAll(batch []fileUse) {
-	for _, use := range batch {
-		u.add(use)
+	for _, use := range uses {
+		sum, found := u.byKey[use.key]
+		if !found && len(u.byKey) >= maxUses {
+			continue
+		}
+		if use.last.Before(sum.last) {
+			use.last = sum.last
+		}
+		use.hits += sum.hits
+		u.byKey[use.key] = use
 	}
 }
 
@@ -79,11 +73,7 @@ func (u *useCounts) take() []fileUse {
 	byKey := u.byKey
 	u.byKey = nil
 	u.mu.Unlock()
-	all := make([]fileUse, 0, len(byKey))
-	for _, use := range byKey {
-		all = append(all, *use)
-	}
-	return all
+	return slices.Collect(maps.Values(byKey))
 }
 
 // flush writes the gathered uses to the index and heals it: a file without a row,
@@ -95,10 +85,10 @@ func (u *useCounts) flush(ctx context.Context, to index, from objects) error {
 		batch := rest[:min(len(rest), usesBatch)]
 		found, err := to.countUses(ctx, batch)
 		if errors.Is(err, errStoreDown) {
-			u.addAll(rest)
+			u.add(rest...)
 		}
 		if err != nil {
-			u.addAll(unknown)
+			u.add(unknown...)
 			return err
 		}
 		unknown, rest = append(unknown, found...), rest[len(batch):]
@@ -106,27 +96,23 @@ func (u *useCounts) flush(ctx context.Context, to index, from objects) error {
 	healed := u.heal(ctx, unknown, to, from)
 	_, err := to.countUses(ctx, healed) // a row that is missing again was removed meanwhile
 	if errors.Is(err, errStoreDown) {
-		u.addAll(healed)
+		u.add(healed...)
 	}
 	return err
 }
 
 // heal adds the rows of used files that the index does not know, and returns the
 // uses that can be counted now. Those that it has no time for stay for the next
-// flush. A file that is gone needs no row.
+// flush, and so do those of a store that is down. Other uses are lost: their file is
+// gone, or its row is refused.
 func (u *useCounts) heal(ctx context.Context, unknown []fileUse, to index, from objects) (healed []fileUse) {
 	ctx, cancel := context.WithTimeout(ctx, healTimeout)
 	defer cancel()
-	reads := 0
 	for i, use := range unknown {
-		if reads == maxHealedRows || ctx.Err() != nil {
-			u.addAll(unknown[i:])
+		if i == maxHealedRows || ctx.Err() != nil {
+			u.add(unknown[i:]...)
 			break
 		}
-		if !u.mayHeal(use) {
-			continue
-		}
-		reads++
 		obj, err := from.open(ctx, use.key, -1)
 		if err == nil {
 			err = to.saveRow(ctx, newIndexRow(use.key, obj.rec))
@@ -136,26 +122,7 @@ func (u *useCounts) heal(ctx context.Context, unknown []fileUse, to index, from 
 			healed = append(healed, use)
 		case errors.Is(err, errStoreDown) || ctx.Err() != nil:
 			u.add(use)
-		default:
-			u.delayHeal(use)
 		}
 	}
 	return healed
-}
-
-func (u *useCounts) mayHeal(use fileUse) bool {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	return !use.last.Before(u.healAfter[use.key])
-}
-
-// delayHeal leaves a key alone for healPause, so that one that is used all the time
-// does not cost a read with every flush.
-func (u *useCounts) delayHeal(use fileUse) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.healAfter == nil || len(u.healAfter) >= maxUses {
-		u.healAfter = map[string]time.Time{}
-	}
-	u.healAfter[use.key] = use.last.Add(healPause)
 }
