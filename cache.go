@@ -116,7 +116,7 @@ type pageQuery struct {
 	pattern *regexp.Regexp // searched in the decoded path; nil: all
 	after   string         // a page's next; "" begins
 	limit   int
-	oldest  bool // by last access, oldest first, instead of by decoded path
+	oldest  bool // by last access, oldest first, instead of by decoded path; without prefix and pattern
 }
 
 // indexPage is a part of a listing, in byte order of the decoded path.

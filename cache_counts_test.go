@@ -114,7 +114,7 @@ func TestHealingReadsAFewRecordsAtATime(t *testing.T) {
 	rows := 0
 	must(t, x.eachEntry(t.Context(), "r", sortKey{}, func(e *indexEntry) bool {
 		rows++
-		return e.hits == 3
+		return e.hits.Load() == 3
 	}))
 	if rows != files || stored.reads.Load() != files {
 		t.Errorf("%d rows with their uses after %d reads, want %d", rows, stored.reads.Load(), files)

@@ -81,6 +81,9 @@ type fieldReader struct {
 	bad bool   // there was damage
 }
 
+// atEnd reports whether all fields were read and there was no damage.
+func (p *fieldReader) atEnd() bool { return !p.bad && len(p.b) == 0 }
+
 func (p *fieldReader) readInt() int64 {
 	v, n := binary.Varint(p.b)
 	if n <= 0 {

@@ -11,6 +11,8 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"maps"
+	"math"
 	"slices"
 	"sort"
 	"strconv"
@@ -26,28 +28,69 @@ const (
 	indexMagic = "artifactapi index 1"
 	// chunkRows bounds the pointers that an insertion moves: 4 KiB.
 	chunkRows = 512
-	// batchRows bounds how long a scan makes writers wait: about 0.1 ms.
+	// batchRows bounds the pointers that a scan copies while writers wait: 8 KiB.
 	batchRows = 1024
+	// afterAllKeys sorts behind all keys: their bytes are smaller.
+	afterAllKeys = "\x7f"
 )
 
-var _ index = (*embeddedIndex)(nil)
+// The tokens of pages, which both indexes share. By path, a token is the path of the
+// last row, and its key behind a line break only if the following row has the same
+// path: so people can write tokens by hand. No path has a line break. By age, it is
+// the last access in ns and the key.
 
-// indexEntry is a row as it is held in memory. Its key is derived from remote and
-// spelling.
-type indexEntry struct {
-	sortKey
-	spelling                        string
-	sha256                          [32]byte
-	size, hits, fetched, lastAccess int64 // times in ns since 1970
-	typeAndClass                    unique.Handle[typeAndClass]
-	generation                      uint32 // the last reconcile that found the object
+// newPage makes a page of rows, which are one more than q.limit if another page
+// follows.
+func newPage(q pageQuery, rows []indexRow, complete bool) indexPage {
+	if len(rows) <= q.limit {
+		return indexPage{rows: rows, complete: complete}
+	}
+	last, following := rows[q.limit-1], rows[q.limit]
+	next := decodePath(last.Path)
+	if q.oldest {
+		next = strconv.FormatInt(last.LastAccess.UnixNano(), 10)
+	}
+	if q.oldest || next == decodePath(following.Path) {
+		next += "\n" + last.Key
+	}
+	return indexPage{rows[:q.limit], next, complete}
 }
 
-// typeAndClass holds the two values that many rows share, so that each combination
-// is in memory once.
-type typeAndClass struct {
-	contentType string
-	class       class
+// start returns the position behind which a page by path begins.
+func (q *pageQuery) start() (path, key string) {
+	path, key, hasKey := strings.Cut(q.after, "\n")
+	if q.after == "" || path < q.prefix {
+		return q.prefix, ""
+	}
+	if !hasKey {
+		key = afterAllKeys
+	}
+	return path, key
+}
+
+// startByAge returns the position behind which a page by age begins.
+func (q *pageQuery) startByAge() (lastAccess time.Time, key string) {
+	at, key, _ := strings.Cut(q.after, "\n")
+	ns, _ := strconv.ParseInt(at, 10, 64) // 0, which is before all rows, for no token
+	return time.Unix(0, ns).UTC(), key
+}
+
+func (q *pageQuery) matchesPattern(path string) bool {
+	return q.pattern == nil || q.pattern.MatchString(path)
+}
+
+// indexEntry is a row as it is held in memory. Its key is derived from remote and
+// spelling. An entry in the table does not change, except for its atomic fields and
+// its generation, and is read without a lock.
+type indexEntry struct {
+	sortKey
+	spelling         string
+	sha256           [32]byte
+	size, fetched    int64 // times are in ns since 1970
+	hits, lastAccess atomic.Int64
+	contentType      unique.Handle[string] // few values are shared by many rows
+	class            unique.Handle[class]
+	generation       uint32 // the last reconcile that found the object; guarded by embeddedIndex.mu
 }
 
 // sortKey is the position of a row within its remote: by decoded path, then by
@@ -61,70 +104,52 @@ func (p sortKey) compareTo(q sortKey) int {
 	return cmp.Or(strings.Compare(p.path, q.path), cmp.Compare(p.hash, q.hash))
 }
 
-// successor is the least position behind p.
-func (p sortKey) successor() sortKey {
-	if p.hash == 1<<64-1 {
-		return sortKey{p.path + "\x00", 0}
-	}
-	return sortKey{p.path, p.hash + 1}
-}
-
-// keyHash returns the path hash in a storage key.
-func keyHash(key string) (uint64, bool) {
+// keyHash returns the path hash in a storage key, or 0 if the key is malformed.
+func keyHash(key string) uint64 {
 	_, rest, _ := strings.Cut(key, "/")
 	digits, _, _ := strings.Cut(rest, "/")
-	n, err := strconv.ParseUint(digits, 16, 64)
-	return n, err == nil && len(digits) == 16
+	n, _ := strconv.ParseUint(digits, 16, 64)
+	return n
 }
 
 func (e *indexEntry) toRow(remote string) indexRow {
-	k := e.typeAndClass.Value()
 	return indexRow{
 		Remote: remote, Path: e.spelling, Key: storageKey(remote, e.spelling), SHA256: hex.EncodeToString(e.sha256[:]),
-		ContentType: k.contentType, Class: k.class, Size: e.size, Hits: e.hits,
-		Fetched: time.Unix(0, e.fetched).UTC(), LastAccess: time.Unix(0, e.lastAccess).UTC(),
+		ContentType: e.contentType.Value(), Class: e.class.Value(), Size: e.size, Hits: e.hits.Load(),
+		Fetched: time.Unix(0, e.fetched).UTC(), LastAccess: time.Unix(0, e.lastAccess.Load()).UTC(),
 	}
 }
 
-// newEntry is the inverse of toRow. The last access of a row is at least the time
-// of its fetch.
+// newEntry is the inverse of toRow.
 func newEntry(r indexRow) (*indexEntry, error) {
-	hash, ok := keyHash(r.Key)
+	hash := keyHash(r.Key)
 	sum, err := hex.DecodeString(r.SHA256)
-	if !ok || err != nil || len(sum) != 32 {
+	if hash == 0 || err != nil || len(sum) != 32 {
 		return nil, fmt.Errorf("indexing %q: the key or the sha256 %q is malformed", r.Key, r.SHA256)
 	}
-	if r.LastAccess.Before(r.Fetched) {
-		r.LastAccess = r.Fetched
-	}
 	e := &indexEntry{
-		spelling: r.Path, sha256: [32]byte(sum), size: r.Size, hits: r.Hits,
-		fetched: r.Fetched.UnixNano(), lastAccess: r.LastAccess.UnixNano(),
-		typeAndClass: unique.Make(typeAndClass{r.ContentType, r.Class}),
+		sortKey: sortKey{decodePath(r.Path), hash}, spelling: r.Path, sha256: [32]byte(sum), size: r.Size,
+		fetched: r.Fetched.UnixNano(), contentType: unique.Make(r.ContentType), class: unique.Make(r.Class),
 	}
-	e.sortKey = sortKey{decodePath(r.Path), hash}
-	if e.path == e.spelling {
-		e.path = e.spelling // one string in memory, not two
-	}
+	e.hits.Store(r.Hits)
+	e.lastAccess.Store(r.LastAccess.UnixNano())
 	return e, nil
 }
 
 // remoteRows holds the rows of one remote in order, cut into chunks.
 type remoteRows struct {
-	chunks [][]*indexEntry // no chunk is empty
+	chunks [][]*indexEntry // not empty, except for an only one
 	byHash map[uint64]*indexEntry
 	bytes  int64 // of all objects
 }
 
-// search finds the first row at or behind p: chunk and place in it.
+// search finds the first row at or behind p: its chunk, and its place there. If there
+// is none, the place is the end of the last chunk.
 func (s *remoteRows) search(p sortKey) (chunk, i int) {
-	chunk = sort.Search(len(s.chunks), func(n int) bool {
+	chunk = sort.Search(len(s.chunks)-1, func(n int) bool {
 		c := s.chunks[n]
 		return c[len(c)-1].compareTo(p) >= 0
 	})
-	if chunk == len(s.chunks) {
-		return chunk, 0
-	}
 	i, _ = slices.BinarySearchFunc(s.chunks[chunk], p, func(e *indexEntry, p sortKey) int { return e.compareTo(p) })
 	return chunk, i
 }
@@ -133,16 +158,9 @@ func (s *remoteRows) insertEntry(e *indexEntry) {
 	s.byHash[e.hash] = e
 	s.bytes += e.size
 	c, i := s.search(e.sortKey)
-	if c == len(s.chunks) {
-		if c == 0 {
-			s.chunks = append(s.chunks, []*indexEntry{e})
-			return
-		}
-		c--
-		i = len(s.chunks[c])
-	}
-	s.chunks[c] = slices.Insert(s.chunks[c], i, e)
-	if rows := s.chunks[c]; len(rows) > chunkRows {
+	rows := slices.Insert(s.chunks[c], i, e)
+	s.chunks[c] = rows
+	if len(rows) > chunkRows {
 		half := len(rows) / 2
 		s.chunks = slices.Insert(s.chunks, c+1, slices.Clone(rows[half:]))
 		s.chunks[c] = slices.Delete(rows, half, len(rows))
@@ -154,19 +172,9 @@ func (s *remoteRows) removeEntry(e *indexEntry) {
 	s.bytes -= e.size
 	c, i := s.search(e.sortKey)
 	s.chunks[c] = slices.Delete(s.chunks[c], i, i+1)
-	if len(s.chunks[c]) == 0 {
+	if len(s.chunks[c]) == 0 && len(s.chunks) > 1 {
 		s.chunks = slices.Delete(s.chunks, c, c+1)
 	}
-}
-
-// putEntry inserts e or replaces the row with its hash; hits and last access of
-// the old row stay.
-func (s *remoteRows) putEntry(e *indexEntry) {
-	if old := s.byHash[e.hash]; old != nil {
-		e.hits, e.lastAccess = old.hits, max(old.lastAccess, e.lastAccess)
-		s.removeEntry(old)
-	}
-	s.insertEntry(e)
 }
 
 // embeddedIndex implements index in memory, with a snapshot in DATA_DIR. It is
@@ -193,33 +201,50 @@ func newEmbeddedIndex(dir string, log *slog.Logger) *embeddedIndex {
 // saveRow: see index.
 func (x *embeddedIndex) saveRow(ctx context.Context, r indexRow) error {
 	e, err := newEntry(r)
-	if err = cmp.Or(ctx.Err(), err); err != nil {
+	if err != nil {
 		return err
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	e.generation = x.generation
 	delete(x.deletedKeys, r.Key)
-	x.rowsOf(r.Remote).putEntry(e)
-	x.changed.Store(true)
+	x.putEntry(r.Remote, e)
 	return nil
+}
+
+// putEntry inserts a row that is found or saved now, or replaces the row with its hash,
+// whose hits and last access stay. mu is held.
+func (x *embeddedIndex) putEntry(remote string, e *indexEntry) {
+	s := x.rowsOf(remote)
+	if old := s.byHash[e.hash]; old != nil {
+		e.hits.Store(old.hits.Load())
+		e.lastAccess.Store(max(old.lastAccess.Load(), e.lastAccess.Load()))
+		s.removeEntry(old)
+	}
+	e.generation = x.generation
+	s.insertEntry(e)
+	x.changed.Store(true)
 }
 
 // rowsOf returns the rows of a remote, and makes them for its first row. mu is held.
 func (x *embeddedIndex) rowsOf(remote string) *remoteRows {
 	s := x.rows[remote]
 	if s == nil {
-		s = &remoteRows{byHash: map[uint64]*indexEntry{}}
+		s = &remoteRows{chunks: make([][]*indexEntry, 1), byHash: map[uint64]*indexEntry{}}
 		x.rows[remote] = s
 	}
 	return s
 }
 
+// findEntry returns the entry of a key, or nil. mu is held.
+func (x *embeddedIndex) findEntry(remote, key string) *indexEntry {
+	if s := x.rows[remote]; s != nil {
+		return s.byHash[keyHash(key)]
+	}
+	return nil
+}
+
 // delete: see index.
 func (x *embeddedIndex) delete(ctx context.Context, remote, key string) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if !x.complete.Load() {
@@ -232,21 +257,8 @@ func (x *embeddedIndex) delete(ctx context.Context, remote, key string) error {
 	return nil
 }
 
-// findEntry returns the entry of a key, or nil. mu is held.
-func (x *embeddedIndex) findEntry(remote, key string) *indexEntry {
-	s := x.rows[remote]
-	hash, ok := keyHash(key)
-	if s == nil || !ok {
-		return nil
-	}
-	return s.byHash[hash]
-}
-
 // countUses: see index.
 func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) (unknown []fileUse, err error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for _, use := range batch {
@@ -255,11 +267,16 @@ func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) (unknown
 			unknown = append(unknown, use)
 			continue
 		}
-		e.hits += use.hits
-		e.lastAccess = max(e.lastAccess, use.last.UnixNano())
+		e.addUses(use.hits, use.last.UnixNano())
 		x.changed.Store(true)
 	}
 	return unknown, nil
+}
+
+// addUses counts uses, the last of them at that time. The index's mu is held.
+func (e *indexEntry) addUses(hits, last int64) {
+	e.hits.Add(hits)
+	e.lastAccess.Store(max(e.lastAccess.Load(), last))
 }
 
 // totals: see index.
@@ -272,192 +289,140 @@ func (x *embeddedIndex) totals(ctx context.Context) (map[string]remoteTotal, err
 			all[name] = remoteTotal{int64(len(s.byHash)), s.bytes}
 		}
 	}
-	return all, ctx.Err()
+	return all, nil
 }
 
 // listPage: see index.
 func (x *embeddedIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error) {
-	q.limit = max(q.limit, 1)
+	complete := x.complete.Load()
+	find := x.findByPath
 	if q.oldest {
-		return x.oldestPage(ctx, q)
+		find = x.findByAge
 	}
-	var found []indexEntry
-	err := x.eachEntry(ctx, q.remote, firstSortKey(q), func(e *indexEntry) bool {
+	rows, err := find(ctx, q, q.limit+1)
+	return newPage(q, rows, complete), err
+}
+
+// findByPath returns the first n rows of q.
+func (x *embeddedIndex) findByPath(ctx context.Context, q pageQuery, n int) (rows []indexRow, err error) {
+	path, key := q.start()
+	after := sortKey{path, keyHash(key)}
+	if key == afterAllKeys {
+		after.hash = math.MaxUint64
+	}
+	err = x.eachEntry(ctx, q.remote, after, func(e *indexEntry) bool {
 		if !strings.HasPrefix(e.path, q.prefix) {
 			return false
 		}
 		if q.matchesPattern(e.path) {
-			found = append(found, *e)
+			rows = append(rows, e.toRow(q.remote))
 		}
-		return len(found) <= q.limit // one more, to see whether there is a next page
+		return len(rows) < n
 	})
-	p := indexPage{complete: x.complete.Load()}
-	for i := range min(len(found), q.limit) {
-		p.rows = append(p.rows, found[i].toRow(q.remote))
-	}
-	if len(found) > q.limit {
-		p.next = nextPage(found[q.limit-1].path, p.rows[q.limit-1].Key, found[q.limit].path)
-	}
-	return p, err
+	return rows, err
 }
 
-// nextPage returns the token of the page that begins behind the row of path and
-// key: its path, and its key only if the following row has the same path. So people
-// can write tokens by hand.
-func nextPage(path, key, following string) string {
-	if path == following {
-		return path + "\n" + key
-	}
-	return path
+// agedEntry is an entry in the order of eviction. A copy of the last access keeps the
+// order while the entry is used.
+type agedEntry struct {
+	lastAccess int64
+	remote     string
+	hash       uint64
+	entry      *indexEntry
 }
 
-// firstSortKey returns the position at which a page begins. A token with a line
-// break holds a key too: no path has a line break.
-func firstSortKey(q pageQuery) sortKey {
-	if q.after == "" {
-		return sortKey{q.prefix, 0}
-	}
-	path, key, variant := strings.Cut(q.after, "\n")
-	start := sortKey{path + "\x00", 0}
-	if hash, ok := keyHash(key); variant && ok {
-		start = sortKey{path, hash}.successor()
-	}
-	if start.path < q.prefix {
-		return sortKey{q.prefix, 0}
-	}
-	return start
-}
-
-func (q *pageQuery) matchesPattern(path string) bool {
-	return q.pattern == nil || q.pattern.MatchString(path)
-}
-
-// eachEntry calls f with the entries of a remote in order, beginning at from, until
-// f returns false. f runs under mu, which is released now and then.
-func (x *embeddedIndex) eachEntry(ctx context.Context, remote string, from sortKey, f func(*indexEntry) bool) error {
-	for more := true; more; {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		from, more = x.eachInBatch(remote, from, f)
-	}
-	return nil
-}
-
-func (x *embeddedIndex) eachInBatch(remote string, from sortKey, f func(*indexEntry) bool) (next sortKey, more bool) {
-	x.mu.RLock()
-	defer x.mu.RUnlock()
-	s := x.rows[remote]
-	if s == nil {
-		return sortKey{}, false
-	}
-	c, i := s.search(from)
-	for range batchRows {
-		if c == len(s.chunks) {
-			return sortKey{}, false
-		}
-		e := s.chunks[c][i]
-		if !f(e) {
-			return sortKey{}, false
-		}
-		next = e.successor()
-		if i++; i == len(s.chunks[c]) {
-			c, i = c+1, 0
-		}
-	}
-	return next, true
-}
-
-// remoteNames lists the remotes that have rows.
-func (x *embeddedIndex) remoteNames() []string {
-	x.mu.RLock()
-	defer x.mu.RUnlock()
-	var names []string
-	for name, s := range x.rows {
-		if len(s.chunks) > 0 {
-			names = append(names, name)
-		}
-	}
-	slices.Sort(names)
-	return names
-}
-
-// evictionEntry is an entry in the order of eviction: by last access.
-type evictionEntry struct {
-	indexEntry
-	remote string
-}
-
-func (a *evictionEntry) compareTo(b *evictionEntry) int {
+func (a agedEntry) compareTo(b agedEntry) int {
 	return cmp.Or(cmp.Compare(a.lastAccess, b.lastAccess), strings.Compare(a.remote, b.remote), cmp.Compare(a.hash, b.hash))
 }
 
-// oldestEntries collects the n oldest entries behind after. It holds 2n at most.
-type oldestEntries struct {
-	n     int
-	after *evictionEntry // nil: from the beginning
-	found []evictionEntry
-	full  bool // the first n of found are sorted: an entry behind them is too young
-}
-
-func (k *oldestEntries) addEntry(a evictionEntry) {
-	isBefore := k.after != nil && a.compareTo(k.after) <= 0
-	isTooYoung := k.full && a.compareTo(&k.found[k.n-1]) > 0
-	if isBefore || isTooYoung {
-		return
-	}
-	if k.found = append(k.found, a); len(k.found) >= 2*k.n {
-		k.trim()
-	}
-}
-
-func (k *oldestEntries) trim() {
-	slices.SortFunc(k.found, func(a, b evictionEntry) int { return a.compareTo(&b) })
-	k.full = len(k.found) >= k.n
-	k.found = k.found[:min(len(k.found), k.n)]
-}
-
-// oldestPage is listPage by last access. It reads every row of the remotes that q
-// asks for. A token is a last access in ns and a key.
-func (x *embeddedIndex) oldestPage(ctx context.Context, q pageQuery) (indexPage, error) {
+// findByAge returns the first n rows by last access. It reads every entry of the remotes that q
+// asks for, and holds 2n of them at most.
+func (x *embeddedIndex) findByAge(ctx context.Context, q pageQuery, n int) (rows []indexRow, err error) {
 	names := []string{q.remote}
 	if q.remote == "" {
 		names = x.remoteNames()
 	}
-	first := oldestEntries{n: q.limit + 1, after: oldestAfter(q.after)} // one more, as in listPage
-	for _, name := range names {
-		err := x.eachEntry(ctx, name, sortKey{q.prefix, 0}, func(e *indexEntry) bool {
-			more := strings.HasPrefix(e.path, q.prefix)
-			if more && q.matchesPattern(e.path) {
-				first.addEntry(evictionEntry{*e, name})
-			}
-			return more
-		})
-		if err != nil {
-			return indexPage{}, err
+	lastAccess, key := q.startByAge()
+	remote, _, _ := strings.Cut(key, "/")
+	after := agedEntry{lastAccess: lastAccess.UnixNano(), remote: remote, hash: keyHash(key)}
+	youngest := agedEntry{lastAccess: math.MaxInt64} // n older entries are found
+	var found []agedEntry
+	trim := func() {
+		slices.SortFunc(found, agedEntry.compareTo)
+		if len(found) >= n {
+			found = found[:n]
+			youngest = found[n-1]
 		}
 	}
-	first.trim()
-	p := indexPage{complete: x.complete.Load()}
-	for _, a := range first.found[:min(len(first.found), q.limit)] {
-		p.rows = append(p.rows, a.toRow(a.remote))
+	for _, name := range names {
+		err := x.eachEntry(ctx, name, sortKey{}, func(e *indexEntry) bool {
+			a := agedEntry{e.lastAccess.Load(), name, e.hash, e}
+			if a.compareTo(after) > 0 && a.compareTo(youngest) < 0 {
+				found = append(found, a)
+			}
+			if len(found) >= 2*n {
+				trim()
+			}
+			return true
+		})
+		if err != nil {
+			return nil, err
+		}
 	}
-	if len(first.found) > q.limit {
-		p.next = fmt.Sprintf("%d\n%s", first.found[q.limit-1].lastAccess, p.rows[q.limit-1].Key)
+	trim()
+	for _, a := range found {
+		r := a.entry.toRow(a.remote)
+		r.LastAccess = time.Unix(0, a.lastAccess).UTC()
+		rows = append(rows, r)
 	}
-	return p, nil
+	return rows, nil
 }
 
-// oldestAfter reads a token of oldestPage. nil stands for the beginning.
-func oldestAfter(token string) *evictionEntry {
-	at, key, _ := strings.Cut(token, "\n")
-	last, err := strconv.ParseInt(at, 10, 64)
-	hash, ok := keyHash(key)
-	if err != nil || !ok {
-		return nil
+// eachEntry calls f with the entries of a remote behind after, in order, until f
+// returns false. f runs without a lock: a pattern may take long. The error is ctx's.
+func (x *embeddedIndex) eachEntry(ctx context.Context, remote string, after sortKey, f func(*indexEntry) bool) error {
+	var space [batchRows]*indexEntry
+	for ctx.Err() == nil {
+		batch := x.appendBehind(space[:0], remote, after)
+		for _, e := range batch {
+			if !f(e) {
+				return nil
+			}
+		}
+		if len(batch) < batchRows {
+			return nil
+		}
+		after = batch[len(batch)-1].sortKey
 	}
-	remote, _, _ := strings.Cut(key, "/")
-	return &evictionEntry{indexEntry{sortKey: sortKey{hash: hash}, lastAccess: last}, remote}
+	return ctx.Err()
+}
+
+// appendBehind appends the entries of a remote behind after, until batch is full.
+func (x *embeddedIndex) appendBehind(batch []*indexEntry, remote string, after sortKey) []*indexEntry {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	s := x.rows[remote]
+	if s == nil {
+		return batch
+	}
+	for c, i := s.search(after); c < len(s.chunks); c, i = c+1, 0 {
+		for _, e := range s.chunks[c][i:] {
+			if len(batch) == cap(batch) {
+				return batch
+			}
+			if e.sortKey != after {
+				batch = append(batch, e)
+			}
+		}
+	}
+	return batch
+}
+
+// remoteNames lists the remotes that have had rows.
+func (x *embeddedIndex) remoteNames() []string {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return slices.Collect(maps.Keys(x.rows))
 }
 
 // reconcile fills the index from the snapshot and then compares it with what is
@@ -486,8 +451,8 @@ func (x *embeddedIndex) reconcile(ctx context.Context, from objects) error {
 	return nil
 }
 
-// addFound adds the row of an object that reconcile has found. A row that was saved
-// meanwhile stays.
+// addFound adds the row of an object that reconcile has found. What was saved or
+// deleted since it began stays so.
 func (x *embeddedIndex) addFound(key string, rec *record) {
 	e, err := newEntry(newIndexRow(key, rec))
 	if err != nil {
@@ -497,16 +462,13 @@ func (x *embeddedIndex) addFound(key string, rec *record) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	old := x.findEntry(rec.Remote, key)
-	if x.deletedKeys[key] || (old != nil && old.generation == x.generation) {
-		return
+	switch {
+	case x.deletedKeys[key] || (old != nil && old.generation == x.generation):
+	case old != nil && old.sha256 == e.sha256 && old.fetched == e.fetched:
+		old.generation = x.generation // nothing has changed that a snapshot would have to save
+	default:
+		x.putEntry(rec.Remote, e)
 	}
-	e.generation = x.generation
-	if old != nil && old.sha256 == e.sha256 && old.fetched == e.fetched && old.sortKey == e.sortKey {
-		old.generation = x.generation
-		return
-	}
-	x.rowsOf(rec.Remote).putEntry(e)
-	x.changed.Store(true)
 }
 
 // finishReconcile removes the rows whose object was not found, and makes the index
@@ -534,17 +496,13 @@ func (x *embeddedIndex) saveSnapshot() error {
 		return nil
 	}
 	return x.save(func(add func(payload []byte)) {
-		var batch []indexEntry // mu is not held while the disk is slow
+		var payload []byte
 		for _, name := range x.remoteNames() {
-			for from, more := (sortKey{}), true; more; batch = batch[:0] {
-				from, more = x.eachInBatch(name, from, func(e *indexEntry) bool {
-					batch = append(batch, *e)
-					return true
-				})
-				for i := range batch {
-					add(batch[i].appendTo(nil, name))
-				}
-			}
+			_ = x.eachEntry(context.Background(), name, sortKey{}, func(e *indexEntry) bool {
+				payload = e.appendTo(payload[:0], name)
+				add(payload)
+				return true
+			})
 		}
 	})
 }
@@ -561,25 +519,20 @@ func (x *embeddedIndex) restoreEntry(payload []byte) error {
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if x.deletedKeys[storageKey(remote, e.spelling)] {
-		return nil
-	}
 	s := x.rowsOf(remote)
 	if newer := s.byHash[e.hash]; newer != nil {
-		newer.hits += e.hits
-		newer.lastAccess = max(newer.lastAccess, e.lastAccess)
-		return nil
+		newer.addUses(e.hits.Load(), e.lastAccess.Load())
+	} else if !x.deletedKeys[storageKey(remote, e.spelling)] {
+		s.insertEntry(e)
 	}
-	s.insertEntry(e)
 	return nil
 }
 
 func (e *indexEntry) appendTo(b []byte, remote string) []byte {
-	k := e.typeAndClass.Value()
-	for _, s := range []string{remote, e.spelling, string(e.sha256[:]), k.contentType, string(k.class)} {
+	for _, s := range []string{remote, e.spelling, string(e.sha256[:]), e.contentType.Value(), string(e.class.Value())} {
 		b = appendString(b, s)
 	}
-	for _, n := range []int64{e.size, e.hits, e.fetched, e.lastAccess} {
+	for _, n := range []int64{e.size, e.hits.Load(), e.fetched, e.lastAccess.Load()} {
 		b = binary.AppendVarint(b, n)
 	}
 	return b
@@ -591,12 +544,9 @@ func decodeEntry(payload []byte) (remote string, e *indexEntry) {
 	r := indexRow{Remote: p.readString(), Path: p.readString(), SHA256: hex.EncodeToString([]byte(p.readString())), ContentType: p.readString()}
 	r.Class, r.Size, r.Hits = class(p.readString()), p.readInt(), p.readInt()
 	r.Fetched, r.LastAccess = time.Unix(0, p.readInt()), time.Unix(0, p.readInt())
-	if p.bad || len(p.b) > 0 {
-		return "", nil
-	}
 	r.Key = storageKey(r.Remote, r.Path)
 	e, err := newEntry(r)
-	if err != nil {
+	if err != nil || !p.atEnd() {
 		return "", nil
 	}
 	return r.Remote, e

@@ -9,13 +9,10 @@ import (
 	"database/sql/driver"
 	"fmt"
 	"log/slog"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode/utf8"
 
 	"github.com/lib/pq"
 )
@@ -42,8 +39,6 @@ const (
 	// sqlLockKey is the first half of the advisory lock that migrations hold. The
 	// second half is made of the schema's name.
 	sqlLockKey = 0x61727466
-	// afterAllKeys sorts behind all keys: their bytes are smaller.
-	afterAllKeys = "\x7f"
 )
 
 var _ index = (*sqlIndex)(nil)
@@ -158,12 +153,8 @@ func (c *rowChange) execute(ctx context.Context, on execer, keepNewer bool) erro
 		return err
 	}
 	r := c.save
-	lastAccess := r.LastAccess
-	if lastAccess.Before(r.Fetched) {
-		lastAccess = r.Fetched
-	}
 	_, err := on.ExecContext(ctx, sqlSave, r.Key, r.Remote, toSQLText(decodePath(r.Path)), toSQLText(r.Path), r.SHA256,
-		toSQLText(r.ContentType), string(r.Class), r.Size, r.Hits, r.Fetched.UTC(), lastAccess.UTC(), keepNewer)
+		toSQLText(r.ContentType), string(r.Class), r.Size, r.Hits, r.Fetched.UTC(), r.LastAccess.UTC(), keepNewer)
 	return err
 }
 
@@ -181,22 +172,25 @@ func (x *sqlIndex) countUses(ctx context.Context, batch []fileUse) (unknown []fi
 	for i, use := range batch {
 		keys[i], hits[i], last[i] = use.key, use.hits, use.last.UTC().Format(time.RFC3339Nano)
 	}
-	known, err := queryAll(ctx, x, func(row *sql.Rows) (key string, err error) {
+	known := map[string]bool{}
+	_, err = queryAll(ctx, x, func(row *sql.Rows) (key string, err error) {
 		err = row.Scan(&key)
+		known[key] = true
 		return key, err
 	}, sqlTouch, keys, hits, last)
 	if err != nil {
 		return nil, err
 	}
-	slices.Sort(known)
-	return slices.DeleteFunc(slices.Clone(batch), func(use fileUse) bool {
-		_, isKnown := slices.BinarySearch(known, use.key)
-		return isKnown
-	}), nil
+	for _, use := range batch {
+		if !known[use.key] {
+			unknown = append(unknown, use)
+		}
+	}
+	return unknown, nil
 }
 
 // toSQLText replaces what PostgreSQL's type text cannot hold. Paths have no such
-// bytes, but headers of an upstream may.
+// bytes, but tokens of clients and headers of an upstream may.
 func toSQLText(s string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "")
 }
@@ -204,34 +198,50 @@ func toSQLText(s string) string {
 // listPage: see index. It is incomplete while rows wait to be written, and from the
 // first row on that was dropped.
 func (x *sqlIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error) {
-	q.limit = max(q.limit, 1)
-	scan := newSQLScan(q)
-	var p indexPage
-	_, p.complete = x.pending.state()
-	for {
-		query, args := scan.statement()
-		rows, err := queryAll(ctx, x, scanRow, query, args...)
-		if err != nil {
-			return indexPage{}, err
-		}
-		for _, r := range rows {
-			if scan.isBehindPrefix(r) {
-				return p, nil
-			}
-			if !scan.isOnPage(r) {
-				continue
-			}
-			if len(p.rows) == q.limit {
-				p.next = scan.nextToken(p.rows[q.limit-1], r)
-				return p, nil
-			}
-			p.rows = append(p.rows, r)
-		}
-		if len(rows) < scan.step {
-			return p, nil
-		}
-		scan.moveBehind(rows[len(rows)-1])
+	_, complete := x.pending.state()
+	find := x.findByPath
+	if q.oldest {
+		find = x.findByAge
 	}
+	rows, err := find(ctx, q, q.limit+1)
+	return newPage(q, rows, complete), err
+}
+
+// findByPath returns the first n rows of q. Each of its statements reads sqlMaxRows at
+// most.
+func (x *sqlIndex) findByPath(ctx context.Context, q pageQuery, n int) (found []indexRow, err error) {
+	path, key := q.start()
+	step := min(n, sqlMaxRows)
+	if q.pattern != nil {
+		step = sqlMaxRows
+	}
+	for {
+		rows, err := queryAll(ctx, x, scanRow, sqlByPath, q.remote, toSQLText(path), toSQLText(key), step)
+		for _, r := range rows {
+			path, key = decodePath(r.Path), r.Key
+			if !strings.HasPrefix(path, q.prefix) {
+				return found, err
+			}
+			if q.matchesPattern(path) {
+				found = append(found, r)
+			}
+			if len(found) == n {
+				return found, err
+			}
+		}
+		if err != nil || len(rows) < step {
+			return found, err
+		}
+	}
+}
+
+// findByAge returns the first n rows by last access.
+func (x *sqlIndex) findByAge(ctx context.Context, q pageQuery, n int) ([]indexRow, error) {
+	lastAccess, key := q.startByAge()
+	if q.remote == "" {
+		return queryAll(ctx, x, scanRow, sqlByAge, lastAccess, toSQLText(key), n)
+	}
+	return queryAll(ctx, x, scanRow, sqlByAgeOf, lastAccess, toSQLText(key), n, q.remote)
 }
 
 // scanRow reads a row of sqlColumns.
@@ -241,108 +251,15 @@ func scanRow(row *sql.Rows) (r indexRow, err error) {
 	return r, err
 }
 
-// sqlScan reads a listing with several statements of at most step rows each.
-type sqlScan struct {
-	q          pageQuery
-	step       int
-	path, key  string    // by path: the next statement begins behind this position
-	lastAccess time.Time // by age: the same, with key
-}
-
-func newSQLScan(q pageQuery) *sqlScan {
-	s := &sqlScan{q: q, step: min(q.limit+1, sqlMaxRows)} // one more, to see whether there is a next page
-	if q.pattern != nil || (q.oldest && q.prefix != "") {
-		s.step = sqlMaxRows
-	}
-	at, key, hasKey := strings.Cut(q.after, "\n")
-	if q.oldest {
-		if micros, err := strconv.ParseInt(at, 10, 64); err == nil {
-			s.lastAccess, s.key = time.UnixMicro(micros), toSQLText(key)
-		}
-		return s
-	}
-	s.path, s.key = at, key
-	if !hasKey {
-		s.key = afterAllKeys
-	}
-	if q.after == "" || s.path < q.prefix {
-		s.path, s.key = q.prefix, ""
-	}
-	// A position that is no text is moved back to the text before it. isOnPage
-	// leaves out the rows in between.
-	if text := sqlTextPrefix(s.path); text != s.path {
-		s.path, s.key = text, ""
-	}
-	s.key = toSQLText(s.key)
-	return s
-}
-
-// sqlTextPrefix returns the longest beginning of s that PostgreSQL's type text can
-// hold.
-func sqlTextPrefix(s string) string {
-	for i, r := range s {
-		if r == 0 || (r == utf8.RuneError && !strings.HasPrefix(s[i:], "\uFFFD")) {
-			return s[:i]
-		}
-	}
-	return s
-}
-
-// statement returns the next statement and its parameters.
-func (s *sqlScan) statement() (query string, args []any) {
-	switch {
-	case s.q.oldest && s.q.remote != "":
-		return sqlByAgeOf, []any{s.lastAccess.UTC(), s.key, s.step, s.q.remote}
-	case s.q.oldest:
-		return sqlByAge, []any{s.lastAccess.UTC(), s.key, s.step}
-	}
-	return sqlByPath, []any{s.q.remote, s.path, s.key, s.step}
-}
-
-// moveBehind lets the next statement begin behind r.
-func (s *sqlScan) moveBehind(r indexRow) {
-	s.path, s.key, s.lastAccess = toSQLText(decodePath(r.Path)), r.Key, r.LastAccess
-}
-
-// isBehindPrefix reports whether neither r nor a later row can be on the page.
-func (s *sqlScan) isBehindPrefix(r indexRow) bool {
-	path := decodePath(r.Path)
-	return !s.q.oldest && path > s.q.prefix && !strings.HasPrefix(path, s.q.prefix)
-}
-
-// isOnPage reports whether a row that was read belongs on the page.
-func (s *sqlScan) isOnPage(r indexRow) bool {
-	path := decodePath(r.Path)
-	after, _, hasKey := strings.Cut(s.q.after, "\n")
-	if !s.q.oldest && !hasKey && after != "" && path <= after {
-		return false
-	}
-	return strings.HasPrefix(path, s.q.prefix) && s.q.matchesPattern(path)
-}
-
-// nextToken returns the token of the page behind last. By age it is a last access in
-// microseconds, as the database keeps it, and a key; by path see nextPage.
-func (s *sqlScan) nextToken(last, following indexRow) string {
-	if s.q.oldest {
-		return strconv.FormatInt(last.LastAccess.UnixMicro(), 10) + "\n" + last.Key
-	}
-	return nextPage(decodePath(last.Path), last.Key, decodePath(following.Path))
-}
-
 // totals: see index.
 func (x *sqlIndex) totals(ctx context.Context) (map[string]remoteTotal, error) {
-	type namedTotal struct {
-		remote string
-		remoteTotal
-	}
-	found, err := queryAll(ctx, x, func(row *sql.Rows) (t namedTotal, err error) {
-		err = row.Scan(&t.remote, &t.Files, &t.Bytes)
-		return t, err
-	}, sqlTotals)
 	all := map[string]remoteTotal{}
-	for _, t := range found {
-		all[t.remote] = t.remoteTotal
-	}
+	_, err := queryAll(ctx, x, func(row *sql.Rows) (name string, err error) {
+		var t remoteTotal
+		err = row.Scan(&name, &t.Files, &t.Bytes)
+		all[name] = t
+		return name, err
+	}, sqlTotals)
 	return all, err
 }
 
