@@ -5,7 +5,12 @@ package main
 
 import (
 	"context"
+	"errors"
+	"io"
+	"net"
+	"slices"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -178,3 +183,10 @@ func (b *backgroundCheck) finish(err error) {
 
 // wait waits for the check that runs.
 func (b *backgroundCheck) wait() { b.running.Wait() }
+
+// staleErrors are the errors of a connection whose server was restarted.
+var staleErrors = []error{io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, syscall.ECONNRESET, syscall.EPIPE}
+
+func isStaleConn(err error) bool {
+	return slices.ContainsFunc(staleErrors, func(stale error) bool { return errors.Is(err, stale) })
+}

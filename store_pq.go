@@ -10,13 +10,11 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/lib/pq"
@@ -174,12 +172,16 @@ func (d *cuttingDialer) cut() {
 	}
 }
 
-// ping asks the database whether it answers: errStoreDown if not. While the database
-// is down it does not ask: that is probe's task.
+// ping asks the database whether it can be used: errStoreDown if not. While the
+// database is down it does not ask: that is probe's task.
 func (x *sqlIndex) ping(ctx context.Context) error { return x.whileUp(ctx, execPing) }
 
 func execPing(ctx context.Context, conn *sql.Conn) error {
-	_, err := conn.ExecContext(ctx, sqlPing)
+	var isStandby bool
+	err := conn.QueryRowContext(ctx, sqlPing).Scan(&isStandby)
+	if err == nil && isStandby {
+		err = errors.New("it is a standby server, which takes no rows: DBHOST must name the primary")
+	}
 	return err
 }
 
@@ -223,63 +225,52 @@ func (x *sqlIndex) withConn(ctx context.Context, timeout time.Duration, f func(c
 	began := x.now()
 	var err error
 	for range 3 { // after a stale connection and a deadlock it is something else
-		if err = x.runOnConn(inner, f); err == nil || inner.Err() != nil || !x.mayRetry(err) {
+		var mayRetry bool
+		if mayRetry, err = x.runOnConn(inner, f); !mayRetry {
 			break
 		}
 	}
-	if err != nil && ctx.Err() != nil { // the caller did not wait: the database may be up
+	switch {
+	case err != nil && ctx.Err() != nil: // the caller did not wait: the database may be up
 		return fmt.Errorf("%w: database: %w", errStoreDown, ctx.Err())
-	}
-	if err == nil || isBadData(err) {
-		if lasted, recovered := x.outage.succeed(); recovered {
-			x.log.Info("database is up again", "lasted", lasted)
+	case err != nil && !isBadData(err):
+		cause := errors.New(redact(err, x.password))
+		if x.outage.fail(cause, began) {
+			x.log.Error("database is down: files are stored and served, their index rows wait", "error", cause)
 		}
-		if err != nil {
-			err = fmt.Errorf("database: %s", redact(err, x.password))
-		}
-		return err
+		return fmt.Errorf("%w: database: %v", errStoreDown, cause)
 	}
-	cause := errors.New(redact(err, x.password))
-	if x.outage.fail(cause, began) {
-		x.log.Error("database is down: files are stored and served, their index rows wait", "error", cause)
+	if lasted, recovered := x.outage.succeed(); recovered {
+		x.log.Info("database is up again", "lasted", lasted)
 	}
-	return fmt.Errorf("%w: database: %v", errStoreDown, cause)
+	if err != nil {
+		return fmt.Errorf("database: %s", redact(err, x.password))
+	}
+	return nil
 }
 
-// runOnConn runs f on a connection of its own, with the schema up to date.
-func (x *sqlIndex) runOnConn(ctx context.Context, f func(context.Context, *sql.Conn) error) error {
+// runOnConn runs f on a connection of its own, with the schema up to date. After an
+// error mayRetry says whether another connection may do better at once.
+func (x *sqlIndex) runOnConn(ctx context.Context, f func(context.Context, *sql.Conn) error) (mayRetry bool, err error) {
 	conn, err := x.db.Conn(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
-	defer conn.Close()
-	if err := x.migrate(ctx, conn); err != nil {
-		return err
+	if err = x.migrate(ctx, conn); err == nil {
+		err = f(ctx, conn)
 	}
-	return f(ctx, conn)
-}
-
-// staleErrors are the errors of a connection whose server was restarted.
-var staleErrors = []error{driver.ErrBadConn, io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, syscall.ECONNRESET, syscall.EPIPE}
-
-func isStaleConn(err error) bool {
-	return slices.ContainsFunc(staleErrors, func(stale error) bool { return errors.Is(err, stale) })
-}
-
-// mayRetry reports whether a second attempt at once may succeed, and prepares it.
-func (x *sqlIndex) mayRetry(err error) bool {
-	e, ok := errors.AsType[*pq.Error](err)
-	switch {
-	case !ok: // connections die together: the next one must be new
-		x.db.SetMaxIdleConns(0)
-		x.db.SetMaxIdleConns(sqlConns)
-		return isStaleConn(err)
-	case e.Code == "42P01": // a table is missing: somebody made the database anew
-		x.ready.Store(false)
-		return true
+	conn.Close() // its error is that of f
+	if err == nil || isBadData(err) || ctx.Err() != nil {
+		return false, err
 	}
-	// Class 40: deadlocks. Class 57: the server shuts down, as old connections say.
-	return e.Code.Class() == "40" || e.Code.Class() == "57"
+	// What ends one connection ends all: a restart, or a failover after which they lead
+	// to a standby. The next one must be new.
+	x.db.SetMaxIdleConns(0)
+	x.db.SetMaxIdleConns(sqlConns)
+	if e, ok := errors.AsType[*pq.Error](err); ok && e.Code == "42P01" {
+		x.ready.Store(false) // a table is missing: somebody made the database anew
+	}
+	return true, err
 }
 
 // isBadData reports whether the database works and will always refuse what it was

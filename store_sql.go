@@ -80,7 +80,7 @@ const (
 	sqlByAge      = sqlColumns + `WHERE (last_access, key) > ($1::timestamptz, $2) ORDER BY last_access, key LIMIT $3`
 	sqlByAgeOf    = sqlColumns + `WHERE remote = $4 AND (last_access, key) > ($1::timestamptz, $2) ORDER BY last_access, key LIMIT $3`
 	sqlTotals     = `SELECT remote, sum(files)::bigint, sum(bytes)::bigint FROM artifactapi_totals GROUP BY remote HAVING sum(files) > 0`
-	sqlPing       = `SELECT 1`
+	sqlPing       = `SELECT pg_is_in_recovery()`
 	sqlLock       = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlHasSchema  = `SELECT to_regclass('artifactapi_schema') IS NOT NULL, current_setting('server_encoding')`
 	sqlMakeSchema = `DROP FUNCTION IF EXISTS artifactapi_count(); -- stays when somebody drops the tables

@@ -37,6 +37,7 @@ type fakePG struct {
 	rows    map[string]indexRow
 	version int
 	calls   int
+	standby bool
 	refuse  func(query string, args []driver.Value) error // asked before each statement
 	dropped func(query string) bool                       // the answer is lost, the work is done
 }
@@ -189,7 +190,9 @@ func (f *fakePG) keep(query string, args []driver.Value) ([][]driver.Value, erro
 		return [][]driver.Value{{int64(f.version)}}, nil
 	case sqlSetVersion:
 		f.version = int(args[0].(int64))
-	case sqlPing, sqlLock, "commit":
+	case sqlPing:
+		return [][]driver.Value{{f.standby}}, nil
+	case sqlLock, "commit":
 	default:
 		if !slices.Contains(sqlMigrations, query) {
 			return nil, fmt.Errorf("the fake does not know %s", query)
@@ -515,6 +518,46 @@ func TestSQLChangesQueueBehindThoseThatWait(t *testing.T) {
 	s.wantRows()
 	if p, err := s.listPage(t.Context(), pageQuery{remote: "r", limit: 1}); err != nil || !p.complete {
 		t.Errorf("a page says that it is not complete: %v", err)
+	}
+}
+
+// After a failover the old connections lead to a standby, as may new ones for a while:
+// the database is down until a new connection leads to the new primary.
+func TestSQLStandbyIsDown(t *testing.T) {
+	t.Parallel()
+	for name, code := range map[string]pq.ErrorCode{"read only": "25006", "starting up": "57P03", "not supported": "0A000", "seen by the ping": ""} {
+		t.Run(name, func(t *testing.T) {
+			s := newSQLTester(t)
+			s.save("a")
+			s.db.set(func(query string, _ []driver.Value) error {
+				if query == sqlSave && code != "" {
+					return &pq.Error{Code: code, Message: "it is a standby"}
+				}
+				return nil
+			})
+			s.db.standby = true
+			if code == "" {
+				if err := s.ping(t.Context()); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "primary") {
+					t.Errorf("ping: %v", err)
+				}
+			}
+			s.save("b")
+			if s.downError() == nil || s.waiting() != 1 {
+				t.Errorf("a standby is not down, %d rows wait", s.waiting())
+			}
+			for range 3 {
+				s.at.Add(10)
+				if err := s.writePending(t.Context()); !errors.Is(err, errStoreDown) {
+					t.Errorf("a standby counts as up again: %v", err)
+				}
+			}
+			if n := s.sqlIndex.db.Stats().OpenConnections; n != 0 {
+				t.Errorf("%d connections to a standby are kept", n)
+			}
+			s.db.standby = false
+			s.back()
+			s.wantRows("a", "b")
+		})
 	}
 }
 
