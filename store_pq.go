@@ -173,8 +173,13 @@ func (d *cuttingDialer) cut() {
 }
 
 // ping asks the database whether it can be used: errStoreDown if not. While the
-// database is down it does not ask: that is probe's task.
-func (x *sqlIndex) ping(ctx context.Context) error { return x.whileUp(ctx, execPing) }
+// database is down it does not ask: a check of health is too short to connect again.
+func (x *sqlIndex) ping(ctx context.Context) error {
+	if cause := x.outage.outageCause(); cause != nil {
+		return fmt.Errorf("%w: database: %v", errStoreDown, cause)
+	}
+	return x.withConn(ctx, sqlReadTimeout, execPing)
+}
 
 func execPing(ctx context.Context, conn *sql.Conn) error {
 	var isStandby bool
@@ -185,43 +190,16 @@ func execPing(ctx context.Context, conn *sql.Conn) error {
 	return err
 }
 
-// probe asks a database that is down whether it is back, when the pause is over. Its
-// error is errStoreDown while the database is down.
-func (x *sqlIndex) probe(ctx context.Context) error {
-	if x.downError() == nil {
-		return nil
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	if x.outage.admit(ctx) != nil {
-		return x.downError()
-	}
-	return x.withConn(ctx, sqlReadTimeout, execPing)
-}
-
-// downError returns the cause of the outage as errStoreDown, or nil while the
-// database is up.
-func (x *sqlIndex) downError() error {
-	if cause := x.outage.outageCause(); cause != nil {
-		return fmt.Errorf("%w: database: %v", errStoreDown, cause)
-	}
-	return nil
-}
-
-// whileUp is withConn for up to sqlReadTimeout, or an error at once while the
-// database is down.
-func (x *sqlIndex) whileUp(ctx context.Context, f func(context.Context, *sql.Conn) error) error {
-	if err := x.downError(); err != nil {
-		return err
-	}
-	return x.withConn(ctx, sqlReadTimeout, f)
-}
-
-// withConn runs f on a connection, within timeout. It may run f several times. The
-// error is errStoreDown, except where the database refuses the data that f sent.
+// withConn runs f on a connection, within timeout. It may run f several times. While
+// the database is down, one call now and then finds out whether it is back, and the
+// others fail at once. The error is errStoreDown, except where the database refuses
+// the data that f sent.
 func (x *sqlIndex) withConn(ctx context.Context, timeout time.Duration, f func(context.Context, *sql.Conn) error) error {
 	inner, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	if cause := x.outage.admit(inner); cause != nil {
+		return fmt.Errorf("%w: database: %v", errStoreDown, cause)
+	}
 	began := x.now()
 	var err error
 	for range 3 { // after a stale connection and a deadlock it is something else
@@ -256,7 +234,11 @@ func (x *sqlIndex) runOnConn(ctx context.Context, f func(context.Context, *sql.C
 	if err != nil {
 		return false, err
 	}
-	if err = x.migrate(ctx, conn); err == nil {
+	err = x.migrate(ctx, conn)
+	if err == nil && x.outage.outageCause() != nil {
+		err = execPing(ctx, conn) // f may work on a standby, and prove nothing
+	}
+	if err == nil {
 		err = f(ctx, conn)
 	}
 	conn.Close() // its error is that of f

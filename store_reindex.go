@@ -35,7 +35,7 @@ func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change
 	// The rows are read before the objects: a row that is saved meanwhile is then
 	// not among them, and is left alone.
 	err := x.eachRow(ctx, func(r indexRow) error {
-		x.rows[x.hashText(r.Key)] = x.hashRow(r)
+		x.rows[x.hashKey(r.Key)] = x.hashRow(r)
 		return nil
 	})
 	if err != nil {
@@ -57,34 +57,29 @@ func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change
 	return nil
 }
 
-func (x *reindexer) hashText(s string) uint64 { return maphash.String(x.seed, s) }
+func (x *reindexer) hashKey(key string) uint64 { return maphash.String(x.seed, key) }
 
 // hashRow hashes what a row says about its object. PostgreSQL keeps microseconds.
 func (x *reindexer) hashRow(r indexRow) uint64 {
-	return x.hashText(fmt.Sprint(r.Path, "\n", r.SHA256, "\n", r.ContentType, "\n", r.Class, r.Size, r.Fetched.Round(time.Microsecond).UnixMicro()))
+	r.Hits, r.LastAccess, r.Fetched = 0, time.Time{}, r.Fetched.Round(time.Microsecond).UTC()
+	return maphash.Comparable(x.seed, r)
 }
 
-// eachRow calls f with all rows. A row that changes meanwhile may be left out or come
-// twice.
+// eachRow calls f with all rows, those that were not used for the longest time first. A
+// row that is used meanwhile may come twice.
 func (x *reindexer) eachRow(ctx context.Context, f func(indexRow) error) error {
-	names, err := x.to.totals(ctx)
-	if err != nil {
-		return err
-	}
-	for name := range names {
-		q := pageQuery{remote: name, limit: reindexBatch}
-		for more := true; more; more = q.after != "" {
-			p, err := x.to.listPage(ctx, q)
-			if err != nil {
+	q := pageQuery{oldest: true, limit: reindexBatch}
+	for more := true; more; more = q.after != "" {
+		p, err := x.to.listPage(ctx, q)
+		if err != nil {
+			return err
+		}
+		for _, r := range p.rows {
+			if err := f(r); err != nil {
 				return err
 			}
-			for _, r := range p.rows {
-				if err := f(r); err != nil {
-					return err
-				}
-			}
-			q.after = p.next
 		}
+		q.after = p.next
 	}
 	return nil
 }
@@ -92,7 +87,7 @@ func (x *reindexer) eachRow(ctx context.Context, f func(indexRow) error) error {
 // checkObject compares a stored object with its row, and takes the row off the list.
 func (x *reindexer) checkObject(ctx context.Context, r indexRow) error {
 	r.ContentType = toSQLText(r.ContentType)
-	k := x.hashText(r.Key)
+	k := x.hashKey(r.Key)
 	sum, found := x.rows[k]
 	delete(x.rows, k)
 	if found && sum == x.hashRow(r) {
@@ -118,7 +113,7 @@ func (x *reindexer) addDue(ctx context.Context) error {
 // dropIfLost drops r if it was there from the start, is unchanged and still has no
 // object: the walk took long, and an object may have been replaced under it.
 func (x *reindexer) dropIfLost(ctx context.Context, r indexRow) error {
-	if sum, listed := x.rows[x.hashText(r.Key)]; !listed || sum != x.hashRow(r) {
+	if sum, listed := x.rows[x.hashKey(r.Key)]; !listed || sum != x.hashRow(r) {
 		return nil
 	}
 	_, err := x.from.open(ctx, r.Key, -1)

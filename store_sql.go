@@ -1,5 +1,5 @@
-// store_sql.go: the index in PostgreSQL, which all replicas share: the statements,
-// changes and listings.
+// store_sql.go: the index in PostgreSQL, which all replicas share: its statements,
+// changes, those that wait for a database that is down, and listings.
 
 package main
 
@@ -7,6 +7,7 @@ import (
 	"context"
 	"database/sql"
 	"database/sql/driver"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -32,10 +33,15 @@ const (
 	// sqlMaxRows bounds the rows that one statement reads: a pattern that matches
 	// few of them must not hold a connection while a whole remote is searched.
 	sqlMaxRows = 1000
-	// A database that is down is probed after a second, then after longer pauses:
+	// A database that is down is asked again after a second, then after longer pauses:
 	// often enough for people who watch it come back.
 	sqlPauseMin = time.Second
 	sqlPauseMax = 5 * time.Second
+	// maxPendingChanges bounds the memory that an outage takes: about 50 MB.
+	maxPendingChanges = 100_000
+	// pendingBatch is how many changes a transaction writes: enough to be fast, few
+	// enough to end within sqlReadTimeout on a slow database.
+	pendingBatch = 100
 	// sqlLockKey is the first half of the advisory lock that migrations hold. The
 	// second half is made of the schema's name.
 	sqlLockKey = 0x61727466
@@ -91,7 +97,8 @@ const (
 )
 
 // sqlIndex implements index. While the database is down, changes wait in memory and
-// everything else is errStoreDown at once. writePending notices that it is back.
+// everything else is errStoreDown. What a crash loses of the changes comes back with
+// the next use of the file, or with reindex.
 type sqlIndex struct {
 	db       *sql.DB
 	outage   *circuit
@@ -101,8 +108,7 @@ type sqlIndex struct {
 	password secret      // kept out of errors
 	ready    atomic.Bool // the schema is up to date
 
-	writing  sync.Mutex // one writePending at a time; held across I/O
-	dropping sync.Once  // says that changes are dropped
+	writing sync.Mutex // one writePending at a time; held across I/O
 }
 
 // newSQLIndex makes the index without connecting, so that a database that is down
@@ -145,6 +151,13 @@ type execer interface {
 	ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)
 }
 
+// rowChange saves or deletes one row of the index.
+type rowChange struct {
+	key    string
+	save   *indexRow // the new row; nil deletes
+	madeAt time.Time
+}
+
 // execute makes the change. With keepNewer it leaves a row alone whose object was
 // fetched later.
 func (c *rowChange) execute(ctx context.Context, on execer, keepNewer bool) error {
@@ -156,6 +169,139 @@ func (c *rowChange) execute(ctx context.Context, on execer, keepNewer bool) erro
 	_, err := on.ExecContext(ctx, sqlSave, r.Key, r.Remote, toSQLText(decodePath(r.Path)), toSQLText(r.Path), r.SHA256,
 		toSQLText(r.ContentType), string(r.Class), r.Size, r.Hits, r.Fetched.UTC(), r.LastAccess.UTC(), keepNewer)
 	return err
+}
+
+// changeRow makes a change in the database. While the database is down the change
+// waits, and behind it all others, so that their order is kept. The object of the
+// row is stored or removed already: the change does not end with ctx.
+func (x *sqlIndex) changeRow(ctx context.Context, c rowChange) error {
+	c.madeAt = x.now()
+	if waiting, _ := x.pending.state(); waiting == 0 {
+		err := x.withConn(context.WithoutCancel(ctx), sqlWriteTimeout, func(ctx context.Context, conn *sql.Conn) error {
+			return c.execute(ctx, conn, false)
+		})
+		if !errors.Is(err, errStoreDown) {
+			return err
+		}
+	}
+	if x.pending.add(c) {
+		x.log.Error("too many index rows wait for the database: further ones are dropped, and come back with the next use of their file or with reindex", "waiting", maxPendingChanges)
+	}
+	return nil
+}
+
+// pendingChanges is a bounded queue of changes that the database has not taken yet. Its
+// methods may be called concurrently, but only one goroutine at a time may call first
+// and removeFirst.
+type pendingChanges struct {
+	mu      sync.Mutex // guards the fields below; no other lock is taken under it
+	queue   []rowChange
+	dropped bool // since the start, a change found the queue full
+}
+
+// add appends a change, or drops it if the queue is full: the first time it returns
+// true. That costs a row, until the next use of the file or reindex; for a deletion it
+// leaves a row without an object, until reindex.
+func (p *pendingChanges) add(c rowChange) (firstDropped bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.queue) < maxPendingChanges {
+		p.queue = append(p.queue, c)
+		return false
+	}
+	firstDropped = !p.dropped
+	p.dropped = true
+	return firstDropped
+}
+
+// state returns the number of changes that wait, and whether no other change is
+// missing in the database either.
+func (p *pendingChanges) state() (waiting int, complete bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.queue), len(p.queue) == 0 && !p.dropped
+}
+
+// first returns the n changes that have waited longest, or all if there are fewer.
+func (p *pendingChanges) first(n int) []rowChange {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.queue[:min(n, len(p.queue))]
+}
+
+func (p *pendingChanges) removeFirst(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.queue = p.queue[n:]; len(p.queue) == 0 {
+		p.queue = nil // frees the memory
+	}
+}
+
+// writePending is the step of a background loop. It asks whether a database that is
+// down is back, and writes the changes that wait. A change that the database refuses is
+// dropped.
+func (x *sqlIndex) writePending(ctx context.Context) error {
+	x.writing.Lock()
+	defer x.writing.Unlock()
+	if x.outage.outageCause() != nil {
+		if err := x.withConn(ctx, sqlReadTimeout, execPing); err != nil {
+			return err
+		}
+	}
+	written := 0
+	for {
+		batch := x.pending.first(pendingBatch)
+		if len(batch) == 0 {
+			break
+		}
+		err := x.writeChanges(ctx, batch)
+		if err != nil && !errors.Is(err, errStoreDown) && len(batch) > 1 {
+			batch = batch[:1] // find out which one is refused
+			err = x.writeChanges(ctx, batch)
+		}
+		if errors.Is(err, errStoreDown) {
+			return err
+		}
+		if err != nil {
+			x.log.Error("the database refuses an index row: the file is not listed", "key", batch[0].key, "error", err)
+		}
+		x.pending.removeFirst(len(batch))
+		written += len(batch)
+	}
+	if written > 0 {
+		x.log.Info("index rows that waited for the database are written", "rows", written)
+	}
+	return nil
+}
+
+// writeChanges makes changes in one transaction, unless the database has a row of
+// an object that was fetched later. All of them are safe to repeat, as after a
+// commit whose answer was lost.
+func (x *sqlIndex) writeChanges(ctx context.Context, changes []rowChange) error {
+	return x.withConn(ctx, sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
+		return inTransaction(ctx, conn, func(tx *sql.Tx) error {
+			for _, c := range changes {
+				if err := c.execute(ctx, tx, true); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
+}
+
+// Close ends all connections. Changes that wait have one more attempt.
+func (x *sqlIndex) Close() error {
+	if waiting, _ := x.pending.state(); waiting == 0 {
+		return x.db.Close()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), sqlWriteTimeout)
+	defer cancel()
+	if err := x.writePending(ctx); err != nil {
+		waiting, _ := x.pending.state()
+		x.log.Warn("index rows are lost: they come back with the next use of their file or with reindex", "rows", waiting, "error", err)
+	}
+	return x.db.Close()
 }
 
 // countUses: see index. It is errStoreDown while rows wait to be written. A
@@ -265,7 +411,7 @@ func (x *sqlIndex) totals(ctx context.Context) (map[string]remoteTotal, error) {
 
 // queryAll runs a statement and returns its rows as scan reads them.
 func queryAll[T any](ctx context.Context, x *sqlIndex, scan func(*sql.Rows) (T, error), query string, args ...any) (all []T, err error) {
-	err = x.whileUp(ctx, func(ctx context.Context, conn *sql.Conn) error {
+	err = x.withConn(ctx, sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
 		all = nil // forget an attempt that failed
 		rows, err := conn.QueryContext(ctx, query, args...)
 		if err != nil {

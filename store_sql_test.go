@@ -505,7 +505,7 @@ func TestSQLChangesQueueBehindThoseThatWait(t *testing.T) {
 	r := s.save("a")
 	s.db.set(nil)
 	s.at.Add(10)
-	s.must(s.probe(t.Context())) // up, and not written yet
+	s.must(second(s.totals(t.Context()))) // up, and not written yet
 	s.must(s.delete(t.Context(), "r", r.Key))
 	if p, err := s.listPage(t.Context(), pageQuery{remote: "r", limit: 1}); err != nil || p.complete {
 		t.Errorf("a page says that it is complete while rows wait: %v", err)
@@ -542,7 +542,7 @@ func TestSQLStandbyIsDown(t *testing.T) {
 				}
 			}
 			s.save("b")
-			if s.downError() == nil || s.waiting() != 1 {
+			if s.outage.outageCause() == nil || s.waiting() != 1 {
 				t.Errorf("a standby is not down, %d rows wait", s.waiting())
 			}
 			for range 3 {
@@ -693,7 +693,7 @@ func TestSQLRefusedRowsStopNobody(t *testing.T) {
 	if !strings.Contains(s.out.String(), "key="+testKey("f007")) {
 		t.Errorf("the log does not name the row:\n%s", s.out)
 	}
-	if s.save("f999"); s.downError() != nil {
+	if s.save("f999"); s.outage.outageCause() != nil {
 		t.Error("a refused row is taken for an outage")
 	}
 	if err := s.sqlIndex.saveRow(t.Context(), testRow("r", "f007")); err == nil || errors.Is(err, errStoreDown) {
@@ -753,7 +753,7 @@ func TestSQLCallerThatLeaves(t *testing.T) {
 	if _, err := s.listPage(ctx, pageQuery{remote: "r", limit: 1}); !errors.Is(err, context.Canceled) {
 		t.Errorf("page: %v", err)
 	}
-	if s.downError() != nil {
+	if s.outage.outageCause() != nil {
 		t.Error("a client that left is taken for an outage")
 	}
 	// The object is stored: its row has to follow.
@@ -766,7 +766,7 @@ func TestSQLSecretsStaySecret(t *testing.T) {
 	s := newSQLTester(t)
 	s.db.set(func(string, []driver.Value) error { return errors.New("cannot use password hunter2") })
 	err := s.ping(t.Context())
-	if s.save("a"); strings.Contains(fmt.Sprint(err, s.out, s.downError()), "hunter2") {
+	if s.save("a"); strings.Contains(fmt.Sprint(err, s.out, s.outage.outageCause()), "hunter2") {
 		t.Errorf("the password is told: %v\n%s", err, s.out)
 	}
 	set := sqlSettings{host: "h", port: "1", user: "u", name: "n", sslmode: "nonsense", password: `p'w\d x`}
@@ -1127,7 +1127,7 @@ func TestPostgresPlans(t *testing.T) {
 func (x *sqlIndex) plan(t *testing.T, query string, args []any) string {
 	t.Helper()
 	var lines []string
-	err := x.whileUp(t.Context(), func(ctx context.Context, conn *sql.Conn) error {
+	err := x.withConn(t.Context(), sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
 		rows, err := conn.QueryContext(ctx, "EXPLAIN "+query, args...)
 		if err != nil {
 			return err
@@ -1194,7 +1194,7 @@ func TestPostgresThatNeverAnswers(t *testing.T) {
 		"a ping":      x.ping,
 		"a statement": func(ctx context.Context) error { return second(x.totals(ctx)) },
 		"the middle of a transaction": func(ctx context.Context) error {
-			return x.whileUp(ctx, func(ctx context.Context, conn *sql.Conn) error {
+			return x.withConn(ctx, sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
 				return inTransaction(ctx, conn, func(tx *sql.Tx) error {
 					w.hush()
 					return second(tx.ExecContext(ctx, sqlPing))
@@ -1212,7 +1212,7 @@ func TestPostgresThatNeverAnswers(t *testing.T) {
 		within(t, 700*time.Millisecond, func() {
 			ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
 			defer cancel()
-			if err := ask(ctx); !errors.Is(err, errStoreDown) || x.downError() != nil {
+			if err := ask(ctx); !errors.Is(err, errStoreDown) || x.outage.outageCause() != nil {
 				t.Errorf("%s: %v", name, err)
 			}
 		})
