@@ -1,14 +1,24 @@
-// store_fresh.go: freshness marks without Redis: in memory, with a snapshot in
-// DATA_DIR that keeps them over an orderly restart.
+// store_fresh.go: what is kept without a server over an orderly restart: freshness
+// marks, and the format of the snapshots of them and of the embedded index. A snapshot
+// is a sequence of frames (length, checksum, payload); the first frame names the
+// format.
 
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"hash/crc32"
+	"io"
 	"io/fs"
 	"log/slog"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -51,7 +61,7 @@ func (l *localFreshness) getMark(ctx context.Context, key string) (freshnessMark
 
 // setMark: see freshness. It cannot fail.
 func (l *localFreshness) setMark(ctx context.Context, key string, m freshnessMark) error {
-	m.GoodAt = m.GoodAt.Round(0).UTC() // as restoreMark reads it
+	m.GoodAt = m.GoodAt.Round(0).UTC() // the monotonic clock stands still while a machine sleeps
 	l.marks.put(key, m)
 	l.changed.Store(true)
 	return nil
@@ -78,8 +88,8 @@ func (l *localFreshness) saveSnapshot() error {
 // Close saves the snapshot.
 func (l *localFreshness) Close() error { return l.saveSnapshot() }
 
-// The first field of a mark is 1. Earlier versions kept a log in this format, in
-// which 0 deletes the mark of a key.
+// The first field of a mark is 1. Earlier versions kept a log in this format, in which
+// 0 and a mark without a hash, which fits no copy, stand for a mark that was deleted.
 func appendMark(b []byte, key string, m freshnessMark) []byte {
 	b = appendString(binary.AppendVarint(b, 1), key)
 	return appendString(binary.AppendVarint(b, m.GoodAt.UnixNano()), m.SHA256)
@@ -87,15 +97,138 @@ func appendMark(b []byte, key string, m freshnessMark) []byte {
 
 func (l *localFreshness) restoreMark(payload []byte) error {
 	p := fieldReader{b: payload}
-	set, key := p.readInt(), p.readString()
+	_, key := p.readInt(), p.readString()
 	m := freshnessMark{GoodAt: time.Unix(0, p.readInt()).UTC(), SHA256: p.readString()}
-	if p.bad || len(p.b) > 0 {
+	if !p.atEnd() {
 		return errDamaged
 	}
-	if set == 0 {
-		l.marks.delete(key)
-	} else {
-		l.marks.put(key, m)
-	}
+	l.marks.put(key, m)
 	return nil
+}
+
+// maxFrame is far above the size of any row or mark. A larger length is damage,
+// and must not become an allocation.
+const maxFrame = 1 << 20
+
+// snapshotFile is a snapshot of data that its owner keeps in memory.
+type snapshotFile struct {
+	*fileWriter
+	name, magic string      // magic is the payload of the first frame
+	changed     atomic.Bool // the data differs from the file; set by the owner after each change
+
+	saving sync.Mutex // one save at a time; taken before the lock of the owner's data
+}
+
+// save replaces the file if the data has changed. each calls add with the payload
+// of every frame; add does not keep it. The error is errStoreDown or errNoSpace,
+// and then the old file is still there.
+func (s *snapshotFile) save(each func(add func(payload []byte))) error {
+	s.saving.Lock()
+	defer s.saving.Unlock()
+	if !s.changed.Swap(false) {
+		return nil
+	}
+	err := s.replaceFile(s.name, func(w io.Writer) error {
+		b := bufio.NewWriter(w) // keeps its first error until Flush
+		var frame []byte
+		add := func(payload []byte) {
+			frame = appendFrame(frame[:0], payload)
+			b.Write(frame)
+		}
+		add([]byte(s.magic))
+		each(add)
+		return b.Flush()
+	})
+	if err != nil {
+		s.changed.Store(true)
+	}
+	return storeError("saving "+s.name, err)
+}
+
+// load calls restore with the payload of every frame. The error of a file that is
+// damaged comes after the frames before the damage. A missing file has no frames.
+func (s *snapshotFile) load(restore func(payload []byte) error) error {
+	f, err := os.Open(s.name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	defer f.Close()
+	return readFrames(f, s.magic, restore)
+}
+
+// fieldReader reads the fields that appendString and binary.AppendVarint wrote.
+// After damage the fields mean nothing, see atEnd.
+type fieldReader struct {
+	b   []byte // what is left
+	bad bool   // there was damage
+}
+
+// atEnd reports whether all fields were read and there was no damage.
+func (p *fieldReader) atEnd() bool { return !p.bad && len(p.b) == 0 }
+
+func (p *fieldReader) readInt() int64 {
+	v, n := binary.Varint(p.b)
+	p.bad = p.bad || n <= 0
+	p.b = p.b[max(n, 0):]
+	return v
+}
+
+func (p *fieldReader) readString() string {
+	n := p.readInt()
+	if n < 0 || n > int64(len(p.b)) {
+		p.bad = true
+		return ""
+	}
+	s := string(p.b[:n])
+	p.b = p.b[n:]
+	return s
+}
+
+func appendString(b []byte, s string) []byte {
+	return append(binary.AppendVarint(b, int64(len(s))), s...)
+}
+
+// appendFrame appends payload behind its length and CRC-32C, 4 bytes each.
+func appendFrame(b, payload []byte) []byte {
+	b = binary.LittleEndian.AppendUint32(b, uint32(len(payload)))
+	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(payload, castagnoli))
+	return append(b, payload...)
+}
+
+// readFrames calls f with the payload of each frame behind the first, which must
+// be magic; f does not keep it. The first frame that is not whole ends it with
+// errDamaged. An error of f ends it too and is returned.
+func readFrames(r io.Reader, magic string, f func(payload []byte) error) error {
+	br := bufio.NewReaderSize(r, 64<<10)
+	var head [8]byte
+	var payload []byte
+	for first := true; ; first = false {
+		if _, err := io.ReadFull(br, head[:]); err == io.EOF && !first {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("%w: %w", errDamaged, err)
+		}
+		n := binary.LittleEndian.Uint32(head[:])
+		if n > maxFrame {
+			return fmt.Errorf("%w: frame of %d bytes", errDamaged, n)
+		}
+		payload = slices.Grow(payload[:0], int(n))[:n]
+		if _, err := io.ReadFull(br, payload); err != nil {
+			return fmt.Errorf("%w: %w", errDamaged, err)
+		}
+		if crc32.Checksum(payload, castagnoli) != binary.LittleEndian.Uint32(head[4:]) {
+			return fmt.Errorf("%w: bad checksum", errDamaged)
+		}
+		var err error
+		if !first {
+			err = f(payload)
+		} else if string(payload) != magic {
+			err = fmt.Errorf("%w: %.40q is not %q", errDamaged, payload, magic)
+		}
+		if err != nil {
+			return err
+		}
+	}
 }

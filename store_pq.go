@@ -208,23 +208,26 @@ func (x *sqlIndex) withConn(ctx context.Context, timeout time.Duration, f func(c
 			break
 		}
 	}
+	badData := isBadData(err)
+	if err != nil {
+		err = errors.New(redact(err, x.password))
+	}
 	switch {
 	case err != nil && ctx.Err() != nil: // the caller did not wait: the database may be up
 		return fmt.Errorf("%w: database: %w", errStoreDown, ctx.Err())
-	case err != nil && !isBadData(err):
-		cause := errors.New(redact(err, x.password))
-		if x.outage.fail(cause, began) {
-			x.log.Error("database is down: files are stored and served, their index rows wait", "error", cause)
+	case err != nil && !badData:
+		if x.outage.fail(err, began) {
+			x.log.Error("database is down: files are stored and served, their index rows wait", "error", err)
 		}
-		return fmt.Errorf("%w: database: %v", errStoreDown, cause)
+		return fmt.Errorf("%w: database: %v", errStoreDown, err)
 	}
 	if lasted, recovered := x.outage.succeed(); recovered {
 		x.log.Info("database is up again", "lasted", lasted)
 	}
 	if err != nil {
-		return fmt.Errorf("database: %s", redact(err, x.password))
+		err = fmt.Errorf("database: %w", err)
 	}
-	return nil
+	return err
 }
 
 // runOnConn runs f on a connection of its own, with the schema up to date. After an
@@ -234,7 +237,12 @@ func (x *sqlIndex) runOnConn(ctx context.Context, f func(context.Context, *sql.C
 	if err != nil {
 		return false, err
 	}
-	err = x.migrate(ctx, conn)
+	if !x.ready.Load() {
+		if err = migrate(ctx, conn, sqlMigrations); err != nil {
+			err = fmt.Errorf("preparing the schema: %w", err)
+		}
+		x.ready.Store(err == nil)
+	}
 	if err == nil && x.outage.outageCause() != nil {
 		err = execPing(ctx, conn) // f may work on a standby, and prove nothing
 	}
@@ -262,54 +270,41 @@ func isBadData(err error) bool {
 	return ok && slices.Contains([]string{"22", "23", "54"}, string(e.Code.Class()))
 }
 
-// migrate brings the schema up to date, once. Replicas that start together wait for
-// each other.
-func (x *sqlIndex) migrate(ctx context.Context, conn *sql.Conn) error {
-	if x.ready.Load() {
-		return nil
-	}
-	err := inTransaction(ctx, conn, func(tx *sql.Tx) error {
+// migrate runs the steps that the schema does not have yet. Replicas that start
+// together wait for each other. A schema that is newer than the program stays as it
+// is: see sqlMigrations.
+func migrate(ctx context.Context, conn *sql.Conn, steps []string) error {
+	return inTransaction(ctx, conn, func(tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, sqlLock, sqlLockKey); err != nil {
 			return err
 		}
-		return migrateTo(ctx, tx, sqlMigrations)
+		var has bool
+		var encoding string
+		if err := tx.QueryRowContext(ctx, sqlHasSchema).Scan(&has, &encoding); err != nil {
+			return err
+		}
+		if encoding != "UTF8" && encoding != "SQL_ASCII" {
+			return fmt.Errorf("the encoding of the database is %s: create it with ENCODING 'UTF8'", encoding)
+		}
+		if !has {
+			if _, err := tx.ExecContext(ctx, sqlMakeSchema); err != nil {
+				return err
+			}
+		}
+		var version int
+		if err := tx.QueryRowContext(ctx, sqlVersion).Scan(&version); err != nil {
+			return err
+		}
+		for ; version < len(steps); version++ {
+			if _, err := tx.ExecContext(ctx, steps[version]); err != nil {
+				return fmt.Errorf("version %d: %w", version+1, err)
+			}
+			if _, err := tx.ExecContext(ctx, sqlSetVersion, version+1); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
-	if err != nil {
-		return fmt.Errorf("preparing the schema: %w", err)
-	}
-	x.ready.Store(true)
-	return nil
-}
-
-// migrateTo runs the steps that the schema does not have yet. A schema that is newer
-// than the program stays as it is: see sqlMigrations.
-func migrateTo(ctx context.Context, tx *sql.Tx, steps []string) error {
-	var has bool
-	var encoding string
-	if err := tx.QueryRowContext(ctx, sqlHasSchema).Scan(&has, &encoding); err != nil {
-		return err
-	}
-	if encoding != "UTF8" && encoding != "SQL_ASCII" {
-		return fmt.Errorf("the encoding of the database is %s: create it with ENCODING 'UTF8'", encoding)
-	}
-	if !has {
-		if _, err := tx.ExecContext(ctx, sqlMakeSchema); err != nil {
-			return err
-		}
-	}
-	var version int
-	if err := tx.QueryRowContext(ctx, sqlVersion).Scan(&version); err != nil {
-		return err
-	}
-	for ; version < len(steps); version++ {
-		if _, err := tx.ExecContext(ctx, steps[version]); err != nil {
-			return fmt.Errorf("version %d: %w", version+1, err)
-		}
-		if _, err := tx.ExecContext(ctx, sqlSetVersion, version+1); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // inTransaction runs f in a transaction, and undoes it if f fails.

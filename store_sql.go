@@ -82,9 +82,9 @@ const (
 		FROM uses JOIN held USING (key) WHERE f.key = uses.key RETURNING f.key`
 	sqlColumns = `SELECT key, remote, spelling, sha256, content_type, class, size, hits, fetched_at, last_access
 		FROM artifactapi_files `
-	sqlByPath     = sqlColumns + `WHERE remote = $1 AND (path, key) > ($2, $3) ORDER BY path, key LIMIT $4`
-	sqlByAge      = sqlColumns + `WHERE (last_access, key) > ($1::timestamptz, $2) ORDER BY last_access, key LIMIT $3`
-	sqlByAgeOf    = sqlColumns + `WHERE remote = $4 AND (last_access, key) > ($1::timestamptz, $2) ORDER BY last_access, key LIMIT $3`
+	sqlByPath = sqlColumns + `WHERE remote = $1 AND (path, key) > ($2, $3) ORDER BY path, key LIMIT $4`
+	sqlByAge  = sqlColumns + `WHERE ($1::text = '' OR remote = $1) AND (last_access, key) > ($2::timestamptz, $3)
+		ORDER BY last_access, key LIMIT $4`
 	sqlTotals     = `SELECT remote, sum(files)::bigint, sum(bytes)::bigint FROM artifactapi_totals GROUP BY remote HAVING sum(files) > 0`
 	sqlPing       = `SELECT pg_is_in_recovery()`
 	sqlLock       = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
@@ -249,11 +249,7 @@ func (x *sqlIndex) writePending(ctx context.Context) error {
 		}
 	}
 	written := 0
-	for {
-		batch := x.pending.first(pendingBatch)
-		if len(batch) == 0 {
-			break
-		}
+	for batch := x.pending.first(pendingBatch); len(batch) > 0; batch = x.pending.first(pendingBatch) {
 		err := x.writeChanges(ctx, batch)
 		if err != nil && !errors.Is(err, errStoreDown) && len(batch) > 1 {
 			batch = batch[:1] // find out which one is refused
@@ -384,10 +380,7 @@ func (x *sqlIndex) findByPath(ctx context.Context, q pageQuery, n int) (found []
 // findByAge returns the first n rows by last access.
 func (x *sqlIndex) findByAge(ctx context.Context, q pageQuery, n int) ([]indexRow, error) {
 	lastAccess, key := q.startByAge()
-	if q.remote == "" {
-		return queryAll(ctx, x, scanRow, sqlByAge, lastAccess, toSQLText(key), n)
-	}
-	return queryAll(ctx, x, scanRow, sqlByAgeOf, lastAccess, toSQLText(key), n, q.remote)
+	return queryAll(ctx, x, scanRow, sqlByAge, q.remote, lastAccess, toSQLText(key), n)
 }
 
 // scanRow reads a row of sqlColumns.

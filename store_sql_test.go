@@ -168,7 +168,7 @@ func (c *fakeConn) ask(query string, named []driver.NamedValue) (rows [][]driver
 		rows, err = c.touch(args)
 	case sqlTotals:
 		rows = c.totals()
-	case sqlByPath, sqlByAge, sqlByAgeOf:
+	case sqlByPath, sqlByAge:
 		rows = c.page(query, args)
 	default:
 		rows, err = c.keep(query, args)
@@ -253,7 +253,7 @@ func (f *fakePG) totals() (rows [][]driver.Value) {
 }
 
 func (f *fakePG) page(query string, a []driver.Value) (rows [][]driver.Value) {
-	byAge := query == sqlByAge || query == sqlByAgeOf
+	byAge := query == sqlByAge
 	order := func(x, y indexRow) int {
 		if byAge {
 			return cmp.Or(x.LastAccess.Compare(y.LastAccess), strings.Compare(x.Key, y.Key))
@@ -264,19 +264,15 @@ func (f *fakePG) page(query string, a []driver.Value) (rows [][]driver.Value) {
 	for _, r := range f.rows {
 		path := decodePath(r.Path)
 		switch {
-		case query == sqlByAgeOf && r.Remote != a[3].(string):
-		case byAge && cmp.Or(r.LastAccess.Compare(a[0].(time.Time)), strings.Compare(r.Key, a[1].(string))) <= 0:
-		case !byAge && (r.Remote != a[0].(string) || cmp.Or(strings.Compare(path, a[1].(string)), strings.Compare(r.Key, a[2].(string))) <= 0):
+		case r.Remote != a[0].(string) && !(byAge && a[0] == ""):
+		case byAge && cmp.Or(r.LastAccess.Compare(a[1].(time.Time)), strings.Compare(r.Key, a[2].(string))) <= 0:
+		case !byAge && cmp.Or(strings.Compare(path, a[1].(string)), strings.Compare(r.Key, a[2].(string))) <= 0:
 		default:
 			found = append(found, r)
 		}
 	}
 	slices.SortFunc(found, order)
-	limit := a[2]
-	if !byAge {
-		limit = a[3]
-	}
-	for _, r := range found[:min(len(found), int(limit.(int64)))] {
+	for _, r := range found[:min(len(found), int(a[3].(int64)))] {
 		rows = append(rows, []driver.Value{r.Key, r.Remote, r.Path, r.SHA256, r.ContentType, string(r.Class), r.Size, r.Hits, r.Fetched, r.LastAccess})
 	}
 	return rows
@@ -1076,7 +1072,7 @@ func TestPostgresMigratesStepByStep(t *testing.T) {
 	next := append(slices.Clone(sqlMigrations), "ALTER TABLE artifactapi_files ADD COLUMN more text")
 	for _, steps := range [][]string{next, next, sqlMigrations} {
 		err := x.withConn(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
-			return inTransaction(ctx, conn, func(tx *sql.Tx) error { return migrateTo(ctx, tx, steps) })
+			return migrate(ctx, conn, steps)
 		})
 		var version int
 		if err = errors.Join(err, db.QueryRow("SELECT version FROM "+set.schema+".artifactapi_schema").Scan(&version)); err != nil || version != len(next) {
@@ -1108,8 +1104,8 @@ func TestPostgresPlans(t *testing.T) {
 		args         []any
 	}{
 		{sqlByPath, "artifactapi_files_by_path", []any{"b", "dir5/", "", 1000}},
-		{sqlByAge, "artifactapi_files_by_age", []any{testDay, "a", 1000}},
-		{sqlByAgeOf, "artifactapi_files_by_remote_age", []any{testDay, "a", 1000, "b"}},
+		{sqlByAge, "artifactapi_files_by_age", []any{"", testDay, "a", 1000}},
+		{sqlByAge, "artifactapi_files_by_remote_age", []any{"b", testDay, "a", 1000}},
 		{sqlDelete, "artifactapi_files_pkey", []any{keys[0], false, testDay}},
 		{sqlTouch, "artifactapi_files_pkey", []any{keys, pq.Int64Array{1, 2}, pq.StringArray{"2024-01-01", "2024-01-01"}}},
 		{sqlTotals, "", nil},
