@@ -11,7 +11,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math"
 	"slices"
 	"sort"
@@ -120,20 +119,18 @@ func (e *indexEntry) toRow(remote string) indexRow {
 	}
 }
 
-// newEntry is the inverse of toRow.
-func newEntry(r indexRow) (*indexEntry, error) {
-	hash := keyHash(r.Key)
-	sum, err := hex.DecodeString(r.SHA256)
-	if hash == 0 || err != nil || len(sum) != 32 {
-		return nil, fmt.Errorf("indexing %q: the key or the sha256 %q is malformed", r.Key, r.SHA256)
-	}
+// newEntry is the inverse of toRow. Key and SHA-256 of a row are well formed: they are
+// made here, or were checked with their record.
+func newEntry(r indexRow) *indexEntry {
 	e := &indexEntry{
-		sortKey: sortKey{decodePath(r.Path), hash}, spelling: r.Path, sha256: [32]byte(sum), size: r.Size,
-		fetched: r.Fetched.UnixNano(), contentType: unique.Make(r.ContentType), class: unique.Make(r.Class),
+		sortKey: sortKey{decodePath(r.Path), keyHash(r.Key)}, spelling: r.Path, size: r.Size, fetched: r.Fetched.UnixNano(),
+		contentType: unique.Make(r.ContentType), class: unique.Make(r.Class),
 	}
+	sum, _ := hex.DecodeString(r.SHA256)
+	copy(e.sha256[:], sum)
 	e.hits.Store(r.Hits)
 	e.lastAccess.Store(r.LastAccess.UnixNano())
-	return e, nil
+	return e
 }
 
 // remoteRows holds the rows of one remote in order, cut into chunks.
@@ -150,7 +147,7 @@ func (s *remoteRows) search(p sortKey) (chunk, i int) {
 		c := s.chunks[n]
 		return c[len(c)-1].compareTo(p) >= 0
 	})
-	i, _ = slices.BinarySearchFunc(s.chunks[chunk], p, func(e *indexEntry, p sortKey) int { return e.compareTo(p) })
+	i, _ = slices.BinarySearchFunc(s.chunks[chunk], p, (*indexEntry).compareTo)
 	return chunk, i
 }
 
@@ -184,8 +181,7 @@ type embeddedIndex struct {
 	snapshotFile
 	log *slog.Logger
 
-	complete     atomic.Bool // changed under mu
-	snapshotRead bool        // reconcile's alone
+	complete atomic.Bool // changed under mu
 
 	mu          sync.RWMutex // guards the fields below; never held across I/O
 	rows        map[string]*remoteRows
@@ -200,10 +196,7 @@ func newEmbeddedIndex(dir string, log *slog.Logger) *embeddedIndex {
 
 // saveRow: see index.
 func (x *embeddedIndex) saveRow(ctx context.Context, r indexRow) error {
-	e, err := newEntry(r)
-	if err != nil {
-		return err
-	}
+	e := newEntry(r)
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	delete(x.deletedKeys, r.Key)
@@ -267,16 +260,11 @@ func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) (unknown
 			unknown = append(unknown, use)
 			continue
 		}
-		e.addUses(use.hits, use.last.UnixNano())
+		e.hits.Add(use.hits)
+		e.lastAccess.Store(max(e.lastAccess.Load(), use.last.UnixNano()))
 		x.changed.Store(true)
 	}
 	return unknown, nil
-}
-
-// addUses counts uses, the last of them at that time. The index's mu is held.
-func (e *indexEntry) addUses(hits, last int64) {
-	e.hits.Add(hits)
-	e.lastAccess.Store(max(e.lastAccess.Load(), last))
 }
 
 // totals: see index.
@@ -338,10 +326,6 @@ func (a agedEntry) compareTo(b agedEntry) int {
 // findByAge returns the first n rows by last access. It reads every entry of the remotes that q
 // asks for, and holds 2n of them at most.
 func (x *embeddedIndex) findByAge(ctx context.Context, q pageQuery, n int) (rows []indexRow, err error) {
-	names := []string{q.remote}
-	if q.remote == "" {
-		names = x.remoteNames()
-	}
 	lastAccess, key := q.startByAge()
 	remote, _, _ := strings.Cut(key, "/")
 	after := agedEntry{lastAccess: lastAccess.UnixNano(), remote: remote, hash: keyHash(key)}
@@ -354,7 +338,11 @@ func (x *embeddedIndex) findByAge(ctx context.Context, q pageQuery, n int) (rows
 			youngest = found[n-1]
 		}
 	}
-	for _, name := range names {
+	remotes, _ := x.totals(ctx)
+	for name := range remotes {
+		if q.remote != "" && q.remote != name {
+			continue
+		}
 		err := x.eachEntry(ctx, name, sortKey{}, func(e *indexEntry) bool {
 			a := agedEntry{e.lastAccess.Load(), name, e.hash, e}
 			if a.compareTo(after) > 0 && a.compareTo(youngest) < 0 {
@@ -418,13 +406,6 @@ func (x *embeddedIndex) appendBehind(batch []*indexEntry, remote string, after s
 	return batch
 }
 
-// remoteNames lists the remotes that have had rows.
-func (x *embeddedIndex) remoteNames() []string {
-	x.mu.RLock()
-	defer x.mu.RUnlock()
-	return slices.Collect(maps.Keys(x.rows))
-}
-
 // reconcile fills the index from the snapshot and then compares it with what is
 // stored: rows without an object go, objects without a row get one. What is saved
 // and deleted meanwhile wins. After an error it may be called again. It runs once at
@@ -434,8 +415,7 @@ func (x *embeddedIndex) reconcile(ctx context.Context, from objects) error {
 	x.generation++
 	x.complete.Store(false)
 	x.mu.Unlock()
-	if !x.snapshotRead {
-		x.snapshotRead = true
+	if x.generation == 1 { // only this function changes it
 		if err := x.load(x.restoreEntry); err != nil {
 			x.log.Warn("the index snapshot is damaged: rows are made again, but some hits and times of use are lost", "error", err)
 		}
@@ -447,33 +427,6 @@ func (x *embeddedIndex) reconcile(ctx context.Context, from objects) error {
 	if err != nil {
 		return fmt.Errorf("comparing the index with what is stored: %w", err)
 	}
-	x.finishReconcile()
-	return nil
-}
-
-// addFound adds the row of an object that reconcile has found. What was saved or
-// deleted since it began stays so.
-func (x *embeddedIndex) addFound(key string, rec *record) {
-	e, err := newEntry(newIndexRow(key, rec))
-	if err != nil {
-		x.log.Warn("a stored file is not indexed", "error", err)
-		return
-	}
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	old := x.findEntry(rec.Remote, key)
-	switch {
-	case x.deletedKeys[key] || (old != nil && old.generation == x.generation):
-	case old != nil && old.sha256 == e.sha256 && old.fetched == e.fetched:
-		old.generation = x.generation // nothing has changed that a snapshot would have to save
-	default:
-		x.putEntry(rec.Remote, e)
-	}
-}
-
-// finishReconcile removes the rows whose object was not found, and makes the index
-// complete.
-func (x *embeddedIndex) finishReconcile() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for _, s := range x.rows {
@@ -486,6 +439,23 @@ func (x *embeddedIndex) finishReconcile() {
 	}
 	x.complete.Store(true)
 	clear(x.deletedKeys)
+	return nil
+}
+
+// addFound adds the row of an object that reconcile has found. What was saved or
+// deleted since it began stays so.
+func (x *embeddedIndex) addFound(key string, rec *record) {
+	e := newEntry(newIndexRow(key, rec))
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	old := x.findEntry(rec.Remote, key)
+	switch {
+	case x.deletedKeys[key] || (old != nil && old.generation == x.generation):
+	case old != nil && old.sha256 == e.sha256 && old.fetched == e.fetched:
+		old.generation = x.generation // nothing has changed that a snapshot would have to save
+	default:
+		x.putEntry(rec.Remote, e)
+	}
 }
 
 // saveSnapshot writes the snapshot if a row has changed since the last one. It does
@@ -497,7 +467,8 @@ func (x *embeddedIndex) saveSnapshot() error {
 	}
 	return x.save(func(add func(payload []byte)) {
 		var payload []byte
-		for _, name := range x.remoteNames() {
+		remotes, _ := x.totals(context.Background())
+		for name := range remotes {
 			_ = x.eachEntry(context.Background(), name, sortKey{}, func(e *indexEntry) bool {
 				payload = e.appendTo(payload[:0], name)
 				add(payload)
@@ -521,7 +492,8 @@ func (x *embeddedIndex) restoreEntry(payload []byte) error {
 	defer x.mu.Unlock()
 	s := x.rowsOf(remote)
 	if newer := s.byHash[e.hash]; newer != nil {
-		newer.addUses(e.hits.Load(), e.lastAccess.Load())
+		newer.hits.Add(e.hits.Load())
+		newer.lastAccess.Store(max(newer.lastAccess.Load(), e.lastAccess.Load()))
 	} else if !x.deletedKeys[storageKey(remote, e.spelling)] {
 		s.insertEntry(e)
 	}
@@ -544,10 +516,9 @@ func decodeEntry(payload []byte) (remote string, e *indexEntry) {
 	r := indexRow{Remote: p.readString(), Path: p.readString(), SHA256: hex.EncodeToString([]byte(p.readString())), ContentType: p.readString()}
 	r.Class, r.Size, r.Hits = class(p.readString()), p.readInt(), p.readInt()
 	r.Fetched, r.LastAccess = time.Unix(0, p.readInt()), time.Unix(0, p.readInt())
-	r.Key = storageKey(r.Remote, r.Path)
-	e, err := newEntry(r)
-	if err != nil || !p.atEnd() {
+	if !p.atEnd() {
 		return "", nil
 	}
-	return r.Remote, e
+	r.Key = storageKey(r.Remote, r.Path)
+	return r.Remote, newEntry(r)
 }

@@ -4,15 +4,14 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
 	"errors"
 	"fmt"
 	"net"
+	"net/url"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -85,22 +84,15 @@ type sqlSettings struct {
 	schema                          string // "": the user's default
 }
 
-// dsn returns the settings in lib/pq's format. binary_parameters saves a round trip
+// dsn returns the settings as a URL for lib/pq. binary_parameters saves a round trip
 // for each statement, and avoids named statements, which poolers such as PgBouncer
 // do not support.
 func (s sqlSettings) dsn() string {
-	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`)
-	var b strings.Builder
-	for _, kv := range [][2]string{
-		{"host", s.host}, {"port", s.port}, {"user", s.user}, {"password", string(s.password)}, {"dbname", s.name},
-		{"sslmode", s.sslmode}, {"search_path", s.schema}, {"connect_timeout", "2"},
-		{"binary_parameters", "yes"}, {"fallback_application_name", "artifactapi"},
-	} {
-		if kv[1] != "" {
-			fmt.Fprintf(&b, "%s='%s' ", kv[0], quote.Replace(kv[1]))
-		}
-	}
-	return b.String()
+	return "postgres:///?" + url.Values{
+		"host": {s.host}, "port": {s.port}, "user": {s.user}, "password": {string(s.password)}, "dbname": {s.name},
+		"sslmode": {s.sslmode}, "search_path": {s.schema}, "connect_timeout": {"2"},
+		"binary_parameters": {"yes"}, "fallback_application_name": {"artifactapi"},
+	}.Encode()
 }
 
 // sqlConnector makes connections of lib/pq that end with the context of their use.
@@ -117,17 +109,15 @@ func (c *sqlConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	}
 	d := &cuttingDialer{}
 	connector.Dialer(d)
-	stop := context.AfterFunc(ctx, d.cut)
+	defer context.AfterFunc(ctx, d.cut)()
 	conn, err := connector.Connect(ctx)
 	if err != nil {
-		stop()
 		return nil, err
 	}
 	// PgBouncer refuses these settings as part of the start of a connection.
-	_, err = conn.(driver.ExecerContext).ExecContext(ctx, sqlSession, nil)
-	if !stop() || err != nil {
+	if _, err = conn.(driver.ExecerContext).ExecContext(ctx, sqlSession, nil); err != nil {
 		conn.Close()
-		return nil, cmp.Or(err, ctx.Err())
+		return nil, err
 	}
 	d.connected.Store(true)
 	return conn, nil

@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 // fakePG is a database for sqlIndex on a bare machine: it knows the statements
@@ -521,7 +522,7 @@ func TestSQLChangesQueueBehindThoseThatWait(t *testing.T) {
 // the database is down until a new connection leads to the new primary.
 func TestSQLStandbyIsDown(t *testing.T) {
 	t.Parallel()
-	for name, code := range map[string]pq.ErrorCode{"read only": "25006", "starting up": "57P03", "not supported": "0A000", "seen by the ping": ""} {
+	for name, code := range map[string]pqerror.Code{"read only": "25006", "starting up": "57P03", "not supported": "0A000", "seen by the ping": ""} {
 		t.Run(name, func(t *testing.T) {
 			s := newSQLTester(t)
 			s.save("a")
