@@ -68,6 +68,7 @@ func (u *useCounts) add(uses ...fileUse) {
 	}
 }
 
+// take returns the gathered uses and forgets them.
 func (u *useCounts) take() []fileUse {
 	u.mu.Lock()
 	byKey := u.byKey

@@ -74,10 +74,6 @@ func (q *pageQuery) startByAge() (lastAccess time.Time, key string) {
 	return time.Unix(0, ns).UTC(), key
 }
 
-func (q *pageQuery) matchesPattern(path string) bool {
-	return q.pattern == nil || q.pattern.MatchString(path)
-}
-
 // indexEntry is a row as it is held in memory. Its key is derived from remote and
 // spelling. An entry in the table does not change, except for its atomic fields and
 // its generation, and is read without a lock.
@@ -151,6 +147,7 @@ func (s *remoteRows) search(p sortKey) (chunk, i int) {
 	return chunk, i
 }
 
+// insertEntry adds a row that is not there yet, and cuts a chunk that is too long in two.
 func (s *remoteRows) insertEntry(e *indexEntry) {
 	s.byHash[e.hash] = e
 	s.bytes += e.size
@@ -164,6 +161,7 @@ func (s *remoteRows) insertEntry(e *indexEntry) {
 	}
 }
 
+// removeEntry removes a row that is there.
 func (s *remoteRows) removeEntry(e *indexEntry) {
 	delete(s.byHash, e.hash)
 	s.bytes -= e.size
@@ -230,10 +228,7 @@ func (x *embeddedIndex) rowsOf(remote string) *remoteRows {
 
 // findEntry returns the entry of a key, or nil. mu is held.
 func (x *embeddedIndex) findEntry(remote, key string) *indexEntry {
-	if s := x.rows[remote]; s != nil {
-		return s.byHash[keyHash(key)]
-	}
-	return nil
+	return x.rowsOf(remote).byHash[keyHash(key)]
 }
 
 // delete: see index.
@@ -302,7 +297,7 @@ func (x *embeddedIndex) findByPath(ctx context.Context, q pageQuery, n int) (row
 		if !strings.HasPrefix(e.path, q.prefix) {
 			return false
 		}
-		if q.matchesPattern(e.path) {
+		if q.pattern == nil || q.pattern.MatchString(e.path) {
 			rows = append(rows, e.toRow(q.remote))
 		}
 		return len(rows) < n
@@ -323,8 +318,8 @@ func (a agedEntry) compareTo(b agedEntry) int {
 	return cmp.Or(cmp.Compare(a.lastAccess, b.lastAccess), strings.Compare(a.remote, b.remote), cmp.Compare(a.hash, b.hash))
 }
 
-// findByAge returns the first n rows by last access. It reads every entry of the remotes that q
-// asks for, and holds 2n of them at most.
+// findByAge returns the first n rows by last access. It reads every entry of the
+// remotes that q asks for, and holds 2n of them at most.
 func (x *embeddedIndex) findByAge(ctx context.Context, q pageQuery, n int) (rows []indexRow, err error) {
 	lastAccess, key := q.startByAge()
 	remote, _, _ := strings.Cut(key, "/")
@@ -370,19 +365,18 @@ func (x *embeddedIndex) findByAge(ctx context.Context, q pageQuery, n int) (rows
 // returns false. f runs without a lock: a pattern may take long. The error is ctx's.
 func (x *embeddedIndex) eachEntry(ctx context.Context, remote string, after sortKey, f func(*indexEntry) bool) error {
 	var space [batchRows]*indexEntry
-	for ctx.Err() == nil {
+	for {
 		batch := x.appendBehind(space[:0], remote, after)
 		for _, e := range batch {
-			if !f(e) {
-				return nil
+			if err := ctx.Err(); err != nil || !f(e) {
+				return err
 			}
 		}
 		if len(batch) < batchRows {
-			return nil
+			return ctx.Err()
 		}
 		after = batch[len(batch)-1].sortKey
 	}
-	return ctx.Err()
 }
 
 // appendBehind appends the entries of a remote behind after, until batch is full.

@@ -128,7 +128,7 @@ func (c *sqlConnector) Connect(ctx context.Context) (driver.Conn, error) {
 // waiting for the answer as long as the server likes. Here the second dial ends the
 // wait instead. The server ends the statement itself, by statement_timeout.
 type cuttingDialer struct {
-	net.Dialer
+	pq.Dialer             // nil: lib/pq calls DialContext alone
 	connected atomic.Bool // a further dial is for a cancellation
 
 	mu   sync.Mutex // guards conn; held while dialling, which ends with its context
@@ -143,13 +143,8 @@ func (d *cuttingDialer) DialContext(ctx context.Context, network, address string
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.conn, err = d.Dialer.DialContext(ctx, network, address)
+	d.conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
 	return d.conn, err
-}
-
-// DialTimeout: see pq.Dialer. lib/pq calls DialContext instead.
-func (d *cuttingDialer) DialTimeout(network, address string, timeout time.Duration) (net.Conn, error) {
-	return net.DialTimeout(network, address, timeout)
 }
 
 // cut closes the connection, if there is one. A deadline would not do: lib/pq sets
