@@ -289,10 +289,11 @@ func isBehindEnd(err error) bool {
 
 // readObjectRecord returns the record that came with o, the answer to a request that began
 // at v, and keeps an immutable file's in memory. An object without a sound record of
-// key is a miss.
+// key is a miss, and so is one whose size is not its record's, as after a write by
+// another program.
 func (s *s3Store) readObjectRecord(key string, o *s3Object, v validity) (*record, error) {
 	known, found := s.records.get(key)
-	if text := o.meta[s3RecordField]; !found || known.text != text {
+	if text := o.meta[s3RecordField]; !found || known.text != text || known.rec.Size != o.size {
 		rec, err := decodeS3Record(key, o)
 		if err != nil {
 			s.records.remove(key)

@@ -295,6 +295,29 @@ func TestS3ObjectsOfNoUseAreMisses(t *testing.T) {
 	}
 }
 
+// TestS3SizeIsComparedEachTime: somebody changed the body of an object whose record is
+// in memory, and left the record.
+func TestS3SizeIsComparedEachTime(t *testing.T) {
+	t.Parallel()
+	for _, data := range []string{"cont", "", "content, and more"} {
+		for _, off := range []int64{0, 3, 100} {
+			b := newS3Bench(t)
+			b.mustPut("f", "content")
+			wantBody(t, b.mustOpen("f", 0).body, "content")
+			b.fake.object(testKey("f")).data = []byte(data)
+			if o, err := b.open(t.Context(), testKey("f"), off); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("open of %q at %d: %v, %v", data, off, o, err)
+			}
+			if want := fmt.Sprintf("the object has %d", len(data)); b.log.count(want) != 1 {
+				t.Errorf("the log does not say %q: %s", want, b.log.b.String())
+			}
+			b.wantMiss("f")
+			b.mustPut("f", "content")
+			b.wantHit("f", "content")
+		}
+	}
+}
+
 func TestS3RecordFits(t *testing.T) {
 	t.Parallel()
 	rec := testRecord("f", "content")
