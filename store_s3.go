@@ -1,5 +1,5 @@
-// store_s3.go: objects in S3. The metadata of an object holds its record, so that
-// one GET brings both. The hot copies in front of it are in store_hot.go.
+// store_s3.go: objects in S3, and the body of one. The metadata of an object holds its
+// record, so that one GET brings both. The hot copies in front are in store_hot.go.
 
 package main
 
@@ -89,7 +89,7 @@ var (
 // survives the removal of its object; a larger one then ends in an error.
 type s3Store struct {
 	client       *s3Client
-	hearsChanges func() bool // announcements of other replicas arrive
+	hearsChanges func() bool // announcements of other replicas arrive; nil: never
 	now          func() time.Time
 	log          *slog.Logger
 	openTimeout  time.Duration // s3OpenTimeout but in tests
@@ -99,7 +99,10 @@ type s3Store struct {
 
 	outage *circuit
 	check  backgroundCheck
-	writes s3WriteAccess
+	logged string // the state of S3 that was logged last; the check's alone
+	// lastWrite is the last write that was accepted or refused. An outage of S3 resets
+	// it to nil: the bucket may come back with other permissions.
+	lastWrite atomic.Pointer[s3Write]
 }
 
 // cachedRecord is a record in memory. text is the metadata field that it was
@@ -111,7 +114,7 @@ type cachedRecord struct {
 }
 
 // invalidations counts the replacements and removals that were announced or are our
-// own.
+// own. The counters only grow.
 type invalidations struct {
 	seed  maphash.Seed
 	all   atomic.Uint64      // times that announcements may have been missed, from 1
@@ -127,12 +130,9 @@ type validity struct {
 }
 
 // newS3Store keeps objects in client's bucket. It sends no request yet. hearsChanges
-// reports whether the announcements of other replicas arrive at the moment; nil means
-// never. The caller closes the store after its last use.
+// reports whether the announcements of other replicas arrive at the moment. The caller
+// closes the store after its last use.
 func newS3Store(client *s3Client, hearsChanges func() bool) *s3Store {
-	if hearsChanges == nil {
-		hearsChanges = func() bool { return false }
-	}
 	s := &s3Store{client: client, hearsChanges: hearsChanges, now: client.cfg.now, log: client.cfg.log, openTimeout: s3OpenTimeout,
 		records: newLRU[cachedRecord](maxRecordsInMemory, 0),
 		outage:  newCircuit(client.cfg.now, s3RetryAfter, s3RetryAfter)}
@@ -153,18 +153,6 @@ func (n *invalidations) isCurrent(key string, v validity) bool {
 	return n.counterOf(key).Load() == v.ofKey
 }
 
-// countOwnChange returns v with a change of our own counted in, so that v stays current
-// unless another change was announced meanwhile: then it is not known which of the two
-// was last.
-func (n *invalidations) countOwnChange(key string, v validity) validity {
-	if n.counterOf(key).CompareAndSwap(v.ofKey, v.ofKey+1) {
-		v.ofKey++
-	} else {
-		n.counterOf(key).Add(1)
-	}
-	return v
-}
-
 // validityNow is taken before S3 is asked for key.
 func (s *s3Store) validityNow(key string) validity {
 	return validity{s.invalidations.all.Load(), s.counterOf(key).Load(), s.now()}
@@ -177,7 +165,7 @@ func (s *s3Store) trustsCopy(c class, v validity) bool {
 	if v.all != s.invalidations.all.Load() {
 		return false
 	}
-	return s.hearsChanges() || (c == immutable && s.now().Sub(v.at) < recheckAfter)
+	return (s.hearsChanges != nil && s.hearsChanges()) || (c == immutable && s.now().Sub(v.at) < recheckAfter)
 }
 
 // invalidate implements cachingObjects.
@@ -208,7 +196,15 @@ func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, err
 	v := s.validityNow(key)
 	r := &s3Reader{s: s, key: key, off: off, bodyOff: off}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
-	rec, err := r.openBody(v)
+	o, err := s.getObject(r.ctx, key, s3GetInput{off: off})
+	if isBehindEnd(err) { // there is no body to get
+		o, err = s.headObject(r.ctx, key)
+	}
+	var rec *record
+	if err == nil {
+		r.etag, r.size, r.body = o.etag, o.size, o.body
+		rec, err = s.readObjectRecord(key, o, v)
+	}
 	if err != nil {
 		r.Close()
 		return nil, err
@@ -399,9 +395,6 @@ func (s *s3Store) put(ctx context.Context, key string, rec *record, spool *os.Fi
 // upload is put. The validity that it returns holds as long as no other replica
 // announces a change after the upload began.
 func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os.File, create bool) (validity, error) {
-	if err := ctx.Err(); err != nil {
-		return validity{}, err
-	}
 	if err := checkPut(key, rec, spool); err != nil {
 		return validity{}, err
 	}
@@ -419,9 +412,9 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os
 		in.ifNoneMatch = "*"
 	}
 	_, err = s.client.putObject(ctx, key, in)
-	s.writes.noteWrite(err, s.now())
-	v = s.countOwnChange(key, v) // a failed upload may have arrived all the same
-	s.records.remove(key)
+	err = s.noteWrite(err)
+	s.invalidate(key) // also after a failure: the upload may have arrived
+	v.ofKey++         // current if that was the only change since
 	if err := s.classifyError(ctx, v.at, err); errors.Is(err, errS3PreconditionFailed) {
 		return validity{}, errFileExists
 	} else if err != nil {
@@ -464,38 +457,31 @@ func (s *s3Store) walk(ctx context.Context, f func(key string, rec *record) erro
 	})
 }
 
-// eachKey calls f with the key of each artifact, in that many goroutines. The first
-// error ends it and is returned.
-func (s *s3Store) eachKey(ctx context.Context, workers int, f func(ctx context.Context, key string) error) error {
+// eachKey calls f with the key of each artifact, that many at once. The first error
+// ends it and is returned.
+func (s *s3Store) eachKey(ctx context.Context, parallel int, f func(ctx context.Context, key string) error) error {
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var running sync.WaitGroup
-	keys := make(chan string)
-	for range workers {
-		running.Go(func() {
-			for key := range keys {
-				if inner.Err() != nil {
-					continue
-				}
-				if err := f(inner, key); err != nil {
-					cancel(err)
-				}
-			}
-		})
-	}
+	slots := make(chan struct{}, parallel)
 	began := s.now()
 	err := s.client.listObjects(inner, "", func(item s3ListedObject) error {
 		if !validKey(item.key) {
 			return nil // not ours
 		}
 		select {
-		case keys <- item.key:
-			return nil
+		case slots <- struct{}{}:
 		case <-inner.Done():
 			return context.Cause(inner)
 		}
+		running.Go(func() {
+			defer func() { <-slots }()
+			if err := f(inner, item.key); err != nil {
+				cancel(err)
+			}
+		})
+		return nil
 	})
-	close(keys)
 	running.Wait()
 	if cause := context.Cause(inner); cause != nil {
 		return cause
@@ -525,8 +511,10 @@ func (s *s3Store) verify(ctx context.Context, report func(key string, err error)
 	return checked, dropped, err
 }
 
-// verifyObject drops an object of ours whose record or body is damaged. An object
-// that is not ours, or of a later version of the program, stays.
+// verifyObject drops an object of ours whose record or body is damaged, unless it was
+// replaced meanwhile. One that is replaced between the HEAD and the removal is lost and
+// fetched again. An object that is not ours, or of a later version of the program,
+// stays.
 func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -537,38 +525,29 @@ func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	if err != nil {
 		return err
 	}
-	rec, err := decodeS3Record(key, o)
-	if err != nil {
-		o.body.Close()
-		if !errors.Is(err, errDamaged) {
+	r := &s3Reader{s: s, key: key, etag: o.etag, size: o.size, body: o.body, ctx: ctx, cancel: cancel}
+	defer r.closeBody()
+	rec, damage := decodeS3Record(key, o)
+	if damage == nil {
+		h := sha256.New()
+		if _, err := io.Copy(h, r); err != nil {
 			return err
 		}
-		return s.dropIfUnchanged(ctx, key, o.etag, err)
+		if sum := hex.EncodeToString(h.Sum(nil)); sum != rec.SHA256 {
+			damage = fmt.Errorf("%w: the body has sha256 %s, its record %s", errDamaged, sum, rec.SHA256)
+		}
 	}
-	r := &s3Reader{s: s, key: key, etag: o.etag, size: o.size, body: o.body, ctx: ctx, cancel: cancel}
-	defer r.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, r); err != nil {
-		return err
+	if !errors.Is(damage, errDamaged) {
+		return damage
 	}
-	if sum := hex.EncodeToString(h.Sum(nil)); sum != rec.SHA256 {
-		return s.dropIfUnchanged(ctx, key, o.etag, fmt.Errorf("the body has sha256 %s, its record %s", sum, rec.SHA256))
-	}
-	return nil
-}
-
-// dropIfUnchanged removes an object unless it was replaced since it had etag. One that
-// is replaced between the HEAD and the removal is lost and fetched again.
-func (s *s3Store) dropIfUnchanged(ctx context.Context, key, etag string, reason error) error {
-	o, err := s.headObject(ctx, key)
-	if err != nil || o.etag != etag {
+	if now, err := s.headObject(ctx, key); err != nil || now.etag != o.etag {
 		return nil
 	}
 	if err := s.delete(ctx, key); err != nil {
 		return err
 	}
-	s.log.Warn("stored object was dropped", "key", key, "reason", reason)
-	return fmt.Errorf("%w: %w", errDropped, reason)
+	s.log.Warn("stored object was dropped", "key", key, "reason", damage)
+	return fmt.Errorf("%w: %w", errDropped, damage)
 }
 
 // sweep aborts the uploads that were never finished.
@@ -578,4 +557,107 @@ func (s *s3Store) sweep(ctx context.Context) error {
 		s.log.Info("unfinished uploads were aborted", "uploads", n)
 	}
 	return err
+}
+
+// s3Reader is the body of one version of an object. It reads on in the answer that
+// it has. After a Seek, or when the answer breaks off, the next Read asks again, for
+// the same version only. It is used by one goroutine at a time; the end of the ctx
+// that it was opened with ends a Read that waits.
+type s3Reader struct {
+	s         *s3Store
+	key, etag string
+	size      int64
+	ctx       context.Context // ends with the reader
+	cancel    context.CancelCauseFunc
+
+	off           int64         // where the next Read begins
+	body          io.ReadCloser // of the answer; nil: none is open
+	bodyOff       int64         // where body is
+	interruptions int           // so far
+}
+
+// Read goes on after an interruption, s3MaxInterruptions times. It ends with
+// errS3PreconditionFailed when that version is not in S3 any more.
+func (r *s3Reader) Read(p []byte) (int, error) {
+	for r.off < r.size {
+		err := r.seekBody()
+		if err == nil {
+			var n int
+			n, err = r.body.Read(p)
+			r.off, r.bodyOff = r.off+int64(n), r.bodyOff+int64(n)
+			if err != nil {
+				r.closeBody()
+			}
+			if n > 0 || err == nil {
+				return n, nil
+			}
+		}
+		if errors.Is(err, errS3PreconditionFailed) || r.ctx.Err() != nil || r.interruptions == s3MaxInterruptions {
+			return 0, fmt.Errorf("reading %s at %d: %w", r.key, r.off, err)
+		}
+		pause := time.Duration(r.interruptions*(r.interruptions+1)/2) * time.Second
+		r.interruptions++
+		_ = r.s.client.cfg.sleep(r.ctx, pause) // once r.ctx has ended, seekBody fails
+	}
+	return 0, io.EOF
+}
+
+// seekBody leaves r.body open at r.off: it reads on over a short gap, and asks again
+// for anything else.
+func (r *s3Reader) seekBody() error {
+	if gap := r.off - r.bodyOff; r.body != nil && gap > 0 && gap <= s3MaxSkip {
+		n, _ := io.CopyN(io.Discard, r.body, gap)
+		r.bodyOff += n
+	}
+	if r.body != nil && r.bodyOff == r.off {
+		return nil
+	}
+	r.closeBody()
+	o, err := r.s.getObject(r.ctx, r.key, s3GetInput{off: r.off, ifMatch: r.etag})
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w: it is gone", errS3PreconditionFailed)
+	case err != nil:
+		return err
+	case o.etag != r.etag || o.etag == "" || o.size != r.size: // not all servers know If-Match
+		o.body.Close()
+		return fmt.Errorf("%w: it was replaced", errS3PreconditionFailed)
+	}
+	r.body, r.bodyOff = o.body, r.off
+	return nil
+}
+
+func (r *s3Reader) closeBody() {
+	if r.body != nil {
+		r.body.Close()
+		r.body = nil
+	}
+}
+
+// Seek sends no request: the next Read does, if it has to.
+func (r *s3Reader) Seek(off int64, whence int) (int64, error) {
+	switch whence {
+	case io.SeekCurrent:
+		off += r.off
+	case io.SeekEnd:
+		off += r.size
+	}
+	if off < 0 {
+		return 0, fmt.Errorf("seeking in %s: %w", r.key, fs.ErrInvalid)
+	}
+	r.off = off
+	return off, nil
+}
+
+// Close reads what is left of a body first, if that is little and arrives in 0.1 s, so
+// that the connection can be used again.
+func (r *s3Reader) Close() error {
+	if r.body != nil && r.size-r.bodyOff <= s3MaxDrain {
+		timer := time.AfterFunc(100*time.Millisecond, func() { r.cancel(fs.ErrClosed) })
+		_, _ = io.Copy(io.Discard, r.body)
+		timer.Stop()
+	}
+	r.closeBody()
+	r.cancel(fs.ErrClosed)
+	return nil
 }

@@ -12,37 +12,31 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
-// s3WriteAccess is what is known of whether the bucket takes writes. An outage of
-// S3 resets it.
-type s3WriteAccess struct {
-	mu        sync.Mutex // guards the fields below; no other lock is taken under it
-	logged    string     // the state of S3 that was logged last
-	accepted  bool       // the last write was not refused
-	refusedAt time.Time  // when the last write was refused; zero: it was not
+// s3Write is a write that was accepted or refused.
+type s3Write struct {
+	refusal error // errS3ReadOnly; nil: it was accepted
+	at      time.Time
 }
 
-// noteWrite takes the result of a write as the state of write access. Errors other
-// than a refusal say nothing about it.
-func (w *s3WriteAccess) noteWrite(err error, now time.Time) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	switch {
-	case err == nil:
-		w.accepted, w.refusedAt = true, time.Time{}
-	case errors.Is(err, fs.ErrPermission):
-		w.accepted, w.refusedAt = false, now
+// noteWrite takes the result of a write as what is known of write access, and returns
+// it, a refusal as errS3ReadOnly. Other errors say nothing about write access.
+func (s *s3Store) noteWrite(err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		err = fmt.Errorf("%w: %w", errS3ReadOnly, err)
+	} else if err != nil {
+		return err
 	}
+	s.lastWrite.Store(&s3Write{err, s.now()})
+	return err
 }
 
-// isCheckDue reports whether it is time to try a write for the check's sake.
-func (w *s3WriteAccess) isCheckDue(now time.Time) bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return !w.accepted && now.Sub(w.refusedAt) >= s3WriteCheckInterval
+// refusesWrites implements cachingObjects.
+func (s *s3Store) refusesWrites() bool {
+	last := s.lastWrite.Load()
+	return last != nil && last.refusal != nil
 }
 
 // ping reports whether S3 can be used: errStoreDown if not. A change of that is
@@ -93,29 +87,16 @@ func (s *s3Store) checkRead(ctx context.Context) error {
 // checkWrite writes and removes an empty object, once after each outage and every
 // s3WriteCheckInterval while writes are refused.
 func (s *s3Store) checkWrite(ctx context.Context) error {
-	if !s.writes.isCheckDue(s.now()) {
-		if s.refusesWrites() {
-			return errS3ReadOnly
-		}
-		return nil
+	last := s.lastWrite.Load()
+	if last != nil && (last.refusal == nil || s.now().Sub(last.at) < s3WriteCheckInterval) {
+		return last.refusal
 	}
 	_, err := s.client.putObject(ctx, s3ProbeKey, s3PutInput{body: strings.NewReader(""), sha256: emptySHA256,
 		meta: map[string]string{"probe": strconv.FormatUint(rand.Uint64(), 36)}})
 	if err == nil {
 		_ = s.client.deleteObject(ctx, s3ProbeKey) // what stays is harmless
 	}
-	s.writes.noteWrite(err, s.now())
-	if errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("%w: %w", errS3ReadOnly, err)
-	}
-	return err
-}
-
-// refusesWrites implements cachingObjects.
-func (s *s3Store) refusesWrites() bool {
-	s.writes.mu.Lock()
-	defer s.writes.mu.Unlock()
-	return !s.writes.refusedAt.IsZero()
+	return s.noteWrite(err)
 }
 
 // logState logs the state of S3 that err, of a check, shows and what to do about it,
@@ -135,17 +116,13 @@ func (s *s3Store) logState(err error) {
 	case errors.Is(err, fs.ErrPermission):
 		text = "S3 refuses the credentials: check MINIO_ACCESS_KEY and MINIO_SECRET_KEY, and that they may read and list the bucket"
 	}
-	w := &s.writes
-	w.mu.Lock()
-	changed := w.logged != text
-	w.logged = text
 	if err != nil && !errors.Is(err, errS3ReadOnly) {
-		w.accepted, w.refusedAt = false, time.Time{} // it may come back with other permissions
+		s.lastWrite.Store(nil)
 	}
-	w.mu.Unlock()
-	if !changed {
+	if text == s.logged {
 		return
 	}
+	s.logged = text
 	attrs := []any{"endpoint", s.client.cfg.host, "bucket", s.client.cfg.bucket}
 	if err != nil {
 		attrs = append(attrs, "error", err)
