@@ -12,10 +12,10 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"net"
 	"net/url"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -58,21 +58,25 @@ var (
 	_ replicas  = (*redisStore)(nil)
 )
 
-// renewScript renews a lease, and takes it again when Redis has lost it. Its answer
-// is 0 when another process has the lease.
-var renewScript = redis.NewScript(1, `local v = redis.call('GET', KEYS[1])
-if v == ARGV[1] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) return 1 end
-if v then return 0 end
+// outageRefusal matches the refusals of a server that cannot be used: it is a replica
+// since a failover, another node of a cluster, still loading, full, or not ours to write
+// to. Before version 7 the refusal of a script stands behind another text.
+var outageRefusal = regexp.MustCompile(`(?:^|-)(?:READONLY|MOVED|CLUSTERDOWN|LOADING|MASTERDOWN|NOREPLICAS|OOM|MISCONF|NOPERM|NOAUTH) `)
+
+// leaseScript takes or renews a lease, unless another value has it. Its answer is the
+// value that has it then.
+var leaseScript = redis.NewScript(1, `local v = redis.call('GET', KEYS[1])
+if v and v ~= ARGV[1] then return v end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return 1`)
+return ARGV[1]`)
 
 // releaseScript ends a lease if it still is the caller's.
 var releaseScript = redis.NewScript(1, `if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0`)
 
 // redisStore implements freshness and replicas. After a failure everything fails at
-// once with errStoreDown, for redisPause; then one call, usually ping's, finds out
-// whether Redis is back. Its methods may be called concurrently.
+// once with errStoreDown, for redisPause; then one call, usually ping's, finds out by a
+// write whether Redis is back. Its methods may be called concurrently.
 type redisStore struct {
 	address    string // host:port
 	options    []redis.DialOption
@@ -87,10 +91,8 @@ type redisStore struct {
 	outage     *circuit
 	subscribed atomic.Bool // announcements arrive, as far as the subscription knows
 	pool       atomic.Pointer[redis.Pool]
-
-	mu     sync.Mutex        // guards the fields below; not held across I/O
-	ip     string            // our end of the connection that was made last
-	leases map[string]string // that we hold: value by key of Redis
+	ip         atomic.Value // a string: our end of the connection that was made last
+	leases     sync.Map     // that we hold: value by key of Redis, both strings
 }
 
 // newRedisStore does not connect yet. prefix separates caches that share a Redis.
@@ -116,7 +118,7 @@ func newRedisStore(rawURL, prefix string, advertise func(localIP string) string,
 	r := &redisStore{
 		address: net.JoinHostPort(u.Hostname(), port), prefix: "artifactapi:" + prefix + ":", self: rand.Text(),
 		password: secret(password), advertise: advertise, now: now, log: log, watchPause: watchPause,
-		outage: newCircuit(now, redisPause, redisPause), leases: map[string]string{},
+		outage: newCircuit(now, redisPause, redisPause),
 	}
 	// Channels belong to all databases of a server, keys to one.
 	r.channel = r.prefix + strconv.Itoa(db) + ":changed"
@@ -148,9 +150,7 @@ func (r *redisStore) dialTCP(ctx context.Context, network, address string) (net.
 		return nil, err
 	}
 	if a, ok := c.LocalAddr().(*net.TCPAddr); ok {
-		r.mu.Lock()
-		r.ip = a.IP.String()
-		r.mu.Unlock()
+		r.ip.Store(a.IP.String())
 	}
 	return c, nil
 }
@@ -158,9 +158,8 @@ func (r *redisStore) dialTCP(ctx context.Context, network, address string) (net.
 // localIP is the address of this machine in its connection to Redis, at which the
 // other replicas most likely reach it; "" before the first connection.
 func (r *redisStore) localIP() string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.ip
+	ip, _ := r.ip.Load().(string)
+	return ip
 }
 
 // getMark implements freshness. A mark that cannot be parsed counts as missing.
@@ -207,19 +206,16 @@ func parseMark(v string) (freshnessMark, bool) {
 func (r *redisStore) acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error) {
 	at := r.leaseKey(key)
 	err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
-		// The address is known now that there is a connection.
-		value := r.self + " " + token + " " + r.advertise(r.localIP())
-		holder, err := setLease(ctx, c, at, value)
-		switch {
-		case err != nil:
+		value := r.self + " " + token + " " + r.advertise(r.localIP()) // known now that there is a connection
+		holder, err := redis.String(leaseScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
+		if err != nil {
 			return err
-		case holder == value:
-			r.mu.Lock()
-			r.leases[at] = value
-			r.mu.Unlock()
+		}
+		if holder == value {
+			r.leases.Store(at, value)
 			release = func() { r.releaseLease(at, value) }
-		case holder != "" && !strings.HasPrefix(holder, r.self+" "):
-			other = parseLeaseHolder(holder)
+		} else if parts := strings.SplitN(holder, " ", 3); len(parts) == 3 && parts[0] != r.self {
+			other = &leaseHolder{token: parts[1], addr: parts[2]}
 		}
 		return nil
 	})
@@ -229,53 +225,14 @@ func (r *redisStore) acquireLease(ctx context.Context, key, token string) (relea
 	return release, other, nil
 }
 
-// setLease returns the value that holds the lease: value itself, another one, or ""
-// if the other lease has just ended. That fill is over, so filling without a lease is
-// good enough.
-func setLease(ctx context.Context, c redis.Conn, at, value string) (holder string, err error) {
-	_, err = redis.String(redis.DoContext(c, ctx, "SET", at, value, "NX", "PX", leaseLife.Milliseconds()))
-	if !errors.Is(err, redis.ErrNil) {
-		return value, err
-	}
-	holder, err = redis.String(redis.DoContext(c, ctx, "GET", at))
-	if errors.Is(err, redis.ErrNil) {
-		return "", nil
-	}
-	return holder, err
-}
-
-// parseLeaseHolder reads a lease: process, token and address.
-func parseLeaseHolder(v string) *leaseHolder {
-	_, rest, _ := strings.Cut(v, " ")
-	token, addr, _ := strings.Cut(rest, " ")
-	return &leaseHolder{addr: addr, token: token}
-}
-
-// forgetLease reports whether the lease was held until now.
-func (r *redisStore) forgetLease(at, value string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	held := r.leases[at] == value
-	if held {
-		delete(r.leases, at)
-	}
-	return held
-}
-
-func (r *redisStore) holdsLease(at, value string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.leases[at] == value
-}
-
-// releaseLease ends a lease. While Redis is down the lease ends by itself.
-func (r *redisStore) releaseLease(at, value string) {
-	if r.forgetLease(at, value) {
+// releaseLease ends a lease that is held. While Redis is down the lease ends by itself.
+func (r *redisStore) releaseLease(at, value any) {
+	if r.leases.CompareAndDelete(at, value) {
 		r.deleteLease(at, value)
 	}
 }
 
-func (r *redisStore) deleteLease(at, value string) {
+func (r *redisStore) deleteLease(at, value any) {
 	err := r.withConn(context.Background(), func(ctx context.Context, c redis.Conn) error {
 		_, err := releaseScript.DoContext(ctx, c, at, value)
 		return err
@@ -285,30 +242,30 @@ func (r *redisStore) deleteLease(at, value string) {
 	}
 }
 
-// renewLeases renews all leases that we hold. It is to be called each leaseInterval.
-// A lease that another process has taken is given up: both go on filling.
-func (r *redisStore) renewLeases(ctx context.Context) error {
-	r.mu.Lock()
-	held := maps.Clone(r.leases)
-	r.mu.Unlock()
-	for at, value := range held {
-		var renewed int
-		err := r.withConn(ctx, func(ctx context.Context, c redis.Conn) (err error) {
-			renewed, err = redis.Int(renewScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
+// renewLeases renews all leases that we hold, and takes again those that Redis has lost.
+// It is to be called each leaseInterval. A lease that another process has taken is given
+// up: both go on filling.
+func (r *redisStore) renewLeases(ctx context.Context) (err error) {
+	r.leases.Range(func(at, value any) bool {
+		var holder string
+		err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) (err error) {
+			holder, err = redis.String(leaseScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
 			return err
 		})
 		if err != nil {
-			return fmt.Errorf("keeping leases: %w", err)
+			err = fmt.Errorf("keeping leases: %w", err)
+			return false
 		}
-		if renewed == 0 {
-			r.forgetLease(at, value)
-		} else if !r.holdsLease(at, value) {
+		if holder != value {
+			r.leases.CompareAndDelete(at, value)
+		} else if held, _ := r.leases.Load(at); held != value {
 			// It was released meanwhile, and the script has made it again: other
 			// replicas would look here for a fill that is over.
 			r.deleteLease(at, value)
 		}
-	}
-	return nil
+		return true
+	})
+	return err
 }
 
 // announceChange implements replicas.
@@ -335,29 +292,35 @@ func (r *redisStore) watchChanges(ctx context.Context, changed func(key string),
 				"redis", r.address, "error", redact(err, r.password))
 			logged = true
 		}
-		select {
-		case <-time.After(r.watchPause):
-		case <-ctx.Done():
-		}
+		_ = s3pause(ctx, r.watchPause)
 	}
 }
 
-// subscribe subscribes once and returns the error that ends the subscription.
+// subscribe subscribes once and returns the error that ends the subscription. An outage
+// ends it too: the connection may lead to a server that is not the primary any more.
 func (r *redisStore) subscribe(ctx context.Context, changed func(key string), reset func()) error {
+	if err := r.outage.outageCause(); err != nil {
+		return err
+	}
 	c, err := r.dialRedis(ctx) // the options bound each step of it
 	if err != nil {
 		return err
 	}
 	ps := redis.PubSubConn{Conn: c}
 	defer ps.Close()
-	if err := ps.Subscribe(r.channel); err != nil {
+	if err = r.writeProbe(ctx, c); err == nil {
+		err = ps.Subscribe(r.channel)
+	}
+	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var pinging sync.WaitGroup
 	pinging.Go(func() {
-		defer ps.Close() // ends the wait for a message when ctx ends
-		pingSubscription(ctx, ps)
+		defer ps.Close() // ends the wait for a message
+		// Without pings a dead connection and one without announcements look the same.
+		for s3pause(ctx, watchInterval) == nil && r.outage.outageCause() == nil && ps.Ping("") == nil {
+		}
 	})
 	defer pinging.Wait()
 	defer cancel()
@@ -368,7 +331,6 @@ func (r *redisStore) subscribe(ctx context.Context, changed func(key string), re
 		case redis.Subscription:
 			// From now on nothing is missed, but something may have been before.
 			reset()
-			r.noteSuccess()
 			r.subscribed.Store(true)
 		case redis.Message:
 			if sender, key, _ := strings.Cut(string(m.Data), " "); sender != r.self {
@@ -378,37 +340,23 @@ func (r *redisStore) subscribe(ctx context.Context, changed func(key string), re
 	}
 }
 
-// pingSubscription pings a subscription until ctx or the connection ends. Without
-// pings a dead connection and one without announcements look the same.
-func pingSubscription(ctx context.Context, ps redis.PubSubConn) {
-	t := time.NewTicker(watchInterval)
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-			if ps.Ping("") != nil {
-				return
-			}
-		}
-	}
-}
-
-// ping asks Redis whether it answers: errStoreDown if not. It finds out that Redis
+// ping reports whether Redis can be used: errStoreDown if not. It finds out that Redis
 // is back, so it should be called twice a second.
-func (r *redisStore) ping(ctx context.Context) error { return r.runCommand(ctx, "PING") }
+func (r *redisStore) ping(ctx context.Context) error { return r.withConn(ctx, r.writeProbe) }
+
+// writeProbe writes a key that expires soon: a replica answers everything else.
+func (r *redisStore) writeProbe(ctx context.Context, c redis.Conn) error {
+	_, err := redis.DoContext(c, ctx, "SET", r.prefix+"probe", r.self, "PX", redisPause.Milliseconds())
+	return err
+}
 
 // Close releases the leases and closes the connections, but for watchChanges', whose
 // ctx closes it.
 func (r *redisStore) Close() error {
-	r.mu.Lock()
-	held := r.leases
-	r.leases = map[string]string{}
-	r.mu.Unlock()
-	for at, value := range held {
-		r.deleteLease(at, value)
-	}
+	r.leases.Range(func(at, value any) bool {
+		r.releaseLease(at, value)
+		return true
+	})
 	return r.pool.Load().Close()
 }
 
@@ -430,48 +378,41 @@ func (r *redisStore) withConn(ctx context.Context, f func(context.Context, redis
 	began := r.now()
 	inner, cancel := context.WithTimeout(ctx, redisTimeout)
 	defer cancel()
+	isProbe := r.outage.outageCause() != nil // if it is admitted
 	if err := r.outage.admit(inner); err != nil {
 		return err
 	}
 	pool := r.pool.Load()
-	got, err := withPoolConn(inner, pool, f)
+	got, err := r.withPoolConn(inner, pool, isProbe, f)
 	if got && isStaleConn(err) { // Redis was restarted, or closes idle connections (its "timeout")
 		pool = r.replacePool(pool)
-		got, err = withPoolConn(inner, pool, f)
+		got, err = r.withPoolConn(inner, pool, isProbe, f)
 	}
-	refused, _ := errors.AsType[redis.Error](err)
-	switch {
-	case err == nil, errors.Is(err, fs.ErrNotExist):
-		r.noteSuccess()
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		// Of what began before an outage nothing is learned: a replica answers reads.
+		if isProbe || r.outage.outageCause() == nil {
+			if lasted, recovered := r.outage.succeed(); recovered {
+				r.log.Info("Redis is up again", "redis", r.address, "outage", lasted.Round(time.Millisecond).String())
+			}
+		}
 		return err
-	case isCallerTimeout(ctx, inner, err): // which says nothing about Redis
+	}
+	if isCallerTimeout(ctx, inner, err) { // which says nothing about Redis
 		return fmt.Errorf("%w: Redis: %w", errStoreDown, cmp.Or(ctx.Err(), context.DeadlineExceeded))
-	case got && refused != "": // Redis is up and refuses this command, for instance because it is full
-		return r.storeDown(err)
+	}
+	down := fmt.Errorf("%w: Redis at %s: %s", errStoreDown, r.address, redact(err, r.password))
+	if refused, ok := errors.AsType[redis.Error](err); ok && got {
+		if !outageRefusal.MatchString(refused.Error()) {
+			return down // Redis is up and refuses this command
+		}
+		began = r.now() // reads that succeeded meanwhile do not count
 	}
 	r.replacePool(pool)
-	return r.noteFailure(r.storeDown(err), began)
-}
-
-// storeDown is err as errStoreDown, with Redis' address and without the password.
-func (r *redisStore) storeDown(err error) error {
-	return fmt.Errorf("%w: Redis at %s: %s", errStoreDown, r.address, redact(err, r.password))
-}
-
-// noteFailure opens the circuit because of cause, in a request that began then, and
-// returns cause.
-func (r *redisStore) noteFailure(cause error, began time.Time) error {
-	if r.outage.fail(cause, began) {
+	if r.outage.fail(down, began) {
 		r.log.Error("Redis is down: each replica fetches for itself, and freshness counts from what the records say",
-			"redis", r.address, "error", cause)
+			"redis", r.address, "error", down)
 	}
-	return cause
-}
-
-func (r *redisStore) noteSuccess() {
-	if lasted, recovered := r.outage.succeed(); recovered {
-		r.log.Info("Redis is up again", "redis", r.address, "outage", lasted.Round(time.Millisecond).String())
-	}
+	return down
 }
 
 // isCallerTimeout reports whether err comes from the caller's ctx and not from
@@ -485,14 +426,20 @@ func isCallerTimeout(ctx, inner context.Context, err error) bool {
 	return ctx.Err() != nil || (has && callers.Equal(earliest) && isTimeout)
 }
 
-// withPoolConn calls f with a connection, if it got one.
-func withPoolConn(ctx context.Context, pool *redis.Pool, f func(context.Context, redis.Conn) error) (got bool, err error) {
+// withPoolConn calls f with a connection, if it got one. A probe writes first.
+func (r *redisStore) withPoolConn(ctx context.Context, pool *redis.Pool, isProbe bool, f func(context.Context, redis.Conn) error) (got bool, err error) {
 	c, err := pool.GetContext(ctx)
 	if err != nil {
 		return false, err
 	}
 	defer c.Close()
-	return true, f(ctx, c)
+	if isProbe {
+		err = r.writeProbe(ctx, c)
+	}
+	if err == nil {
+		err = f(ctx, c)
+	}
+	return true, err
 }
 
 // replacePool closes the connections of a pool in which one was found dead: they die

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -232,18 +233,21 @@ func (f *fakeRedis) eval(name string, args []string) string {
 	}
 	key, value := args[3], args[4]
 	held, taken := f.get(key)
-	renew := strings.Contains(script, "PEXPIRE")
-	for _, s := range []*redis.Script{renewScript, releaseScript} {
-		f.scripts[s.Hash()] = map[bool]string{true: "PEXPIRE", false: "DEL"}[s == renewScript]
+	for _, s := range []*redis.Script{leaseScript, releaseScript} {
+		f.scripts[s.Hash()] = map[bool]string{true: "'SET'", false: "'DEL'"}[s == leaseScript]
 	}
-	switch {
-	case taken && held != value:
+	switch takes := strings.Contains(script, "'SET'"); {
+	case takes && taken && held != value:
+		return bulk(held)
+	case takes:
+		if refusal := f.set(key, value, []string{"PX", args[5]}); refusal != "OK" {
+			return refusal
+		}
+		return bulk(value)
+	case held != value:
 		return ":0\r\n"
-	case renew:
-		f.set(key, value, []string{"PX", args[5]})
-	default:
-		delete(f.values, key)
 	}
+	delete(f.values, key)
 	return ":1\r\n"
 }
 
@@ -338,6 +342,12 @@ func (r *redisTester) mayLease(key string, wantOther bool) (func(), *leaseHolder
 	return release, other
 }
 
+// held is the number of leases that the replica believes to have.
+func (r *redisTester) held() (n int) {
+	r.leases.Range(func(_, _ any) bool { n++; return true })
+	return n
+}
+
 func TestRedisFreshnessOverFake(t *testing.T) {
 	t.Parallel()
 	testFreshness(t, func(t *testing.T) freshness {
@@ -401,8 +411,8 @@ func TestRedisLeaseOfTheDead(t *testing.T) {
 	f.advance(time.Millisecond)
 	b.mayLease("k", false)
 	// a was only slow: it finds out and leaves the lease to b.
-	if err := a.renewLeases(t.Context()); err != nil || len(a.leases) != 0 {
-		t.Errorf("%v, %v", err, a.leases)
+	if err := a.renewLeases(t.Context()); err != nil || a.held() != 0 {
+		t.Errorf("%v, %d leases", err, a.held())
 	}
 	release()
 	a.mayLease("k", true)
@@ -543,7 +553,7 @@ func TestRedisSlowRequestIsNoOutage(t *testing.T) {
 	if err := r.ping(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	r.noteFailure(errStoreDown, began)
+	r.outage.fail(errStoreDown, began)
 	if err := r.ping(t.Context()); err != nil || strings.Contains(r.out.String(), "down") {
 		t.Errorf("it is taken for an outage: %v\n%s", err, r.out)
 	}
@@ -604,16 +614,83 @@ func TestRedisWatchOfSilence(t *testing.T) {
 	h.want(t, "reset")
 }
 
+// TestRedisThatRefuses: a server that answers but takes no writes is down, though it
+// answers reads, and its connections are given up.
 func TestRedisThatRefuses(t *testing.T) {
 	t.Parallel()
-	f := newFakeRedis(t)
-	f.refuse = "-OOM command not allowed when used memory > 'maxmemory'\r\n"
-	r := startRedis(t, "redis://"+f.name, "", "1")
-	if err := r.setMark(t.Context(), "k", freshnessMark{}); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "OOM") {
-		t.Errorf("set: %v", err)
+	for _, refusal := range []string{
+		"READONLY You can't write against a read only replica.",
+		"MOVED 3999 127.0.0.1:6381",
+		"CLUSTERDOWN The cluster is down",
+		"LOADING Redis is loading the dataset in memory",
+		"MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+		"OOM command not allowed when used memory > 'maxmemory'.",
+		"MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.",
+		"NOPERM this user has no permissions to run the 'set' command",
+		"ERR Error running script (call to f_0123): @user_script:3: @user_script: 3: -READONLY You can't write against a read only replica.",
+	} {
+		t.Run(refusal[:8], func(t *testing.T) {
+			t.Parallel()
+			f := newFakeRedis(t)
+			at := atomic.Pointer[time.Time]{}
+			at.Store(&testDay)
+			r := startRedisAt(t, "redis://"+f.name, "", "1", func() time.Time { return *at.Load() })
+			h := r.listenIn()
+			h.want(t, "reset")
+			wantNoMark(t, r, "k")
+			f.with(func() { f.refuse = "-" + refusal + "\r\n" })
+			if err := r.setMark(t.Context(), "k", freshnessMark{}); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), refusal) {
+				t.Errorf("set: %v", err)
+			}
+			waitUntil(t, "closed", func() (closed bool) { f.with(func() { closed = len(f.conns) == 0 }); return closed })
+			for range 3 { // whoever asks first after the pause
+				later := at.Load().Add(redisPause)
+				at.Store(&later)
+				if _, err := r.getMark(t.Context(), "k"); !errors.Is(err, errStoreDown) || r.hearsChanges() {
+					t.Errorf("get: %v", err)
+				}
+				if err := r.ping(t.Context()); !errors.Is(err, errStoreDown) {
+					t.Errorf("ping: %v", err)
+				}
+			}
+			r.wantLine("Redis is down", f.name, refusal[:4])
+			f.with(func() { f.refuse = "" })
+			later := at.Load().Add(redisPause)
+			at.Store(&later)
+			if err := r.ping(t.Context()); err != nil {
+				t.Errorf("ping: %v", err)
+			}
+			h.want(t, "reset")
+			r.wantLine("Redis is up again")
+		})
 	}
-	if err := r.ping(t.Context()); err != nil {
-		t.Errorf("a refusal is taken for an outage: %v", err)
+}
+
+// TestRedisReadsDoNotEndAnOutage: a replica answers reads, also those that were under
+// way when the outage began.
+func TestRedisReadsDoNotEndAnOutage(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	r := startRedis(t, "redis://"+f.name, "", "1")
+	err := r.withConn(t.Context(), func(context.Context, redis.Conn) error {
+		f.with(func() { f.refuse = "-READONLY no\r\n" })
+		r.ping(t.Context())
+		return nil
+	})
+	if err != nil || r.outage.outageCause() == nil {
+		t.Errorf("%v, %v", err, r.outage.outageCause())
+	}
+}
+
+// TestRedisRefusesOneCommand: that is no outage.
+func TestRedisRefusesOneCommand(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t, "redis://"+newFakeRedis(t).name, "", "1")
+	if err := r.runCommand(t.Context(), "NONSENSE"); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "unknown command") {
+		t.Errorf("an unknown command: %v", err)
+	}
+	if err := r.ping(t.Context()); err != nil || r.out.String() != "" {
+		t.Errorf("it is taken for an outage: %v, %s", err, r.out)
 	}
 }
 
@@ -706,8 +783,8 @@ func TestRealRedisLease(t *testing.T) {
 		t.Fatal(err)
 	}
 	mine, _ := b.mayLease("k", false)
-	if err := a.renewLeases(t.Context()); err != nil || len(a.leases) != 0 {
-		t.Error(err, a.leases)
+	if err := a.renewLeases(t.Context()); err != nil || a.held() != 0 {
+		t.Error(err, a.held())
 	}
 	release()
 	a.mayLease("k", true)
@@ -738,14 +815,20 @@ func TestRealRedisThatNeverAnswers(t *testing.T) {
 	}
 	waitUntil(t, "unsubscribed", func() bool { return !r.subscribed.Load() })
 	w.speak()
-	h.want(t, "reset")
 	waitUntil(t, "usable again", func() bool { return r.ping(t.Context()) == nil && r.hearsChanges() })
+	h.want(t, "reset")
 }
 
-// TestRedisServerStops runs a server of its own, for real: stopped, started
-// again, and suspended.
-func TestRedisServerStops(t *testing.T) {
-	t.Parallel()
+// redisServer is a server of the test's own, on a port of its own.
+type redisServer struct {
+	t      *testing.T
+	binary string
+	port   string
+	cmd    *exec.Cmd
+}
+
+func newRedisServer(t *testing.T) *redisServer {
+	t.Helper()
 	realRedis(t)
 	binary, err := exec.LookPath("redis-server")
 	if err != nil {
@@ -757,24 +840,115 @@ func TestRedisServerStops(t *testing.T) {
 	}
 	_, port, _ := net.SplitHostPort(ln.Addr().String())
 	ln.Close()
-	var server *exec.Cmd
-	start := func() {
-		t.Helper()
-		server = exec.Command(binary, "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", t.TempDir(), "--requirepass", "hunter2")
-		if err := server.Start(); err != nil {
-			t.Fatal(err)
-		}
+	s := &redisServer{t: t, binary: binary, port: port}
+	s.start()
+	t.Cleanup(func() { s.stop() })
+	return s
+}
+
+func (s *redisServer) url() string { return "redis://:hunter2@127.0.0.1:" + s.port + "/5" }
+
+func (s *redisServer) start() {
+	s.t.Helper()
+	s.cmd = exec.Command(s.binary, "--port", s.port, "--bind", "127.0.0.1", "--save", "", "--dir", s.t.TempDir(),
+		"--requirepass", "hunter2", "--masterauth", "hunter2")
+	if err := s.cmd.Start(); err != nil {
+		s.t.Fatal(err)
 	}
-	stop := func() {
-		server.Process.Kill()
-		server.Wait()
-	}
-	start()
-	t.Cleanup(func() { stop() })
-	u := "redis://:hunter2@127.0.0.1:" + port + "/5"
-	a, b := startRedis(t, u, "", "1"), startRedis(t, u, "", "2")
+}
+
+func (s *redisServer) stop() {
+	s.cmd.Process.Kill()
+	s.cmd.Wait()
+}
+
+// TestRedisServerStops runs a server of its own, for real: stopped, started
+// again, and suspended.
+func TestRedisServerStops(t *testing.T) {
+	t.Parallel()
+	server := newRedisServer(t)
+	a, b := startRedis(t, server.url(), "", "1"), startRedis(t, server.url(), "", "2")
 	waitUntil(t, "up", func() bool { return a.ping(t.Context()) == nil && b.ping(t.Context()) == nil })
-	testAnnounce(t, a, b, stop, start)
+	testAnnounce(t, a, b, server.stop, server.start)
 	a.mayLease("k", false)
 	b.mayLease("k", true)
+}
+
+// service leads to one of several servers, as a Service of Kubernetes does.
+// Connections that exist stay with their server.
+type service struct {
+	ln net.Listener
+	to atomic.Value // the address of the server
+}
+
+func newService(t *testing.T, to string) *service {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &service{ln: ln}
+	s.to.Store(to)
+	var wg sync.WaitGroup
+	t.Cleanup(wg.Wait) // the stores and the servers are closed by then
+	t.Cleanup(func() { ln.Close() })
+	wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				server, err := net.Dial("tcp", s.to.Load().(string))
+				if err != nil {
+					return
+				}
+				wg.Go(func() {
+					io.Copy(server, c)
+					server.Close()
+				})
+				io.Copy(c, server)
+			})
+		}
+	})
+	return s
+}
+
+// TestRealRedisFailover: the primary becomes a replica, and the service leads to the
+// new primary. Neither the connections nor the subscription stay with the old one.
+func TestRealRedisFailover(t *testing.T) {
+	t.Parallel()
+	old, next := newRedisServer(t), newRedisServer(t)
+	way := newService(t, "127.0.0.1:"+old.port)
+	u := "redis://:hunter2@" + way.ln.Addr().String() + "/5"
+	a, b := startRedis(t, u, "", "1"), startRedis(t, u, "", "2")
+	admin, other := startRedis(t, old.url(), "", "3"), startRedis(t, next.url(), "", "4")
+	waitUntil(t, "up", func() bool { return admin.ping(t.Context()) == nil && other.ping(t.Context()) == nil })
+	ha, hb := a.listenIn(), b.listenIn()
+	ha.want(t, "reset")
+	hb.want(t, "reset")
+	if err := errors.Join(a.ping(t.Context()), b.ping(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+
+	waitUntil(t, "demoted", func() bool { return admin.runCommand(t.Context(), "REPLICAOF", "127.0.0.1", next.port) == nil })
+	for range 3 { // nobody promoted the other yet
+		if err := a.ping(t.Context()); !errors.Is(err, errStoreDown) || a.hearsChanges() {
+			t.Errorf("ping of a replica: %v", err)
+		}
+		<-time.After(redisPause)
+	}
+	a.wantLine("Redis is down", "READONLY")
+	way.to.Store("127.0.0.1:" + next.port)
+	up := func() bool {
+		return a.ping(t.Context()) == nil && b.ping(t.Context()) == nil && a.hearsChanges() && b.hearsChanges()
+	}
+	waitUntil(t, "up again", up)
+	ha.want(t, "reset")
+	hb.want(t, "reset")
+	old.stop()
+	if err := a.announceChange(t.Context(), "r/1/f"); err != nil {
+		t.Error(err)
+	}
+	hb.want(t, "r/1/f")
 }
