@@ -130,7 +130,7 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	}
 	s3 := newS3Store(client, hearsChanges)
 	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
-	hot := newTiered(s3, copies, set.hotSize, st.space.check)
+	hot := newTiered(s3, copies, set.hotSize, st.space)
 	st.space.freeUp = hot.freeSpace
 	st.objects = hot
 	st.disks = append(st.disks, copies)

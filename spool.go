@@ -84,15 +84,6 @@ func (s *spoolSpace) tryReserve(n int64) error {
 	return nil
 }
 
-// check returns errNoSpace unless n bytes could be reserved.
-func (s *spoolSpace) check(n int64) error {
-	err := s.reserve(n)
-	if err == nil {
-		s.release(n)
-	}
-	return err
-}
-
 func (s *spoolSpace) release(n int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -168,26 +159,34 @@ func (s *spool) reserveMore(n int64) error {
 // Write appends p to the body, all of it or none. Its errors are errTooMuch, and
 // errNoSpace for a spool that cannot grow, for whatever reason.
 func (s *spool) Write(p []byte) (int, error) {
+	if err := s.appendUnhashed(p); err != nil {
+		return 0, err
+	}
+	return s.hash.Write(p)
+}
+
+// appendUnhashed is Write for a body that may arrive faster than it can be hashed: its
+// writer hashes the file in the end.
+func (s *spool) appendUnhashed(p []byte) error {
 	n := int64(len(p))
 	if s.size >= 0 && s.written+n > s.size {
-		return 0, errTooMuch
+		return errTooMuch
 	}
 	if s.reserved < n { // the length is not known
 		if err := s.reserveMore(n + reserveAhead - s.reserved); err != nil {
-			return 0, err
+			return err
 		}
 	}
 	if _, err := s.file.Write(p); err != nil {
-		return 0, fmt.Errorf("%w: writing the spool: %w", errNoSpace, err)
+		return fmt.Errorf("%w: writing the spool: %w", errNoSpace, err)
 	}
-	s.hash.Write(p)
 	s.mu.Lock()
 	s.written += n
 	s.changed.wake()
 	s.mu.Unlock()
 	s.reserved -= n
 	s.space.release(n)
-	return len(p), nil
+	return nil
 }
 
 // broadcast wakes all that wait for a change of what its owner's mutex guards. That

@@ -179,10 +179,11 @@ func TestSpaceAccount(t *testing.T) {
 		s.discard()
 	}
 	wantReserved(0)
-	if err := space.check(91 * mib); !errors.Is(err, errNoSpace) {
+	if err := space.reserve(91 * mib); !errors.Is(err, errNoSpace) {
 		t.Errorf("MIN_FREE is given away: %v", err)
 	}
-	must(t, space.check(90*mib))
+	must(t, space.reserve(90*mib))
+	space.release(90 * mib)
 	wantReserved(0)
 }
 

@@ -5,13 +5,9 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"log/slog"
 	"os"
 	"sync"
 )
@@ -42,14 +38,13 @@ var (
 	_ cachingObjects = (*tieredStore)(nil)
 )
 
-// tieredStore implements objects in S3 with hot copies on disk. An object is durable
-// in S3 before it has a copy, so any copy may be lost. A copy is served as long as
-// s3Store.trustsCopy; after that S3 is asked whether it still has that version.
+// tieredStore is an s3Store with hot copies on disk. An object is durable in S3 before
+// it has a copy, so any copy may be lost. A copy is served as long as trustsCopy; after
+// that S3 is asked whether it still has that version.
 type tieredStore struct {
-	s3        *s3Store
+	*s3Store
 	disk      *diskStore
-	checkRoom func(n int64) error // nil while n more bytes may be written
-	log       *slog.Logger
+	space     *spoolSpace    // may call freeSpace: no key is locked when something is reserved
 	copies    *lru[validity] // the copies that may be used
 	copyLocks keyedLock      // for changes of a key's copy on disk; taken before the locks of disk and copies
 
@@ -62,15 +57,11 @@ type tieredStore struct {
 }
 
 // newTiered puts up to limit bytes of copies in disk, which nothing else uses, in
-// front of s3; 0 keeps none. checkRoom is nil or returns nil while n more bytes may be
-// written. findCopies finds what an earlier process left. The caller closes the tier
-// before s3.
-func newTiered(s3 *s3Store, disk *diskStore, limit int64, checkRoom func(n int64) error) *tieredStore {
-	if checkRoom == nil {
-		checkRoom = func(int64) error { return nil }
-	}
+// front of s3; 0 keeps none. Copies grow in spools of space. findCopies finds what an
+// earlier process left. The caller closes the tier before s3.
+func newTiered(s3 *s3Store, disk *diskStore, limit int64, space *spoolSpace) *tieredStore {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &tieredStore{s3: s3, disk: disk, checkRoom: checkRoom, log: s3.log, copies: newLRU[validity](limit, maxHotCopies),
+	return &tieredStore{s3Store: s3, disk: disk, space: space, copies: newLRU[validity](limit, maxHotCopies),
 		copying: map[string]bool{}, ctx: ctx, cancel: cancel}
 }
 
@@ -100,57 +91,46 @@ func (t *tieredStore) open(ctx context.Context, key string, off int64) (*object,
 			return obj, err
 		}
 	}
-	v := t.s3.validityNow(key)
-	obj, err := t.s3.open(ctx, key, off)
+	v := t.validityNow(key)
+	obj, err := t.s3Store.open(ctx, key, off)
 	if err != nil || obj.body == nil || off > 0 || !t.mayCopy(obj.rec.Size) {
 		return obj, err
 	}
-	obj.body = &copyingBody{s3Reader: obj.body.(*s3Reader), tier: t, hot: &hotCopy{key: key, rec: obj.rec, validity: v}}
+	obj.body = &copyingBody{s3Reader: obj.body.(*s3Reader), tier: t, rec: obj.rec, validity: v}
 	return obj, nil
 }
 
-// openCopy opens the copy of key, which was valid at v. Without an object and an
-// error S3 has to be asked for it.
+// openCopy opens the copy of key, which was valid at v. Once that does not suffice, S3
+// is asked whether it still has that version, and the copy is dropped if not. While S3
+// is down, the copy of an immutable file is good. Without an object and an error S3 has
+// to be asked for it.
 func (t *tieredStore) openCopy(ctx context.Context, key string, off int64, v validity) (*object, error) {
 	obj, err := t.disk.open(ctx, key, off)
-	if err != nil {
-		if ctx.Err() != nil {
-			return nil, err
-		}
+	if err != nil && ctx.Err() == nil {
 		t.log.Debug("a hot copy cannot be used", "key", key, "error", err)
 		t.invalidate(key)
 		return nil, nil
 	}
-	if t.s3.trustsCopy(obj.rec.Class, v) {
-		return obj, nil
+	if err != nil || t.trustsCopy(obj.rec.Class, v) {
+		return obj, err
 	}
-	good, err := t.recheckCopy(ctx, key, obj.rec)
-	if good {
+	v = t.validityNow(key)
+	now, err := t.headRecord(ctx, key)
+	switch {
+	case err == nil && now.SHA256 == obj.rec.SHA256 && now.Fetched.Equal(obj.rec.Fetched):
+		if t.isCurrent(key, v) {
+			t.setValidity(key, v)
+		}
 		return obj, nil
+	case errors.Is(err, errStoreDown) && obj.rec.Class == immutable:
+		return obj, nil
+	case err == nil, errors.Is(err, fs.ErrNotExist):
+		t.invalidate(key)
 	}
 	if obj.body != nil {
 		obj.body.Close()
 	}
 	return nil, err
-}
-
-// recheckCopy asks S3 whether it still has the version of a copy, and drops the copy
-// if not. While S3 is down, the copy of an immutable file is good.
-func (t *tieredStore) recheckCopy(ctx context.Context, key string, rec *record) (good bool, err error) {
-	v := t.s3.validityNow(key)
-	now, err := t.s3.headRecord(ctx, key)
-	switch {
-	case err == nil && now.SHA256 == rec.SHA256 && now.Fetched.Equal(rec.Fetched):
-		if t.s3.isCurrent(key, v) {
-			t.setValidity(key, v)
-		}
-		return true, nil
-	case errors.Is(err, errStoreDown):
-		return rec.Class == immutable, err
-	case err == nil, errors.Is(err, fs.ErrNotExist):
-		t.invalidate(key)
-	}
-	return false, err
 }
 
 // setValidity says when key's copy was valid. With the zero validity S3 is asked
@@ -162,7 +142,7 @@ func (t *tieredStore) setValidity(key string, v validity) {
 // put implements objects. The spool becomes the copy once S3 has the object. That this
 // fails is no error: there is no copy then.
 func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
-	v, err := t.s3.upload(ctx, key, rec, spool, create)
+	v, err := t.upload(ctx, key, rec, spool, create)
 	if err != nil {
 		t.setValidity(key, validity{}) // the new version may have arrived
 		return err
@@ -178,40 +158,31 @@ func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool *o
 	return nil
 }
 
-// installCopy makes spool, the body of rec, the copy of key. Other copies are evicted
-// after key's lock is given back: two that wait for each other's key would wait
-// forever.
-func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, spool *os.File, v validity) error {
+// installCopy makes spool, the body of rec, the copy of key, unless key was invalidated
+// since v.
+func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, spool *os.File, v validity) (err error) {
 	if err := t.copyLocks.lock(ctx, key); err != nil {
 		return err
 	}
-	evicted, err := t.replaceCopy(ctx, key, rec, spool, v)
+	added, evicted := false, []lruEntry[validity](nil)
+	isValid := func() bool { return t.isCurrent(key, v) }
+	if isValid() { // else there may be a newer copy
+		if err = t.disk.put(ctx, key, rec, spool, false); err == nil {
+			added, evicted = t.copies.putIf(key, rec.Size+hotCopyOverhead, v, isValid)
+		}
+		if !added {
+			t.copies.remove(key)
+			err = errors.Join(err, t.deleteCopyFile(key))
+		}
+	}
 	t.copyLocks.unlock(key)
-	t.removeCopies(evicted)
+	t.removeCopies(evicted) // without the lock: two that wait for each other's key would wait forever
 	return err
-}
-
-// replaceCopy does the work of installCopy, unless key was invalidated since v. The
-// caller holds key's lock.
-func (t *tieredStore) replaceCopy(ctx context.Context, key string, rec *record, spool *os.File, v validity) (evicted []lruEntry[validity], err error) {
-	valid := func() bool { return t.s3.isCurrent(key, v) }
-	if !valid() {
-		return nil, nil
-	}
-	if err := t.disk.put(ctx, key, rec, spool, false); err != nil {
-		t.copies.remove(key)
-		return nil, errors.Join(err, t.deleteCopyFile(key))
-	}
-	added, evicted := t.copies.putIf(key, rec.Size+hotCopyOverhead, v, valid)
-	if !added {
-		return nil, t.deleteCopyFile(key)
-	}
-	return evicted, nil
 }
 
 // delete implements objects.
 func (t *tieredStore) delete(ctx context.Context, key string) error {
-	err := t.s3.delete(ctx, key)
+	err := t.s3Store.delete(ctx, key)
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		t.invalidate(key)
 	} else {
@@ -220,26 +191,14 @@ func (t *tieredStore) delete(ctx context.Context, key string) error {
 	return err
 }
 
-// walk implements objects.
-func (t *tieredStore) walk(ctx context.Context, f func(key string, rec *record) error) error {
-	return t.s3.walk(ctx, f)
-}
-
 // invalidate implements cachingObjects. key's copy is not used any more when it
 // returns; the file is removed in the background.
 func (t *tieredStore) invalidate(key string) {
-	t.s3.invalidate(key)
+	t.s3Store.invalidate(key)
 	if t.copies.remove(key) && t.ctx.Err() == nil {
 		t.wg.Go(func() { t.removeCopy(key) })
 	}
 }
-
-// invalidateAll implements cachingObjects. S3 is asked about each copy before it is
-// used again.
-func (t *tieredStore) invalidateAll() { t.s3.invalidateAll() }
-
-// refusesWrites implements cachingObjects.
-func (t *tieredStore) refusesWrites() bool { return t.s3.refusesWrites() }
 
 // freeSpace removes copies worth about n bytes, those used longest ago, for something
 // that needs the space more. It reports whether it removed any.
@@ -279,123 +238,82 @@ func (t *tieredStore) deleteCopyFile(key string) error {
 // verify implements verifiableObjects for the copies and the objects.
 func (t *tieredStore) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
 	checked, dropped, err = t.disk.verify(ctx, func(key string, err error) { report("hot copy of "+key, err) })
-	c, d, s3err := t.s3.verify(ctx, report)
+	c, d, s3err := t.s3Store.verify(ctx, report)
 	return checked + c, dropped + d, errors.Join(err, s3err)
 }
 
-// hotCopy is a copy being made of the body that a client reads.
-type hotCopy struct {
-	validity // from before S3 was asked
-	key      string
-	rec      *record
-	chunks   chan []byte // of the body, from copyBuffers; closed by the client's side
-	reserved int64       // of the tier's budget; runCopy's alone
-}
-
-// tryStartCopy starts a copy, unless one of that key is being made or too many are.
-func (t *tieredStore) tryStartCopy(c *hotCopy) bool {
+// tryStartCopy starts the copy of what b reads, unless one of that key is being made or
+// too many are.
+func (t *tieredStore) tryStartCopy(b *copyingBody) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.copying[c.key] || len(t.copying) == maxParallelCopies || t.ctx.Err() != nil {
+	if t.copying[b.key] || len(t.copying) == maxParallelCopies || t.ctx.Err() != nil {
 		return false
 	}
-	t.copying[c.key] = true
-	c.chunks = make(chan []byte, maxChunksAhead)
-	t.wg.Go(func() { t.runCopy(c) })
+	t.copying[b.key] = true
+	chunks := make(chan []byte, maxChunksAhead)
+	b.chunks = chunks
+	t.wg.Go(func() { t.runCopy(b.key, b.rec, b.validity, chunks) })
 	return true
 }
 
-// runCopy makes the copy of what arrives, if that is the whole body.
-func (t *tieredStore) runCopy(c *hotCopy) {
-	spool, err := t.spoolCopy(c)
-	for chunk := range c.chunks { // the client goes on without a copy
-		putChunk(chunk)
+// runCopy makes the copy of what arrives, if that is the whole body. It is not if the
+// client did not read everything, or was faster than the disk.
+func (t *tieredStore) runCopy(key string, rec *record, v validity, chunks <-chan []byte) {
+	spool, err := t.space.newSpool("")
+	if err == nil {
+		defer spool.discard()
+		err = spool.setSize(rec.Size)
 	}
-	t.copies.release(c.reserved)
-	if spool != nil {
-		err = t.installCopy(t.ctx, c.key, c.rec, spool, c.validity)
-		spool.Close()
-		os.Remove(spool.Name())
+	written, reserved := int64(0), int64(0) // reserved is of the tier's budget
+	for chunk := range chunks {
+		written += int64(len(chunk))
+		if err == nil && written > reserved {
+			step := min(written+copyBudgetStep, rec.Size+hotCopyOverhead) - reserved
+			reserved += step
+			evicted := t.copies.reserve(step)
+			t.wg.Go(func() { t.removeCopies(evicted) }) // the copy is not held up
+		}
+		if err == nil {
+			err = spool.appendUnhashed(chunk)
+		}
+		copyBuffers.Put((*[copyBufferSize]byte)(chunk[:copyBufferSize]))
+	}
+	t.copies.release(reserved)
+	if err == nil && written == rec.Size {
+		var sum string // only now: a client in the same network may be faster than SHA-256
+		sum, err = hashFile(t.ctx, spool.file)
+		switch {
+		case err == nil && sum == rec.SHA256:
+			err = t.installCopy(t.ctx, key, rec, spool.file, v)
+		case err == nil:
+			err = fmt.Errorf("the object in S3 has sha256 %s, its record %s: run verify", sum, rec.SHA256)
+		}
 	}
 	if err != nil && t.ctx.Err() == nil {
-		t.log.Warn("no hot copy was made", "key", c.key, "error", err)
+		t.log.Warn("no hot copy was made", "key", key, "error", err)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.copying, c.key)
-}
-
-// spoolCopy writes the chunks of c to a temporary file. It returns the file, which the
-// caller closes and removes, if that is the whole body and has the record's sha256.
-// Without a file and an error the client did not read everything, or was too fast.
-func (t *tieredStore) spoolCopy(c *hotCopy) (_ *os.File, err error) {
-	if err := t.makeRoom(c.rec.Size); err != nil {
-		return nil, err
-	}
-	spool, err := t.disk.newSpool()
-	if err != nil {
-		return nil, err
-	}
-	h, written := sha256.New(), int64(0)
-	w := io.MultiWriter(spool, h)
-	for chunk := range c.chunks {
-		t.reserveBudget(c, written+int64(len(chunk)))
-		n, werr := w.Write(chunk)
-		putChunk(chunk)
-		if written += int64(n); werr != nil {
-			err = werr
-			break
-		}
-	}
-	if err == nil && written == c.rec.Size {
-		sum := hex.EncodeToString(h.Sum(nil))
-		if sum == c.rec.SHA256 {
-			return spool, nil
-		}
-		err = fmt.Errorf("the object in S3 has sha256 %s, its record %s: run verify", sum, c.rec.SHA256)
-	}
-	spool.Close()
-	os.Remove(spool.Name())
-	return nil, err
-}
-
-// makeRoom returns nil if a copy of that size fits on the disk, for which older copies
-// may have to go.
-func (t *tieredStore) makeRoom(size int64) error {
-	err := t.checkRoom(size)
-	if errors.Is(err, errNoSpace) && t.freeSpace(size) {
-		err = t.checkRoom(size)
-	}
-	return err
-}
-
-// reserveBudget takes budget for the first n bytes of c, and some more. What is
-// evicted for it is removed in the background, so that the copy is not held up.
-func (t *tieredStore) reserveBudget(c *hotCopy, n int64) {
-	if n <= c.reserved {
-		return
-	}
-	step := min(n+copyBudgetStep, c.rec.Size+hotCopyOverhead) - c.reserved
-	c.reserved += step
-	if evicted := t.copies.reserve(step); len(evicted) > 0 {
-		t.wg.Go(func() { t.removeCopies(evicted) })
-	}
+	delete(t.copying, key)
 }
 
 // copyingBody is a body from S3 of which a copy is made if it is read from its
 // beginning to its end. Like s3Reader, it is used by one goroutine at a time.
 type copyingBody struct {
 	*s3Reader
-	tier  *tieredStore
-	hot   *hotCopy // nil: nothing more is given to it
-	chunk []byte   // of the body, being filled for hot
-	fed   int64    // what hot got, and will get with chunk
+	tier     *tieredStore
+	rec      *record
+	validity             // from before S3 was asked
+	chunks   chan []byte // of the body, from copyBuffers, for runCopy; nil: it does not run
+	chunk    []byte      // of the body, being filled for chunks
+	fed      int64       // what the copy got, and will get with chunk; -1: it gets nothing more
 }
 
 func (b *copyingBody) Read(p []byte) (int, error) {
 	at := b.off
 	n, err := b.s3Reader.Read(p)
-	if n > 0 && b.hot != nil {
+	if n > 0 && b.fed >= 0 {
 		b.feedCopy(at, p[:n])
 	}
 	return n, err
@@ -410,7 +328,7 @@ func (b *copyingBody) Close() error {
 // feedCopy gives p, which stands at that offset of the body, to the copy. The first
 // bytes start it.
 func (b *copyingBody) feedCopy(at int64, p []byte) {
-	if at != b.fed || (at == 0 && !b.tier.tryStartCopy(b.hot)) {
+	if at != b.fed || (at == 0 && !b.tier.tryStartCopy(b)) {
 		b.endCopy()
 		return
 	}
@@ -425,7 +343,7 @@ func (b *copyingBody) feedCopy(at int64, p []byte) {
 			return
 		}
 		select {
-		case b.hot.chunks <- b.chunk:
+		case b.chunks <- b.chunk:
 			b.chunk = nil
 		default: // the client is faster than the disk: a later reader makes the copy
 			b.endCopy()
@@ -439,13 +357,8 @@ func (b *copyingBody) feedCopy(at int64, p []byte) {
 
 // endCopy gives the copy nothing more.
 func (b *copyingBody) endCopy() {
-	if b.hot != nil && b.hot.chunks != nil {
-		close(b.hot.chunks)
+	if b.chunks != nil {
+		close(b.chunks)
 	}
-	if b.chunk != nil {
-		putChunk(b.chunk)
-	}
-	b.hot, b.chunk = nil, nil
+	b.chunks, b.chunk, b.fed = nil, nil, -1 // the garbage collector takes a chunk that is not full
 }
-
-func putChunk(chunk []byte) { copyBuffers.Put((*[copyBufferSize]byte)(chunk[:copyBufferSize])) }

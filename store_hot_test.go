@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -22,8 +23,23 @@ import (
 // hotBench is a tier in front of an s3Bench.
 type hotBench struct {
 	*s3Bench
-	tier *tieredStore
-	disk *diskStore
+	tier  *tieredStore
+	disk  *diskStore
+	space *spoolSpace
+}
+
+// spaceOf makes spools on disk, without a bound.
+func spaceOf(disk *diskStore) *spoolSpace {
+	return &spoolSpace{createFile: disk.newSpool, diskSpace: disk.freeSpace}
+}
+
+// onNewSpool calls f before each spool of a copy is made.
+func (b *hotBench) onNewSpool(f func()) {
+	create := b.space.createFile
+	b.space.createFile = func() (*os.File, error) {
+		f()
+		return create()
+	}
 }
 
 const hotTestLimit = 16 << 20
@@ -39,8 +55,9 @@ func newHotBenchAt(t *testing.T, f *fakeS3, limit int64) *hotBench {
 
 // restart makes a new tier of what is on disk.
 func (b *hotBench) restart(disk *diskStore, limit int64) {
-	b.disk = disk
-	b.tier = newTiered(b.store, disk, limit, nil)
+	b.disk, b.space = disk, spaceOf(disk)
+	b.tier = newTiered(b.store, disk, limit, b.space)
+	b.space.freeUp = b.tier.freeSpace
 	b.t.Cleanup(b.tier.Close)
 	b.objects = b.tier
 	if err := b.tier.findCopies(b.t.Context()); err != nil {
@@ -89,7 +106,8 @@ func TestTieredObjectsWithoutCopies(t *testing.T) {
 func TestTieredObjectsReal(t *testing.T) {
 	t.Parallel()
 	testObjects(t, func(t *testing.T) objects {
-		s := newTiered(newS3Store(realBucket(t), func() bool { return true }), newTestDisk(t), hotTestLimit, nil)
+		disk := newTestDisk(t)
+		s := newTiered(newS3Store(realBucket(t), func() bool { return true }), disk, hotTestLimit, spaceOf(disk))
 		t.Cleanup(s.Close)
 		return s
 	})
@@ -185,7 +203,7 @@ func TestFastClientsAreNotSlowed(t *testing.T) {
 	a.mustPut("f", content)
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	gate := make(chan struct{})
-	b.tier.checkRoom = func(int64) error { <-gate; return nil }
+	b.onNewSpool(func() { <-gate })
 	b.fake.count("")
 	wantBody(t, b.mustOpen("f", 0).body, content)
 	close(gate)
@@ -198,9 +216,9 @@ func TestFastClientsAreNotSlowed(t *testing.T) {
 		t.Errorf("%d bytes are charged for nothing", b.tier.copies.cost)
 	}
 	o := b.mustOpen("f", 0)
-	hot := o.body.(*copyingBody).hot
+	body := o.body.(*copyingBody)
 	for range len(content) / copyBufferSize {
-		waitUntil(t, "keeping up", func() bool { return len(hot.chunks) < maxChunksAhead/2 })
+		waitUntil(t, "keeping up", func() bool { return len(body.chunks) < maxChunksAhead/2 })
 		io.CopyN(io.Discard, o.body, copyBufferSize)
 	}
 	b.tier.wg.Wait()
@@ -235,7 +253,7 @@ func TestCopiesLeaveRoom(t *testing.T) {
 	a := newHotBench(t)
 	a.mustPut("f", "content")
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
-	b.tier.checkRoom = func(int64) error { return errNoSpace }
+	b.space.diskSpace = func() (free, size uint64, err error) { return 6, 100, nil }
 	b.read("f", "content")
 	b.wantNoCopy("f")
 }
@@ -247,11 +265,11 @@ func TestNewCopiesReplaceOldOnesOnAFullDisk(t *testing.T) {
 	a.mustPut("new", "new")
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	b.mustPut("old", "old")
-	b.tier.checkRoom = func(int64) error {
-		if b.tier.copies.contains(testKey("old")) {
-			return errNoSpace
+	b.space.diskSpace = func() (free, size uint64, err error) {
+		if !b.tier.copies.contains(testKey("old")) {
+			free = 3
 		}
-		return nil
+		return free, 100, nil
 	}
 	b.read("new", "new")
 	b.wantHot("new", "new")
@@ -266,7 +284,7 @@ func TestOneCopyOfManyReaders(t *testing.T) {
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	made := 0
 	gate := make(chan struct{})
-	b.tier.checkRoom = func(int64) error { made++; <-gate; return nil }
+	b.onNewSpool(func() { made++; <-gate })
 	for range 5 {
 		wantBody(t, b.mustOpen("f", 0).body, content)
 	}
@@ -573,7 +591,7 @@ func BenchmarkHotHit(b *testing.B) {
 		b.Run(fmt.Sprint(size>>10, "KiB"), func(b *testing.B) {
 			s := newS3Store(benchS3(b), func() bool { return true })
 			d := newDiskStore(filepath.Join(b.TempDir(), "hot"), time.Now, slog.New(slog.DiscardHandler))
-			t := newTiered(s, d, 1<<30, nil)
+			t := newTiered(s, d, 1<<30, spaceOf(d))
 			defer t.Close()
 			content := bigContent(size)
 			if err := t.put(b.Context(), testKey("bench"), testRecord("bench", content), tempSpool(b, b.TempDir(), content), false); err != nil {

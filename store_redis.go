@@ -91,7 +91,7 @@ type redisStore struct {
 	outage     *circuit
 	subscribed atomic.Bool // announcements arrive, as far as the subscription knows
 	pool       atomic.Pointer[redis.Pool]
-	ip         atomic.Value // a string: our end of the connection that was made last
+	localIP    atomic.Value // a string: our end of the connection that was made last, where others most likely reach us
 	leases     sync.Map     // that we hold: value by key of Redis, both strings
 }
 
@@ -126,40 +126,25 @@ func newRedisStore(rawURL, prefix string, advertise func(localIP string) string,
 		redis.DialUsername(u.User.Username()), redis.DialPassword(password), redis.DialDatabase(db),
 		redis.DialUseTLS(u.Scheme == "rediss"), redis.DialTLSHandshakeTimeout(redisTimeout),
 		redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(redisTimeout),
-		redis.DialContextFunc(r.dialTCP),
+		redis.DialContextFunc(func(ctx context.Context, network, address string) (net.Conn, error) {
+			c, err := (&net.Dialer{Timeout: redisTimeout}).DialContext(ctx, network, address)
+			if err == nil {
+				r.localIP.Store(c.LocalAddr().(*net.TCPAddr).IP.String())
+			}
+			return c, err
+		}),
 	}
 	r.pool.Store(r.newPool())
 	return r, nil
 }
 
 func (r *redisStore) newPool() *redis.Pool {
-	return &redis.Pool{
-		DialContext: r.dialRedis, MaxActive: redisConns, MaxIdle: redisConns, IdleTimeout: redisIdle, Wait: true,
-	}
+	return &redis.Pool{DialContext: r.dialRedis, MaxActive: redisConns, MaxIdle: redisConns, IdleTimeout: redisIdle, Wait: true}
 }
 
 // dialRedis makes a connection and logs in.
 func (r *redisStore) dialRedis(ctx context.Context) (redis.Conn, error) {
 	return redis.DialContext(ctx, "tcp", r.address, r.options...)
-}
-
-// dialTCP remembers our end of the connection.
-func (r *redisStore) dialTCP(ctx context.Context, network, address string) (net.Conn, error) {
-	c, err := (&net.Dialer{Timeout: redisTimeout}).DialContext(ctx, network, address)
-	if err != nil {
-		return nil, err
-	}
-	if a, ok := c.LocalAddr().(*net.TCPAddr); ok {
-		r.ip.Store(a.IP.String())
-	}
-	return c, nil
-}
-
-// localIP is the address of this machine in its connection to Redis, at which the
-// other replicas most likely reach it; "" before the first connection.
-func (r *redisStore) localIP() string {
-	ip, _ := r.ip.Load().(string)
-	return ip
 }
 
 // getMark implements freshness. A mark that cannot be parsed counts as missing.
@@ -206,7 +191,7 @@ func parseMark(v string) (freshnessMark, bool) {
 func (r *redisStore) acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error) {
 	at := r.leaseKey(key)
 	err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
-		value := r.self + " " + token + " " + r.advertise(r.localIP()) // known now that there is a connection
+		value := r.self + " " + token + " " + r.advertise(r.localIP.Load().(string)) // there is a connection
 		holder, err := redis.String(leaseScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
 		if err != nil {
 			return err
@@ -382,11 +367,24 @@ func (r *redisStore) withConn(ctx context.Context, f func(context.Context, redis
 	if err := r.outage.admit(inner); err != nil {
 		return err
 	}
-	pool := r.pool.Load()
-	got, err := r.withPoolConn(inner, pool, isProbe, f)
+	pool, got := r.pool.Load(), false // got a connection
+	try := func() error {
+		c, err := pool.GetContext(inner)
+		if got = err == nil; !got {
+			return err
+		}
+		defer c.Close()
+		if isProbe {
+			if err := r.writeProbe(inner, c); err != nil {
+				return err
+			}
+		}
+		return f(inner, c)
+	}
+	err := try()
 	if got && isStaleConn(err) { // Redis was restarted, or closes idle connections (its "timeout")
 		pool = r.replacePool(pool)
-		got, err = r.withPoolConn(inner, pool, isProbe, f)
+		err = try()
 	}
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		// Of what began before an outage nothing is learned: a replica answers reads.
@@ -424,22 +422,6 @@ func isCallerTimeout(ctx, inner context.Context, err error) bool {
 	earliest, _ := inner.Deadline()
 	isTimeout := errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded)
 	return ctx.Err() != nil || (has && callers.Equal(earliest) && isTimeout)
-}
-
-// withPoolConn calls f with a connection, if it got one. A probe writes first.
-func (r *redisStore) withPoolConn(ctx context.Context, pool *redis.Pool, isProbe bool, f func(context.Context, redis.Conn) error) (got bool, err error) {
-	c, err := pool.GetContext(ctx)
-	if err != nil {
-		return false, err
-	}
-	defer c.Close()
-	if isProbe {
-		err = r.writeProbe(ctx, c)
-	}
-	if err == nil {
-		err = f(ctx, c)
-	}
-	return true, err
 }
 
 // replacePool closes the connections of a pool in which one was found dead: they die

@@ -705,8 +705,8 @@ func TestRedisURL(t *testing.T) {
 	for user, auth := range map[string]string{":hunter2": "hunter2", "joe:hunter2": "joe hunter2", ":a%20b": "a b"} {
 		f.with(func() { f.auth = auth })
 		r := startRedis(t, "redis://"+user+"@"+f.name+"/3", "", "1")
-		if err := r.ping(t.Context()); err != nil || r.localIP() != "127.0.0.1" {
-			t.Errorf("%s: %v, %s", user, err, r.localIP())
+		if err := r.ping(t.Context()); err != nil || r.localIP.Load() != "127.0.0.1" {
+			t.Errorf("%s: %v, %v", user, err, r.localIP.Load())
 		}
 	}
 	if !f.dbs["3"] {
