@@ -115,9 +115,9 @@ func (t *tieredStore) openCopy(ctx context.Context, key string, off int64, v val
 		return obj, err
 	}
 	v = t.validityNow(key)
-	now, err := t.headRecord(ctx, key)
+	now, err := t.openRecord(ctx, key)
 	switch {
-	case err == nil && now.SHA256 == obj.rec.SHA256 && now.Fetched.Equal(obj.rec.Fetched):
+	case err == nil && now.rec.SHA256 == obj.rec.SHA256 && now.rec.Fetched.Equal(obj.rec.Fetched):
 		if t.isCurrent(key, v) {
 			t.setValidity(key, v)
 		}
@@ -172,7 +172,7 @@ func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, 
 		}
 		if !added {
 			t.copies.remove(key)
-			err = errors.Join(err, t.deleteCopyFile(key))
+			evicted = []lruEntry[validity]{{key: key}}
 		}
 	}
 	t.copyLocks.unlock(key)
@@ -223,16 +223,9 @@ func (t *tieredStore) removeCopy(key string) {
 	if t.copies.contains(key) {
 		return
 	}
-	if err := t.deleteCopyFile(key); err != nil {
+	if err := t.disk.delete(context.WithoutCancel(t.ctx), key); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		t.log.Warn("a hot copy cannot be removed", "key", key, "error", err)
 	}
-}
-
-func (t *tieredStore) deleteCopyFile(key string) error {
-	if err := t.disk.delete(context.WithoutCancel(t.ctx), key); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
 }
 
 // verify implements verifiableObjects for the copies and the objects.

@@ -46,11 +46,9 @@ const (
 	leaseInterval = 5 * time.Second
 	// watchInterval is how often a subscription is pinged, and watchTimeout how long
 	// it may be silent: a purge has to be seen by all replicas within a second, or
-	// be known to be missed.
+	// be known to be missed. It is the pause between two attempts to subscribe, too.
 	watchInterval = 300 * time.Millisecond
 	watchTimeout  = time.Second
-	// watchPause is the pause between two attempts to subscribe.
-	watchPause = 300 * time.Millisecond
 )
 
 var (
@@ -87,7 +85,6 @@ type redisStore struct {
 	advertise  func(localIP string) string
 	now        func() time.Time
 	log        *slog.Logger
-	watchPause time.Duration // watchPause but in tests
 	outage     *circuit
 	subscribed atomic.Bool // announcements arrive, as far as the subscription knows
 	pool       atomic.Pointer[redis.Pool]
@@ -104,21 +101,14 @@ func newRedisStore(rawURL, prefix string, advertise func(localIP string) string,
 		// The error of url.Parse shows the password.
 		return nil, errors.New("REDIS_URL is not a URL like redis://:PASSWORD@HOST:6379/0 or rediss:// for TLS")
 	}
-	db := 0
-	if name := strings.Trim(u.Path, "/"); name != "" {
-		if db, err = strconv.Atoi(name); err != nil || db < 0 {
-			return nil, errors.New("REDIS_URL: the path is not a database number") // and not shown: it may be a part of a password
-		}
-	}
-	port := u.Port()
-	if port == "" {
-		port = "6379"
+	db, err := strconv.Atoi(cmp.Or(strings.Trim(u.Path, "/"), "0"))
+	if err != nil || db < 0 {
+		return nil, errors.New("REDIS_URL: the path is not a database number") // and not shown: it may be a part of a password
 	}
 	password, _ := u.User.Password()
 	r := &redisStore{
-		address: net.JoinHostPort(u.Hostname(), port), prefix: "artifactapi:" + prefix + ":", self: rand.Text(),
-		password: secret(password), advertise: advertise, now: now, log: log, watchPause: watchPause,
-		outage: newCircuit(now, redisPause, redisPause),
+		address: net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "6379")), prefix: "artifactapi:" + prefix + ":", self: rand.Text(),
+		password: secret(password), advertise: advertise, now: now, log: log, outage: newCircuit(now, redisPause, redisPause),
 	}
 	// Channels belong to all databases of a server, keys to one.
 	r.channel = r.prefix + strconv.Itoa(db) + ":changed"
@@ -154,10 +144,12 @@ func (r *redisStore) getMark(ctx context.Context, key string) (m freshnessMark, 
 		if err != nil && !errors.Is(err, redis.ErrNil) {
 			return err
 		}
-		var ok bool
-		if m, ok = parseMark(v); !ok {
+		at, sum, _ := strings.Cut(v, " ")
+		nanos, err := strconv.ParseInt(at, 10, 64)
+		if err != nil {
 			return fs.ErrNotExist
 		}
+		m = freshnessMark{time.Unix(0, nanos).UTC(), sum}
 		return nil
 	})
 	if err != nil {
@@ -179,12 +171,6 @@ func (r *redisStore) delete(ctx context.Context, key string) error {
 
 func (r *redisStore) markKey(key string) string  { return r.prefix + "fresh:" + key }
 func (r *redisStore) leaseKey(key string) string { return r.prefix + "lease:" + key }
-
-func parseMark(v string) (freshnessMark, bool) {
-	at, sum, ok := strings.Cut(v, " ")
-	nanos, err := strconv.ParseInt(at, 10, 64)
-	return freshnessMark{time.Unix(0, nanos).UTC(), sum}, ok && err == nil
-}
 
 // acquireLease implements replicas. A key that this process has leased already is
 // not leased again: its fill was purged and goes on for its clients.
@@ -277,7 +263,7 @@ func (r *redisStore) watchChanges(ctx context.Context, changed func(key string),
 				"redis", r.address, "error", redact(err, r.password))
 			logged = true
 		}
-		_ = s3pause(ctx, r.watchPause)
+		_ = s3pause(ctx, watchInterval)
 	}
 }
 
@@ -357,9 +343,6 @@ func (r *redisStore) runCommand(ctx context.Context, command string, args ...any
 // Redis is up. f may be called twice. The error is fs.ErrNotExist if f's is, and
 // errStoreDown otherwise.
 func (r *redisStore) withConn(ctx context.Context, f func(context.Context, redis.Conn) error) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
 	began := r.now()
 	inner, cancel := context.WithTimeout(ctx, redisTimeout)
 	defer cancel()

@@ -300,7 +300,6 @@ func startRedisAt(t *testing.T, rawURL, prefix, port string, now func() time.Tim
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.watchPause = time.Millisecond
 	t.Cleanup(func() { r.Close() })
 	return &redisTester{t, r, out}
 }

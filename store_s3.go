@@ -187,18 +187,14 @@ func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, err
 		if known, found := s.records.get(key); found && s.trustsCopy(immutable, known.validity) {
 			return &object{rec: known.rec}, nil
 		}
-		rec, err := s.headRecord(ctx, key)
-		if err != nil {
-			return nil, err
-		}
-		return &object{rec: rec}, nil
+		return s.openRecord(ctx, key)
 	}
 	v := s.validityNow(key)
 	r := &s3Reader{s: s, key: key, off: off, bodyOff: off}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
-	o, err := s.getObject(r.ctx, key, s3GetInput{off: off})
+	o, err := s.askS3(r.ctx, key, &s3GetInput{off: off})
 	if isBehindEnd(err) { // there is no body to get
-		o, err = s.headObject(r.ctx, key)
+		o, err = s.askS3(r.ctx, key, nil)
 	}
 	var rec *record
 	if err == nil {
@@ -212,29 +208,24 @@ func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, err
 	return &object{rec: rec, body: r}, nil
 }
 
-// headRecord asks S3 for key's record.
-func (s *s3Store) headRecord(ctx context.Context, key string) (*record, error) {
+// openRecord asks S3 for key's record. The object has no body.
+func (s *s3Store) openRecord(ctx context.Context, key string) (*object, error) {
 	v := s.validityNow(key)
-	o, err := s.headObject(ctx, key)
+	o, err := s.askS3(ctx, key, nil)
 	if err != nil {
 		return nil, err
 	}
-	return s.readObjectRecord(key, o, v)
+	rec, err := s.readObjectRecord(key, o, v)
+	if err != nil {
+		return nil, err
+	}
+	return &object{rec: rec}, nil
 }
 
-func (s *s3Store) headObject(ctx context.Context, key string) (*s3Object, error) {
-	return s.askS3(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.headObject(ctx, key) })
-}
-
-// getObject asks for a part of an object. What the answer holds is released when ctx
-// ends.
-func (s *s3Store) getObject(ctx context.Context, key string, in s3GetInput) (*s3Object, error) {
-	return s.askS3(ctx, key, func(ctx context.Context) (*s3Object, error) { return s.client.getObject(ctx, key, in) })
-}
-
-// askS3 bounds how long a client waits for the header of an answer, all attempts
-// together. It fails at once while S3 is known to be down.
-func (s *s3Store) askS3(ctx context.Context, key string, ask func(context.Context) (*s3Object, error)) (*s3Object, error) {
+// askS3 asks for a part of an object, or with nil for its header alone. It bounds how
+// long a client waits for the header of an answer, all attempts together, and fails at
+// once while S3 is known to be down. What the answer holds is released when ctx ends.
+func (s *s3Store) askS3(ctx context.Context, key string, part *s3GetInput) (o *s3Object, err error) {
 	began := s.now()
 	inner, cancel := context.WithCancelCause(ctx)
 	if err := s.outage.admit(inner); err != nil {
@@ -242,7 +233,11 @@ func (s *s3Store) askS3(ctx context.Context, key string, ask func(context.Contex
 		return nil, err
 	}
 	timer := time.AfterFunc(s.openTimeout, func() { cancel(errS3Timeout) })
-	o, err := ask(inner)
+	if part == nil {
+		o, err = s.client.headObject(inner, key)
+	} else {
+		o, err = s.client.getObject(inner, key, *part)
+	}
 	timer.Stop()
 	err = s.classifyError(ctx, began, err)
 	if o == nil || o.body == nil {
@@ -415,13 +410,14 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os
 	err = s.noteWrite(err)
 	s.invalidate(key) // also after a failure: the upload may have arrived
 	v.ofKey++         // current if that was the only change since
-	if err := s.classifyError(ctx, v.at, err); errors.Is(err, errS3PreconditionFailed) {
-		return validity{}, errFileExists
-	} else if err != nil {
-		return validity{}, err
+	err = s.classifyError(ctx, v.at, err)
+	if errors.Is(err, errS3PreconditionFailed) {
+		err = errFileExists
 	}
-	s.cacheRecord(key, cachedRecord{v, rec, text})
-	return v, nil
+	if err == nil {
+		s.cacheRecord(key, cachedRecord{v, rec, text})
+	}
+	return v, err
 }
 
 // delete implements objects. It asks first, since S3 does not say whether there was
@@ -430,7 +426,7 @@ func (s *s3Store) delete(ctx context.Context, key string) error {
 	if !validKey(key) {
 		return fmt.Errorf("deleting %q: %w", key, fs.ErrNotExist)
 	}
-	if _, err := s.headObject(ctx, key); err != nil {
+	if _, err := s.askS3(ctx, key, nil); err != nil {
 		return err
 	}
 	began := s.now()
@@ -444,14 +440,14 @@ func (s *s3Store) walk(ctx context.Context, f func(key string, rec *record) erro
 	var mu sync.Mutex // held while f runs; guards failed
 	var failed error  // by f, which is not called again
 	return s.eachKey(ctx, s3ParallelHeads, func(ctx context.Context, key string) error {
-		rec, err := s.headRecord(ctx, key)
+		o, err := s.openRecord(ctx, key)
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // not ours, or removed meanwhile
 		}
 		mu.Lock()
 		defer mu.Unlock()
 		if err == nil && failed == nil {
-			failed = f(key, rec)
+			failed = f(key, o.rec)
 		}
 		return errors.Join(err, failed)
 	})
@@ -518,7 +514,7 @@ func (s *s3Store) verify(ctx context.Context, report func(key string, err error)
 func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	o, err := s.getObject(ctx, key, s3GetInput{})
+	o, err := s.askS3(ctx, key, &s3GetInput{})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // deleted meanwhile
 	}
@@ -540,7 +536,7 @@ func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	if !errors.Is(damage, errDamaged) {
 		return damage
 	}
-	if now, err := s.headObject(ctx, key); err != nil || now.etag != o.etag {
+	if now, err := s.askS3(ctx, key, nil); err != nil || now.etag != o.etag {
 		return nil
 	}
 	if err := s.delete(ctx, key); err != nil {
@@ -613,7 +609,7 @@ func (r *s3Reader) seekBody() error {
 		return nil
 	}
 	r.closeBody()
-	o, err := r.s.getObject(r.ctx, r.key, s3GetInput{off: r.off, ifMatch: r.etag})
+	o, err := r.s.askS3(r.ctx, r.key, &s3GetInput{off: r.off, ifMatch: r.etag})
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("%w: it is gone", errS3PreconditionFailed)
