@@ -150,9 +150,7 @@ func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool *o
 	t.copies.remove(key)
 	if !t.mayCopy(rec.Size) {
 		t.removeCopy(key)
-		return nil
-	}
-	if err := t.installCopy(ctx, key, rec, spool, v); err != nil && ctx.Err() == nil {
+	} else if err := t.installCopy(ctx, key, rec, spool, v); err != nil && ctx.Err() == nil {
 		t.log.Warn("no hot copy was made", "key", key, "error", err)
 	}
 	return nil

@@ -69,8 +69,7 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return ARGV[1]`)
 
 // releaseScript ends a lease if it still is the caller's.
-var releaseScript = redis.NewScript(1, `if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
-return 0`)
+var releaseScript = redis.NewScript(1, `if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end`)
 
 // redisStore implements freshness and replicas. After a failure everything fails at
 // once with errStoreDown, for redisPause; then one call, usually ping's, finds out by a
@@ -224,7 +223,6 @@ func (r *redisStore) renewLeases(ctx context.Context) (err error) {
 			return err
 		})
 		if err != nil {
-			err = fmt.Errorf("keeping leases: %w", err)
 			return false
 		}
 		if holder != value {

@@ -162,10 +162,8 @@ func (s *s3Store) validityNow(key string) validity {
 // since, may be used without asking S3: forever while announcements arrive, for
 // recheckAfter without them if the file never changes, else not at all.
 func (s *s3Store) trustsCopy(c class, v validity) bool {
-	if v.all != s.invalidations.all.Load() {
-		return false
-	}
-	return (s.hearsChanges != nil && s.hearsChanges()) || (c == immutable && s.now().Sub(v.at) < recheckAfter)
+	hears := s.hearsChanges != nil && s.hearsChanges()
+	return v.all == s.invalidations.all.Load() && (hears || (c == immutable && s.now().Sub(v.at) < recheckAfter))
 }
 
 // invalidate implements cachingObjects.
@@ -180,9 +178,6 @@ func (s *s3Store) invalidateAll() { s.invalidations.all.Add(1) }
 // open implements objects. With a body it is one GET, whose answer decides: an
 // object that vanished is a miss even if its record is in memory.
 func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, error) {
-	if !validKey(key) {
-		return nil, fmt.Errorf("opening %q: %w", key, fs.ErrNotExist)
-	}
 	if off < 0 {
 		if known, found := s.records.get(key); found && s.trustsCopy(immutable, known.validity) {
 			return &object{rec: known.rec}, nil
@@ -437,28 +432,24 @@ func (s *s3Store) delete(ctx context.Context, key string) error {
 
 // walk implements objects. It costs a HEAD request for each object.
 func (s *s3Store) walk(ctx context.Context, f func(key string, rec *record) error) error {
-	var mu sync.Mutex // held while f runs; guards failed
-	var failed error  // by f, which is not called again
-	return s.eachKey(ctx, s3ParallelHeads, func(ctx context.Context, key string) error {
-		o, err := s.openRecord(ctx, key)
+	return s.eachKey(ctx, s3ParallelHeads, s.openRecord, func(key string, o *object, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // not ours, or removed meanwhile
 		}
-		mu.Lock()
-		defer mu.Unlock()
-		if err == nil && failed == nil {
-			failed = f(key, o.rec)
+		if err != nil {
+			return err
 		}
-		return errors.Join(err, failed)
+		return f(key, o.rec)
 	})
 }
 
-// eachKey calls f with the key of each artifact, that many at once. The first error
-// ends it and is returned.
-func (s *s3Store) eachKey(ctx context.Context, parallel int, f func(ctx context.Context, key string) error) error {
+// eachKey calls look for each artifact, that many at once, and report for each result,
+// one at a time. The first error of report ends it and is returned.
+func (s *s3Store) eachKey(ctx context.Context, parallel int, look func(ctx context.Context, key string) (*object, error), report func(key string, o *object, err error) error) error {
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var running sync.WaitGroup
+	var mu sync.Mutex // held while report runs
 	slots := make(chan struct{}, parallel)
 	began := s.now()
 	err := s.client.listObjects(inner, "", func(item s3ListedObject) error {
@@ -472,8 +463,13 @@ func (s *s3Store) eachKey(ctx context.Context, parallel int, f func(ctx context.
 		}
 		running.Go(func() {
 			defer func() { <-slots }()
-			if err := f(inner, item.key); err != nil {
-				cancel(err)
+			o, err := look(inner, item.key)
+			mu.Lock()
+			defer mu.Unlock()
+			if inner.Err() == nil {
+				if err := report(item.key, o, err); err != nil {
+					cancel(err)
+				}
 			}
 		})
 		return nil
@@ -487,14 +483,8 @@ func (s *s3Store) eachKey(ctx context.Context, parallel int, f func(ctx context.
 
 // verify implements verifiableObjects. It may run beside servers.
 func (s *s3Store) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	var mu sync.Mutex // held while report runs; guards checked and dropped
-	err = s.eachKey(ctx, s3ParallelParts, func(ctx context.Context, key string) error {
-		err := s.verifyObject(ctx, key)
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		mu.Lock()
-		defer mu.Unlock()
+	look := func(ctx context.Context, key string) (*object, error) { return nil, s.verifyObject(ctx, key) }
+	err = s.eachKey(ctx, s3ParallelParts, look, func(key string, _ *object, err error) error {
 		checked++
 		if errors.Is(err, errDropped) {
 			dropped++
@@ -507,10 +497,9 @@ func (s *s3Store) verify(ctx context.Context, report func(key string, err error)
 	return checked, dropped, err
 }
 
-// verifyObject drops an object of ours whose record or body is damaged, unless it was
-// replaced meanwhile. One that is replaced between the HEAD and the removal is lost and
-// fetched again. An object that is not ours, or of a later version of the program,
-// stays.
+// verifyObject drops an object of ours whose record or body is damaged. One that is
+// replaced just before the removal is lost and fetched again. An object that is not
+// ours, or of a later version of the program, stays.
 func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -638,15 +627,11 @@ func (r *s3Reader) Seek(off int64, whence int) (int64, error) {
 	case io.SeekEnd:
 		off += r.size
 	}
-	if off < 0 {
-		return 0, fmt.Errorf("seeking in %s: %w", r.key, fs.ErrInvalid)
-	}
 	r.off = off
 	return off, nil
 }
 
-// Close reads what is left of a body first, if that is little and arrives in 0.1 s, so
-// that the connection can be used again.
+// Close reads what is left of a body first, if that arrives in 0.1 s, see s3MaxDrain.
 func (r *s3Reader) Close() error {
 	if r.body != nil && r.size-r.bodyOff <= s3MaxDrain {
 		timer := time.AfterFunc(100*time.Millisecond, func() { r.cancel(fs.ErrClosed) })

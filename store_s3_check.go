@@ -9,8 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"math/rand/v2"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -43,10 +41,10 @@ func (s *s3Store) refusesWrites() bool {
 // logged. ping ends with ctx even if S3 hangs.
 func (s *s3Store) ping(ctx context.Context) error {
 	err := s.check.result(ctx, s.checkNow)
-	if err != nil && ctx.Err() != nil {
+	if err != nil {
 		return fmt.Errorf("%w: %w", errStoreDown, err)
 	}
-	return err
+	return nil
 }
 
 // checkNow finds out whether the bucket can be read and written. Its requests are not
@@ -56,14 +54,12 @@ func (s *s3Store) checkNow() error {
 	defer cancel()
 	began := s.now()
 	err := s.checkRead(ctx)
-	down := s.classifyError(context.Background(), began, err)
+	_ = s.classifyError(context.Background(), began, err)
 	if err == nil {
-		if err = s.checkWrite(ctx); err != nil {
-			down = fmt.Errorf("%w: %w", errStoreDown, err)
-		}
+		err = s.checkWrite(ctx)
 	}
 	s.logState(err)
-	return down
+	return err
 }
 
 // checkRead asks for an object that does not exist: of the requests that show
@@ -91,8 +87,7 @@ func (s *s3Store) checkWrite(ctx context.Context) error {
 	if last != nil && (last.refusal == nil || s.now().Sub(last.at) < s3WriteCheckInterval) {
 		return last.refusal
 	}
-	_, err := s.client.putObject(ctx, s3ProbeKey, s3PutInput{body: strings.NewReader(""), sha256: emptySHA256,
-		meta: map[string]string{"probe": strconv.FormatUint(rand.Uint64(), 36)}})
+	_, err := s.client.putObject(ctx, s3ProbeKey, s3PutInput{body: strings.NewReader(""), sha256: emptySHA256})
 	if err == nil {
 		_ = s.client.deleteObject(ctx, s3ProbeKey) // what stays is harmless
 	}
