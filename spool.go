@@ -157,12 +157,13 @@ func (s *spool) reserveMore(n int64) error {
 }
 
 // Write appends p to the body, all of it or none. Its errors are errTooMuch, and
-// errNoSpace for a spool that cannot grow, for whatever reason.
+// errNoSpace for a spool that cannot grow, for whatever reason; either ends the spool.
 func (s *spool) Write(p []byte) (int, error) {
+	s.hash.Write(p) // first: readers are woken for as much as possible
 	if err := s.appendUnhashed(p); err != nil {
 		return 0, err
 	}
-	return s.hash.Write(p)
+	return len(p), nil
 }
 
 // appendUnhashed is Write for a body that may arrive faster than it can be hashed: its
