@@ -92,12 +92,11 @@ func (f *fillRun) revalidateByHEAD(validators http.Header) (copyState, error) {
 // still good: a 304 that does not name another version, or a 200 that names the very
 // same bytes.
 func (f *fillRun) isUnchanged(resp *upstreamResponse) bool {
-	switch resp.StatusCode {
-	case http.StatusNotModified:
+	if resp.StatusCode == http.StatusNotModified {
 		return f.oldRecord.mayBe(resp.Header)
-	default:
+	}
+	if resp.StatusCode != http.StatusOK {
 		return false
-	case http.StatusOK:
 	}
 	digest := resp.Header.Get("Docker-Content-Digest")
 	if digest != "" && digest == f.oldRecord.Digest {
