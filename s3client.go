@@ -99,7 +99,7 @@ type s3Config struct {
 	now       func() time.Time
 	log       *slog.Logger                                     // default none
 	partSize  int64                                            // default s3PartSize; tests use less
-	sleep     func(ctx context.Context, d time.Duration) error // between attempts; default s3pause
+	sleep     func(ctx context.Context, d time.Duration) error // between attempts; default sleepFor
 	transport http.RoundTripper                                // default newS3Transport
 }
 
@@ -164,7 +164,7 @@ func newS3Client(cfg s3Config) (*s3Client, error) {
 		cfg.partSize = s3PartSize
 	}
 	if cfg.sleep == nil {
-		cfg.sleep = s3pause
+		cfg.sleep = sleepFor
 	}
 	if cfg.log == nil {
 		cfg.log = slog.New(slog.DiscardHandler)

@@ -124,8 +124,8 @@ func retryDelay(n int) time.Duration {
 	return d/2 + rand.N(d/2)
 }
 
-// s3pause waits for d, or until ctx ends, which is its error.
-func s3pause(ctx context.Context, d time.Duration) error {
+// sleepFor waits for d, or until ctx ends, which is its error.
+func sleepFor(ctx context.Context, d time.Duration) error {
 	select {
 	case <-ctx.Done():
 	case <-time.After(d):

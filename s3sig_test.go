@@ -1022,7 +1022,7 @@ type slowBody struct {
 }
 
 func (b *slowBody) Read(p []byte) (int, error) {
-	if err := s3pause(b.ctx, b.pause); err != nil {
+	if err := sleepFor(b.ctx, b.pause); err != nil {
 		return 0, err
 	}
 	return min(1, len(p)), nil
@@ -1036,7 +1036,7 @@ func TestS3SlowUpload(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := timedClient(t, func(r *http.Request) (*http.Response, error) {
 			for p := make([]byte, 1); ; {
-				if err := s3pause(r.Context(), 50*time.Second); err != nil {
+				if err := sleepFor(r.Context(), 50*time.Second); err != nil {
 					return nil, err
 				}
 				if _, err := r.Body.Read(p); err == io.EOF {

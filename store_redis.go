@@ -261,7 +261,7 @@ func (r *redisStore) watchChanges(ctx context.Context, changed func(key string),
 				"redis", r.address, "error", redact(err, r.password))
 			logged = true
 		}
-		_ = s3pause(ctx, watchInterval)
+		_ = sleepFor(ctx, watchInterval)
 	}
 }
 
@@ -288,7 +288,7 @@ func (r *redisStore) subscribe(ctx context.Context, changed func(key string), re
 	pinging.Go(func() {
 		defer ps.Close() // ends the wait for a message
 		// Without pings a dead connection and one without announcements look the same.
-		for s3pause(ctx, watchInterval) == nil && r.outage.outageCause() == nil && ps.Ping("") == nil {
+		for sleepFor(ctx, watchInterval) == nil && r.outage.outageCause() == nil && ps.Ping("") == nil {
 		}
 	})
 	defer pinging.Wait()
