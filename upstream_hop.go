@@ -61,11 +61,44 @@ func refusePrivate(_ context.Context, _, address string, _ syscall.RawConn) erro
 	return nil
 }
 
-// isPrivateAddress reports whether a belongs to this machine or to a private network.
+// specialNetworks are networks of special purpose (IANA's registries) that netip has
+// no method for: this network, shared addresses of carriers, protocol assignments,
+// benchmarks, multicast, reserved; local NAT64, site-local.
+var specialNetworks = parsePrefixes("0.0.0.0/8 100.64.0.0/10 192.0.0.0/24 198.18.0.0/15 224.0.0.0/4 240.0.0.0/4 64:ff9b:1::/48 fec0::/10 ff00::/8")
+
+// networks of IPv6 addresses that lead to an IPv4 address inside: NAT64 (RFC 6052) and
+// IPv4-compatible, 6to4 (RFC 3056), Teredo (RFC 4380).
+var (
+	embeddedLast = parsePrefixes("64:ff9b::/96 ::/96")
+	sixToFour    = netip.MustParsePrefix("2002::/16")
+	teredo       = netip.MustParsePrefix("2001::/32")
+)
+
+func parsePrefixes(s string) (all []netip.Prefix) {
+	for p := range strings.FieldsSeq(s) {
+		all = append(all, netip.MustParsePrefix(p))
+	}
+	return all
+}
+
+// isPrivateAddress reports whether a, or an IPv4 address inside it, belongs to this
+// machine, to a private network or to one of another special purpose.
 func isPrivateAddress(a netip.Addr) bool {
-	a = a.Unmap()
-	return a.IsLoopback() || a.IsPrivate() || a.IsUnspecified() ||
-		a.IsLinkLocalUnicast() || a.IsLinkLocalMulticast() || a.IsInterfaceLocalMulticast()
+	a = a.Unmap().WithZone("")
+	contains := func(p netip.Prefix) bool { return p.Contains(a) }
+	if a.IsLoopback() || a.IsPrivate() || a.IsUnspecified() || a.IsLinkLocalUnicast() || slices.ContainsFunc(specialNetworks, contains) {
+		return true
+	}
+	b := a.As16()
+	switch {
+	case slices.ContainsFunc(embeddedLast, contains):
+		return isPrivateAddress(netip.AddrFrom4([4]byte(b[12:])))
+	case sixToFour.Contains(a):
+		return isPrivateAddress(netip.AddrFrom4([4]byte(b[2:])))
+	case teredo.Contains(a): // the bits of the client's address are inverted
+		return isPrivateAddress(netip.AddrFrom4([4]byte{^b[12], ^b[13], ^b[14], ^b[15]}))
+	}
+	return false
 }
 
 // exchange is one request to an origin or to its token service, with the requests to

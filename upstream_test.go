@@ -940,6 +940,11 @@ func TestPrivateAddresses(t *testing.T) {
 		"127.0.0.1": true, "127.9.9.9": true, "::1": true, "::ffff:127.0.0.1": true, "0.0.0.0": true, "::": true,
 		"10.0.0.1": true, "172.16.0.1": true, "172.31.255.255": true, "192.168.1.1": true, "169.254.169.254": true,
 		"fe80::1": true, "fe80::1%eth0": true, "fd00::1": true, "::ffff:0.0.0.0": true, "fc00::1": true, "::ffff:10.0.0.1": true,
+		"100.64.0.1": true, "192.0.0.1": true, "198.18.0.1": true, "198.19.255.255": true, "240.0.0.1": true, "255.255.255.255": true,
+		"0.1.2.3": true, "224.0.0.1": true, "ff02::1": true, "fec0::1": true, "64:ff9b:1::808:808": true,
+		"64:ff9b::a00:1": true, "::10.0.0.1": true, "2002:7f00:1::": true, "2002:a00:1::1": true, "2001:0:808:808::f5ff:fffe": true,
+		"64:ff9b::808:808": false, "::8.8.8.8": false, "2002:808:808::1": false, "2001:0:a00:1::f7f7:f7f7": false,
+		"100.63.255.255": false, "100.128.0.1": false, "198.20.0.1": false, "192.0.1.1": false, "2001:1::1": false,
 		"172.32.0.1": false, "8.8.8.8": false, "2606:4700::1111": false, "::ffff:8.8.8.8": false,
 	} {
 		a := netip.MustParseAddr(s)
