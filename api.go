@@ -54,7 +54,8 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if p == "" {
 		p = r.URL.EscapedPath()
 	}
-	first, rest, _ := strings.Cut(strings.TrimPrefix(p, "/"), "/")
+	p = trimEmptySegments(p)
+	first, rest, _ := strings.Cut(p, "/")
 	second, _, _ := strings.Cut(rest, "/")
 	if first == "v2" || (second == "v2" && first != "api" && first != "artifacts") {
 		a.registry.ServeHTTP(w, r)
@@ -72,7 +73,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		case "artifacts":
 			return a.serveArtifacts(w, r, rest)
 		}
-		return a.serveEndpoint(w, r, p)
+		return a.serveEndpoint(w, r, "/"+p)
 	}, writeJSONError)
 }
 
@@ -102,7 +103,7 @@ func allowMethods(r *http.Request, methods ...string) error {
 // /api/v1/remote/, which is another name for it. An empty path lists the remote's files.
 // PUT and DELETE write to a local repository.
 func (a *api) serveFile(w *response, r *http.Request, rest string) error {
-	name, escaped, _ := strings.Cut(rest, "/")
+	name, escaped, _ := strings.Cut(trimEmptySegments(rest), "/")
 	t, err := a.config().resolveTarget(name, escaped, r.URL.RawQuery)
 	if t.remote != nil {
 		w.remote, w.path = t.remote.name, t.path
@@ -240,8 +241,8 @@ func (a *api) authorizeWrite(r *http.Request, writeToken secret) error {
 			return nil
 		}
 	}
-	return &problem{status: http.StatusUnauthorized, detail: "a valid token is needed: Authorization: Bearer TOKEN",
-		headers: http.Header{"Www-Authenticate": {`Bearer realm="artifactapi"`}}}
+	return &problem{status: http.StatusUnauthorized, detail: "a valid token is needed: Authorization: Bearer TOKEN, or the token as the password of Basic",
+		headers: http.Header{"Www-Authenticate": {`Bearer realm="artifactapi"`, `Basic realm="artifactapi"`}}}
 }
 
 // serveArtifacts serves /artifacts/{remote} and /artifacts/{remote}/{path}: GET

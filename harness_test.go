@@ -590,6 +590,9 @@ func (tt *tester) start(ctx context.Context, method, path string, body io.Reader
 	}
 	// The path goes out as the test wrote it.
 	req.URL.Opaque, req.URL.RawQuery, _ = strings.Cut(path, "?")
+	if strings.HasPrefix(path, "//") { // Opaque would become http://...
+		req.URL.Path, req.URL.Opaque = req.URL.Opaque, ""
+	}
 	req.Header.Set("User-Agent", "client")
 	for _, h := range headers {
 		name, value, _ := strings.Cut(h, ": ")

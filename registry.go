@@ -419,6 +419,10 @@ func newRegistryError(code string, status int, format string, args ...any) *regi
 // errNoRoute is the error for a path that is not one of the registry API.
 var errNoRoute = newRegistryError("UNSUPPORTED", http.StatusNotFound, "the registry API has no such path: images are below /v2/REMOTE/")
 
+// errNoCatalog is the error for _catalog: a mirror's would tell what clients have asked
+// for, not what there is.
+var errNoCatalog = newRegistryError("UNSUPPORTED", http.StatusNotFound, "a mirror has no catalogue (_catalog): ask for an image by its name, /v2/REMOTE/IMAGE/tags/list")
+
 // newUnknownNameError returns the error for a path whose first element is not a docker
 // remote, when ns names none either. For a remote of another package it says where
 // the remote is served.

@@ -213,7 +213,7 @@ func TestRegistryErrors(t *testing.T) {
 		"remote without image":      {"/v2/reg/manifests/v1", 404, "NAME_UNKNOWN", false},
 		"files":                     {"/v2/files/app/manifests/v1", 404, "NAME_UNKNOWN", false},
 		"files in front":            {"/files/v2/app/manifests/v1", 404, "NAME_UNKNOWN", false},
-		"catalog":                   {"/v2/_catalog", 404, "NAME_UNKNOWN", false},
+		"catalog":                   {"/v2/_catalog", 404, "UNSUPPORTED", false},
 		"catalog of a remote":       {"/v2/reg/_catalog", 404, "UNSUPPORTED", false},
 		"no route":                  {"/v2/reg/app/nosuch/thing", 404, "UNSUPPORTED", false},
 		"no route in front":         {"/reg/v2/app/nosuch/thing", 404, "UNSUPPORTED", false},

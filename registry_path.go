@@ -22,14 +22,14 @@ import (
 // Its errors are registryErrors. A call with an error still has the remote, if that
 // is known, for the log.
 func parseCall(cfg *config, u *url.URL) (*registryCall, error) {
-	c := &registryCall{path: u.EscapedPath()}
+	c := &registryCall{path: "/" + trimEmptySegments(u.EscapedPath())}
 	var query url.Values
 	if u.RawQuery != "" {
 		query, _ = url.ParseQuery(u.RawQuery) // malformed parameters are ignored
 		c.ns = query.Get("ns")
 		query.Del("ns")
 	}
-	path, ns := strings.TrimPrefix(u.Path, "/"), c.ns
+	path, ns := trimEmptySegments(u.Path), c.ns
 	first, rest, _ := strings.Cut(path, "/")
 	if first != "v2" { // /{remote}/v2/... is /v2/{remote}/v2/..., and no ns counts beside the remote
 		rest, ns = path, ""
@@ -51,6 +51,9 @@ func parseCall(cfg *config, u *url.URL) (*registryCall, error) {
 func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 	if rest == "" {
 		return nil
+	}
+	if strings.HasSuffix("/"+rest, "/_catalog") {
+		return errNoCatalog
 	}
 	name, hasOperation := c.splitOperation(rest)
 	first, image, _ := strings.Cut(name, "/")

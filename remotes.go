@@ -330,6 +330,15 @@ func appendFilename(to []byte, spelling string) []byte {
 	return to
 }
 
+// trimEmptySegments removes the empty and "." segments in front of a path: clients make
+// them when they join URLs ("//api/x", "/./api/x").
+func trimEmptySegments(path string) string {
+	for strings.HasPrefix(path, "/") || strings.HasPrefix(path, "./") {
+		_, path, _ = strings.Cut(path, "/")
+	}
+	return path
+}
+
 // decodePath returns the decoded path of a spelling, without its query.
 func decodePath(spelling string) string {
 	path, _, _ := strings.Cut(spelling, "?")
