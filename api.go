@@ -43,7 +43,10 @@ type api struct {
 type healthReport struct {
 	Status   string            `json:"status"`   // healthy or degraded
 	Backends map[string]string `json:"backends"` // by name: ok, embedded or down
-	draining bool              // /health answers 503
+	// Configuration is "rejected" if the last reload failed; else "".
+	Configuration string `json:"configuration,omitempty"`
+	configLoaded  int64  // when the one in force was loaded, in seconds since 1970
+	draining      bool   // /health answers 503
 }
 
 // ServeHTTP routes a request by the first elements of its path as it was sent.
@@ -420,8 +423,10 @@ func (a *api) serveConfig(w *response, _ *http.Request) error {
 // serveMetrics serves /metrics in Prometheus' text format.
 func (a *api) serveMetrics(w *response, r *http.Request) error {
 	w.quiet = true // Prometheus asks several times a minute
-	g := gauges{version: a.version, started: a.started, backends: map[string]bool{}, stored: map[string]storedSize{}}
-	for name, state := range a.health().Backends {
+	health := a.health()
+	g := gauges{version: a.version, started: a.started, configLoaded: health.configLoaded, configRejected: health.Configuration != "",
+		backends: map[string]bool{}, stored: map[string]storedSize{}}
+	for name, state := range health.Backends {
 		g.backends[name] = state != "down"
 	}
 	totals, _ := a.cache.storedTotals(r.Context()) // without the index, the other series are still sent

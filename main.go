@@ -255,14 +255,18 @@ type server struct {
 	stores *stores
 	cache  *cache
 	config atomic.Pointer[config]          // in force; replaced by a reload
+	loaded atomic.Int64                    // when it was loaded, in seconds since 1970
+	// rejected reports whether the last reload failed, so that older files are in force.
+	rejected atomic.Bool
 	cert   atomic.Pointer[tls.Certificate] // in force; nil without TLS
 
 	hup      chan os.Signal // receives SIGHUP
 	draining atomic.Bool    // the server is about to stop; /health says so
 
-	// seenContents is the hash of the watched files as they were last read. The
-	// start writes it, then watchFiles alone.
-	seenContents [sha256.Size]byte
+	// seenContents is the hash of the watched files as they were last read, and
+	// loadedContents as they were last loaded. The start writes both, then watchFiles
+	// alone.
+	seenContents, loadedContents [sha256.Size]byte
 	// ownsDataDir reports whether this process has the lock on DATA_DIR. The start
 	// writes it, then the sweeping loop alone.
 	ownsDataDir bool
@@ -276,12 +280,13 @@ func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writ
 	signal.Notify(s.hup, syscall.SIGHUP) // first of all: an unhandled SIGHUP ends the program
 	defer signal.Stop(s.hup)
 	signal.Ignore(syscall.SIGPIPE)        // the end of whatever reads the log must not end the server
-	s.seenContents = s.hashWatchedFiles() // before the files are loaded, so that no later change is missed
+	s.loadedContents = s.hashWatchedFiles() // before the files are loaded, so that no later change is missed
+	s.seenContents = s.loadedContents
 	cfg, err := loadConfig(set.configPath, env)
 	if err != nil {
 		return err
 	}
-	s.config.Store(cfg)
+	s.useConfig(cfg)
 	if err := s.loadCertificate(); err != nil {
 		return err
 	}
@@ -517,7 +522,10 @@ func (s *server) checkBackend(b *backend) {
 // reportHealth returns the state of the backends as the last checks found it. It
 // asks no backend, so that /health answers at once whatever hangs.
 func (s *server) reportHealth() healthReport {
-	h := healthReport{Status: "healthy", Backends: map[string]string{}, draining: s.draining.Load()}
+	h := healthReport{Status: "healthy", Backends: map[string]string{}, draining: s.draining.Load(), configLoaded: s.loaded.Load()}
+	if s.rejected.Load() {
+		h.Status, h.Configuration = "degraded", "rejected"
+	}
 	for _, b := range s.stores.backends {
 		h.Backends[b.name] = b.okWord
 		if !b.up.Load() {
@@ -530,21 +538,29 @@ func (s *server) reportHealth() healthReport {
 // watchFiles reloads the configuration and the certificate on SIGHUP and when the
 // content of their files changes, until ctx ends.
 func (s *server) watchFiles(ctx context.Context) {
-	t := time.NewTicker(2 * time.Second) // README promises a reload within 3 s
+	t := time.NewTicker(2 * time.Second) // a file that stood still for so long is not being written any more
 	defer t.Stop()
 	for {
-		signalled := false
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.hup:
-			signalled = true
+			s.checkFiles(true)
 		case <-t.C:
+			s.checkFiles(false)
 		}
-		if contents := s.hashWatchedFiles(); signalled || contents != s.seenContents {
-			s.seenContents = contents
-			s.reloadConfig()
-		}
+	}
+}
+
+// checkFiles reloads the watched files if that is wanted now, or if they have changed
+// and stood still since the last look: a file may be written in parts.
+func (s *server) checkFiles(now bool) {
+	contents := s.hashWatchedFiles()
+	stable := contents == s.seenContents
+	s.seenContents = contents
+	if now || (stable && contents != s.loadedContents) {
+		s.loadedContents = contents
+		s.reloadConfig()
 	}
 }
 
@@ -571,12 +587,20 @@ func (s *server) reloadConfig() {
 	if err != nil {
 		s.log.Error("the new configuration is rejected, the old one stays in force", "error", err)
 	} else {
-		s.config.Store(cfg)
+		s.useConfig(cfg)
 		s.log.Info("configuration loaded", "remotes", len(cfg.names))
 	}
-	if err := s.loadCertificate(); err != nil {
-		s.log.Error("the new certificate is rejected, the old one stays in force", "error", err)
+	certErr := s.loadCertificate()
+	if certErr != nil {
+		s.log.Error("the new certificate is rejected, the old one stays in force", "error", certErr)
 	}
+	s.rejected.Store(err != nil || certErr != nil)
+}
+
+// useConfig puts cfg into force.
+func (s *server) useConfig(cfg *config) {
+	s.config.Store(cfg)
+	s.loaded.Store(time.Now().Unix())
 }
 
 // loadCertificate puts the certificate of TLS_CERT_FILE and TLS_KEY_FILE into force.

@@ -561,6 +561,60 @@ func TestChangedConfigurationIsNoticed(t *testing.T) {
 	}
 }
 
+// What stands in the file for a moment while it is written is not put into force: half
+// of it may lack an allow list.
+func TestHalfWrittenConfigurationIsNotLoaded(t *testing.T) {
+	t.Parallel()
+	file := t.TempDir() + "/remotes.yaml"
+	tt := setup{env: map[string]string{"CONFIG_PATH": file}}.start(t)
+	s := tt.server
+	write := func(yaml string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(yaml), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantAtNextLook := func(names ...string) {
+		t.Helper()
+		s.checkFiles(false)
+		if got := s.config.Load().names; !slices.Equal(got, names) {
+			t.Errorf("the remotes in force are %q, want %q", got, names)
+		}
+	}
+	first := "remotes:\n  a:\n    base_url: http://a.test\n"
+	whole := first + "  b:\n    base_url: http://b.test\n"
+	old := s.config.Load().names
+	write(first)
+	wantAtNextLook(old...)
+	write(whole)
+	wantAtNextLook(old...)
+	wantAtNextLook("a", "b")
+
+	write("remotes: {a: {base_url: oops}}")
+	wantAtNextLook("a", "b")
+	if g := tt.get("/health").wantStatus(200); !g.has(`"status": "healthy"`) || g.has("configuration") {
+		t.Errorf("a file that is being written counts: %s", g.text)
+	}
+	wantAtNextLook("a", "b")
+	if g := tt.get("/health").wantStatus(200); !g.has(`"status": "degraded"`) || !g.has(`"configuration": "rejected"`) {
+		t.Errorf("a rejected configuration does not show: %s", g.text)
+	}
+	if g := tt.get("/metrics"); !g.has("artifactapi_config_last_reload_successful 0\n") {
+		t.Error("a rejected configuration is no metric")
+	}
+	write(whole)
+	wantAtNextLook("a", "b")
+	wantAtNextLook("a", "b")
+	if g := tt.get("/health"); !g.has(`"status": "healthy"`) || g.has("configuration") {
+		t.Errorf("a good configuration does not end it: %s", g.text)
+	}
+	before := s.config.Load()
+	s.checkFiles(true)
+	if s.config.Load() == before {
+		t.Error("SIGHUP loads nothing")
+	}
+}
+
 // A SIGHUP while the server starts does not end it.
 func TestReloadDuringTheStart(t *testing.T) {
 	t.Parallel()

@@ -71,10 +71,14 @@ type histogram struct {
 
 // gauges are the values of a scrape that are not counted here.
 type gauges struct {
-	version  string
-	started  time.Time
-	backends map[string]bool       // whether storage, database and redis can be used
-	stored   map[string]storedSize // by remote
+	version string
+	started time.Time
+	// configLoaded is when the configuration in force was loaded, in seconds since
+	// 1970. configRejected reports that a later one was rejected.
+	configLoaded   int64
+	configRejected bool
+	backends       map[string]bool       // whether storage, database and redis can be used
+	stored         map[string]storedSize // by remote
 }
 
 // storedSize is how much of one remote is stored.
@@ -164,6 +168,10 @@ func (m *metrics) writeExposition(w io.Writer, g gauges) error {
 	e.writeSample("artifactapi_build_info", 1, "version", g.version, "goversion", runtime.Version())
 	e.beginFamily("process_start_time_seconds", "gauge", "When the process started, in seconds since 1970.")
 	e.writeSample("process_start_time_seconds", float64(g.started.UnixMilli())/1000)
+	e.beginFamily("artifactapi_config_last_reload_successful", "gauge", "1 unless the last reload of the configuration was rejected.")
+	e.writeSample("artifactapi_config_last_reload_successful", boolNumber(!g.configRejected))
+	e.beginFamily("artifactapi_config_last_reload_success_timestamp_seconds", "gauge", "When the configuration in force was loaded, in seconds since 1970.")
+	e.writeSample("artifactapi_config_last_reload_success_timestamp_seconds", float64(g.configLoaded))
 	e.beginFamily("go_goroutines", "gauge", "Goroutines that exist.")
 	e.writeSample("go_goroutines", float64(runtime.NumGoroutine()))
 
@@ -183,12 +191,7 @@ func (m *metrics) writeExposition(w io.Writer, g gauges) error {
 	e.writeDurations(&m.durations)
 
 	writeFamily(e, "artifactapi_backend_up", "gauge", "1 if the backend can be used, else 0.",
-		"backend", g.backends, func(up bool) float64 {
-			if up {
-				return 1
-			}
-			return 0
-		})
+		"backend", g.backends, boolNumber)
 	writeFamily(e, "artifactapi_stored_bytes", "gauge", "Bytes stored.",
 		"remote", g.stored, func(s storedSize) float64 { return float64(s.Bytes) })
 	writeFamily(e, "artifactapi_stored_files", "gauge", "Files stored.",
@@ -281,6 +284,14 @@ func (e *exposition) writeSample(name string, v float64, labels ...string) {
 		e.text.WriteByte('}')
 	}
 	fmt.Fprintf(&e.text, " %s\n", formatNumber(v))
+}
+
+// boolNumber returns 1 for true, else 0.
+func boolNumber(v bool) float64 {
+	if v {
+		return 1
+	}
+	return 0
 }
 
 // formatNumber formats a value without an exponent, which is easier to read.

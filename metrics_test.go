@@ -91,10 +91,11 @@ func TestMetricsCount(t *testing.T) {
 	m.addFillsInFlight("alpine", 3)
 	m.addFillsInFlight("alpine", -1)
 	got := scrape(t, m, gauges{
-		version:  "1.2.3",
-		started:  time.UnixMilli(1_700_000_000_250),
-		backends: map[string]bool{"storage": true, "redis": false},
-		stored:   map[string]storedSize{"alpine": {Files: 2, Bytes: 1 << 40}},
+		version:      "1.2.3",
+		started:      time.UnixMilli(1_700_000_000_250),
+		configLoaded: 1_700_000_001,
+		backends:     map[string]bool{"storage": true, "redis": false},
+		stored:       map[string]storedSize{"alpine": {Files: 2, Bytes: 1 << 40}},
 	})
 	wantSeries(t, got, map[string]float64{
 		`artifactapi_requests_total{remote="alpine",result="hit",status_class="2xx"}`:     2,
@@ -115,6 +116,8 @@ func TestMetricsCount(t *testing.T) {
 		`artifactapi_stored_files{remote="alpine"}`:                                       2,
 		`artifactapi_stored_bytes{remote="alpine"}`:                                       1 << 40,
 		`process_start_time_seconds`:                                                      1_700_000_000.25,
+		`artifactapi_config_last_reload_successful`:                                       1,
+		`artifactapi_config_last_reload_success_timestamp_seconds`:                        1_700_000_001,
 		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.0005"}`:           1,
 		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.001"}`:            1,
 		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.005"}`:            2,
