@@ -276,7 +276,8 @@ type listedArtifact struct {
 	Size        int64      `json:"size"`
 	SHA256      string     `json:"sha256"`
 	ContentType string     `json:"content_type"`
-	Source      string     `json:"source,omitempty"` // base_url and path; "" for a local repository
+	Source      string     `json:"source,omitempty"`  // base_url and path, without the query, in which a token may be; "" for a local repository
+	Variant     string     `json:"variant,omitempty"` // hash of the query; "": it had none
 	FetchedAt   time.Time  `json:"fetched_at"`
 	LastAccess  time.Time  `json:"last_access"`
 	Hits        int64      `json:"hits"`
@@ -329,15 +330,29 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	return writeJSON(w, l)
 }
 
+// A client's pattern is bounded, because it is matched with all paths of a remote: in
+// bytes, and in instructions of its program, of which 130 bytes can make 100,000.
+const (
+	maxPatternBytes = 512
+	maxPatternSize  = 1000
+)
+
 // compilePattern compiles a client's regular expression. It returns nil for "", and a
-// 400 problem for a wrong one.
+// 400 problem for a wrong one and for one that is too large.
 func compilePattern(s string) (*regexp.Regexp, error) {
 	if s == "" {
 		return nil, nil
 	}
-	re, err := regexp.Compile(s)
+	if len(s) > maxPatternBytes {
+		return nil, newProblem(http.StatusBadRequest, "pattern has more than %d bytes", maxPatternBytes)
+	}
+	tree, err := syntax.Parse(s, syntax.Perl)
 	if err == nil {
-		return re, nil
+		prog, _ := syntax.Compile(tree.Simplify()) // what is parsed can be compiled
+		if len(prog.Inst) > maxPatternSize {
+			return nil, newProblem(http.StatusBadRequest, "pattern is too large: shorten its repetitions ({n,m})")
+		}
+		return regexp.MustCompile(s), nil
 	}
 	reason := "" // without the pattern itself: it is from a query, which must not be in the log
 	if e, ok := errors.AsType[*syntax.Error](err); ok {
@@ -351,12 +366,17 @@ func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) list
 	e := listedArtifact{Path: decodePath(row.Path), Key: row.Key, Size: row.Size, SHA256: row.SHA256,
 		ContentType: contentTypeOf(decodePath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
 		LastAccess: row.LastAccess.UTC(), Hits: row.Hits, Class: row.Class, Fresh: true}
+	path, query, hasQuery := strings.Cut(row.Path, "?")
+	if hasQuery {
+		sum := sha256.Sum256([]byte(query))
+		e.Variant = hex.EncodeToString(sum[:8])
+	}
 	if len(rem.origins) > 0 {
 		base := rem.origins[0].url.String() + "/"
 		if rem.packageType == "docker" {
 			base += "v2/"
 		}
-		e.Source = base + row.Path
+		e.Source = base + path
 	}
 	if until, forever := a.cache.expiryOf(r.Context(), rem, row); !forever {
 		e.ExpiresAt, e.Fresh = &until, a.now().Before(until)

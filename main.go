@@ -254,11 +254,11 @@ type server struct {
 	log    *slog.Logger
 	stores *stores
 	cache  *cache
-	config atomic.Pointer[config]          // in force; replaced by a reload
-	loaded atomic.Int64                    // when it was loaded, in seconds since 1970
+	config atomic.Pointer[config] // in force; replaced by a reload
+	loaded atomic.Int64           // when it was loaded, in seconds since 1970
 	// rejected reports whether the last reload failed, so that older files are in force.
 	rejected atomic.Bool
-	cert   atomic.Pointer[tls.Certificate] // in force; nil without TLS
+	cert     atomic.Pointer[tls.Certificate] // in force; nil without TLS
 
 	hup      chan os.Signal // receives SIGHUP
 	draining atomic.Bool    // the server is about to stop; /health says so
@@ -279,7 +279,7 @@ func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writ
 	s := &server{set: set, env: env, log: log, hup: make(chan os.Signal, 1)}
 	signal.Notify(s.hup, syscall.SIGHUP) // first of all: an unhandled SIGHUP ends the program
 	defer signal.Stop(s.hup)
-	signal.Ignore(syscall.SIGPIPE)        // the end of whatever reads the log must not end the server
+	signal.Ignore(syscall.SIGPIPE)          // the end of whatever reads the log must not end the server
 	s.loadedContents = s.hashWatchedFiles() // before the files are loaded, so that no later change is missed
 	s.seenContents = s.loadedContents
 	cfg, err := loadConfig(set.configPath, env)
