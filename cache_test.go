@@ -516,6 +516,7 @@ func TestUpstreamsErrorsAreTranslated(t *testing.T) {
 		{401, 502, `remote \"r\" wants credentials`, nil},
 		{403, 403, "upstream", nil},
 		{429, 503, "429", []string{"Retry-After: 7"}},
+		{503, 502, "503", []string{"Retry-After: 7"}}, // and no retry before
 		{400, 400, "400", nil},
 		{418, 418, "418", nil},
 		{451, 451, "451", nil},
@@ -533,7 +534,7 @@ func TestUpstreamsErrorsAreTranslated(t *testing.T) {
 			tt.origin.troubled(answers(c.upstream, c.header...))
 			g := tt.get("/api/r/a").wantDetail(c.status, c.detail)
 			retry := ""
-			if c.upstream == 429 {
+			if c.upstream == 429 || c.upstream == 503 {
 				retry = "7"
 			}
 			g.wantHeader("Retry-After", retry).wantHeader("X-Artifact-Source", "").wantHeader("Content-Type", "application/json")

@@ -86,6 +86,9 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)
 	default:
 		p.status = http.StatusBadGateway
+		if code == http.StatusServiceUnavailable {
+			p.retryAfter = parseRetryAfter(resp.Header, c.now())
+		}
 		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)
 	}
 	return p

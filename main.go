@@ -254,11 +254,10 @@ type server struct {
 	log    *slog.Logger
 	stores *stores
 	cache  *cache
-	config atomic.Pointer[config] // in force; replaced by a reload
-	loaded atomic.Int64           // when it was loaded, in seconds since 1970
-	// rejected reports whether the last reload failed, so that older files are in force.
-	rejected atomic.Bool
+	config   atomic.Pointer[config]          // in force; replaced by a reload
 	cert     atomic.Pointer[tls.Certificate] // in force; nil without TLS
+	loaded   atomic.Int64                    // when config was loaded, in seconds since 1970
+	rejected atomic.Bool                     // the last reload failed, older files are in force
 
 	hup      chan os.Signal // receives SIGHUP
 	draining atomic.Bool    // the server is about to stop; /health says so

@@ -192,7 +192,7 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 		u.log.Warn("a remote cannot be reached: stored copies answer", "remote", req.remote.name, "error", baseErr)
 	}
 	// After a timeout the client has waited long enough.
-	canRetry = !timedOut && !req.hasCopy && req.method == http.MethodGet && isTransient(baseResp, baseErr)
+	canRetry = !timedOut && !req.hasCopy && req.method == http.MethodGet && u.isTransient(baseResp, baseErr)
 	return baseResp, canRetry, baseErr
 }
 
@@ -220,12 +220,17 @@ func needsMirror(resp *upstreamResponse, err error) bool {
 }
 
 // isTransient reports whether a failure may be over in a second. resp is nil if there
-// was no answer.
-func isTransient(resp *upstreamResponse, err error) bool {
+// was no answer. An answer that says when to come back is passed on.
+func (u *upstream) isTransient(resp *upstreamResponse, err error) bool {
 	if resp == nil {
 		return errors.Is(err, errUnreachable)
 	}
-	return resp.StatusCode >= http.StatusBadGateway && resp.StatusCode <= http.StatusGatewayTimeout // 502, 503, 504
+	return isGatewayError(resp.StatusCode) && parseRetryAfter(resp.Header, u.now()) == 0
+}
+
+// isGatewayError reports whether status is 502, 503 or 504.
+func isGatewayError(status int) bool {
+	return status >= http.StatusBadGateway && status <= http.StatusGatewayTimeout
 }
 
 // tryOrigin asks origin i and counts a failure. If a copy can be served, everything

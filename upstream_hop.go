@@ -252,6 +252,10 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		resp.Body.Close()
 		err = errTimeout
 	}
+	if err == nil && proxied && at.Scheme == "http" && isGatewayError(resp.StatusCode) {
+		resp.Body.Close() // it may be the proxy's own, which cannot be told from the origin's
+		err = fmt.Errorf("the proxy, or the server behind it, answered %s", resp.Status)
+	}
 	if err != nil {
 		explained := x.explainFailure(ctx, at, err)
 		if failure, ok := errors.AsType[*transportError](explained); ok {

@@ -909,6 +909,16 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 		t.Errorf("the proxy saw %d requests; want 2", n)
 	}
 
+	// A gateway error may be the proxy's own: the origin cannot be reached.
+	handler := s.Config.Handler
+	for _, status := range []int{502, 503, 504} {
+		s.Config.Handler = says(status, "from the proxy")
+		a.send(upstreamRequest{wire: "f", hasCopy: true}).wantErr(errUnreachable, "the proxy", fmt.Sprint(status))
+	}
+	s.Config.Handler = says(500, "from the proxy")
+	a.get("f").want(500, "from the proxy")
+	s.Config.Handler = handler
+
 	// A proxy with a private address does not make the origin private.
 	inside := newSite(t, says(200, "inside"))
 	s.Config.Handler = sends(302, inside.URL+"/f")
