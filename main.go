@@ -249,11 +249,11 @@ func reindexStored(ctx context.Context, set *settings, stdout io.Writer) error {
 // server is a running artifactapi: its settings, its stores, the cache over them
 // and what changes while it runs.
 type server struct {
-	set    *settings
-	env    lookupEnv
-	log    *slog.Logger
-	stores *stores
-	cache  *cache
+	set      *settings
+	env      lookupEnv
+	log      *slog.Logger
+	stores   *stores
+	cache    *cache
 	config   atomic.Pointer[config]          // in force; replaced by a reload
 	cert     atomic.Pointer[tls.Certificate] // in force; nil without TLS
 	loaded   atomic.Int64                    // when config was loaded, in seconds since 1970
