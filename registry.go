@@ -75,7 +75,7 @@ type registryCall struct {
 	digest    string // reference, if that is a digest; else ""
 	query     string // the query to send upstream, normalised
 	ns        string // the client's ns parameter: the registry that a mirror stands for
-	path      string // escaped, as the client sent it
+	path      string // escaped, as the client sent it, without the slash in front
 }
 
 // registry serves /v2/... and /{remote}/v2/.... Its fields do not change after
@@ -398,7 +398,7 @@ func (c *registryCall) nextLink(query string) string {
 	if c.ns != "" {
 		query += "&ns=" + url.QueryEscape(c.ns)
 	}
-	return "<" + c.path + "?" + query + `>; rel="next"`
+	return "</" + c.path + "?" + query + `>; rel="next"`
 }
 
 // registryError is an error with its code of the specification.

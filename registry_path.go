@@ -22,7 +22,7 @@ import (
 // Its errors are registryErrors. A call with an error still has the remote, if that
 // is known, for the log.
 func parseCall(cfg *config, u *url.URL) (*registryCall, error) {
-	c := &registryCall{path: "/" + trimEmptySegments(u.EscapedPath())}
+	c := &registryCall{path: trimEmptySegments(u.EscapedPath())}
 	var query url.Values
 	if u.RawQuery != "" {
 		query, _ = url.ParseQuery(u.RawQuery) // malformed parameters are ignored
@@ -52,7 +52,7 @@ func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 	if rest == "" {
 		return nil
 	}
-	if strings.HasSuffix("/"+rest, "/_catalog") {
+	if rest == "_catalog" || strings.HasSuffix(rest, "/_catalog") {
 		return errNoCatalog
 	}
 	name, hasOperation := c.splitOperation(rest)
