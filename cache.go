@@ -179,9 +179,9 @@ type freshness interface {
 // machine. No failure of it is ever a reason for a client's error.
 type replicas interface {
 	// acquireLease makes this process the only one that fills key, until release; a
-	// heartbeat keeps it. Others will show token, perhaps before lease returns.
-	// A nil release says that there is no lease to be had; other is who has it,
-	// if another process does.
+	// heartbeat keeps it. Others will show token, perhaps before acquireLease returns.
+	// A nil release says that there is no lease to be had; other is the process that
+	// has it, if another one does.
 	acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error)
 	// announceChange tells the others that key was replaced, or with removedPrefix
 	// before it that it was removed.

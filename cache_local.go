@@ -18,8 +18,8 @@ type upload struct {
 	create bool  // If-None-Match: *
 }
 
-// errFileExists: create found a file; errChecksum: the body is another, says who
-// reads it.
+// errFileExists is for an upload with create of a file that exists. errChecksum is what
+// the reader of an upload's body returns if it does not have its checksum.
 var (
 	errFileExists = &problem{status: http.StatusPreconditionFailed, detail: "the file exists already"}
 	errChecksum   = &problem{status: http.StatusUnprocessableEntity, detail: "the body does not have the checksum that was sent with it"}
