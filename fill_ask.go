@@ -19,7 +19,7 @@ const (
 	// no bound on breaks with progress: 50 GB over a bad line must arrive.
 	maxResumes = 3
 	// minProgress is what must arrive between two breaks to count as progress: an
-	// origin that gives some bytes with each request would be asked for ever.
+	// origin that gives some bytes with each request would be asked forever.
 	minProgress = 64 << 10
 	// headRefusedFor is how long a refused HEAD is remembered.
 	headRefusedFor = time.Hour

@@ -225,14 +225,8 @@ func (b *upstreamReader) closeResponse() {
 }
 
 func (b *upstreamReader) Seek(off int64, whence int) (int64, error) {
-	switch whence {
-	case io.SeekEnd:
-		off += b.part.size
-	case io.SeekCurrent:
-		off += b.offset
-	}
-	b.offset = off
-	return off, nil
+	b.offset = seekOffset(off, whence, b.offset, b.part.size)
+	return b.offset, nil
 }
 
 func (b *upstreamReader) Close() error {

@@ -99,17 +99,25 @@ func wantRecovery(t *testing.T, c *circuit, want bool, after time.Duration) {
 	}
 }
 
+// newProbe opens a circuit, waits for the end of its pause and is admitted as the probe,
+// until leave. It belongs into a bubble.
+func newProbe(t *testing.T) (c *circuit, leave func(), down error) {
+	t.Helper()
+	down = errors.New("down")
+	c = newCircuit(time.Now, time.Second, time.Second)
+	c.fail(down, time.Now())
+	time.Sleep(time.Second)
+	ctx, leave := context.WithCancel(t.Context())
+	if err := c.admit(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return c, leave, down
+}
+
 func TestProbeEndsWithItsContext(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		down := errors.New("down")
-		c := newCircuit(time.Now, time.Second, time.Second)
-		c.fail(down, time.Now())
-		time.Sleep(time.Second)
-		ctx, leave := context.WithCancel(t.Context())
-		if err := c.admit(ctx); err != nil {
-			t.Fatal(err)
-		}
+		c, leave, down := newProbe(t)
 		wantAdmit(t, c, down) // one at a time
 		leave()
 		synctest.Wait()
@@ -123,14 +131,7 @@ func TestProbeEndsWithItsContext(t *testing.T) {
 func TestOldProbeDoesNotEndANewOne(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		down := errors.New("down")
-		c := newCircuit(time.Now, time.Second, time.Second)
-		c.fail(down, time.Now())
-		time.Sleep(time.Second)
-		ctx, leave := context.WithCancel(t.Context())
-		if err := c.admit(ctx); err != nil {
-			t.Fatal(err)
-		}
+		c, leave, down := newProbe(t)
 		c.fail(down, time.Now())
 		time.Sleep(time.Second)
 		wantAdmit(t, c, nil)

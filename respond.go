@@ -312,6 +312,18 @@ type fileSource interface {
 	advanceBy(n int64)
 }
 
+// seekOffset returns the offset that Seek(offset, whence) leads to in a body of size
+// bytes (io.Seeker), of which at is the current one.
+func seekOffset(offset int64, whence int, at, size int64) int64 {
+	switch whence {
+	case io.SeekCurrent:
+		offset += at
+	case io.SeekEnd:
+		offset += size
+	}
+	return offset
+}
+
 // growingBody is a body that may still be arriving. While a reader waits for it,
 // nothing that was read before may stay in a buffer.
 type growingBody interface {

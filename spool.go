@@ -376,14 +376,8 @@ func (r *spoolReader) readyToRead() bool {
 }
 
 func (r *spoolReader) Seek(offset int64, whence int) (int64, error) {
-	switch whence {
-	case io.SeekEnd:
-		offset += r.size
-	case io.SeekCurrent:
-		offset += r.offset
-	}
-	r.offset = offset
-	return offset, nil
+	r.offset = seekOffset(offset, whence, r.offset, r.size)
+	return r.offset, nil
 }
 
 func (r *spoolReader) Close() error {

@@ -621,14 +621,8 @@ func (r *s3Reader) closeBody() {
 
 // Seek sends no request: the next Read does, if it has to.
 func (r *s3Reader) Seek(off int64, whence int) (int64, error) {
-	switch whence {
-	case io.SeekCurrent:
-		off += r.off
-	case io.SeekEnd:
-		off += r.size
-	}
-	r.off = off
-	return off, nil
+	r.off = seekOffset(off, whence, r.off, r.size)
+	return r.off, nil
 }
 
 // Close reads what is left of a body first, if that arrives in 0.1 s, see s3MaxDrain.
