@@ -326,6 +326,7 @@ type fileReply struct {
 	cacheStatus  string    // Cache-Status, behind the name
 	willBeStored bool      // Cache-Status says "stored": the body is to be kept
 	result       string    // HIT, MISS, STALE, REVALIDATED: for log and counters
+	mirror       string    // the host of the mirror that has the body, for the log; "": base_url has it
 }
 
 // byteRange is the part of a body that a client wants, as far as a single range says
@@ -374,7 +375,10 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 		reply.body = &closableBody{body: reply.body, cancel: cancel}
 	}
 	defer reply.body.Close()
-	w.result = reply.result
+	w.result, w.mirror = reply.result, reply.mirror
+	if reply.result == "STALE" {
+		_, w.detail, _ = strings.Cut(reply.cacheStatus, "detail=")
+	}
 	reply.send(w, r, file, c.now())
 	return nil
 }

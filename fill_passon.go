@@ -40,7 +40,7 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 		return nil, err
 	}
 	rec := file.newRecord(resp.Header, c.now())
-	reply := &fileReply{rec: rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss"}
+	reply := &fileReply{rec: rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss", mirror: file.remote.mirrorHost(resp.origin)}
 	if cp != nil {
 		reply.cacheStatus = "fwd=stale; fwd-status=200"
 	}

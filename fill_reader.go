@@ -78,7 +78,7 @@ func (f *fill) canAnswer(hasCopy bool) bool {
 func (f *fill) replyFromSpool(ctx context.Context, leads bool, rng byteRange) *fileReply {
 	_, size := f.progress()
 	f.mu.Lock()
-	reply := &fileReply{rec: f.rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss",
+	reply := &fileReply{rec: f.rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss", mirror: f.file.remote.mirrorHost(f.origin),
 		hashKnown: f.phase >= phaseComplete || f.rec.SHA256 != ""}
 	if f.oldRecord != nil {
 		reply.cacheStatus = "fwd=stale; fwd-status=200"

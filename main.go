@@ -249,15 +249,16 @@ func reindexStored(ctx context.Context, set *settings, stdout io.Writer) error {
 // server is a running artifactapi: its settings, its stores, the cache over them
 // and what changes while it runs.
 type server struct {
-	set      *settings
-	env      lookupEnv
-	log      *slog.Logger
-	stores   *stores
-	cache    *cache
-	config   atomic.Pointer[config]          // in force; replaced by a reload
-	cert     atomic.Pointer[tls.Certificate] // in force; nil without TLS
-	loaded   atomic.Int64                    // when config was loaded, in seconds since 1970
-	rejected atomic.Bool                     // the last reload failed, older files are in force
+	set       *settings
+	env       lookupEnv
+	log       *slog.Logger
+	stores    *stores
+	cache     *cache
+	responder *responder
+	config    atomic.Pointer[config]          // in force; replaced by a reload
+	cert      atomic.Pointer[tls.Certificate] // in force; nil without TLS
+	loaded    atomic.Int64                    // when config was loaded, in seconds since 1970
+	rejected  atomic.Bool                     // the last reload failed, older files are in force
 
 	hup      chan os.Signal // receives SIGHUP
 	draining atomic.Bool    // the server is about to stop; /health says so
@@ -313,10 +314,10 @@ func (s *server) newHandler() http.Handler {
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = version
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas}, up, time.Now, s.log, metrics)
-	responder := &responder{now: time.Now, log: s.log, metrics: metrics}
-	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: responder, metrics: metrics,
+	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
+	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: s.responder, metrics: metrics,
 		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
-		registry: newRegistry(s.cache, s.config.Load, responder)}
+		registry: newRegistry(s.cache, s.config.Load, s.responder)}
 }
 
 // serveUntilDone serves until ctx ends or the listener fails. Then it stops in this
@@ -392,6 +393,7 @@ func (s *server) announceEnd() {
 func (s *server) drain(ctx context.Context, srv *http.Server) {
 	if err := srv.Shutdown(ctx); err != nil {
 		s.log.Warn("requests that still ran were cut off", "error", err)
+		s.responder.cutOff.Store(true)
 		srv.Close()
 	}
 }

@@ -85,6 +85,15 @@ type origin struct {
 	auth bool     // gets the remote's credentials and headers; always true for base_url
 }
 
+// mirrorHost is the host of origin i, or "" for base_url. i may come from a replica
+// whose configuration has more mirrors.
+func (r *remote) mirrorHost(i int) string {
+	if i <= 0 || i >= len(r.origins) {
+		return ""
+	}
+	return r.origins[i].url.Host
+}
+
 // config is a whole remotes.yaml. It is not changed after parseConfig.
 type config struct {
 	remotes    map[string]*remote // by name

@@ -1,6 +1,6 @@
-// respond.go: how a handler's error becomes an answer, how a body is sent, and how
-// an answer becomes a log line. Handlers return errors; only the responder writes
-// error answers.
+// respond.go: how a handler's error becomes an answer, and how a body is sent.
+// Handlers return errors; only the responder writes error answers. The log line of a
+// request is in respond_log.go.
 
 package main
 
@@ -21,8 +21,8 @@ import (
 	"os"
 	"runtime/debug"
 	"strconv"
-	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -133,6 +133,10 @@ type responder struct {
 	metrics interface { // counts answered requests; called concurrently
 		countRequest(remote, result string, status int, bytes int64, d time.Duration)
 	}
+	// isDown reports an outage of a remote that was logged when it began. It may be nil.
+	isDown func(remote string) bool
+	// cutOff is set when the server closes connections that still have answers on them.
+	cutOff atomic.Bool
 }
 
 // errorWriter writes an error answer in the format of its API.
@@ -143,6 +147,8 @@ type errorWriter func(w http.ResponseWriter, status int, detail string, err erro
 func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handler, writeError errorWriter) {
 	began := s.now()
 	res := &response{ResponseWriter: w, controller: http.NewResponseController(w), now: s.now, sendfile: r.ProtoMajor == 1 && r.TLS == nil}
+	res.requestID = cmp.Or(acceptRequestID(r.Header.Get("X-Request-Id")), newRequestID())
+	res.Header()["X-Request-Id"] = []string{res.requestID}
 	res.extendWriteDeadline() // the deadline of an earlier answer may be over, and net/http may write before we do
 	if r.ContentLength != 0 {
 		// net/http reads a body that no handler reads before it sends the answer.
@@ -223,6 +229,7 @@ func (s *responder) answerError(w *response, r *http.Request, err error, writeEr
 	}
 	h := w.Header()
 	clear(h)
+	h.Set("X-Request-Id", w.requestID)
 	if p, ok := errors.AsType[*problem](err); ok {
 		if p.retryAfter > 0 {
 			h.Set("Retry-After", strconv.Itoa(int(math.Ceil(p.retryAfter.Seconds()))))
@@ -241,34 +248,6 @@ func (s *responder) answerError(w *response, r *http.Request, err error, writeEr
 	}
 	writeError(w, status, detail, err)
 	return false
-}
-
-// logAndCount writes the one log line of a request and counts it.
-func (s *responder) logAndCount(w *response, r *http.Request, err error, took time.Duration) {
-	if w.status == 0 {
-		w.status = http.StatusOK // a handler that wrote nothing: net/http sends this
-	}
-	if errors.Is(err, errClientGone) || errors.Is(err, context.Canceled) {
-		w.status = statusClientGone // context.Canceled: the client left while we waited for its body
-	}
-	s.metrics.countRequest(w.remote, strings.ToLower(w.result), w.status, w.bytes, took)
-	level, msg := slog.LevelInfo, "Request"
-	switch {
-	case w.result != "":
-		msg = "Cache " + w.result
-	case w.quiet:
-		level = slog.LevelDebug
-	}
-	if !s.log.Enabled(r.Context(), level) {
-		return
-	}
-	client, _, _ := net.SplitHostPort(r.RemoteAddr)
-	attrs := []slog.Attr{slog.String("method", r.Method), slog.String("remote", w.remote), slog.String("path", cmp.Or(w.path, r.URL.Path)),
-		slog.Int("status", w.status), slog.Int64("bytes", w.bytes), slog.Duration("duration", took), slog.String("client", client)}
-	if err != nil && !errors.Is(err, http.ErrAbortHandler) {
-		attrs = append(attrs, slog.String("error", err.Error()))
-	}
-	s.log.LogAttrs(r.Context(), level, msg, attrs...)
 }
 
 // writeJSONError is the errorWriter of all endpoints but the registry's.
@@ -375,6 +354,9 @@ type response struct {
 
 	// What the log line and the counters say; handlers set it.
 	remote, path, result string
+	detail               string // why a copy is stale
+	mirror               string // the host of the mirror that answered; "": base_url did
+	requestID            string
 	quiet                bool // is logged at debug level only
 }
 

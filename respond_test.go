@@ -61,9 +61,14 @@ func TestSecretsPrintNowhere(t *testing.T) {
 
 // logged is the log line of a request.
 type logged struct {
-	Level, Msg, Method, Remote, Path, Client, Error string
-	Status                                          int
-	Bytes, Duration                                 int64
+	Level, Msg, Method, Remote, Path, Client, Error, Detail, Mirror string
+
+	Status       int
+	Bytes        int64
+	DurationMS   float64 `json:"duration_ms"`
+	ForwardedFor string  `json:"forwarded_for"`
+	UserAgent    string  `json:"user_agent"`
+	RequestID    string  `json:"request_id"`
 }
 
 // requestLines returns the log lines of requests, in order.
@@ -115,7 +120,7 @@ func TestEachRequestIsOneLine(t *testing.T) {
 		s.do()
 		v := tt.wantLine(n)
 		if v.Msg != s.msg || v.Status != s.status || (s.bytes >= 0 && v.Bytes != s.bytes) || (s.path != "" && v.Path != s.path) || v.Method != s.method ||
-			v.Client != "127.0.0.1" || v.Duration <= 0 || (s.path == "a.idx" && v.Remote != "r") {
+			v.Client != "127.0.0.1" || v.DurationMS <= 0 || v.RequestID == "" || (s.path == "a.idx" && v.Remote != "r") {
 			t.Errorf("line %d is %+v, want %s %d", n, v, s.msg, s.status)
 		}
 	}
@@ -124,6 +129,48 @@ func TestEachRequestIsOneLine(t *testing.T) {
 	}
 	if strings.Contains(tt.logs.String(), "SECRET") {
 		t.Errorf("a log line shows a query or a secret:\n%s", strings.Join(tt.logs.lines("SECRET"), ""))
+	}
+}
+
+// What an operator needs of a request besides its result: who asked, through what,
+// why a copy is stale, which mirror has the body.
+func TestLogLineSaysWhoAskedAndWhy(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	mirror := tt.another()
+	tt.moveUpstream(tt.origin.url, `mutable_patterns: ['idx$']`, "mirrors: ["+mirror.url+"]")
+	tt.origin.file("/a.idx", "body").acts(tt.origin.resets)
+	mirror.file("/a.idx", "body")
+	tt.get("/api/r/a.idx", "X-Forwarded-For: 10.1.2.3"+strings.Repeat(", 10.9.9.9", 100), "X-Request-Id: abc-1").
+		wantMiss().wantHeader("X-Request-Id", "abc-1")
+	v := tt.wantLine(0)
+	if !strings.HasPrefix(v.ForwardedFor, "10.1.2.3, 10.9") || len(v.ForwardedFor) != maxLoggedHeader || v.UserAgent != "client" ||
+		v.RequestID != "abc-1" || "http://"+v.Mirror != mirror.url || v.Detail != "" {
+		t.Errorf("the miss is %+v", v)
+	}
+	tt.advance(2 * time.Hour)
+	tt.down()
+	_ = mirror.serve.Close()
+	tt.get("/api/r/a.idx", "X-Request-Id: with a blank").wantStale()
+	if v := tt.wantLine(1); v.Detail != "unreachable" || len(v.RequestID) != 16 || v.Level != "INFO" {
+		t.Errorf("the stale hit is %+v", v)
+	}
+}
+
+// A failure of ours is a warning with its cause, so that LOG_LEVEL=warn shows it. An
+// outage was announced when it began: what requests notice of it is no news.
+func TestServerErrorsAreWarnings(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a", "").acts(answers(500))
+	tt.get("/api/r/a").wantStatus(502).wantHeader("X-Request-Id", tt.wantLine(0).RequestID)
+	if v := tt.wantLine(0); v.Level != "WARN" || !strings.Contains(v.Error, "500") {
+		t.Errorf("an upstream's 500 is %+v", v)
+	}
+	tt.down()
+	tt.get("/api/r/b").wantStatus(502)
+	if v := tt.wantLine(1); v.Level != "INFO" || v.Error == "" {
+		t.Errorf("a failure in an outage that was announced is %+v", v)
 	}
 }
 

@@ -286,6 +286,12 @@ func (u *upstream) isDown(ctx context.Context, r *remote) bool {
 	return u.circuitOf(r.name).admit(ctx) != nil
 }
 
+// isInOutage reports whether a remote counts as down, which was logged when it began.
+func (u *upstream) isInOutage(remote string) bool {
+	c, found := u.circuits.get(remote)
+	return found && c.outageCause() != nil
+}
+
 // parseRetryAfter reads Retry-After (RFC 9110 section 10.2.3), a number of seconds or
 // a date, and returns how long to wait from now on: 0 without a usable value, and at
 // most maxRetryAfter.
