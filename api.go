@@ -31,6 +31,7 @@ type api struct {
 	health    func() healthReport // answers at once, whatever backend hangs
 	responder *responder
 	metrics   *metrics
+	gauges    func() []family // what main knows of disk and hot copies, for /metrics
 	now       func() time.Time
 	version   string
 	started   time.Time
@@ -444,17 +445,37 @@ func (a *api) serveConfig(w *response, _ *http.Request) error {
 func (a *api) serveMetrics(w *response, r *http.Request) error {
 	w.quiet = true // Prometheus asks several times a minute
 	health := a.health()
-	g := gauges{version: a.version, started: a.started, configLoaded: health.configLoaded, configRejected: health.Configuration != "",
-		backends: map[string]bool{}, stored: map[string]storedSize{}}
+	cfg := a.config()
+	up, remoteUp, bytes, files := map[string]float64{}, map[string]float64{}, map[string]float64{}, map[string]float64{}
 	for name, state := range health.Backends {
-		g.backends[name] = state != "down"
+		up[name] = boolNumber(state != "down")
 	}
-	totals, _ := a.cache.storedTotals(r.Context()) // without the index, the other series are still sent
+	for _, name := range cfg.names {
+		if !cfg.remotes[name].local {
+			remoteUp[name] = boolNumber(!a.cache.upstream.isInOutage(name))
+		}
+		bytes[name], files[name] = 0, 0
+	}
+	totals, err := a.cache.storedTotals(r.Context())
+	if err != nil {
+		clear(bytes) // without the index, the other series are still sent
+		clear(files)
+	}
 	for name, t := range totals {
-		g.stored[name] = storedSize(t)
+		bytes[name], files[name] = float64(t.Bytes), float64(t.Files)
 	}
+	known := append(a.gauges(), a.cache.fills.gauges()...)
+	known = append(known,
+		family{"artifactapi_build_info", "gauge", "What is running; always 1.", "version", map[string]float64{a.version: 1}},
+		newGauge("process_start_time_seconds", "When the process started, in seconds since 1970.", float64(a.started.UnixMilli())/1000),
+		newGauge("artifactapi_config_last_reload_successful", "1 unless the last reload of the configuration was rejected.", boolNumber(health.Configuration == "")),
+		newGauge("artifactapi_config_last_reload_success_timestamp_seconds", "When the configuration in force was loaded, in seconds since 1970.", float64(health.configLoaded)),
+		family{"artifactapi_backend_up", "gauge", "1 if the backend can be used, else 0.", "backend", up},
+		family{"artifactapi_remote_up", "gauge", "1 unless the remote counts as unreachable.", "remote", remoteUp},
+		family{"artifactapi_stored_bytes", "gauge", "Bytes stored.", "remote", bytes},
+		family{"artifactapi_stored_files", "gauge", "Files stored.", "remote", files})
 	w.Header().Set("Content-Type", metricsType)
-	return a.metrics.writeExposition(w, g)
+	return a.metrics.writeExposition(w, cfg.names, known)
 }
 
 // overview is the answer of /.

@@ -142,6 +142,13 @@ func (l *lru[V]) get(key string) (value V, found bool) {
 	return el.Value.(*lruEntry[V]).value, true
 }
 
+// size is how many entries there are, and what they and what is reserved cost.
+func (l *lru[V]) size() (entries int, cost int64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.order.Len(), l.cost
+}
+
 func (l *lru[V]) contains(key string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -257,8 +257,7 @@ func (f *fillRun) waitForSlot() fillOutcome {
 		defer t.Stop()
 		enough = t.C
 	}
-	name := f.file.remote.name
-	slots := f.c.fills.slotsOf(name)
+	slots := f.c.fills.slotsOf(f.file.remote.name)
 	if slots.queued.Add(1) > maxFillsPerRemote+maxQueuedPerRemote {
 		slots.queued.Add(-1)
 		return failedOutcome(errFillQueueFull)
@@ -272,7 +271,6 @@ func (f *fillRun) waitForSlot() fillOutcome {
 		slots.queued.Add(-1)
 		return failedOutcome(context.Cause(f.ctx))
 	}
-	f.c.metrics.addFillsInFlight(name, 1)
 	f.slots = slots
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -283,7 +281,6 @@ func (f *fillRun) waitForSlot() fillOutcome {
 // freeSlot gives the place among the remote's fills back, if the fill still has it.
 func (f *fillRun) freeSlot() {
 	if f.slots != nil {
-		f.c.metrics.addFillsInFlight(f.file.remote.name, -1)
 		<-f.slots.places
 		f.slots.queued.Add(-1)
 		f.slots = nil

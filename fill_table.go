@@ -232,6 +232,37 @@ func (t *fillTable) hasClients(f *fill) bool {
 	return f.clients > 0
 }
 
+// gauges is how many fills there are, and what their spools take.
+func (t *fillTable) gauges() []family {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	inFlight, waiting, storing, spooled := map[string]float64{}, int64(0), 0, int64(0)
+	for remote, s := range t.slots {
+		running := len(s.places)
+		inFlight[remote] = float64(running)
+		waiting += s.queued.Load() - int64(running)
+	}
+	for _, fills := range t.byKey {
+		for _, f := range fills {
+			f.mu.Lock()
+			if f.phase == phaseStoring {
+				storing++
+			}
+			if f.spool != nil {
+				written, _ := f.spool.progress()
+				spooled += written
+			}
+			f.mu.Unlock()
+		}
+	}
+	return []family{
+		{"artifactapi_fills_in_flight", "gauge", "Downloads running now.", "remote", inFlight},
+		newGauge("artifactapi_fills_waiting", "Downloads that wait for a place among those of their remote.", float64(max(0, waiting))),
+		newGauge("artifactapi_fills_storing", "Complete bodies on their way to the store.", float64(storing)),
+		newGauge("artifactapi_spool_bytes", "Bytes in the temporary files of downloads.", float64(spooled)),
+	}
+}
+
 // waitIdle waits until no fill runs any more, or until ctx ends, and reports
 // whether there is none.
 func (t *fillTable) waitIdle(ctx context.Context) bool {

@@ -315,7 +315,7 @@ func (s *server) newHandler() http.Handler {
 	up.version = version
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas}, up, time.Now, s.log, metrics)
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
-	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: s.responder, metrics: metrics,
+	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges,
 		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
 		registry: newRegistry(s.cache, s.config.Load, s.responder)}
 }
@@ -509,7 +509,9 @@ func (s *server) checkBackend(b *backend) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), checkTimeout)
 	defer cancel()
+	began := time.Now()
 	err := b.ping(ctx)
+	s.cache.metrics.countCheck(b.name, time.Since(began))
 	wasUp := b.up.Swap(err == nil)
 	switch {
 	case b.logsOutages:

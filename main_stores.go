@@ -25,6 +25,7 @@ type stores struct {
 	replicas  replicas       // nil unless objects and Redis are shared
 	sql       *sqlIndex      // index, if it is in PostgreSQL; else nil
 	embedded  *embeddedIndex // index, if it is not; else nil
+	hot       *tieredStore   // hot copies; nil without S3
 	disks     []*diskStore   // disk, and with S3 that of the hot copies
 	backends  []*backend     // in the order in which they were opened
 }
@@ -132,7 +133,7 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
 	hot := newTiered(s3, copies, set.hotSize, st.space)
 	st.space.freeUp = hot.freeSpace
-	st.objects = hot
+	st.objects, st.hot = hot, hot
 	st.disks = append(st.disks, copies)
 	st.backends = append(st.backends, &backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok",
 		ping: func(ctx context.Context) error {
@@ -148,6 +149,19 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 			return errors.Join(copies.Close(), st.disk.Close())
 		}})
 	return nil
+}
+
+// gauges is what /metrics shows of disk and hot copies.
+func (st *stores) gauges() (all []family) {
+	if free, _, err := st.disk.freeSpace(); err == nil {
+		all = append(all, newGauge("artifactapi_disk_free_bytes", "Free bytes of the disk that has DATA_DIR.", float64(free)))
+	}
+	if st.hot != nil {
+		files, bytes := st.hot.copies.size()
+		all = append(all, newGauge("artifactapi_hot_files", "Hot copies of objects in S3.", float64(files)),
+			newGauge("artifactapi_hot_bytes", "Bytes of hot copies.", float64(bytes)))
+	}
+	return all
 }
 
 // saveSnapshots writes what the stores keep in memory alone, so that a crash loses

@@ -20,10 +20,10 @@ var (
 )
 
 // scrape writes m and reads the text as strictly as Prometheus does.
-func scrape(t *testing.T, m *metrics, g gauges) map[string]float64 {
+func scrape(t *testing.T, m *metrics, known ...family) map[string]float64 {
 	t.Helper()
 	var b bytes.Buffer
-	if err := m.writeExposition(&b, g); err != nil {
+	if err := m.writeExposition(&b, []string{"idle"}, known); err != nil {
 		t.Fatal(err)
 	}
 	return readExposition(t, b.String())
@@ -78,72 +78,75 @@ func wantSeries(t *testing.T, got, want map[string]float64) {
 func TestMetricsCount(t *testing.T) {
 	t.Parallel()
 	m := newMetrics()
-	m.countRequest("alpine", "hit", 200, 10, 300*time.Microsecond)
-	m.countRequest("alpine", "hit", 206, 5, 2*time.Millisecond)
-	m.countRequest("alpine", "miss", 502, 7, 90*time.Second)
-	m.countRequest("", "", 404, 1, time.Hour)
-	m.countRequest("alpine", "surprise", 999, 0, 0)
+	m.countRequest("alpine", "hit", 200, 10, 200*time.Microsecond, 300*time.Microsecond)
+	m.countRequest("alpine", "hit", 206, 5, 600*time.Microsecond, 2*time.Millisecond)
+	m.countRequest("alpine", "miss", 502, 7, time.Second, 90*time.Second)
+	m.countRequest("", "", 404, 1, 0, time.Hour)
+	m.countRequest("alpine", "surprise", 999, 0, 0, 0)
 	m.countFetchedBytes("alpine", 100)
+	m.countUpstreamRequest("alpine", time.Second)
 	m.countUpstreamError("alpine", "timeout")
 	m.countUpstreamError("alpine", "surprise")
 	m.countStoreError("redis")
 	m.countStoreError("surprise")
-	m.addFillsInFlight("alpine", 3)
-	m.addFillsInFlight("alpine", -1)
-	got := scrape(t, m, gauges{
-		version:      "1.2.3",
-		started:      time.UnixMilli(1_700_000_000_250),
-		configLoaded: 1_700_000_001,
-		backends:     map[string]bool{"storage": true, "redis": false},
-		stored:       map[string]storedSize{"alpine": {Files: 2, Bytes: 1 << 40}},
-	})
+	m.countCheck("redis", 2*time.Millisecond)
+	got := scrape(t, m, newGauge("artifactapi_a", "A gauge.", 1.5), family{"artifactapi_b_total", "counter", "A counter.", "remote", map[string]float64{"x": 1 << 40}})
 	wantSeries(t, got, map[string]float64{
 		`artifactapi_requests_total{remote="alpine",result="hit",status_class="2xx"}`:     2,
 		`artifactapi_requests_total{remote="alpine",result="miss",status_class="5xx"}`:    1,
 		`artifactapi_requests_total{remote="",result="none",status_class="4xx"}`:          1,
 		`artifactapi_requests_total{remote="alpine",result="other",status_class="other"}`: 1,
-		`artifactapi_served_bytes_total{remote="alpine"}`:                                 22,
-		`artifactapi_fetched_bytes_total{remote="alpine"}`:                                100,
-		`artifactapi_upstream_errors_total{remote="alpine",kind="timeout"}`:               1,
-		`artifactapi_upstream_errors_total{remote="alpine",kind="refused"}`:               0,
-		`artifactapi_upstream_errors_total{remote="alpine",kind="other"}`:                 1,
-		`artifactapi_store_errors_total{store="redis"}`:                                   1,
-		`artifactapi_store_errors_total{store="spool"}`:                                   0,
-		`artifactapi_store_errors_total{store="other"}`:                                   1,
-		`artifactapi_fills_in_flight{remote="alpine"}`:                                    2,
-		`artifactapi_backend_up{backend="storage"}`:                                       1,
-		`artifactapi_backend_up{backend="redis"}`:                                         0,
-		`artifactapi_stored_files{remote="alpine"}`:                                       2,
-		`artifactapi_stored_bytes{remote="alpine"}`:                                       1 << 40,
-		`process_start_time_seconds`:                                                      1_700_000_000.25,
-		`artifactapi_config_last_reload_successful`:                                       1,
-		`artifactapi_config_last_reload_success_timestamp_seconds`:                        1_700_000_001,
-		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.0005"}`:           1,
-		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.001"}`:            1,
-		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.005"}`:            2,
-		`artifactapi_request_duration_seconds_bucket{result="hit",le="+Inf"}`:             2,
-		`artifactapi_request_duration_seconds_count{result="hit"}`:                        2,
-		`artifactapi_request_duration_seconds_sum{result="hit"}`:                          0.0023,
-		`artifactapi_request_duration_seconds_bucket{result="miss",le="60"}`:              0,
-		`artifactapi_request_duration_seconds_bucket{result="miss",le="600"}`:             1,
-		`artifactapi_request_duration_seconds_bucket{result="none",le="600"}`:             0,
-		`artifactapi_request_duration_seconds_bucket{result="none",le="+Inf"}`:            1,
+		`artifactapi_requests_total{remote="idle",result="hit",status_class="2xx"}`:       0,
+		`artifactapi_upstream_errors_total{remote="idle",kind="unreachable"}`:             0,
+		`artifactapi_served_bytes_total{result="hit"}`:                                    15,
+		`artifactapi_served_bytes_total{result="stale"}`:                                  0,
+		`artifactapi_upstream_requests_total{remote="alpine"}`:                            1,
+		`artifactapi_upstream_request_duration_seconds_bucket{le="0.5"}`:                  0,
+		`artifactapi_upstream_request_duration_seconds_count`:                             1,
+		`artifactapi_backend_duration_seconds_sum{backend="redis"}`:                       0.002,
+		`artifactapi_first_byte_seconds_bucket{result="hit",le="0.0005"}`:                 1,
+		`artifactapi_first_byte_seconds_sum{result="miss"}`:                               1,
+		`artifactapi_a`:                                                         1.5,
+		`artifactapi_b_total{remote="x"}`:                                       1 << 40,
+		`artifactapi_fetched_bytes_total{remote="alpine"}`:                      100,
+		`artifactapi_upstream_errors_total{remote="alpine",kind="timeout"}`:     1,
+		`artifactapi_upstream_errors_total{remote="alpine",kind="refused"}`:     0,
+		`artifactapi_upstream_errors_total{remote="alpine",kind="other"}`:       1,
+		`artifactapi_store_errors_total{store="redis"}`:                         1,
+		`artifactapi_store_errors_total{store="spool"}`:                         0,
+		`artifactapi_store_errors_total{store="other"}`:                         1,
+		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.0005"}`: 1,
+		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.001"}`:  1,
+		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.005"}`:  2,
+		`artifactapi_request_duration_seconds_bucket{result="hit",le="+Inf"}`:   2,
+		`artifactapi_request_duration_seconds_count{result="hit"}`:              2,
+		`artifactapi_request_duration_seconds_sum{result="hit"}`:                0.0023,
+		`artifactapi_request_duration_seconds_bucket{result="miss",le="60"}`:    0,
+		`artifactapi_request_duration_seconds_bucket{result="miss",le="600"}`:   1,
+		`artifactapi_request_duration_seconds_bucket{result="none",le="600"}`:   0,
+		`artifactapi_request_duration_seconds_bucket{result="none",le="+Inf"}`:  1,
 	})
-	if got["go_goroutines"] < 1 {
-		t.Error("no goroutines?")
+	for _, name := range []string{"go_goroutines", "go_threads", "go_memstats_heap_alloc_bytes", "process_resident_memory_bytes",
+		"process_virtual_memory_bytes", "process_open_fds", "process_max_fds"} {
+		if got[name] < 1 {
+			t.Errorf("%s is %v", name, got[name])
+		}
+	}
+	if v := got["process_resident_memory_bytes"]; v > got["process_virtual_memory_bytes"] {
+		t.Errorf("%v bytes are resident, of fewer virtual ones", v)
 	}
 }
 
 func TestMetricsAreTheSameSeriesEachTime(t *testing.T) {
 	t.Parallel()
 	m := newMetrics()
-	m.countRequest("a", "hit", 200, 1, 0)
-	m.countRequest("b", "hit", 200, 1, 0)
-	before := scrape(t, m, gauges{})
+	m.countRequest("a", "hit", 200, 1, 0, 0)
+	m.countRequest("b", "hit", 200, 1, 0, 0)
+	before := scrape(t, m)
 	for range 100 {
-		m.countRequest("a", "hit", 200, 1, time.Minute)
+		m.countRequest("a", "hit", 200, 1, 0, time.Minute)
 	}
-	after := scrape(t, m, gauges{})
+	after := scrape(t, m)
 	for name := range maps.Keys(after) {
 		if _, ok := before[name]; !ok {
 			t.Errorf("%s is new", name)
@@ -155,7 +158,7 @@ func TestMetricsEscapeLabels(t *testing.T) {
 	t.Parallel()
 	m := newMetrics()
 	m.countFetchedBytes("a\"b\\c\nd", 1)
-	wantSeries(t, scrape(t, m, gauges{}), map[string]float64{
+	wantSeries(t, scrape(t, m), map[string]float64{
 		`artifactapi_fetched_bytes_total{remote="a\"b\\c\nd"}`: 1,
 	})
 }
@@ -165,7 +168,7 @@ func TestMetricsReportAFailedWrite(t *testing.T) {
 	gone := errors.New("gone")
 	r, w := io.Pipe()
 	r.CloseWithError(gone)
-	if err := newMetrics().writeExposition(w, gauges{}); !errors.Is(err, gone) {
+	if err := newMetrics().writeExposition(w, nil, nil); !errors.Is(err, gone) {
 		t.Errorf("want %v, got %v", gone, err)
 	}
 }
@@ -178,15 +181,15 @@ func TestMetricsLoseNothingUnderConcurrency(t *testing.T) {
 	for range workers {
 		wg.Go(func() {
 			for i := range each {
-				m.countRequest(fmt.Sprintf("r%d", i%50), "hit", 200, 1, time.Second)
+				m.countRequest(fmt.Sprintf("r%d", i%50), "hit", 200, 1, 0, time.Second)
 				if i%100 == 0 {
-					_ = m.writeExposition(io.Discard, gauges{})
+					_ = m.writeExposition(io.Discard, nil, nil)
 				}
 			}
 		})
 	}
 	wg.Wait()
-	got := scrape(t, m, gauges{})
+	got := scrape(t, m)
 	wantSeries(t, got, map[string]float64{
 		`artifactapi_request_duration_seconds_count{result="hit"}`:                workers * each,
 		`artifactapi_request_duration_seconds_sum{result="hit"}`:                  workers * each,
@@ -196,14 +199,14 @@ func TestMetricsLoseNothingUnderConcurrency(t *testing.T) {
 
 func TestMetricsCountWithoutAllocating(t *testing.T) {
 	m := newMetrics()
-	m.countRequest("alpine", "hit", 200, 1, 0)
+	m.countRequest("alpine", "hit", 200, 1, 0, 0)
 	if n := testing.AllocsPerRun(100, func() { countOne(m) }); n != 0 {
 		t.Errorf("a request counted: want 0 allocations, got %v", n)
 	}
 }
 
 func countOne(m *metrics) {
-	m.countRequest("alpine", "hit", 200, 4096, 80*time.Microsecond)
+	m.countRequest("alpine", "hit", 200, 4096, 70*time.Microsecond, 80*time.Microsecond)
 	m.countFetchedBytes("alpine", 4096)
 }
 

@@ -131,7 +131,7 @@ type responder struct {
 	now     func() time.Time
 	log     *slog.Logger
 	metrics interface { // counts answered requests; called concurrently
-		countRequest(remote, result string, status int, bytes int64, d time.Duration)
+		countRequest(remote, result string, status int, bytes int64, firstByte, took time.Duration)
 	}
 	// isDown reports an outage of a remote that was logged when it began. It may be nil.
 	isDown func(remote string) bool
@@ -167,7 +167,7 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 		_ = res.controller.SetReadDeadline(s.now().Add(closeDelay))
 	}
 	abort := err != nil && s.answerError(res, r, err, writeError)
-	s.logAndCount(res, r, err, s.now().Sub(began))
+	s.logAndCount(res, r, err, began)
 	if abort {
 		if !r.ProtoAtLeast(1, 1) {
 			res.resetConnection()
@@ -347,10 +347,11 @@ type response struct {
 	sendfile      bool      // plain HTTP/1, where net/http lets the kernel send files
 	deadlineSetAt time.Time // when the write deadline was last set
 
-	status    int   // 0 until the header was written
-	bytes     int64 // of the body, written so far
-	bodyErr   error // reading the body failed, so the answer must not end cleanly
-	clientErr error // writing to the client failed; wraps errClientGone
+	status    int       // 0 until the header was written
+	headerAt  time.Time // when that was
+	bytes     int64     // of the body, written so far
+	bodyErr   error     // reading the body failed, so the answer must not end cleanly
+	clientErr error     // writing to the client failed; wraps errClientGone
 
 	// What the log line and the counters say; handlers set it.
 	remote, path, result string
@@ -366,8 +367,8 @@ func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 // WriteHeader writes the header and remembers its status. A 1xx status is not yet
 // the answer.
 func (w *response) WriteHeader(status int) {
-	if status >= 200 && w.status == 0 {
-		w.status = status
+	if status >= 200 {
+		w.noteStatus(status)
 	}
 	w.extendWriteDeadline()
 	if status == http.StatusPreconditionFailed {
@@ -378,11 +379,16 @@ func (w *response) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
+// noteStatus remembers the status of the answer that begins, if none has begun.
+func (w *response) noteStatus(status int) {
+	if w.status == 0 {
+		w.status, w.headerAt = status, w.now()
+	}
+}
+
 // Write writes a part of the body.
 func (w *response) Write(p []byte) (int, error) {
-	if w.status == 0 {
-		w.status = http.StatusOK
-	}
+	w.noteStatus(http.StatusOK)
 	w.extendWriteDeadline()
 	n, err := w.ResponseWriter.Write(p)
 	w.bytes += int64(n)
@@ -434,9 +440,7 @@ func (w *response) ReadFrom(src io.Reader) (sent int64, err error) {
 	if l, ok := src.(*io.LimitedReader); ok {
 		limit, body = l.N, l.R
 	}
-	if w.status == 0 {
-		w.status = http.StatusOK
-	}
+	w.noteStatus(http.StatusOK)
 	files, ok := body.(fileSource)
 	if !ok || !w.sendfile {
 		return w.copyBody(body, 0, limit)

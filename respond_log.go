@@ -20,9 +20,14 @@ import (
 const maxLoggedHeader = 200
 
 // logAndCount writes the one log line of a request and counts it.
-func (s *responder) logAndCount(w *response, r *http.Request, err error, took time.Duration) {
+func (s *responder) logAndCount(w *response, r *http.Request, err error, began time.Time) {
+	ended := s.now()
+	took := ended.Sub(began)
 	if w.status == 0 {
 		w.status = http.StatusOK // a handler that wrote nothing: net/http sends this
+	}
+	if w.headerAt.IsZero() {
+		w.headerAt = ended
 	}
 	// context.Canceled: the client left while we waited for its body
 	if errors.Is(err, errClientGone) || errors.Is(err, context.Canceled) {
@@ -32,7 +37,7 @@ func (s *responder) logAndCount(w *response, r *http.Request, err error, took ti
 			w.status = statusClientGone
 		}
 	}
-	s.metrics.countRequest(w.remote, strings.ToLower(w.result), w.status, w.bytes, took)
+	s.metrics.countRequest(w.remote, strings.ToLower(w.result), w.status, w.bytes, w.headerAt.Sub(began), took)
 	msg := "Request"
 	if w.result != "" {
 		msg = "Cache " + w.result

@@ -248,6 +248,7 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	}
 	timer := time.AfterFunc(x.remote.timeout, func() { cancel(errTimeout) })
 	resp, err := transport.RoundTrip(req)
+	u.metrics.countUpstreamRequest(name, u.now().Sub(began))
 	if !timer.Stop() && err == nil { // the header came just after the timeout, which ended the body
 		resp.Body.Close()
 		err = errTimeout
