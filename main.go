@@ -30,7 +30,8 @@
 //	ADVERTISE_URL               URL at which other replicas reach this one
 //	API_TOKEN                   token that allows PUT, DELETE and purging
 //	TLS_CERT_FILE, TLS_KEY_FILE serve HTTPS; the files are reloaded when they change
-//	DRAIN_DELAY (0s)            how long /health answers 503 before the server stops
+//	DRAIN_DELAY (0s, or 5s where KUBERNETES_SERVICE_HOST is set)
+//	                            how long /health answers 503 before the server stops
 //	LOG_LEVEL (info)            debug, info, warn or error
 //	LOG_FORMAT                  text (on a terminal) or json (otherwise)
 //	HTTPS_PROXY, HTTP_PROXY, NO_PROXY, SSL_CERT_FILE
@@ -54,6 +55,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -62,6 +64,21 @@ import (
 
 // version is set by the build: -ldflags "-X main.version=1.2.3".
 var version = "dev"
+
+// buildVersion is version, or for a build that was given none the revision that the
+// build knows: dev-0123456789ab.
+func buildVersion() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok || version != "dev" {
+		return version
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			return version + "-" + s.Value[:min(len(s.Value), 12)]
+		}
+	}
+	return version
+}
 
 const usage = `usage: artifactapi [COMMAND]
 
@@ -88,14 +105,18 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 	if len(args) > 0 {
 		command, rest = args[0], args[1:]
 	}
-	maxArgs := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "reindex": 0, "version": 0, "help": 0, "-h": 0, "--help": 0}
-	if limit, known := maxArgs[command]; !known || len(rest) > limit {
-		fmt.Fprint(stderr, usage)
+	maxArgs := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "reindex": 0, "version": 0, "--version": 0, "help": 0, "-h": 0, "--help": 0}
+	limit, known := maxArgs[command]
+	if !known {
+		limit = -1 // not even the command
+	}
+	if len(rest) > limit {
+		fmt.Fprintf(stderr, "artifactapi: unknown command or argument %q\n%s", args[limit+1], usage)
 		return 2
 	}
 	switch command {
-	case "version":
-		fmt.Fprintln(stdout, "artifactapi", version)
+	case "version", "--version":
+		fmt.Fprintln(stdout, "artifactapi", buildVersion())
 		return 0
 	case "help", "-h", "--help":
 		fmt.Fprint(stdout, usage)
@@ -133,6 +154,14 @@ func checkConfig(set *settings, args []string, env lookupEnv, stdout io.Writer) 
 	cfg, err := loadConfig(name, env)
 	if err != nil {
 		return err
+	}
+	if set.tlsCert != "" {
+		if _, err := tls.LoadX509KeyPair(set.tlsCert, set.tlsKey); err != nil {
+			return fmt.Errorf("TLS_CERT_FILE and TLS_KEY_FILE: %w", err)
+		}
+	}
+	for _, w := range cfg.warnings {
+		fmt.Fprintln(stdout, "warning:", w)
 	}
 	fmt.Fprintf(stdout, "%s: valid, %d remotes\n", name, len(cfg.names))
 	return nil
@@ -205,6 +234,13 @@ func verifyStored(ctx context.Context, set *settings, env lookupEnv, stdout io.W
 		fmt.Fprintf(stdout, "%s: %v\n", key, err)
 	})
 	fmt.Fprintf(stdout, "%d checked, %d dropped\n", checked, dropped)
+	if err == nil && checked == 0 && reported == 0 {
+		where := "DATA_DIR " + set.dataDir
+		if set.s3.bucket != "" {
+			where = "the bucket " + set.s3.bucket
+		}
+		fmt.Fprintf(stdout, "nothing is stored in %s: is it the right one?\n", where)
+	}
 	if err == nil && reported > 0 {
 		err = fmt.Errorf("%d files were dropped, could not be read, or are strays; a dropped file is fetched again when a client asks for it", reported)
 	}
@@ -297,7 +333,7 @@ func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writ
 	if s.stores, err = openStores(set, time.Now, log); err != nil {
 		return err
 	}
-	attrs := []any{"version", version, "address", listener.Addr().String(), "remotes", len(cfg.names), "config", set.configPath}
+	attrs := []any{"version", buildVersion(), "address", listener.Addr().String(), "remotes", len(cfg.names), "config", set.configPath}
 	for _, b := range s.stores.backends {
 		attrs = append(attrs, b.name, b.kind)
 	}
@@ -312,11 +348,11 @@ func (s *server) newHandler() http.Handler {
 	st.disk.isIrreplaceable = func(remote string) bool { return s.config.Load().isIrreplaceable(remote) }
 	s.openData()
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
-	up.version = version
+	up.version = buildVersion()
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas}, up, time.Now, s.log, metrics)
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges,
-		now: time.Now, version: version, started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
+		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
 		registry: newRegistry(s.cache, s.config.Load, s.responder)}
 }
 
@@ -602,6 +638,9 @@ func (s *server) reloadConfig() {
 
 // useConfig puts cfg into force.
 func (s *server) useConfig(cfg *config) {
+	for _, w := range cfg.warnings {
+		s.log.Warn(w)
+	}
 	s.config.Store(cfg)
 	s.loaded.Store(time.Now().Unix())
 }

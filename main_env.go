@@ -4,11 +4,10 @@ package main
 
 import (
 	"cmp"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/url"
 	"os"
@@ -75,13 +74,18 @@ func parseSettings(env lookupEnv) (*settings, error) {
 	}
 	level := p.readOneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error")
 	_ = set.logLevel.UnmarshalText([]byte(level)) // readOneOf has reported another word
-	drainDelay := p.readString("DRAIN_DELAY", "0s")
-	var err error
+	_, port, err := net.SplitHostPort(set.listen)
+	if _, portErr := net.LookupPort("tcp", port); err != nil || port == "" || portErr != nil {
+		p.addError("LISTEN_ADDR", "%q is not an address like :8000 or 127.0.0.1:8000", set.listen)
+	}
+	// In Kubernetes, endpoints go on sending requests for a moment.
+	drainDelay := "0s"
+	if p.readString("KUBERNETES_SERVICE_HOST", "") != "" {
+		drainDelay = "5s"
+	}
+	drainDelay = p.readString("DRAIN_DELAY", drainDelay)
 	if set.drainDelay, err = time.ParseDuration(drainDelay); err != nil || set.drainDelay < 0 {
 		p.addError("DRAIN_DELAY", "%q is not a duration like 10s or 1m30s", drainDelay)
-	}
-	if _, port, err := net.SplitHostPort(set.listen); err != nil || port == "" {
-		p.addError("LISTEN_ADDR", "%q is not an address like :8000 or 127.0.0.1:8000", set.listen)
 	}
 	for _, name := range []string{"API_TOKEN", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "DBPASS"} {
 		if !isCleanSecret(p.readString(name, "")) {
@@ -165,6 +169,9 @@ func (p *envReader) readS3(c *s3Config) {
 			p.addError(v[0], "%q is not a valid name: use letters, digits, '.', '_' and '-'", v[1])
 		}
 	}
+	if n := len(c.bucket); n > 0 && (n < 3 || n > 63) {
+		p.addError("MINIO_BUCKET", "%q is not the name of a bucket: those have 3 to 63 characters", c.bucket)
+	}
 	scheme := "http"
 	if secure == "true" || secure == "1" {
 		scheme = "https"
@@ -220,15 +227,20 @@ func parseHostURL(v string, schemes ...string) *url.URL {
 }
 
 // redisPrefix returns the prefix of this cache's keys in Redis, so that several
-// caches can share one Redis. It names the bucket, or without S3 the host and the
-// directory that has the files.
+// caches can share one Redis: the bucket's name, since replicas may spell its endpoint
+// differently, or without S3 a random id that is kept in DATA_DIR.
 func (set *settings) redisPrefix() string {
 	if set.s3.bucket != "" {
-		return set.s3.host + "/" + set.s3.bucket
+		return set.s3.bucket
 	}
-	host, _ := os.Hostname() // when the name is unknown, the directory alone tells caches apart
-	sum := sha256.Sum256([]byte(host + ":" + set.dataDir))
-	return "disk/" + hex.EncodeToString(sum[:8])
+	name := filepath.Join(set.dataDir, ".id")
+	if id, err := os.ReadFile(name); err == nil && isHex(string(id), 16) {
+		return "disk/" + string(id)
+	}
+	id := fmt.Sprintf("%016x", rand.Uint64())
+	_ = os.MkdirAll(set.dataDir, 0o755)
+	_ = os.WriteFile(name, []byte(id), 0o644) // without it the marks are lost at the next start, which costs revalidations
+	return "disk/" + id
 }
 
 // advertisedURL returns the URL at which other replicas reach this one:

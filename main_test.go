@@ -38,8 +38,8 @@ func envOf(vars map[string]string) lookupEnv {
 func TestCommands(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	good, bad := dir+"/good.yaml", dir+"/bad.yaml"
-	for name, text := range map[string]string{good: remoteYAML("http://127.0.0.1:1"), bad: "remotes:\n  r: {base_url: nonsense, shape: round}\n"} {
+	good, bad, odd := dir+"/good.yaml", dir+"/bad.yaml", dir+"/odd.yaml"
+	for name, text := range map[string]string{good: remoteYAML("http://127.0.0.1:1"), odd: remoteYAML("http://127.0.0.1:1", "password: a"), bad: "remotes:\n  r: {base_url: nonsense, shape: round}\n"} {
 		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -54,16 +54,18 @@ func TestCommands(t *testing.T) {
 		{"help", 0, "usage:", ""},
 		{"--help", 0, "usage:", ""},
 		{"-h", 0, "usage:", ""},
-		{"nonsense", 2, "", "usage:"},
-		{"--version", 2, "", "usage:"},
-		{"check one two", 2, "", "usage:"},
-		{"serve now", 2, "", "usage:"},
+		{"nonsense", 2, "", "\"nonsense\"\nusage:"},
+		{"--version", 0, "artifactapi ", ""},
+		{"--verbose", 2, "", "\"--verbose\"\nusage:"},
+		{"check one two", 2, "", "\"two\"\nusage:"},
+		{"serve now", 2, "", "\"now\"\nusage:"},
 		{"version please", 2, "", "usage:"},
 		{"check", 0, "1 remotes", ""},
 		{"check " + good, 0, "1 remotes", ""},
+		{"check " + odd, 0, "warning: ", ""},
 		{"check " + bad, 1, "", "bad.yaml:2: remote \"r\""},
 		{"check " + dir + "/none.yaml", 1, "", "none.yaml"},
-		{"verify", 0, "0 checked, 0 dropped", ""},
+		{"verify", 0, "0 checked, 0 dropped\nnothing is stored in ", ""},
 		{"healthcheck", 1, "", "/health"},
 	} {
 		t.Run(c.args, func(t *testing.T) {
@@ -127,6 +129,9 @@ func TestEnvironment(t *testing.T) {
 		{"LISTEN_ADDR= MIN_FREE= LOG_LEVEL= DBHOST= MINIO_ENDPOINT= REDIS_URL= TLS_CERT_FILE=", ""}, // empty is unset
 		{"LISTEN_ADDR=8000", "LISTEN_ADDR"},
 		{"LISTEN_ADDR=localhost", "LISTEN_ADDR"},
+		{"LISTEN_ADDR=:65536", "LISTEN_ADDR"},
+		{"LISTEN_ADDR=:http", ""},
+		{"KUBERNETES_SERVICE_HOST=10.0.0.1", ""},
 		{"MIN_FREE=much", "MIN_FREE"},
 		{"MIN_FREE=5GiB", ""},
 		{"CACHE_MAX_SIZE=-1", "CACHE_MAX_SIZE"},
@@ -147,10 +152,10 @@ func TestEnvironment(t *testing.T) {
 		{"MINIO_ENDPOINT=s3:9000", "MINIO_ACCESS_KEY"},
 		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a", "MINIO_SECRET_KEY"},
 		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b", "MINIO_BUCKET"},
-		{"MINIO_ENDPOINT=https://s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c MINIO_SECURE=false", "MINIO_SECURE"},
-		{"MINIO_ENDPOINT=http://s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c MINIO_SECURE=true", "MINIO_SECURE"},
-		{"MINIO_ENDPOINT=ftp://s3 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
-		{"MINIO_ENDPOINT=https://s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", ""},
+		{"MINIO_ENDPOINT=https://s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc MINIO_SECURE=false", "MINIO_SECURE"},
+		{"MINIO_ENDPOINT=http://s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc MINIO_SECURE=true", "MINIO_SECURE"},
+		{"MINIO_ENDPOINT=ftp://s3 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=https://s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc", ""},
 		{"MINIO_SECURE=perhaps", "MINIO_SECURE"},
 		{"REDIS_URL=localhost:6379", "REDIS_URL"},
 		{"REDIS_URL=redis://:hunter2@/0", "REDIS_URL"},
@@ -162,14 +167,14 @@ func TestEnvironment(t *testing.T) {
 		{"DBHOST=::1 DBUSER=u DBNAME=n", ""},
 		{"DBHOST=/run/postgresql DBUSER=u DBNAME=n", ""},
 		{"DBHOST=db_1.local DBUSER=u DBNAME=n", ""},
-		{"MINIO_ENDPOINT=s3:x MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
-		{"MINIO_ENDPOINT=s3:99999 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
-		{"MINIO_ENDPOINT=:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
-		{"MINIO_ENDPOINT=s3:9000/path MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
-		{"MINIO_ENDPOINT=http://a:hunter2@s3 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c", "MINIO_ENDPOINT"},
-		{"MINIO_ENDPOINT=HTTPS://s3/ MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c MINIO_SECURE=TRUE", ""},
-		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c/d", "MINIO_BUCKET"},
-		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=c MINIO_REGION=a/b", "MINIO_REGION"},
+		{"MINIO_ENDPOINT=s3:x MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=s3:99999 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=s3:9000/path MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=http://a:hunter2@s3 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc", "MINIO_ENDPOINT"},
+		{"MINIO_ENDPOINT=HTTPS://s3/ MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc MINIO_SECURE=TRUE", ""},
+		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc/d", "MINIO_BUCKET"},
+		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b MINIO_BUCKET=ccc MINIO_REGION=a/b", "MINIO_REGION"},
 		{"ADVERTISE_URL=http://a:hunter2@h", "ADVERTISE_URL"},
 		{"ADVERTISE_URL=h:8000", "ADVERTISE_URL"},
 		{"ADVERTISE_URL=https://h:8000/", ""},

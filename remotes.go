@@ -98,6 +98,7 @@ func (r *remote) mirrorHost(i int) string {
 type config struct {
 	remotes    map[string]*remote // by name
 	names      []string           // of all remotes, sorted
+	warnings   []string           // what is valid but probably a mistake, for the log and for check
 	registries map[string]*remote // docker remotes by registry, in lower case
 }
 

@@ -54,7 +54,7 @@ var remoteKeys = []remoteKey{
 	{name: "check_mutable_updates", onType: "remote", defaultText: "false", field: func(r *remote) any { return &r.checkMutable }},
 	{name: "check_builtin_updates", onType: "remote", defaultText: "false", field: func(r *remote) any { return &r.checkBuiltin }},
 	{name: "username", onType: "remote", defaultText: "none", set: setUsername, field: func(r *remote) any { return &r.username }},
-	{name: "password", onType: "remote", defaultText: "none", field: func(r *remote) any { return &r.password }},
+	{name: "password", onType: "remote", defaultText: "none", set: setPassword, field: func(r *remote) any { return &r.password }},
 	{name: "headers", onType: "remote", defaultText: "none", set: setHeaders, field: func(r *remote) any { return &r.headers }},
 	{name: "stale_if_error", onType: "remote", defaultText: "false", field: func(r *remote) any { return &r.staleIfError }},
 	{name: "negative_ttl", onType: "remote", defaultText: "0", field: func(r *remote) any { return &r.negativeTTL }},
@@ -132,7 +132,11 @@ func setPackage(c *configReader, r *remote, n *yaml.Node) {
 
 // setBaseURL reads base_url. It is read before mirrors, so it is the first origin.
 func setBaseURL(c *configReader, r *remote, n *yaml.Node) {
-	r.origins = append(r.origins, origin{c.readURL(n, false), true})
+	u := c.readURL(n, false)
+	if u != nil && r.packageType == "docker" && strings.HasSuffix(u.Path, "/v2") {
+		c.addValueError(n, "ends in /v2, which is added to it: remove that")
+	}
+	r.origins = append(r.origins, origin{u, true})
 }
 
 // setMirrors reads a list of URLs, or of mappings with url and auth.
@@ -167,6 +171,14 @@ func setMirrors(c *configReader, r *remote, n *yaml.Node) {
 func setUsername(c *configReader, r *remote, n *yaml.Node) {
 	if r.username, _ = c.readString(n); strings.Contains(r.username, ":") {
 		c.addValueError(n, "must not hold a colon (RFC 7617): put what follows it into password")
+	}
+}
+
+// setPassword reads password. It is read after username.
+func setPassword(c *configReader, r *remote, n *yaml.Node) {
+	c.readField(n, 0, &r.password)
+	if r.username == "" {
+		c.addWarning(n, "has no username beside it: upstreams that take a token as the password want one too, some of them any")
 	}
 }
 

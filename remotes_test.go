@@ -41,6 +41,19 @@ func one(keys string) string { return "remotes:\n  x:\n" + wellFormed + keys }
 // hidden is a secret that must not be in any message.
 const hidden = "hidden"
 
+// What is valid but rarely meant is told, and the server starts all the same.
+func TestConfigWarnings(t *testing.T) {
+	t.Parallel()
+	cfg := mustParse(t, one("    description: $TOKEN, $$TOKEN and $NONE\n    password: p$TOKEN\n"))
+	want := []string{`remotes.yaml:5: remote "x": password has $TOKEN without braces`, `remotes.yaml:5: remote "x": password has no username`}
+	if len(cfg.warnings) != len(want) || !strings.HasPrefix(cfg.warnings[0], want[0]) || !strings.HasPrefix(cfg.warnings[1], want[1]) {
+		t.Errorf("warnings %q, want %q", cfg.warnings, want)
+	}
+	if cfg := mustParse(t, one("    description: $NONE costs 5$\n    username: ${TOKEN}\n    password: p$$TOKEN\n")); len(cfg.warnings) > 0 {
+		t.Errorf("warnings %q for nothing", cfg.warnings)
+	}
+}
+
 // In each file HERE marks the line that the message must name. The message must hold
 // want.
 func TestConfigMistakes(t *testing.T) {
@@ -52,6 +65,12 @@ func TestConfigMistakes(t *testing.T) {
 		{"key of cache outside of it", one("    mutable_ttl: 5 # HERE\n"), "it belongs below cache"},
 		{"key of a remote below cache", one("    cache: {timeout: 5} # HERE\n"), "it does not belong below cache"},
 		{"unknown key of a mirror", one("    mirrors: [{url: http://a, aut: true}] # HERE\n"), `"mirrors.aut": did you mean auth?`},
+		{"key by another name", one("    url: http://a # HERE\n"), "did you mean base_url?"},
+		{"user of other programs", one("    user: a # HERE\n"), "did you mean username?"},
+		{"ttl of other programs", one("    ttl: 5 # HERE\n"), "did you mean mutable_ttl below cache?"},
+		{"ttl below cache", one("    cache: {ttl: 5} # HERE\n"), "did you mean mutable_ttl below cache?"},
+		{"patterns without a class", one("    patterns: [a] # HERE\n"), "did you mean immutable_patterns?"},
+		{"manifest of Kubernetes", "apiVersion: v1 # HERE\nkind: ConfigMap\ndata:\n  remotes.yaml: |\n    remotes:\n", "this is a Kubernetes manifest"},
 		{"unknown key at the top", "remotes:\n  x:\n" + wellFormed + "others: 1 # HERE\n", `unknown key "others"`},
 		{"key that is a list", one("    ? [a] # HERE\n    : b\n"), `unknown key ""`},
 		{"duplicate key", one("    timeout: 5\n    timeout: 6 # HERE\n"), "timeout is there twice (first in line 4)"},
@@ -99,6 +118,8 @@ func TestConfigMistakes(t *testing.T) {
 		{"base_url with port only", "remotes:\n  x:\n    base_url: http://:80/x # HERE\n", "base_url has no host"},
 		{"base_url with port 0", "remotes:\n  x:\n    base_url: http://a:0/x # HERE\n", "ports are 1 to 65535"},
 		{"base_url with an empty port", "remotes:\n  x:\n    base_url: \"http://a:\" # HERE\n", "ports are 1 to 65535"},
+		{"base_url with a blank at its end", "remotes:\n  x:\n    base_url: \"http://a/ \" # HERE\n", "base_url has a blank"},
+		{"registry with its API's path", "remotes:\n  x:\n    base_url: http://a/v2/ # HERE\n    package: docker\n", "base_url ends in /v2"},
 		{"base_url with a password", "remotes:\n  x:\n    base_url: http://joe:pw-hidden@a/x # HERE\n", "base_url holds credentials"},
 		{"base_url with a password from a variable", "remotes:\n  x:\n    base_url: ${URL} # HERE\n", "base_url holds credentials"},
 		{"base_url with an unreadable password", "remotes:\n  x:\n    base_url: http://joe:hidden%zz@a/x # HERE\n", "base_url is not a URL"},
@@ -132,6 +153,11 @@ func TestConfigMistakes(t *testing.T) {
 		{"back-reference", one("    mutable_patterns: ['(a)\\1'] # HERE\n"), `back-references (\1)`},
 		{"back-reference by name", one("    mutable_patterns: ['(?P<a>a)(?P=a)'] # HERE\n"), "back-references"},
 		{"broken regex", one("    mutable_patterns: ['a(['] # HERE\n"), "missing closing ]"},
+		{"backslash in double quotes", one("    mutable_patterns:\n      - a\n      - \"a\\.b\" # HERE\n"), "in double quotes a backslash is written"},
+		{"pattern that YAML reads as a list", one("    mutable_patterns:\n      - [a-z] # HERE\n"), "in single quotes"},
+		{"pattern that begins like a list", one("    mutable_patterns:\n      - [a-z]+\\.rpm$ # HERE\n"), "in single quotes"},
+		{"two unset variables", one("    username: \"${NONE}${OTHER}${NONE}\" # HERE\n"), "variable NONE and OTHER,"},
+		{"glob and its cure", one("    mutable_patterns: ['*.gz'] # HERE\n"), `write .*\.gz$ for *.gz`},
 		{"glob instead of a regex", one("    mutable_patterns: ['*.gz'] # HERE\n"), "missing argument to repetition"},
 		{"empty immutable_patterns", one("    immutable_patterns: [] # HERE\n"), "immutable_patterns is empty: list at least one pattern, or remove the key (without immutable_patterns everything is allowed)"},
 		{"immutable_patterns without a value", one("    immutable_patterns: # HERE\n    #  - a\n"), "immutable_patterns is empty"},
@@ -286,7 +312,7 @@ func TestDollarSigns(t *testing.T) {
 func TestSizes(t *testing.T) {
 	t.Parallel()
 	for in, want := range map[string]int64{
-		"0": 0, "1073741824": 1 << 30, "50GiB": 50 << 30, "1.5 KiB": 1536, "500MB": 500e6, "7B": 7, "2tib": 2 << 40,
+		"0": 0, "1073741824": 1 << 30, "50GiB": 50 << 30, "1.5 KiB": 1536, "500MB": 500e6, "7B": 7, "2tib": 2 << 40, "50G": 50e9, "50Gi": 50 << 30,
 		"": -1, "GiB": -1, "-1": -1, "5 apples": -1, "99999999999TiB": -1, "1e3": -1, "0x10": -1, "5i": -1,
 	} {
 		got, err := parseSize(in)

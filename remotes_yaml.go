@@ -46,8 +46,9 @@ var (
 	dollarPattern   = regexp.MustCompile(`\$\$|\$\{[^}]*\}`)
 	variablePattern = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 	headerPattern   = regexp.MustCompile("^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")
+	bareVariable    = regexp.MustCompile(`\$([A-Za-z_][A-Za-z0-9_]*)`)
 	registryPattern = regexp.MustCompile(`^[A-Za-z0-9._-]+(:[0-9]+)?$|^\[[0-9A-Fa-f:.]+\](:[0-9]+)?$`)
-	sizePattern     = regexp.MustCompile(`(?i)^([0-9]+(?:\.[0-9]+)?) ?(?:([KMGT])(i?)B|B)?$`)
+	sizePattern     = regexp.MustCompile(`(?i)^([0-9]+(?:\.[0-9]+)?) ?(?:([KMGT])(i?)B?|B)?$`)
 
 	// yamlErrorPattern splits a syntax error of yaml.v3 into its line and its text.
 	// The scanner of yaml.v3 counts lines from 1 and the parser from 0;
@@ -72,6 +73,7 @@ func parseConfig(name string, data []byte, env func(string) (string, bool)) (*co
 		return nil, c.errs
 	}
 	cfg.names = sortedKeys(cfg.remotes)
+	cfg.warnings = c.warnings
 	return cfg, nil
 }
 
@@ -82,6 +84,8 @@ type configReader struct {
 	env  func(string) (string, bool)
 	keys []remoteKey // remoteKeys; methods that it refers to cannot name it (initialization cycle)
 	errs configErrors
+	// warnings are about what is valid but rarely meant, a text each as in errs.
+	warnings []string
 
 	remote      string         // the remote that is read now; "" outside of remotes
 	key         string         // the key that is read now
@@ -95,11 +99,22 @@ type yamlField struct{ key, value *yaml.Node }
 // addError reports a mistake.
 func (c *configReader) addError(line int, format string, args ...any) {
 	line = max(line, 1)
+	c.errs = append(c.errs, configError{line, c.locate(line) + fmt.Sprintf(format, args...)})
+}
+
+// addWarning reports what is valid but probably a mistake, in the value n of the
+// current key.
+func (c *configReader) addWarning(n *yaml.Node, format string, args ...any) {
+	c.warnings = append(c.warnings, c.locate(n.Line)+c.key+" "+fmt.Sprintf(format, args...))
+}
+
+// locate is the begin of a message: the file, the line and the remote.
+func (c *configReader) locate(line int) string {
 	where := fmt.Sprintf("%s:%d: ", c.file, line)
 	if c.remote != "" {
 		where += fmt.Sprintf("remote %q: ", c.remote)
 	}
-	c.errs = append(c.errs, configError{line, where + fmt.Sprintf(format, args...)})
+	return where
 }
 
 // addValueError reports a mistake in the value n of the current key. It does not
@@ -133,6 +148,9 @@ func (c *configReader) readDocument(data []byte, cfg *config) {
 	seen := 0
 	for k, v := range mappingPairs(doc.Content[0]) {
 		switch {
+		case k.Value == "apiVersion":
+			c.addError(k.Line, "this is a Kubernetes manifest: CONFIG_PATH must name a file with what stands in it below data, as a mounted config map is")
+			return
 		case k.Value != "remotes":
 			c.addError(k.Line, "unknown key %.60q: the only key at the top is remotes", k.Value)
 		case seen > 0:
@@ -172,7 +190,12 @@ func (c *configReader) addSyntaxError(data []byte, err error) {
 		line = strings.Count(before, "\n") + 1
 		text = "an alias of an anchor that does not exist: put a value that begins with * in quotes"
 	}
-	if strings.HasSuffix(text, "cannot start any token") {
+	switch {
+	case text == "found unknown escape character":
+		text += ` (in double quotes a backslash is written \\; put a pattern in single quotes)`
+	case strings.HasPrefix(text, "did not find expected"):
+		text += " (put a value that begins with [, { or a quote in single quotes, all of it)"
+	case strings.HasSuffix(text, "cannot start any token"):
 		text += " (indent with spaces, not with tabs; put a value that begins with @, % or ` in quotes)"
 	}
 	// yaml.v3 may name a line behind the end of the file.
@@ -296,6 +319,10 @@ func (c *configReader) hasKey(name string) bool {
 	return slices.ContainsFunc(c.keys, func(k remoteKey) bool { return k.name == name })
 }
 
+// otherNames are words that people write for keys, as other programs call them.
+var otherNames = map[string]string{"url": "base_url", "upstream": "base_url", "user": "username", "pass": "password", "token": "password",
+	"ttl": "mutable_ttl", "patterns": "immutable_patterns", "include_patterns": "immutable_patterns", "allow": "immutable_patterns"}
+
 // addUnknownKey reports that the key k below prefix is unknown, and names the key that
 // is most like it.
 func (c *configReader) addUnknownKey(k *yaml.Node, prefix string) {
@@ -307,7 +334,12 @@ func (c *configReader) addUnknownKey(k *yaml.Node, prefix string) {
 			}
 		}
 	}
+	other := otherNames[k.Value]
 	switch {
+	case other == "mutable_ttl":
+		hint = "did you mean mutable_ttl below cache?"
+	case prefix == "" && other != "":
+		hint = fmt.Sprintf("did you mean %s?", other)
 	case prefix == "" && c.hasKey("cache."+k.Value):
 		hint = "it belongs below cache"
 	case prefix != "" && c.hasKey(k.Value):
@@ -322,7 +354,7 @@ func (c *configReader) addUnknownKey(k *yaml.Node, prefix string) {
 func (c *configReader) readScalar(n *yaml.Node) (string, bool) {
 	switch tag := n.ShortTag(); {
 	case n.Kind != yaml.ScalarNode:
-		c.addValueError(n, "must be text, not a list or a mapping")
+		c.addValueError(n, "must be text, not a list or a mapping: put a value that begins with [ or { in single quotes")
 	case tag == "!!null":
 		c.addValueError(n, "has no value: give one, or remove the key")
 	case tag == "!!bool":
@@ -341,6 +373,12 @@ func (c *configReader) readString(n *yaml.Node) (s string, ok bool) {
 	if complaint != "" {
 		c.addValueError(n, "%s", complaint)
 		return "", false
+	}
+	for _, m := range bareVariable.FindAllStringSubmatch(n.Value, -1) {
+		// Only a name that is set is quoted: the text may be a secret.
+		if v, _ := c.env(m[1]); v != "" && !strings.Contains(n.Value, "$$"+m[1]) {
+			c.addWarning(n, "has $%[1]s without braces, which is text: write ${%[1]s} for the variable, or $$%[1]s for the text", m[1])
+		}
 	}
 	return s, ok
 }
@@ -418,6 +456,8 @@ func (c *configReader) readURL(n *yaml.Node, withQuery bool) *url.URL {
 	u, err := url.Parse(s)
 	switch {
 	case !ok: // it is reported
+	case strings.TrimSpace(s) != s:
+		c.addValueError(n, "has a blank or a line break at an end: remove it")
 	case scheme != "http" && scheme != "https":
 		c.addValueError(n, "must begin with http:// or https://")
 	case err != nil:
@@ -456,6 +496,7 @@ func mappingPairs(n *yaml.Node) iter.Seq2[*yaml.Node, *yaml.Node] {
 // the settings of the program. complaint is "", or says what is wrong; it quotes only
 // names of variables, because the rest of s may be a secret.
 func expandVariables(s string, env func(string) (string, bool)) (expanded, complaint string) {
+	var missing []string
 	expanded = dollarPattern.ReplaceAllStringFunc(s, func(match string) string {
 		if match == "$$" {
 			return "$"
@@ -465,11 +506,14 @@ func expandVariables(s string, env func(string) (string, bool)) (expanded, compl
 		switch {
 		case !variablePattern.MatchString(name):
 			complaint = "has a ${...} that does not hold the name of a variable: write $$ for a plain dollar sign"
-		case value == "":
-			complaint = fmt.Sprintf("needs the environment variable %s, which is unset or empty: set it, or write $$ for a plain dollar sign", name)
+		case value == "" && !slices.Contains(missing, name):
+			missing = append(missing, name)
 		}
 		return value
 	})
+	if len(missing) > 0 && complaint == "" {
+		complaint = fmt.Sprintf("needs the environment variable %s, which is unset or empty: set it, or write $$ for a plain dollar sign", strings.Join(missing, " and "))
+	}
 	return expanded, complaint
 }
 
@@ -481,6 +525,9 @@ func explainPatternError(err error) string {
 	}
 	if m := backReferencePattern.FindStringSubmatch(text); m != nil {
 		return "back-references (" + m[1] + ") do not exist in Go's regular expressions (RE2): write the text out"
+	}
+	if strings.Contains(text, "missing argument to repetition operator") {
+		return text + ": patterns are regular expressions, not globs: write .*\\.gz$ for *.gz"
 	}
 	return text + ": Go's regular expressions are RE2, see https://github.com/google/re2/wiki/Syntax"
 }

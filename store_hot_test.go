@@ -604,7 +604,7 @@ func BenchmarkHotHit(b *testing.B) {
 
 func TestS3Settings(t *testing.T) {
 	t.Parallel()
-	good := map[string]string{"MINIO_ENDPOINT": "minio:9000", "MINIO_ACCESS_KEY": "k", "MINIO_SECRET_KEY": "s3cr3t", "MINIO_BUCKET": "b"}
+	good := map[string]string{"MINIO_ENDPOINT": "minio:9000", "MINIO_ACCESS_KEY": "k", "MINIO_SECRET_KEY": "s3cr3t", "MINIO_BUCKET": "bkt"}
 	for name, c := range map[string]struct {
 		env  map[string]string
 		want string // host, secure, virtual host, size of the tier; or a part of the error
@@ -623,6 +623,7 @@ func TestS3Settings(t *testing.T) {
 		"a path":            {map[string]string{"MINIO_ENDPOINT": "http://x/y"}, "MINIO_ENDPOINT"},
 		"user info":         {map[string]string{"MINIO_ENDPOINT": "http://k:s3cr3t@x"}, "MINIO_ENDPOINT"},
 		"no bucket":         {map[string]string{"MINIO_BUCKET": ""}, "MINIO_BUCKET"},
+		"a short bucket":    {map[string]string{"MINIO_BUCKET": "b"}, "MINIO_BUCKET"},
 		"no secret":         {map[string]string{"MINIO_SECRET_KEY": ""}, "MINIO_SECRET_KEY"},
 		"a bad size":        {map[string]string{"HOT_CACHE_SIZE": "much"}, "HOT_CACHE_SIZE"},
 		"half a truth":      {map[string]string{"MINIO_VIRTUAL_HOST": "maybe"}, "MINIO_VIRTUAL_HOST"},
