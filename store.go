@@ -114,6 +114,8 @@ func storeError(doing string, err error) error {
 		return err
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EFBIG):
 		return fmt.Errorf("%w: %s: %v", errNoSpace, doing, err)
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		return fmt.Errorf("%w: %s: %v: the server runs as user %d, which must own DATA_DIR and be able to write there", errStoreDown, doing, err, os.Getuid())
 	}
 	return fmt.Errorf("%w: %s: %v", errStoreDown, doing, err)
 }

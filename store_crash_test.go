@@ -1157,3 +1157,14 @@ func TestVerifyIsNotAlarmedByACrashedFirstCommit(t *testing.T) {
 		t.Error("the leftover is still there")
 	}
 }
+
+// The error of a directory that cannot be written says who must be able to.
+func TestUnwritableDataDirNamesTheCure(t *testing.T) {
+	t.Parallel()
+	for _, cause := range []error{syscall.EACCES, syscall.EROFS} {
+		err := storeError("making a file", &fs.PathError{Op: "open", Path: "/data/x", Err: cause})
+		if want := fmt.Sprintf("user %d, which must own DATA_DIR", os.Getuid()); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v: want %q in it", err, want)
+		}
+	}
+}
