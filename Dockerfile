@@ -2,7 +2,7 @@
 # directory, nothing else. .ci/run reads the go build line and the COPY lines
 # from here and runs what they make.
 
-FROM --platform=$BUILDPLATFORM golang:1.26 AS build
+FROM --platform=$BUILDPLATFORM docker.io/library/golang:1.26 AS build
 WORKDIR /src
 COPY . .
 # With vendor/ (go mod vendor) the build asks no network; go build sees it too.
@@ -15,6 +15,11 @@ RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -ldflags=
 RUN mkdir -p /out/data
 
 FROM scratch
+ARG VERSION=dev
+LABEL org.opencontainers.image.title="artifactapi" \
+      org.opencontainers.image.description="A cache for artifacts that keeps serving when the upstream is gone" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.licenses="MIT"
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=build /out/artifactapi /artifactapi
 COPY --from=build /src/remotes.yaml /app/remotes.yaml

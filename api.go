@@ -464,7 +464,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	for name, t := range totals {
 		bytes[name], files[name] = float64(t.Bytes), float64(t.Files)
 	}
-	known := append(a.gauges(), a.cache.fills.gauges()...)
+	known := append(a.gauges(), a.cache.fills.gauges(cfg.names)...)
 	known = append(known,
 		family{"artifactapi_build_info", "gauge", "What is running; always 1.", "version", map[string]float64{a.version: 1}},
 		newGauge("process_start_time_seconds", "When the process started, in seconds since 1970.", float64(a.started.UnixMilli())/1000),

@@ -232,11 +232,15 @@ func (t *fillTable) hasClients(f *fill) bool {
 	return f.clients > 0
 }
 
-// gauges is how many fills there are, and what their spools take.
-func (t *fillTable) gauges() []family {
+// gauges is how many fills there are, 0 for those of remotes that had none yet, and
+// what their spools take.
+func (t *fillTable) gauges(remotes []string) []family {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	inFlight, waiting, storing, spooled := map[string]float64{}, int64(0), 0, int64(0)
+	for _, name := range remotes {
+		inFlight[name] = 0
+	}
 	for remote, s := range t.slots {
 		running := len(s.places)
 		inFlight[remote] = float64(running)
