@@ -12,7 +12,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"hash"
-	"html/template"
 	"io"
 	"net/http"
 	"regexp"
@@ -31,7 +30,8 @@ type api struct {
 	health    func() healthReport // answers at once, whatever backend hangs
 	responder *responder
 	metrics   *metrics
-	gauges    func() []family // what main knows of disk and hot copies, for /metrics
+	gauges    func() []family                       // what main knows of disk and hot copies, for /metrics
+	disk      func() (free, size uint64, err error) // of DATA_DIR
 	now       func() time.Time
 	version   string
 	started   time.Time
@@ -477,58 +477,3 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	w.Header().Set("Content-Type", metricsType)
 	return a.metrics.writeExposition(w, cfg.names, known)
 }
-
-// overview is the answer of /.
-type overview struct {
-	Name    string           `json:"name"`
-	Version string           `json:"version"`
-	Remotes []remoteOverview `json:"remotes"` // by name
-}
-
-// remoteOverview is one remote in the overview.
-type remoteOverview struct {
-	Name        string `json:"name"`
-	Type        string `json:"type"` // remote or local
-	Package     string `json:"package"`
-	Description string `json:"description"`
-	URL         string `json:"url"` // base_url; "" for a local repository
-	Artifacts   int64  `json:"artifacts"`
-	Bytes       int64  `json:"bytes"`
-}
-
-// serveRoot serves /: the remotes and what is stored of each, as JSON or, to a client
-// that accepts text/html, as a page.
-func (a *api) serveRoot(w *response, r *http.Request) error {
-	totals, _ := a.cache.storedTotals(r.Context()) // without the index, the remotes are still shown
-	cfg := a.config()
-	v := overview{Name: "artifactapi", Version: a.version, Remotes: make([]remoteOverview, 0, len(cfg.names))}
-	for _, name := range cfg.names {
-		rem, t := cfg.remotes[name], totals[name]
-		e := remoteOverview{Name: name, Type: "remote", Package: rem.packageType, Description: rem.description, Artifacts: t.Files, Bytes: t.Bytes}
-		if rem.local {
-			e.Type = "local"
-		} else {
-			e.URL = rem.origins[0].url.String()
-		}
-		v.Remotes = append(v.Remotes, e)
-	}
-	h := w.Header()
-	h.Set("Vary", "Accept")
-	if !strings.Contains(r.Header.Get("Accept"), "text/html") {
-		return writeJSON(w, v)
-	}
-	h.Set("Content-Type", "text/html; charset=utf-8")
-	h.Set("Content-Security-Policy", "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-	h.Set("X-Content-Type-Options", "nosniff")
-	return pageTemplate.Execute(w, v)
-}
-
-// pageTemplate is the page of / for browsers. html/template escapes what it is given.
-var pageTemplate = template.Must(template.New("page").Parse(`<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>artifactapi</title>
-<h1>artifactapi {{.Version}}</h1>
-<p>Files are at <code>/api/REMOTE/PATH</code>, images at <code>/v2/REMOTE/IMAGE</code>. <a href="health">health</a> <a href="config">config</a> <a href="metrics">metrics</a></p>
-<table><tr><th>Remote<th>Package<th>Upstream<th>Files<th>Bytes<th>About</tr>
-{{range .Remotes}}<tr><td><a href="artifacts/{{.Name}}">{{.Name}}</a><td>{{.Package}}<td>{{or .URL "local"}}<td>{{.Artifacts}}<td>{{.Bytes}}<td>{{.Description}}</tr>
-{{end}}</table></html>
-`))

@@ -351,7 +351,7 @@ func (s *server) newHandler() http.Handler {
 	up.version = buildVersion()
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas}, up, time.Now, s.log, metrics)
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
-	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges,
+	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
 		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
 		registry: newRegistry(s.cache, s.config.Load, s.responder)}
 }
@@ -448,6 +448,10 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 		// A sweep reads all directories. It runs in the background from the start on,
 		// so that the first request does not wait for it.
 		{doing: "sweeping temporary files", every: time.Hour, atStart: true, step: s.sweepDisks},
+		{doing: "sampling for the page", every: trendStep, step: func(context.Context) error {
+			s.cache.metrics.sampleTrend()
+			return nil
+		}},
 		{doing: "saving snapshots", every: 5 * time.Minute, step: s.stores.saveSnapshots},
 	}
 	for _, b := range s.stores.backends {

@@ -33,6 +33,9 @@ var (
 var usualSeries = map[[2]string]bool{{"hit", "2xx"}: true, {"miss", "2xx"}: true, {"miss", "4xx"}: true, {"miss", "5xx"}: true,
 	{"stale", "2xx"}: true, {"revalidated", "2xx"}: true}
 
+// isFromStore says which results are answered from the store.
+var isFromStore = [len(resultLabels)]bool{0: true, 2: true, 3: true}
+
 // durationBounds are the upper bounds of the histogram's buckets, in seconds. A hit
 // takes well under a millisecond, a large file over a slow line takes minutes.
 var durationBounds = [...]float64{0.0005, 0.001, 0.005, 0.025, 0.1, 0.5, 2.5, 10, 60, 600}
@@ -50,6 +53,7 @@ type metrics struct {
 	firstBytes [len(resultLabels)]histogram
 	upstream   [1]histogram // from a request to the headers of its answer
 	checks     [3]histogram // of backendLabels
+	trend      trend
 }
 
 // remoteCounts are the counters of one remote. They are arrays indexed by label
@@ -57,6 +61,7 @@ type metrics struct {
 type remoteCounts struct {
 	requests [len(resultLabels)][len(statusLabels)]atomic.Int64
 	failures [len(kindLabels)]atomic.Int64
+	saved    atomic.Int64 // body bytes sent from the store
 	fetched  atomic.Int64 // body bytes received from the upstream
 	asked    atomic.Int64 // requests sent to the upstream
 }
@@ -87,7 +92,11 @@ func (m *metrics) countRequest(remote, result string, status int, bytes int64, f
 		class = status/100 - 1
 	}
 	r := labelIndex(resultLabels[:], cmp.Or(result, "none"))
-	m.countsOf(remote).requests[r][class].Add(1)
+	c := m.countsOf(remote)
+	c.requests[r][class].Add(1)
+	if isFromStore[r] {
+		c.saved.Add(bytes)
+	}
 	m.served[r].Add(bytes)
 	m.firstBytes[r].observe(firstByte)
 	m.durations[r].observe(took)
@@ -152,4 +161,72 @@ func labelIndex(values []string, value string) int {
 		return i
 	}
 	return len(values) - 1
+}
+
+const (
+	// trendStep and trendLength bound what the page plots: six hours.
+	trendStep   = 5 * time.Minute
+	trendLength = 72
+)
+
+// remoteUsage is what the page says of a remote's requests.
+type remoteUsage struct {
+	hits, misses int64 // answered from the store, and by the upstream
+	saved        int64 // body bytes of hits
+}
+
+// trend remembers the usage of all remotes at the ends of the last steps.
+type trend struct {
+	mu      sync.Mutex               // guards samples; no other lock is taken under it
+	samples []map[string]remoteUsage // oldest first
+}
+
+// usageOf is the usage of a remote since the start.
+func (m *metrics) usageOf(remote string) (u remoteUsage) {
+	c := (*m.remotes.Load())[remote]
+	if c == nil {
+		return u
+	}
+	for r := range c.requests {
+		for s := range c.requests[r] {
+			switch n := c.requests[r][s].Load(); {
+			case isFromStore[r]:
+				u.hits += n
+			case resultLabels[r] == "miss":
+				u.misses += n
+			}
+		}
+	}
+	u.saved = c.saved.Load()
+	return u
+}
+
+// sampleTrend ends a step. It is called every trendStep.
+func (m *metrics) sampleTrend() {
+	now := map[string]remoteUsage{}
+	for name := range *m.remotes.Load() {
+		now[name] = m.usageOf(name)
+	}
+	m.trend.mu.Lock()
+	defer m.trend.mu.Unlock()
+	m.trend.samples = append(m.trend.samples, now)
+	m.trend.samples = m.trend.samples[max(0, len(m.trend.samples)-trendLength):]
+}
+
+// trendOf returns a remote's usage in each of the last steps, oldest first; the last
+// has just begun.
+func (m *metrics) trendOf(remote string) []remoteUsage {
+	m.trend.mu.Lock()
+	defer m.trend.mu.Unlock()
+	steps := make([]remoteUsage, trendLength)
+	samples := append(slices.Clone(m.trend.samples), map[string]remoteUsage{remote: m.usageOf(remote)})
+	for i := len(samples) - 1; i >= 0 && i > len(samples)-1-trendLength; i-- {
+		before := remoteUsage{}
+		if i > 0 {
+			before = samples[i-1][remote]
+		}
+		s := samples[i][remote]
+		steps[trendLength-len(samples)+i] = remoteUsage{s.hits - before.hits, s.misses - before.misses, s.saved - before.saved}
+	}
+	return steps
 }

@@ -89,6 +89,14 @@ func (c *circuit) outageCause() error {
 	return c.cause
 }
 
+// outage is when the outage began and the error that keeps the circuit open; nil while
+// it is closed.
+func (c *circuit) outage() (began time.Time, cause error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.openedAt, c.cause
+}
+
 // hasSucceededSince reports whether anything succeeded after t.
 func (c *circuit) hasSucceededSince(t time.Time) bool {
 	c.mu.Lock()

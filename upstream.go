@@ -286,10 +286,19 @@ func (u *upstream) isDown(ctx context.Context, r *remote) bool {
 	return u.circuitOf(r.name).admit(ctx) != nil
 }
 
-// isInOutage reports whether a remote counts as down, which was logged when it began.
+// outageOf is when a remote's outage began, which was logged then, and its cause; nil
+// while there is none.
+func (u *upstream) outageOf(remote string) (began time.Time, cause error) {
+	if c, found := u.circuits.get(remote); found {
+		return c.outage()
+	}
+	return time.Time{}, nil
+}
+
+// isInOutage reports whether a remote counts as down.
 func (u *upstream) isInOutage(remote string) bool {
-	c, found := u.circuits.get(remote)
-	return found && c.outageCause() != nil
+	_, cause := u.outageOf(remote)
+	return cause != nil
 }
 
 // parseRetryAfter reads Retry-After (RFC 9110 section 10.2.3), a number of seconds or

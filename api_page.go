@@ -1,0 +1,337 @@
+// api_page.go: /, the remotes and the state of the server, as JSON and as a page for
+// browsers. The page is one document: nothing of it comes from elsewhere, and it is
+// whole without its script.
+
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	_ "embed" // the three assets
+	"encoding/base64"
+	"fmt"
+	"html/template"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// filesOnPage is how many files the page of a remote shows at once.
+const filesOnPage = 100
+
+// overview is the answer of /.
+type overview struct {
+	Name    string           `json:"name"`
+	Version string           `json:"version"`
+	Remotes []remoteOverview `json:"remotes"` // by name
+}
+
+// remoteOverview is one remote in the overview.
+type remoteOverview struct {
+	Name        string `json:"name"`
+	Type        string `json:"type"` // remote or local
+	Package     string `json:"package"`
+	Description string `json:"description"`
+	URL         string `json:"url"`       // base_url; "" for a local repository
+	Artifacts   *int64 `json:"artifacts"` // null while the index cannot be asked
+	Bytes       *int64 `json:"bytes"`     // likewise
+}
+
+// serveRoot serves /: the remotes and what is stored of each, as JSON or, to a client
+// that accepts text/html, as a page; with ?remote= that of one remote.
+func (a *api) serveRoot(w *response, r *http.Request) error {
+	cfg := a.config()
+	v := overview{Name: "artifactapi", Version: a.version, Remotes: a.listRemotes(r.Context(), cfg)}
+	h := w.Header()
+	h.Set("Vary", "Accept")
+	if !strings.Contains(r.Header.Get("Accept"), "text/html") {
+		return writeJSON(w, v)
+	}
+	p := &page{Version: v.Version, Uptime: formatSpan(a.now().Sub(a.started)), Health: a.health()}
+	for _, o := range v.Remotes {
+		p.Remotes = append(p.Remotes, a.newPageRemote(o, cfg.remotes[o.Name]))
+	}
+	if name := r.URL.Query().Get("remote"); name != "" {
+		if err := a.chooseRemote(p, r, cfg, name); err != nil {
+			return err
+		}
+	} else {
+		a.addTotals(p)
+	}
+	h.Set("Content-Type", "text/html; charset=utf-8")
+	h.Set("Content-Security-Policy", pagePolicy)
+	h.Set("X-Content-Type-Options", "nosniff")
+	return pageTemplate.Execute(w, p)
+}
+
+// listRemotes returns the remotes by name, with what is stored of each.
+func (a *api) listRemotes(ctx context.Context, cfg *config) []remoteOverview {
+	totals, err := a.cache.storedTotals(ctx)
+	list := make([]remoteOverview, 0, len(cfg.names))
+	for _, name := range cfg.names {
+		rem, t := cfg.remotes[name], totals[name]
+		o := remoteOverview{Name: name, Type: rem.typeName(), Package: rem.packageType, Description: rem.description}
+		if err == nil { // without the index, the remotes are still shown
+			o.Artifacts, o.Bytes = &t.Files, &t.Bytes
+		}
+		if !rem.local {
+			o.URL = rem.origins[0].url.String()
+		}
+		list = append(list, o)
+	}
+	return list
+}
+
+// page is what the template shows: the overview, or one remote.
+type page struct {
+	Version string
+	Uptime  string
+	Health  healthReport
+	Remotes []pageRemote
+
+	// Of the overview.
+	Total pageRemote
+	Disk  *pageDisk // nil: not known
+
+	// Of one remote.
+	Remote     *pageRemote
+	Settings   []clientSetting
+	Files      []pageFile
+	FilesError string
+	Search     string       // searched in the paths
+	Prefix     string       // of the paths
+	Next       template.URL // the query of the next files; "" at the end
+}
+
+// pageRemote is a remote on the page.
+type pageRemote struct {
+	remoteOverview
+	Local     bool
+	HitRatio  string // "-" without requests
+	Saved     int64  // bytes that were answered from the store
+	DownFor   string // how long the upstream has been unreachable
+	DownCause string // "": it is reachable
+
+	// A plot of the last hours: the outlines of two areas in SVG's path syntax, of all
+	// requests and of those answered from the store. "": there were none.
+	PlotWidth         int
+	PlotAll, PlotHits string
+}
+
+// pageDisk is the disk that has DATA_DIR, in bytes.
+type pageDisk struct{ Size, Free, Used, High uint64 }
+
+// pageFile is a stored file on the page.
+type pageFile struct {
+	listedArtifact
+	Folder, File  string // the parts of Path; Folder ends in a slash or is ""
+	Spelling      string // of the path, for purging
+	Fetched, Left string // how long ago, and how long it stays fresh or has been expired
+}
+
+func (a *api) newPageRemote(o remoteOverview, rem *remote) pageRemote {
+	v := pageRemote{remoteOverview: o, Local: rem.local}
+	if began, cause := a.cache.upstream.outageOf(o.Name); cause != nil {
+		v.DownFor, v.DownCause = formatSpan(a.now().Sub(began)), cause.Error()
+	}
+	v.setUsage(a.metrics.usageOf(o.Name))
+	v.setPlot(a.metrics.trendOf(o.Name))
+	return v
+}
+
+// setUsage sets what is known of the requests since the start.
+func (v *pageRemote) setUsage(u remoteUsage) {
+	v.Saved, v.HitRatio = u.saved, "-"
+	if all := u.hits + u.misses; all > 0 {
+		v.HitRatio = fmt.Sprintf("%.0f %%", 100*float64(u.hits)/float64(all))
+	}
+}
+
+// setPlot draws the steps of a trend, of which each is a unit wide.
+func (v *pageRemote) setPlot(steps []remoteUsage) {
+	most := int64(0)
+	for _, s := range steps {
+		most = max(most, s.hits+s.misses)
+	}
+	if most == 0 {
+		return
+	}
+	const height = 20
+	draw := func(count func(remoteUsage) int64) string {
+		path := fmt.Sprintf("M0 %d", height)
+		for x, s := range steps {
+			if x+1 < len(steps) && count(steps[x+1]) == count(s) {
+				continue // one line for equal steps
+			}
+			y := strconv.FormatFloat(height-float64(count(s))*height/float64(most), 'f', 1, 64)
+			path += fmt.Sprintf("V%sH%d", strings.TrimSuffix(y, ".0"), x+1)
+		}
+		return path + fmt.Sprintf("V%dZ", height)
+	}
+	v.PlotWidth = len(steps)
+	v.PlotAll = draw(func(s remoteUsage) int64 { return s.hits + s.misses })
+	v.PlotHits = draw(func(s remoteUsage) int64 { return s.hits })
+}
+
+// addTotals adds what the overview says of all remotes together.
+func (a *api) addTotals(p *page) {
+	var all remoteUsage
+	var files, bytes int64
+	known := true
+	for _, r := range p.Remotes {
+		if known = known && r.Bytes != nil; known {
+			files, bytes = files+*r.Artifacts, bytes+*r.Bytes
+		}
+		u := a.metrics.usageOf(r.Name)
+		all = remoteUsage{all.hits + u.hits, all.misses + u.misses, all.saved + u.saved}
+	}
+	if known {
+		p.Total.Artifacts, p.Total.Bytes = &files, &bytes
+	}
+	p.Total.setUsage(all)
+	if free, size, err := a.disk(); err == nil {
+		p.Disk = &pageDisk{Size: size, Free: free, Used: size - free, High: size / 10 * 9}
+	}
+}
+
+// chooseRemote makes p the page of one remote, with its client settings and some of its
+// files. Its error is a 404 problem.
+func (a *api) chooseRemote(p *page, r *http.Request, cfg *config, name string) error {
+	rem := cfg.remotes[name]
+	if rem == nil {
+		return newProblem(http.StatusNotFound, "there is no remote %.100q in remotes.yaml", name)
+	}
+	for i := range p.Remotes {
+		if p.Remotes[i].Name == name {
+			p.Remote = &p.Remotes[i]
+		}
+	}
+	p.Settings = clientSettingsOf(rem, requestOrigin(r))
+	v := r.URL.Query()
+	p.Search, p.Prefix = v.Get("search"), v.Get("prefix")
+	q := pageQuery{remote: name, prefix: p.Prefix, after: v.Get("after"), limit: filesOnPage}
+	if p.Search != "" {
+		q.pattern = regexp.MustCompile("(?i)" + regexp.QuoteMeta(p.Search[:min(len(p.Search), maxPatternBytes)]))
+	}
+	found, err := a.cache.listFiles(r.Context(), q)
+	if err != nil {
+		p.FilesError = "The files cannot be listed: the index does not answer."
+		return nil
+	}
+	for _, row := range found.rows {
+		f := pageFile{listedArtifact: a.newListedArtifact(r, rem, row)}
+		f.Spelling, _, _ = strings.Cut(row.Path, "?")
+		f.Fetched = formatSpan(a.now().Sub(f.FetchedAt))
+		if f.ExpiresAt != nil {
+			f.Left = formatSpan(f.ExpiresAt.Sub(a.now()).Abs())
+		}
+		slash := strings.LastIndexByte(strings.TrimSuffix(f.Path, "/"), '/') + 1
+		f.Folder, f.File = f.Path[:slash], f.Path[slash:]
+		p.Files = append(p.Files, f)
+	}
+	if found.next != "" {
+		p.Next = template.URL(url.Values{"remote": {name}, "search": {p.Search}, "prefix": {p.Prefix}, "after": {found.next}}.Encode())
+	}
+	return nil
+}
+
+// requestOrigin is the scheme and host that a client asked us by, through a proxy or
+// not.
+func requestOrigin(r *http.Request) (origin *url.URL) {
+	scheme := "http"
+	if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
+		scheme = "https"
+	}
+	return &url.URL{Scheme: scheme, Host: r.Host}
+}
+
+//go:embed assets/page.html
+var pageHTML string
+
+//go:embed assets/page.css
+var pageStyle string
+
+//go:embed assets/page.js
+var pageScript string
+
+// pageTemplate is the page. html/template escapes what it is given; the style and the
+// script are our own.
+var pageTemplate = template.Must(template.New("page").Funcs(template.FuncMap{
+	"bytes": formatBytes, "count": formatCount,
+	"style": func() template.CSS { return template.CSS(pageStyle) }, "script": func() template.JS { return template.JS(pageScript) },
+}).Parse(pageHTML))
+
+// pagePolicy allows the page its own style and script, and to ask this server, nothing
+// else (CSP level 3).
+var pagePolicy = fmt.Sprintf("default-src 'none'; style-src 'sha256-%s'; script-src 'sha256-%s'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+	policyHash(pageStyle), policyHash(pageScript))
+
+// policyHash is how a Content-Security-Policy names an embedded text.
+func policyHash(text string) string {
+	sum := sha256.Sum256([]byte(text))
+	return base64.StdEncoding.EncodeToString(sum[:])
+}
+
+// formatBytes writes a number of bytes, an integer or a pointer to one, for people.
+func formatBytes(v any) string {
+	n, known := integer(v)
+	if !known {
+		return "?"
+	}
+	if n < 1<<10 {
+		return strconv.FormatInt(n, 10) + " B"
+	}
+	f, unit := float64(n)/1024, 0
+	for ; f >= 1024 && unit < 4; unit++ {
+		f /= 1024
+	}
+	return strings.TrimSuffix(fmt.Sprintf("%.1f", f), ".0") + " " + "KMGTP"[unit:unit+1] + "iB"
+}
+
+// formatCount writes an integer, or a pointer to one, with thin spaces between groups
+// of three digits.
+func formatCount(v any) string {
+	n, known := integer(v)
+	if !known {
+		return "?"
+	}
+	s := strconv.FormatInt(n, 10)
+	for i := len(s) - 3; i > 0; i -= 3 {
+		s = s[:i] + "\u2009" + s[i:]
+	}
+	return s
+}
+
+// integer returns the value of an integer or of a pointer to one; a nil pointer is not
+// known.
+func integer(v any) (n int64, known bool) {
+	switch v := v.(type) {
+	case int64:
+		return v, true
+	case uint64:
+		return int64(v), true
+	case int:
+		return int64(v), true
+	case *int64:
+		if v != nil {
+			return *v, true
+		}
+	}
+	return 0, false
+}
+
+// formatSpan writes a length of time for people, in its largest unit.
+func formatSpan(d time.Duration) string {
+	for _, unit := range []struct {
+		length time.Duration
+		name   string
+	}{{24 * time.Hour, "d"}, {time.Hour, "h"}, {time.Minute, "min"}} {
+		if d >= unit.length {
+			return fmt.Sprintf("%d %s", d/unit.length, unit.name)
+		}
+	}
+	return fmt.Sprintf("%d s", max(0, d/time.Second))
+}

@@ -1,0 +1,190 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"fmt"
+	"net/url"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+const browser = "Accept: text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"
+
+// The policy of the page names its own style and script by their hashes, and allows
+// nothing else: what an upstream could smuggle in would not run.
+func TestPageRunsItsOwnScriptOnly(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, `description: "<img src=x onerror=alert(1)>"`)
+	tt.origin.file("/%3Cimg%20src%3Dx%20onerror%3Dalert%281%29%3E", "body")
+	tt.get("/api/r/%3Cimg%20src=x%20onerror=alert(1)%3E").wantStatus(200)
+	for _, path := range []string{"/", "/?remote=r", "/?remote=r&search=%3Cscript%3E"} {
+		g := tt.get(path, browser).wantStatus(200)
+		policy := g.header.Get("Content-Security-Policy")
+		for _, directive := range []string{"default-src 'none'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"} {
+			if !strings.Contains(policy, directive) {
+				t.Errorf("%s: the policy lacks %s: %s", path, directive, policy)
+			}
+		}
+		for tag, directive := range map[string]string{"style": "style-src", "script": "script-src"} {
+			found := regexp.MustCompile(`(?s)<`+tag+`>(.*?)</`+tag+`>`).FindAllStringSubmatch(g.text, -1)
+			if len(found) != 1 {
+				t.Fatalf("%s: %d elements %s", path, len(found), tag)
+			}
+			sum := sha256.Sum256([]byte(found[0][1]))
+			if want := directive + " 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"; !strings.Contains(policy, want) {
+				t.Errorf("%s: the policy lacks %s: %s", path, want, policy)
+			}
+		}
+		if strings.Contains(g.text, "<img") || strings.Contains(g.text, "alert(1)<") || strings.Contains(g.text, " style=") || strings.Contains(g.text, " onclick=") {
+			t.Errorf("%s: text of others is not escaped, or the page has what its policy forbids", path)
+		}
+		if len(g.text) > 60<<10 {
+			t.Errorf("%s has %d bytes", path, len(g.text))
+		}
+	}
+}
+
+// A remote's page has what an operator looks for: files with their state, the settings of
+// clients for the address that he came by, whether the upstream answers.
+func TestPageOfARemote(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "package: rpm", `mutable_patterns: ['\.idx$']`)
+	for i := range filesOnPage + 1 {
+		tt.origin.file(fmt.Sprintf("/pool/f%03d.rpm", i), "body")
+		tt.get(fmt.Sprintf("/api/r/pool/f%03d.rpm", i)).wantStatus(200)
+	}
+	tt.origin.file("/a.idx", "body")
+	tt.get("/api/r/a.idx").wantStatus(200)
+	tt.get("/api/r/a.idx").wantHit()
+	tt.advance(90 * time.Minute)
+	wantText := func(g *got, parts ...string) *got {
+		t.Helper()
+		for _, p := range parts {
+			if !strings.Contains(g.text, p) {
+				t.Errorf("the page lacks %q: %s", p, regexp.MustCompile(`(?s)<style>.*?</style>|<script>.*</script>`).ReplaceAllString(g.text, ""))
+			}
+		}
+		return g
+	}
+	g := wantText(tt.get("/?remote=r", browser, "X-Forwarded-Proto: https"),
+		"102 files of", "baseurl=https://127.0.0.1:", "a.idx", "expired 30 min ago", "for ever", "f098.rpm", "1 h ago", ">1 %<")
+	if strings.Contains(g.text, "f099.rpm") {
+		t.Errorf("there are more than %d files", filesOnPage)
+	}
+	next := regexp.MustCompile(`<a href="(\?[^"]*after=[^"]*)">More`).FindStringSubmatch(g.text)
+	if next == nil {
+		t.Fatal("no link to more files")
+	}
+	wantText(tt.get("/"+strings.ReplaceAll(next[1], "&amp;", "&"), browser), "f099.rpm", "f100.rpm")
+	wantText(tt.get("/?remote=r&search=F07", browser), "f070.rpm", "f079.rpm")
+	wantText(tt.get("/?remote=r&search=nothing", browser), "Nothing is stored that has")
+	wantText(tt.get("/?remote=r&prefix=pool/f1", browser), "f100.rpm")
+	tt.get("/?remote=none", browser).wantDetail(404, "none")
+	tt.down()
+	tt.get("/api/r/new").wantStatus(502)
+	wantText(tt.get("/", browser), "down for", "connection refused")
+}
+
+// deadIndex answers no question.
+type deadIndex struct{ index }
+
+func (deadIndex) totals(context.Context) (map[string]remoteTotal, error) {
+	return nil, errStoreDown
+}
+
+func (deadIndex) listPage(context.Context, pageQuery) (indexPage, error) {
+	return indexPage{}, errStoreDown
+}
+
+func TestOverviewWithoutTheIndex(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.cache.index = deadIndex{tt.cache.index}
+	if g := tt.get("/").wantStatus(200); !strings.Contains(g.text, `"artifacts": null`) || !strings.Contains(g.text, `"bytes": null`) {
+		t.Errorf("what is not known is not null: %s", g.text)
+	}
+	if g := tt.get("/?remote=r", browser).wantStatus(200); !strings.Contains(g.text, "cannot be listed") {
+		t.Errorf("the page does not say that the index is away:\n%s", g.text)
+	}
+}
+
+func TestPageWritesNumbersForPeople(t *testing.T) {
+	t.Parallel()
+	n := int64(1234567)
+	for got, want := range map[string]string{
+		formatBytes(int64(0)): "0 B", formatBytes(int64(1023)): "1023 B", formatBytes(&n): "1.2 MiB", formatBytes(int64(5 << 40)): "5 TiB",
+		formatBytes((*int64)(nil)): "?", formatCount(int64(999)): "999", formatCount(&n): "1\u2009234\u2009567", formatCount(12): "12",
+		formatSpan(-time.Second): "0 s", formatSpan(59 * time.Second): "59 s", formatSpan(90 * time.Minute): "1 h", formatSpan(49 * time.Hour): "2 d",
+	} {
+		if got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
+// The plot has a step for each sample: what happened in it, not since the start.
+func TestTrendIsByStep(t *testing.T) {
+	t.Parallel()
+	m := newMetrics()
+	if v := (&pageRemote{}); true {
+		v.setPlot(m.trendOf("r"))
+		if v.PlotAll != "" {
+			t.Error("a plot of nothing")
+		}
+	}
+	for step := range trendLength + 3 {
+		for range step {
+			m.countRequest("r", "hit", 200, 10, 0, 0)
+		}
+		m.countRequest("r", "miss", 200, 10, 0, 0)
+		m.sampleTrend()
+	}
+	m.countRequest("r", "stale", 200, 10, 0, 0)
+	steps := m.trendOf("r")
+	last, before := steps[trendLength-1], steps[trendLength-2]
+	if len(steps) != trendLength || last != (remoteUsage{1, 0, 10}) || before != (remoteUsage{trendLength + 2, 1, 10 * (trendLength + 2)}) {
+		t.Errorf("%d steps that end in %v, %v", len(steps), before, last)
+	}
+	var v pageRemote
+	v.setPlot([]remoteUsage{{}, {}, {}, {hits: 3}, {hits: 3}, {misses: 1}})
+	if want := "M0 20V20H3V0H5V20H6V20Z"; v.PlotHits != want {
+		t.Errorf("the plot is %s, want %s", v.PlotHits, want)
+	}
+	v.setPlot(steps[trendLength-2:])
+	if want := "M0 20V0H1V19.7H2V20Z"; v.PlotAll != want {
+		t.Errorf("the plot is %s, want %s", v.PlotAll, want)
+	}
+}
+
+// Settings name our address as the client knows it, and what is for plain HTTP only
+// there.
+func TestClientSettings(t *testing.T) {
+	t.Parallel()
+	cfg := mustParse(t, "remotes:\n  hub: {base_url: 'https://registry-1.docker.io', package: docker}\n  a: {base_url: 'http://x', package: alpine}\n")
+	all := func(name, origin string) (text string) {
+		u, err := url.Parse(origin)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range clientSettingsOf(cfg.remotes[name], u) {
+			text += s.Client + " " + s.File + "\n" + s.Text + "\n"
+		}
+		return text
+	}
+	plain, secure := all("hub", "http://cache:8000"), all("hub", "https://cache")
+	for _, want := range []string{"certs.d/docker.io/hosts.toml", `[host."http://cache:8000/hub"]`, `"^(.*)$": "hub/$1"`, `"insecure-registries": ["cache:8000"],`, `location = "cache:8000/hub"`, "insecure = true\n"} {
+		if !strings.Contains(plain, want) {
+			t.Errorf("no %q in\n%s", want, plain)
+		}
+	}
+	if strings.Contains(secure, "insecure") || strings.Contains(plain+secure, "HTTP-ONLY") || strings.Contains(plain, "curl") {
+		t.Errorf("over TLS:\n%s", secure)
+	}
+	if text := all("a", "http://cache:8000"); !strings.Contains(text, "http://cache:8000/api/a/v3") || !strings.Contains(text, "curl -fLO http://cache:8000/api/a/PATH") {
+		t.Errorf("alpine:\n%s", text)
+	}
+}
