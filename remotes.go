@@ -100,6 +100,7 @@ type config struct {
 	names      []string           // of all remotes, sorted
 	warnings   []string           // what is valid but probably a mistake, for the log and for check
 	registries map[string]*remote // docker remotes by registry, in lower case
+	urls       urlTable           // of the remotes
 }
 
 // target is one file of one remote, as a request named it.

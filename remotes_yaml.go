@@ -74,6 +74,7 @@ func parseConfig(name string, data []byte, env func(string) (string, bool)) (*co
 	}
 	cfg.names = sortedKeys(cfg.remotes)
 	cfg.warnings = c.warnings
+	cfg.urls = newURLTable(cfg)
 	return cfg, nil
 }
 

@@ -1,0 +1,95 @@
+// remotes_urls.go: which remote has the file at a URL, and the path of that file here:
+// for texts that name files by the address of their upstream.
+
+package main
+
+import (
+	"cmp"
+	"maps"
+	"net/url"
+	"slices"
+	"strings"
+)
+
+// urlTable finds the remote that a URL lies in. The longest base comes first, since
+// one remote may lie in another; of two of one length base_url comes before a mirror.
+type urlTable []urlBase
+
+// urlBase is a URL below which a remote has its files.
+type urlBase struct {
+	url    string // without a slash at its end
+	host   int    // the length of scheme and host, whose case does not matter
+	remote *remote
+}
+
+// newURLTable makes the table of all remotes in cfg that have an upstream.
+func newURLTable(cfg *config) (t urlTable) {
+	add := func(r *remote, base string) {
+		if r.packageType == "docker" {
+			base += "/v2" // what follows it follows urlPath here
+		}
+		_, rest, _ := strings.Cut(base, "://")
+		host, _, _ := strings.Cut(rest, "/")
+		t = append(t, urlBase{base, len(base) - len(rest) + len(host), r})
+	}
+	for _, mirrors := range []bool{false, true} {
+		for _, name := range cfg.names {
+			for i, o := range cfg.remotes[name].origins {
+				if (i > 0) == mirrors {
+					add(cfg.remotes[name], o.url.String())
+				}
+			}
+		}
+	}
+	for _, registry := range slices.Sorted(maps.Keys(cfg.registries)) {
+		add(cfg.registries[registry], "https://"+registry)
+	}
+	slices.SortStableFunc(t, func(a, b urlBase) int { return len(b.url) - len(a.url) })
+	return t
+}
+
+// find returns the base that s begins with, or nil. Behind the base s ends, or goes on
+// with a slash or with what cannot continue a URL's path element: s may be a text that
+// a URL is only the begin of.
+func (t urlTable) find(s string) *urlBase {
+	for i := range t {
+		b := &t[i]
+		if len(s) < len(b.url) || !strings.EqualFold(s[:b.host], b.url[:b.host]) || s[b.host:len(b.url)] != b.url[b.host:] {
+			continue
+		}
+		if len(s) == len(b.url) || s[len(b.url)] == '/' || !continuesElement(s[len(b.url)]) {
+			return b
+		}
+	}
+	return nil
+}
+
+// continuesElement reports whether c may stand within a path element or a host with
+// its port (RFC 3986 section 3.3). The apostrophe is left out: texts quote with it.
+func continuesElement(c byte) bool {
+	return unescapedBytes[c] || strings.IndexByte("%:@!$&()*+,;=", c) >= 0
+}
+
+// pathHere returns the path here, with the query, of the file at a URL that b was
+// found for.
+func (b *urlBase) pathHere(u string) string {
+	return b.remote.urlPath() + strings.TrimLeft(u[len(b.url):], "/")
+}
+
+// pathHere returns the escaped path here of a remote's file, which is named by its
+// decoded path.
+func (r *remote) pathHere(path string) string {
+	return r.urlPath() + strings.TrimLeft((&url.URL{Path: "/" + path}).EscapedPath(), "/")
+}
+
+// manifestPath returns the path below a registry of the manifest that an image
+// reference without its registry names: IMAGE, IMAGE:TAG or IMAGE@DIGEST. Without a
+// tag it is "latest", as for all clients. Where there are both, the digest counts.
+func manifestPath(image string) string {
+	image, digest, _ := strings.Cut(image, "@")
+	tag := ""
+	if i := strings.LastIndexByte(image, ':'); i > strings.LastIndexByte(image, '/') {
+		image, tag = image[:i], image[i+1:]
+	}
+	return image + "/manifests/" + cmp.Or(digest, tag, "latest")
+}
