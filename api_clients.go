@@ -32,6 +32,30 @@ ORIGIN/api/REMOTE/v3.22/community
 `}},
 	{[]string{"deb", "generic"}, clientSetting{"apt", "/etc/apt/sources.list.d/REMOTE.list", `deb ORIGIN/api/REMOTE SUITE main
 `}},
+	{[]string{"go"}, clientSetting{"go", "", `export GOPROXY=ORIGIN/api/REMOTE
+`}},
+	{[]string{"maven"}, clientSetting{"Maven", "~/.m2/settings.xml", `<settings><mirrors><mirror>
+  <id>REMOTE</id><mirrorOf>*</mirrorOf><url>ORIGIN/api/REMOTE</url>
+</mirror></mirrors></settings>
+`}},
+	{[]string{"helm"}, clientSetting{"helm", "", `helm repo add REMOTE ORIGIN/api/REMOTE
+`}},
+	{[]string{"pypi"}, clientSetting{"pip", "/etc/pip.conf", `[global]
+index-url = ORIGIN/api/REMOTE/simple/
+trusted-host = HOST HTTP-ONLY
+`}},
+	{[]string{"npm"}, clientSetting{"npm, yarn, pnpm", ".npmrc", `registry=ORIGIN/api/REMOTE/
+`}},
+	{[]string{"cargo"}, clientSetting{"cargo", ".cargo/config.toml", `[source.crates-io]
+replace-with = "REMOTE"
+
+[source.REMOTE]
+registry = "sparse+ORIGIN/api/REMOTE/"
+`}},
+	{[]string{"terraform"}, clientSetting{"terraform, tofu", "~/.terraformrc", `host "registry.terraform.io" {
+  services = { "providers.v1" = "ORIGIN/api/REMOTE/v1/providers/" }
+}
+`}},
 	{[]string{"docker"}, clientSetting{"containerd", "/etc/containerd/certs.d/REGISTRY/hosts.toml", `[host."ORIGIN/REMOTE"]
   capabilities = ["pull", "resolve"]
 `}},

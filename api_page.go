@@ -99,6 +99,7 @@ type page struct {
 	// Of one remote.
 	Remote     *pageRemote
 	Settings   []clientSetting
+	Leaving    []leavingLinks
 	Files      []pageFile
 	FilesError string
 	Search     string       // searched in the paths
@@ -210,6 +211,8 @@ func (a *api) chooseRemote(p *page, r *http.Request, cfg *config, name string) e
 		}
 	}
 	p.Settings = clientSettingsOf(rem, requestOrigin(r))
+	p.Leaving = a.cache.leaving.list(name)
+	p.Leaving = p.Leaving[:min(len(p.Leaving), 5)]
 	v := r.URL.Query()
 	p.Search, p.Prefix = v.Get("search"), v.Get("prefix")
 	q := pageQuery{remote: name, prefix: p.Prefix, after: v.Get("after"), limit: filesOnPage}

@@ -37,6 +37,7 @@ type record struct {
 	Digest       string    `json:"d,omitempty"` // Docker-Content-Digest
 	Link         string    `json:"l,omitempty"` // below /v2/
 	Filters      string    `json:"o,omitempty"` // OCI-Filters-Applied
+	Links        string    `json:"k,omitempty"` // the table that the links were rewritten by
 }
 
 // object is a stored record and, unless only the record was asked for, its body. Its
@@ -225,6 +226,7 @@ type cache struct {
 	passOn       *boundedMap[string, struct{}] // keys whose bodies are not spooled for a while
 	failedLeases *boundedMap[string, struct{}] // tokens of leases whose holder could not be followed
 	changing     keyedLock                     // keys that are being put or purged
+	leaving      leavingCounts
 	uses         useCounts
 	announcer    *announcer
 	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
@@ -253,6 +255,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
+	c.leaving = leavingCounts{newBoundedMap[string, int](maxRemembered, clock)}
 	return c
 }
 
@@ -582,6 +585,9 @@ func (c *cache) openCopy(ctx context.Context, key string, file fileRequest, off 
 // and by when the object was last found good.
 func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, obj *object) *storedCopy {
 	s := &storedCopy{object: obj, goodAt: obj.rec.Fetched}
+	if obj.rec.Links != file.rewrittenLinks().tableID() {
+		return s // expired: its links lead by another table
+	}
 	ttl, forever := file.remote.ttlOf(file.class)
 	if forever {
 		s.forever = true

@@ -34,6 +34,9 @@ func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply,
 			return nil, err
 		}
 	}
+	if file.rewrittenLinks() != nil {
+		size = -1 // known when it was fetched and rewritten
+	}
 	rec := file.newRecord(resp.Header, c.now())
 	return &fileReply{rec: rec, size: size, body: unreadBody(size), fromRemote: true, cacheStatus: "fwd=miss", result: "MISS"}, nil
 }
@@ -120,7 +123,7 @@ func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
 		Remote: file.remote.name, Path: file.spelling, Class: file.class, Fetched: now, Modified: now.Truncate(time.Second),
 		ContentType: boundedHeader(h.Get("Content-Type")), Encoding: boundedHeader(h.Get("Content-Encoding")),
 		ETag: boundedHeader(h.Get("ETag")), LastModified: boundedHeader(h.Get("Last-Modified")),
-		Digest: boundedHeader(h.Get("Docker-Content-Digest")),
+		Digest: boundedHeader(h.Get("Docker-Content-Digest")), Links: file.rewrittenLinks().tableID(),
 	}
 	if t, err := http.ParseTime(rec.LastModified); err == nil {
 		rec.Modified = t.UTC()

@@ -302,7 +302,7 @@ func (f *fillRun) fetch() fillOutcome {
 		}
 	}
 	var validators http.Header
-	if f.oldRecord != nil && f.file.isRevalidated() {
+	if f.oldRecord != nil && f.file.isRevalidated() && f.oldRecord.Links == f.file.rewrittenLinks().tableID() {
 		validators = validatorsOf(f.oldRecord)
 		state, err := f.revalidateByHEAD(validators)
 		switch {
@@ -384,6 +384,10 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outco
 	if !f.openSpool() {
 		return fillOutcome{kind: outcomeNoSpool}, true
 	}
+	storable, validator := f.mayBeStored(resp), rangeValidator(resp)
+	if f.file.rewriteLinks(f.ctx, f.c, resp) {
+		validator = "" // upstream's parts are of another body
+	}
 	if err := f.spool.setSize(resp.ContentLength); err != nil {
 		f.c.reportStoreError("spool", "beginning", f.key, err)
 		return fillOutcome{kind: outcomeNoSpool}, true
@@ -392,7 +396,7 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outco
 	if sum, ok := strings.CutPrefix(f.file.digest, "sha256:"); ok {
 		rec.SHA256 = sum
 	}
-	f.publishHeaders(rec, resp.origin, rangeValidator(resp), f.mayBeStored(resp))
+	f.publishHeaders(rec, resp.origin, validator, storable)
 	return fillOutcome{}, false
 }
 

@@ -47,7 +47,11 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 	if file.needsWholeBody {
 		return reply, reply.readSmallBody(ctx, file, resp)
 	}
-	body := &upstreamReader{up: c.upstream, ctx: ctx, resp: resp, respOffset: at, part: bodyPart{file: file, validator: rangeValidator(resp), size: size, to: rng.to, origin: resp.origin}}
+	validator := rangeValidator(resp)
+	if file.rewriteLinks(ctx, c, resp) {
+		reply.size, size, validator = -1, -1, "" // upstream's parts are of another body
+	}
+	body := &upstreamReader{up: c.upstream, ctx: ctx, resp: resp, respOffset: at, part: bodyPart{file: file, validator: validator, size: size, to: rng.to, origin: resp.origin}}
 	if file.digest != "" && rng.isWhole(size) {
 		body.hash = newBodyHash(file.digest)
 	}
@@ -60,7 +64,7 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 // whole.
 func (rng byteRange) rangeHeader(file fileRequest) http.Header {
 	switch {
-	case file.needsWholeBody || rng.hasIfRange || (rng.from == 0 && rng.to < 0 && rng.suffix == 0):
+	case file.needsWholeBody || rng.hasIfRange || file.rewrittenLinks() != nil || (rng.from == 0 && rng.to < 0 && rng.suffix == 0):
 		return nil
 	case rng.suffix > 0:
 		return http.Header{"Range": {"bytes=-" + strconv.FormatInt(rng.suffix, 10)}}

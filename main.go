@@ -28,6 +28,8 @@
 //	                            keep the index in PostgreSQL
 //	REDIS_URL                   share freshness and leases through Redis
 //	ADVERTISE_URL               URL at which other replicas reach this one
+//	PUBLIC_URL                  URL at which clients reach this server: for the links in
+//	                            documents of npm and cargo
 //	API_TOKEN                   token that allows PUT, DELETE and purging
 //	TLS_CERT_FILE, TLS_KEY_FILE serve HTTPS; the files are reloaded when they change
 //	DRAIN_DELAY (0s, or 5s where KUBERNETES_SERVICE_HOST is set)

@@ -206,6 +206,11 @@ func (p *envReader) readOtherBackends(set *settings) {
 	if v := string(set.redisURL); v != "" && parseHostURL(v, "redis", "rediss") == nil {
 		p.addError("REDIS_URL", "is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS)")
 	}
+	if v := p.readString("PUBLIC_URL", ""); v != "" {
+		if u := parseHostURL(v, "http", "https"); u == nil || u.User != nil || u.RawQuery != "" {
+			p.addError("PUBLIC_URL", "is not a URL like https://artifacts.example, below which clients find /api/")
+		}
+	}
 	set.advertise = strings.TrimSuffix(p.readString("ADVERTISE_URL", ""), "/")
 	if u := parseHostURL(set.advertise, "http", "https"); set.advertise != "" && (u == nil || u.User != nil || u.RawQuery != "") {
 		p.addError("ADVERTISE_URL", "is not a URL like http://10.0.0.7:8000")

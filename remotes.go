@@ -68,6 +68,8 @@ type remote struct {
 	builtin      []*regexp.Regexp // mutable patterns of the package
 	checkMutable bool             // check_mutable_updates
 	checkBuiltin bool             // check_builtin_updates
+	rewrite      []*regexp.Regexp // patterns of documents whose links are rewritten, beside those of the package
+	links        *linkTable       // leads the links of documents here; nil: they stay
 	immutableTTL time.Duration    // 0 means forever
 	mutableTTL   time.Duration    // 0 means that every request revalidates
 	negativeTTL  time.Duration    // how long a 404 or 410 is remembered; 0 means not at all

@@ -59,6 +59,7 @@ var remoteKeys = []remoteKey{
 	{name: "headers", onType: "remote", defaultText: "none", set: setHeaders, field: func(r *remote) any { return &r.headers }},
 	{name: "stale_if_error", onType: "remote", defaultText: "false", field: func(r *remote) any { return &r.staleIfError }},
 	{name: "negative_ttl", onType: "remote", defaultText: "0", field: func(r *remote) any { return &r.negativeTTL }},
+	{name: "rewrite", onType: "remote", defaultText: "the documents of the package", field: func(r *remote) any { return &r.rewrite }},
 	{name: "timeout", onType: "remote", defaultText: "30", minimum: 1, field: func(r *remote) any { return &r.timeout }},
 	{name: "cache", defaultText: "as its keys say"},
 	{name: "cache.immutable_ttl", defaultText: "0", field: func(r *remote) any { return &r.immutableTTL }},
@@ -98,6 +99,27 @@ var builtinPatterns = map[string][]*regexp.Regexp{
 		regexp.MustCompile(`Commands-[^/]+$`),
 		regexp.MustCompile(`icons-[0-9x@]+\.tar(?:\.(?:gz|xz|bz2|lzma|zst))?$`),
 	},
+	"go": {
+		regexp.MustCompile(`/@v/list$`),
+		regexp.MustCompile(`/@latest$`),
+		regexp.MustCompile(`/@v/[^v][^/]*\.info$`), // of a branch
+		regexp.MustCompile(`^sumdb/[^/]+/latest$`),
+		regexp.MustCompile(`\.p/[0-9]+$`), // a part of a tile, which grows
+	},
+	"maven": {
+		regexp.MustCompile(`maven-metadata\.xml(?:\.(?:md5|sha1|sha256|sha512|asc))?$`),
+		regexp.MustCompile(`-SNAPSHOT/`),
+	},
+	"helm":  {regexp.MustCompile(`(?:^|/)index\.yaml$`)},
+	"pypi":  {regexp.MustCompile(`^simple/`)},
+	"npm":   {regexp.MustCompile(`^(?:@[^/]+/)?[^/]+$`), regexp.MustCompile(`^-/`)},
+	"cargo": {regexp.MustCompile(`^index/`), regexp.MustCompile(`config\.json$`), cargoIndexPattern},
+	"terraform": {
+		regexp.MustCompile(`/versions$`),
+		regexp.MustCompile(`/download(?:/[^/]+/[^/]+)?$`),
+		regexp.MustCompile(`index\.json$`),
+		regexp.MustCompile(`^\.well-known/`),
+	},
 	// A reference with a colon is a digest and immutable; a tag has no colon (OCI
 	// distribution spec, "Pulling manifests").
 	"docker": {
@@ -106,6 +128,22 @@ var builtinPatterns = map[string][]*regexp.Regexp{
 		regexp.MustCompile(`/referrers/[^/]+$`),
 	},
 }
+
+// cargoIndexPattern is a crate's file in a sparse index, which base_url may be the root
+// of: 1/a, 2/ab, 3/a/abc, ab/cd/abcd (the Cargo book, "Registry Index").
+var cargoIndexPattern = regexp.MustCompile(`^(?:[12]|3/[^/]|[^/]{2}/[^/]{2})/[^/]+$`)
+
+// linkingPackages are those whose documents link to the files that clients fetch.
+// absoluteLinks are those of them whose clients take absolute URLs only.
+var (
+	linkingPackages = map[string]bool{"helm": true, "pypi": true, "npm": true, "cargo": true, "terraform": true}
+	absoluteLinks   = map[string]bool{"npm": true, "cargo": true}
+)
+
+// revalidatedPackages are those whose built-in mutable files are asked for with their
+// validators unless the configuration says otherwise, and whose missing files are
+// remembered for a minute: their clients ask often, and for many that are not there.
+var revalidatedPackages = map[string]bool{"deb": true, "go": true, "maven": true, "helm": true, "pypi": true, "npm": true, "cargo": true, "terraform": true}
 
 // digestInName returns the digest that the name of a file of metadata promises, as
 // sha256:HEX or sha512:HEX. Such a file cannot change, and its bytes can be verified.
@@ -168,7 +206,7 @@ func setPackage(c *configReader, r *remote, n *yaml.Node) {
 		r.packageType = s
 		return
 	case ok:
-		c.addValueError(n, "must be generic, alpine, deb, rpm or docker, not %.40q: use generic for others, with mutable_patterns for their index files", n.Value)
+		c.addValueError(n, "must be generic, alpine, deb, rpm, docker, go, maven, helm, pypi, npm, cargo or terraform, not %.40q: use generic for others, with mutable_patterns for their index files", n.Value)
 	}
 	c.typeUnknown = true
 }

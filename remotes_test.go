@@ -130,7 +130,7 @@ func TestConfigMistakes(t *testing.T) {
 		{"unknown type", one("    type: remoote # HERE\n"), `type must be "remote" or "local", not "remoote"`},
 		{"empty type", one("    type: \"\" # HERE\n"), "type must be"},
 		{"unknown package", one("    package: alpin # HERE\n"), `not "alpin"`},
-		{"package of later", one("    package: npm # HERE\n"), "use generic for others"},
+		{"package of later", one("    package: conan # HERE\n"), "use generic for others"},
 		{"local docker", "remotes:\n  x:\n    type: local\n    package: docker # HERE\n", "cannot be of type"},
 		{"base_url on a local one", "remotes:\n  x:\n    base_url: http://a # HERE\n    type: local\n", `base_url has no meaning for type "local"`},
 		{"mirrors on a local one", "remotes:\n  x:\n    type: local\n    mirrors: [] # HERE\n", "mirrors has no meaning"},

@@ -75,6 +75,8 @@ func parseConfig(name string, data []byte, env func(string) (string, bool)) (*co
 	cfg.names = sortedKeys(cfg.remotes)
 	cfg.warnings = c.warnings
 	cfg.urls = newURLTable(cfg)
+	publicURL, _ := env("PUBLIC_URL")
+	cfg.useLinks(publicURL)
 	return cfg, nil
 }
 
@@ -267,8 +269,7 @@ func (c *configReader) readRemote(k, v *yaml.Node) *remote {
 		c.addError(k.Line, "image names are in lower case, so the name of a docker remote must be too: rename it to %q", strings.ToLower(r.name))
 	}
 	r.builtin = builtinPatterns[r.packageType]
-	if r.packageType == "deb" && !r.local {
-		// apt asks often, for large files, and for many that are not there.
+	if revalidatedPackages[r.packageType] && !r.local {
 		if _, given := fields["check_builtin_updates"]; !given {
 			r.checkBuiltin = true
 		}

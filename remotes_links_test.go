@@ -1,0 +1,240 @@
+package main
+
+import (
+	"bytes"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/iotest"
+	"time"
+)
+
+// linkConfig has remotes that documents link to.
+const linkConfig = `remotes:
+  npm: {base_url: "https://registry.example.org", package: npm}
+  pypi: {base_url: "https://pypi.example.org", package: pypi}
+  files: {base_url: "https://files.example.org/"}
+  deep: {base_url: "https://files.example.org/deep/er"}
+  own: {type: local}
+  hub: {base_url: "https://hub.example.org", package: docker}
+`
+
+// rewriteText rewrites the links of a document whose way to /api/ is that.
+func rewriteText(t testing.TB, text, way string, wrap func(io.Reader) io.Reader) (string, map[string]int) {
+	t.Helper()
+	cfg := mustParse(t, linkConfig)
+	r := newLinkRewriter(wrap(strings.NewReader(text)), &documentLinks{newLinkTable(cfg, ""), way})
+	out, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out), r.leaving
+}
+
+func whole(r io.Reader) io.Reader { return r }
+
+func TestLinksAreLedHere(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ what, in, want string }{
+		{"JSON", `{"tarball":"https://files.example.org/a/b.tgz"}`, `{"tarball":"../files/a/b.tgz"}`},
+		{"JSON with blanks", `{"tarball" : "https://files.example.org/a?b=c#d"}`, `{"tarball" : "../files/a?b=c#d"}`},
+		{"JSON with escaped slashes", `{"u":"https:\/\/files.example.org\/a\/b"}`, `{"u":"../files/a\/b"}`},
+		{"a list", `["https://files.example.org/a", "https://files.example.org/b"]`, `["../files/a", "../files/b"]`},
+		{"HTML", `<a href="https://files.example.org/a#sha256=0">a</a>`, `<a href="../files/a#sha256=0">a</a>`},
+		{"HTML in single quotes", `<a href='https://files.example.org/a'>`, `<a href='../files/a'>`},
+		{"HTML without quotes", `<a href=https://files.example.org/a>`, `<a href=../files/a>`},
+		{"YAML", "urls:\n  - https://files.example.org/a\nhome: https://files.example.org/b\n", "urls:\n  - ../files/a\nhome: ../files/b\n"},
+		{"YAML in quotes", "urls:\n  - \"https://files.example.org/a\"\n  - 'https://files.example.org/b'\n", "urls:\n  - \"../files/a\"\n  - '../files/b'\n"},
+		{"the longest base", `["https://files.example.org/deep/er/a","https://files.example.org/deep/erx"]`, `["../deep/a","../files/deep/erx"]`},
+		{"the base alone", `["https://files.example.org", "https://files.example.org/"]`, `["../files/", "../files/"]`},
+		{"a host in capitals", `["HTTPS://files.example.org/a","https://FILES.example.org/a"]`, `["HTTPS://files.example.org/a","../files/a"]`},
+		{"a template", `{"dl":"https://files.example.org/{crate}/{version}"}`, `{"dl":"../files/{crate}/{version}"}`},
+
+		{"another port", `["https://files.example.org:8443/a"]`, ""},
+		{"another scheme", `["http://files.example.org/a"]`, ""},
+		{"a longer host", `["https://files.example.org.evil/a","https://xfiles.example.org/a"]`, ""},
+		{"user info", `["https://files.example.org@evil/a"]`, ""},
+		{"a URL in a text", `{"readme":"see https://files.example.org/a or \"https://files.example.org/b\" 'https://files.example.org/c'"}`, ""},
+		{"a URL in a URL", `["https://other.example/?u=https://files.example.org/a"]`, ""},
+		{"git's URL", `["git+https://files.example.org/a"]`, ""},
+		{"a registry", `["https://hub.example.org/v2/a"]`, ""},
+		{"at the begin", `https://files.example.org/a`, ""},
+		{"no URL", `["http","https:","https:/files.example.org","http://"]`, ""},
+	} {
+		want := c.want
+		if want == "" {
+			want = c.in
+		}
+		for name, wrap := range map[string]func(io.Reader) io.Reader{"whole": whole, "a byte at a time": iotest.OneByteReader, "with EOF": iotest.DataErrReader} {
+			if got, _ := rewriteText(t, c.in, "../", wrap); got != want {
+				t.Errorf("%s, %s: %s became %s, want %s", c.what, name, c.in, got, want)
+			}
+		}
+	}
+}
+
+func TestLeavingLinksAreCounted(t *testing.T) {
+	t.Parallel()
+	_, leaving := rewriteText(t, `["https://a.example/1","https://a.example/2","https://b.example:80","https://files.example.org/x","x https://c.example"]`, "../", whole)
+	if len(leaving) != 2 || leaving["a.example"] != 2 || leaving["b.example:80"] != 1 {
+		t.Errorf("counted %v", leaving)
+	}
+}
+
+// What is no link to a remote is the same, byte for byte, and how the document arrives
+// makes no difference.
+func FuzzLinks(f *testing.F) {
+	for _, s := range []string{`{"a":"https://files.example.org/b"}`, "- https://files.example.org\n", `"https:\/\/files.example.org\/\/a`, strings.Repeat(" ", 300) + `="https://pypi.example.org`, `<a href=https://other/>`} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		got, _ := rewriteText(t, text, "\x00", whole)
+		if slow, _ := rewriteText(t, text, "\x00", iotest.OneByteReader); slow != got {
+			t.Errorf("%q became %q at once and %q byte by byte", text, got, slow)
+		}
+		if strings.Contains(text, "\x00") {
+			return
+		}
+		// Between the ways that were put in, all is as it was, in order.
+		rest := text
+		for i, part := range strings.Split(got, "\x00") {
+			if i > 0 {
+				_, part, _ = strings.Cut(part, "/") // the remote's name
+			}
+			at := strings.Index(rest, part)
+			if at < 0 || (i == 0 && at > 0) {
+				t.Fatalf("%q became %q", text, got)
+			}
+			rest = rest[at+len(part):]
+		}
+	})
+}
+
+// npmDocument is a packument of about that size.
+func npmDocument(size int) []byte {
+	var b bytes.Buffer
+	b.WriteString(`{"name":"x","versions":{`)
+	for b.Len() < size {
+		b.WriteString(`"1.0.0":{"name":"x","description":"some text that is here and there","dist":{"integrity":"sha512-0123456789abcdef","tarball":"https://registry.example.org/x/-/x-1.0.0.tgz"},"repository":{"url":"git+https://other.example/x"}},`)
+	}
+	b.WriteString(`"z":{}}}`)
+	return b.Bytes()
+}
+
+func BenchmarkRewriteLinks(b *testing.B) {
+	text := npmDocument(50 << 20)
+	cfg := mustParse(b, linkConfig)
+	links := &documentLinks{newLinkTable(cfg, ""), "https://artifacts.example/api/"}
+	buf := make([]byte, 256<<10)
+	b.SetBytes(int64(len(text)))
+	b.ReportAllocs()
+	for b.Loop() {
+		r := newLinkRewriter(bytes.NewReader(text), links)
+		for {
+			if _, err := r.Read(buf); err != nil {
+				break
+			}
+		}
+	}
+}
+
+// --- through the cache ---
+
+// The documents of a package manager lead its client here: what is stored is what is
+// sent, and it is refreshed by upstream's own validators.
+func TestDocumentsLeadHere(t *testing.T) {
+	t.Parallel()
+	yaml := `remotes:
+  r: {base_url: "ORIGIN", package: pypi, cache: {mutable_ttl: 60}}
+  files: {base_url: "ORIGIN/files"}
+`
+	tt := setup{yaml: yaml}.start(t)
+	tt.origin.file("/simple/x/", `<a href="`+tt.origin.url+`/files/x-1.whl#sha256=0">x</a>`).etag(`"1"`)
+	const want = `<a href="../../../files/x-1.whl#sha256=0">x</a>`
+	tt.get("/api/r/simple/x/").wantMiss().wantBody(want)
+	tt.get("/api/r/simple/x/").wantHit().wantBody(want).wantHeader("Content-Length", "47")
+	tt.origin.file("/simple/y/", `<a href="https://elsewhere.example/y.whl">y</a>`)
+	tt.get("/api/r/simple/y/").wantMiss()
+	if g := tt.get("/?remote=r", browser); !strings.Contains(g.text, "1 links to <code>elsewhere.example</code>") {
+		t.Error("the page does not name the host that links lead to")
+	}
+	tt.get("/api/r/simple/x/", "Range: bytes=3-8").wantStatus(206).wantBody(want[3:9])
+	tt.advance(2 * time.Minute)
+	tt.get("/api/r/simple/x/").wantRevalidated().wantBody(want) // the package asks with validators
+	// Another table means other links, though upstream has the same document.
+	tt.configure(strings.ReplaceAll(strings.ReplaceAll(yaml, "files:", "archive:"), "ORIGIN", tt.origin.url))
+	other := strings.Replace(want, "files", "archive", 1)
+	tt.get("/api/r/simple/x/").wantRefetched().wantBody(other)
+	tt.get("/api/r/simple/x/").wantHit().wantBody(other)
+	tt.down()
+	tt.configure(strings.ReplaceAll(yaml, "ORIGIN", tt.origin.url))
+	tt.get("/api/r/simple/x/").wantStale().wantBody(other)
+}
+
+// A document that breaks off goes on where upstream's broke off, not where ours did.
+func TestDocumentThatBreaksOffIsResumed(t *testing.T) {
+	t.Parallel()
+	tt := setup{yaml: "remotes:\n  r: {base_url: \"ORIGIN\", rewrite: [json]}\n"}.start(t)
+	text := strings.Repeat(`{"a":"`+tt.origin.url+`/x"},`, 5000)
+	tt.origin.file("/a.json", text).etag(`"1"`).cut(100_000)
+	tt.get("/api/r/a.json").wantMiss().wantBody(strings.ReplaceAll(text, tt.origin.url, "../r"))
+	tt.get("/api/r/a.json").wantHit()
+}
+
+// What cannot be rewritten stays as it is: a coded document, and npm's while nobody
+// knows our address.
+func TestDocumentsThatStay(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "package: npm")
+	text := `{"tarball":"` + tt.origin.url + `/a/-/a-1.tgz"}`
+	tt.origin.file("/a", text)
+	tt.get("/api/r/a").wantMiss().wantBody(text)
+	if w := tt.server.config.Load().warnings; len(w) != 1 || !strings.Contains(w[0], "PUBLIC_URL") {
+		t.Errorf("warnings %q", w)
+	}
+	cfg, err := parseConfig("remotes.yaml", []byte(remoteYAML(tt.origin.url, "package: npm")), envOf(map[string]string{"PUBLIC_URL": "https://artifacts.example/"}))
+	if err != nil || len(cfg.warnings) > 0 {
+		t.Fatal(err, cfg.warnings)
+	}
+	tt.server.config.Store(cfg)
+	tt.get("/api/r/a").wantBody(`{"tarball":"https://artifacts.example/api/r/a/-/a-1.tgz"}`)
+	tt.origin.file("/b", text).acts(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Encoding", "br")
+		io.WriteString(w, text)
+	})
+	tt.get("/api/r/b").wantBody(text)
+	tt.get("/api/r/b").wantHit().wantBody(text)
+	tt.origin.file("/a/-/a-1.tgz", text)
+	tt.get("/api/r/a/-/a-1.tgz").wantMiss().wantBody(text) // no document
+	tt.origin.file("/c", text)
+	if g := tt.head("/api/r/c").wantStatus(200); g.length >= 0 {
+		t.Errorf("HEAD gives the length %d of another body", g.length)
+	}
+}
+
+// What each package takes for mutable is what its clients need.
+func TestPackagesKnowWhatChanges(t *testing.T) {
+	t.Parallel()
+	for name, paths := range map[string][2]string{ // mutable and immutable, by blanks
+		"go":        {"golang.org/x/text/@v/list golang.org/x/text/@latest x/@v/main.info sumdb/sum.golang.org/latest sumdb/s/tile/8/0/001.p/5", "x/@v/v1.0.0.info x/@v/v1.0.0.mod x/@v/v1.0.0.zip sumdb/s/tile/8/0/001"},
+		"maven":     {"org/a/maven-metadata.xml org/a/maven-metadata.xml.sha1 org/a/1-SNAPSHOT/a-1.jar", "org/a/1/a-1.jar org/a/1/a-1.pom.sha1"},
+		"helm":      {"index.yaml stable/index.yaml", "a-1.tgz a-1.tgz.prov myindex.yaml"},
+		"pypi":      {"simple/ simple/requests/", "packages/a/b/x.whl"},
+		"npm":       {"lodash @types/node -/v1/search", "lodash/-/lodash-1.tgz @types/node/-/node-1.tgz"},
+		"cargo":     {"config.json index/se/rd/serde se/rd/serde 1/a 3/a/abc", "crates/serde/1.0.0/download serde/serde-1.0.0.crate"},
+		"terraform": {"v1/providers/hashicorp/aws/versions v1/providers/hashicorp/aws/5.0.0/download/linux/amd64 registry.terraform.io/a/b/index.json", "terraform-provider-aws_5.0.0_linux_amd64.zip terraform-provider-aws_5.0.0_SHA256SUMS"},
+	} {
+		r := mustParse(t, one("    package: "+name+"\n")).remotes["x"]
+		if !r.checkBuiltin || r.negativeTTL != time.Minute {
+			t.Errorf("%s: check_builtin_updates %t, negative_ttl %v", name, r.checkBuiltin, r.negativeTTL)
+		}
+		for i, want := range []class{mutable, immutable} {
+			for _, p := range strings.Fields(paths[i]) {
+				if got, _, err := r.classifyPath(p); err != nil || (got != want && !strings.HasSuffix(p, "/")) {
+					t.Errorf("%s: %s is %s, want %s (%v)", name, p, got, want, err)
+				}
+			}
+		}
+	}
+}
