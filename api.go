@@ -10,6 +10,7 @@ import (
 	"crypto/subtle"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"hash"
 	"io"
@@ -81,8 +82,11 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}, writeJSONError)
 }
 
-// serveEndpoint serves a management endpoint that answers GET and HEAD.
+// serveEndpoint serves a management endpoint. All but /missed answer GET and HEAD only.
 func (a *api) serveEndpoint(w *response, r *http.Request, path string) error {
+	if path == "/missed" {
+		return a.serveMissed(w, r)
+	}
 	serve, found := map[string]handler{"/": a.serveRoot, "/health": a.serveHealth, "/config": a.serveConfig, "/metrics": a.serveMetrics}[path]
 	if !found {
 		return newProblem(http.StatusNotFound, "there is no such path: files are below /api/REMOTE/, images below /v2/REMOTE/")
@@ -452,7 +456,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	}
 	for _, name := range cfg.names {
 		if !cfg.remotes[name].local {
-			remoteUp[name] = boolNumber(!a.cache.upstream.isInOutage(name))
+			remoteUp[name] = boolNumber(cfg.remotes[name].sealed || !a.cache.upstream.isInOutage(name))
 		}
 		bytes[name], files[name] = 0, 0
 	}
@@ -466,6 +470,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	}
 	known := append(a.gauges(), a.cache.fills.gauges(cfg.names)...)
 	known = append(known,
+		newGauge("artifactapi_missed_files", "Files that /missed lists: what sealed remotes, and those with would_miss, do not have.", float64(a.cache.missed.count())),
 		family{"artifactapi_build_info", "gauge", "What is running; always 1.", "version", map[string]float64{a.version: 1}},
 		newGauge("process_start_time_seconds", "When the process started, in seconds since 1970.", float64(a.started.UnixMilli())/1000),
 		newGauge("artifactapi_config_last_reload_successful", "1 unless the last reload of the configuration was rejected.", boolNumber(health.Configuration == "")),
@@ -476,4 +481,33 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 		family{"artifactapi_stored_files", "gauge", "Files stored.", "remote", files})
 	w.Header().Set("Content-Type", metricsType)
 	return a.metrics.writeExposition(w, cfg.names, known)
+}
+
+// serveMissed serves /missed: GET lists missed files, a JSON object on each line, and
+// DELETE forgets them. ?remote= chooses those of one remote.
+func (a *api) serveMissed(w *response, r *http.Request) error {
+	if err := allowMethods(r, http.MethodGet, http.MethodHead, http.MethodDelete); err != nil {
+		return err
+	}
+	name := r.URL.Query().Get("remote")
+	if name != "" && a.config().remotes[name] == nil { // an empty list would say that nothing is missing
+		return newProblem(http.StatusNotFound, "there is no remote %.100q in remotes.yaml", name)
+	}
+	if r.Method == http.MethodDelete {
+		if err := a.authorizeWrite(r, ""); err != nil {
+			return err
+		}
+		a.cache.missed.forget(name)
+		w.WriteHeader(http.StatusNoContent)
+		return nil
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	lines := json.NewEncoder(w)
+	for f := range a.cache.missed.list(name) {
+		if lines.Encode(f) != nil {
+			break // the client has left, which w remembers
+		}
+	}
+	return nil
 }

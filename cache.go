@@ -228,6 +228,7 @@ type cache struct {
 	changing     keyedLock                     // keys that are being put or purged
 	leaving      leavingCounts
 	uses         useCounts
+	missed       missedFiles
 	announcer    *announcer
 	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
 }
@@ -245,7 +246,8 @@ type cacheStores struct {
 // newCache makes a cache over the stores. Its caller closes it before them.
 func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
 	c := &cache{objects: st.objects, copies: copiesOf(st.objects), index: st.index, marks: st.freshness, space: st.space, replicas: st.replicas,
-		upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable()}
+		upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable(),
+		missed: missedFiles{files: map[missedKey]*missedFile{}}}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.announcer = &announcer{replicas: st.replicas, onError: func(announcement string, err error) {
 		c.reportStoreError("redis", "announcing", announcement, err)
@@ -428,12 +430,13 @@ func matchesAny(patterns []*regexp.Regexp, path string) bool {
 }
 
 // ttlOf returns how long a file of a class stays fresh. If forever is true, it never
-// expires and d is 0.
+// expires and d is 0. Nothing newer can come to a sealed remote than what it has.
 func (r *remote) ttlOf(c class) (d time.Duration, forever bool) {
-	switch c {
-	case mutable:
+	switch {
+	case r.sealed:
+	case c == mutable:
 		return r.mutableTTL, false
-	case immutable:
+	case c == immutable:
 		return r.immutableTTL, r.immutableTTL == 0
 	}
 	return 0, true
@@ -462,7 +465,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 	key := file.key()
 	// A fill may end between a lookup that misses and the next fill: then the
 	// store has the file after all, and the next fill looks again.
-	for n := 0; ; {
+	for n, first := 0, true; ; first = false {
 		ended := c.fills.ended.Load()
 		cp, storeErr := c.findCopy(ctx, key, file, rng)
 		if err := context.Cause(ctx); err != nil && storeErr != nil {
@@ -473,9 +476,16 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		}
 		if cp != nil && cp.isFresh() {
 			c.countUse(file.remote.name, key)
-			return cp.hitReply(""), nil
+			detail := ""
+			if file.remote.sealed {
+				detail = "; detail=sealed"
+			}
+			return cp.hitReply(detail), nil
 		}
-		if file.remote.local {
+		if first {
+			storeErr = c.missed.recordMiss(file, storeErr, c.now())
+		}
+		if file.remote.local || file.remote.sealed {
 			return nil, storeErr
 		}
 		reply, again, err := c.fillOrStale(ctx, key, file, rng, cp, ended)

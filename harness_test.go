@@ -171,7 +171,7 @@ func (tt *tester) begin() {
 		tt.Fatal(err)
 	}
 	s := &server{set: set, env: lookup, log: newLogger(set, tt.logs)}
-	s.config.Store(tt.parse(tt.yaml()))
+	s.useConfig(tt.parse(tt.yaml()))
 	if s.stores, err = openStores(set, time.Now, s.log); err != nil {
 		tt.Fatal(err)
 	}
@@ -237,7 +237,7 @@ func (tt *tester) parse(yaml string) *config {
 // stored stays.
 func (tt *tester) configure(yaml string) {
 	tt.Helper()
-	tt.server.config.Store(tt.parse(yaml))
+	tt.server.useConfig(tt.parse(yaml))
 }
 
 // moveUpstream gives r another base_url and keys.

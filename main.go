@@ -31,6 +31,7 @@
 //	PUBLIC_URL                  URL at which clients reach this server: for the links in
 //	                            documents of npm and cargo
 //	API_TOKEN                   token that allows PUT, DELETE and purging
+//	SEALED (false)              ask no upstream, serve what is stored whatever its age
 //	TLS_CERT_FILE, TLS_KEY_FILE serve HTTPS; the files are reloaded when they change
 //	DRAIN_DELAY (0s, or 5s where KUBERNETES_SERVICE_HOST is set)
 //	                            how long /health answers 503 before the server stops
@@ -40,7 +41,7 @@
 //	                            used for upstreams, as other programs use them
 //
 // It listens on one address and serves /api/{remote}/{path}, /v2/ (the container
-// registry), /, /health, /config, /metrics and /artifacts/{remote}.
+// registry), /, /health, /config, /metrics, /missed and /artifacts/{remote}.
 package main
 
 import (
@@ -646,6 +647,9 @@ func (s *server) reloadConfig() {
 func (s *server) useConfig(cfg *config) {
 	for _, w := range cfg.warnings {
 		s.log.Warn(w)
+	}
+	for _, r := range cfg.remotes {
+		r.sealed = r.sealed || (s.set.sealed && !r.local)
 	}
 	s.config.Store(cfg)
 	s.loaded.Store(time.Now().Unix())

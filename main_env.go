@@ -34,6 +34,7 @@ type settings struct {
 	db                 sqlSettings // host "": the embedded index is used
 	redisURL           secret      // "": freshness is kept in this process
 	advertise          string      // ADVERTISE_URL without trailing slash; "": see advertisedURL
+	sealed             bool        // all remotes are
 	apiToken           secret      // "": writing is off, except with a write_token
 	tlsCert, tlsKey    string      // file names; "": plain HTTP
 	drainDelay         time.Duration
@@ -72,6 +73,8 @@ func parseSettings(env lookupEnv) (*settings, error) {
 		tlsKey:     p.readString("TLS_KEY_FILE", ""),
 		logFormat:  p.readOneOf("LOG_FORMAT", "", "text", "json"),
 	}
+	sealed := p.readOneOf("SEALED", "false", "true", "false", "1", "0")
+	set.sealed = sealed == "true" || sealed == "1"
 	level := p.readOneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error")
 	_ = set.logLevel.UnmarshalText([]byte(level)) // readOneOf has reported another word
 	_, port, err := net.SplitHostPort(set.listen)

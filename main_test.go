@@ -142,6 +142,8 @@ func TestEnvironment(t *testing.T) {
 		{"LOG_LEVEL=loud", "LOG_LEVEL"},
 		{"LOG_LEVEL=DEBUG", ""},
 		{"LOG_FORMAT=xml", "LOG_FORMAT"},
+		{"SEALED=perhaps", "SEALED"},
+		{"SEALED=1", ""},
 		{"TLS_CERT_FILE=a", "TLS_KEY_FILE"},
 		{"TLS_KEY_FILE=a", "TLS_CERT_FILE"},
 		{"DBHOST=db", "DBUSER"},
@@ -300,7 +302,7 @@ func TestTheManualIsComplete(t *testing.T) {
 			t.Errorf("go doc does not name %s", name)
 		}
 	}
-	for _, route := range []string{"/api/{remote}/{path}", "/v2/", "/health", "/config", "/metrics", "/artifacts/{remote}"} {
+	for _, route := range []string{"/api/{remote}/{path}", "/v2/", "/health", "/config", "/metrics", "/missed", "/artifacts/{remote}"} {
 		if !strings.Contains(manual, route) {
 			t.Errorf("go doc does not name %s", route)
 		}

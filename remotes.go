@@ -75,6 +75,13 @@ type remote struct {
 	negativeTTL  time.Duration    // how long a 404 or 410 is remembered; 0 means not at all
 	timeout      time.Duration    // to connect and to get the response header, for each redirect anew
 	maxSize      int64            // cache.max_size in bytes; 0 means no limit
+	absence
+}
+
+// absence says what becomes of a request for a file that is not stored.
+type absence struct {
+	sealed    bool // no upstream is ever asked: copies answer whatever their age
+	wouldMiss bool // what a sealed remote would not have is recorded
 }
 
 // Format prints the name of the remote, whatever the verb is. Without it fmt would

@@ -60,6 +60,8 @@ var remoteKeys = []remoteKey{
 	{name: "stale_if_error", onType: "remote", defaultText: "false", field: func(r *remote) any { return &r.staleIfError }},
 	{name: "negative_ttl", onType: "remote", defaultText: "0", field: func(r *remote) any { return &r.negativeTTL }},
 	{name: "rewrite", onType: "remote", defaultText: "the documents of the package", field: func(r *remote) any { return &r.rewrite }},
+	{name: "sealed", onType: "remote", defaultText: "false", field: func(r *remote) any { return &r.sealed }},
+	{name: "would_miss", onType: "remote", defaultText: "false", field: func(r *remote) any { return &r.wouldMiss }},
 	{name: "timeout", onType: "remote", defaultText: "30", minimum: 1, field: func(r *remote) any { return &r.timeout }},
 	{name: "cache", defaultText: "as its keys say"},
 	{name: "cache.immutable_ttl", defaultText: "0", field: func(r *remote) any { return &r.immutableTTL }},
@@ -173,7 +175,7 @@ func isHex(s string, n int) bool { return len(s) == n && strings.Trim(s, "012345
 
 // reservedNames are the first path elements of our own endpoints. A remote must not
 // have such a name, which would be confused with the endpoint in logs and metrics.
-var reservedNames = []string{"api", "artifacts", "cache-artifact", "config", "health", "metrics", "v1", "v2"}
+var reservedNames = []string{"api", "artifacts", "cache-artifact", "config", "health", "metrics", "missed", "v1", "v2"}
 
 // ownHeaders are request headers that artifactapi or net/http sets. A configured one
 // would be ignored, or would break ranges and revalidation.

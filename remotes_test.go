@@ -214,7 +214,7 @@ func TestConfigMistakes(t *testing.T) {
 
 func TestConfigReservedNames(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"v1", "v2", "api", "artifacts", "cache-artifact", "config", "health", "metrics"} {
+	for _, name := range []string{"v1", "v2", "api", "artifacts", "cache-artifact", "config", "health", "metrics", "missed"} {
 		_, err := parseConfig("f", []byte("remotes:\n  "+name+":\n"+wellFormed), testEnv)
 		if want := fmt.Sprintf("f:2: remote %q: this name is reserved, because artifactapi serves /%s itself: rename the remote", name, name); err == nil || err.Error() != want {
 			t.Errorf("got %v, want %s", err, want)
@@ -274,7 +274,7 @@ func TestConfigWithEveryKey(t *testing.T) {
 		{"password", string(f.password), "012345"},
 		{"header", f.headers.Get("X-Token"), "a$btok-hidden"},
 		{"header that is a number", f.headers.Get("X-Number"), "5"},
-		{"flags", f.checkMutable && f.checkBuiltin && f.staleIfError, true},
+		{"flags", f.checkMutable && f.checkBuiltin && f.staleIfError && f.sealed && f.wouldMiss, true},
 		{"negative_ttl", f.negativeTTL, 5 * time.Second},
 		{"timeout", f.timeout, 7 * time.Second},
 		{"immutable_ttl", f.immutableTTL, 11 * time.Second},
@@ -366,7 +366,7 @@ func TestPublicHasDefaultsButNoSecrets(t *testing.T) {
 	for _, s := range []string{
 		`"password": "***"`, `"write_token": "***"`, `"X-Token": "***"`, `"username": "joe$"`, `"max_size": 1610612736`,
 		`"base_url": "https://example.org:8443/a%2Fb/c"`, `"url": "https://two.example.org/m"`, `"registry": "docker.io"`,
-		`"timeout": 30`, `"mutable_ttl": 3600`, `"\\.bin$"`, `"type": "local"`, `"stale_if_error": false`,
+		`"timeout": 30`, `"mutable_ttl": 3600`, `"\\.bin$"`, `"type": "local"`, `"stale_if_error": false`, `"sealed": true`, `"would_miss": false`,
 	} {
 		if !strings.Contains(text, s) {
 			t.Errorf("%s is not in %s", s, text)
@@ -515,7 +515,7 @@ func TestTTL(t *testing.T) {
 		forever bool
 	}{
 		{r, mutable, 5, false}, {r, immutable, 7, false}, {r, local, 0, true},
-		{&remote{}, immutable, 0, true}, {&remote{}, mutable, 0, false},
+		{&remote{}, immutable, 0, true}, {&remote{absence: absence{sealed: true}, mutableTTL: 5}, mutable, 0, true}, {&remote{}, mutable, 0, false},
 	} {
 		if d, forever := tt.r.ttlOf(tt.c); d != tt.d || forever != tt.forever {
 			t.Errorf("ttl(%s) = %v, %v, want %v, %v", tt.c, d, forever, tt.d, tt.forever)

@@ -7,6 +7,8 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/netip"
@@ -70,6 +72,8 @@ var (
 	// errCredentials means that the token service of an upstream refused us. It
 	// comes in a problem with status 403 that names the remote.
 	errCredentials = errors.New("the upstream's credentials are missing or wrong: check username and password")
+	// errSealed means that the upstream is never asked. See newSealedError.
+	errSealed = fmt.Errorf("the remote is sealed: %w", fs.ErrNotExist)
 	// errPrivateAddress is the error of a dial that publicTransport refuses.
 	errPrivateAddress = errors.New("a redirect must not lead to a private address")
 )

@@ -228,6 +228,9 @@ func resolveLocation(at *url.URL, location string) (next *url.URL, reason string
 // target of a redirect. The remote's timeout covers everything up to the response
 // header; after that the body has its own. The caller closes the body.
 func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, first bool) (*http.Response, error) {
+	if x.remote.sealed { // all requests are sent here: to a mirror, along a redirect, for a token too
+		return nil, x.remote.newSealedError()
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	name, began := x.remote.name, u.now()
 	var connected atomic.Pointer[netip.Addr] // where the connection goes; a goroutine of the transport may store it
@@ -277,6 +280,12 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	resp.Request = req
 	resp.Body = &upstreamBody{ReadCloser: resp.Body, u: u, ctx: ctx, cancel: cancel, idle: timer, remote: name, host: at.Host}
 	return resp, nil
+}
+
+// newSealedError makes the answer for a file that a sealed remote has not stored.
+func (r *remote) newSealedError() error {
+	return &problem{status: http.StatusNotFound, cause: errSealed,
+		detail: fmt.Sprintf("remote %q is sealed and has no copy of this: it asks no upstream, and lists what is missing at /missed", r.name)}
 }
 
 // newRequest makes the request to at. Of a client's request it has only what the cache

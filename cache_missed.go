@@ -1,0 +1,136 @@
+// cache_missed.go: which files were asked for that a sealed remote does not have, or
+// that a remote with would_miss would not have if it were sealed.
+
+package main
+
+import (
+	"cmp"
+	"errors"
+	"io/fs"
+	"iter"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	// maxMissedFiles bounds the list, since clients can ask for any name.
+	maxMissedFiles = 100_000
+	// maxMissedBytes bounds their paths together: 160 bytes each, which is twice what
+	// usual ones have. The longest would have 100 MB.
+	maxMissedBytes = 16 << 20
+)
+
+// missedFile is a file that was asked for and not stored. Its JSON is part of the API.
+type missedFile struct {
+	missedKey
+	First time.Time `json:"first"`
+	Last  time.Time `json:"last"`
+	Count int64     `json:"count"`
+}
+
+// missedKey tells missed files apart. The query is not kept: it may be a secret.
+type missedKey struct {
+	Remote string `json:"remote"`
+	Path   string `json:"path"`            // decoded
+	Query  bool   `json:"query,omitempty"` // it was asked for with one
+}
+
+// missedFiles are files that were missed. Its methods may be called concurrently.
+type missedFiles struct {
+	mu    sync.Mutex // guards the fields below; no other lock is taken under it
+	files map[missedKey]*missedFile
+	bytes int // of all paths
+}
+
+// recordMiss records a file whose lookup ended with storeErr, if that is a miss and its
+// remote wants to know. It returns storeErr, or what a client gets of a sealed remote.
+func (m *missedFiles) recordMiss(file fileRequest, storeErr error, now time.Time) error {
+	r := file.remote
+	if (!r.sealed && !r.wouldMiss) || !errors.Is(storeErr, fs.ErrNotExist) {
+		return storeErr
+	}
+	now = now.UTC()
+	m.add(missedFile{missedKey{r.name, file.path, strings.Contains(file.spelling, "?")}, now, now, 1})
+	if r.sealed {
+		return r.newSealedError()
+	}
+	return storeErr
+}
+
+// add adds misses of a file.
+func (m *missedFiles) add(f missedFile) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if old := m.files[f.missedKey]; old != nil {
+		old.Last, old.Count = f.Last, old.Count+f.Count
+		return
+	}
+	f.Path = strings.Clone(f.Path) // it may be a part of a request's whole URL
+	m.files[f.missedKey] = &f
+	m.bytes += len(f.Path)
+	if len(m.files) > maxMissedFiles || m.bytes > maxMissedBytes {
+		m.dropRarest()
+	}
+}
+
+// dropRarest drops a tenth, since it takes long: the files that were missed least often,
+// and longest ago. mu is held.
+func (m *missedFiles) dropRarest() {
+	files := slices.SortedFunc(maps.Values(m.files), func(a, b *missedFile) int {
+		return cmp.Or(cmp.Compare(a.Count, b.Count), a.Last.Compare(b.Last))
+	})
+	for _, f := range files {
+		if len(m.files) <= maxMissedFiles*9/10 && m.bytes <= maxMissedBytes*9/10 {
+			return
+		}
+		delete(m.files, f.missedKey)
+		m.bytes -= len(f.Path)
+	}
+}
+
+// forget removes the files of a remote ("": of all).
+func (m *missedFiles) forget(remote string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for key := range m.files {
+		if remote == "" || key.Remote == remote {
+			delete(m.files, key)
+			m.bytes -= len(key.Path)
+		}
+	}
+}
+
+// count is the number of files.
+func (m *missedFiles) count() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.files)
+}
+
+// list yields the files of a remote ("": of all) by remote and path, under no lock.
+func (m *missedFiles) list(remote string) iter.Seq[missedFile] {
+	return func(yield func(missedFile) bool) {
+		var files []*missedFile
+		m.mu.Lock()
+		for key, f := range m.files {
+			if remote == "" || key.Remote == remote {
+				files = append(files, f)
+			}
+		}
+		m.mu.Unlock()
+		slices.SortFunc(files, func(a, b *missedFile) int { // by what does not change
+			return cmp.Or(cmp.Compare(a.Remote, b.Remote), cmp.Compare(a.Path, b.Path))
+		})
+		for _, f := range files {
+			m.mu.Lock()
+			file := *f
+			m.mu.Unlock()
+			if !yield(file) {
+				return
+			}
+		}
+	}
+}
