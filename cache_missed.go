@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -40,6 +41,8 @@ type missedKey struct {
 
 // missedFiles are files that were missed. Its methods may be called concurrently.
 type missedFiles struct {
+	changed atomic.Bool // there is something that was not saved
+
 	mu    sync.Mutex // guards the fields below; no other lock is taken under it
 	files map[missedKey]*missedFile
 	bytes int // of all paths
@@ -64,6 +67,7 @@ func (m *missedFiles) recordMiss(file fileRequest, storeErr error, now time.Time
 func (m *missedFiles) add(f missedFile) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.changed.Store(true)
 	if old := m.files[f.missedKey]; old != nil {
 		old.Last, old.Count = f.Last, old.Count+f.Count
 		return
@@ -95,6 +99,7 @@ func (m *missedFiles) dropRarest() {
 func (m *missedFiles) forget(remote string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.changed.Store(true)
 	for key := range m.files {
 		if remote == "" || key.Remote == remote {
 			delete(m.files, key)

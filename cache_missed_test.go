@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -297,6 +298,27 @@ func TestMissedFilesAreListedAndForgotten(t *testing.T) {
 	tt.wantMissed()
 	tt.get("/api/b/z").wantStatus(404)
 	tt.wantMissed("b z 1")
+}
+
+func TestMissedFilesOutliveARestart(t *testing.T) {
+	t.Parallel()
+	tt := setup{keys: []string{"sealed: true"}, env: map[string]string{"API_TOKEN": "t"}}.start(t)
+	tt.get("/api/r/x").wantStatus(404)
+	tt.get("/api/r/y?q").wantStatus(404)
+	list := tt.get("/missed").text
+	tt.restart()
+	tt.get("/missed").wantBody(list)
+	tt.get("/api/r/x").wantStatus(404)
+	tt.wantMissed("r x 2", "r y? 1")
+	tt.delete("/missed", "Authorization: Bearer t").wantStatus(204)
+	tt.restart()
+	tt.wantMissed()
+	name := tt.disk.dir + "/.missed"
+	tt.end()
+	must(t, os.WriteFile(name, []byte("damaged"), 0o600))
+	tt.begin()
+	tt.wantLog("the snapshot of missed files is damaged")
+	tt.wantMissed()
 }
 
 func TestMissedFilesAreBounded(t *testing.T) {

@@ -28,6 +28,8 @@ type stores struct {
 	hot       *tieredStore   // hot copies; nil without S3
 	disks     []*diskStore   // disk, and with S3 that of the hot copies
 	backends  []*backend     // in the order in which they were opened
+
+	missed *missedSnapshot // of the cache over them; nil: there is none
 }
 
 // verifiableObjects is a store of objects that can hash everything in it.
@@ -167,7 +169,7 @@ func (st *stores) gauges() (all []family) {
 // saveSnapshots writes what the stores keep in memory alone, so that a crash loses
 // less of it.
 func (st *stores) saveSnapshots(context.Context) error {
-	var errs []error
+	errs := []error{st.missed.saveSnapshot()}
 	for _, b := range st.backends {
 		if b.saveSnapshot != nil {
 			errs = append(errs, b.saveSnapshot())
@@ -178,7 +180,7 @@ func (st *stores) saveSnapshots(context.Context) error {
 
 // Close closes all stores and returns the errors of all of them.
 func (st *stores) Close() error {
-	var errs []error
+	errs := []error{st.missed.saveSnapshot()}
 	for _, b := range slices.Backward(st.backends) {
 		errs = append(errs, b.close())
 	}

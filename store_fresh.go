@@ -1,6 +1,6 @@
 // store_fresh.go: what is kept without a server over an orderly restart: freshness
-// marks, and the format of the snapshots of them and of the embedded index. A snapshot
-// is a sequence of frames (length, checksum, payload); the first frame names the
+// marks, missed files, and the format of the snapshots of them and of the embedded
+// index. A snapshot is a sequence of frames (length, checksum, payload); the first frame names the
 // format.
 
 package main
@@ -9,6 +9,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -104,6 +105,46 @@ func (l *localFreshness) restoreMark(payload []byte) error {
 	}
 	l.marks.put(key, m)
 	return nil
+}
+
+// missedSnapshot keeps the missed files of a cache: those of a sealed site may be
+// collected for weeks. A frame is the JSON of one. nil keeps nothing.
+type missedSnapshot struct {
+	snapshotFile
+	missed *missedFiles
+}
+
+// newMissedSnapshot adds those of the snapshot in dir, if there is one, to missed.
+func newMissedSnapshot(dir string, missed *missedFiles, log *slog.Logger) *missedSnapshot {
+	s := &missedSnapshot{snapshotFile{fileWriter: newDisk(), name: dir + "/.missed", magic: "artifactapi missed 1"}, missed}
+	err := s.load(func(payload []byte) error {
+		var f missedFile
+		if json.Unmarshal(payload, &f) != nil {
+			return errDamaged
+		}
+		missed.add(f)
+		return nil
+	})
+	if err != nil {
+		log.Warn("the snapshot of missed files is damaged: /missed lacks some of them", "error", err)
+	}
+	return s
+}
+
+// saveSnapshot writes the snapshot if the list has changed since the last one.
+func (s *missedSnapshot) saveSnapshot() error {
+	if s == nil {
+		return nil
+	}
+	if s.missed.changed.Swap(false) {
+		s.changed.Store(true)
+	}
+	return s.save(func(add func(payload []byte)) {
+		for f := range s.missed.list("") {
+			b, _ := json.Marshal(f) // strings, numbers and times always encode
+			add(b)
+		}
+	})
 }
 
 // maxFrame is far above the size of any row or mark. A larger length is damage,
