@@ -50,7 +50,7 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 	if !strings.Contains(r.Header.Get("Accept"), "text/html") {
 		return writeJSON(w, v)
 	}
-	p := &page{Version: v.Version, Uptime: formatSpan(a.now().Sub(a.started)), Health: a.health()}
+	p := &page{Version: v.Version, Uptime: formatSpan(a.now().Sub(a.started)), Health: a.health(), Missed: a.cache.missed.count()}
 	for _, o := range v.Remotes {
 		p.Remotes = append(p.Remotes, a.newPageRemote(o, cfg.remotes[o.Name]))
 	}
@@ -93,8 +93,9 @@ type page struct {
 	Remotes []pageRemote
 
 	// Of the overview.
-	Total pageRemote
-	Disk  *pageDisk // nil: not known
+	Total  pageRemote
+	Disk   *pageDisk // nil: not known
+	Missed int       // files that /missed lists
 
 	// Of one remote.
 	Remote     *pageRemote
@@ -111,6 +112,7 @@ type page struct {
 type pageRemote struct {
 	remoteOverview
 	Local     bool
+	Sealed    bool   // its upstream is never asked
 	HitRatio  string // "-" without requests
 	Saved     int64  // bytes that were answered from the store
 	DownFor   string // how long the upstream has been unreachable
@@ -134,8 +136,8 @@ type pageFile struct {
 }
 
 func (a *api) newPageRemote(o remoteOverview, rem *remote) pageRemote {
-	v := pageRemote{remoteOverview: o, Local: rem.local}
-	if began, cause := a.cache.upstream.outageOf(o.Name); cause != nil {
+	v := pageRemote{remoteOverview: o, Local: rem.local, Sealed: rem.sealed}
+	if began, cause := a.cache.upstream.outageOf(o.Name); cause != nil && !rem.sealed {
 		v.DownFor, v.DownCause = formatSpan(a.now().Sub(began)), cause.Error()
 	}
 	v.setUsage(a.metrics.usageOf(o.Name))

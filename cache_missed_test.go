@@ -97,6 +97,9 @@ func TestSealedRemoteIsNotDown(t *testing.T) {
 		}
 		tt.moveUpstream(tt.origin.url, "sealed: true")
 	}
+	if text := tt.get("/", "Accept: text/html").text; strings.Contains(text, "down for") || !strings.Contains(text, ">sealed<") || !strings.Contains(text, ">files missed: 1<") {
+		t.Errorf("the page does not show a sealed remote that has missed a file: %s", text)
+	}
 }
 
 // A file that could not be looked for is not missing.
