@@ -9,6 +9,10 @@
 //	artifactapi healthcheck  ask the local server's /health; exit 0 or 1
 //	artifactapi verify       hash everything stored, drop what does not match
 //	artifactapi reindex      rebuild the index from what is stored
+//	artifactapi export [REMOTE...] [--have FILE] > TAR
+//	                         write what is stored as a bundle
+//	artifactapi have > FILE  print the sha256 of each stored body
+//	artifactapi import < TAR store a bundle, all of it or nothing
 //	artifactapi version      print the version
 //	artifactapi help         print the usage
 //
@@ -54,6 +58,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -90,6 +95,10 @@ const usage = `usage: artifactapi [COMMAND]
   healthcheck    ask the local server's /health; exit 0 or 1
   verify         hash everything stored and drop what does not match; exit 0 if all was well
   reindex        rebuild the index from what is stored; exit 0 or 1
+  export [REMOTE...] [--have FILE] > TAR
+                 write what is stored, or of these remotes, as a bundle; exit 0 or 1
+  have > FILE    print the sha256 of each stored body; export --have leaves these bodies out
+  import < TAR   store a bundle, or nothing of it if it is damaged; exit 0 or 1
   version        print the version
   help           print this text
 `
@@ -108,7 +117,8 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 	if len(args) > 0 {
 		command, rest = args[0], args[1:]
 	}
-	maxArgs := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "reindex": 0, "version": 0, "--version": 0, "help": 0, "-h": 0, "--help": 0}
+	maxArgs := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "reindex": 0,
+		"export": math.MaxInt, "have": 0, "import": 0, "version": 0, "--version": 0, "help": 0, "-h": 0, "--help": 0}
 	limit, known := maxArgs[command]
 	if !known {
 		limit = -1 // not even the command
@@ -127,6 +137,7 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 	}
 	set, err := parseSettings(env)
 	if err == nil {
+		bundle := &bundleCommand{set, env, time.Now, os.Stdin, stdout, stderr}
 		switch command {
 		case "check":
 			err = checkConfig(set, rest, env, stdout)
@@ -136,9 +147,19 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 			err = verifyStored(ctx, set, env, stdout)
 		case "reindex":
 			err = reindexStored(ctx, set, stdout)
+		case "export":
+			err = bundle.exportStored(ctx, rest)
+		case "have":
+			err = bundle.listSums(ctx)
+		case "import":
+			err = bundle.importStored(ctx)
 		default:
 			err = runServer(ctx, set, env, stderr)
 		}
+	}
+	if errors.Is(err, errUsage) {
+		fmt.Fprint(stderr, usage)
+		return 2
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, err)
@@ -687,11 +708,7 @@ func (s *server) tlsConfig() *tls.Config {
 func newLogger(set *settings, w io.Writer) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: set.logLevel}
 	text := set.logFormat == "text"
-	if f, ok := w.(*os.File); ok && set.logFormat == "" {
-		info, err := f.Stat()
-		text = err == nil && info.Mode()&os.ModeCharDevice != 0
-	}
-	if text {
+	if text || (set.logFormat == "" && isTerminal(w)) {
 		return slog.New(slog.NewTextHandler(w, opts))
 	}
 	return slog.New(slog.NewJSONHandler(w, opts))

@@ -107,7 +107,8 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 		st.index = st.embedded
 		st.backends = append(st.backends, &backend{name: "database", kind: "embedded", okWord: "embedded",
 			saveSnapshot: st.embedded.saveSnapshot, close: st.embedded.Close,
-			tasks: []task{{doing: "loading the index", step: func(ctx context.Context) error { return st.embedded.reconcile(ctx, st.objects) }}}})
+			tasks: []task{{doing: "loading the index", every: 5 * time.Second, atStart: true,
+				step: func(ctx context.Context) error { return st.embedded.followStore(ctx, st.objects) }}}})
 		return nil
 	}
 	_ = os.Remove(filepath.Join(set.dataDir, ".journal")) // earlier versions kept rows there in an outage

@@ -181,6 +181,8 @@ type embeddedIndex struct {
 
 	complete atomic.Bool // changed under mu
 
+	importSeen time.Time // the import that the rows follow; followStore alone uses it
+
 	mu          sync.RWMutex // guards the fields below; never held across I/O
 	rows        map[string]*remoteRows
 	generation  uint32          // counts calls of reconcile

@@ -193,7 +193,7 @@ func (d *diskStore) sweepSpools(all bool) error {
 		// uses the spool.
 		unused, err := tryFlock(f)
 		if (all && unused) || (d.isOld(f.Name()) && (unused || err != nil)) {
-			os.Remove(f.Name())
+			os.RemoveAll(f.Name()) // an import's is a directory
 		}
 		return nil
 	})

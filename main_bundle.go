@@ -1,0 +1,184 @@
+// main_bundle.go: the commands that carry a store elsewhere: export, have and import.
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+	"time"
+)
+
+// errUsage is for arguments that the usage does not allow.
+var errUsage = errors.New("wrong arguments")
+
+// bundleCommand is export, have or import. They work beside a server and without one.
+type bundleCommand struct {
+	set            *settings
+	env            lookupEnv
+	now            func() time.Time
+	stdin          io.Reader
+	stdout, stderr io.Writer
+}
+
+// open opens the stores, and the configuration, which is empty if it is not valid: what
+// is stored can be carried all the same.
+func (c *bundleCommand) open() (*stores, *config, error) {
+	c.set.hotSize = 0 // hot copies are the server's
+	st, err := openStores(c.set, c.now, slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	if err != nil {
+		return nil, nil, err
+	}
+	cfg, err := loadConfig(c.set.configPath, c.env)
+	if err != nil {
+		cfg = new(config)
+	}
+	st.disk.isIrreplaceable = cfg.isIrreplaceable
+	st.disk.memory = newMemoryCache(0) // each object is used once
+	return st, cfg, nil
+}
+
+// exportStored writes a bundle to stdout. args name remotes (none: all), and behind
+// --have a file of the sums whose bodies stay out.
+func (c *bundleCommand) exportStored(ctx context.Context, args []string) error {
+	b := &bundleWriter{bundleProgress: &bundleProgress{ctx: ctx}, leaveOut: map[bodySum]bool{}, time: c.now()}
+	for ; len(args) > 0; args = args[1:] {
+		switch {
+		case args[0] == "--have" && len(args) > 1:
+			args = args[1:]
+			if err := readSums(args[0], b.leaveOut); err != nil {
+				return err
+			}
+		case strings.HasPrefix(args[0], "-"):
+			return errUsage
+		default:
+			b.remotes = append(b.remotes, args[0])
+		}
+	}
+	if isTerminal(c.stdout) {
+		return errors.New("export writes a tar, which is not for a terminal: artifactapi export > bundle.tar")
+	}
+	st, cfg, err := c.open()
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	b.objects, b.createFile, b.config = st.objects, st.disk.newSpool, cfg
+	defer c.showProgress(b.bundleProgress)()
+	return b.write(ctx, c.stdout)
+}
+
+// readSums reads what have has printed.
+func readSums(name string, sums map[bodySum]bool) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		if !isSHA256(lines.Text()) {
+			return fmt.Errorf("%s: %.100q is not a line that artifactapi have prints", name, lines.Text())
+		}
+		sums[sumOf(lines.Text())] = true
+	}
+	return lines.Err()
+}
+
+// listSums prints the SHA-256 of each stored body once.
+func (c *bundleCommand) listSums(ctx context.Context) error {
+	st, _, err := c.open()
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	printed := map[bodySum]bool{}
+	out := bufio.NewWriter(c.stdout)
+	err = st.objects.walk(ctx, func(_ string, rec *record) error {
+		if sum := sumOf(rec.SHA256); !printed[sum] {
+			printed[sum] = true
+			fmt.Fprintln(out, rec.SHA256)
+		}
+		return nil
+	})
+	return errors.Join(err, out.Flush())
+}
+
+// importStored stores the bundle that comes from stdin.
+func (c *bundleCommand) importStored(ctx context.Context) error {
+	if isTerminal(c.stdin) {
+		return errors.New("import reads a bundle, and its input is a terminal: artifactapi import < bundle.tar")
+	}
+	st, _, err := c.open()
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	if c.set.s3.bucket != "" { // a missing bucket is made
+		if err := st.backends[len(st.backends)-1].ping(ctx); err != nil {
+			return err
+		}
+	}
+	dir, err := st.disk.newStagingDir()
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	defer os.RemoveAll(dir.Name())
+	b := &bundleReader{bundleProgress: &bundleProgress{ctx: ctx}, dir: dir.Name(),
+		cacheStores: cacheStores{objects: st.objects, index: st.index, space: st.space},
+		announcer:   &announcer{replicas: st.replicas, onError: func(string, error) {}}, // Redis logs an outage
+		missing: func(rec *record) {
+			fmt.Fprintf(c.stdout, "missing: sha256 %s of %s/%s\n", rec.SHA256, rec.Remote, decodePath(rec.Path))
+		}}
+	defer c.showProgress(b.bundleProgress)()
+	err = b.readAndStore(ctx, c.stdin)
+	if stored := b.stored.Load(); st.embedded != nil && stored > 0 {
+		err = errors.Join(err, st.embedded.announceImport())
+	}
+	if err == nil {
+		fmt.Fprintf(c.stdout, "%d files imported, %d were there\n", b.stored.Load(), b.kept)
+	}
+	return err
+}
+
+// isTerminal reports whether a stream is a terminal.
+func isTerminal(stream any) bool {
+	f, ok := stream.(*os.File)
+	if !ok {
+		return false
+	}
+	fi, err := f.Stat()
+	null, nullErr := os.Stat(os.DevNull)
+	return err == nil && nullErr == nil && fi.Mode()&os.ModeCharDevice != 0 && !os.SameFile(fi, null)
+}
+
+// showProgress shows the progress on a terminal, once a second until the caller calls
+// stop.
+func (c *bundleCommand) showProgress(p *bundleProgress) (stop func()) {
+	if !isTerminal(c.stderr) {
+		return func() {}
+	}
+	began, done, ended := c.now(), make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		ticker := time.NewTicker(time.Second)
+		defer ticker.Stop()
+		for more := true; more; {
+			select {
+			case <-ticker.C:
+			case <-done:
+				more = false
+			}
+			mb, seconds := float64(p.done.Load())/1e6, max(c.now().Sub(began).Seconds(), 0.001)
+			fmt.Fprintf(c.stderr, "\r%.0f of %.0f MB, %.0f MB/s\x1b[K", mb, float64(p.total.Load())/1e6, mb/seconds)
+		}
+		fmt.Fprintln(c.stderr)
+	}()
+	return func() { close(done); <-ended }
+}

@@ -1,0 +1,620 @@
+// store_bundle.go: bundles, which carry what is stored from one store to another: the
+// tar that is one, how it is written, and how it is read, all of it or nothing.
+
+package main
+
+import (
+	"archive/tar"
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unicode"
+)
+
+// The entries of a bundle, in this order; unpacked it is an OCI image layout. A file
+// that is replaced or removed while its bundle is written makes the first four follow
+// again at the end, and as in any tar the last ones count.
+const (
+	bundleHeadFile    = "artifactapi-bundle.json"
+	bundleLayoutFile  = "oci-layout"
+	bundleIndexFile   = "index.json"
+	bundleRecordsFile = "records.ndjson" // a record a line
+	bundleBodies      = "blobs/sha256/"  // and the digits of the body's SHA-256
+
+	bundleFormat = "artifactapi bundle 1"
+	// importWorkers store at once: each waits for the disk to sync, or for S3.
+	importWorkers = 8
+	// importMark is written in DATA_DIR behind an import, see followStore.
+	importMark = ".imported"
+)
+
+// bundleHead is the content of bundleHeadFile. Bodies and bytes are those in the bundle.
+type bundleHead struct {
+	Format  string    `json:"format"`
+	Time    time.Time `json:"time"`
+	Remotes []string  `json:"remotes"`
+	Counts  struct {
+		Records int   `json:"records"`
+		Bodies  int   `json:"bodies"`
+		Bytes   int64 `json:"bytes"`
+	} `json:"counts"`
+}
+
+// errDamagedBody is a body that is not the one that its record or its name says.
+var errDamagedBody = errors.New("damaged body")
+
+// bodySum is the SHA-256 of a body. A set of millions takes half of what their digits
+// would.
+type bodySum [sha256.Size]byte
+
+// sumOf returns the sum with these digits, which isSHA256 has found well formed.
+func sumOf(digits string) (sum bodySum) {
+	_, _ = hex.Decode(sum[:], []byte(digits))
+	return sum
+}
+
+// taggedImage returns image and tag of a manifest that is stored by its tag. Records of
+// manifests alone have a digest, and a digest in a path has a colon.
+func taggedImage(rec *record) (image, tag string, ok bool) {
+	const route = "/manifests/"
+	i := strings.LastIndex(rec.Path, route)
+	if i < 0 || rec.Digest == "" {
+		return "", "", false
+	}
+	image, tag = rec.Path[:i], rec.Path[i+len(route):]
+	return image, tag, !strings.Contains(tag, ":")
+}
+
+// bundleProgress counts the bytes that are copied. As a writer beside another it ends
+// the copy with ctx.
+type bundleProgress struct {
+	ctx         context.Context
+	done, total atomic.Int64
+}
+
+func (p *bundleProgress) Write(b []byte) (int, error) {
+	p.done.Add(int64(len(b)))
+	return len(b), p.ctx.Err()
+}
+
+// copyBody copies a body. errDamagedBody: it does not have that size and SHA-256.
+func (p *bundleProgress) copyBody(to io.Writer, from io.Reader, size int64, digits string) error {
+	buf := copyBuffers.Get().(*[copyBufferSize]byte)
+	defer copyBuffers.Put(buf)
+	h := sha256.New()
+	n, err := io.CopyBuffer(io.MultiWriter(to, h, p), from, buf[:])
+	if sum := hex.EncodeToString(h.Sum(nil)); err == nil && (n != size || sum != digits) {
+		err = fmt.Errorf("%w: it has %d bytes with sha256 %s, not %d with %s", errDamagedBody, n, sum, size, digits)
+	}
+	return err
+}
+
+// recordList is a list of records in a temporary file, a line each. There may be
+// millions.
+type recordList struct {
+	file *os.File
+	out  *bufio.Writer
+}
+
+// newRecordList makes an empty list in a file that createFile makes. The caller removes
+// it.
+func newRecordList(createFile func() (*os.File, error)) (*recordList, error) {
+	f, err := createFile()
+	if err != nil {
+		return nil, err
+	}
+	return &recordList{file: f, out: bufio.NewWriter(f)}, nil
+}
+
+func (l *recordList) remove() {
+	l.file.Close()
+	os.Remove(l.file.Name())
+}
+
+func (l *recordList) add(rec *record) error {
+	line, err := json.Marshal(rec)
+	if err == nil {
+		_, err = l.out.Write(append(line, '\n'))
+	}
+	return err
+}
+
+// open returns a reader of the whole list, to which nothing is added any more.
+func (l *recordList) open() (*io.SectionReader, error) {
+	err := l.out.Flush()
+	size, seekErr := l.file.Seek(0, io.SeekEnd)
+	return io.NewSectionReader(l.file, 0, size), storeError("writing a list of records", errors.Join(err, seekErr))
+}
+
+// each calls f with each record, that many at once; one worker keeps the order. The
+// first error ends it and is returned.
+func (l *recordList) each(ctx context.Context, workers int, f func(*record) error) error {
+	from, err := l.open()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var running sync.WaitGroup
+	slots := make(chan struct{}, workers)
+	lines := bufio.NewScanner(from)
+	lines.Buffer(nil, maxRecord)
+	for lines.Scan() {
+		rec := new(record)
+		if err := json.Unmarshal(lines.Bytes(), rec); err != nil {
+			cancel(fmt.Errorf("%w: %w", errDamaged, err))
+		}
+		if slots <- struct{}{}; ctx.Err() != nil {
+			break
+		}
+		running.Go(func() {
+			defer func() { <-slots }()
+			if err := f(rec); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	running.Wait()
+	return errors.Join(context.Cause(ctx), lines.Err())
+}
+
+// bundleWriter writes what is stored as a bundle. It runs beside servers.
+type bundleWriter struct {
+	*bundleProgress
+	objects    objects
+	createFile func() (*os.File, error) // a temporary file
+	config     *config                  // knows registries; empty: nothing is known
+	remotes    []string                 // that are wanted; nil: all
+	leaveOut   map[bodySum]bool         // bodies that the other side has
+	time       time.Time
+	tar        *tar.Writer
+}
+
+// write writes the bundle. After an error what it has written is none.
+func (b *bundleWriter) write(ctx context.Context, to io.Writer) error {
+	out := bufio.NewWriterSize(to, copyBufferSize)
+	b.tar = tar.NewWriter(out)
+	listed, err := newRecordList(b.createFile)
+	if err != nil {
+		return err
+	}
+	defer listed.remove()
+	kept, err := newRecordList(b.createFile)
+	if err != nil {
+		return err
+	}
+	defer kept.remove()
+	err = b.objects.walk(ctx, func(_ string, rec *record) error {
+		if b.remotes != nil && !slices.Contains(b.remotes, rec.Remote) {
+			return nil
+		}
+		return listed.add(rec)
+	})
+	if err == nil {
+		err = b.writeDocuments(ctx, listed)
+	}
+	if err != nil {
+		return err
+	}
+	changed, written := false, map[bodySum]bool{}
+	err = listed.each(ctx, 1, func(rec *record) error {
+		now, err := b.writeBody(ctx, rec, written)
+		changed = changed || now != rec
+		if now == nil || err != nil {
+			return err
+		}
+		return kept.add(now)
+	})
+	if err == nil && changed {
+		err = b.writeDocuments(ctx, kept)
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(b.tar.Close(), out.Flush())
+}
+
+// writeDocuments writes the entries before the bodies for these records.
+func (b *bundleWriter) writeDocuments(ctx context.Context, list *recordList) error {
+	head := bundleHead{Format: bundleFormat, Time: b.time.UTC(), Remotes: []string{}}
+	images := []any{} // descriptors, as the OCI image layout has them
+	counted := map[bodySum]bool{}
+	err := list.each(ctx, 1, func(rec *record) error {
+		if i, found := slices.BinarySearch(head.Remotes, rec.Remote); !found {
+			head.Remotes = slices.Insert(head.Remotes, i, rec.Remote)
+		}
+		head.Counts.Records++
+		if sum := sumOf(rec.SHA256); !counted[sum] && !b.leaveOut[sum] {
+			counted[sum] = true
+			head.Counts.Bodies++
+			head.Counts.Bytes += rec.Size
+		}
+		if image, tag, ok := taggedImage(rec); ok {
+			names := map[string]string{"org.opencontainers.image.ref.name": tag}
+			if r := b.config.remotes[rec.Remote]; r != nil {
+				names["io.containerd.image.name"] = r.registry + "/" + image + ":" + tag
+			}
+			images = append(images, map[string]any{"mediaType": rec.ContentType, "digest": "sha256:" + rec.SHA256, "size": rec.Size, "annotations": names})
+		}
+		return nil
+	})
+	for _, name := range b.remotes {
+		if err == nil && !slices.Contains(head.Remotes, name) && b.config.remotes[name] == nil {
+			err = fmt.Errorf("there is no remote %q, and nothing is stored of one", name)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	b.total.Store(head.Counts.Bytes)
+	for _, doc := range []struct {
+		name    string
+		content any
+	}{
+		{bundleHeadFile, head},
+		{bundleLayoutFile, map[string]string{"imageLayoutVersion": "1.0.0"}},
+		{bundleIndexFile, map[string]any{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": images}},
+	} {
+		text, err := json.Marshal(doc.content)
+		if err == nil {
+			err = b.writeHeader(doc.name, int64(len(text)))
+		}
+		if err == nil {
+			_, err = b.tar.Write(text)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	records, err := list.open()
+	if err == nil {
+		err = b.writeHeader(bundleRecordsFile, records.Size())
+	}
+	if err == nil {
+		_, err = io.Copy(b.tar, records)
+	}
+	return err
+}
+
+func (b *bundleWriter) writeHeader(name string, size int64) error {
+	return b.tar.WriteHeader(&tar.Header{Name: name, Size: size, Mode: 0o644, ModTime: b.time})
+}
+
+// writeBody writes the body of a record, unless it is written already or left out. It
+// returns the record that is stored now: rec, one that has replaced it, or nil.
+func (b *bundleWriter) writeBody(ctx context.Context, rec *record, written map[bodySum]bool) (*record, error) {
+	sum := sumOf(rec.SHA256)
+	if written[sum] || b.leaveOut[sum] {
+		return rec, nil
+	}
+	key := storageKey(rec.Remote, rec.Path)
+	obj, err := b.objects.open(ctx, key, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	defer obj.body.Close()
+	if obj.rec.SHA256 != rec.SHA256 {
+		return b.writeBody(ctx, obj.rec, written)
+	}
+	written[sum] = true
+	err = b.writeHeader(bundleBodies+rec.SHA256, rec.Size)
+	if err == nil {
+		err = b.copyBody(b.tar, obj.body, rec.Size, rec.SHA256)
+	}
+	if errors.Is(err, errDamagedBody) {
+		err = fmt.Errorf("%w: run artifactapi verify, then export again", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("exporting %s: %w", key, err)
+	}
+	return rec, nil
+}
+
+// bundleReader reads a bundle and stores what the store lacks. It runs beside servers.
+// Bodies are staged first, and none is stored before all are there.
+type bundleReader struct {
+	*bundleProgress
+	cacheStores // of which it uses objects, index and space
+	announcer   *announcer
+	missing     func(rec *record) // called for each record whose body is nowhere
+
+	dir   string      // of the staged bodies; a body's name is the digits of its SHA-256
+	head  *bundleHead // nil: not read yet
+	todo  *recordList // of what the store lacks; nil: not known yet
+	ahead int64       // bytes reserved for bodies that are not staged yet
+
+	mu     sync.Mutex      // guards the fields below
+	uses   map[bodySum]int // how many records of todo have the body; 0: listed, and nobody lacks it
+	kept   int             // records that stay what they are
+	stored atomic.Int64
+}
+
+// readAndStore reads a bundle and stores it. It is called once.
+func (b *bundleReader) readAndStore(ctx context.Context, from io.Reader) error {
+	defer func() {
+		b.space.release(b.ahead)
+		if b.todo != nil {
+			b.todo.remove()
+		}
+	}()
+	if err := b.readAll(ctx, tar.NewReader(from)); err != nil {
+		return fmt.Errorf("importing: %w (nothing was changed)", err)
+	}
+	for rank := range importRanks {
+		err := b.todo.each(ctx, importWorkers, func(rec *record) error {
+			if importRank(rec) != rank {
+				return nil
+			}
+			return b.store(ctx, rec)
+		})
+		if err != nil {
+			return fmt.Errorf("importing: %w (%d files are stored: import the bundle again for the rest)", err, b.stored.Load())
+		}
+	}
+	return nil
+}
+
+// readAll reads a bundle to its end and makes all ready to be stored, or returns an
+// error.
+func (b *bundleReader) readAll(ctx context.Context, in *tar.Reader) error {
+	for {
+		h, err := in.Next()
+		if err == io.EOF {
+			break
+		}
+		if err == nil {
+			err = b.readEntry(ctx, h, in)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if b.head == nil || b.todo == nil {
+		return fmt.Errorf("this is no bundle: it lacks %s or %s", bundleHeadFile, bundleRecordsFile)
+	}
+	return b.findBodies(ctx)
+}
+
+// importRanks is the number of ranks. Files are stored behind those of lower ranks,
+// which they may name.
+const importRanks = 3
+
+func importRank(rec *record) int {
+	_, _, isTag := taggedImage(rec)
+	isRoot := slices.Contains([]string{"repomd.xml", "repomd.xml.asc", "InRelease", "Release", "Release.gpg"}, path.Base(decodePath(rec.Path)))
+	switch {
+	case isTag || isRoot:
+		return 2
+	case rec.Class == mutable:
+		return 1
+	}
+	return 0
+}
+
+// readEntry reads an entry of the tar. Others than ours are passed over, and no name in
+// a tar becomes the name of a file.
+func (b *bundleReader) readEntry(ctx context.Context, h *tar.Header, body io.Reader) error {
+	name := strings.TrimPrefix(h.Name, "./")
+	digits, isBody := strings.CutPrefix(name, bundleBodies)
+	switch {
+	case h.Typeflag != tar.TypeReg:
+	case name == bundleHeadFile:
+		b.head = new(bundleHead)
+		err := json.NewDecoder(io.LimitReader(body, maxRecord)).Decode(b.head)
+		if err == nil && b.head.Format != bundleFormat {
+			err = fmt.Errorf("its format is %.100q, and this version knows %q", b.head.Format, bundleFormat)
+		}
+		return err
+	case name == bundleRecordsFile:
+		return b.compare(ctx, body)
+	case isBody && isSHA256(digits):
+		if lacking, listed := b.uses[sumOf(digits)]; listed && lacking == 0 {
+			return nil
+		}
+		return b.stage(digits, h.Size, body)
+	}
+	return nil
+}
+
+// compare compares records with what is stored, and reserves the space for what the
+// store lacks. Of two copies the one that was fetched later stays.
+func (b *bundleReader) compare(ctx context.Context, records io.Reader) error {
+	all, err := newRecordList(b.space.createFile)
+	if err != nil {
+		return err
+	}
+	defer all.remove()
+	if b.todo != nil {
+		b.todo.remove()
+	}
+	if b.todo, err = newRecordList(b.space.createFile); err != nil {
+		return err
+	}
+	if _, err := io.Copy(all.out, records); err != nil {
+		return err
+	}
+	lacking := int64(0)
+	b.uses, b.kept = map[bodySum]int{}, 0
+	err = all.each(ctx, importWorkers, func(rec *record) error {
+		if !isSoundRecord(rec) {
+			return fmt.Errorf("%w of %.100q", errDamaged, rec.Remote+"/"+rec.Path)
+		}
+		old, err := b.objects.open(ctx, storageKey(rec.Remote, rec.Path), -1)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if err == nil && (old.rec.SHA256 == rec.SHA256 || !rec.Fetched.After(old.rec.Fetched)) {
+			b.uses[sumOf(rec.SHA256)] += 0
+			b.kept++
+			return nil
+		}
+		b.uses[sumOf(rec.SHA256)]++
+		lacking += rec.Size
+		return b.todo.add(rec)
+	})
+	if err != nil {
+		return err
+	}
+	b.total.Store(2 * lacking) // read and stored
+	return b.reserve(lacking)
+}
+
+// isSoundRecord reports whether a record, which was made elsewhere, can be stored.
+func isSoundRecord(rec *record) bool {
+	return slices.Contains([]class{immutable, mutable, local}, rec.Class) && isSHA256(rec.SHA256) && rec.Size >= 0 &&
+		len(rec.Remote) <= maxName && len(rec.Path) <= maxSpelling && validKey(storageKey(rec.Remote, rec.Path)) &&
+		!strings.ContainsFunc(decodePath(rec.Path), unicode.IsControl)
+}
+
+// reserve has n bytes reserved ahead.
+func (b *bundleReader) reserve(n int64) error {
+	if n <= b.ahead {
+		return nil
+	}
+	err := b.space.reserve(n - b.ahead)
+	if err == nil {
+		b.ahead = n
+	}
+	return err
+}
+
+// stage makes a body ready to be stored, unless it is.
+func (b *bundleReader) stage(digits string, size int64, from io.Reader) error {
+	if err := b.reserve(size); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(b.dir+"/"+digits, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	} else if err != nil {
+		return storeError("staging", err)
+	}
+	err = errors.Join(b.copyBody(f, from, size, digits), f.Close())
+	b.ahead -= size // the disk accounts for it now
+	b.space.release(size)
+	return err
+}
+
+// findBodies takes bodies that were not in the bundle from what is stored under other
+// keys. A body that is in neither place is an error.
+func (b *bundleReader) findBodies(ctx context.Context) error {
+	missing := map[bodySum]bool{}
+	err := b.todo.each(ctx, 1, func(rec *record) error {
+		if fi, err := os.Stat(b.dir + "/" + rec.SHA256); err != nil || fi.Size() != rec.Size {
+			missing[sumOf(rec.SHA256)] = true
+		}
+		return nil
+	})
+	if err != nil || len(missing) == 0 {
+		return err
+	}
+	err = b.objects.walk(ctx, func(key string, rec *record) error {
+		if !missing[sumOf(rec.SHA256)] {
+			return nil
+		}
+		obj, err := b.objects.open(ctx, key, 0)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		defer obj.body.Close()
+		delete(missing, sumOf(obj.rec.SHA256))
+		return b.stage(obj.rec.SHA256, obj.rec.Size, obj.body)
+	})
+	if err != nil || len(missing) == 0 {
+		return err
+	}
+	err = b.todo.each(ctx, 1, func(rec *record) error {
+		if missing[sumOf(rec.SHA256)] {
+			b.missing(rec)
+		}
+		return nil
+	})
+	return errors.Join(err, fmt.Errorf("%d bodies are neither in the bundle nor in this store", len(missing)))
+}
+
+// store stores an object with its staged body, whose file the last user of a body gives
+// away. The others' files have no name, so that the store copies them.
+func (b *bundleReader) store(ctx context.Context, rec *record) error {
+	key, staged, name := storageKey(rec.Remote, rec.Path), b.dir+"/"+rec.SHA256, ""
+	b.mu.Lock()
+	b.uses[sumOf(rec.SHA256)]--
+	if b.uses[sumOf(rec.SHA256)] == 0 {
+		name = staged
+	}
+	fd, err := syscall.Open(staged, syscall.O_RDONLY|syscall.O_CLOEXEC, 0) // before the last user can move it
+	b.mu.Unlock()
+	if err != nil {
+		return storeError("opening a staged body", err)
+	}
+	body := os.NewFile(uintptr(fd), name)
+	defer body.Close()
+	if err := b.objects.put(ctx, key, rec, body, false); err != nil {
+		return err
+	}
+	b.announcer.announce(ctx, key)
+	_ = b.index.saveRow(ctx, newIndexRow(key, rec)) // it logs an outage; the next use of the file adds the row
+	b.done.Add(rec.Size)
+	b.stored.Add(1)
+	return nil
+}
+
+// newStagingDir makes a directory for staged bodies beside the spools. The caller
+// removes and closes it; until then it is locked, so that no process sweeps it.
+func (d *diskStore) newStagingDir() (dir *os.File, err error) {
+	spools, name := d.dir+"/"+spoolDir, ""
+	if err = os.MkdirAll(spools, 0o755); err == nil {
+		name, err = os.MkdirTemp(spools, "import-*")
+	}
+	if err == nil {
+		dir, err = os.Open(name)
+	}
+	if err != nil {
+		return nil, storeError("making a temporary directory", err)
+	}
+	tryFlock(dir)
+	return dir, nil
+}
+
+// announceImport has a server with the same DATA_DIR compare its index with what is
+// stored.
+func (x *embeddedIndex) announceImport() error {
+	return x.replaceFile(path.Dir(x.name)+"/"+importMark, func(io.Writer) error { return nil })
+}
+
+// followStore compares the index with what is stored, until that has succeeded once and
+// after each import by another process. One goroutine calls it.
+func (x *embeddedIndex) followStore(ctx context.Context, from objects) error {
+	var at time.Time // of the last import
+	if fi, err := os.Stat(path.Dir(x.name) + "/" + importMark); err == nil {
+		at = fi.ModTime()
+	}
+	if x.complete.Load() && at.Equal(x.importSeen) {
+		return nil
+	}
+	x.importSeen = at
+	err := x.reconcile(ctx, from)
+	if err != nil && ctx.Err() == nil {
+		x.log.Warn("the index cannot be compared with what is stored, listings are not complete", "error", err)
+	}
+	return err
+}
