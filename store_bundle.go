@@ -35,7 +35,8 @@ const (
 	bundleRecordsFile = "records.ndjson" // a record a line
 	bundleBodies      = "blobs/sha256/"  // and the digits of the body's SHA-256
 
-	bundleFormat = "artifactapi bundle 1"
+	bundleFormat  = "artifactapi bundle 1"
+	maxBundleHead = 1 << 20 // in bytes: the names of ten thousand remotes
 	// importWorkers store at once: each waits for the disk to sync, or for S3.
 	importWorkers = 8
 	// importMark is written in DATA_DIR behind an import, see followStore.
@@ -245,7 +246,7 @@ func (b *bundleWriter) writeDocuments(ctx context.Context, list *recordList) err
 		}
 		if image, tag, ok := taggedImage(rec); ok {
 			names := map[string]string{"org.opencontainers.image.ref.name": tag}
-			if r := b.config.remotes[rec.Remote]; r != nil {
+			if r := b.config.remotes[rec.Remote]; r != nil && r.registry != "" {
 				names["io.containerd.image.name"] = r.registry + "/" + image + ":" + tag
 			}
 			images = append(images, map[string]any{"mediaType": rec.ContentType, "digest": "sha256:" + rec.SHA256, "size": rec.Size, "annotations": names})
@@ -416,7 +417,7 @@ func (b *bundleReader) readEntry(ctx context.Context, h *tar.Header, body io.Rea
 	case h.Typeflag != tar.TypeReg:
 	case name == bundleHeadFile:
 		b.head = new(bundleHead)
-		err := json.NewDecoder(io.LimitReader(body, maxRecord)).Decode(b.head)
+		err := json.NewDecoder(io.LimitReader(body, maxBundleHead)).Decode(b.head)
 		if err == nil && b.head.Format != bundleFormat {
 			err = fmt.Errorf("its format is %.100q, and this version knows %q", b.head.Format, bundleFormat)
 		}
@@ -514,20 +515,24 @@ func (b *bundleReader) stage(digits string, size int64, from io.Reader) error {
 }
 
 // findBodies takes bodies that were not in the bundle from what is stored under other
-// keys. A body that is in neither place is an error.
+// keys. A body that is in neither place, or not of its record's size, is an error.
 func (b *bundleReader) findBodies(ctx context.Context) error {
-	missing := map[bodySum]bool{}
+	isStaged := func(rec *record) bool {
+		fi, err := os.Stat(b.dir + "/" + rec.SHA256)
+		return err == nil && fi.Size() == rec.Size
+	}
+	wanted := map[bodySum]bool{}
 	err := b.todo.each(ctx, 1, func(rec *record) error {
-		if fi, err := os.Stat(b.dir + "/" + rec.SHA256); err != nil || fi.Size() != rec.Size {
-			missing[sumOf(rec.SHA256)] = true
+		if !isStaged(rec) {
+			wanted[sumOf(rec.SHA256)] = true
 		}
 		return nil
 	})
-	if err != nil || len(missing) == 0 {
+	if err != nil || len(wanted) == 0 {
 		return err
 	}
 	err = b.objects.walk(ctx, func(key string, rec *record) error {
-		if !missing[sumOf(rec.SHA256)] {
+		if !wanted[sumOf(rec.SHA256)] {
 			return nil
 		}
 		obj, err := b.objects.open(ctx, key, 0)
@@ -537,19 +542,24 @@ func (b *bundleReader) findBodies(ctx context.Context) error {
 			return err
 		}
 		defer obj.body.Close()
-		delete(missing, sumOf(obj.rec.SHA256))
+		delete(wanted, sumOf(obj.rec.SHA256))
 		return b.stage(obj.rec.SHA256, obj.rec.Size, obj.body)
 	})
-	if err != nil || len(missing) == 0 {
+	if err != nil {
 		return err
 	}
+	missing := 0
 	err = b.todo.each(ctx, 1, func(rec *record) error {
-		if missing[sumOf(rec.SHA256)] {
+		if !isStaged(rec) {
+			missing++
 			b.missing(rec)
 		}
 		return nil
 	})
-	return errors.Join(err, fmt.Errorf("%d bodies are neither in the bundle nor in this store", len(missing)))
+	if err == nil && missing > 0 {
+		err = fmt.Errorf("the bodies of %d files are neither in the bundle nor in this store", missing)
+	}
+	return err
 }
 
 // store stores an object with its staged body, whose file the last user of a body gives

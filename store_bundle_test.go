@@ -380,6 +380,19 @@ func TestBundleLeavesOutWhatTheOtherSideHas(t *testing.T) {
 	}
 }
 
+// A record with the wrong size is found before anything is stored, though the store has
+// its body.
+func TestBodyOfAnotherSizeIsMissing(t *testing.T) {
+	t.Parallel()
+	from, to := newBundleSite(t), newBundleSite(t)
+	from.put(map[string]string{"r/f": "the body", "r/g": "another"})
+	to.put(map[string]string{"own/f": "the body"})
+	bundle := bytes.Replace(from.wantDone(nil, "export"), []byte(`"n":8,`), []byte(`"n":9,`), 1)
+	if code, out, _ := to.do(bundle, "import"); code != 1 || !strings.Contains(out, "of r/f\n") || len(to.stored()) != 1 {
+		t.Errorf("exit %d: %s", code, out)
+	}
+}
+
 func TestImportKeepsTheCopyThatWasFetchedLater(t *testing.T) {
 	t.Parallel()
 	for content, fetched := range map[string]time.Duration{"old": -time.Hour, "new": time.Hour} {
