@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -164,21 +165,23 @@ func (c *bundleCommand) showProgress(p *bundleProgress) (stop func()) {
 	if !isTerminal(c.stderr) {
 		return func() {}
 	}
-	began, done, ended := c.now(), make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(ended)
-		ticker := time.NewTicker(time.Second)
-		defer ticker.Stop()
+	var running sync.WaitGroup
+	began, ended, ticker := c.now(), make(chan struct{}), time.NewTicker(time.Second)
+	running.Go(func() {
 		for more := true; more; {
 			select {
 			case <-ticker.C:
-			case <-done:
+			case <-ended:
 				more = false
 			}
 			mb, seconds := float64(p.done.Load())/1e6, max(c.now().Sub(began).Seconds(), 0.001)
 			fmt.Fprintf(c.stderr, "\r%.0f of %.0f MB, %.0f MB/s\x1b[K", mb, float64(p.total.Load())/1e6, mb/seconds)
 		}
 		fmt.Fprintln(c.stderr)
-	}()
-	return func() { close(done); <-ended }
+	})
+	return func() {
+		ticker.Stop()
+		close(ended)
+		running.Wait()
+	}
 }

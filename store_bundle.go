@@ -6,6 +6,7 @@ package main
 import (
 	"archive/tar"
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -78,6 +79,14 @@ func taggedImage(rec *record) (image, tag string, ok bool) {
 	}
 	image, tag = rec.Path[:i], rec.Path[i+len(route):]
 	return image, tag, !strings.Contains(tag, ":")
+}
+
+// ignoreMiss is err, or nil for an object that is not there.
+func ignoreMiss(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // bundleProgress counts the bytes that are copied. As a writer beside another it ends
@@ -262,31 +271,24 @@ func (b *bundleWriter) writeDocuments(ctx context.Context, list *recordList) err
 		return err
 	}
 	b.total.Store(head.Counts.Bytes)
-	for _, doc := range []struct {
-		name    string
-		content any
-	}{
-		{bundleHeadFile, head},
-		{bundleLayoutFile, map[string]string{"imageLayoutVersion": "1.0.0"}},
-		{bundleIndexFile, map[string]any{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": images}},
-	} {
-		text, err := json.Marshal(doc.content)
-		if err == nil {
-			err = b.writeHeader(doc.name, int64(len(text)))
-		}
-		if err == nil {
-			_, err = b.tar.Write(text)
-		}
-		if err != nil {
-			return err
-		}
-	}
+	headText, _ := json.Marshal(head) // strings and numbers always encode
+	indexText, _ := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": images})
 	records, err := list.open()
+	return errors.Join(err,
+		b.writeEntry(bundleHeadFile, bytes.NewReader(headText)),
+		b.writeEntry(bundleLayoutFile, strings.NewReader(`{"imageLayoutVersion":"1.0.0"}`)),
+		b.writeEntry(bundleIndexFile, bytes.NewReader(indexText)),
+		b.writeEntry(bundleRecordsFile, records))
+}
+
+// writeEntry writes an entry of the tar, the whole of content.
+func (b *bundleWriter) writeEntry(name string, content interface {
+	io.Reader
+	Size() int64
+}) error {
+	err := b.writeHeader(name, content.Size())
 	if err == nil {
-		err = b.writeHeader(bundleRecordsFile, records.Size())
-	}
-	if err == nil {
-		_, err = io.Copy(b.tar, records)
+		_, err = io.Copy(b.tar, content)
 	}
 	return err
 }
@@ -304,10 +306,8 @@ func (b *bundleWriter) writeBody(ctx context.Context, rec *record, written map[b
 	}
 	key := storageKey(rec.Remote, rec.Path)
 	obj, err := b.objects.open(ctx, key, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	} else if err != nil {
-		return nil, err
+	if err != nil {
+		return nil, ignoreMiss(err)
 	}
 	defer obj.body.Close()
 	if obj.rec.SHA256 != rec.SHA256 {
@@ -397,12 +397,10 @@ func (b *bundleReader) readAll(ctx context.Context, in *tar.Reader) error {
 const importRanks = 3
 
 func importRank(rec *record) int {
-	_, _, isTag := taggedImage(rec)
-	isRoot := slices.Contains([]string{"repomd.xml", "repomd.xml.asc", "InRelease", "Release", "Release.gpg"}, path.Base(decodePath(rec.Path)))
-	switch {
-	case isTag || isRoot:
+	roots := []string{"repomd.xml", "repomd.xml.asc", "InRelease", "Release", "Release.gpg"}
+	if _, _, isTag := taggedImage(rec); isTag || slices.Contains(roots, path.Base(decodePath(rec.Path))) {
 		return 2
-	case rec.Class == mutable:
+	} else if rec.Class == mutable {
 		return 1
 	}
 	return 0
@@ -457,7 +455,7 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) error {
 			return fmt.Errorf("%w of %.100q", errDamaged, rec.Remote+"/"+rec.Path)
 		}
 		old, err := b.objects.open(ctx, storageKey(rec.Remote, rec.Path), -1)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if ignoreMiss(err) != nil {
 			return err
 		}
 		b.mu.Lock()
@@ -517,40 +515,32 @@ func (b *bundleReader) stage(digits string, size int64, from io.Reader) error {
 // findBodies takes bodies that were not in the bundle from what is stored under other
 // keys. A body that is in neither place, or not of its record's size, is an error.
 func (b *bundleReader) findBodies(ctx context.Context) error {
-	isStaged := func(rec *record) bool {
-		fi, err := os.Stat(b.dir + "/" + rec.SHA256)
-		return err == nil && fi.Size() == rec.Size
-	}
 	wanted := map[bodySum]bool{}
-	err := b.todo.each(ctx, 1, func(rec *record) error {
-		if !isStaged(rec) {
-			wanted[sumOf(rec.SHA256)] = true
+	for sum, lacking := range b.uses {
+		if _, err := os.Stat(b.dir + "/" + hex.EncodeToString(sum[:])); lacking > 0 && err != nil {
+			wanted[sum] = true
 		}
-		return nil
-	})
-	if err != nil || len(wanted) == 0 {
-		return err
 	}
-	err = b.objects.walk(ctx, func(key string, rec *record) error {
+	takeBody := func(key string, rec *record) error {
 		if !wanted[sumOf(rec.SHA256)] {
 			return nil
 		}
 		obj, err := b.objects.open(ctx, key, 0)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		} else if err != nil {
-			return err
+		if err != nil {
+			return ignoreMiss(err)
 		}
 		defer obj.body.Close()
 		delete(wanted, sumOf(obj.rec.SHA256))
 		return b.stage(obj.rec.SHA256, obj.rec.Size, obj.body)
-	})
-	if err != nil {
-		return err
+	}
+	if len(wanted) > 0 {
+		if err := b.objects.walk(ctx, takeBody); err != nil {
+			return err
+		}
 	}
 	missing := 0
-	err = b.todo.each(ctx, 1, func(rec *record) error {
-		if !isStaged(rec) {
+	err := b.todo.each(ctx, 1, func(rec *record) error {
+		if fi, err := os.Stat(b.dir + "/" + rec.SHA256); err != nil || fi.Size() != rec.Size {
 			missing++
 			b.missing(rec)
 		}
