@@ -340,10 +340,10 @@ type bundleReader struct {
 	todo  *recordList // of what the store lacks; nil: not known yet
 	ahead int64       // bytes reserved for bodies that are not staged yet
 
-	mu     sync.Mutex      // guards the fields below
+	stored atomic.Int64    // records
+	mu     sync.Mutex      // guards the fields below while workers run
 	uses   map[bodySum]int // how many records of todo have the body; 0: listed, and nobody lacks it
-	kept   int             // records that stay what they are
-	stored atomic.Int64
+	kept   int             // records that need not be stored
 }
 
 // readAndStore reads a bundle and stores it. It is called once.
