@@ -215,6 +215,7 @@ type cache struct {
 	metrics  *metrics
 
 	replicas      replicas // nil on a single machine
+	replicaKey    replicaKey
 	replicaClient *http.Client
 
 	ctx    context.Context // of all fills
@@ -236,16 +237,17 @@ type cache struct {
 // cacheStores is what a cache keeps its files in and by. replicas is nil on a single
 // machine.
 type cacheStores struct {
-	objects   objects
-	index     index
-	freshness freshness
-	space     *spoolSpace
-	replicas  replicas
+	objects    objects
+	index      index
+	freshness  freshness
+	space      *spoolSpace
+	replicas   replicas
+	replicaKey replicaKey
 }
 
 // newCache makes a cache over the stores. Its caller closes it before them.
 func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
-	c := &cache{objects: st.objects, copies: copiesOf(st.objects), index: st.index, marks: st.freshness, space: st.space, replicas: st.replicas,
+	c := &cache{objects: st.objects, copies: copiesOf(st.objects), index: st.index, marks: st.freshness, space: st.space, replicas: st.replicas, replicaKey: st.replicaKey,
 		upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable(),
 		missed: missedFiles{files: map[missedKey]*missedFile{}}}
 	c.ctx, c.cancel = context.WithCancel(context.Background())

@@ -7,16 +7,15 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/tls"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"slices"
 	"time"
 )
 
@@ -24,8 +23,9 @@ const (
 	// replicaPath is where a replica is asked for a fill of its own. No remote's
 	// name begins with a dot.
 	replicaPath = "/.fill/"
-	// leaseHeader carries the lease's token, there and back. A request with
-	// another token is for another program or another time.
+	// leaseHeader shows that both sides are replicas that know the lease: token,
+	// nonce and seal there, a seal back. A request that does not is for another
+	// program or another time.
 	leaseHeader = "Artifactapi-Lease"
 	// replicaHeartbeat is how often a filling replica shows that it lives while
 	// it has nothing to send; replicaTimeout is when it is given up.
@@ -34,21 +34,10 @@ const (
 	// failedLeaseTime is how long the leader of a failed fill is not followed again:
 	// longer than its lease lives without it.
 	failedLeaseTime = time.Minute
-	// maxReplicaFrame bounds what is read for one frame.
-	maxReplicaFrame = 1 << 20
 )
 
 // errReplica is a filling replica that cannot be followed any further.
 var errReplica = errors.New("the filling replica is gone")
-
-// The frames of a followed fill: one byte of kind, four of length, the payload.
-const (
-	frameHeartbeat byte = 'b' // nothing, but alive
-	frameHead      byte = 'h' // replicaHead: upstream's headers are there
-	frameData      byte = 'd' // a piece of the body
-	frameEnd       byte = 'e' // record: the body is whole and verified; heartbeats follow until it is stored
-	frameOutcome   byte = 'o' // replicaOutcome: there will be no body
-)
 
 // replicaHead is what clients of a follower need before the body.
 type replicaHead struct {
@@ -74,7 +63,7 @@ type replicaOutcome struct {
 
 // newReplicaClient makes the client for other replicas. It never uses a proxy. It
 // does not verify certificates: they name the service and not the address that
-// replicas know each other by, and what replicas trust is the token.
+// replicas know each other by, and what replicas trust is a seal (replicaKey).
 func newReplicaClient() *http.Client {
 	return &http.Client{Transport: &http.Transport{
 		DialContext:           (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
@@ -159,7 +148,8 @@ func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 	defer cancel()
 	silence := time.AfterFunc(replicaTimeout, cancel)
 	defer silence.Stop()
-	body, err := f.openStream(ctx, leader)
+	stream := f.c.replicaKey.newStream(f.key, leader.token, rand.Text())
+	body, err := f.openStream(ctx, leader, stream)
 	if err != nil {
 		return fillOutcome{}, fmt.Errorf("%w: %w", errReplica, err)
 	}
@@ -167,7 +157,7 @@ func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 	r := bufio.NewReaderSize(body, largeBufferSize)
 	var frame replicaFrame
 	for {
-		if err := frame.readFrom(r); err != nil {
+		if err := stream.readFrame(r, &frame); err != nil {
 			return f.endOfStream(err)
 		}
 		silence.Reset(replicaTimeout)
@@ -273,61 +263,21 @@ func (f *follower) takeOver(cause error) fillOutcome {
 }
 
 // openStream opens the stream of the leader's fill. The caller closes it.
-func (f *follower) openStream(ctx context.Context, leader *leaseHolder) (io.ReadCloser, error) {
+func (f *follower) openStream(ctx context.Context, leader *leaseHolder, stream *replicaStream) (io.ReadCloser, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, leader.addr+replicaPath+f.key, nil)
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set(leaseHeader, leader.token)
+	req.Header.Set(leaseHeader, stream.request)
 	res, err := f.c.replicaClient.Do(req)
 	if err != nil {
 		return nil, err
 	}
-	if res.StatusCode != http.StatusOK || res.Header.Get(leaseHeader) != leader.token {
+	if res.StatusCode != http.StatusOK || !hmac.Equal([]byte(res.Header.Get(leaseHeader)), []byte(stream.answer)) {
 		res.Body.Close()
-		return nil, fmt.Errorf("%s answered %d and not with the lease's token", leader.addr, res.StatusCode)
+		return nil, fmt.Errorf("%s answered %d and not as a replica with our secret", leader.addr, res.StatusCode)
 	}
 	return res.Body, nil
-}
-
-// replicaFrame is one frame of a followed fill.
-type replicaFrame struct {
-	kind    byte
-	payload []byte // valid until the next readFrom
-}
-
-// readFrom reads the next frame.
-func (f *replicaFrame) readFrom(r io.Reader) error {
-	var head [5]byte
-	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return err
-	}
-	n := binary.BigEndian.Uint32(head[1:])
-	if n > maxReplicaFrame {
-		return fmt.Errorf("a frame of %d bytes", n)
-	}
-	f.kind, f.payload = head[0], slices.Grow(f.payload[:0], int(n))[:n]
-	_, err := io.ReadFull(r, f.payload)
-	return err
-}
-
-func writeFrame(w io.Writer, kind byte, payload []byte) error {
-	var head [5]byte
-	head[0] = kind
-	binary.BigEndian.PutUint32(head[1:], uint32(len(payload)))
-	if _, err := w.Write(head[:]); err != nil {
-		return err
-	}
-	_, err := w.Write(payload)
-	return err
-}
-
-func writeJSONFrame(w io.Writer, kind byte, v any) error {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	return writeFrame(w, kind, b)
 }
 
 // newReplicaOutcome is what followers are told of an outcome without a body.
@@ -364,25 +314,25 @@ func (o replicaOutcome) toOutcome() (outcome fillOutcome, ok bool) {
 	return fillOutcome{}, false
 }
 
-// serveReplica streams this replica's fill of key to another one, which shows by
-// the token that it has read the lease. The caller has routed replicaPath here.
+// serveReplica streams this replica's fill of key to another one, which shows that it
+// has read the lease. The caller has routed replicaPath here.
 func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	w.quiet = true
-	token := r.Header.Get(leaseHeader)
-	f := c.fills.joinLeased(key, token)
+	stream, token := c.replicaKey.acceptStream(key, r.Header.Get(leaseHeader))
+	f := c.fills.joinLeased(key, token) // no lease has the token ""
 	if f == nil {
 		return newProblem(http.StatusNotFound, "no such fill")
 	}
 	defer f.leave()
-	w.Header().Set(leaseHeader, token)
+	w.Header().Set(leaseHeader, stream.answer)
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.WriteHeader(http.StatusOK)
-	return f.streamFrames(r.Context(), w)
+	return f.streamFrames(r.Context(), w, stream)
 }
 
 // streamFrames writes the fill's frames until it ends.
-func (f *fill) streamFrames(ctx context.Context, w *response) error {
-	s := &frameStream{f: f, ctx: ctx, w: w, heartbeat: time.NewTicker(replicaHeartbeat)}
+func (f *fill) streamFrames(ctx context.Context, w *response, stream *replicaStream) error {
+	s := &frameStream{f: f, ctx: ctx, w: w, replicaStream: stream, heartbeat: time.NewTicker(replicaHeartbeat)}
 	defer s.heartbeat.Stop()
 	rec, err := s.awaitPhase(phaseFilling)
 	if err != nil {
@@ -396,7 +346,7 @@ func (f *fill) streamFrames(ctx context.Context, w *response) error {
 	}
 	if whole {
 		if rec, err = s.awaitPhase(phaseComplete); err == nil {
-			err = writeJSONFrame(w, frameEnd, rec)
+			err = s.writeJSONFrame(w, frameEnd, rec)
 		}
 	}
 	if err == nil {
@@ -410,6 +360,7 @@ func (f *fill) streamFrames(ctx context.Context, w *response) error {
 
 // frameStream is the stream of a fill to one follower.
 type frameStream struct {
+	*replicaStream
 	f         *fill
 	ctx       context.Context
 	w         *response
@@ -443,7 +394,7 @@ func (s *frameStream) await(changed <-chan struct{}) error {
 		case <-changed:
 			return nil
 		case <-s.heartbeat.C:
-			if err := writeFrame(s.w, frameHeartbeat, nil); err != nil {
+			if err := s.writeFrame(s.w, frameHeartbeat, nil); err != nil {
 				return err
 			}
 			if err := s.w.controller.Flush(); err != nil {
@@ -463,7 +414,7 @@ func (s *frameStream) sendBody(rec *record) (whole bool, err error) {
 	s.f.mu.Lock()
 	head := replicaHead{rec, body.size, s.f.validator, s.f.origin, s.f.fate == fateKeep}
 	s.f.mu.Unlock()
-	if err := writeJSONFrame(s.w, frameHead, head); err != nil {
+	if err := s.writeJSONFrame(s.w, frameHead, head); err != nil {
 		return false, err
 	}
 	buf := largeBuffers.Get().(*[largeBufferSize]byte)
@@ -476,7 +427,7 @@ func (s *frameStream) sendBody(rec *record) (whole bool, err error) {
 			if err != nil {
 				return false, fmt.Errorf("reading the spool: %w", err)
 			}
-			if err := writeFrame(s.w, frameData, buf[:k]); err != nil {
+			if err := s.writeFrame(s.w, frameData, buf[:k]); err != nil {
 				return false, err
 			}
 		case end != nil:
@@ -497,5 +448,5 @@ func (s *frameStream) sendOutcome() error {
 	if s.f.oldRecord != nil {
 		o.Copy = s.f.oldRecord.SHA256
 	}
-	return writeJSONFrame(s.w, frameOutcome, o)
+	return s.writeJSONFrame(s.w, frameOutcome, o)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -93,7 +94,7 @@ func (b *board) set(change func()) {
 
 // leaseTo gives a lease to whatever is at addr.
 func (b *board) leaseTo(key, addr string) {
-	b.set(func() { b.holders[key] = &leaseHolder{addr, "the token"} })
+	b.set(func() { b.holders[key] = &leaseHolder{addr, "the-token"} })
 }
 
 // fleet is replicas over one store and one board, in front of one origin. Its
@@ -267,16 +268,27 @@ type peerScript struct {
 	testing.TB
 	http.ResponseWriter
 	r *http.Request
+	*replicaStream
+}
+
+// newPeer is a peer that knows the secret and is asked by r.
+func newPeer(t testing.TB, w http.ResponseWriter, r *http.Request) *peerScript {
+	stream, token := newReplicaKey("", "").acceptStream(strings.TrimPrefix(r.URL.Path, replicaPath), r.Header.Get(leaseHeader))
+	if token != "the-token" {
+		t.Errorf("another replica was asked for %s with %q", r.URL, r.Header.Get(leaseHeader))
+		stream = replicaKey("").newStream("", "", "")
+	}
+	return &peerScript{t, w, r, stream}
 }
 
 // Who is told nonsense may hang up before the end of it.
 func (p *peerScript) head(rec *record, total int64, validator string) {
-	_ = writeJSONFrame(p, frameHead, replicaHead{rec, total, validator, 0, true})
+	_ = p.writeJSONFrame(p, frameHead, replicaHead{rec, total, validator, 0, true})
 }
-func (p *peerScript) frame(kind byte, text string) { _ = writeFrame(p, kind, []byte(text)) }
+func (p *peerScript) frame(kind byte, text string) { _ = p.writeFrame(p, kind, []byte(text)) }
 func (p *peerScript) data(text string)             { p.frame(frameData, text) }
-func (p *peerScript) end(rec *record)              { _ = writeJSONFrame(p, frameEnd, rec) }
-func (p *peerScript) over(v replicaOutcome)        { _ = writeJSONFrame(p, frameOutcome, v) }
+func (p *peerScript) end(rec *record)              { _ = p.writeJSONFrame(p, frameEnd, rec) }
+func (p *peerScript) over(v replicaOutcome)        { _ = p.writeJSONFrame(p, frameOutcome, v) }
 func (p *peerScript) raw(text string)              { _, _ = io.WriteString(p, text) }
 
 // cut breaks the connection.
@@ -294,11 +306,9 @@ func (f *fleet) script(play func(p *peerScript)) (asked func() int) {
 		mu.Lock()
 		n++
 		mu.Unlock()
-		if r.Header.Get(leaseHeader) != "the token" || r.URL.Path != replicaPath+f.key("a") {
-			f.Errorf("another replica was asked for %s with token %q", r.URL, r.Header.Get(leaseHeader))
-		}
-		w.Header().Set(leaseHeader, "the token")
-		play(&peerScript{f.TB, w, r})
+		p := newPeer(f, w, r)
+		w.Header().Set(leaseHeader, p.answer)
+		play(p)
 	}))
 	f.Cleanup(srv.Close)
 	f.board.leaseTo(f.key("a"), srv.URL)
@@ -341,8 +351,27 @@ func TestReplicaThatGoesWrong(t *testing.T) {
 		{"is cut in a frame", func(p *peerScript) { begin(p); p.raw("d\x00\x01\x00\x00abc"); p.cut() }, rest},
 		{"ends without an end", func(p *peerScript) { begin(p) }, rest},
 		{"has no such fill", func(p *peerScript) { p.WriteHeader(404) }, "GET /a"},
-		{"does not say the token", func(p *peerScript) { p.Header().Del(leaseHeader); begin(p) }, "GET /a"},
-		{"says another token", func(p *peerScript) { p.Header().Set(leaseHeader, "x"); begin(p) }, "GET /a"},
+		{"does not show the secret", func(p *peerScript) { p.Header().Del(leaseHeader); begin(p) }, "GET /a"},
+		{"says the token", func(p *peerScript) { p.Header().Set(leaseHeader, "the-token"); begin(p) }, "GET /a"},
+		{"says what it was shown", func(p *peerScript) { p.Header().Set(leaseHeader, p.request); begin(p) }, "GET /a"},
+		{"has another secret", func(p *peerScript) { p.mac = replicaKey("x").newStream("a", "b", "c").mac; begin(p) }, "GET /a"},
+		{"has no secret from the middle on", func(p *peerScript) { begin(p); p.mac = sha256.New(); p.data(text[len(half):]); p.end(rec) }, rest},
+		{"plays another file", func(p *peerScript) {
+			p.mac = newReplicaKey("", "").newStream("r/other/b", "the-token", strings.Fields(p.request)[1]).mac
+			begin(p)
+		}, "GET /a"},
+		{"plays what it sent before", func(p *peerScript) {
+			p.mac = newReplicaKey("", "").newStream(strings.TrimPrefix(p.r.URL.Path, replicaPath), "the-token", "an older nonce").mac
+			begin(p)
+		}, "GET /a"},
+		{"sends a frame twice", func(p *peerScript) {
+			var frame bytes.Buffer
+			p.head(rec, peerSize, `"1"`)
+			_ = p.writeFrame(&frame, frameData, []byte(half))
+			p.raw(frame.String() + frame.String())
+			p.end(rec)
+		}, rest},
+		{"leaves out a frame", func(p *peerScript) { begin(p); p.frames++; p.data(text[len(half):]); p.end(rec) }, rest},
 		{"is another program", func(p *peerScript) { p.Header().Del(leaseHeader); p.raw("<html>Welcome to nginx!") }, "GET /a"},
 		{"sends away", func(p *peerScript) { p.Header().Set("Location", "/elsewhere"); p.WriteHeader(302) }, "GET /a"},
 		{"talks nonsense", func(p *peerScript) { begin(p); p.raw("<html>Bad gateway</html>") }, rest},
@@ -529,13 +558,14 @@ func playedBy(t *testing.T, play func(p *peerScript)) http.RoundTripper {
 			return nil, r.Context().Err()
 		}
 		in, out := io.Pipe()
+		p := newPeer(t, pipeWriter{out}, r)
 		stop := context.AfterFunc(r.Context(), func() { out.CloseWithError(r.Context().Err()) })
 		go func() {
-			play(&peerScript{t, pipeWriter{out}, r})
+			play(p)
 			stop()
 			out.Close()
 		}()
-		return &http.Response{StatusCode: 200, Header: http.Header{leaseHeader: {r.Header.Get(leaseHeader)}}, Body: in, Request: r}, nil
+		return &http.Response{StatusCode: 200, Header: http.Header{leaseHeader: {p.answer}}, Body: in, Request: r}, nil
 	})
 }
 
@@ -804,7 +834,7 @@ func TestReplicaThatDiesWhileItStores(t *testing.T) {
 	for _, storable := range []bool{true, false} {
 		f := newFleet(t, 1)
 		f.script(func(p *peerScript) {
-			_ = writeJSONFrame(p, frameHead, replicaHead{peerRecord(text), peerSize, `"1"`, 0, storable})
+			_ = p.writeJSONFrame(p, frameHead, replicaHead{peerRecord(text), peerSize, `"1"`, 0, storable})
 			p.data(text)
 			p.end(peerRecord(text))
 			p.frame(frameHeartbeat, "")
@@ -897,17 +927,23 @@ func TestTokenOfALease(t *testing.T) {
 	defer s.leave()
 	s.read(1000)
 	token := f.holder("a").token
-	for _, bad := range []string{"", "x", token + "x"} {
-		g := f.open(replicaPath+f.key("a"), leaseHeader+": "+bad)
+	show := func(key, token string) string {
+		return leaseHeader + ": " + f.cache.replicaKey.newStream(key, token, "nonce").request
+	}
+	good := show(f.key("a"), token)
+	forged := replicaKey("another secret").newStream(f.key("a"), token, "nonce").request
+	for _, bad := range []string{leaseHeader + ": ", leaseHeader + ": x", leaseHeader + ": " + token, leaseHeader + ": " + forged, good + "0", show(f.key("a"), token+"x"), show(f.key("a"), ""), show(f.key("b"), token)} {
+		g := f.open(replicaPath+f.key("a"), bad)
 		g.wantStatus(404).wantHeader(leaseHeader, "")
 		g.leave()
 	}
-	f.get(replicaPath+f.key("b"), leaseHeader+": "+token).wantStatus(404)
-	f.get(replicaPath, leaseHeader+": "+token).wantStatus(404)
-	p := f.open(replicaPath+f.key("a"), leaseHeader+": "+token)
+	f.get(replicaPath+f.key("b"), show(f.key("b"), token)).wantStatus(404)
+	f.get(replicaPath, show("", token)).wantStatus(404)
+	stream := f.cache.replicaKey.newStream(f.key("a"), token, "nonce")
+	p := f.open(replicaPath+f.key("a"), good)
 	defer p.leave()
-	p.wantStatus(200).wantHeader(leaseHeader, token)
-	q := f.open("/api/r/a", leaseHeader+": "+token)
+	p.wantStatus(200).wantHeader(leaseHeader, stream.answer)
+	q := f.open("/api/r/a", good)
 	defer q.leave()
 	release()
 	q.rest().wantJoined().wantBody(text)
@@ -917,7 +953,7 @@ func TestTokenOfALease(t *testing.T) {
 	body, r := "", strings.NewReader(frames)
 	for r.Len() > 0 {
 		var frame replicaFrame
-		must(t, frame.readFrom(r))
+		must(t, stream.readFrame(r, &frame))
 		if kinds = append(kinds, frame.kind); frame.kind == frameData {
 			body += string(frame.payload)
 		}
@@ -926,7 +962,7 @@ func TestTokenOfALease(t *testing.T) {
 		t.Errorf("frames %q with %d bytes", kinds, len(body))
 	}
 	f.settled()
-	f.get(replicaPath+f.key("a"), leaseHeader+": "+token).wantStatus(404) // it has ended
+	f.get(replicaPath+f.key("a"), good).wantStatus(404) // it has ended
 	f.wantRequests("/a", 1)
 }
 
@@ -948,25 +984,30 @@ func TestOutcomesSurviveTheWay(t *testing.T) {
 }
 
 func FuzzPeerFrames(f *testing.F) {
-	f.Add([]byte("b\x00\x00\x00\x00d\x00\x00\x00\x03abc"))
-	f.Add([]byte("d\x00\x10\x00\x00short"))
-	f.Add([]byte("e\xff\xff\xff\xff"))
-	f.Fuzz(func(t *testing.T, in []byte) {
-		var out bytes.Buffer
-		r := bytes.NewReader(in)
+	f.Add([]byte("b\x00\x00\x00\x00d\x00\x00\x00\x03abc"), uint16(40))
+	f.Add([]byte("d\x00\x10\x00\x00short"), uint16(0))
+	f.Add([]byte("e\xff\xff\xff\xff"), uint16(5))
+	f.Fuzz(func(t *testing.T, in []byte, at uint16) {
+		newStream := func() *replicaStream { return replicaKey("secret").newStream("key", "token", "nonce") }
 		var frame replicaFrame
-		for {
-			left := r.Len()
-			if frame.readFrom(r) != nil {
-				break
-			}
-			if len(frame.payload) > maxReplicaFrame || r.Len() != left-5-len(frame.payload) {
-				t.Fatalf("%d bytes of payload, %d read", len(frame.payload), left-r.Len())
-			}
-			must(t, writeFrame(&out, frame.kind, frame.payload))
+		if newStream().readFrame(bytes.NewReader(in), &frame) == nil {
+			t.Fatalf("%q was read without a seal", in)
 		}
-		if !bytes.HasPrefix(in, out.Bytes()) {
-			t.Errorf("%q came back as %q", in, out.Bytes())
+		var out bytes.Buffer
+		from, to := newStream(), newStream()
+		for range 2 {
+			must(t, from.writeFrame(&out, frameData, in))
+		}
+		wire := bytes.Clone(out.Bytes())
+		for range 2 {
+			if err := to.readFrame(&out, &frame); err != nil || frame.kind != frameData || !bytes.Equal(frame.payload, in) {
+				t.Fatalf("%q came back as %q, %v", in, frame.payload, err)
+			}
+		}
+		wire[int(at)%len(wire)]++
+		r, to := bytes.NewReader(wire), newStream()
+		if to.readFrame(r, &frame) == nil && to.readFrame(r, &frame) == nil {
+			t.Errorf("changed at %d, both frames were read", int(at)%len(wire))
 		}
 		var o replicaOutcome
 		if json.Unmarshal(in, &o) != nil {

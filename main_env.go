@@ -215,8 +215,8 @@ func (p *envReader) readOtherBackends(set *settings) {
 		}
 	}
 	set.advertise = strings.TrimSuffix(p.readString("ADVERTISE_URL", ""), "/")
-	if u := parseHostURL(set.advertise, "http", "https"); set.advertise != "" && (u == nil || u.User != nil || u.RawQuery != "") {
-		p.addError("ADVERTISE_URL", "is not a URL like http://10.0.0.7:8000")
+	if set.advertise != "" && !isReplicaAddress(set.advertise) {
+		p.addError("ADVERTISE_URL", "is not a URL like http://10.0.0.7:8000, without a path")
 	}
 }
 

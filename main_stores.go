@@ -17,17 +17,18 @@ import (
 // stores holds what the environment chose. Objects, index and freshness are chosen
 // independently of each other.
 type stores struct {
-	disk      *diskStore  // DATA_DIR: spools, and without S3 the objects
-	space     *spoolSpace // of the disk that has DATA_DIR
-	objects   verifiableObjects
-	index     index
-	freshness freshness
-	replicas  replicas       // nil unless objects and Redis are shared
-	sql       *sqlIndex      // index, if it is in PostgreSQL; else nil
-	embedded  *embeddedIndex // index, if it is not; else nil
-	hot       *tieredStore   // hot copies; nil without S3
-	disks     []*diskStore   // disk, and with S3 that of the hot copies
-	backends  []*backend     // in the order in which they were opened
+	disk       *diskStore  // DATA_DIR: spools, and without S3 the objects
+	space      *spoolSpace // of the disk that has DATA_DIR
+	objects    verifiableObjects
+	index      index
+	freshness  freshness
+	replicas   replicas // nil unless objects and Redis are shared
+	replicaKey replicaKey
+	sql        *sqlIndex      // index, if it is in PostgreSQL; else nil
+	embedded   *embeddedIndex // index, if it is not; else nil
+	hot        *tieredStore   // hot copies; nil without S3
+	disks      []*diskStore   // disk, and with S3 that of the hot copies
+	backends   []*backend     // in the order in which they were opened
 
 	missed *missedSnapshot // of the cache over them; nil: there is none
 }
@@ -69,6 +70,7 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 	disk := newDiskStore(set.dataDir, now, log)
 	st := &stores{disk: disk, disks: []*diskStore{disk}}
 	st.space = &spoolSpace{createFile: disk.newSpool, diskSpace: disk.freeSpace, minFree: set.minFree}
+	st.replicaKey = newReplicaKey(set.s3.secretKey, set.s3.bucket)
 	redis, err := st.openFreshness(set, now, log)
 	if err == nil {
 		err = st.openIndex(set, now, log)
@@ -90,7 +92,7 @@ func (st *stores) openFreshness(set *settings, now func() time.Time, log *slog.L
 		st.backends = append(st.backends, &backend{name: "redis", kind: "embedded", okWord: "embedded", saveSnapshot: local.saveSnapshot, close: local.Close})
 		return nil, nil
 	}
-	redis, err := newRedisStore(string(set.redisURL), set.redisPrefix(), set.advertisedURL, now, log)
+	redis, err := newRedisStore(string(set.redisURL), set.redisPrefix(), st.replicaKey, set.advertisedURL, now, log)
 	if err != nil {
 		return nil, err
 	}

@@ -7,7 +7,9 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -81,6 +83,8 @@ type redisStore struct {
 	channel    string
 	self       string // names this process in leases and announcements
 	password   secret // is kept out of errors
+	key        replicaKey
+	unverified sync.Once // the first lease that does not verify is logged
 	advertise  func(localIP string) string
 	now        func() time.Time
 	log        *slog.Logger
@@ -91,10 +95,11 @@ type redisStore struct {
 	leases     sync.Map     // that we hold: value by key of Redis, both strings
 }
 
-// newRedisStore does not connect yet. prefix separates caches that share a Redis.
+// newRedisStore does not connect yet. prefix separates caches that share a Redis, key
+// authenticates leases.
 // advertise returns the address at which other replicas reach this one, given the
 // local IP of its connection to Redis; it is called for each lease.
-func newRedisStore(rawURL, prefix string, advertise func(localIP string) string, now func() time.Time, log *slog.Logger) (*redisStore, error) {
+func newRedisStore(rawURL, prefix string, key replicaKey, advertise func(localIP string) string, now func() time.Time, log *slog.Logger) (*redisStore, error) {
 	u, err := url.Parse(rawURL)
 	if err != nil || u.Hostname() == "" || (u.Scheme != "redis" && u.Scheme != "rediss") {
 		// The error of url.Parse shows the password.
@@ -107,7 +112,7 @@ func newRedisStore(rawURL, prefix string, advertise func(localIP string) string,
 	password, _ := u.User.Password()
 	r := &redisStore{
 		address: net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "6379")), prefix: "artifactapi:" + prefix + ":", self: rand.Text(),
-		password: secret(password), advertise: advertise, now: now, log: log, outage: newCircuit(now, redisPause, redisPause),
+		password: secret(password), key: key, advertise: advertise, now: now, log: log, outage: newCircuit(now, redisPause, redisPause),
 	}
 	// Channels belong to all databases of a server, keys to one.
 	r.channel = r.prefix + strconv.Itoa(db) + ":changed"
@@ -176,7 +181,7 @@ func (r *redisStore) leaseKey(key string) string { return r.prefix + "lease:" + 
 func (r *redisStore) acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error) {
 	at := r.leaseKey(key)
 	err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
-		value := r.self + " " + token + " " + r.advertise(r.localIP.Load().(string)) // there is a connection
+		value := r.signLease(key, r.self+" "+token+" "+r.advertise(r.localIP.Load().(string))) // there is a connection
 		holder, err := redis.String(leaseScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
 		if err != nil {
 			return err
@@ -184,8 +189,8 @@ func (r *redisStore) acquireLease(ctx context.Context, key, token string) (relea
 		if holder == value {
 			r.leases.Store(at, value)
 			release = func() { r.releaseLease(at, value) }
-		} else if parts := strings.SplitN(holder, " ", 3); len(parts) == 3 && parts[0] != r.self {
-			other = &leaseHolder{token: parts[1], addr: parts[2]}
+		} else {
+			other = r.readLease(key, holder)
 		}
 		return nil
 	})
@@ -193,6 +198,28 @@ func (r *redisStore) acquireLease(ctx context.Context, key, token string) (relea
 		return nil, nil, fmt.Errorf("leasing %s: %w", key, err)
 	}
 	return release, other, nil
+}
+
+// signLease returns the value of a lease of key: process, token, address and their seal.
+func (r *redisStore) signLease(key, lease string) string {
+	return lease + " " + hex.EncodeToString(r.key.sign("lease", key, lease))
+}
+
+// readLease returns who has the lease of key with that value. It is nil for a lease of
+// this process, and for one that no replica with our secret has made.
+func (r *redisStore) readLease(key, value string) *leaseHolder {
+	parts := strings.Split(value, " ")
+	if len(parts) != 4 || !isReplicaAddress(parts[2]) || !hmac.Equal([]byte(value), []byte(r.signLease(key, strings.Join(parts[:3], " ")))) {
+		r.unverified.Do(func() {
+			r.log.Warn("a lease in Redis does not verify and is ignored: replicas must have the same secret (MINIO_SECRET_KEY), bucket and version, and nobody else may write there",
+				"redis", r.address, "lease", key)
+		})
+		return nil
+	}
+	if parts[0] == r.self {
+		return nil
+	}
+	return &leaseHolder{token: parts[1], addr: parts[2]}
 }
 
 // releaseLease ends a lease that is held. While Redis is down the lease ends by itself.

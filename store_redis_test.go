@@ -296,7 +296,7 @@ func startRedis(t *testing.T, rawURL, prefix, port string) *redisTester {
 func startRedisAt(t *testing.T, rawURL, prefix, port string, now func() time.Time) *redisTester {
 	t.Helper()
 	out := new(lockedBuffer)
-	r, err := newRedisStore(rawURL, prefix, func(ip string) string { return "http://" + net.JoinHostPort(ip, port) }, now, slog.New(slog.NewTextHandler(out, nil)))
+	r, err := newRedisStore(rawURL, prefix, replicaKey(prefix), func(ip string) string { return "http://" + net.JoinHostPort(ip, port) }, now, slog.New(slog.NewTextHandler(out, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -398,6 +398,33 @@ func TestRedisLease(t *testing.T) {
 	release()
 	a.mayLease("k", true)
 	mine()
+}
+
+// Whoever can write to Redis cannot send a replica anywhere.
+func TestRedisLeaseThatNoReplicaMade(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	a, b := startRedis(t, "redis://"+f.name, "b", "8001"), startRedis(t, "redis://"+f.name, "b", "8002")
+	at := a.leaseKey("k")
+	put := func(value string) { f.with(func() { f.values[at] = fakeValue{value, f.at.Add(time.Hour)} }) }
+	a.mayLease("another", false)
+	others, _ := f.get(a.leaseKey("another"))
+	stranger := startRedis(t, "redis://"+f.name, "b", "8003")
+	stranger.key = replicaKey("another secret")
+	for _, bad := range []string{"", "x", "self token http://127.0.0.1:9", "self token http://127.0.0.1:9 ", "self token http://127.0.0.1:9 " + strings.Repeat("00", 32),
+		others, stranger.signLease("k", "self token http://127.0.0.1:9"),
+		a.signLease("k", "self token ftp://127.0.0.1:9"), a.signLease("k", "self token http://127.0.0.1:9/path"), a.signLease("k", "self token http://u:p@127.0.0.1:9"),
+		a.signLease("k", "self token //127.0.0.1:9"), a.signLease("k", "self token ")} {
+		put(bad)
+		if release, other, err := b.acquireLease(t.Context(), "k", rand.Text()); release != nil || other != nil || err != nil {
+			t.Errorf("%q: %+v, %v, want no lease and no holder", bad, other, err)
+		}
+	}
+	put(a.signLease("k", "self token http://127.0.0.1:9"))
+	b.mayLease("k", true)
+	if n := strings.Count(b.out.String(), "replicas must have the same secret"); n != 1 {
+		t.Errorf("%d lines about it, want 1:\n%s", n, b.out)
+	}
 }
 
 func TestRedisLeaseOfTheDead(t *testing.T) {
@@ -696,7 +723,7 @@ func TestRedisRefusesOneCommand(t *testing.T) {
 func TestRedisURL(t *testing.T) {
 	t.Parallel()
 	for _, bad := range []string{"", "127.0.0.1:6379", "http://:hunter2@h", "redis://", "redis://:hunter2@h:port", "redis://:hunter2@h/name", "redis://:hunter2@h/-1", "redis://:hunter2%zz@h"} {
-		if _, err := newRedisStore(bad, "", nil, time.Now, slog.Default()); err == nil || strings.Contains(err.Error(), "hunter2") {
+		if _, err := newRedisStore(bad, "", nil, nil, time.Now, slog.Default()); err == nil || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%s: %v", bad, err)
 		}
 	}
