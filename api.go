@@ -5,6 +5,9 @@ package main
 
 import (
 	"bytes"
+	"cmp"
+	"crypto/md5"
+	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/sha512"
 	"crypto/subtle"
@@ -14,6 +17,8 @@ import (
 	"errors"
 	"hash"
 	"io"
+	"maps"
+	"mime"
 	"net/http"
 	"regexp"
 	"regexp/syntax"
@@ -144,7 +149,7 @@ func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	if r.Method == http.MethodPut {
 		return a.servePut(w, r, t)
 	}
-	if err := a.cache.purgeFile(r.Context(), t.remote.name, t.key()); err != nil {
+	if err := (localFiles{a.cache}).delete(r.Context(), fileRequest{target: t}, r.Header); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -154,15 +159,21 @@ func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 // servePut stores a file of a local repository: 201 for a new file, 200 for one that
 // was replaced, once the file is durable. A broken upload leaves the old file.
 func (a *api) servePut(w *response, r *http.Request, t target) error {
-	if r.Header.Get("Content-Range") != "" { // a partial PUT must be refused (RFC 9110 section 14.5)
+	mediaType, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	switch deploy := r.Header.Get("X-Checksum-Deploy"); {
+	case r.Header.Get("Content-Range") != "": // a partial PUT must be refused (RFC 9110 section 14.5)
 		return newProblem(http.StatusBadRequest, "a part of a file cannot be stored: send all of it, without Content-Range")
+	case deploy != "" && !strings.EqualFold(deploy, "false"): // the body is empty: it would become the file
+		return newProblem(http.StatusNotImplemented, "a file cannot be stored by its checksum alone (X-Checksum-Deploy): send its bytes")
+	case mediaType == "multipart/form-data":
+		return newProblem(http.StatusUnsupportedMediaType, "a form is not the file: send the file's bytes alone, as curl -T FILE does")
 	}
 	sums, err := parseDeclaredDigests(r.Header)
 	if err != nil {
 		return err
 	}
-	u := upload{body: &uploadBody{r.Body, w, a.now, sums}, size: r.ContentLength, create: r.Header.Get("If-None-Match") == "*"}
-	created, err := a.cache.putFile(r.Context(), fileRequest{target: t}, u)
+	u := upload{body: &uploadBody{r.Body, w, a.now, sums}, size: r.ContentLength, when: r.Header}
+	created, err := (localFiles{a.cache}).put(r.Context(), fileRequest{target: t}, u)
 	if err != nil {
 		return err
 	}
@@ -202,32 +213,45 @@ type declaredDigest struct {
 	want []byte
 }
 
-// parseDeclaredDigests returns the digests that h declares, in X-Checksum-Sha256
-// (Artifactory's header) and in Content-Digest (RFC 9530). Algorithms other than
-// sha-256 and sha-512 are ignored, as RFC 9530 section 2 allows.
-func parseDeclaredDigests(h http.Header) (sums []declaredDigest, err error) {
-	if v := h.Get("X-Checksum-Sha256"); v != "" {
-		b, err := hex.DecodeString(v)
-		if err != nil || len(b) != sha256.Size {
-			return nil, newProblem(http.StatusBadRequest, "X-Checksum-Sha256 is not 64 hexadecimal digits")
+// digestHashes are the algorithms that are verified, by their names in Digest (RFC 3230)
+// and in Content-Digest and Repr-Digest (RFC 9530). Others are ignored, as both allow.
+var digestHashes = map[string]func() hash.Hash{"md5": md5.New, "sha": sha1.New, "sha-256": sha256.New, "sha-512": sha512.New}
+
+// parseDeclaredDigests returns the digests that h declares, each algorithm once: the
+// body is hashed by each. Artifactory's clients send X-Checksum-*.
+func parseDeclaredDigests(h http.Header) ([]declaredDigest, error) {
+	declared := map[string]declaredDigest{}
+	add := func(header, algorithm, value string, decode func(string) ([]byte, error)) error {
+		s := declaredDigest{Hash: digestHashes[algorithm]()}
+		var err error
+		if s.want, err = decode(value); err != nil || len(s.want) != s.Size() {
+			return newProblem(http.StatusBadRequest, "%s: the value of %s is not %d bytes in the header's encoding", header, algorithm, s.Size())
 		}
-		sums = append(sums, declaredDigest{sha256.New(), b})
+		if other, twice := declared[algorithm]; twice && !bytes.Equal(other.want, s.want) {
+			return errChecksum // it cannot have both
+		}
+		declared[algorithm] = s
+		return nil
 	}
-	hashes := map[string]func() hash.Hash{"sha-256": sha256.New, "sha-512": sha512.New}
-	for part := range strings.SplitSeq(strings.Join(h.Values("Content-Digest"), ","), ",") {
-		name, v, _ := strings.Cut(strings.TrimSpace(part), "=")
-		newHash, known := hashes[name]
-		if !known {
-			continue
+	var errs []error
+	for header, algorithm := range map[string]string{"X-Checksum-Md5": "md5", "X-Checksum-Sha1": "sha", "X-Checksum-Sha256": "sha-256"} {
+		for _, v := range h.Values(header) {
+			errs = append(errs, add(header, algorithm, v, hex.DecodeString))
 		}
-		s := declaredDigest{Hash: newHash()}
-		s.want, err = base64.StdEncoding.DecodeString(strings.Trim(v, ":"))
-		if err != nil || len(s.want) != s.Size() {
-			return nil, newProblem(http.StatusBadRequest, "Content-Digest: %s is not the base64 of %d bytes between colons", name, s.Size())
-		}
-		sums = append(sums, s)
 	}
-	return sums, nil
+	for _, v := range h.Values("Content-Md5") {
+		errs = append(errs, add("Content-MD5", "md5", v, base64.StdEncoding.DecodeString))
+	}
+	for _, header := range []string{"Content-Digest", "Repr-Digest", "Digest"} {
+		for part := range strings.SplitSeq(strings.Join(h.Values(header), ","), ",") {
+			part, _, _ = strings.Cut(part, ";") // parameters have no meaning
+			name, v, _ := strings.Cut(strings.TrimSpace(part), "=")
+			if name = strings.ToLower(name); digestHashes[name] != nil {
+				errs = append(errs, add(header, name, strings.Trim(v, ": "), base64.StdEncoding.DecodeString))
+			}
+		}
+	}
+	return slices.Collect(maps.Values(declared)), cmp.Or(errs...)
 }
 
 // authorizeWrite returns nil if the request has API_TOKEN or the repository's

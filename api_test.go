@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/md5"
+	"crypto/sha1"
 	"crypto/sha256"
 	"crypto/sha512"
 	"encoding/base64"
@@ -145,6 +147,7 @@ func TestUploadsThatAreRefused(t *testing.T) {
 	right, wrong := hex.EncodeToString(sum[:]), strings.Repeat("0", 64)
 	digest := "sha-256=:" + base64.StdEncoding.EncodeToString(sum[:]) + ":"
 	tt.put("/api/l/a", "old", bearer).wantStatus(201)
+	old := strings.TrimPrefix(sha256Of([]byte("old")), "sha256:")
 	for _, c := range []struct {
 		what, path string
 		header     string
@@ -159,7 +162,21 @@ func TestUploadsThatAreRefused(t *testing.T) {
 		{"a piece of a file", "/api/l/a", "Content-Range: bytes 0-3/8", 400},
 		{"a malformed checksum", "/api/l/a", "X-Checksum-Sha256: abc", 400},
 		{"a malformed digest", "/api/l/a", "Content-Digest: sha-256=:abc:", 400},
+		{"two checksums", "/api/l/a", "Content-Digest: " + digest + "\nX-Checksum-Sha256: " + wrong, 422},
+		{"another SHA-1", "/api/l/a", "X-Checksum-Sha1: " + wrong[:40], 422},
+		{"another MD5", "/api/l/a", "X-Checksum-Md5: " + wrong[:32], 422},
+		{"another Content-MD5", "/api/l/a", "Content-MD5: AAAAAAAAAAAAAAAAAAAAAA==", 422},
+		{"a malformed Content-MD5", "/api/l/a", "Content-MD5: " + wrong[:32], 400},
+		{"another Repr-Digest", "/api/l/a", "Repr-Digest: sha=:" + base64.StdEncoding.EncodeToString(make([]byte, 20)) + ":;q=1", 422},
+		{"another Digest", "/api/l/a", "Digest: UNIXsum=1,MD5=AAAAAAAAAAAAAAAAAAAAAA==", 422},
+		{"no body but a checksum", "/api/l/a", "X-Checksum-Deploy: true\nX-Checksum-Sha1: " + wrong[:40], 501},
+		{"a form", "/api/l/a", "Content-Type: Multipart/Form-Data; boundary=x", 415},
 		{"over what is there", "/api/l/a", "If-None-Match: *", 412},
+		{"over this version", "/api/l/a", `If-None-Match: "x", W/"sha256-` + old + `"`, 412},
+		{"over another version", "/api/l/a", `If-Match: "sha256-` + wrong + `"`, 412},
+		{"over a version that is only alike", "/api/l/a", `If-Match: W/"sha256-` + old + `"`, 412},
+		{"over what is not there", "/api/l/none", "If-Match: *", 412},
+		{"over what is not so old", "/api/l/a", "If-Unmodified-Since: " + longAgo.Format(http.TimeFormat), 412},
 		{"no pattern matches", "/api/picky/a.deb", "X: y", 403},
 		{"a remote that is not local", "/api/r/a", "X: y", 405},
 	} {
@@ -173,11 +190,54 @@ func TestUploadsThatAreRefused(t *testing.T) {
 	tt.delete("/api/l", bearer).wantStatus(400)
 	tt.put("/api/l/a", "body", bearer, "X-Checksum-Sha256: "+strings.ToUpper(right)).wantStatus(200)
 	long := sha512.Sum512([]byte("body"))
-	tt.put("/api/l/b", "body", bearer, "Content-Digest: md5=:AAAA:, sha-512=:"+base64.StdEncoding.EncodeToString(long[:])+":, "+digest).wantStatus(201)
+	tt.put("/api/l/b", "body", bearer, "Content-Digest: crc32c=:AAAA:, sha-512=:"+base64.StdEncoding.EncodeToString(long[:])+":, "+digest).wantStatus(201)
+	md5sum, sha1sum := md5.Sum([]byte("body")), sha1.Sum([]byte("body"))
+	tt.put("/api/l/d", "body", bearer, "Content-MD5: "+base64.StdEncoding.EncodeToString(md5sum[:]), "X-Checksum-Md5: "+hex.EncodeToString(md5sum[:]),
+		"X-Checksum-Sha1: "+hex.EncodeToString(sha1sum[:]), "Repr-Digest: "+digest+";q=1", "Digest: SHA-256="+strings.Trim(digest[8:], ":")+", SHA="+base64.StdEncoding.EncodeToString(sha1sum[:]),
+		"X-Checksum-Deploy: false", "Content-Type: application/x-www-form-urlencoded").wantStatus(201)
 	tt.put("/api/l/c", "body", bearer, "If-None-Match: *").wantStatus(201)
 	tt.put("/api/picky/a.rpm", "body", bearer).wantStatus(201)
 	tt.put("/api/picky/index/x", "body", bearer).wantStatus(201)
 	tt.wantNoSpools()
+}
+
+// A repeated digest is hashed once: hashing costs more than all else.
+func TestDigestsAreHashedOnceEach(t *testing.T) {
+	t.Parallel()
+	sum := sha256.Sum256(nil)
+	h := http.Header{"X-Checksum-Sha256": {hex.EncodeToString(sum[:])}}
+	for range 500 {
+		h.Add("Content-Digest", "sha-256=:"+base64.StdEncoding.EncodeToString(sum[:])+":")
+	}
+	if sums, err := parseDeclaredDigests(h); len(sums) != 1 || err != nil {
+		t.Errorf("%d hashes, %v", len(sums), err)
+	}
+}
+
+// Of two clients that change one file the second finds out, and so nothing is lost.
+func TestConditionsOfWriting(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	tt.put("/api/l/a", "one", bearer).wantStatus(201)
+	tag := tt.get("/api/l/a").header.Get("ETag")
+	other := `If-Match: "another", `
+	tt.put("/api/l/a", "two", bearer, other+tag).wantStatus(200)
+	tt.put("/api/l/a", "lost", bearer, "If-Match: "+tag).wantDetail(412, "condition")
+	tt.delete("/api/l/a", bearer, "If-Match: "+tag).wantDetail(412, "condition")
+	tt.get("/api/l/a").wantBody("two")
+	// The date is ignored beside a tag, and so is one that is none, or of no file.
+	date := func(d time.Duration) string {
+		return "If-Unmodified-Since: " + tt.clock.now().Add(d).UTC().Format(http.TimeFormat)
+	}
+	tt.put("/api/l/b", "new", bearer, date(-time.Hour)).wantStatus(201)
+	tt.put("/api/l/a", "three", bearer, "If-Match: *", date(-time.Hour)).wantStatus(200)
+	tt.put("/api/l/a", "four", bearer, "If-Unmodified-Since: yesterday").wantStatus(200)
+	tt.put("/api/l/a", "five", bearer, "If-Unmodified-Since: "+tt.get("/api/l/a").header.Get("Last-Modified")).wantStatus(200)
+	tt.delete("/api/l/a", bearer, date(-time.Hour)).wantStatus(412)
+	tt.delete("/api/l/none", bearer, "If-Match: *").wantStatus(412)
+	tt.delete("/api/l/none", bearer).wantStatus(404)
+	tt.delete("/api/l/a", bearer, date(time.Hour)).wantStatus(204)
+	tt.get("/api/l/a").wantStatus(404)
 }
 
 func TestBrokenUploadLeavesTheOldFile(t *testing.T) {
@@ -397,6 +457,22 @@ func TestRefusedUploadIsAnsweredToAClientThatSendsAll(t *testing.T) {
 		if err != nil || res.StatusCode != status || !res.Close {
 			t.Errorf("%s: %v, %v", request, res, err)
 		}
+	}
+}
+
+// A refused upload is read for its client's sake, but not to its end.
+func TestRefusedUploadIsNotReadForever(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	conn, err := net.Dial("tcp", strings.TrimPrefix(tt.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "PUT /api/l/a HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", int64(900<<30))
+	const most = maxRefusedBody + 32<<20 // with what the kernel buffers
+	if n, err := io.CopyN(conn, zeros{}, most); err == nil {
+		t.Errorf("%d bytes of a refused upload were read", n)
 	}
 }
 

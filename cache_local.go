@@ -9,25 +9,60 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"strings"
+	"time"
 )
 
 // upload is the body of a PUT to a local repository and what it must be.
 type upload struct {
-	body   io.Reader
-	size   int64 // -1: not known
-	create bool  // If-None-Match: *
+	body io.Reader
+	size int64       // -1: not known
+	when http.Header // of the request: its conditions
 }
 
-// errFileExists is for an upload with create of a file that exists. errChecksum is what
-// the reader of an upload's body returns if it does not have its checksum.
+// errFileExists is for an upload of a file that must not exist and does; another
+// condition that does not hold is errCondition. errChecksum is what the reader of an
+// upload's body returns if it does not have its checksum.
 var (
 	errFileExists = &problem{status: http.StatusPreconditionFailed, detail: "the file exists already"}
+	errCondition  = &problem{status: http.StatusPreconditionFailed, detail: "the file is not, or no longer, the one that the request's condition names"}
 	errChecksum   = &problem{status: http.StatusUnprocessableEntity, detail: "the body does not have the checksum that was sent with it"}
 )
 
-// putFile stores an upload; created reports that there was no such file. When it
-// returns nil the file is durable; otherwise the old one is still there.
-func (c *cache) putFile(ctx context.Context, file fileRequest, u upload) (created bool, err error) {
+// checkConditions evaluates the conditions of a request that writes (RFC 9110 section
+// 13.2.2). rec is the record of the stored file; nil: there is none.
+func checkConditions(when http.Header, rec *record) error {
+	lists := func(name string, weak bool) bool {
+		for tag := range strings.SplitSeq(strings.Join(when.Values(name), ","), ",") {
+			tag = strings.TrimSpace(tag)
+			if weak {
+				tag = strings.TrimPrefix(tag, "W/")
+			}
+			if rec != nil && (tag == "*" || tag == `"sha256-`+rec.SHA256+`"`) {
+				return true
+			}
+		}
+		return false
+	}
+	if when["If-Match"] != nil {
+		if !lists("If-Match", false) {
+			return errCondition
+		}
+	} else if at, err := http.ParseTime(when.Get("If-Unmodified-Since")); err == nil && rec != nil && rec.Modified.Truncate(time.Second).After(at) {
+		return errCondition
+	}
+	if lists("If-None-Match", true) {
+		return errFileExists
+	}
+	return nil
+}
+
+// localFiles are the files of local repositories, as their clients write them.
+type localFiles struct{ *cache }
+
+// put stores an upload; created reports that there was no such file. When it returns
+// nil the file is durable; otherwise the old one is still there.
+func (c localFiles) put(ctx context.Context, file fileRequest, u upload) (created bool, err error) {
 	spool, err := c.space.newSpool("")
 	if err != nil {
 		return false, err
@@ -44,14 +79,37 @@ func (c *cache) putFile(ctx context.Context, file fileRequest, u upload) (create
 		return false, err
 	}
 	defer c.changing.unlock(key)
-	_, err = c.objects.open(ctx, key, -1)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	old, err := c.findForWriting(ctx, key, u.when)
+	if err != nil {
 		return false, err
 	}
-	if created = err != nil; !created && u.create {
-		return false, errFileExists
+	return old == nil, c.storeBody(ctx, key, rec, spool.file, old == nil && u.when.Get("If-None-Match") == "*")
+}
+
+// delete removes a file; fs.ErrNotExist when there is none.
+func (c localFiles) delete(ctx context.Context, file fileRequest, when http.Header) error {
+	key := file.key()
+	if err := c.changing.lock(ctx, key); err != nil {
+		return err
 	}
-	return created, c.storeBody(ctx, key, rec, spool.file, u.create)
+	defer c.changing.unlock(key)
+	if _, err := c.findForWriting(ctx, key, when); err != nil {
+		return err
+	}
+	return c.removeFile(ctx, file.remote.name, key)
+}
+
+// findForWriting returns the record of the file that a request is about to replace or to
+// remove, nil if there is none, or the condition of the request that does not hold.
+func (c localFiles) findForWriting(ctx context.Context, key string, when http.Header) (*record, error) {
+	old, err := c.objects.open(ctx, key, -1)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, checkConditions(when, nil)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return old.rec, checkConditions(when, old.rec)
 }
 
 // receiveUpload spools an upload. errNoSpace: there is not enough for it.

@@ -186,7 +186,8 @@ func (s *responder) readRefusedBody(w *response, r *http.Request) {
 	if w.controller.Flush() != nil {
 		return
 	}
-	for end := s.now().Add(maxRefusedBodyTime); s.now().Before(end); {
+	end := s.now().Add(maxRefusedBodyTime)
+	for n := 0; n < maxRefusedBody && s.now().Before(end); n += copyBufferSize {
 		_ = w.controller.SetReadDeadline(s.now().Add(closeDelay))
 		if _, err := io.CopyN(io.Discard, r.Body, copyBufferSize); err != nil {
 			return
@@ -323,8 +324,9 @@ const (
 	// an unwanted body is on its way. If it were closed at once, the answer could
 	// be lost. A second is several round trips.
 	closeDelay = time.Second
-	// maxRefusedBodyTime bounds the reading of a refused upload: a gigabyte takes
-	// about so long on a good line.
+	// maxRefusedBody and maxRefusedBodyTime bound the reading of a refused upload: most
+	// files are smaller, and a slow line takes about so long for one.
+	maxRefusedBody     = 64 << 20
 	maxRefusedBodyTime = 30 * time.Second
 	// copyBufferSize is the size of the buffers of most bodies. It holds a small
 	// file at once, and TLS sends 16 KiB at a time anyway.
