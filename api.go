@@ -75,6 +75,9 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if a.origin.Check(r) != nil { // it refuses no GET, HEAD or OPTIONS
 			return newProblem(http.StatusForbidden, "a browser may not write here from another site (cross-origin request)")
 		}
+		if slices.Contains(readBySameSite, first) && r.Header.Get("Sec-Fetch-Site") == "cross-site" && r.Header.Get("Sec-Fetch-Mode") != "navigate" {
+			return newProblem(http.StatusForbidden, "a page of another site may not read this")
+		}
 		switch first {
 		case "api":
 			return a.serveFile(w, r, strings.TrimPrefix(rest, "v1/remote/"))
@@ -86,6 +89,10 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return a.serveEndpoint(w, r, "/"+p)
 	}, writeJSONError)
 }
+
+// readBySameSite are the first elements of paths that other sites' pages may not read,
+// though a browser follows a link there: they say what is here, and listing it costs.
+var readBySameSite = []string{"artifacts", "config", "metrics", "missed"}
 
 // serveEndpoint serves a management endpoint. All but /missed answer GET and HEAD only.
 func (a *api) serveEndpoint(w *response, r *http.Request, path string) error {
@@ -526,7 +533,6 @@ func (a *api) serveMissed(w *response, r *http.Request) error {
 		return nil
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
 	lines := json.NewEncoder(w)
 	for f := range a.cache.missed.list(name) {
 		if lines.Encode(f) != nil {

@@ -63,7 +63,6 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 	}
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("Content-Security-Policy", pagePolicy)
-	h.Set("X-Content-Type-Options", "nosniff")
 	return pageTemplate.Execute(w, p)
 }
 

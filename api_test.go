@@ -497,6 +497,30 @@ func TestBrowsersOfOtherSitesMayNotWrite(t *testing.T) {
 	tt.put("/api/l/a", "mine", bearer, "Origin: "+tt.url).wantStatus(200)
 }
 
+// No page of another site may read what is here, by embedding or by asking; a link may
+// be followed.
+func TestPagesOfOtherSitesMayNotRead(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	tt.put("/api/l/a", "body", bearer).wantStatus(201)
+	const site, mode = "Sec-Fetch-Site: ", "Sec-Fetch-Mode: "
+	for path, status := range map[string]int{"/artifacts/l": 200, "/config": 200, "/metrics": 200, "/missed": 404, "/artifacts/none": 404,
+		"//config": 200, "/": 200, "/health": 200, "/api/l/a": 200, "/api/l/none": 404, "/v2/": 200, "/v2/none/a/manifests/b": 404} {
+		refused := status
+		if strings.Contains("artifacts config metrics missed", strings.Split(strings.Trim(path, "/"), "/")[0]) && path != "/" {
+			refused = 403
+		}
+		tt.get(path, site+"cross-site", mode+"no-cors").wantStatus(refused)
+		tt.get(path, site+"cross-site").wantStatus(refused)
+		tt.head(path, site+"cross-site", mode+"cors").wantStatus(refused)
+		tt.get(path, site+"same-origin", mode+"cors").wantStatus(status)
+		tt.get(path, site+"none", mode+"navigate").wantStatus(status)
+		tt.get(path, site+"cross-site", mode+"navigate").wantStatus(status).
+			wantHeader("X-Content-Type-Options", "nosniff").wantHeader("Cross-Origin-Resource-Policy", "same-origin")
+	}
+	tt.get("/", "Accept: text/html").wantHeader("X-Content-Type-Options", "nosniff").wantHeader("Cross-Origin-Resource-Policy", "same-origin")
+}
+
 // While many clients write and read one file, each of them reads one whole version.
 func TestLocalFileUnderWritersAndReaders(t *testing.T) {
 	t.Parallel()

@@ -155,7 +155,6 @@ func (reply *fileReply) setHeaders(h http.Header, r *http.Request, file fileRequ
 	if reply.rec.Encoding != "" {
 		s.set("Content-Encoding", reply.rec.Encoding)
 	}
-	h["X-Content-Type-Options"] = noSniff
 	h["Content-Security-Policy"] = sandbox
 	if r.ProtoMajor == 1 && r.ProtoMinor == 1 && r.ContentLength == 0 {
 		h["Connection"] = keepAlive // apk reuses a connection only then
@@ -168,7 +167,6 @@ var (
 	sourceCache  = []string{"cache"}
 	sourceRemote = []string{"remote"}
 	acceptRanges = []string{"bytes"}
-	noSniff      = []string{"nosniff"}
 	sandbox      = []string{"sandbox"} // cached HTML must not script our page
 	keepAlive    = []string{"keep-alive"}
 )

@@ -112,7 +112,7 @@ func (g *registry) serveCall(w *response, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if c.ns != "" {
+	if len(c.ns) <= 255 && registryPattern.MatchString(c.ns) { // the client's text comes back only if it can be a name
 		w.Header()["Oci-Namespace"] = []string{c.ns}
 	}
 	if c.route == routePing {

@@ -555,7 +555,10 @@ func TestRegistryPings(t *testing.T) {
 			t.Errorf("HEAD %s has a body", path)
 		}
 	}
-	m.get("/v2/reg/?ns=docker.io").wantHeader("OCI-Namespace", "docker.io")
+	for ns, want := range map[string]string{"docker.io": "docker.io", "quay.io%3A443": "quay.io:443", "[::1]%3A5000": "[::1]:5000",
+		"": "", "<script>": "", "a%20b": "", "a/b": "", "https%3A%2F%2Fdocker.io": "", strings.Repeat("x", 256): ""} {
+		m.get("/v2/reg/?ns="+ns).wantHeader("OCI-Namespace", want)
+	}
 }
 
 func TestRegistryPullTwiceAsksUpstreamOnce(t *testing.T) {

@@ -149,6 +149,7 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 	res := &response{ResponseWriter: w, controller: http.NewResponseController(w), now: s.now, sendfile: r.ProtoMajor == 1 && r.TLS == nil}
 	res.requestID = cmp.Or(acceptRequestID(r.Header.Get("X-Request-Id")), newRequestID())
 	res.Header()["X-Request-Id"] = []string{res.requestID}
+	setCommonHeaders(res.Header())
 	res.extendWriteDeadline() // the deadline of an earlier answer may be over, and net/http may write before we do
 	if r.ContentLength != 0 {
 		// net/http reads a body that no handler reads before it sends the answer.
@@ -178,6 +179,19 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 		s.readRefusedBody(res, r)
 	}
 }
+
+// setCommonHeaders sets the headers of all answers: no browser shall take one for
+// something else, or let another site's page embed it.
+func setCommonHeaders(h http.Header) {
+	h["X-Content-Type-Options"] = noSniff
+	h["Cross-Origin-Resource-Policy"] = sameOrigin
+}
+
+// Header values that never change, shared by all answers.
+var (
+	noSniff    = []string{"nosniff"}
+	sameOrigin = []string{"same-origin"}
+)
 
 // readRefusedBody sends the answer and then reads the rest of an upload that was
 // refused. Some clients send the whole body before they read the answer. If the
@@ -231,13 +245,13 @@ func (s *responder) answerError(w *response, r *http.Request, err error, writeEr
 	h := w.Header()
 	clear(h)
 	h.Set("X-Request-Id", w.requestID)
+	setCommonHeaders(h)
 	if p, ok := errors.AsType[*problem](err); ok {
 		if p.retryAfter > 0 {
 			h.Set("Retry-After", strconv.Itoa(int(math.Ceil(p.retryAfter.Seconds()))))
 		}
 		maps.Copy(h, p.headers)
 	}
-	h.Set("X-Content-Type-Options", "nosniff")
 	switch {
 	case r.ProtoMajor != 1:
 	case r.ContentLength != 0:
