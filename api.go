@@ -33,6 +33,7 @@ import (
 type api struct {
 	cache     *cache
 	config    func() *config      // the configuration in force; a request calls it once
+	settings  map[string]string   // the environment as /config shows it
 	health    func() healthReport // answers at once, whatever backend hangs
 	responder *responder
 	metrics   *metrics
@@ -408,7 +409,7 @@ func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) list
 		e.Variant = hex.EncodeToString(sum[:8])
 	}
 	if len(rem.origins) > 0 {
-		base := rem.origins[0].url.String() + "/"
+		base := rem.shownURL(0) + "/"
 		if rem.packageType == "docker" {
 			base += "v2/"
 		}
@@ -471,9 +472,12 @@ func (a *api) serveHealth(w *response, _ *http.Request) error {
 	return writeJSON(w, h)
 }
 
-// serveConfig serves /config: the configuration in force, without its secrets.
+// serveConfig serves /config: remotes.yaml and the environment in force, without what is
+// secret in them.
 func (a *api) serveConfig(w *response, _ *http.Request) error {
-	return writeJSON(w, a.config().publicView())
+	v := a.config().publicView()
+	v["settings"] = a.settings
+	return writeJSON(w, v)
 }
 
 // serveMetrics serves /metrics in Prometheus' text format.

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed" // the three assets
@@ -72,12 +73,12 @@ func (a *api) listRemotes(ctx context.Context, cfg *config) []remoteOverview {
 	list := make([]remoteOverview, 0, len(cfg.names))
 	for _, name := range cfg.names {
 		rem, t := cfg.remotes[name], totals[name]
-		o := remoteOverview{Name: name, Type: rem.typeName(), Package: rem.packageType, Description: rem.description}
+		o := remoteOverview{Name: name, Type: rem.typeName(), Package: rem.packageType, Description: cmp.Or(rem.masked["description"], rem.description)}
 		if err == nil { // without the index, the remotes are still shown
 			o.Artifacts, o.Bytes = &t.Files, &t.Bytes
 		}
 		if !rem.local {
-			o.URL = rem.origins[0].url.String()
+			o.URL = rem.shownURL(0)
 		}
 		list = append(list, o)
 	}

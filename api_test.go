@@ -823,17 +823,41 @@ func TestConfigIsShownWithoutItsSecrets(t *testing.T) {
 	t.Parallel()
 	tt := setup{yaml: `
 remotes:
-  r: {base_url: ORIGIN, username: u, password: SECRET, headers: {X-Key: SECRET}, timeout: 7}
-  l: {type: local, write_token: SECRET}
-`, env: map[string]string{"API_TOKEN": "SECRET"}}.start(t)
+  r: {base_url: ORIGIN, username: u, password: HIDDEN, headers: {X-Key: HIDDEN}, timeout: 7}
+  l: {type: local, write_token: HIDDEN}
+`, env: map[string]string{"API_TOKEN": "HIDDEN"}}.start(t)
 	g := tt.get("/config").wantStatus(200).wantHeader("Content-Type", "application/json")
-	if g.has("SECRET") {
+	if g.has("HIDDEN") {
 		t.Errorf("a secret shows: %s", g.text)
 	}
-	for _, part := range []string{`"***"`, `"timeout": 7`, `"mutable_ttl": 3600`, `"X-Key"`, tt.origin.url} {
+	for _, part := range []string{`"***"`, `"API_TOKEN": "***"`, `"LOG_LEVEL": "debug"`, `"timeout": 7`, `"mutable_ttl": 3600`, `"X-Key"`, tt.origin.url} {
 		if !g.has(part) {
 			t.Errorf("%s is missing in %s", part, g.text)
 		}
+	}
+}
+
+// What came from a variable is shown neither by the endpoints nor in an error.
+func TestVariablesAreNotShown(t *testing.T) {
+	t.Parallel()
+	tt := setup{env: map[string]string{"API_TOKEN": "t"}}.start(t)
+	tt.get("/api/r/a")
+	tt.origin.file("/a", "x")
+	tt.get("/api/r/a").wantStatus(200)
+	tt.settle()
+	tt.server.config.Store(mustParse(t, `
+remotes:
+  r: {base_url: "http://127.0.0.1:9/${TOKEN}/x", description: "of ${TOKEN}"}
+  away: {base_url: "http://${TOKEN}.example/x"}
+`))
+	for path, want := range map[string]string{"/": `"url": "http://127.0.0.1:9/***/x"`, "/config": `"description": "of ***"`, "/artifacts/r": `"source": "http://127.0.0.1:9/***/x/a"`,
+		"/api/away/a": `***.example: `} {
+		if g := tt.get(path); !g.has(want) || g.has(hidden) {
+			t.Errorf("%s: want %s in %s", path, want, g.text)
+		}
+	}
+	if g := tt.get("/", "Accept: text/html"); g.has(hidden) || !g.has("of ***") {
+		t.Errorf("the page shows it: %s", g.text)
 	}
 }
 

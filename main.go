@@ -376,7 +376,7 @@ func (s *server) newHandler() http.Handler {
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas, st.replicaKey}, up, time.Now, s.log, metrics)
 	st.missed = newMissedSnapshot(s.set.dataDir, &s.cache.missed, s.log)
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
-	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
+	return &api{cache: s.cache, config: s.config.Load, settings: s.set.shown, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
 		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
 		registry: newRegistry(s.cache, s.config.Load, s.responder)}
 }

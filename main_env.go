@@ -39,7 +39,8 @@ type settings struct {
 	tlsCert, tlsKey    string      // file names; "": plain HTTP
 	drainDelay         time.Duration
 	logLevel           slog.Level
-	logFormat          string // text or json; "": text on a terminal, else json
+	logFormat          string            // text or json; "": text on a terminal, else json
+	shown              map[string]string // the variables as /config shows them, with their defaults
 }
 
 // groups lists variables that belong together: when one of a group is set, the
@@ -53,7 +54,7 @@ var groups = [][]string{
 // parseSettings reads the environment. Its error has a line for each variable that is
 // missing or wrong, and never holds the value of a secret.
 func parseSettings(env lookupEnv) (*settings, error) {
-	p := &envReader{env: env}
+	p := &envReader{env: env, read: map[string]string{}}
 	for _, group := range groups {
 		given := slices.IndexFunc(group, func(name string) bool { return p.readString(name, "") != "" })
 		for _, name := range group {
@@ -90,7 +91,7 @@ func parseSettings(env lookupEnv) (*settings, error) {
 	if set.drainDelay, err = time.ParseDuration(drainDelay); err != nil || set.drainDelay < 0 {
 		p.addError("DRAIN_DELAY", "%q is not a duration like 10s or 1m30s", drainDelay)
 	}
-	for _, name := range []string{"API_TOKEN", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "DBPASS"} {
+	for _, name := range []string{"API_TOKEN", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "DBUSER", "DBPASS"} {
 		if !isCleanSecret(p.readString(name, "")) {
 			p.addError(name, uncleanSecret)
 		}
@@ -109,13 +110,50 @@ func parseSettings(env lookupEnv) (*settings, error) {
 	}
 	p.readS3(&set.s3)
 	p.readOtherBackends(set)
+	set.shown = p.shownSettings(set)
 	return set, errors.Join(p.errs...)
 }
 
 // envReader reads variables and collects the mistakes in them.
 type envReader struct {
 	env  lookupEnv
+	read map[string]string // what was read, defaults included
 	errs []error
+}
+
+// shownSettings returns what was read, and what libraries read for themselves, without
+// secrets.
+func (p *envReader) shownSettings(set *settings) map[string]string {
+	for _, name := range []string{"NO_PROXY", "no_proxy", "SSL_CERT_FILE"} {
+		p.readString(name, "")
+	}
+	p.read["DATA_DIR"] = set.dataDir
+	p.read["MINIO_SECURE"] = strconv.FormatBool(set.s3.secure)
+	p.read["MIN_FREE"] = cmp.Or(p.read["MIN_FREE"], "1GiB or 5 % of the disk, whichever is less")
+	for name, v := range p.read {
+		switch {
+		case slices.Contains([]string{"API_TOKEN", "MINIO_SECRET_KEY", "DBPASS"}, name):
+			p.read[name] = secret(v).String()
+		case v == "" && strings.ToLower(name) == name: // another way to write a variable
+			delete(p.read, name)
+		case name == "REDIS_URL" || strings.HasSuffix(strings.ToUpper(name), "_PROXY"):
+			p.read[name] = hideUserInfo(v)
+		}
+	}
+	return p.read
+}
+
+// hideUserInfo returns a URL, whose scheme may be missing, without user, password and query.
+func hideUserInfo(v string) string {
+	v, _, _ = strings.Cut(v, "?")
+	begin := strings.Index(v, "://") + len("://")
+	if begin < len("://") {
+		begin = 0
+	}
+	if at := strings.LastIndexByte(v, '@'); at >= begin {
+		return v[:begin] + "***" + v[at:]
+	}
+	return v
 }
 
 // addError records a mistake in the variable name.
@@ -127,13 +165,18 @@ func (p *envReader) addError(name, format string, args ...any) {
 // empty.
 func (p *envReader) readString(name, defaultValue string) string {
 	v, _ := p.env(name)
-	return cmp.Or(v, defaultValue)
+	v = cmp.Or(v, defaultValue)
+	p.read[name] = cmp.Or(v, p.read[name])
+	return v
 }
 
 // readSize reads a size like 10GiB, in bytes.
 func (p *envReader) readSize(name string, defaultValue int64) int64 {
 	v := p.readString(name, "")
 	if v == "" {
+		if defaultValue > 0 {
+			p.read[name] = strconv.FormatInt(defaultValue, 10)
+		}
 		return defaultValue
 	}
 	n, err := parseSize(v)
@@ -161,12 +204,13 @@ func (p *envReader) readOneOf(name, defaultValue string, values ...string) strin
 func (p *envReader) readS3(c *s3Config) {
 	endpoint := p.readString("MINIO_ENDPOINT", "")
 	secure := p.readOneOf("MINIO_SECURE", "", "true", "false", "1", "0")
+	region := p.readString("MINIO_REGION", "us-east-1")
 	virtual := p.readOneOf("MINIO_VIRTUAL_HOST", "false", "true", "false", "1", "0")
 	if endpoint == "" {
 		return
 	}
 	*c = s3Config{bucket: p.readString("MINIO_BUCKET", ""), accessKey: p.readString("MINIO_ACCESS_KEY", ""), secretKey: p.readString("MINIO_SECRET_KEY", ""),
-		region: p.readString("MINIO_REGION", "us-east-1"), virtualHost: virtual == "true" || virtual == "1"}
+		region: region, virtualHost: virtual == "true" || virtual == "1"}
 	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
 		if v[1] != "" && !namePattern.MatchString(v[1]) {
 			p.addError(v[0], "%q is not a valid name: use letters, digits, '.', '_' and '-'", v[1])

@@ -12,6 +12,7 @@ import (
 	goparser "go/parser"
 	gotoken "go/token"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -240,11 +241,50 @@ func TestLogFormatFollowsTheOutput(t *testing.T) {
 
 func TestTokenThatNobodyCouldSend(t *testing.T) {
 	t.Parallel()
-	for _, token := range []string{"hunter2\n", " hunter2", "hun\r\nter2"} {
-		_, err := parseSettings(envOf(map[string]string{"API_TOKEN": token}))
-		if err == nil || !strings.Contains(err.Error(), "API_TOKEN") || strings.Contains(err.Error(), "hun") {
-			t.Errorf("%q: %v, want an error that names API_TOKEN and does not show it", token, err)
+	for _, token := range []string{"hunter2\n", " hunter2", "hun\r\nter2", "hunter2 "} {
+		for _, name := range []string{"API_TOKEN", "DBUSER", "DBPASS", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"} {
+			_, err := parseSettings(envOf(map[string]string{name: token}))
+			if err == nil || !strings.Contains(err.Error(), name+": holds") || strings.Contains(err.Error(), "hun") {
+				t.Errorf("%q: %v, want an error that names %s and does not show it", token, err, name)
+			}
 		}
+	}
+	for _, v := range []string{"redis://:hunter2@h:6379/0\n", "redis://:hunter2@h:6379/0 ", "redis://:hunter2@h:6379 "} {
+		set, err := parseSettings(envOf(map[string]string{"REDIS_URL": v, "DATA_DIR": t.TempDir()}))
+		if err == nil {
+			_, err = openStores(set, time.Now, slog.New(slog.DiscardHandler))
+		}
+		if err == nil || !strings.Contains(err.Error(), "REDIS_URL") || strings.Contains(err.Error(), "hun") {
+			t.Errorf("%q: %v, want an error that names REDIS_URL and does not show it", v, err)
+		}
+	}
+}
+
+func TestSettingsAreShownWithoutTheirSecrets(t *testing.T) {
+	t.Parallel()
+	set, err := parseSettings(envOf(map[string]string{"API_TOKEN": "HIDDEN", "DBPASS": "HIDDEN", "DBHOST": "h", "DBUSER": "u@server", "DBNAME": "n", "REDIS_URL": "rediss://HIDDEN:HID@DEN@h:6379/2?HIDDEN",
+		"MINIO_ENDPOINT": "https://s3:9", "MINIO_ACCESS_KEY": "id", "MINIO_SECRET_KEY": "HIDDEN", "MINIO_BUCKET": "b", "HTTPS_PROXY": "u:HIDDEN@p:3128", "http_proxy": "http://u:HIDDEN@p",
+		"MIN_FREE": "3MB", "LOG_LEVEL": "WARN", "DATA_DIR": "/d@t/a"}))
+	must(t, err)
+	for name, want := range map[string]string{"API_TOKEN": "***", "DBPASS": "***", "DBUSER": "u@server", "DBPORT": "5432", "REDIS_URL": "rediss://***@h:6379/2", "MINIO_SECRET_KEY": "***", "MINIO_ACCESS_KEY": "id",
+		"MINIO_SECURE": "true", "MINIO_REGION": "us-east-1", "HTTPS_PROXY": "***@p:3128", "http_proxy": "http://***@p", "MIN_FREE": "3MB", "HOT_CACHE_SIZE": "10737418240", "DATA_DIR": "/d@t/a", "CACHE_MAX_SIZE": ""} {
+		if got, ok := set.shown[name]; !ok || got != want {
+			t.Errorf("%s: %q, want %q", name, got, want)
+		}
+	}
+	if all := fmt.Sprint(set.shown); strings.Contains(all, "HIDDEN") || strings.Contains(all, "DEN@") {
+		t.Errorf("a secret shows: %s", all)
+	}
+	unset, err := parseSettings(envOf(nil))
+	must(t, err)
+	names, _ := environmentOf(t)
+	for _, name := range names {
+		if v, ok := unset.shown[name]; !ok || v == "***" {
+			t.Errorf("%s is shown as %q, %v", name, v, ok)
+		}
+	}
+	if _, ok := unset.shown["https_proxy"]; ok || len(unset.shown) > len(names) {
+		t.Errorf("more is shown than there is: %q", unset.shown)
 	}
 }
 

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -76,6 +77,10 @@ type remote struct {
 	timeout      time.Duration    // to connect and to get the response header, for each redirect anew
 	maxSize      int64            // cache.max_size in bytes; 0 means no limit
 	absence
+
+	// masked holds the values of keys that hold a ${VAR}, with *** in its place, to be
+	// shown instead. That of a mirror is under mirrors and its index in origins.
+	masked map[string]string
 }
 
 // absence says what becomes of a request for a file that is not stored.
@@ -139,6 +144,9 @@ func (c *config) addRegistry(r *remote) {
 		if r.registry = r.origins[0].url.Host; r.registry == "registry-1.docker.io" {
 			r.registry = "docker.io"
 		}
+		if host := r.shownHost(0); host != r.origins[0].url.Host {
+			r.masked["registry"] = host
+		}
 	}
 	if _, taken := c.registries[r.registry]; !taken || given {
 		c.registries[r.registry] = r
@@ -163,6 +171,25 @@ func (r *remote) urlPath() string {
 		return "/v2/" + r.name + "/"
 	}
 	return "/api/" + r.name + "/"
+}
+
+// shownURL returns the URL of origin i as it may be shown.
+func (r *remote) shownURL(i int) string {
+	key := "base_url"
+	if i > 0 {
+		key = "mirrors" + strconv.Itoa(i)
+	}
+	return cmp.Or(r.masked[key], r.origins[i].url.String())
+}
+
+// shownHost returns the host of origin i as it may be shown.
+func (r *remote) shownHost(i int) string {
+	_, rest, found := strings.Cut(r.shownURL(i), "://")
+	if !found {
+		return "***" // scheme and host are from one variable
+	}
+	host, _, _ := strings.Cut(rest, "/")
+	return host
 }
 
 // resolveTarget returns the file that a request below /api/ names. escaped is what

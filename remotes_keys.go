@@ -45,7 +45,7 @@ var remoteKeys = []remoteKey{
 	{name: "type", defaultText: "remote", set: setType, publicValue: func(r *remote) any { return r.typeName() }},
 	{name: "package", defaultText: "generic", set: setPackage, field: func(r *remote) any { return &r.packageType }},
 	{name: "description", defaultText: "none", field: func(r *remote) any { return &r.description }},
-	{name: "base_url", onType: "remote", defaultText: "required", set: setBaseURL, publicValue: func(r *remote) any { return r.origins[0].url.String() }},
+	{name: "base_url", onType: "remote", defaultText: "required", set: setBaseURL, publicValue: func(r *remote) any { return r.shownURL(0) }},
 	{name: "mirrors", onType: "remote", defaultText: "none", set: setMirrors, publicValue: publicMirrors},
 	{name: "mirrors.url", onType: "remote", defaultText: "required"},
 	{name: "mirrors.auth", onType: "remote", defaultText: "false"},
@@ -248,15 +248,22 @@ func setMirrors(c *configReader, r *remote, n *yaml.Node) {
 			}
 		}
 		o.url = c.readURL(urlNode, false)
-		r.origins = append(r.origins, o)
+		if c.masked != "" {
+			r.masked["mirrors"+strconv.Itoa(len(r.origins))] = c.masked
+		}
+		r.origins, c.masked = append(r.origins, o), ""
 	}
 }
 
 // setUsername reads username. Basic authorization ends the username at the first
 // colon (RFC 7617 section 2).
 func setUsername(c *configReader, r *remote, n *yaml.Node) {
-	if r.username, _ = c.readString(n); strings.Contains(r.username, ":") {
+	r.username, _ = c.readString(n)
+	switch {
+	case strings.Contains(r.username, ":"):
 		c.addValueError(n, "must not hold a colon (RFC 7617): put what follows it into password")
+	case !isCleanSecret(r.username):
+		c.addValueError(n, uncleanSecret)
 	}
 }
 
@@ -345,8 +352,8 @@ func parseSize(s string) (int64, error) {
 
 // publicView returns the effective configuration for /config, ready for
 // encoding/json: every key that applies to a remote, with its default if the file
-// does not have it, and "***" instead of secrets.
-func (c *config) publicView() any {
+// does not have it, and "***" instead of secrets and of what came from ${VAR}.
+func (c *config) publicView() map[string]any {
 	all := map[string]any{}
 	for name, r := range c.remotes {
 		cache := map[string]any{}
@@ -357,7 +364,9 @@ func (c *config) publicView() any {
 				continue
 			}
 			var v any
-			switch {
+			switch hidden := r.masked[k.name]; {
+			case hidden != "":
+				v = hidden
 			case k.publicValue != nil:
 				v = k.publicValue(r)
 			case k.field != nil:
@@ -387,8 +396,8 @@ func publicMirrors(r *remote) any {
 		return nil
 	}
 	var list []map[string]any
-	for _, o := range r.origins[1:] {
-		list = append(list, map[string]any{"url": o.url.String(), "auth": o.auth, "verified": o.verified})
+	for i, o := range r.origins[1:] {
+		list = append(list, map[string]any{"url": r.shownURL(i + 1), "auth": o.auth, "verified": o.verified})
 	}
 	return list
 }

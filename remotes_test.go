@@ -179,6 +179,8 @@ func TestConfigMistakes(t *testing.T) {
 		{"check_mutable_updates is a word", one("    check_mutable_updates: perhaps # HERE\n"), "check_mutable_updates must be true or false"},
 		{"description is a list", one("    description: [a] # HERE\n"), "description must be text"},
 		{"password is true", one("    password: true # HERE\n"), "put true in quotes"},
+		{"username with a line break", one("    username: \"hidden\\n\" # HERE\n"), "username holds a line break"},
+		{"password with a blank", one("    password: \"hidden \" # HERE\n"), "password holds a line break"},
 		{"username with a colon", one("    username: joe:hidden # HERE\n"), "must not hold a colon"},
 		{"headers are a list", one("    headers: [a] # HERE\n"), "headers must be a mapping"},
 		{"header with a line break", one("    headers: {X-A: \"b\\r\\nX-B: c\"} # HERE\n"), "headers: X-A holds a line break"},
@@ -365,7 +367,7 @@ func TestPublicHasDefaultsButNoSecrets(t *testing.T) {
 	}
 	for _, s := range []string{
 		`"password": "***"`, `"write_token": "***"`, `"X-Token": "***"`, `"username": "joe$"`, `"max_size": 1610612736`,
-		`"base_url": "https://example.org:8443/a%2Fb/c"`, `"url": "https://two.example.org/m"`, `"registry": "docker.io"`,
+		`"base_url": "https://example.org:8443/a%2Fb/c"`, `"url": "***"`, `"registry": "docker.io"`,
 		`"timeout": 30`, `"mutable_ttl": 3600`, `"\\.bin$"`, `"type": "local"`, `"stale_if_error": false`, `"sealed": true`, `"would_miss": false`,
 	} {
 		if !strings.Contains(text, s) {
@@ -376,6 +378,35 @@ func TestPublicHasDefaultsButNoSecrets(t *testing.T) {
 	want := `{"remotes":{"own":{"cache":{"immutable_ttl":0,"mutable_ttl":3600},"package":"generic","type":"local"}}}`
 	if string(own) != want {
 		t.Errorf("got  %s\nwant %s", own, want)
+	}
+}
+
+// What a variable holds may be a secret wherever it stands.
+func TestPublicHasNoVariables(t *testing.T) {
+	t.Parallel()
+	b, err := json.Marshal(mustParse(t, `
+remotes:
+  a: {base_url: "https://h.example/${TOKEN}/a/", description: "$$ ${TOKEN}", username: "u-${TOKEN}", password: "p-${TOKEN}", headers: {X: "h-${TOKEN}"}}
+  b: {base_url: "${MIRROR}", mirrors: ["https://plain.example/", {url: "https://${TOKEN}.example"}, "https://third.example"], package: docker, token_realm: "https://t.example/${TOKEN}"}
+  c: {type: local, write_token: "w-${TOKEN}", description: plain}
+  d: {base_url: "https://${TOKEN}.example/p", package: docker}
+  e: {base_url: "https://registry-1.docker.io/", package: docker}
+`).publicView())
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(b)
+	for _, s := range []string{hidden, "two.example", "p-", "h-", "w-"} {
+		if strings.Contains(text, s) {
+			t.Errorf("%s is in %s", s, text)
+		}
+	}
+	for _, s := range []string{`"base_url":"https://h.example/***/a"`, `"description":"$ ***"`, `"username":"u-***"`, `"base_url":"***"`, `"registry":"***"`,
+		`"mirrors":[{"auth":false,"url":"https://plain.example"},{"auth":false,"url":"https://***.example"},{"auth":false,"url":"https://third.example"}]`,
+		`"token_realm":"https://t.example/***"`, `"description":"plain"`, `"registry":"***.example"`, `"registry":"docker.io"`} {
+		if !strings.Contains(text, s) {
+			t.Errorf("%s is not in %s", s, text)
+		}
 	}
 }
 

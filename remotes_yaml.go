@@ -92,6 +92,7 @@ type configReader struct {
 
 	remote      string         // the remote that is read now; "" outside of remotes
 	key         string         // the key that is read now
+	masked      string         // the value that was read last, with *** for ${VAR}; "": it has none, or is a secret
 	typeUnknown bool           // type or package is wrong: other keys are not checked against them
 	registries  map[string]int // the line of each value of the key registry
 }
@@ -230,7 +231,7 @@ func (c *configReader) readRemotes(n *yaml.Node, cfg *config) {
 // reported.
 func (c *configReader) readRemote(k, v *yaml.Node) *remote {
 	c.remote, c.typeUnknown = k.Value, false
-	r := &remote{name: k.Value, packageType: "generic", mutableTTL: defaultMutableTTL, timeout: defaultTimeout}
+	r := &remote{name: k.Value, packageType: "generic", mutableTTL: defaultMutableTTL, timeout: defaultTimeout, masked: map[string]string{}}
 	c.rejectReferences(k)
 	c.rejectReferences(v)
 	if v.Kind != yaml.MappingNode && !c.typeUnknown {
@@ -252,6 +253,10 @@ func (c *configReader) readRemote(k, v *yaml.Node) *remote {
 		case key.field != nil:
 			c.readField(f.value, key.minimum, key.field(r))
 		}
+		if given && c.masked != "" {
+			r.masked[key.name] = c.masked
+		}
+		c.masked = ""
 	}
 	if _, ok := fields["base_url"]; !ok && !r.local && !c.typeUnknown {
 		c.addError(k.Line, "base_url is missing: say where its files are, or type: \"local\"")
@@ -379,8 +384,12 @@ func (c *configReader) readScalar(n *yaml.Node) (string, bool) {
 // readString returns the text of n with its variables expanded. ok is false if the
 // text cannot be used, which is reported as a mistake.
 func (c *configReader) readString(n *yaml.Node) (s string, ok bool) {
-	s, ok = c.readScalar(n)
-	s, complaint := expandVariables(s, c.env)
+	raw, ok := c.readScalar(n)
+	s, complaint := expandVariables(raw, c.env)
+	c.masked = ""
+	if hidden, _ := expandVariables(raw, func(string) (string, bool) { return "***", true }); hidden != s {
+		c.masked = hidden
+	}
 	if complaint != "" {
 		c.addValueError(n, "%s", complaint)
 		return "", false
@@ -402,6 +411,7 @@ func (c *configReader) readField(n *yaml.Node, minimum int64, field any) {
 		*f, _ = c.readString(n)
 	case *secret:
 		s, _ := c.readString(n)
+		c.masked = "" // no part of a secret is shown
 		if *f = secret(s); !isCleanSecret(s) {
 			c.addValueError(n, uncleanSecret)
 		}
@@ -462,7 +472,7 @@ func (c *configReader) readURL(n *yaml.Node, withQuery bool) *url.URL {
 	s, ok := c.readString(n)
 	scheme, _, _ := strings.Cut(strings.ToLower(s), "://")
 	if !withQuery {
-		s = strings.TrimRight(s, "/")
+		s, c.masked = strings.TrimRight(s, "/"), strings.TrimRight(c.masked, "/")
 	}
 	u, err := url.Parse(s)
 	switch {

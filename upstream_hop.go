@@ -364,7 +364,11 @@ func (x *exchange) newUnusableError(at *url.URL, reason string) error {
 // newExchangeProblem makes a problem with the status of kind. Its text names the remote
 // and the host that was asked. cause is only logged.
 func (x *exchange) newExchangeProblem(kind error, at *url.URL, text string, cause error) error {
-	p := newProblem(statusOf(kind), "remote %q: %s: %s", x.remote.name, clipText(at.Host), clipText(text))
+	host := at.Host
+	if i := slices.IndexFunc(x.remote.origins, func(o origin) bool { return sameServer(o.url, at) }); i >= 0 {
+		host = x.remote.shownHost(i)
+	}
+	p := newProblem(statusOf(kind), "remote %q: %s: %s", x.remote.name, clipText(host), clipText(text))
 	p.cause = cause
 	return p
 }
