@@ -286,12 +286,20 @@ func (a *api) authorizeWrite(r *http.Request, writeToken secret) error {
 }
 
 // serveArtifacts serves /artifacts/{remote} and /artifacts/{remote}/{path}: GET
-// lists what is stored, DELETE purges.
+// lists what is stored, DELETE purges. A name that is no remote any more will do as long
+// as files of it are stored.
 func (a *api) serveArtifacts(w *response, r *http.Request, rest string) error {
 	name, escaped, _ := strings.Cut(rest, "/")
 	rem := a.config().remotes[name]
-	if rem == nil {
-		return newProblem(http.StatusNotFound, "there is no remote %.100q in remotes.yaml", name)
+	if rem == nil { // it may have been one
+		totals, err := a.cache.storedTotals(r.Context())
+		if err != nil {
+			return err
+		}
+		if totals[name].Files == 0 { // and not be a label of logs and counters
+			return newProblem(http.StatusNotFound, "there is no remote %.100q in remotes.yaml, and nothing is stored under that name", name)
+		}
+		rem = &remote{name: name}
 	}
 	w.remote = name
 	switch {
@@ -446,13 +454,23 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 	if err != nil {
 		return err
 	}
-	if rem.packageType == "docker" {
-		spelling = path // a registry's paths are their own spelling, see newTarget
-	}
 	w.path = path
-	purged, err := a.cache.purgePath(r.Context(), target{remote: rem, path: path, spelling: spelling})
-	if err != nil {
-		return err
+	// A registry's paths are their own spelling, see newTarget. Of a removed remote it is
+	// not known whether it was one.
+	spellings := []string{path}
+	if rem.packageType != "docker" {
+		spellings[0] = spelling
+	}
+	if rem.packageType == "" && path != spelling {
+		spellings = append(spellings, path)
+	}
+	purged := 0
+	for _, spelling := range spellings {
+		n, err := a.cache.purgePath(r.Context(), target{remote: rem, path: path, spelling: spelling})
+		if err != nil {
+			return err
+		}
+		purged += n
 	}
 	if purged == 0 {
 		return newProblem(http.StatusNotFound, "nothing is stored at this path")

@@ -776,6 +776,50 @@ func TestPurging(t *testing.T) {
 
 // --- overview, health, configuration ---
 
+// What is stored of a remote that is in remotes.yaml no more can be seen and removed. A
+// name that never was one becomes no label.
+func TestRemovedRemoteIsListedAndPurged(t *testing.T) {
+	t.Parallel()
+	tt := setup{env: map[string]string{"API_TOKEN": "t"}, keys: []string{`mutable_patterns: ['idx$']`}}.start(t)
+	paths := []string{"a", "b/x%3A1", "b/x2", "b/x.idx", "c+d?e=f"}
+	tt.origin.troubled(answers(200))
+	for _, p := range paths {
+		tt.get("/api/r/" + p).wantStatus(200)
+	}
+	tt.settle()
+	tt.configure("remotes: {l: {type: local}}")
+	tt.get("/api/r/a").wantStatus(404)
+	list := tt.list("r")
+	if len(list) != len(paths) {
+		t.Fatalf("%+v", list)
+	}
+	for _, a := range list {
+		if a.Source != "" || (a.Class == mutable) == a.Fresh {
+			t.Errorf("%+v", a)
+		}
+	}
+	tt.delete("/artifacts/r/a").wantStatus(401)
+	tt.delete("/artifacts/r?pattern=.").wantStatus(401)
+	tt.delete("/artifacts/r/a", bearer).wantStatus(204)
+	tt.delete("/artifacts/r/b/x:1", bearer).wantStatus(204)
+	tt.delete("/artifacts/r/c+d", bearer).wantStatus(204)
+	tt.delete("/artifacts/r/a", bearer).wantDetail(404, "nothing is stored at this path")
+	if g := tt.delete("/artifacts/r?pattern=^b/", bearer).wantStatus(200); !g.has(`"purged": 2`) {
+		t.Error(g.text)
+	}
+	for _, name := range []string{"r", "never", "%2e%2e"} {
+		tt.get("/artifacts/" + name).wantStatus(404)
+		tt.delete("/artifacts/"+name+"?pattern=.", bearer).wantStatus(404)
+	}
+	tt.get("/artifacts/l").wantStatus(200)
+	if g := tt.get("/metrics"); g.has("never") {
+		t.Error("a name that is no remote became a label")
+	}
+	if lines := tt.logs.lines(`"remote":"never"`); lines != nil {
+		t.Error(lines)
+	}
+}
+
 func TestOverview(t *testing.T) {
 	t.Parallel()
 	tt := setup{yaml: strings.Replace(localYAML, "r: {base_url: ORIGIN}", "r: {base_url: ORIGIN, package: rpm, description: \"<script>alert(1)</script>\"}", 1)}.start(t)

@@ -655,8 +655,9 @@ func (s *server) reloadConfig() {
 	if err != nil {
 		s.log.Error("the new configuration is rejected, the old one stays in force", "error", err)
 	} else {
+		added, removed, changed := cfg.compare(s.config.Load())
 		s.useConfig(cfg)
-		s.log.Info("configuration loaded", "remotes", len(cfg.names))
+		s.log.Info("configuration loaded", "remotes", len(cfg.names), "added", added, "removed", removed, "changed", changed)
 	}
 	certErr := s.loadCertificate()
 	if certErr != nil {

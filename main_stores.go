@@ -146,6 +146,10 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 		},
 		tasks: []task{
 			{doing: "finding hot copies", step: hot.findCopies},
+			{doing: "looking for an earlier store", step: func(ctx context.Context) error {
+				st.reportEarlierStore(ctx, log)
+				return nil
+			}},
 			{doing: "sweeping unfinished uploads", every: time.Hour, atStart: true, step: s3.sweep},
 		},
 		close: func() error {
@@ -167,6 +171,19 @@ func (st *stores) gauges() (all []family) {
 			newGauge("artifactapi_hot_bytes", "Bytes of hot copies.", float64(bytes)))
 	}
 	return all
+}
+
+// reportEarlierStore logs an error if DATA_DIR holds files although they are in S3 now.
+func (st *stores) reportEarlierStore(ctx context.Context, log *slog.Logger) {
+	n := 0
+	_ = st.disk.walk(ctx, func(string, *record) error { // where nothing can be read there is nothing to say
+		n++
+		return nil
+	})
+	if n > 0 {
+		log.Error("DATA_DIR holds files of an earlier store on disk, which are not served: bring them to S3 with artifactapi export (without MINIO_ENDPOINT) and artifactapi import",
+			"files", n, "dir", st.disk.dir)
+	}
 }
 
 // saveSnapshots writes what the stores keep in memory alone, so that a crash loses

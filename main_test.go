@@ -658,6 +658,10 @@ func TestHalfWrittenConfigurationIsNotLoaded(t *testing.T) {
 	if g := tt.get("/health"); !g.has(`"status": "healthy"`) || g.has("configuration") {
 		t.Errorf("a good configuration does not end it: %s", g.text)
 	}
+	write("remotes:\n  b: {base_url: http://other.test}\n  c: {type: local}\n")
+	wantAtNextLook("a", "b")
+	wantAtNextLook("b", "c")
+	tt.wantLog(`"added":["c"],"removed":["a"],"changed":["b"]`)
 	before := s.config.Load()
 	s.checkFiles(true)
 	if s.config.Load() == before {
@@ -916,6 +920,36 @@ func TestUnwritableDataDirIsDegradedAndServes(t *testing.T) {
 	awaitThat(t, "it to recover without a restart", func() bool { return tt.get("/health").has(`"healthy"`) })
 	tt.get("/api/r/a").wantMiss().wantBody(text)
 	awaitThat(t, "a hit", func() bool { return tt.get("/api/r/a").header.Get("X-Artifact-Source") == "cache" })
+}
+
+// Files on disk would be forgotten, and fill it, when S3 is configured.
+func TestEarlierDiskStoreIsReported(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	for _, path := range []string{"/a", "/b"} {
+		tt.origin.file(path, "text")
+		tt.get("/api/r" + path).wantStatus(200)
+	}
+	tt.settle()
+	for dir, want := range map[string]string{tt.disk.dir: `"files":2`, t.TempDir(): "", t.TempDir() + "/none": ""} {
+		logs := &testLogs{}
+		set, err := parseSettings(envOf(map[string]string{"DATA_DIR": dir, "MINIO_ENDPOINT": "127.0.0.1:9", "MINIO_ACCESS_KEY": "a", "MINIO_SECRET_KEY": "b", "MINIO_BUCKET": "c"}))
+		must(t, err)
+		st, err := openStores(set, time.Now, newLogger(set, logs))
+		must(t, err)
+		for _, b := range st.backends {
+			for _, task := range b.tasks {
+				if task.doing == "looking for an earlier store" {
+					must(t, task.step(t.Context()))
+				}
+			}
+		}
+		must(t, st.Close())
+		lines := logs.lines("export")
+		if (want == "") != (len(lines) == 0) || want != "" && (!strings.Contains(lines[0], want) || !strings.Contains(lines[0], "import") || !strings.Contains(lines[0], "ERROR")) {
+			t.Errorf("%s: %q, want %s", dir, lines, want)
+		}
+	}
 }
 
 func TestMinFreeIsLeftAlone(t *testing.T) {

@@ -561,6 +561,28 @@ func TestRegistryPings(t *testing.T) {
 	}
 }
 
+// The paths of images are not escaped in their keys, which a remote that is gone does not
+// say.
+func TestRegistryThatWasRemovedIsPurged(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("team/app", "v1", 1000)
+	m := newMirror(t, h.url())
+	m.pull("/v2/reg/team/app", "v1", im)
+	m.waitUntilStored()
+	a := *m.srv.Config.Handler.(*api)
+	none := mustParse(t, "remotes: {l: {type: local}}")
+	a.config = func() *config { return none }
+	for _, path := range []string{"team/app/manifests/v1", "blobs/" + im.order[1]} {
+		r := httptest.NewRequest("DELETE", "/artifacts/reg/"+path, nil)
+		r.Header.Set("Authorization", "Bearer t")
+		w := httptest.NewRecorder()
+		if a.ServeHTTP(w, r); w.Code != http.StatusNoContent {
+			t.Errorf("%s: %d %s", path, w.Code, w.Body)
+		}
+	}
+}
+
 func TestRegistryPullTwiceAsksUpstreamOnce(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)

@@ -11,6 +11,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -163,6 +164,24 @@ func (c *config) remoteByRegistry(ns string) *remote { return c.registries[strin
 func (c *config) isIrreplaceable(name string) bool {
 	r := c.remotes[name]
 	return r == nil || r.local
+}
+
+// compare returns the names of the remotes that old does not have, that only old has, and
+// that differ.
+func (c *config) compare(old *config) (added, removed, changed []string) {
+	for _, name := range c.names {
+		if was := old.remotes[name]; was == nil {
+			added = append(added, name)
+		} else if !reflect.DeepEqual(was, c.remotes[name]) {
+			changed = append(changed, name)
+		}
+	}
+	for _, name := range old.names {
+		if c.remotes[name] == nil {
+			removed = append(removed, name)
+		}
+	}
+	return added, removed, changed
 }
 
 // urlPath returns the path of r for clients: /api/NAME/, or /v2/NAME/ for docker.

@@ -410,6 +410,32 @@ remotes:
 	}
 }
 
+func TestComparedConfigs(t *testing.T) {
+	t.Parallel()
+	const same = "  same: {base_url: https://a.example, mutable_patterns: ['a+'], headers: {X: a}, mirrors: [https://b.example], package: docker}\n"
+	old := mustParse(t, "remotes:\n"+same+`
+  gone: {base_url: https://a.example}
+  pattern: {base_url: https://a.example, mutable_patterns: ['a']}
+  secret: {base_url: https://a.example, username: u, password: a}
+  mirror: {base_url: https://a.example, mirrors: [https://b.example]}
+  local: {type: local}
+`)
+	c := mustParse(t, "# moved\nremotes:\n"+`
+  new: {base_url: https://a.example}
+  local: {base_url: https://a.example}
+  pattern: {base_url: https://a.example, mutable_patterns: ['b']}
+  secret: {base_url: https://a.example, username: u, password: b}
+  mirror: {base_url: https://a.example, mirrors: [{url: https://b.example, auth: true}]}
+`+same)
+	added, removed, changed := c.compare(old)
+	if got := fmt.Sprint(added, removed, changed); got != "[new] [gone] [local mirror pattern secret]" {
+		t.Error(got)
+	}
+	if added, removed, changed := c.compare(c); added != nil || removed != nil || changed != nil {
+		t.Error(added, removed, changed)
+	}
+}
+
 func TestShippedConfig(t *testing.T) {
 	t.Parallel()
 	data, err := os.ReadFile("remotes.yaml")
