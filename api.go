@@ -242,13 +242,13 @@ func parseDeclaredDigests(h http.Header) ([]declaredDigest, error) {
 		return nil
 	}
 	var errs []error
-	for header, algorithm := range map[string]string{"X-Checksum-Md5": "md5", "X-Checksum-Sha1": "sha", "X-Checksum-Sha256": "sha-256"} {
-		for _, v := range h.Values(header) {
-			errs = append(errs, add(header, algorithm, v, hex.DecodeString))
+	for _, d := range []struct {
+		header, algorithm string
+		decode            func(string) ([]byte, error)
+	}{{"X-Checksum-Md5", "md5", hex.DecodeString}, {"X-Checksum-Sha1", "sha", hex.DecodeString}, {"X-Checksum-Sha256", "sha-256", hex.DecodeString}, {"Content-Md5", "md5", base64.StdEncoding.DecodeString}} {
+		for _, v := range h.Values(d.header) {
+			errs = append(errs, add(d.header, d.algorithm, v, d.decode))
 		}
-	}
-	for _, v := range h.Values("Content-Md5") {
-		errs = append(errs, add("Content-MD5", "md5", v, base64.StdEncoding.DecodeString))
 	}
 	for _, header := range []string{"Content-Digest", "Repr-Digest", "Digest"} {
 		for part := range strings.SplitSeq(strings.Join(h.Values(header), ","), ",") {
@@ -455,14 +455,11 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 		return err
 	}
 	w.path = path
-	// A registry's paths are their own spelling, see newTarget. Of a removed remote it is
-	// not known whether it was one.
-	spellings := []string{path}
-	if rem.packageType != "docker" {
-		spellings[0] = spelling
-	}
-	if rem.packageType == "" && path != spelling {
-		spellings = append(spellings, path)
+	spellings := []string{spelling}
+	if rem.packageType == "docker" || (rem.packageType == "" && !strings.Contains(path, "%")) {
+		// A registry's paths are their own spelling, see newTarget. A removed remote may
+		// have been one, and no path of a registry holds a "%".
+		spellings = slices.Compact(append(spellings, path))
 	}
 	purged := 0
 	for _, spelling := range spellings {

@@ -137,24 +137,15 @@ func (p *envReader) shownSettings(set *settings) map[string]string {
 		case v == "" && strings.ToLower(name) == name: // another way to write a variable
 			delete(p.read, name)
 		case name == "REDIS_URL" || strings.HasSuffix(strings.ToUpper(name), "_PROXY"):
-			p.read[name] = hideUserInfo(v)
+			p.read[name], _, _ = strings.Cut(userInfoPattern.ReplaceAllString(v, "$1***@"), "?")
 		}
 	}
 	return p.read
 }
 
-// hideUserInfo returns a URL, whose scheme may be missing, without user, password and query.
-func hideUserInfo(v string) string {
-	v, _, _ = strings.Cut(v, "?")
-	begin := strings.Index(v, "://") + len("://")
-	if begin < len("://") {
-		begin = 0
-	}
-	if at := strings.LastIndexByte(v, '@'); at >= begin {
-		return v[:begin] + "***" + v[at:]
-	}
-	return v
-}
+// userInfoPattern matches what stands before the host in a URL, whose scheme may be
+// missing, if there is user info.
+var userInfoPattern = regexp.MustCompile(`^([a-z0-9]+://)?.*@`)
 
 // addError records a mistake in the variable name.
 func (p *envReader) addError(name, format string, args ...any) {
