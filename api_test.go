@@ -608,6 +608,41 @@ func TestCreatingTwiceOnTwoReplicas(t *testing.T) {
 	one.get("/api/l/a").wantBody("first")
 }
 
+// A replica may know an older version, or be overtaken while it uploads.
+func TestChangingOneFileOnTwoReplicas(t *testing.T) {
+	t.Parallel()
+	var between atomic.Pointer[func()]
+	b := newS3Bench(t, func(c *s3Config) {
+		to := c.transport
+		c.transport = transportFunc(func(r *http.Request) (*http.Response, error) {
+			if f := between.Load(); f != nil && r.Method == "PUT" && between.CompareAndSwap(f, nil) {
+				(*f)()
+			}
+			return to.RoundTrip(r)
+		})
+	})
+	over := func(o objects) *tester {
+		return setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}, objects: func(objects) objects { return o }}.start(t)
+	}
+	one, other := over(b.store), over(newS3BenchAt(t, b.fake).store)
+	one.put("/api/l/a", "1", bearer).wantStatus(201)
+	tag := func(tt *tester) string { return "If-Match: " + tt.get("/api/l/a").header.Get("ETag") }
+	first := tag(one)
+	other.put("/api/l/a", "2", bearer, first).wantStatus(200)
+	one.put("/api/l/a", "lost", bearer, first).wantDetail(412, "condition") // it was not told yet
+	second := tag(one)
+	overtake := func() { other.put("/api/l/a", "3", bearer, tag(other)).wantStatus(200) }
+	between.Store(&overtake)
+	one.put("/api/l/a", "lost", bearer, second).wantDetail(412, "condition")
+	one.get("/api/l/a").wantBody("3")
+	remove := func() { other.delete("/api/l/a", bearer).wantStatus(204) }
+	between.Store(&remove)
+	one.put("/api/l/a", "lost", bearer, "If-Match: *").wantDetail(412, "condition")
+	one.put("/api/l/a", "4", bearer).wantStatus(201)
+	one.put("/api/l/a", "5", bearer, tag(one)).wantStatus(200)
+	one.get("/api/l/a").wantBody("5")
+}
+
 // --- listing and purging ---
 
 // page returns the paths of a page of r's listing.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"os"
 	"strings"
 	"time"
 )
@@ -57,6 +58,12 @@ func checkConditions(when http.Header, rec *record) error {
 	return nil
 }
 
+// sharedObjects is an optional ability of objects: other processes put there too.
+type sharedObjects interface {
+	// replace is put if the object is still that of the record old, else errCondition.
+	replace(ctx context.Context, key string, rec *record, spool *os.File, old *record) error
+}
+
 // localFiles are the files of local repositories, as their clients write them.
 type localFiles struct{ *cache }
 
@@ -82,6 +89,10 @@ func (c localFiles) put(ctx context.Context, file fileRequest, u upload) (create
 	old, err := c.findForWriting(ctx, key, u.when)
 	if err != nil {
 		return false, err
+	}
+	shared, ok := c.objects.(sharedObjects)
+	if ok && old != nil && (u.when["If-Match"] != nil || u.when["If-Unmodified-Since"] != nil) {
+		return false, c.noteStored(ctx, key, rec, shared.replace(ctx, key, rec, spool.file, old))
 	}
 	return old == nil, c.storeBody(ctx, key, rec, spool.file, old == nil && u.when.Get("If-None-Match") == "*")
 }

@@ -16,8 +16,13 @@ import (
 // freshness counts from its fetch. The error says that the object is not stored;
 // create is that of objects.put.
 func (c *cache) storeBody(ctx context.Context, key string, rec *record, body *os.File, create bool) error {
-	if err := c.objects.put(ctx, key, rec, body, create); err != nil {
-		if !errors.Is(err, errFileExists) {
+	return c.noteStored(ctx, key, rec, c.objects.put(ctx, key, rec, body, create))
+}
+
+// noteStored is what follows storing an object, which ended with err.
+func (c *cache) noteStored(ctx context.Context, key string, rec *record, err error) error {
+	if err != nil {
+		if !errors.Is(err, errFileExists) && !errors.Is(err, errCondition) {
 			c.reportStoreError("storage", "storing", key, err)
 		}
 		return err

@@ -300,7 +300,7 @@ func (p s3PutInput) objectHeader() map[string]string {
 	return h
 }
 
-// confirmPut looks whether a put with If-None-Match took place although op, which
+// confirmPut looks whether a put with a condition took place although op, which
 // would have stored the object, ended in err, and returns err if it did not. A
 // client that uploads a file to a local repository needs this: when the answer to
 // the first attempt is lost, the second attempt is refused because of the object
@@ -313,7 +313,7 @@ func (p s3PutInput) objectHeader() map[string]string {
 func (c *s3Client) confirmPut(ctx context.Context, key string, p s3PutInput, op *s3Operation, err error) (string, error) {
 	_, refused := errors.AsType[*s3Error](err)
 	cannotHaveApplied := op.attempts == 0 || (op.attempts == 1 && refused)
-	if p.ifNoneMatch == "" || len(p.meta) == 0 || cannotHaveApplied {
+	if (p.ifNoneMatch == "" && p.ifMatch == "") || len(p.meta) == 0 || cannotHaveApplied {
 		return "", err
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s3CleanupTimeout)

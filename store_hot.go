@@ -142,7 +142,18 @@ func (t *tieredStore) setValidity(key string, v validity) {
 // put implements objects. The spool becomes the copy once S3 has the object. That this
 // fails is no error: there is no copy then.
 func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
-	v, err := t.upload(ctx, key, rec, spool, create)
+	v, err := t.upload(ctx, key, rec, spool, create, nil)
+	return t.keepCopy(ctx, key, rec, spool, v, err)
+}
+
+// replace implements sharedObjects.
+func (t *tieredStore) replace(ctx context.Context, key string, rec *record, spool *os.File, old *record) error {
+	v, err := t.upload(ctx, key, rec, spool, false, old)
+	return t.keepCopy(ctx, key, rec, spool, v, err)
+}
+
+// keepCopy makes spool the copy of key after an upload that ended with v and err.
+func (t *tieredStore) keepCopy(ctx context.Context, key string, rec *record, spool *os.File, v validity, err error) error {
 	if err != nil {
 		t.setValidity(key, validity{}) // the new version may have arrived
 		return err

@@ -378,13 +378,19 @@ func decodeS3Record(key string, o *s3Object) (*record, error) {
 // it. A crash before that leaves the old one, and at most an unfinished upload that
 // sweep aborts.
 func (s *s3Store) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
-	_, err := s.upload(ctx, key, rec, spool, create)
+	_, err := s.upload(ctx, key, rec, spool, create, nil)
 	return err
 }
 
-// upload is put. The validity that it returns holds as long as no other replica
+// replace implements sharedObjects.
+func (s *s3Store) replace(ctx context.Context, key string, rec *record, spool *os.File, old *record) error {
+	_, err := s.upload(ctx, key, rec, spool, false, old)
+	return err
+}
+
+// upload is put, or with old what sharedObjects calls replace. The validity that it returns holds as long as no other replica
 // announces a change after the upload began.
-func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os.File, create bool) (validity, error) {
+func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os.File, create bool, old *record) (validity, error) {
 	if err := checkPut(key, rec, spool); err != nil {
 		return validity{}, err
 	}
@@ -398,21 +404,43 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os
 	v := s.validityNow(key)
 	in := s3PutInput{body: spool, size: rec.Size, sha256: rec.SHA256,
 		meta: map[string]string{s3RecordField: text}, contentType: contentTypeOf(path.Base(key), rec.ContentType)}
+	refusal := errCondition
 	if create {
-		in.ifNoneMatch = "*"
+		in.ifNoneMatch, refusal = "*", errFileExists
+	}
+	if old != nil {
+		if in.ifMatch, err = s.etagOf(ctx, key, old); err != nil {
+			return validity{}, err
+		}
 	}
 	_, err = s.client.putObject(ctx, key, in)
 	err = s.noteWrite(err)
 	s.invalidate(key) // also after a failure: the upload may have arrived
 	v.ofKey++         // current if that was the only change since
 	err = s.classifyError(ctx, v.at, err)
-	if errors.Is(err, errS3PreconditionFailed) {
-		err = errFileExists
+	if errors.Is(err, errS3PreconditionFailed) || (old != nil && errors.Is(err, fs.ErrNotExist)) {
+		err = refusal
 	}
 	if err == nil {
 		s.cacheRecord(key, cachedRecord{v, rec, text})
 	}
 	return v, err
+}
+
+// etagOf returns the ETag of key's object if that is still old's, else errCondition.
+func (s *s3Store) etagOf(ctx context.Context, key string, old *record) (string, error) {
+	o, err := s.askS3(ctx, key, nil)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	if err == nil {
+		now, err := decodeS3Record(key, o)
+		if err == nil && now.SHA256 == old.SHA256 && now.Fetched.Equal(old.Fetched) {
+			return o.etag, nil
+		}
+	}
+	s.invalidate(key) // what is cached is not what is there
+	return "", errCondition
 }
 
 // delete implements objects. It asks first, since S3 does not say whether there was
