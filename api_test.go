@@ -639,8 +639,16 @@ func TestChangingOneFileOnTwoReplicas(t *testing.T) {
 	between.Store(&remove)
 	one.put("/api/l/a", "lost", bearer, "If-Match: *").wantDetail(412, "condition")
 	one.put("/api/l/a", "4", bearer).wantStatus(201)
+	b.fake.failOnce("PutObject", 1, false, fakeFault{status: 404, code: "NoSuchKey"}) // as AWS says it
+	one.put("/api/l/a", "lost", bearer, tag(one)).wantDetail(412, "condition")
+	key := storageKey("l", "a")
+	old, err := b.store.open(t.Context(), key, -1)
+	must(t, err)
 	one.put("/api/l/a", "5", bearer, tag(one)).wantStatus(200)
 	one.get("/api/l/a").wantBody("5")
+	if err := b.store.replace(t.Context(), key, old.rec, tempSpool(t, t.TempDir(), "4"), old.rec); !errors.Is(err, errCondition) {
+		t.Errorf("replacing what is not there any more: %v", err)
+	}
 }
 
 // --- listing and purging ---
