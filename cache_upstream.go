@@ -79,6 +79,9 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 	case code == http.StatusUnauthorized:
 		p.status = http.StatusBadGateway
 		p.detail = fmt.Sprintf("the upstream of remote %q wants credentials: its username or password is missing or wrong", name)
+		if at := resp.Request.URL; !sameServer(at, file.remote.origins[resp.origin].url) {
+			p.detail = fmt.Sprintf("the upstream of remote %q redirects to %s, which wants credentials of its own", name, clipText(at.Host))
+		}
 	case code == http.StatusForbidden:
 		p.detail = fmt.Sprintf("the upstream of remote %q answered 403 Forbidden", name)
 	case code == http.StatusTooManyRequests:

@@ -374,3 +374,33 @@ func TestRegistryPurgeByListedPath(t *testing.T) {
 	h.wantAsked(1, "GET", "/v2/app/blobs/"+im.order[1])
 	h.wantAsked(1, "GET", "/v2/app/manifests/v1")
 }
+
+// A registry may redirect to another one, whose token is got without our password. What
+// goes wrong there is not blamed on that password.
+func TestRegistryRedirectsToAnotherOne(t *testing.T) {
+	t.Parallel()
+	a, b := newHub(t), newHub(t)
+	b.tokens = true
+	im := b.image("app", "v1", 500)
+	m := newMirror(t, a.url(), `username: "u"`, `password: "p"`)
+	for _, p := range []string{"manifests/v1", "blobs/" + im.order[1], "tags/list"} {
+		a.on("/v2/app/"+p, func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, b.url()+r.URL.Path, http.StatusTemporaryRedirect)
+		})
+	}
+	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, im.digest, im.body)
+	m.get("/v2/reg/app/blobs/" + im.order[1]).wantBody(im.blobs[im.order[1]])
+	m.advance(2 * time.Hour)
+	b.on("/token", regAnswers(http.StatusForbidden, "", ""))
+	for _, want := range []string{"no anonymous token", "credentials of its own"} {
+		reply := m.get("/v2/reg/app/tags/list").wantError(http.StatusForbidden, "DENIED")
+		if text := string(reply.body); !strings.Contains(text, want) || strings.Contains(text, "password") {
+			t.Errorf("the error is %s, want one about %s", text, want)
+		}
+		b.tokens = false
+		b.on("/v2/app/tags/list", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("WWW-Authenticate", `Basic realm="b"`)
+			w.WriteHeader(http.StatusUnauthorized)
+		})
+	}
+}

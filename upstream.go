@@ -49,9 +49,15 @@ const (
 	// lets such a dial go on. It is longer than any sensible timeout of a remote,
 	// which ends the request.
 	maxDialTime = 5 * time.Minute
-	// maxTokenBytes bounds the answer of a token service. Tokens with many claims
-	// have about 10 KiB.
-	maxTokenBytes = 1 << 20
+	// maxToken bounds a token in bytes. Those with many claims have about 10 KiB. The
+	// answer of a token service may have it twice, beside some others.
+	maxToken       = 16 << 10
+	maxTokenAnswer = 4 * maxToken
+	// maxTokens bounds the tokens, and so their memory to 16 MiB, and the challenges that
+	// are remembered. A lost one costs a request or two.
+	maxTokens = 1 << 10
+	// maxChallenge bounds a header with challenges in bytes: it is remembered.
+	maxChallenge = 4 << 10
 	// defaultTokenLife is the life of a token without expires_in (distribution,
 	// "Token Authentication Specification").
 	defaultTokenLife = 60 * time.Second
@@ -133,8 +139,8 @@ func newUpstream(rt func(strict bool) http.RoundTripper, now func() time.Time, l
 		metrics:         m,
 		circuits:        newBoundedMap[string, *circuit](maxRemembered, now),
 		tokens: tokenCache{
-			challenges: newBoundedMap[registryKey, authChallenge](maxRemembered, now),
-			answers:    newBoundedMap[tokenKey, tokenAnswer](maxRemembered, now),
+			challenges: newBoundedMap[registryKey, authChallenge](maxTokens, now),
+			answers:    newBoundedMap[tokenKey, tokenAnswer](maxTokens, now),
 		},
 		proxyFor:  http.ProxyFromEnvironment,
 		isPrivate: isPrivateAddress,

@@ -33,16 +33,26 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 	if req.remote.packageType != "docker" {
 		return u.followRedirects(ctx, x)
 	}
-	x.auth = u.tokens.cachedAuthorization(x.registryKeyOf(), req.scope)
+	registry := x.registryKeyOf(req.scope)
+	x.auth = u.tokens.cachedAuthorization(registry)
 	for last, n := false, 0; ; n++ { // a remembered token may be refused, and so may another request's new one
 		resp, err := u.followRedirects(ctx, x)
-		if err != nil || last || n == 2 || resp.StatusCode != http.StatusUnauthorized {
+		if err != nil || resp.StatusCode != http.StatusUnauthorized {
 			return resp, err
 		}
-		if !sameServer(resp.Request.URL, x.origin) {
-			return resp, nil // a 401 of the blob storage behind a redirect: its realm is not the registry's
+		switch at := resp.Request.URL; {
+		case sameServer(at, x.start):
+			if last || n == 2 {
+				return resp, nil
+			}
+		case !x.redirected: // by another registry, which is asked itself from now on
+			target := *x
+			target.start, target.auth, target.redirected = at, "", true
+			x, registry, n = &target, target.registryKeyOf(req.scope), 0
+		default:
+			return resp, nil
 		}
-		auth, fresh, err := u.chooseAuthorization(ctx, x, req.scope, resp.Header.Values("WWW-Authenticate"))
+		auth, fresh, err := u.chooseAuthorization(ctx, x, registry, resp.Header.Values("WWW-Authenticate"))
 		if err == nil && auth == "" {
 			return resp, nil
 		}
@@ -63,13 +73,13 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 // is "" if there is none except the one that was just refused. fresh reports whether it
 // was made for this request. A token that is not fresh may be refused although a new
 // one would be accepted.
-func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, scope string, challenges []string) (auth string, fresh bool, err error) {
-	registry := x.registryKeyOf()
+func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, registry registryKey, challenges []string) (auth string, fresh bool, err error) {
 	challenge, ok := chooseChallenge(parseChallenges(challenges))
 	switch {
 	case !ok, challenge.scheme == "basic" && x.auth == registry.basic:
 		return "", true, nil
 	case challenge.scheme == "basic":
+		registry.scope = "" // the same for all images
 		u.tokens.challenges.put(registry, challenge)
 		return registry.basic, true, nil
 	}
@@ -77,7 +87,7 @@ func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, scope s
 	if err != nil {
 		return "", true, err
 	}
-	value, fresh, err := u.fetchToken(ctx, x, registry.tokenKeyFor(challenge, scope), realm, strings.TrimPrefix(x.auth, "Bearer "))
+	value, fresh, err := u.fetchToken(ctx, x, registry.tokenKeyFor(challenge), realm, strings.TrimPrefix(x.auth, "Bearer "))
 	if err != nil {
 		return "", true, err
 	}
@@ -98,11 +108,12 @@ func chooseChallenge(challenges []authChallenge) (authChallenge, bool) {
 	return authChallenge{}, false
 }
 
-// registryKey stands for one registry as one user. With a changed password it is
-// another user.
+// registryKey stands for one image of one registry as one user. With a changed password
+// it is another user.
 type registryKey struct {
 	remote string
 	server string // scheme and host
+	scope  string // of the image; "" if the registry takes Basic, for all of them
 	basic  string // the Basic authorization that the registry may get; "" if none
 }
 
@@ -111,18 +122,27 @@ type registryKey struct {
 // with the credentials.
 type tokenKey struct{ remote, realm, service, scope, basic string }
 
-// registryKeyOf returns the key of the registry that x asks.
-func (x *exchange) registryKeyOf() registryKey {
-	k := registryKey{remote: x.remote.name, server: x.origin.Scheme + "://" + x.origin.Host}
-	if x.remote.sendsCredentialsTo(x.origin) {
+// registryKeyOf returns the key of the registry that x asks. One that a redirect leads
+// to gets no credentials, whoever it is.
+func (x *exchange) registryKeyOf(scope string) registryKey {
+	k := registryKey{remote: x.remote.name, server: x.start.Scheme + "://" + x.start.Host, scope: scope}
+	if !x.redirected && x.remote.sendsCredentialsTo(x.origin) {
 		k.basic = x.remote.basicAuthorization()
 	}
 	return k
 }
 
-// tokenKeyFor returns the key of the token that a challenge asks for.
-func (k registryKey) tokenKeyFor(c authChallenge, scope string) tokenKey {
-	return tokenKey{k.remote, c.params["realm"], c.params["service"], scope, k.basic}
+// pullScope matches a scope that lets one image be pulled. A registry that maps paths
+// names another image in it than the one that was asked for.
+var pullScope = regexp.MustCompile(`^repository:[^ ,]+:pull$`)
+
+// tokenKeyFor returns the key of the token that a challenge asks for. Of its scope only
+// what we need is believed.
+func (k registryKey) tokenKeyFor(c authChallenge) tokenKey {
+	if scope := c.params["scope"]; pullScope.MatchString(scope) {
+		k.scope = scope
+	}
+	return tokenKey{k.remote, c.params["realm"], c.params["service"], k.scope, k.basic}
 }
 
 // parseRealm parses the URL of a token service. If there are credentials to send, it
@@ -210,13 +230,14 @@ type tokenAnswer struct {
 
 // cachedAuthorization returns the Authorization header that a registry will probably
 // want, or "" if its challenge must be awaited.
-func (ts *tokenCache) cachedAuthorization(k registryKey, scope string) string {
+func (ts *tokenCache) cachedAuthorization(k registryKey) string {
 	c, _ := ts.challenges.get(k)
-	if c.scheme == "basic" {
-		return k.basic
-	}
-	if answer, _ := ts.answers.get(k.tokenKeyFor(c, scope)); answer.token != "" {
+	if answer, _ := ts.answers.get(k.tokenKeyFor(c)); answer.token != "" {
 		return "Bearer " + answer.token
+	}
+	k.scope = ""
+	if c, _ := ts.challenges.get(k); c.scheme == "basic" {
+		return k.basic
 	}
 	return ""
 }
@@ -262,7 +283,7 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, re
 	resp, err := u.followRedirects(ctx, &exchange{
 		remote: x.remote, method: http.MethodGet, start: &start,
 		header: http.Header{"Accept": {"application/json"}},
-		auth:   k.basic, origin: x.origin,
+		auth:   k.basic, origin: x.origin, redirected: x.redirected,
 		// A realm that gets credentials is trusted, and a realm in token_realm was
 		// named by the administrator. Both may be in a private network.
 		mayDialPrivate: x.mayDialPrivate || k.basic != "" || x.remote.isTokenRealm(realm),
@@ -276,11 +297,15 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, re
 	case http.StatusTooManyRequests:
 		return "", 0, &tokenServiceBusy{resp.Header.Get("Retry-After")}
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return "", 0, x.newExchangeProblem(errDenied, realm, errCredentials.Error(), errCredentials)
+		text := errCredentials.Error()
+		if x.redirected {
+			text = "the registry that a redirect leads to gives no anonymous token"
+		}
+		return "", 0, x.newExchangeProblem(errDenied, realm, text, errCredentials)
 	default:
 		return "", 0, x.newTokenError(realm, "status "+strconv.Itoa(resp.StatusCode))
 	}
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenBytes))
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenAnswer))
 	if err != nil {
 		return "", 0, err
 	}
@@ -310,7 +335,7 @@ func parseTokenAnswer(text []byte) (token string, life time.Duration, err error)
 		return "", 0, errors.New("its answer is not JSON with a token")
 	}
 	token = cmp.Or(answer.Token, answer.AccessToken)
-	if token == "" || strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' }) {
+	if token == "" || len(token) > maxToken || strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' }) {
 		return "", 0, errors.New("its answer has no usable token")
 	}
 	life = defaultTokenLife
@@ -348,12 +373,12 @@ var quotedPair = regexp.MustCompile(`(?s)\\(.)`)
 // parseChallenges parses WWW-Authenticate headers (RFC 9110 section 11.6.1). A header
 // may have several challenges, which are separated by commas as their parameters are.
 // Of a repeated parameter the first value counts. What follows a syntax error in a
-// header is ignored.
+// header is ignored, and so is a header that is too long to be remembered.
 func parseChallenges(headers []string) []authChallenge {
 	var challenges []authChallenge
 	for _, rest := range headers {
 		var params map[string]string // of the last challenge
-		for {
+		for len(rest) <= maxChallenge {
 			part := challengePart.FindStringSubmatch(rest)
 			if part == nil || (params == nil && part[4] == "") {
 				break

@@ -111,6 +111,7 @@ type exchange struct {
 	auth           string      // docker: Authorization, sent to the scheme, host and port of start only
 	origin         *url.URL    // the origin it is made for, whose host may have a private address
 	mayDialPrivate bool        // other hosts may have private addresses too: the origin has one itself, or the token service is trusted
+	redirected     bool        // a redirect of the origin led to start: it gets no credentials, and its failures say nothing about the remote
 }
 
 // newExchange makes the exchange that asks origin i of a remote for req.wire.
@@ -185,7 +186,7 @@ var redirectStatuses = []int{
 func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Response, error) {
 	at := x.start
 	for n := 0; ; n++ {
-		resp, err := u.roundTrip(ctx, x, at, n == 0)
+		resp, err := u.roundTrip(ctx, x, at, n == 0 && !x.redirected)
 		if err != nil || !slices.Contains(redirectStatuses, resp.StatusCode) {
 			return resp, err
 		}
@@ -224,8 +225,8 @@ func resolveLocation(at *url.URL, location string) (next *url.URL, reason string
 	return next, ""
 }
 
-// roundTrip sends one request of x to at. first means that at is x.start and not the
-// target of a redirect. The remote's timeout covers everything up to the response
+// roundTrip sends one request of x to at. first means that at is not the target of a
+// redirect. The remote's timeout covers everything up to the response
 // header; after that the body has its own. The caller closes the body.
 func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, first bool) (*http.Response, error) {
 	if x.remote.sealed { // all requests are sent here: to a mirror, along a redirect, for a token too

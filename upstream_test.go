@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -1286,7 +1287,7 @@ func TestTokenGoesNotToBlobStorage(t *testing.T) {
 	do := g.do
 	g.do = func(n int, r *http.Request) (*http.Response, error) {
 		if r.URL.Host == "blobs.test.test" {
-			return fake(401, "", `WWW-Authenticate: Bearer realm="https://auth.test.test/token"`), nil
+			return fake(401, "", `WWW-Authenticate: Basic realm="https://auth.test.test/token"`), nil
 		}
 		return do(n, r)
 	}
@@ -1294,6 +1295,132 @@ func TestTokenGoesNotToBlobStorage(t *testing.T) {
 	g.send(upstreamRequest{wire: "i/blobs/x", scope: "s"}).want(401, "")
 	if g.exchanged() != n {
 		t.Error("a token was asked for blob storage")
+	}
+}
+
+// TestTokenHasTheScopeOfTheChallenge: registries that map paths know an image by
+// another name than ours.
+func TestTokenHasTheScopeOfTheChallenge(t *testing.T) {
+	t.Parallel()
+	const own = "repository:i:pull"
+	for scope, want := range map[string]string{
+		"repository:mapped/i:pull":            "repository:mapped/i:pull",
+		own:                                   own,
+		"":                                    own,
+		"repository:i:pull,push":              own,
+		"repository:a:pull repository:b:pull": own,
+		"registry:catalog:*":                  own,
+		"repository::pull":                    own,
+	} {
+		g := newTokenRegistry(t)
+		g.challenge = `Bearer realm="https://auth.test.test/token",service="svc",scope="` + scope + `"`
+		g.pull().want(200, "manifest")
+		g.pull().want(200, "manifest")
+		g.wantTraffic(4, 1)
+		if got := g.exchanges[0].URL.Query()["scope"]; !slices.Equal(got, []string{want}) {
+			t.Errorf("%q: asked for %q, want %q", scope, got, want)
+		}
+	}
+}
+
+// TestAnotherRegistryBehindARedirect: it wants a token of its own, and gets one that was
+// asked for anonymously. The password is not for it, and its silence says nothing about
+// the remote.
+func TestAnotherRegistryBehindARedirect(t *testing.T) {
+	t.Parallel()
+	newPair := func(origins ...string) *registrySite {
+		g := newTokenRegistry(t, origins...)
+		g.r.username, g.r.password, g.r.headers = "u", "SECRET", http.Header{"X-Key": {"k"}}
+		do := g.do
+		g.do = func(n int, r *http.Request) (*http.Response, error) {
+			if user, _, basic := r.BasicAuth(); basic && r.URL.Host != "auth.test.test" {
+				t.Errorf("%s got the password of %s", r.URL, user)
+			}
+			if r.URL.Host == "other.example" && r.Header.Get("X-Key") != "" {
+				t.Errorf("%s got %v", r.URL, r.Header)
+			}
+			switch auth := r.Header.Get("Authorization"); {
+			case r.URL.Host == "other.example" && r.URL.Path == "/t":
+				return fake(200, `{"token":"theirs","expires_in":300}`), nil
+			case r.URL.Host == "other.example" && auth == "Bearer theirs":
+				return fake(200, "manifest"), nil
+			case r.URL.Host == "other.example":
+				if auth != "" {
+					t.Errorf("%s got %q", r.URL, auth)
+				}
+				return fake(401, "", `WWW-Authenticate: Bearer realm="https://other.example/t",scope="repository:them/i:pull"`), nil
+			case g.accepts(auth):
+				return fake(307, "", "Location: https://other.example/v2/them/i/x"), nil
+			}
+			return do(n, r)
+		}
+		return g
+	}
+	g := newPair()
+	g.pull().want(200, "manifest")
+	g.wantTraffic(6, 1) // two challenges and two tokens, then the file
+	if last := g.reqs[len(g.reqs)-2]; last.URL.String() != "https://other.example/t?scope=repository%3Athem%2Fi%3Apull" {
+		t.Errorf("the token was asked for at %s", last.URL)
+	}
+	g.pull().want(200, "manifest")
+	g.wantTraffic(9, 1) // both tokens are remembered
+
+	// A mirror with auth is a registry like any other when a redirect leads there.
+	g = newPair("https://registry.test.test/v2", "auth https://other.example")
+	g.r.headers = nil
+	g.pull().want(200, "manifest")
+
+	g = newPair()
+	do := g.do
+	g.do = func(n int, r *http.Request) (*http.Response, error) {
+		if r.URL.Host == "other.example" && r.URL.Path != "/t" && r.Header.Get("Authorization") != "" {
+			return nil, errDial
+		}
+		return do(n, r)
+	}
+	g.upstreamTester.send(upstreamRequest{wire: "i/manifests/x", scope: "repository:i:pull", hasCopy: true}).wantErr(errUnreachable)
+	if g.u.isDown(t.Context(), g.r) {
+		t.Error("the remote counts as down though it answers")
+	}
+
+	g = newPair() // a third one gets nothing
+	do = g.do
+	g.do = func(n int, r *http.Request) (*http.Response, error) {
+		switch {
+		case r.URL.Host == "third.example":
+			return fake(401, "", `WWW-Authenticate: Bearer realm="https://auth.test.test/token"`), nil
+		case r.Header.Get("Authorization") == "Bearer theirs":
+			return fake(307, "", "Location: https://third.example/x"), nil
+		}
+		return do(n, r)
+	}
+	g.pull().want(401, "")
+	g.wantTraffic(7, 1)
+}
+
+// TestHostileTokensAreBounded: a registry that challenges with ever new scopes, and whose
+// tokens are as long as they may be.
+func TestHostileTokensAreBounded(t *testing.T) {
+	t.Parallel()
+	g := newTokenRegistry(t)
+	g.tokens = says(200, `{"token":"`+strings.Repeat("a", 16<<10)+`","expires_in":86400}`)
+	g.accepts = func(auth string) bool { return len(auth) > 16<<10 }
+	for i := range 1100 {
+		g.send(upstreamRequest{wire: "f", scope: strconv.Itoa(i)}).want(200, "manifest")
+	}
+	bytes := 0
+	for _, k := range g.u.tokens.answers.keys() {
+		answer, _ := g.u.tokens.answers.get(k)
+		bytes += len(answer.token)
+	}
+	if bytes > 16<<20 {
+		t.Errorf("the tokens take %d bytes, want 16 MiB at most", bytes)
+	}
+	g.accepts = func(string) bool { return false }
+	g.challenge = `Bearer realm="https://auth.test.test/token?` + strings.Repeat("a", 4<<10) + `"`
+	n := g.exchanged()
+	if g.send(upstreamRequest{wire: "f", scope: "new"}).want(401, ""); g.exchanged() != n {
+		t.Error("a challenge of 4 KiB was believed")
 	}
 }
 
@@ -1437,7 +1564,8 @@ func TestTokenServiceFailures(t *testing.T) {
 		"no object":    {says(200, "[]"), 502, errUnreachable},
 		"no token":     {says(200, `{"token":""}`), 502, errUnreachable},
 		"header split": {says(200, `{"token":"a\r\nX: y"}`), 502, errUnreachable},
-		"endless":      {says(200, `{"token":"`+strings.Repeat("a", maxTokenBytes)+`"}`), 502, errUnreachable},
+		"endless":      {says(200, `{"token":"`+strings.Repeat("a", 1<<20)+`"}`), 502, errUnreachable},
+		"too long":     {says(200, `{"token":"`+strings.Repeat("a", 16<<10+1)+`"}`), 502, errUnreachable},
 	} {
 		g := newTokenRegistry(t)
 		g.r.username, g.r.password = "u", "SECRET"
