@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"mime"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -220,22 +219,14 @@ func (f *manifestFile) keepHeaders(rec *record, h http.Header) {
 // for the digest next.
 func (f *manifestFile) checkBody(ctx context.Context, rec *record, body io.ReaderAt) error {
 	c, g := f.call, f.g
-	text, err := readWholeBody(rec, body)
-	if err != nil {
-		return err
-	}
-	var m manifest
-	_ = json.Unmarshal(text, &m) // m stays empty if the text is not JSON
-	if c.digest == "" && len(m.SchemaVersion) == 0 {
+	m, err := readManifest(io.NewSectionReader(body, 0, rec.Size))
+	if c.digest == "" && err != nil {
 		return &registryError{"MANIFEST_INVALID", nil, &problem{status: http.StatusBadGateway, cause: errBadUpstream,
 			detail: fmt.Sprintf("the upstream of remote %q did not answer with a manifest (its content type is %.100q)", rec.Remote, rec.ContentType)}}
 	}
 	rec.ContentType = m.mediaType(rec.ContentType)
-	if m.Config != nil {
-		m.Layers = append(m.Layers, *m.Config)
-	}
-	for _, d := range m.Layers { // a HEAD of one that is not stored is answered with its size
-		if isDigest(d.Digest) && d.Size > 0 {
+	for _, d := range m.blobs { // a HEAD of one that is not stored is answered with its size
+		if d.Size > 0 {
 			g.sizes.put(c.sizeKey(d.Digest), d.Size)
 		}
 	}
@@ -243,15 +234,20 @@ func (f *manifestFile) checkBody(ctx context.Context, rec *record, body io.Reade
 		rec.Digest = c.digest
 		return nil
 	}
-	sum := newBodyHash(rec.Digest)
-	sum.Write(text)
-	if rec.Digest == "" || sum.verifyDigest(rec.Digest) != nil { // the upstream's may be a SHA-512
-		rec.Digest = "sha256:" + sum.sumHex()
+	if !strings.HasPrefix(rec.Digest, "sha512:") || !isDigestOf(rec.Digest, io.NewSectionReader(body, 0, rec.Size)) {
+		rec.Digest = "sha256:" + rec.SHA256 // whatever the upstream says
 	}
 	t := c.newTarget(rec.Digest)
 	t.class = immutable
 	g.cache.storeUnderSecondKey(ctx, t, rec, body)
 	return nil
+}
+
+// isDigestOf reports whether digest is that of all that r has.
+func isDigestOf(digest string, r io.Reader) bool {
+	sum := newBodyHash(digest)
+	_, err := io.Copy(sum, r)
+	return err == nil && sum.verifyDigest(digest) == nil
 }
 
 // listFile is the behavior of a list: a JSON object whose member of that name is an
@@ -273,14 +269,7 @@ func (f *listFile) keepHeaders(rec *record, h http.Header) {
 // checkBody refuses what is not such a list, and a link to the next page that cannot
 // be stored.
 func (f *listFile) checkBody(_ context.Context, rec *record, body io.ReaderAt) error {
-	text, err := readWholeBody(rec, body)
-	if err != nil {
-		return err
-	}
-	var o map[string]json.RawMessage
-	err = json.Unmarshal(text, &o)
-	list, found := o[f.member]
-	if err != nil || !found || (list[0] != '[' && string(list) != "null") {
+	if _, err := countList(io.NewSectionReader(body, 0, rec.Size), f.member); err != nil {
 		return newRegistryError("UNKNOWN", http.StatusBadGateway, "the upstream of remote %q did not answer with a list of %s (its content type is %.100q)", rec.Remote, f.member, rec.ContentType)
 	}
 	if len(rec.Link)+len(rec.Path) > maxNextLink {
@@ -342,47 +331,6 @@ func nextPageQuery(links []string) string {
 	query, _ := url.ParseQuery(u.RawQuery)
 	query.Del("ns")
 	return query.Encode()
-}
-
-// manifest holds the members of a manifest or an index that the registry reads.
-type manifest struct {
-	SchemaVersion json.RawMessage `json:"schemaVersion"`
-	MediaType     string          `json:"mediaType"`
-	Config        *descriptor     `json:"config"`
-	Layers        []descriptor    `json:"layers"`
-	Manifests     json.RawMessage `json:"manifests"`
-}
-
-// descriptor refers to a blob (OCI image specification).
-type descriptor struct {
-	Digest string `json:"digest"`
-	Size   int64  `json:"size"`
-}
-
-// readWholeBody returns a whole body, which fileRequest.maxBytes has kept small.
-func readWholeBody(rec *record, body io.ReaderAt) ([]byte, error) {
-	text, err := io.ReadAll(io.NewSectionReader(body, 0, rec.Size))
-	if err != nil {
-		return nil, fmt.Errorf("%w: reading a temporary file: %w", errStoreDown, err)
-	}
-	return text, nil
-}
-
-// mediaType returns a manifest's type: the upstream's if that is specific, else the
-// type that the manifest declares, else the one that its members suggest.
-func (m *manifest) mediaType(upstream string) string {
-	_, _, err := mime.ParseMediaType(m.MediaType)
-	switch {
-	case strings.HasPrefix(upstream, "application/vnd."):
-		return upstream
-	case err == nil && boundedHeader(m.MediaType) != "":
-		return m.MediaType
-	case len(m.Manifests) > 0:
-		return typeIndex
-	case m.Config != nil:
-		return typeManifest
-	}
-	return cmp.Or(upstream, typeJSON)
 }
 
 // sizeKey returns the key of a blob's size. It includes the image: another image may

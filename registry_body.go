@@ -1,0 +1,190 @@
+// registry_body.go: what the registry reads of manifests and lists. They are read as
+// streams: a hostile one has millions of members.
+
+package main
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"io"
+	"mime"
+	"strings"
+)
+
+const (
+	// maxNamedBlobs bounds how many blobs of a manifest are known to belong to its image.
+	// Docker's images have 127 layers at most. The upstream is asked about others.
+	maxNamedBlobs = 1000
+	// maxNesting bounds the arrays and objects inside each other.
+	maxNesting = 1000
+)
+
+// manifest is what the registry reads of a manifest or an index.
+type manifest struct {
+	declared     string       // its member mediaType
+	blobs        []descriptor // the first of those that it names
+	hasConfig    bool
+	hasManifests bool
+}
+
+// descriptor refers to a blob (OCI image specification).
+type descriptor struct {
+	Digest string `json:"digest"`
+	Size   int64  `json:"size"`
+}
+
+// readManifest reads a manifest or an index. An error means that it is neither, or one
+// without schemaVersion, which is returned with it; otherwise the manifest is empty then.
+func readManifest(r io.Reader) (*manifest, error) {
+	m, isManifest := &manifest{}, false
+	err := readObject(r, func(d *json.Decoder, name string) error {
+		switch name {
+		case "schemaVersion":
+			isManifest = true
+		case "mediaType":
+			return decodeNext(d, &m.declared)
+		case "config":
+			m.hasConfig = true
+			return m.readBlob(d)
+		case "layers":
+			_, err := readArray(d, func() error { return m.readBlob(d) })
+			return err
+		case "manifests":
+			m.hasManifests = true
+		}
+		return skipRest(d, 0)
+	})
+	switch {
+	case err != nil:
+		return &manifest{}, err
+	case !isManifest:
+		return m, errors.New("no schemaVersion")
+	}
+	return m, nil
+}
+
+// readBlob reads the descriptor of a blob that m names.
+func (m *manifest) readBlob(d *json.Decoder) error {
+	if len(m.blobs) == maxNamedBlobs {
+		return skipRest(d, 0)
+	}
+	var b descriptor
+	err := decodeNext(d, &b)
+	if isDigest(b.Digest) {
+		m.blobs = append(m.blobs, b)
+	}
+	return err
+}
+
+// mediaType returns a manifest's type: the upstream's if that is specific, else the
+// type that the manifest declares, else the one that its members suggest.
+func (m *manifest) mediaType(upstream string) string {
+	_, _, err := mime.ParseMediaType(m.declared)
+	switch {
+	case strings.HasPrefix(upstream, "application/vnd."):
+		return upstream
+	case err == nil && boundedHeader(m.declared) != "":
+		return m.declared
+	case m.hasManifests:
+		return typeIndex
+	case m.hasConfig:
+		return typeManifest
+	}
+	return cmp.Or(upstream, typeJSON)
+}
+
+// countList returns how many elements the member of that name has, an array, or null,
+// which some registries send for an empty repository. An error means that there is no
+// such list.
+func countList(r io.Reader, member string) (n int, err error) {
+	found := false
+	err = readObject(r, func(d *json.Decoder, name string) error {
+		if name != member {
+			return skipRest(d, 0)
+		}
+		first, err := readArray(d, func() error { n++; return skipRest(d, 0) })
+		found = first == json.Delim('[') || first == nil
+		return err
+	})
+	if err == nil && !found {
+		err = errors.New("no list")
+	}
+	return n, err
+}
+
+// readObject reads a JSON object that is all there is in r. It calls member at the value
+// of each of its members, which member reads.
+func readObject(r io.Reader, member func(d *json.Decoder, name string) error) error {
+	d := json.NewDecoder(r)
+	d.UseNumber() // not all numbers of JSON are float64
+	t, err := d.Token()
+	if err == nil && t != json.Delim('{') {
+		err = errors.New("no object")
+	}
+	for err == nil && d.More() {
+		if t, err = d.Token(); err == nil {
+			err = member(d, t.(string))
+		}
+	}
+	if err == nil {
+		_, err = d.Token() // the closing brace
+	}
+	if err != nil {
+		return err
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return errors.New("more than an object")
+	}
+	return nil
+}
+
+// readArray reads the next value, and returns its first token. If it is an array, element
+// reads each of its elements.
+func readArray(d *json.Decoder, element func() error) (first json.Token, err error) {
+	first, err = d.Token()
+	switch {
+	case err != nil:
+	case first == json.Delim('{'):
+		err = skipRest(d, 1)
+	case first == json.Delim('['):
+		for err == nil && d.More() {
+			err = element()
+		}
+		if err == nil {
+			_, err = d.Token() // the closing bracket
+		}
+	}
+	return first, err
+}
+
+// skipRest reads past the end of that many open arrays and objects, or past the next
+// value if there is none.
+func skipRest(d *json.Decoder, open int) error {
+	for {
+		t, err := d.Token()
+		if err != nil {
+			return err
+		}
+		switch t {
+		case json.Delim('['), json.Delim('{'):
+			if open++; open > maxNesting {
+				return errors.New("nested too deep")
+			}
+		case json.Delim(']'), json.Delim('}'):
+			open--
+		}
+		if open == 0 {
+			return nil
+		}
+	}
+}
+
+// decodeNext reads the next value into v, as far as it is of v's type.
+func decodeNext(d *json.Decoder, v any) error {
+	err := d.Decode(v)
+	if _, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		return nil
+	}
+	return err
+}
