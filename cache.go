@@ -277,7 +277,7 @@ type fileRequest struct {
 	// alwaysRefetched: an expired copy is never revalidated, only fetched again.
 	alwaysRefetched bool
 	// sharedKey: requests with another wire path have this key too (a blob of
-	// several images), so that upstream's refusal of one says nothing about another.
+	// several images), so that upstream's answer to one says nothing about another.
 	sharedKey bool
 	// knownSize answers HEAD while the file is not stored; 0: ask upstream.
 	knownSize int64
@@ -286,6 +286,10 @@ type fileRequest struct {
 // fileBehavior is what one kind of file does in its own way. download has the
 // defaults; a kind embeds it and overrides what differs.
 type fileBehavior interface {
+	// permit is called before anything but upstream's answer to this very request is
+	// sent: a stored copy, whose record it gets, or what another request or replica
+	// fetches (nil). Its error is the client's.
+	permit(ctx context.Context, rec *record) error
 	// requestBody asks upstream for the body. The caller closes it.
 	requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error)
 	// keepHeaders keeps more of an answer's headers in the record.
@@ -306,6 +310,7 @@ type download struct{}
 func (download) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
 	return up.send(ctx, req)
 }
+func (download) permit(context.Context, *record) error                 { return nil }
 func (download) keepHeaders(*record, http.Header)                      {}
 func (download) checkBody(context.Context, *record, io.ReaderAt) error { return nil }
 func (download) servesStale(int) bool                                  { return false }
@@ -476,6 +481,12 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		if storeErr != nil && !errors.Is(storeErr, fs.ErrNotExist) {
 			c.reportStoreError("storage", "opening", key, storeErr)
 		}
+		if cp != nil {
+			if err := file.behaves().permit(ctx, cp.rec); err != nil {
+				cp.body.Close()
+				return nil, err
+			}
+		}
 		if cp != nil && cp.isFresh() {
 			c.countUse(file.remote.name, key)
 			detail := ""
@@ -540,6 +551,12 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 		return cp.staleReply("unreachable"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)
+	if cp == nil && f.file.wire != file.wire {
+		if err := file.behaves().permit(ctx, nil); err != nil {
+			f.leave()
+			return nil, false, err
+		}
+	}
 	reply, again, err = f.awaitReply(ctx, leads, rng, cp)
 	return reply, again || (f.file.wire != file.wire && isRefusal(err)), err
 }

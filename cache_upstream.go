@@ -17,13 +17,14 @@ import (
 // upstream refuses HEAD, it asks for the first byte, which tells the size too.
 func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply, error) {
 	req := file.newUpstreamRequest(http.MethodHead, nil)
-	resp, err := c.upstream.send(ctx, req)
+	resp, err := file.behaves().requestBody(ctx, c.upstream, req)
 	if err != nil {
 		return nil, err
 	}
 	if refusesHEAD(resp.StatusCode) {
 		resp.Body.Close()
-		if resp, err = c.upstream.send(ctx, file.newUpstreamRequest(http.MethodGet, http.Header{"Range": {"bytes=0-0"}})); err != nil {
+		req = file.newUpstreamRequest(http.MethodGet, http.Header{"Range": {"bytes=0-0"}})
+		if resp, err = file.behaves().requestBody(ctx, c.upstream, req); err != nil {
 			return nil, err
 		}
 	}

@@ -297,6 +297,9 @@ func (f *fillRun) fetch() fillOutcome {
 		return fillOutcome{kind: outcomeLookAgain}
 	}
 	if leader != nil {
+		if err := f.file.behaves().permit(f.ctx, f.oldRecord); err != nil {
+			return failedOutcome(err)
+		}
 		if outcome, ended := f.fetchFromReplica(leader); ended {
 			return outcome
 		}

@@ -705,6 +705,21 @@ func TestRefusalOfASharedFileIsNotHandedOver(t *testing.T) {
 	f.get("/api/r/a").wantMiss().wantBody("text")
 }
 
+// What a replica fetches is not for a request that upstream would refuse.
+func TestFollowingNeedsPermission(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1)
+	f.digested(func(q *fileRequest) { q.behavior = refusingFile{} })
+	f.script(func(p *peerScript) { p.over(replicaOutcome{Kind: "unreachable"}) })
+	f.get("/api/r/a").wantStatus(http.StatusForbidden)
+	f.wantRequests("/a", 0)
+}
+
+// refusingFile is the behavior of a file that is not permitted.
+type refusingFile struct{ download }
+
+func (refusingFile) permit(context.Context, *record) error { return errDenied }
+
 // A purge on one replica keeps the fill on another from being stored.
 func TestPurgeDuringAFillElsewhere(t *testing.T) {
 	t.Parallel()

@@ -30,9 +30,6 @@ const (
 	// object. A list with a longer link is an error, because without the link
 	// clients would take a part of the list for all of it.
 	maxNextLink = 1024
-	// maxBlobSizes bounds the table of blob sizes. An entry has some 250 bytes;
-	// 20,000 are the layers of about two thousand images.
-	maxBlobSizes = 20_000
 )
 
 // Media types of the specification and of Docker before it.
@@ -83,14 +80,14 @@ type registry struct {
 	cache     *cache
 	config    func() *config // the configuration in force; a request calls it once
 	responder *responder
-	// sizes holds the sizes of blobs in bytes as manifests declared them, by sizeKey.
-	// Nothing in it expires. Without it, HEAD of a blob that is not stored asks the upstream.
-	sizes *boundedMap[string, int64]
+	// blobs holds the blobs that images have, by blobKey, and their sizes in bytes as
+	// manifests declared them; 0 is not known. What it has lost the freshness marks know.
+	blobs *boundedMap[string, int64]
 }
 
 // newRegistry makes a registry over the cache c.
 func newRegistry(c *cache, config func() *config, s *responder) *registry {
-	return &registry{cache: c, config: config, responder: s, sizes: newBoundedMap[string, int64](maxBlobSizes, nil)}
+	return &registry{cache: c, config: config, responder: s, blobs: newBoundedMap[string, int64](maxBlobs, nil)}
 }
 
 func (g *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -139,9 +136,9 @@ func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 		file.behavior, file.digest = &manifestFile{common, g}, c.digest
 		file.accept, file.maxBytes, file.needsWholeBody = acceptManifests, maxManifest, true
 	case routeBlob:
-		file.behavior, file.digest = &registryFile{call: c}, c.digest
+		size, granted := g.blobs.get(c.blobKey(c.digest))
+		file.behavior, file.digest, file.knownSize = &blobFile{common, g, granted}, c.digest, size
 		file.spelling, file.sharedKey = "blobs/"+c.reference, true // all images of a remote share one stored copy
-		file.knownSize, _ = g.sizes.get(c.sizeKey(c.digest))
 	case routeTags:
 		file.behavior = &listFile{common, "tags"}
 		file.accept, file.maxBytes, file.needsWholeBody = typeJSON, maxList, true
@@ -168,7 +165,7 @@ func (c *registryCall) newTarget(reference string) target {
 	return t
 }
 
-// registryFile is the behavior of a blob, and what the others have in common.
+// registryFile is what the behaviors have in common.
 type registryFile struct {
 	download
 	call *registryCall
@@ -225,11 +222,7 @@ func (f *manifestFile) checkBody(ctx context.Context, rec *record, body io.Reade
 			detail: fmt.Sprintf("the upstream of remote %q did not answer with a manifest (its content type is %.100q)", rec.Remote, rec.ContentType)}}
 	}
 	rec.ContentType = m.mediaType(rec.ContentType)
-	for _, d := range m.blobs { // a HEAD of one that is not stored is answered with its size
-		if d.Size > 0 {
-			g.sizes.put(c.sizeKey(d.Digest), d.Size)
-		}
-	}
+	g.grantNamed(ctx, c, m, rec.SHA256)
 	if c.digest != "" {
 		rec.Digest = c.digest
 		return nil
@@ -331,12 +324,6 @@ func nextPageQuery(links []string) string {
 	query, _ := url.ParseQuery(u.RawQuery)
 	query.Del("ns")
 	return query.Encode()
-}
-
-// sizeKey returns the key of a blob's size. It includes the image: another image may
-// not have the blob, and then its HEAD must be 404.
-func (c *registryCall) sizeKey(digest string) string {
-	return c.remote.name + "/" + c.image + "@" + digest
 }
 
 // nextLink returns the Link header that names a list's next page, with the path that

@@ -102,14 +102,14 @@ func TestRegistryLinks(t *testing.T) {
 
 func TestRegistrySizesAreBounded(t *testing.T) {
 	t.Parallel()
-	sizes := newRegistry(nil, nil, nil).sizes
-	for i := range 2 * maxBlobSizes {
+	sizes := newRegistry(nil, nil, nil).blobs
+	for i := range 2 * maxBlobs {
 		sizes.put(strconv.Itoa(i), int64(i))
 	}
-	if n := sizes.length(); n != maxBlobSizes {
+	if n := sizes.length(); n != maxBlobs {
 		t.Errorf("%d sizes are kept", n)
 	}
-	if size, _ := sizes.get(strconv.Itoa(2*maxBlobSizes - 1)); size != 2*maxBlobSizes-1 {
+	if size, _ := sizes.get(strconv.Itoa(2*maxBlobs - 1)); size != 2*maxBlobs-1 {
 		t.Error("the latest size is lost")
 	}
 }

@@ -864,7 +864,8 @@ func TestRegistryBlobIsStoredOnceForAllImages(t *testing.T) {
 	m.get("/v2/reg/none/blobs/"+d).wantError(http.StatusNotFound, "BLOB_UNKNOWN")
 	m.get("/v2/reg/one/blobs/" + d).wantBody(body)
 	m.get("/v2/reg/two/blobs/" + d).wantBody(body).wantFrom("cache")
-	h.wantAsked(0, "", "/v2/two/blobs/"+d)
+	h.wantAsked(1, "HEAD", "/v2/two/blobs/"+d)
+	h.wantAsked(0, "GET", "/v2/two/blobs/"+d)
 }
 
 func TestRegistryRefusalOfOneImageIsNotAnothers(t *testing.T) {
@@ -900,21 +901,24 @@ func TestRegistryRefusalsOfManyImages(t *testing.T) {
 	for round := range 10 { // the order of the clients is up to the scheduler
 		body := layerOf("many", 5000+round)
 		d := h.blob(fmt.Sprintf("app%d", images-1), body)
-		var left atomic.Int64 // clients without an answer; the next refusal is sent when all of them wait for it
-		left.Store(images)
+		var served atomic.Bool
 		var all sync.WaitGroup
 		for i := range images {
 			path := fmt.Sprintf("app%d/blobs/%s", i, d)
 			if i == images-1 {
-				all.Go(func() { m.get("/v2/reg/" + path).wantBody(body) })
+				all.Go(func() {
+					m.get("/v2/reg/" + path).wantBody(body)
+					served.Store(true)
+				})
 				continue
 			}
 			h.on("/v2/"+path, func(w http.ResponseWriter, r *http.Request) {
-				for n := int(left.Add(-1)) + 1; m.waiters("blobs/"+d) < n; time.Sleep(time.Millisecond) {
+				for r.Method == http.MethodGet && m.waiters("blobs/"+d) < 2 && !served.Load() {
+					time.Sleep(time.Millisecond) // until another client waits for this refusal
 				}
 				http.NotFound(w, r)
 			})
-			all.Go(func() { m.get("/v2/reg/" + path) })
+			all.Go(func() { m.get("/v2/reg/"+path).wantError(http.StatusNotFound, "BLOB_UNKNOWN") })
 		}
 		all.Wait()
 	}

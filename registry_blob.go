@@ -1,0 +1,130 @@
+// registry_blob.go: blobs, of which all images of a remote share one stored copy, and
+// the grants that say through which images it may be served.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+)
+
+// maxBlobs bounds the table of blobs. An entry has some 250 bytes; 20,000 are the layers
+// of about two thousand images.
+const maxBlobs = 20_000
+
+// blobFile is the behavior of a blob.
+type blobFile struct {
+	registryFile
+	g       *registry
+	granted bool // known without asking
+}
+
+// requestBody asks for the blob through its image. An upstream that has it there grants
+// it. The request may be a HEAD or for a range.
+func (f *blobFile) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
+	resp, err := up.send(ctx, req)
+	if err == nil {
+		switch resp.StatusCode {
+		case http.StatusOK, http.StatusPartialContent, http.StatusNotModified:
+			f.g.reportLostGrants(f.g.grantBlob(ctx, f.call.blobKey(f.call.digest), 0))
+		}
+	}
+	return resp, err
+}
+
+// permit refuses what was stored, or is fetched, for another image, unless this one has
+// the blob too. A registry that cannot be asked leaves a remote open that nothing
+// restricts.
+func (f *blobFile) permit(ctx context.Context, _ *record) error {
+	c, g := f.call, f.g
+	if f.granted || g.isGranted(ctx, c.blobKey(c.digest)) {
+		return nil
+	}
+	isOpen := c.remote.immutable == nil && c.remote.username == "" && len(c.remote.headers) == 0
+	if g.cache.upstream.isDown(ctx, c.remote) {
+		if isOpen {
+			return nil
+		}
+		return &problem{status: http.StatusBadGateway, cause: errUnreachable,
+			detail: fmt.Sprintf("remote %q cannot be reached, and nothing stored says that image %q has this blob", c.remote.name, c.image)}
+	}
+	file, err := g.newFileRequest(c)
+	if err == nil {
+		_, err = g.cache.headUpstream(ctx, file) // which comes to requestBody
+	}
+	if isOpen && isUnreachable(err) {
+		return nil
+	}
+	return err
+}
+
+// blobKey names a blob as one of c's image, in the table of blobs and among the freshness
+// marks. No file has such a key: theirs have no colon.
+func (c *registryCall) blobKey(digest string) string {
+	return c.remote.name + "/" + c.image + "@" + digest
+}
+
+// isGranted reports whether a mark says that an image has a blob.
+func (g *registry) isGranted(ctx context.Context, key string) bool {
+	_, err := g.cache.marks.getMark(ctx, key)
+	if err == nil {
+		g.blobs.getOrPut(key, func() int64 { return 0 })
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		g.cache.reportStoreError("redis", "reading the grant of", key, err)
+	}
+	return err == nil
+}
+
+// grantBlob remembers that an image has a blob, and the blob's size if that is known (it
+// is 0 otherwise). The error is that of a mark that may be lost, which costs a HEAD.
+func (g *registry) grantBlob(ctx context.Context, key string, size int64) error {
+	old, granted := g.blobs.get(key)
+	g.blobs.put(key, cmp.Or(size, old))
+	if granted {
+		return nil
+	}
+	return g.cache.marks.setMark(context.WithoutCancel(ctx), key, freshnessMark{GoodAt: g.cache.now().UTC()})
+}
+
+func (g *registry) reportLostGrants(err error) {
+	if err != nil {
+		g.cache.reportStoreError("redis", "granting", "blobs", err)
+	}
+}
+
+// grantNamed grants an image the blobs that its manifest names. Their sizes answer HEAD
+// while they are not stored. sum is the manifest's SHA-256.
+func (g *registry) grantNamed(ctx context.Context, c *registryCall, m *manifest, sum string) {
+	var lost error
+	for _, b := range m.blobs {
+		lost = cmp.Or(lost, g.grantBlob(ctx, c.blobKey(b.Digest), max(b.Size, 0)))
+	}
+	g.reportLostGrants(lost)
+	g.blobs.put(c.blobKey(sum), 0) // no blob, since its digest has no algorithm: this manifest need not be read again
+}
+
+// permit grants what a stored manifest names when it is first read by this process: a
+// crash may have lost its grants.
+func (f *manifestFile) permit(ctx context.Context, rec *record) error {
+	c, g := f.call, f.g
+	if rec == nil {
+		return nil
+	}
+	if _, found := g.blobs.get(c.blobKey(rec.SHA256)); found {
+		return nil
+	}
+	t := c.newTarget(c.reference)
+	obj, err := g.cache.objects.open(ctx, t.key(), 0)
+	if err != nil {
+		return nil // the copy in hand answers all the same
+	}
+	defer obj.body.Close()
+	m, _ := readManifest(io.LimitReader(obj.body, maxManifest)) // what is none names nothing
+	g.grantNamed(ctx, c, m, obj.rec.SHA256)
+	return nil
+}
