@@ -38,6 +38,7 @@ type record struct {
 	Link         string    `json:"l,omitempty"` // below /v2/
 	Filters      string    `json:"o,omitempty"` // OCI-Filters-Applied
 	Links        string    `json:"k,omitempty"` // the table that the links were rewritten by
+	Negative     bool      `json:"v,omitempty"` // it says that there is nothing: negative_ttl rules how long
 }
 
 // object is a stored record and, unless only the record was asked for, its body. Its
@@ -621,6 +622,9 @@ func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, o
 	if forever {
 		s.forever = true
 		return s
+	}
+	if obj.rec.Negative {
+		ttl = file.remote.negativeTTL
 	}
 	m, err := c.marks.getMark(ctx, key)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

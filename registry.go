@@ -260,14 +260,17 @@ func (f *listFile) keepHeaders(rec *record, h http.Header) {
 }
 
 // checkBody refuses what is not such a list, and a link to the next page that cannot
-// be stored.
+// be stored. Without referrers the answer is a negative one: signatures often come
+// after the first look for them.
 func (f *listFile) checkBody(_ context.Context, rec *record, body io.ReaderAt) error {
-	if _, err := countList(io.NewSectionReader(body, 0, rec.Size), f.member); err != nil {
+	n, err := countList(io.NewSectionReader(body, 0, rec.Size), f.member)
+	if err != nil {
 		return newRegistryError("UNKNOWN", http.StatusBadGateway, "the upstream of remote %q did not answer with a list of %s (its content type is %.100q)", rec.Remote, f.member, rec.ContentType)
 	}
 	if len(rec.Link)+len(rec.Path) > maxNextLink {
 		return newRegistryError("UNKNOWN", http.StatusBadGateway, "the upstream of remote %q sent a link to the next page that is too long to be stored", rec.Remote)
 	}
+	rec.Negative = f.call.route == routeReferrers && n == 0 && rec.Link == ""
 	return nil
 }
 

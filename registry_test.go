@@ -1062,7 +1062,7 @@ func TestRegistryReferrers(t *testing.T) {
 		if !strings.Contains(string(a.body), sig) {
 			t.Errorf("referrers: %s", a.body)
 		}
-		a = m.get(path+"?artifactType=a%2Fother").want(http.StatusOK).wantHeader("OCI-Filters-Applied", "artifactType").wantFrom(source)
+		a = m.get(path+"?artifactType=a%2Fother").want(http.StatusOK).wantHeader("OCI-Filters-Applied", "artifactType").wantFrom("remote") // none
 		if strings.Contains(string(a.body), sig) {
 			t.Errorf("filtered referrers: %s", a.body)
 		}
@@ -1093,7 +1093,7 @@ func TestRegistryReferrersHavePages(t *testing.T) {
 			w.Header().Set("Link", `<`+r.URL.Path+`?artifactType=a%2Fsig&nextToken=t%2B1>; rel="next"`)
 		}
 		w.Header().Set("Content-Type", typeJSON) // as some do
-		fmt.Fprintf(w, `{"schemaVersion":2,"manifests":[],"annotations":{"page":%q}}`, page)
+		fmt.Fprintf(w, `{"schemaVersion":2,"manifests":[{}],"annotations":{"page":%q}}`, page)
 	})
 	m := newMirror(t, h.url())
 	for range 2 {
@@ -1107,6 +1107,42 @@ func TestRegistryReferrersHavePages(t *testing.T) {
 		}
 	}
 	h.wantAsked(2, "", "")
+}
+
+// An empty list is a negative answer, however the registry gives it: negative_ttl rules it.
+// Signatures come after the first look for them.
+func TestRegistryEmptyReferrersAreANegativeAnswer(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		noAPI bool
+		keys  []string
+		fresh time.Duration
+	}{
+		{false, nil, 0}, {true, nil, 0}, {false, []string{"negative_ttl: 60"}, time.Minute}, {true, []string{"negative_ttl: 60"}, time.Minute},
+	} {
+		h := newHub(t)
+		h.noAPI = c.noAPI
+		im := h.image("app", "v1", 10)
+		m := newMirror(t, h.url(), c.keys...)
+		path := "/v2/reg/app/referrers/" + im.digest
+		m.get(path).want(http.StatusOK).wantFrom("remote")
+		h.on("/v2/app/referrers/"+im.digest, regAnswers(http.StatusServiceUnavailable, "", ""))
+		m.advance(2 * time.Minute)
+		m.get(path).want(http.StatusOK).wantFrom("cache") // it was learned
+		h.on("/v2/app/referrers/"+im.digest, nil)
+		m.get(path).want(http.StatusOK).wantFrom("remote")
+		sig := descriptorOf(typeManifest, sha256Of(nil), 1)
+		signed := []byte(`{"schemaVersion":2,"manifests":[` + sig + `]}`)
+		h.on("/v2/app/referrers/"+im.digest, regAnswers(http.StatusOK, typeIndex, string(signed)))
+		if c.fresh > 0 {
+			m.advance(c.fresh - time.Second)
+			m.get(path).want(http.StatusOK).wantFrom("cache")
+			m.advance(2 * time.Second)
+		}
+		m.get(path).wantBody(signed).wantFrom("remote")
+		m.advance(30 * time.Minute) // a list with something in it has the TTL of all lists
+		m.get(path).wantBody(signed).wantFrom("cache")
+	}
 }
 
 func TestRegistryReferrersWithoutTheAPI(t *testing.T) {
