@@ -552,7 +552,7 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 		return cp.staleReply("unreachable"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)
-	if cp == nil && f.file.wire != file.wire {
+	if cp == nil && f.file.wire != file.wire { // upstream is asked in another way than ours
 		if err := file.behaves().permit(ctx, nil); err != nil {
 			f.leave()
 			return nil, false, err
