@@ -138,7 +138,9 @@ type pageFile struct {
 func (a *api) newPageRemote(o remoteOverview, rem *remote) pageRemote {
 	v := pageRemote{remoteOverview: o, Local: rem.local, Sealed: rem.sealed}
 	if began, cause := a.cache.upstream.outageOf(o.Name); cause != nil && !rem.sealed {
-		v.DownFor, v.DownCause = formatSpan(a.now().Sub(began)), cause.Error()
+		// What a client would be told: the cause itself may have a host from ${VAR}.
+		_, v.DownCause = statusAndDetail(cause)
+		v.DownFor = formatSpan(a.now().Sub(began))
 	}
 	v.setUsage(a.metrics.usageOf(o.Name))
 	v.setPlot(a.metrics.trendOf(o.Name))

@@ -263,7 +263,7 @@ func TestTokenThatNobodyCouldSend(t *testing.T) {
 func TestSettingsAreShownWithoutTheirSecrets(t *testing.T) {
 	t.Parallel()
 	set, err := parseSettings(envOf(map[string]string{"API_TOKEN": "HIDDEN", "DBPASS": "HIDDEN", "DBHOST": "h", "DBUSER": "u@server", "DBNAME": "n", "REDIS_URL": "rediss://HIDDEN:HID@DEN@h:6379/2?HIDDEN",
-		"MINIO_ENDPOINT": "https://s3:9", "MINIO_ACCESS_KEY": "id", "MINIO_SECRET_KEY": "HIDDEN", "MINIO_BUCKET": "b", "HTTPS_PROXY": "u:HIDDEN@p:3128", "http_proxy": "http://u:1?HIDDEN@p",
+		"MINIO_ENDPOINT": "https://s3:9", "MINIO_ACCESS_KEY": "id", "MINIO_SECRET_KEY": "HIDDEN", "MINIO_BUCKET": "bbb", "HTTPS_PROXY": "u:HIDDEN@p:3128", "http_proxy": "http://u:1?HIDDEN@p",
 		"MIN_FREE": "3MB", "LOG_LEVEL": "WARN", "DATA_DIR": "/d@t/a"}))
 	must(t, err)
 	for name, want := range map[string]string{"API_TOKEN": "***", "DBPASS": "***", "DBUSER": "u@server", "DBPORT": "5432", "REDIS_URL": "rediss://***@h:6379/2", "MINIO_SECRET_KEY": "***", "MINIO_ACCESS_KEY": "id",
@@ -275,7 +275,7 @@ func TestSettingsAreShownWithoutTheirSecrets(t *testing.T) {
 	if all := fmt.Sprint(set.shown); strings.Contains(all, "HIDDEN") || strings.Contains(all, "DEN@") {
 		t.Errorf("a secret shows: %s", all)
 	}
-	if p := set.redisPrefix(); p != "b" {
+	if p := set.redisPrefix(); p != "bbb" {
 		t.Errorf("the keys in Redis have the prefix %q, want the bucket's name", p)
 	}
 	unset, err := parseSettings(envOf(nil))
@@ -936,7 +936,7 @@ func TestEarlierDiskStoreIsReported(t *testing.T) {
 	tt.settle()
 	for dir, want := range map[string]string{tt.disk.dir: `"files":2`, t.TempDir(): "", t.TempDir() + "/none": ""} {
 		logs := &testLogs{}
-		set, err := parseSettings(envOf(map[string]string{"DATA_DIR": dir, "MINIO_ENDPOINT": "127.0.0.1:9", "MINIO_ACCESS_KEY": "a", "MINIO_SECRET_KEY": "b", "MINIO_BUCKET": "c"}))
+		set, err := parseSettings(envOf(map[string]string{"DATA_DIR": dir, "MINIO_ENDPOINT": "127.0.0.1:9", "MINIO_ACCESS_KEY": "a", "MINIO_SECRET_KEY": "b", "MINIO_BUCKET": "ccc"}))
 		must(t, err)
 		st, err := openStores(set, time.Now, newLogger(set, logs))
 		must(t, err)

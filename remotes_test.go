@@ -402,7 +402,7 @@ remotes:
 		}
 	}
 	for _, s := range []string{`"base_url":"https://h.example/***/a"`, `"description":"$ ***"`, `"username":"u-***"`, `"base_url":"***"`, `"registry":"***"`,
-		`"mirrors":[{"auth":false,"url":"https://plain.example"},{"auth":false,"url":"https://***.example"},{"auth":false,"url":"https://third.example"}]`,
+		`"mirrors":[{"auth":false,"url":"https://plain.example","verified":false},{"auth":false,"url":"https://***.example","verified":false},{"auth":false,"url":"https://third.example","verified":false}]`,
 		`"token_realm":"https://t.example/***"`, `"description":"plain"`, `"registry":"***.example"`, `"registry":"docker.io"`} {
 		if !strings.Contains(text, s) {
 			t.Errorf("%s is not in %s", s, text)

@@ -1,0 +1,154 @@
+// main_commands.go: the commands beside serve: check, healthcheck, verify, reindex.
+
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"time"
+)
+
+// checkConfig validates the configuration file that args names, or else
+// CONFIG_PATH. Its error lists all mistakes of the file, a line each.
+func checkConfig(set *settings, args []string, env lookupEnv, stdout io.Writer) error {
+	name := set.configPath
+	if len(args) == 1 {
+		name = args[0]
+	}
+	cfg, err := loadConfig(name, env)
+	if err != nil {
+		return err
+	}
+	if set.tlsCert != "" {
+		if _, err := tls.LoadX509KeyPair(set.tlsCert, set.tlsKey); err != nil {
+			return fmt.Errorf("TLS_CERT_FILE and TLS_KEY_FILE: %w", err)
+		}
+	}
+	for _, w := range cfg.warnings {
+		fmt.Fprintln(stdout, "warning:", w)
+	}
+	fmt.Fprintf(stdout, "%s: valid, %d remotes\n", name, len(cfg.names))
+	return nil
+}
+
+// loadConfig reads and parses the configuration file name. env gives the
+// variables that the file uses as ${VAR}.
+func loadConfig(name string, env lookupEnv) (*config, error) {
+	data, err := os.ReadFile(name)
+	if err != nil {
+		return nil, fmt.Errorf("reading the configuration: %w (CONFIG_PATH names the file)", err)
+	}
+	return parseConfig(name, data, env)
+}
+
+// askHealth asks /health of the server on this machine and returns nil for 200.
+// It is HEALTHCHECK's command, because the image has no shell and no curl.
+func askHealth(ctx context.Context, set *settings) error {
+	host, port, err := net.SplitHostPort(set.listen)
+	if err != nil {
+		return fmt.Errorf("LISTEN_ADDR: %w", err)
+	}
+	if ip := net.ParseIP(host); host == "" || (ip != nil && ip.IsUnspecified()) {
+		host = "localhost"
+	}
+	scheme := "http"
+	if set.tlsCert != "" {
+		scheme = "https"
+	}
+	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://"+net.JoinHostPort(host, port)+"/health", nil)
+	if err != nil {
+		return fmt.Errorf("asking /health: %w", err)
+	}
+	// The certificate is not verified: it holds the server's public name, not
+	// localhost. No proxy is used: HTTP_PROXY and the like are for upstreams.
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+	res, err := client.Do(req)
+	if err != nil {
+		return fmt.Errorf("asking /health: %w", err)
+	}
+	res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("/health answered %s", res.Status)
+	}
+	return nil
+}
+
+// healthTimeout bounds healthcheck. /health answers within 100 ms, and Docker
+// itself waits 30 s by default.
+const healthTimeout = 3 * time.Second
+
+// verifyStored hashes everything stored and drops what does not match its record.
+// It may run beside a server. Its error says that something was dropped or could
+// not be read.
+func verifyStored(ctx context.Context, set *settings, env lookupEnv, now func() time.Time, stdout io.Writer) error {
+	st, err := openStores(set, now, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	// Without a valid configuration no remote is known to have an upstream, so
+	// nothing damaged is removed.
+	cfg, configErr := loadConfig(set.configPath, env)
+	st.disk.isIrreplaceable = func(remote string) bool { return configErr != nil || cfg.isIrreplaceable(remote) }
+	reported := 0
+	checked, dropped, err := st.objects.verify(ctx, func(key string, err error) {
+		reported++
+		fmt.Fprintf(stdout, "%s: %v\n", key, err)
+	})
+	fmt.Fprintf(stdout, "%d checked, %d dropped\n", checked, dropped)
+	if err == nil && checked == 0 && reported == 0 {
+		where := "DATA_DIR " + set.dataDir
+		if set.s3.bucket != "" {
+			where = "the bucket " + set.s3.bucket
+		}
+		fmt.Fprintf(stdout, "nothing is stored in %s: is it the right one?\n", where)
+	}
+	if err == nil && reported > 0 {
+		err = fmt.Errorf("%d files were dropped, could not be read, or are strays; a dropped file is fetched again when a client asks for it", reported)
+	}
+	return err
+}
+
+// reindexStored adds an index row for each object without one and removes the rows
+// without an object. The index in PostgreSQL can be corrected beside running
+// replicas. The embedded index is in the memory of the server that owns DATA_DIR,
+// so no server may run.
+func reindexStored(ctx context.Context, set *settings, now func() time.Time, stdout io.Writer) error {
+	st, err := openStores(set, now, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	if st.sql != nil {
+		changed := 0
+		err := reindex(ctx, st.objects, st.sql, func(change, key string) {
+			changed++
+			fmt.Fprintln(stdout, change, key)
+		})
+		fmt.Fprintf(stdout, "%d rows corrected\n", changed)
+		return err
+	}
+	switch locked, err := st.disk.lockData(); {
+	case err != nil:
+		return err
+	case !locked:
+		return errors.New("a running server uses DATA_DIR and has the index in its memory: stop the server first (it also corrects the index itself at each start)")
+	}
+	if err := st.embedded.reconcile(ctx, st.objects); err != nil {
+		return err
+	}
+	totals, err := st.embedded.totals(ctx)
+	for name, t := range totals {
+		fmt.Fprintf(stdout, "%s: %d files, %d bytes\n", name, t.Files, t.Bytes)
+	}
+	return errors.Join(err, st.embedded.saveSnapshot())
+}
