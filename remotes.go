@@ -49,6 +49,7 @@ const (
 // remote is one entry of remotes.yaml, ready to use. It is not changed after
 // loading; a reload makes new ones.
 type remote struct {
+	config      *config // that it is a part of; only tests make remotes without one
 	name        string
 	local       bool   // type: local
 	packageType string // package

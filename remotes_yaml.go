@@ -72,6 +72,9 @@ func parseConfig(name string, data []byte, env func(string) (string, bool)) (*co
 		return nil, c.errs
 	}
 	cfg.names = sortedKeys(cfg.remotes)
+	for _, r := range cfg.remotes {
+		r.config = cfg
+	}
 	return cfg, nil
 }
 

@@ -70,7 +70,7 @@ var (
 	// errCredentials means that the token service of an upstream refused us. It
 	// comes in a problem with status 403 that names the remote.
 	errCredentials = errors.New("the upstream's credentials are missing or wrong: check username and password")
-	// errPrivateAddress is the error of a dial that publicTransport refuses.
+	// errPrivateAddress is the error of a dial that a transport refuses.
 	errPrivateAddress = errors.New("a redirect must not lead to a private address")
 )
 
@@ -80,31 +80,30 @@ var contentRange = regexp.MustCompile(`^(?i)\s*bytes\s+(\d+)-(\d+)/(\d+|\*)\s*$`
 // upstream sends requests to the origins of all remotes. All methods may be called
 // concurrently.
 type upstream struct {
-	version         string // for the User-Agent header; set before the first request
-	transport       http.RoundTripper
-	publicTransport http.RoundTripper // dials public addresses only
-	now             func() time.Time
-	log             *slog.Logger
-	metrics         *metrics
-	circuits        *boundedMap[string, *circuit] // by the remote's name
-	tokens          tokenCache
+	version    string                            // for the User-Agent header; set before the first request
+	transports [anyAddress + 1]http.RoundTripper // by what they reach, see newTransport
+	now        func() time.Time
+	log        *slog.Logger
+	metrics    *metrics
+	circuits   *boundedMap[string, *circuit] // by the remote's name
+	tokens     tokenCache
 
 	// proxyFor returns the proxy for a request, or nil. It must agree with the Proxy
-	// functions of the transports. isPrivate is isPrivateAddress. Only tests replace
-	// the two.
-	proxyFor  func(*http.Request) (*url.URL, error)
-	isPrivate func(netip.Addr) bool
+	// functions of the transports. kindOf is kindOfAddress. Only tests replace the two.
+	proxyFor func(*http.Request) (*url.URL, error)
+	kindOf   func(netip.Addr) addressKind
 }
 
 // upstreamRequest is one request to a remote.
 type upstreamRequest struct {
-	remote  *remote
-	method  string      // GET or HEAD
-	wire    string      // target.wire
-	header  http.Header // Accept, Range, If-Range, If-None-Match and so on; never changed
-	scope   string      // the scope of the registry token; "" if none is needed
-	hasCopy bool        // a stored copy can be served instead: no retries, at most copyTimeout for an attempt
-	first   int         // the index in remote.origins that is asked first; the others follow in order
+	remote      *remote
+	method      string      // GET or HEAD
+	wire        string      // target.wire
+	header      http.Header // Accept, Range, If-Range, If-None-Match and so on; never changed
+	scope       string      // the scope of the registry token; "" if none is needed
+	hasCopy     bool        // a stored copy can be served instead: no retries, at most copyTimeout for an attempt
+	digestKnown bool        // the digest of the body is known: a redirect may lead from https to http
+	first       int         // the index in remote.origins that is asked first; the others follow in order
 }
 
 // upstreamResponse is the response of an upstream. The caller closes Body. The context
@@ -116,30 +115,31 @@ type upstreamResponse struct {
 	origin int // the index in remote.origins of the origin that answered
 }
 
-// newUpstream makes an upstream. It calls rt twice, for the transport that dials every
-// address and for the strict one that dials public addresses only; see newTransport.
-func newUpstream(rt func(strict bool) http.RoundTripper, now func() time.Time, log *slog.Logger, m *metrics) *upstream {
-	return &upstream{
-		version:         "dev",
-		transport:       rt(false),
-		publicTransport: rt(true),
-		now:             now,
-		log:             log,
-		metrics:         m,
-		circuits:        newBoundedMap[string, *circuit](maxRemembered, now),
+// newUpstream makes an upstream. It calls rt for each kind of address; see newTransport.
+func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.Time, log *slog.Logger, m *metrics) *upstream {
+	u := &upstream{
+		version:  "dev",
+		now:      now,
+		log:      log,
+		metrics:  m,
+		circuits: newBoundedMap[string, *circuit](maxRemembered, now),
 		tokens: tokenCache{
 			challenges: newBoundedMap[registryKey, authChallenge](maxRemembered, now),
 			answers:    newBoundedMap[tokenKey, tokenAnswer](maxRemembered, now),
 		},
-		proxyFor:  http.ProxyFromEnvironment,
-		isPrivate: isPrivateAddress,
+		proxyFor: http.ProxyFromEnvironment,
+		kindOf:   kindOfAddress,
 	}
+	for reach := range u.transports {
+		u.transports[reach] = rt(addressKind(reach))
+	}
+	return u
 }
 
 // Close closes idle connections. It is called at the end of the shutdown, when no
 // request runs any more.
 func (u *upstream) Close() {
-	for _, rt := range []http.RoundTripper{u.transport, u.publicTransport} {
+	for _, rt := range u.transports {
 		if c, ok := rt.(interface{ CloseIdleConnections() }); ok {
 			c.CloseIdleConnections()
 		}

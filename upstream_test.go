@@ -42,11 +42,11 @@ func newUpstreamTester(t *testing.T, origins ...string) *upstreamTester {
 func newUpstreamTesterOver(t *testing.T, rt roundTrip, origins ...string) *upstreamTester {
 	t.Helper()
 	a := &upstreamTester{T: t, log: new(bytes.Buffer), r: &remote{name: "r", packageType: "generic", timeout: 5 * time.Second}}
-	a.u = newUpstream(func(strict bool) http.RoundTripper {
+	a.u = newUpstream(func(reach addressKind) http.RoundTripper {
 		if rt != nil {
 			return rt
 		}
-		return newTransport(strict)
+		return newTransport(reach)
 	}, time.Now, slog.New(slog.NewTextHandler(a.log, nil)), newMetrics())
 	a.u.proxyFor = func(*http.Request) (*url.URL, error) { return nil, nil }
 	a.u.version = "test"
@@ -54,9 +54,13 @@ func newUpstreamTesterOver(t *testing.T, rt roundTrip, origins ...string) *upstr
 		s, auth := strings.CutPrefix(s, "auth ")
 		a.r.origins = append(a.r.origins, origin{mustURL(t, s), auth || i == 0})
 	}
+	a.r.config = &config{remotes: map[string]*remote{"r": a.r}}
 	t.Cleanup(a.u.Close)
 	return a
 }
+
+// isPublic is an upstream's kindOf in a world without private networks.
+func isPublic(netip.Addr) addressKind { return publicAddress }
 
 func mustURL(t testing.TB, s string) *url.URL {
 	t.Helper()
@@ -501,7 +505,7 @@ func TestTransportSpeaksHTTP2(t *testing.T) {
 	s.StartTLS()
 	t.Cleanup(s.Close)
 	a := newUpstreamTester(t, s.URL)
-	a.u.transport.(*http.Transport).TLSClientConfig.RootCAs = s.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
+	a.u.transports[anyAddress].(*http.Transport).TLSClientConfig.RootCAs = s.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
 	a.get("f").wantErr(errBadUpstream, "https to http")
 	if len(plain.requests()) != 0 {
 		t.Error("it went from https to http")
@@ -870,7 +874,7 @@ func TestRedirectMayNotLeadInside(t *testing.T) {
 	newUpstreamTester(t, elsewhere(byName)).get("f").want(200, "inside") // its connection went to a private address
 
 	a = newUpstreamTester(t, base.URL)
-	a.u.isPrivate = func(netip.Addr) bool { return false } // base_url counts as public
+	a.u.kindOf = isPublic // so base_url is
 	r := a.get("f")
 	r.wantErr(errBadUpstream, "private address", "localhost")
 	if statusOf(r.err) != 502 {
@@ -880,15 +884,94 @@ func TestRedirectMayNotLeadInside(t *testing.T) {
 		t.Errorf("the inside was asked %d times; want 2", n)
 	}
 
-	home := newSite(t, nil)
-	home.Config.Handler = home.record(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/f" {
-			http.Redirect(w, r, "/g", http.StatusFound)
+	a.r.config.remotes["other"] = &remote{origins: []origin{{url: mustURL(t, elsewhere(inside))}}}
+	a.get("f").want(200, "inside") // the administrator knows that server: the cure
+}
+
+// TestRedirectsStayWithinTheOriginsKind: from an origin of each kind a redirect leads to
+// targets of the kinds that are listed, and no others.
+func TestRedirectsStayWithinTheOriginsKind(t *testing.T) {
+	t.Parallel()
+	const kinds = "8.8.8.8 10.0.0.9 100.64.0.9 [fd00::9] 127.0.0.9 169.254.0.9 198.18.0.9 240.0.0.9"
+	for base, want := range map[string]string{
+		"8.8.4.4":     "8.8.8.8",
+		"10.0.0.1":    "8.8.8.8 10.0.0.9 100.64.0.9 [fd00::9]",
+		"100.64.0.1":  "8.8.8.8 10.0.0.9 100.64.0.9 [fd00::9]",
+		"[fd00::1]":   "8.8.8.8 10.0.0.9 100.64.0.9 [fd00::9]",
+		"127.0.0.1":   "8.8.8.8 127.0.0.9",
+		"169.254.0.1": "8.8.8.8 169.254.0.9",
+		"198.18.0.1":  "8.8.8.8 198.18.0.9 240.0.0.9",
+	} {
+		for _, named := range []bool{false, true} { // base_url has a name that leads there
+			host := base
+			if named {
+				host = "base.test"
+			}
+			a := newUpstreamTester(t, "http://"+host)
+			for i := range a.u.transports {
+				reach := addressKind(i)
+				a.u.transports[i] = transportFunc(func(r *http.Request) (*http.Response, error) {
+					at := r.URL.Host
+					if at == "base.test" {
+						at = base
+					}
+					if err := reach.refuseOthers(t.Context(), "tcp", at+":80", nil); err != nil {
+						return nil, err
+					}
+					addr := &net.TCPAddr{IP: net.ParseIP(strings.Trim(at, "[]"))}
+					httptrace.ContextClientTrace(r.Context()).GotConn(httptrace.GotConnInfo{Conn: connTo{addr: addr}})
+					if to := strings.TrimPrefix(r.URL.Path, "/"); to != "" {
+						return fake(302, "", "Location: http://"+to+"/"), nil
+					}
+					return fake(200, ""), nil
+				})
+			}
+			var got []string
+			for to := range strings.FieldsSeq(kinds) {
+				r := a.get(to)
+				if r.err == nil {
+					got = append(got, to)
+				} else {
+					r.wantErr(errBadUpstream, "private address", "base_url: http://"+to)
+				}
+			}
+			if s := strings.Join(got, " "); s != want {
+				t.Errorf("from %s (%s) to %s; want %s", host, base, s, want)
+			}
 		}
-	})
-	a = newUpstreamTester(t, elsewhere(home))
-	a.u.isPrivate = func(netip.Addr) bool { return false }
-	a.get("f").want(200, "") // a redirect to the host of base_url itself
+	}
+}
+
+// connTo is a connection that knows where it leads, and no more.
+type connTo struct {
+	net.Conn
+	addr net.Addr
+}
+
+func (c connTo) RemoteAddr() net.Addr { return c.addr }
+
+// TestReboundNameReachesNothingInside: base_url's name leads inside at last, and a
+// redirect to another port of it does not get there.
+func TestReboundNameReachesNothingInside(t *testing.T) {
+	t.Parallel()
+	inside, base := newSite(t, says(200, "inside")), newSite(t, nil)
+	a := newUpstreamTester(t, elsewhere(base))
+	a.u.kindOf = isPublic // when base_url was connected to
+	for to, ok := range map[string]bool{elsewhere(inside): false, elsewhere(base): true} {
+		base.Config.Handler = base.record(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/f" {
+				http.Redirect(w, r, to+"/g", http.StatusFound)
+			}
+		})
+		if r := a.get("f"); ok {
+			r.want(200, "") // the very server of base_url
+		} else {
+			r.wantErr(errBadUpstream, "private address")
+		}
+	}
+	if n := len(inside.requests()); n != 0 {
+		t.Errorf("the inside was asked %d times", n)
+	}
 }
 
 func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
@@ -901,7 +984,7 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 	})
 	a := newUpstreamTester(t, "http://base.test")
 	a.u.proxyFor = http.ProxyURL(mustURL(t, s.URL))
-	for _, rt := range []http.RoundTripper{a.u.transport, a.u.publicTransport} {
+	for _, rt := range a.u.transports {
 		rt.(*http.Transport).Proxy = a.u.proxyFor
 	}
 	a.get("f").want(200, "")
@@ -922,7 +1005,7 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 	// A proxy with a private address does not make the origin private.
 	inside := newSite(t, says(200, "inside"))
 	s.Config.Handler = sends(302, inside.URL+"/f")
-	for _, rt := range []http.RoundTripper{a.u.transport, a.u.publicTransport} {
+	for _, rt := range a.u.transports {
 		rt.(*http.Transport).Proxy = func(r *http.Request) (*url.URL, error) { return a.u.proxyFor(r) }
 	}
 	a.u.proxyFor = func(r *http.Request) (*url.URL, error) {
@@ -934,9 +1017,9 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 	a.get("f").wantErr(errBadUpstream, "private address")
 
 	// A base_url at a private address is known to be there.
-	a.r.origins[0].url = mustURL(t, "http://10.1.2.3")
+	a.r.origins[0].url = mustURL(t, "http://127.1.2.3")
 	a.u.proxyFor = func(r *http.Request) (*url.URL, error) {
-		if r.URL.Host == "10.1.2.3" {
+		if r.URL.Host == "127.1.2.3" {
 			return mustURL(t, s.URL), nil
 		}
 		return nil, nil
@@ -944,26 +1027,22 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 	a.get("f").want(200, "inside")
 }
 
-func TestPrivateAddresses(t *testing.T) {
+func TestKindsOfAddresses(t *testing.T) {
 	t.Parallel()
-	for s, want := range map[string]bool{
-		"127.0.0.1": true, "127.9.9.9": true, "::1": true, "::ffff:127.0.0.1": true, "0.0.0.0": true, "::": true,
-		"10.0.0.1": true, "172.16.0.1": true, "172.31.255.255": true, "192.168.1.1": true, "169.254.169.254": true,
-		"fe80::1": true, "fe80::1%eth0": true, "fd00::1": true, "::ffff:0.0.0.0": true, "fc00::1": true, "::ffff:10.0.0.1": true,
-		"100.64.0.1": true, "192.0.0.1": true, "198.18.0.1": true, "198.19.255.255": true, "240.0.0.1": true, "255.255.255.255": true,
-		"0.1.2.3": true, "224.0.0.1": true, "ff02::1": true, "fec0::1": true, "64:ff9b:1::808:808": true,
-		"64:ff9b::a00:1": true, "::10.0.0.1": true, "2002:7f00:1::": true, "2002:a00:1::1": true, "2001:0:808:808::f5ff:fffe": true,
-		"64:ff9b::808:808": false, "::8.8.8.8": false, "2002:808:808::1": false, "2001:0:a00:1::f7f7:f7f7": false,
-		"100.63.255.255": false, "100.128.0.1": false, "198.20.0.1": false, "192.0.1.1": false, "2001:1::1": false,
-		"172.32.0.1": false, "8.8.8.8": false, "2606:4700::1111": false, "::ffff:8.8.8.8": false,
+	for kind, addresses := range map[addressKind]string{
+		publicAddress: "64:ff9b::808:808 ::8.8.8.8 2002:808:808::1 2001:0:a00:1::f7f7:f7f7 100.63.255.255 100.128.0.1 198.20.0.1 " +
+			"192.0.1.1 2001:1::1 172.32.0.1 8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8",
+		privateAddress: "10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1 fd00::1 fc00::1 ::ffff:10.0.0.1 100.64.0.1 " +
+			"64:ff9b::a00:1 ::10.0.0.1 2002:a00:1::1 2001:0:808:808::f5ff:fffe",
+		loopbackAddress:  "127.0.0.1 127.9.9.9 ::1 ::ffff:127.0.0.1 2002:7f00:1::",
+		linkLocalAddress: "169.254.169.254 fe80::1 fe80::1%eth0 ::ffff:169.254.169.254",
+		reservedAddress: "0.0.0.0 :: ::ffff:0.0.0.0 192.0.0.1 198.18.0.1 198.19.255.255 240.0.0.1 255.255.255.255 0.1.2.3 " +
+			"224.0.0.1 ff02::1 fec0::1 64:ff9b:1::808:808",
 	} {
-		a := netip.MustParseAddr(s)
-		if isPrivateAddress(a) != want {
-			t.Errorf("%s private: %v; want %v", s, !want, want)
-		}
-		err := refusePrivate(context.Background(), "tcp", netip.AddrPortFrom(a, 443).String(), nil)
-		if (err != nil) != want {
-			t.Errorf("dialling %s: %v", s, err)
+		for s := range strings.FieldsSeq(addresses) {
+			if got := kindOfAddress(netip.MustParseAddr(s)); got != kind {
+				t.Errorf("%s is of kind %d, want %d", s, got, kind)
+			}
 		}
 	}
 }
@@ -1522,7 +1601,7 @@ func TestCredentialsGoToTheRealm(t *testing.T) {
 			t.Errorf("%s: password sent: %v", r.URL, got)
 		}
 	}
-	g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins, timeout: g.r.timeout, username: "u", password: "changed"}
+	g.r = &remote{config: g.r.config, name: "r", packageType: "docker", origins: g.r.origins, timeout: g.r.timeout, username: "u", password: "changed"}
 	g.pull().want(200, "manifest") // after a reload with another password
 	g.wantTraffic(6, 2)
 }
@@ -1620,7 +1699,7 @@ func TestRealmMayNotLeadInside(t *testing.T) {
 		a := newUpstreamTester(t, base.URL)
 		a.r.packageType, a.r.tokenRealm = "docker", c.realm
 		if c.public {
-			a.u.isPrivate = func(netip.Addr) bool { return false }
+			a.u.kindOf = isPublic
 		}
 		if r := a.send(upstreamRequest{scope: "s"}); c.ok {
 			r.want(200, "")
@@ -1666,7 +1745,7 @@ func TestBasicRegistry(t *testing.T) {
 		g.wantTraffic(4, 0)
 
 		for _, g.challenge = range []string{`Basic realm="x"`, `Bearer service="s"`, `Digest realm="x"`, ``} {
-			g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins, timeout: g.r.timeout}
+			g.r = &remote{config: g.r.config, name: "r", packageType: "docker", origins: g.r.origins, timeout: g.r.timeout}
 			before := len(g.lines)
 			g.send(req).want(401, "") // no credentials for a Basic challenge
 			g.wantTraffic(before+1, 0)
