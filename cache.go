@@ -262,6 +262,7 @@ type fileRequest struct {
 	behavior fileBehavior // nil: a download
 	accept   string       // Accept sent upstream
 	scope    string       // of the token for a container registry
+	via      string       // what of the client's Via goes upstream
 	digest   string       // that the body must have (sha256:HEX or sha512:HEX); "": not known
 	maxBytes int64        // of the body; 0: any
 	// needsWholeBody: the file is answered only when it is complete and checked,
@@ -355,6 +356,10 @@ func (rng byteRange) isWhole(size int64) bool {
 // serveFile answers GET and HEAD for a file.
 func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error {
 	w.remote, w.path = file.remote.name, file.path
+	var err error
+	if file.via, err = c.upstream.passedVia(r.Header); err != nil {
+		return err
+	}
 	// Range is defined for GET alone (RFC 9110 section 14.2).
 	if r.Method == http.MethodHead || strings.Count(r.Header.Get("Range"), ",") >= maxRanges {
 		r.Header.Del("Range")

@@ -201,7 +201,7 @@ func TestClientsHeadersStayHere(t *testing.T) {
 	tt.origin.file("/a?q=1", "body")
 	tt.get("/api/r/a?q=1", "Authorization: Bearer client", "Accept-Encoding: gzip", "If-None-Match: \"x\"").wantMiss()
 	s := tt.origin.last("/a?q=1")
-	want := map[string]string{"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "X-Key": "k"}
+	want := map[string]string{"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "X-Key": "k", "Via": tt.up.via}
 	for name := range s.header {
 		if s.header.Get(name) != want[name] {
 			t.Errorf("upstream was sent %s: %q", name, s.header.Get(name))
@@ -1368,4 +1368,94 @@ func TestMultiRangeClientLeaves(t *testing.T) {
 	close(body.goOn)
 	done.Wait()
 	<-body.closed
+}
+
+// TestViaFindsLoops: of a client's Via the entries of servers like this one go on
+// upstream, 16 at most, and a request that has been here is refused.
+func TestViaFindsLoops(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.up.via = "1.1 artifactapi-00000000000000ff"
+	entry := func(n int) string { return fmt.Sprintf("1.1 artifactapi-%016x", n) }
+	var many []string
+	for n := range 20 {
+		many = append(many, entry(n))
+	}
+	last16 := strings.Join(many[4:], ", ")
+	for name, c := range map[string]struct {
+		via  []string
+		want string // in front of ours; "508": refused
+	}{
+		"none":        {},
+		"others":      {via: []string{"1.1 squid, 1.0 artifactapi-0000000000000001", "1.1 artifactapi-1", "1.1 artifactapi-000000000000000G"}},
+		"two":         {via: []string{entry(1) + ",1.1 squid (a, b)", entry(2)}, want: entry(1) + ", " + entry(2)},
+		"twenty":      {via: many, want: last16},
+		"ours":        {via: []string{"1.1 squid, " + tt.up.via}, want: "508"},
+		"ours of old": {via: append([]string{tt.up.via}, many...), want: "508"},
+	} {
+		path, headers := "/"+strings.ReplaceAll(name, " ", "-"), []string{}
+		for _, v := range c.via {
+			headers = append(headers, "Via: "+v)
+		}
+		tt.origin.file(path, "body")
+		if c.want == "508" {
+			tt.get("/api/r"+path, headers...).wantDetail(508, "base_url")
+			tt.wantRequests(path, 0)
+			continue
+		}
+		tt.get("/api/r"+path, headers...).wantMiss()
+		want := tt.up.via
+		if c.want != "" {
+			want = c.want + ", " + want
+		}
+		if got := tt.origin.last(path).header["Via"]; len(got) != 1 || got[0] != want {
+			t.Errorf("%s: Via %q, want %q", name, got, want)
+		}
+	}
+}
+
+// A remote whose base_url is this server, by another remote: the loop ends at once, and
+// its status comes back through all of it.
+func TestLoopIs508(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.configure("remotes: {r: {base_url: " + tt.url + "/api/s}, s: {base_url: " + tt.url + "/api/r}, d: {package: docker, base_url: " + tt.url + "}}")
+	tt.get("/api/r/a").wantDetail(508, "come back")
+	tt.head("/api/r/a").wantStatus(508)
+	g := tt.get("/v2/d/d/image/manifests/latest").wantStatus(508)
+	if !strings.HasPrefix(g.text, `{"errors":[{"code":"UNAVAILABLE"`) {
+		t.Errorf("below /v2/: %s", g.text)
+	}
+}
+
+// A folder that is asked for without its slash is no file: the redirect that adds it is
+// the answer, for GET and HEAD.
+func TestRedirectThatAddsASlashIsPassedOn(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	host := tt.origin.url
+	for path, c := range map[string]struct{ location, want string }{
+		"/folder":      {"/folder/", "folder/"},
+		"/a%20b/c%3Ad": {"/a%20b/c:d/", "c%3Ad/"},
+		"/a%2Fb":       {"/a%2Fb/", "a%2Fb/"},
+		"/absolute":    {host + "/absolute/", "absolute/"},
+		"/tls":         {"https://127.0.0.1:8443/tls/", "tls/"},
+		"/queried?x=1": {"/queried/?x=1", "queried/?x=1"},
+		"/lost?x=1":    {"/lost/", "lost/?x=1"},
+		"/signed":      {"/signed/?X-Amz-Signature=s", ""},
+		"/elsewhere":   {"/elsewhere/deeper/", ""},
+	} {
+		tt.origin.file(path, "").acts(http.RedirectHandler(c.location, http.StatusMovedPermanently).ServeHTTP)
+		for _, g := range []*got{tt.get("/api/r" + path), tt.head("/api/v1/remote/r" + path)} {
+			if c.want == "" {
+				g.wantStatus(404) // it was followed
+			} else {
+				g.wantStatus(302).wantHeader("Location", c.want)
+			}
+		}
+		tt.wantStored(strings.TrimPrefix(path, "/"), false)
+	}
+	tt.origin.file("/hop", "").acts(http.RedirectHandler("/folder", http.StatusFound).ServeHTTP)
+	tt.origin.file("/folder/", "listing")
+	tt.get("/api/r/hop").wantMiss().wantBody("listing") // the slash is not hop's
 }

@@ -9,7 +9,9 @@ import (
 	"io/fs"
 	"maps"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -55,6 +57,9 @@ func (file fileRequest) newUpstreamRequest(method string, header http.Header) up
 	if file.accept != "" {
 		h.Set("Accept", file.accept)
 	}
+	if file.via != "" {
+		h.Set("Via", file.via)
+	}
 	return upstreamRequest{remote: file.remote, method: method, wire: file.wire, header: h, scope: file.scope, digestKnown: file.digest != ""}
 }
 
@@ -82,6 +87,11 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 		p.status = http.StatusServiceUnavailable
 		p.retryAfter = max(time.Second, parseRetryAfter(resp.Header, c.now()))
 		p.detail = fmt.Sprintf("the upstream of remote %q limits its requests (429)", name)
+	case code == http.StatusLoopDetected:
+		p.detail = fmt.Sprintf("the upstream of remote %q answered 508: its requests come back to where they came from", name)
+	case slices.Contains(redirectStatuses, code): // followRedirects leaves those that only add a slash
+		p.status, p.headers = http.StatusFound, http.Header{"Location": {file.slashLocation()}}
+		p.detail = fmt.Sprintf("the upstream of remote %q has a folder there: its path ends in /", name)
 	case code >= 400 && code < 500:
 		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)
 	default:
@@ -92,6 +102,17 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)
 	}
 	return p
+}
+
+// slashLocation leads from the file's path to the one with a slash behind it. It is
+// relative, because clients know this server by addresses of their own.
+func (file fileRequest) slashLocation() string {
+	path, query, hasQuery := strings.Cut(file.spelling, "?")
+	to := path[strings.LastIndexByte(path, '/')+1:] + "/"
+	if hasQuery {
+		to += "?" + query
+	}
+	return to
 }
 
 // upstreamStatus is the cause of a problem that stands for a status of upstream's.

@@ -7,7 +7,9 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -61,6 +63,9 @@ const (
 	// maxRetryAfter bounds the Retry-After that is passed on. Few clients would wait
 	// longer, and upstreams are usually back much sooner.
 	maxRetryAfter = time.Hour
+	// maxViaEntries bounds the entries of a client's Via that are passed on. A longer way
+	// through caches is a loop, or nonsense.
+	maxViaEntries = 16
 	// maxErrorText bounds how much of the text of a library's error, which may quote
 	// the upstream, gets into a log line.
 	maxErrorText = 300
@@ -77,10 +82,14 @@ var (
 // contentRange matches a Content-Range with a range.
 var contentRange = regexp.MustCompile(`^(?i)\s*bytes\s+(\d+)-(\d+)/(\d+|\*)\s*$`)
 
+// viaEntry matches the entry of a program like this one in a Via header.
+var viaEntry = regexp.MustCompile(`^1\.1 artifactapi-[0-9a-f]{16}$`)
+
 // upstream sends requests to the origins of all remotes. All methods may be called
 // concurrently.
 type upstream struct {
 	version    string                            // for the User-Agent header; set before the first request
+	via        string                            // our entry in Via, another one for each start
 	transports [anyAddress + 1]http.RoundTripper // by what they reach, see newTransport
 	now        func() time.Time
 	log        *slog.Logger
@@ -119,6 +128,7 @@ type upstreamResponse struct {
 func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.Time, log *slog.Logger, m *metrics) *upstream {
 	u := &upstream{
 		version:  "dev",
+		via:      fmt.Sprintf("1.1 artifactapi-%016x", rand.Uint64()),
 		now:      now,
 		log:      log,
 		metrics:  m,
@@ -144,6 +154,21 @@ func (u *upstream) Close() {
 			c.CloseIdleConnections()
 		}
 	}
+}
+
+// passedVia returns what of a client's Via (RFC 9110 section 7.6.3) goes upstream. Its
+// error is a 508 problem if our own entry is there: a base_url leads back to us.
+func (u *upstream) passedVia(h http.Header) (string, error) {
+	var entries []string
+	for entry := range strings.SplitSeq(strings.Join(h["Via"], ","), ",") {
+		if entry = strings.TrimSpace(entry); viaEntry.MatchString(entry) {
+			entries = append(entries, entry)
+		}
+	}
+	if slices.Contains(entries, u.via) {
+		return "", newProblem(http.StatusLoopDetected, "this request comes from this very server: the base_url of a remote leads back to it")
+	}
+	return strings.Join(entries[max(0, len(entries)-maxViaEntries):], ", "), nil
 }
 
 // send sends req and returns a response of any status. All origins are tried before

@@ -207,8 +207,8 @@ var redirectStatuses = []int{
 	http.StatusTemporaryRedirect, http.StatusPermanentRedirect,
 }
 
-// followRedirects sends x and follows redirects to an answer. The caller closes its
-// body. http.Client is not used: it would send Authorization to sub-domains and the
+// followRedirects sends x and follows redirects to an answer, or to one that only adds a
+// slash to the path. The caller closes its body. http.Client is not used: it would send Authorization to sub-domains and the
 // URL before as Referer, and its errors hold whole URLs.
 func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Response, error) {
 	at := x.start
@@ -218,6 +218,9 @@ func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Resp
 			return resp, err
 		}
 		next, reason := resolveLocation(at, resp.Header.Get("Location"))
+		if reason == "" && x.addsSlash(next) {
+			return resp, nil
+		}
 		discardResponse(resp)
 		if reason == "" && at.Scheme == "https" && next.Scheme == "http" && !x.digestKnown {
 			reason = "a redirect from https to http"
@@ -230,6 +233,14 @@ func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Resp
 		}
 		at = next
 	}
+}
+
+// addsSlash reports whether a redirect to next says that x.start is a folder. A client
+// must know that, since it resolves the links in a listing. Behind a server that ends
+// TLS such a redirect often has the wrong scheme or port.
+func (x *exchange) addsSlash(next *url.URL) bool {
+	return x.remote.packageType != "docker" && sameHost(next, x.start) && next.Path == x.start.Path+"/" &&
+		!strings.HasSuffix(x.start.Path, "/") && (next.RawQuery == "" || next.RawQuery == x.start.RawQuery)
 }
 
 // resolveLocation returns the URL that a Location header at the URL at leads to. reason
@@ -265,7 +276,7 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		addr := ap.Addr()
 		connected.Store(&addr)
 	}}
-	req := x.newRequest(httptrace.WithClientTrace(ctx, trace), at, u.version)
+	req := x.newRequest(httptrace.WithClientTrace(ctx, trace), at, u)
 	// A proxy looks up and dials the address itself, and we cannot check it.
 	proxy, err := u.proxyFor(req)
 	proxied := err == nil && proxy != nil
@@ -308,8 +319,8 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 // newRequest makes the request to at. Of a client's request it has only what the cache
 // put into x.header. Our own headers replace configured ones of the same name, since
 // the answer could not be used otherwise.
-func (x *exchange) newRequest(ctx context.Context, at *url.URL, version string) *http.Request {
-	h := http.Header{"User-Agent": {"artifactapi/" + version}}
+func (x *exchange) newRequest(ctx context.Context, at *url.URL, u *upstream) *http.Request {
+	h := http.Header{"User-Agent": {"artifactapi/" + u.version}}
 	req := &http.Request{
 		Method: x.method, URL: at, Host: at.Host, Header: h,
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
@@ -323,6 +334,10 @@ func (x *exchange) newRequest(ctx context.Context, at *url.URL, version string) 
 	}
 	maps.Copy(h, x.header)
 	h["Accept-Encoding"] = []string{"identity"}
+	h["Via"] = []string{u.via}
+	if passed := x.header.Get("Via"); passed != "" {
+		h["Via"][0] = passed + ", " + u.via
+	}
 	if x.auth != "" && sameServer(at, x.start) {
 		h["Authorization"] = []string{x.auth}
 	}

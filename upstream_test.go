@@ -198,13 +198,13 @@ func TestRequestsGoUpstreamAsOurs(t *testing.T) {
 	a.send(upstreamRequest{wire: "f?q=1", header: http.Header{"Range": {"bytes=5-"}}}).want(200, "x")
 	h := s.requests()[0].Header
 	for name, want := range map[string]string{
-		"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "Range": "bytes=5-",
+		"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "Range": "bytes=5-", "Via": a.u.via,
 	} {
 		if got := h.Get(name); got != want {
 			t.Errorf("%s: %q; want %q", name, got, want)
 		}
 	}
-	if len(h) != 3 {
+	if len(h) != 4 {
 		t.Errorf("more headers than ours went out: %v", h)
 	}
 }
