@@ -220,11 +220,12 @@ type cache struct {
 	cancel context.CancelFunc
 	fills  *fillTable
 
-	missing      *boundedMap[string, *problem] // keys of files that upstream does not have (negative_ttl)
-	headRefused  *boundedMap[string, struct{}] // remotes, and keys of files, that refuse HEAD
-	passOn       *boundedMap[string, struct{}] // keys whose bodies are not spooled for a while
-	failedLeases *boundedMap[string, struct{}] // tokens of leases whose holder could not be followed
-	changing     keyedLock                     // keys that are being put or purged
+	missing      *boundedMap[string, missingFile] // what upstream does not have, by fileRequest.wireKey
+	heads        sharedCalls[fileReply]           // HEADs of files that are not stored
+	headRefused  *boundedMap[string, struct{}]    // remotes, and keys of files, that refuse HEAD
+	passOn       *boundedMap[string, struct{}]    // keys whose bodies are not spooled for a while
+	failedLeases *boundedMap[string, struct{}]    // tokens of leases whose holder could not be followed
+	changing     keyedLock                        // keys that are being put or purged
 	uses         useCounts
 	announcer    *announcer
 	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
@@ -249,7 +250,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 		c.reportStoreError("redis", "announcing", announcement, err)
 	}}
 	clock := func() time.Time { return c.now() } // tests replace c.now
-	c.missing = newBoundedMap[string, *problem](maxRememberedFiles, clock)
+	c.missing = newBoundedMap[string, missingFile](maxRememberedFiles, clock)
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
@@ -472,6 +473,11 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		if file.remote.local {
 			return nil, storeErr
 		}
+		if cp == nil {
+			if err := file.recallMissing(ctx, c, storeErr, nil); err != nil {
+				return nil, err
+			}
+		}
 		reply, again, err := c.fillOrStale(ctx, key, file, rng, cp, ended)
 		if again && err != nil {
 			continue // another way to the file was refused: ask in our own way
@@ -484,6 +490,11 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		}
 		if reply != nil && (errors.Is(storeErr, errStoreDown) || c.copies.refusesWrites()) {
 			reply.willBeStored = false // it may be, if the store is back by then
+		}
+		if cp == nil && err != nil {
+			if missing := file.recallMissing(ctx, c, storeErr, err); missing != nil {
+				return nil, missing
+			}
 		}
 		return reply, withStoreError(err, storeErr)
 	}
@@ -507,9 +518,6 @@ func withStoreError(err, storeErr error) error {
 // or (with an error) the answer was to another way to the file.
 func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, rng byteRange, cp *storedCopy, ended int64) (reply *fileReply, again bool, err error) {
 	if cp == nil {
-		if missing, found := c.missing.get(key); found {
-			return nil, false, missing
-		}
 		if rng.head && !file.needsWholeBody && !c.fills.isFilling(key) {
 			if file.knownSize > 0 {
 				return file.headFromKnownSize(c.now()), false, nil

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -600,10 +601,13 @@ func TestNeitherStoreNorUpstreamIs503(t *testing.T) {
 	tt.origin.file("/a", "body")
 	broken.failOpen(fmt.Errorf("%w: test", errStoreDown))
 	tt.get("/api/r/a").wantStatus(200).wantBody("body") // the upstream still has it
+	tt.get("/api/r/missing").wantStatus(404)
 	tt.down()
 	tt.get("/api/r/b").wantDetail(503, "neither")
+	tt.get("/api/r/missing").wantDetail(503, "neither") // the store may have it
 	broken.failOpen(nil)
 	tt.get("/api/r/b").wantStatus(502)
+	tt.get("/api/r/missing").wantStatus(404)
 }
 
 func TestUnknownMethods(t *testing.T) {
@@ -1140,7 +1144,7 @@ func TestNegativeTTLIsBounded(t *testing.T) {
 	t.Parallel()
 	missing := newTester(t).cache.missing
 	for i := range maxRememberedFiles + 10 {
-		missing.putFor(strconv.Itoa(i), &problem{status: 404}, time.Hour)
+		missing.putFor(strconv.Itoa(i), missingFile{status: 404}, time.Hour)
 	}
 	_, last := missing.get(strconv.Itoa(maxRememberedFiles + 9))
 	if n := missing.length(); n != maxRememberedFiles || maxRememberedFiles != 100_000 || !last {
@@ -1156,6 +1160,44 @@ func TestMissingFilesAreAskedForAgainWithoutNegativeTTL(t *testing.T) {
 	tt.get("/api/r/a").wantMiss()
 }
 
+// What upstream did not have within the last day is missing while it cannot be reached.
+func TestMissingFilesAreMissingInAnOutage(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	wantRecalled := func(g *got, status int) {
+		t.Helper()
+		g.wantStatus(status).wantFrom("cache", "hit; detail=unreachable")
+	}
+	tt.get("/api/r/a").wantStatus(404)
+	tt.head("/api/r/b").wantStatus(404)
+	tt.origin.file("/gone", "").answering(410)
+	tt.get("/api/r/gone").wantStatus(410)
+	tt.get("/api/r/back").wantStatus(404)
+	tt.origin.file("/back", "here again")
+	tt.head("/api/r/back").wantStatus(200)
+	tt.origin.forget()
+	tt.down()
+	wantRecalled(tt.get("/api/r/a"), 404) // this one has found out
+	for range 3 {
+		wantRecalled(tt.get("/api/r/a"), 404)
+		wantRecalled(tt.get("/api/r/b"), 404)
+		wantRecalled(tt.head("/api/r/gone"), 410)
+	}
+	tt.get("/api/r/back").wantStatus(502)
+	tt.get("/api/r/never").wantStatus(502)
+	tt.advance(12 * time.Hour)
+	wantRecalled(tt.get("/api/r/a"), 404) // a probe
+	tt.advance(13 * time.Hour)
+	tt.get("/api/r/a").wantStatus(502)
+
+	tt.upAgain()
+	tt.get("/api/r/a").wantStatus(404).wantHeader("Cache-Status", "")
+	tt.origin.file("/hangs", "").answering(404)
+	tt.get("/api/r/hangs").wantStatus(404)
+	tt.origin.file("/hangs", "").acts(tt.origin.resets) // one file does: the remote is not down
+	tt.get("/api/r/hangs").wantStatus(502)
+}
+
 func TestMirrorsStandIn(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
@@ -1169,7 +1211,12 @@ func TestMirrorsStandIn(t *testing.T) {
 	tt.origin.troubled(tt.origin.resets)
 	tt.get("/api/r/b").wantMiss().wantBody("mirrored /b")
 	tt.origin.troubled(nil)
-	tt.get("/api/r/c").wantStatus(404) // base_url's word counts
+	tt.get("/api/r/c").wantMiss().wantBody("mirrored /c") // base_url is asked last for a while
+	tt.wantRequests("/c", 0)
+	tt.advance(outagePause)
+	m.file("/d", "mirrored")
+	tt.get("/api/r/d").wantStatus(404) // base_url's word counts
+	m.remove("/d")
 	tt.origin.troubled(answers(500))
 	tt.get("/api/r/d").wantDetail(502, "500") // a mirror's 404 never counts
 }
@@ -1458,4 +1505,89 @@ func TestRedirectThatAddsASlashIsPassedOn(t *testing.T) {
 	tt.origin.file("/hop", "").acts(http.RedirectHandler("/folder", http.StatusFound).ServeHTTP)
 	tt.origin.file("/folder/", "listing")
 	tt.get("/api/r/hop").wantMiss().wantBody("listing") // the slash is not hop's
+}
+
+// TestHEADsAreBoundedAndShared: of a crowd that asks by HEAD for files that hang 64 are
+// asked for, each once, and GETs are not in their way.
+func TestHEADsAreBoundedAndShared(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		release := make(chan struct{})
+		tt.origin.troubled(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodHead {
+				<-release
+			}
+			w.Header().Set("Content-Length", "4")
+			io.WriteString(w, "body")
+		})
+		heads := map[string][]*stream{}
+		var mu sync.Mutex // guards heads
+		var crowd sync.WaitGroup
+		ask := func(ctx context.Context, path string) {
+			crowd.Go(func() {
+				s := tt.start(ctx, http.MethodHead, path, nil)
+				mu.Lock()
+				defer mu.Unlock()
+				heads[path] = append(heads[path], s)
+			})
+			synctest.Wait()
+		}
+		leaving, leave := context.WithCancel(t.Context())
+		ask(leaving, "/api/r/same")
+		for range 9 {
+			ask(t.Context(), "/api/r/same")
+		}
+		for n := range 80 {
+			ask(t.Context(), fmt.Sprintf("/api/r/%d", n))
+		}
+		if n := len(tt.origin.all()); n != maxHeadsPerRemote || maxHeadsPerRemote != 64 {
+			t.Errorf("%d requests upstream, want 64", n)
+		}
+		leave() // another one of those that wait asks
+		synctest.Wait()
+		tt.get("/api/r/a").wantMiss().wantBody("body")
+		close(release)
+		crowd.Wait()
+		tt.wantRequests("HEAD /same", 2)
+		gone := 0
+		for path, all := range heads {
+			for _, s := range all {
+				if s.err != nil {
+					gone++
+					continue
+				}
+				s.wantStatus(200).wantUnstored().wantHeader("Content-Length", "4")
+				s.leave()
+			}
+			if path != "/api/r/same" {
+				tt.wantRequests(strings.TrimPrefix(path, "/api/r"), 1)
+			}
+		}
+		if gone != 1 {
+			t.Errorf("%d of 90 got no answer, want the one that left", gone)
+		}
+	})
+}
+
+// TestPassedOnBodiesAreBounded: where nothing can be stored 64 bodies of a remote are
+// passed on at once, and the others wait for their turn.
+func TestPassedOnBodiesAreBounded(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := setup{bubble: true, spools: func(s *spoolSpace) { s.createFile = func() (*os.File, error) { return nil, errNoSpace } }}.start(t)
+		release := tt.origin.file("/a", noise(1, 1<<16)).stallAt(1 << 15)
+		var crowd sync.WaitGroup
+		for range 70 {
+			crowd.Go(func() { tt.get("/api/r/a").wantUnstored() })
+		}
+		synctest.Wait()
+		tt.wantRequests("/a", 64)
+		release()
+		crowd.Wait()
+		tt.wantRequests("/a", 70)
+		tt.get("/api/r/a").wantUnstored() // all places are free again
+		synctest.Wait()
+		if n := len(tt.cache.fills.slotsOf("r").passOns); n != 0 {
+			t.Errorf("%d places are still taken", n)
+		}
+	})
 }

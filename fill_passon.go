@@ -13,8 +13,39 @@ import (
 )
 
 // passOnReply answers where there is no spool: from upstream, for this client
-// alone. Nothing is stored.
+// alone. Nothing is stored. A body that is still to come has one of the remote's places.
 func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy) (*fileReply, error) {
+	places := c.fills.slotsOf(file.remote.name).passOns
+	select {
+	case places <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	reply, err := file.passOn(ctx, c, rng, cp)
+	if err == nil {
+		if body, ok := reply.body.(*upstreamReader); ok {
+			reply.body = &passedOnBody{body, places}
+			return reply, nil
+		}
+	}
+	<-places
+	return reply, err
+}
+
+// passedOnBody is the body of a file that is passed on. Its Close, which is called once,
+// gives the place among the remote's back.
+type passedOnBody struct {
+	*upstreamReader
+	places chan struct{}
+}
+
+func (b *passedOnBody) Close() error {
+	defer func() { <-b.places }()
+	return b.upstreamReader.Close()
+}
+
+// passOn asks upstream for a file that is not stored, for one client alone.
+func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, cp *storedCopy) (*fileReply, error) {
 	req := file.newUpstreamRequest(http.MethodGet, rng.rangeHeader(file))
 	req.hasCopy = cp != nil
 	resp, err := file.behaves().requestBody(ctx, c.upstream, req)

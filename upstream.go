@@ -43,8 +43,13 @@ const (
 	drainTime  = 250 * time.Millisecond
 	// outagePause is how long a remote that could not be reached is left alone where
 	// a copy can answer: long enough that clients are not kept waiting by it, short
-	// enough that new versions are soon seen again.
+	// enough that new versions are soon seen again. It is also how long an origin that
+	// failed by network is asked last, and how long an answer proves that silence or a
+	// reset is not an outage.
 	outagePause = 10 * time.Second
+	// outageDialTime bounds a dial while the remote is down: there is little hope, and a
+	// client has better things to do than to wait.
+	outageDialTime = 3 * time.Second
 	// maxDialTime ends a dial whose request has ended long before: http.Transport
 	// lets such a dial go on. It is longer than any sensible timeout of a remote,
 	// which ends the request.
@@ -94,7 +99,8 @@ type upstream struct {
 	now        func() time.Time
 	log        *slog.Logger
 	metrics    *metrics
-	circuits   *boundedMap[string, *circuit] // by the remote's name
+	circuits   *boundedMap[string, *circuit]   // by the remote's name
+	failing    *boundedMap[*url.URL, struct{}] // origins that failed by network a short while ago
 	tokens     tokenCache
 
 	// proxyFor returns the proxy for a request, or nil. It must agree with the Proxy
@@ -106,13 +112,14 @@ type upstream struct {
 // upstreamRequest is one request to a remote.
 type upstreamRequest struct {
 	remote      *remote
-	method      string      // GET or HEAD
-	wire        string      // target.wire
-	header      http.Header // Accept, Range, If-Range, If-None-Match and so on; never changed
-	scope       string      // the scope of the registry token; "" if none is needed
-	hasCopy     bool        // a stored copy can be served instead: no retries, at most copyTimeout for an attempt
-	digestKnown bool        // the digest of the body is known: a redirect may lead from https to http
-	first       int         // the index in remote.origins that is asked first; the others follow in order
+	method      string        // GET or HEAD
+	wire        string        // target.wire
+	header      http.Header   // Accept, Range, If-Range, If-None-Match and so on; never changed
+	scope       string        // the scope of the registry token; "" if none is needed
+	hasCopy     bool          // a stored copy can be served instead: no retries, at most copyTimeout for an attempt
+	digestKnown bool          // the digest of the body is known: a redirect may lead from https to http
+	dialTime    time.Duration // what connecting may take; 0: as long as the header
+	first       int           // the index in remote.origins that is asked first; the others follow in order
 }
 
 // upstreamResponse is the response of an upstream. The caller closes Body. The context
@@ -133,6 +140,7 @@ func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.T
 		log:      log,
 		metrics:  m,
 		circuits: newBoundedMap[string, *circuit](maxRemembered, now),
+		failing:  newBoundedMap[*url.URL, struct{}](maxRemembered, now),
 		tokens: tokenCache{
 			challenges: newBoundedMap[registryKey, authChallenge](maxRemembered, now),
 			answers:    newBoundedMap[tokenKey, tokenAnswer](maxRemembered, now),
@@ -172,12 +180,16 @@ func (u *upstream) passedVia(h http.Header) (string, error) {
 }
 
 // send sends req and returns a response of any status. All origins are tried before
-// one is tried again. The error wraps errUnreachable, errTimeout, errBadUpstream or
+// one is tried again. While the remote is down, nothing is. The error wraps errUnreachable, errTimeout, errBadUpstream or
 // errCredentials, or is the context's. The caller closes the body.
 func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
+	retries := maxRetries
+	if !req.hasCopy && u.isDown(ctx, req.remote) {
+		retries, req.dialTime = 0, outageDialTime
+	}
 	for try := 0; ; try++ {
 		resp, canRetry, err := u.tryOrigins(ctx, req)
-		if !canRetry || try == maxRetries {
+		if !canRetry || try == retries {
 			return resp, err
 		}
 		resp.discardBody()
@@ -195,7 +207,7 @@ func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResp
 // origins are worth another try.
 func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseResp *upstreamResponse, canRetry bool, baseErr error) {
 	reached, timedOut := false, false
-	for _, i := range req.originOrder() {
+	for _, i := range u.originOrder(req) {
 		resp, err := u.tryOrigin(ctx, req, i)
 		if err != nil && ctx.Err() != nil {
 			baseResp.discardBody()
@@ -204,6 +216,9 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 		if (i == 0 && !needsMirror(resp, err)) || (i > 0 && err == nil && resp.StatusCode < 400) {
 			baseResp.discardBody()
 			return resp, false, err
+		}
+		if failedByNetwork(err) {
+			u.failing.putFor(req.remote.origins[i].url, struct{}{}, outagePause)
 		}
 		reached = reached || !countsAsDown(err)
 		timedOut = timedOut || errors.Is(err, errTimeout)
@@ -221,27 +236,36 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 	return baseResp, canRetry, baseErr
 }
 
-// originOrder returns the indexes of the origins in the order in which they are asked.
-// first may come from another replica whose configuration has more mirrors.
-func (req upstreamRequest) originOrder() []int {
+// originOrder returns the indexes of the origins in the order in which they are asked:
+// those that failed by network a short while ago are last. first may come from another
+// replica whose configuration has more mirrors.
+func (u *upstream) originOrder(req upstreamRequest) []int {
+	rank := func(i int) int {
+		_, failing := u.failing.get(req.remote.origins[i].url)
+		switch {
+		case failing:
+			return 2
+		case i != req.first:
+			return 1
+		}
+		return 0
+	}
 	var order []int
 	for i := range req.remote.origins {
-		if i == req.first {
-			order = slices.Insert(order, 0, i)
-		} else {
-			order = append(order, i)
-		}
+		order = append(order, i)
 	}
+	slices.SortStableFunc(order, func(i, k int) int { return rank(i) - rank(k) })
 	return order
 }
 
 // needsMirror reports whether the outcome at base_url is one for which mirrors are
 // asked.
 func needsMirror(resp *upstreamResponse, err error) bool {
-	if err != nil {
-		return errors.Is(err, errUnreachable) || errors.Is(err, errTimeout)
-	}
-	return resp.StatusCode >= 500
+	return failedByNetwork(err) || (err == nil && resp.StatusCode >= 500)
+}
+
+func failedByNetwork(err error) bool {
+	return errors.Is(err, errUnreachable) || errors.Is(err, errTimeout)
 }
 
 // isTransient reports whether a failure may be over in a second. resp is nil if there
@@ -304,9 +328,9 @@ func (u *upstream) circuitOf(remote string) *circuit {
 	return u.circuits.getOrPut(remote, func() *circuit { return newCircuit(u.now, outagePause, outagePause) })
 }
 
-// isDown reports whether a remote counts as down, for callers that have a copy. Once a
-// pause is over, one caller gets false and is the probe: it must send a request, and it
-// is the probe until that has a result or ctx ends.
+// isDown reports whether a remote counts as down. Once a pause is over, one caller gets
+// false and is the probe: it must send a request, and it is the probe until that has a
+// result or ctx ends.
 func (u *upstream) isDown(ctx context.Context, r *remote) bool {
 	return u.circuitOf(r.name).admit(ctx) != nil
 }

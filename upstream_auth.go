@@ -259,7 +259,7 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, re
 		}
 	}
 	start.RawQuery = query.Encode()
-	service := &exchange{remote: x.remote, method: http.MethodGet, start: &start, origin: x.origin, reach: x.reach,
+	service := &exchange{remote: x.remote, method: http.MethodGet, start: &start, origin: x.origin, reach: x.reach, dialTime: x.dialTime,
 		header: http.Header{"Accept": {"application/json"}}, auth: k.basic}
 	if k.basic != "" || x.remote.isTokenRealm(realm) {
 		service.reach = anyAddress // it is trusted, or the administrator named it

@@ -126,8 +126,9 @@ type exchange struct {
 	auth   string      // docker: Authorization, sent to the scheme, host and port of start only
 	origin *url.URL    // the origin it is made for, which may have any address
 
-	digestKnown bool        // the digest of the body is known: a redirect may lead from https to http
-	reach       addressKind // which other addresses a redirect may lead to: the origin's kind, or any from a trusted token service
+	dialTime    time.Duration // what connecting may take; 0: as long as the header
+	digestKnown bool          // the digest of the body is known: a redirect may lead from https to http
+	reach       addressKind   // which other addresses a redirect may lead to: the origin's kind, or any from a trusted token service
 }
 
 // newExchange makes the exchange that asks origin i of a remote for req.wire.
@@ -139,7 +140,7 @@ func (u *upstream) newExchange(req upstreamRequest, i int) (*exchange, error) {
 	}
 	addr, _ := netip.ParseAddr(o.Hostname()) // an address is known even if a proxy dials; a name is found out later
 	return &exchange{remote: req.remote, method: req.method, start: start, header: req.header,
-		origin: o, digestKnown: req.digestKnown, reach: u.kindOf(addr)}, nil
+		origin: o, digestKnown: req.digestKnown, dialTime: req.dialTime, reach: u.kindOf(addr)}, nil
 }
 
 // joinURL returns the URL base + "/" + wire. net/http sends exactly these bytes, since
@@ -271,7 +272,10 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	ctx, cancel := context.WithCancelCause(ctx)
 	name, began := x.remote.name, u.now()
 	var connected atomic.Pointer[netip.Addr] // where the connection goes; a goroutine of the transport may store it
+	dialing := time.AfterFunc(cmp.Or(x.dialTime, x.remote.timeout), func() { cancel(errTimeout) })
+	defer dialing.Stop()
 	trace := &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+		dialing.Stop()
 		ap, _ := netip.ParseAddrPort(i.Conn.RemoteAddr().String())
 		addr := ap.Addr()
 		connected.Store(&addr)
@@ -298,8 +302,11 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		explained := x.explainFailure(ctx, at, err)
 		if failure, ok := errors.AsType[*transportError](explained); ok {
 			// Silence or a reset means little if the remote answered another request
-			// meanwhile. A failure of dial, DNS or TLS always counts.
+			// meanwhile or just before. A failure of dial, DNS or TLS always counts.
 			neverConnected := connected.Load() == nil && failure.kind == errUnreachable && !isReset(err)
+			if sameServer(at, x.origin) { // the registry answers just before its token service is asked
+				began = began.Add(-outagePause)
+			}
 			failure.countsAsDown = first && (neverConnected || !u.circuitOf(name).hasSucceededSince(began))
 		}
 		cancel(nil)

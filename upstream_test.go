@@ -404,7 +404,7 @@ func TestRetries(t *testing.T) {
 				}
 				return nil, errDial
 			},
-			want: "b m b m b m", err: errUnreachable, elapsed: time.Second, base: []string{"http://m"},
+			want: "b m m b m b", err: errUnreachable, elapsed: time.Second, base: []string{"http://m"},
 		},
 		"a mirror after base_url's timeout": {
 			do: func(_ int, r *http.Request) (*http.Response, error) {
@@ -527,6 +527,7 @@ func TestWithACopyTenSecondsAreEnough(t *testing.T) {
 		} {
 			a.r.timeout = timeout
 			for i, hasCopy := range []bool{true, false} {
+				time.Sleep(outagePause)
 				began := time.Now()
 				a.send(upstreamRequest{hasCopy: hasCopy}).wantErr(errTimeout)
 				if d := time.Since(began); d != want[i] {
@@ -1224,16 +1225,20 @@ func TestDownLastsTenSecondsThenOneProbes(t *testing.T) {
 	})
 }
 
-// TestSilenceOfOneFileIsNoOutage: a request fails in each way while another one is
-// answered, or is not.
+// TestSilenceOfOneFileIsNoOutage: a request fails in each way, and another one is
+// answered that long before the failure, which comes after 4 s.
 func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		how       string
-		answered  bool
+		answered  time.Duration
 		wantsDown bool
-	}{{"hangs", true, false}, {"hangs", false, true}, {"resets", true, false}, {"resets", false, true}, {"refuses", true, true}, {"garbles", true, false}, {"garbles", false, true}} {
-		t.Run(fmt.Sprintf("%s answered=%v", c.how, c.answered), func(t *testing.T) {
+	}{
+		{"hangs", 2 * time.Second, false}, {"resets", 2 * time.Second, false}, {"garbles", 2 * time.Second, false}, {"refuses", 2 * time.Second, true},
+		{"hangs", 13 * time.Second, false}, {"resets", 13 * time.Second, false}, {"garbles", 13 * time.Second, false}, {"refuses", 13 * time.Second, true},
+		{"hangs", 16 * time.Second, true}, {"resets", 16 * time.Second, true}, {"garbles", 16 * time.Second, true},
+	} {
+		t.Run(fmt.Sprintf("%s, answered %v before", c.how, c.answered), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				a := newUpstreamTesterOver(t, func(r *http.Request) (*http.Response, error) {
 					if r.URL.Path == "/good" {
@@ -1246,13 +1251,13 @@ func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 					}
 					return (&answersAs{c.how}).rt(r)
 				}, "http://b")
-				a.get("good").want(200, "") // before: does not count
 				var wg sync.WaitGroup
-				wg.Go(func() { a.send(upstreamRequest{wire: "bad", hasCopy: true}) })
-				time.Sleep(2 * time.Second)
-				if c.answered {
+				wg.Go(func() {
+					time.Sleep(20*time.Second - c.answered)
 					a.get("good").want(200, "")
-				}
+				})
+				time.Sleep(16 * time.Second)
+				a.send(upstreamRequest{wire: "bad", hasCopy: true})
 				wg.Wait()
 				if got := a.u.isDown(t.Context(), a.r); got != c.wantsDown {
 					t.Errorf("down: %v; want %v", got, c.wantsDown)
@@ -1260,6 +1265,68 @@ func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestWhileDownOneShortTry: what has no copy is asked for once during an outage, and a
+// dial that hangs is given up soon.
+func TestWhileDownOneShortTry(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{do: func(int, *http.Request) (*http.Response, error) { return nil, errDial }}
+		a := newUpstreamTesterOver(t, s.rt, "http://b")
+		try := func(wantTook time.Duration, wantRequests int) {
+			t.Helper()
+			began, before := time.Now(), len(s.lines)
+			if r := a.get("f"); r.err == nil {
+				t.Error("an answer")
+			}
+			if took, n := time.Since(began), len(s.lines)-before; took != wantTook || n != wantRequests {
+				t.Errorf("%d requests in %v, want %d in %v", n, took, wantRequests, wantTook)
+			}
+		}
+		try(time.Second, 3) // the outage begins: with retries
+		try(0, 1)
+		s.do = func(_ int, r *http.Request) (*http.Response, error) { return hang(r) }
+		try(3*time.Second, 1)
+		s.do = func(_ int, r *http.Request) (*http.Response, error) { // connected, and then silent
+			c, _ := net.Pipe()
+			httptrace.ContextClientTrace(r.Context()).GotConn(httptrace.GotConnInfo{Conn: c})
+			return hang(r)
+		}
+		try(a.r.timeout, 1)
+	})
+}
+
+// TestFailedOriginIsAskedLast: for 10 s after a failure by network the others are asked
+// first.
+func TestFailedOriginIsAskedLast(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, silent := &script{}, true
+		s.do = func(_ int, r *http.Request) (*http.Response, error) {
+			if r.URL.Host == "b" && silent {
+				return hang(r)
+			}
+			if r.URL.Host == "m2" {
+				return fake(500, ""), nil // that is no failure of the network
+			}
+			return fake(200, r.URL.Host), nil
+		}
+		a := newUpstreamTesterOver(t, s.rt, "http://b", "http://m2", "http://m")
+		asks := func(answer, hosts string) {
+			t.Helper()
+			before := len(s.lines)
+			a.get("").want(200, answer)
+			if got := strings.ReplaceAll(strings.Join(s.lines[before:], " "), "/", ""); got != hosts {
+				t.Errorf("asked %s, want %s", got, hosts)
+			}
+		}
+		asks("m", "b m2 m")
+		silent = false
+		asks("m", "m2 m")
+		time.Sleep(outagePause)
+		asks("b", "b")
+	})
 }
 
 // registrySite is a fake registry with its token service, each on a host of its own.
