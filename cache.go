@@ -361,10 +361,7 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 	if file.via, err = c.upstream.passedVia(r.Header); err != nil {
 		return err
 	}
-	// Range is defined for GET alone (RFC 9110 section 14.2).
-	if r.Method == http.MethodHead || strings.Count(r.Header.Get("Range"), ",") >= maxRanges {
-		r.Header.Del("Range")
-	}
+	limitRanges(r)
 	ctx := r.Context()
 	var cancel context.CancelFunc // of a multi-range answer
 	if strings.Contains(r.Header.Get("Range"), ",") {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"io"
 	"io/fs"
+	"math"
 	"mime"
 	"net/http"
 	"path"
@@ -18,6 +19,43 @@ import (
 // maxRanges is how many ranges a request may ask for at once. ServeContent takes
 // seconds for 200,000; zchunk, the client that asks for most, wants 256.
 const maxRanges = 1000
+
+// maxRangesBack is how many of several ranges may begin before the one in front of them
+// ends. Clients that need a file in parts ask in order; each step back may cost a
+// request to where the file is (RFC 9110 section 14.2 allows to ignore such a header).
+const maxRangesBack = 16
+
+// limitRanges removes a Range header that is not to be heeded: of a HEAD, since Range is
+// defined for GET alone (RFC 9110 section 14.2), and one whose ranges are too many or
+// not in order.
+func limitRanges(r *http.Request) {
+	spec := r.Header.Get("Range")
+	commas := strings.Count(spec, ",")
+	if r.Method == http.MethodHead || commas >= maxRanges {
+		r.Header.Del("Range")
+		return
+	}
+	if commas < maxRangesBack {
+		return
+	}
+	back, end := 0, int64(-1) // of the range before
+	for part := range strings.SplitSeq(strings.TrimPrefix(spec, "bytes="), ",") {
+		first, last, _ := strings.Cut(strings.TrimSpace(part), "-")
+		from, err := strconv.ParseInt(first, 10, 64)
+		if err != nil { // a suffix, or nonsense
+			from = math.MaxInt64
+		}
+		if from <= end {
+			back++
+		}
+		if end, err = strconv.ParseInt(last, 10, 64); err != nil || first == "" {
+			end = math.MaxInt64
+		}
+	}
+	if back > maxRangesBack {
+		r.Header.Del("Range")
+	}
+}
 
 // closableBody is a body that may be closed while it is read. ServeContent reads
 // the parts of a multi-range answer in a goroutine that it does not wait for

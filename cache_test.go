@@ -483,6 +483,25 @@ func TestTooManyRangesAreIgnored(t *testing.T) {
 	tt.get("/api/r/a", spec(1001)).wantStatus(200).wantBody(text)
 }
 
+// Ranges may go back and forth a little; a client that wants more of that gets it all.
+func TestRangesOutOfOrder(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 1000)
+	tt.origin.file("/a", text)
+	tt.get("/api/r/a").wantStatus(200)
+	repeat := func(n int, s string) string { return "Range: bytes=" + strings.Repeat(s+",", n) + "999-999" }
+	tt.get("/api/r/a", repeat(17, "7-7")).wantStatus(206) // the first is not behind another
+	tt.get("/api/r/a", repeat(18, "7-7")).wantStatus(200).wantBody(text)
+	tt.get("/api/r/a", repeat(17, "7-9,6-6")).wantStatus(200).wantBody(text)
+	tt.get("/api/r/a", repeat(18, "-1")).wantStatus(200).wantBody(text)
+	var ascending []string
+	for n := range 100 {
+		ascending = append(ascending, fmt.Sprintf("%d-%d", 9*n, 9*n+3))
+	}
+	tt.get("/api/r/a", "Range: bytes="+strings.Join(ascending, ",")).wantStatus(206)
+}
+
 func TestHEADOfWhatIsNotStored(t *testing.T) {
 	t.Parallel()
 	for _, refusal := range []int{0, 400, 401, 403, 405, 501} {
