@@ -10,6 +10,7 @@ import (
 	"mime"
 	"net/http"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -239,15 +240,25 @@ var contentTypes = map[string]string{
 	".zip": "application/zip", ".zst": "application/zstd",
 }
 
+// archiveExtensions are those of archives and packages.
+var archiveExtensions = strings.Fields(".7z .apk .bz2 .crate .deb .dmg .exe .gem .gz .iso .jar .msi .rpm .tar .tbz2 .tgz .txz .war .whl .xz .zip .zst")
+
+// isPageForArchive reports whether upstream calls a file text/html whose name is that of
+// an archive or a package: it is a page in its place, to log in or with an excuse.
+func isPageForArchive(name, upstream string) bool {
+	mediaType, _, _ := strings.Cut(upstream, ";")
+	return strings.EqualFold(strings.TrimSpace(mediaType), "text/html") && slices.Contains(archiveExtensions, strings.ToLower(path.Ext(name)))
+}
+
 // contentTypeOf is the content type of a file by its name. Upstream's counts for JSON
-// and XML metadata (npm and others have types of their own), and where the name says
-// nothing.
+// and XML metadata (npm and others have types of their own), for a page in the place of
+// an archive, and where the name says nothing.
 func contentTypeOf(name, upstream string) string {
 	ext := strings.ToLower(path.Ext(name))
 	t := contentTypes[ext]
 	metadata := ext == ".json" || ext == ".xml"
 	switch {
-	case upstream != "" && (t == "" || metadata):
+	case upstream != "" && (t == "" || metadata || isPageForArchive(name, upstream)):
 		return upstream
 	case t != "":
 		return t

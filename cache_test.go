@@ -286,7 +286,7 @@ func TestContentTypes(t *testing.T) {
 		{"a.tar.gz", "text/plain", "application/gzip"},
 		{"a.tgz", "", "application/gzip"},
 		{"a.zip", "application/octet-stream", "application/zip"},
-		{"a.rpm", "text/html", "application/x-rpm"},
+		{"a.rpm", "text/plain", "application/x-rpm"},
 		{"a.DEB", "", "application/vnd.debian.binary-package"},
 		{"a.apk", "", "application/vnd.android.package-archive"},
 		{"a.jar", "", "application/java-archive"},
@@ -302,6 +302,37 @@ func TestContentTypes(t *testing.T) {
 	} {
 		if got := contentTypeOf(c.name, c.upstream); got != c.want {
 			t.Errorf("%s from upstream as %q: %q, want %q", c.name, c.upstream, got, c.want)
+		}
+	}
+}
+
+func TestWebPageInThePlaceOfAnArchive(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, `mutable_patterns: ['^APKINDEX']`)
+	tt.origin.file("/APKINDEX.tar.gz", "index")
+	tt.get("/api/r/APKINDEX.tar.gz").wantMiss()
+	tt.advance(2 * time.Hour)
+	for _, name := range []string{"APKINDEX.tar.gz", "a.jar", "A.RPM"} {
+		tt.origin.file("/"+name, "<html>log in").says("Content-Type", "Text/HTML; charset=utf-8")
+		for range 2 {
+			tt.get("/api/r/"+name).wantStatus(200).wantBody("<html>log in").wantHeader("Content-Type", "Text/HTML; charset=utf-8")
+			tt.head("/api/r/"+name).wantStatus(200).wantHeader("Content-Type", "Text/HTML; charset=utf-8")
+		}
+	}
+	tt.wantStored("a.jar", false)
+	tt.down() // the good index is still there
+	tt.get("/api/r/APKINDEX.tar.gz").wantStale().wantBody("index").wantHeader("Content-Type", "application/gzip")
+	tt.upAgain()
+	for _, name := range []string{"page.html", "page", "a.xml"} { // where a page may be
+		tt.origin.file("/"+name, "<html>").says("Content-Type", "text/html")
+		tt.get("/api/r/" + name).wantMiss()
+	}
+	tt.digested(func(file *fileRequest) { file.digest = sha256Of([]byte("jar")) }) // it is a jar, whatever it is called
+	tt.origin.file("/b.jar", "jar").says("Content-Type", "text/html")
+	tt.get("/api/r/b.jar").wantMiss()
+	for _, ext := range archiveExtensions {
+		if contentTypes[ext] == "" {
+			t.Errorf("%s has no type of its own", ext)
 		}
 	}
 }
