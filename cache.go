@@ -37,6 +37,7 @@ type record struct {
 	Digest       string    `json:"d,omitempty"` // Docker-Content-Digest
 	Link         string    `json:"l,omitempty"` // below /v2/
 	Filters      string    `json:"o,omitempty"` // OCI-Filters-Applied
+	isPage       bool      // in the place of an archive, and so never stored
 }
 
 // object is a stored record and, unless only the record was asked for, its body. Its
@@ -305,7 +306,11 @@ func (download) keepHeaders(*record, http.Header)                      {}
 func (download) checkBody(context.Context, *record, io.ReaderAt) error { return nil }
 func (download) servesStale(int) bool                                  { return false }
 func (download) setHeaders(h *headerSetter, name string, rec *record) {
-	h.set("Content-Type", contentTypeOf(name, rec.ContentType))
+	contentType := rec.ContentType
+	if !rec.isPage {
+		contentType = contentTypeOf(name, contentType)
+	}
+	h.set("Content-Type", contentType)
 	h.set("Content-Disposition", contentDisposition(path.Base(name)))
 }
 
@@ -470,8 +475,10 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		if file.remote.local {
 			return nil, storeErr
 		}
+		inOutage := false
 		if cp == nil {
-			if err := file.recallMissing(ctx, c, storeErr, nil); err != nil {
+			inOutage = c.upstream.circuitOf(file.remote.name).outageCause() != nil
+			if err := file.recallMissing(ctx, c, storeErr); err != nil {
 				return nil, err
 			}
 		}
@@ -488,8 +495,8 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		if reply != nil && (errors.Is(storeErr, errStoreDown) || c.copies.refusesWrites()) {
 			reply.willBeStored = false // it may be, if the store is back by then
 		}
-		if cp == nil && err != nil {
-			if missing := file.recallMissing(ctx, c, storeErr, err); missing != nil {
+		if inOutage && failedByNetwork(err) { // the probe; who finds an outage says so
+			if missing := file.recallMissing(ctx, c, storeErr); missing != nil {
 				return nil, missing
 			}
 		}

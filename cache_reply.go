@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"io"
 	"io/fs"
@@ -243,22 +244,37 @@ var contentTypes = map[string]string{
 // archiveExtensions are those of archives and packages.
 var archiveExtensions = strings.Fields(".7z .apk .bz2 .crate .deb .dmg .exe .gem .gz .iso .jar .msi .rpm .tar .tbz2 .tgz .txz .war .whl .xz .zip .zst")
 
-// isPageForArchive reports whether upstream calls a file text/html whose name is that of
-// an archive or a package: it is a page in its place, to log in or with an excuse.
-func isPageForArchive(name, upstream string) bool {
-	mediaType, _, _ := strings.Cut(upstream, ";")
-	return strings.EqualFold(strings.TrimSpace(mediaType), "text/html") && slices.Contains(archiveExtensions, strings.ToLower(path.Ext(name)))
+// pageBytes is how much of a body tells whether it is a web page (WHATWG "MIME Sniffing"
+// section 7.1 looks at as much at most).
+const pageBytes = 512
+
+// isPage reports whether resp is a web page under the name of an archive or a package,
+// to log in or with an excuse. Some servers call everything text/html that they do not
+// know, so the beginning of the body must be one too. A digest tells more than both.
+func (file *fileRequest) isPage(resp *upstreamResponse) bool {
+	mediaType, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
+	if file.digest != "" || !strings.EqualFold(strings.TrimSpace(mediaType), "text/html") ||
+		!slices.Contains(archiveExtensions, strings.ToLower(path.Ext(file.path))) {
+		return false
+	}
+	body := bufio.NewReaderSize(resp.Body, pageBytes)
+	begin, _ := body.Peek(pageBytes) // its error comes again with the next read
+	resp.Body = struct {
+		io.Reader
+		io.Closer
+	}{body, resp.Body}
+	return strings.HasPrefix(http.DetectContentType(begin), "text/html")
 }
 
 // contentTypeOf is the content type of a file by its name. Upstream's counts for JSON
-// and XML metadata (npm and others have types of their own), for a page in the place of
-// an archive, and where the name says nothing.
+// and XML metadata (npm and others have types of their own), and where the name says
+// nothing.
 func contentTypeOf(name, upstream string) string {
 	ext := strings.ToLower(path.Ext(name))
 	t := contentTypes[ext]
 	metadata := ext == ".json" || ext == ".xml"
 	switch {
-	case upstream != "" && (t == "" || metadata || isPageForArchive(name, upstream)):
+	case upstream != "" && (t == "" || metadata):
 		return upstream
 	case t != "":
 		return t

@@ -286,7 +286,7 @@ func TestContentTypes(t *testing.T) {
 		{"a.tar.gz", "text/plain", "application/gzip"},
 		{"a.tgz", "", "application/gzip"},
 		{"a.zip", "application/octet-stream", "application/zip"},
-		{"a.rpm", "text/plain", "application/x-rpm"},
+		{"a.rpm", "text/html", "application/x-rpm"},
 		{"a.DEB", "", "application/vnd.debian.binary-package"},
 		{"a.apk", "", "application/vnd.android.package-archive"},
 		{"a.jar", "", "application/java-archive"},
@@ -316,16 +316,16 @@ func TestWebPageInThePlaceOfAnArchive(t *testing.T) {
 		tt.origin.file("/"+name, "<html>log in").says("Content-Type", "Text/HTML; charset=utf-8")
 		for range 2 {
 			tt.get("/api/r/"+name).wantStatus(200).wantBody("<html>log in").wantHeader("Content-Type", "Text/HTML; charset=utf-8")
-			tt.head("/api/r/"+name).wantStatus(200).wantHeader("Content-Type", "Text/HTML; charset=utf-8")
 		}
 	}
 	tt.wantStored("a.jar", false)
 	tt.down() // the good index is still there
 	tt.get("/api/r/APKINDEX.tar.gz").wantStale().wantBody("index").wantHeader("Content-Type", "application/gzip")
 	tt.upAgain()
-	for _, name := range []string{"page.html", "page", "a.xml"} { // where a page may be
-		tt.origin.file("/"+name, "<html>").says("Content-Type", "text/html")
-		tt.get("/api/r/" + name).wantMiss()
+	for name, text := range map[string]string{"page.html": "<html>", "page": "<html>", "a.xml": "<html>", "b.zip": "PK", "c.deb": noise(1, 2000), "empty.tgz": ""} {
+		tt.origin.file("/"+name, text).says("Content-Type", "text/html") // where a page may be, and what is no page
+		tt.get("/api/r/" + name).wantMiss().wantBody(text)
+		tt.get("/api/r/"+name).wantHit().wantHeader("Content-Type", contentTypeOf(name, "text/html"))
 	}
 	tt.digested(func(file *fileRequest) { file.digest = sha256Of([]byte("jar")) }) // it is a jar, whatever it is called
 	tt.origin.file("/b.jar", "jar").says("Content-Type", "text/html")
@@ -1227,7 +1227,7 @@ func TestMissingFilesAreMissingInAnOutage(t *testing.T) {
 	tt.head("/api/r/back").wantStatus(200)
 	tt.origin.forget()
 	tt.down()
-	wantRecalled(tt.get("/api/r/a"), 404) // this one has found out
+	tt.get("/api/r/a").wantStatus(502) // this one has found out
 	for range 3 {
 		wantRecalled(tt.get("/api/r/a"), 404)
 		wantRecalled(tt.get("/api/r/b"), 404)

@@ -139,13 +139,12 @@ func (m missingFile) newProblem(remote string) *problem {
 func (file fileRequest) wireKey() string { return storageKey(file.remote.name, file.wire) }
 
 // recallMissing returns the 404 or 410 that upstream gave for a file that is not stored,
-// or nil: within negative_ttl, and while the remote is down, which failure, if it is not
-// nil, may have shown. storeErr says why there is no copy: where the store could not be
-// asked, there may be one.
-func (file fileRequest) recallMissing(ctx context.Context, c *cache, storeErr, failure error) error {
+// or nil: within negative_ttl, and while the remote is down. storeErr says why there is
+// no copy: where the store could not be asked, there may be one.
+func (file fileRequest) recallMissing(ctx context.Context, c *cache, storeErr error) error {
 	missing, found := c.missing.get(file.wireKey())
 	switch {
-	case !found, failure != nil && !failedByNetwork(failure):
+	case !found:
 	case c.now().Sub(missing.at) < file.remote.negativeTTL:
 		return missing.newProblem(file.remote.name)
 	case errors.Is(storeErr, fs.ErrNotExist) && c.upstream.isDown(ctx, file.remote):

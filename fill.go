@@ -395,7 +395,8 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outco
 	if sum, ok := strings.CutPrefix(f.file.digest, "sha256:"); ok {
 		rec.SHA256 = sum
 	}
-	f.publishHeaders(rec, resp.origin, rangeValidator(resp), f.mayBeStored(resp))
+	rec.isPage = f.file.isPage(resp)
+	f.publishHeaders(rec, resp.origin, rangeValidator(resp), f.mayBeStored(resp, rec.isPage))
 	return fillOutcome{}, false
 }
 

@@ -71,6 +71,7 @@ func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, cp 
 		return nil, err
 	}
 	rec := file.newRecord(resp.Header, c.now())
+	rec.isPage = file.isPage(resp)
 	reply := &fileReply{rec: rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss"}
 	if cp != nil {
 		reply.cacheStatus = "fwd=stale; fwd-status=200"

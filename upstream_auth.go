@@ -259,8 +259,8 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, re
 		}
 	}
 	start.RawQuery = query.Encode()
-	service := &exchange{remote: x.remote, method: http.MethodGet, start: &start, origin: x.origin, reach: x.reach, dialTime: x.dialTime,
-		header: http.Header{"Accept": {"application/json"}}, auth: k.basic}
+	service := &exchange{upstreamRequest: x.upstreamRequest, start: &start, auth: k.basic, origin: x.origin, reach: x.reach}
+	service.method, service.header, service.digestKnown = http.MethodGet, http.Header{"Accept": {"application/json"}}, false
 	if k.basic != "" || x.remote.isTokenRealm(realm) {
 		service.reach = anyAddress // it is trusted, or the administrator named it
 	}

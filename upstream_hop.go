@@ -119,16 +119,11 @@ func (reach addressKind) refuseOthers(_ context.Context, _, address string, _ sy
 // exchange is one request to an origin or to its token service, with the requests to
 // the targets of its redirects. One goroutine uses it.
 type exchange struct {
-	remote *remote
-	method string
+	upstreamRequest
 	start  *url.URL
-	header http.Header // sent to every host
 	auth   string      // docker: Authorization, sent to the scheme, host and port of start only
 	origin *url.URL    // the origin it is made for, which may have any address
-
-	dialTime    time.Duration // what connecting may take; 0: as long as the header
-	digestKnown bool          // the digest of the body is known: a redirect may lead from https to http
-	reach       addressKind   // which other addresses a redirect may lead to: the origin's kind, or any from a trusted token service
+	reach  addressKind // which other addresses a redirect may lead to: the origin's kind, or any from a trusted token service
 }
 
 // newExchange makes the exchange that asks origin i of a remote for req.wire.
@@ -139,8 +134,7 @@ func (u *upstream) newExchange(req upstreamRequest, i int) (*exchange, error) {
 		return nil, err
 	}
 	addr, _ := netip.ParseAddr(o.Hostname()) // an address is known even if a proxy dials; a name is found out later
-	return &exchange{remote: req.remote, method: req.method, start: start, header: req.header,
-		origin: o, digestKnown: req.digestKnown, dialTime: req.dialTime, reach: u.kindOf(addr)}, nil
+	return &exchange{upstreamRequest: req, start: start, origin: o, reach: u.kindOf(addr)}, nil
 }
 
 // joinURL returns the URL base + "/" + wire. net/http sends exactly these bytes, since
@@ -302,9 +296,9 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		explained := x.explainFailure(ctx, at, err)
 		if failure, ok := errors.AsType[*transportError](explained); ok {
 			// Silence or a reset means little if the remote answered another request
-			// meanwhile or just before. A failure of dial, DNS or TLS always counts.
+			// meanwhile, or just before if the path may be one that never answers. A failure of dial, DNS or TLS always counts.
 			neverConnected := connected.Load() == nil && failure.kind == errUnreachable && !isReset(err)
-			if sameServer(at, x.origin) { // the registry answers just before its token service is asked
+			if !x.hasCopy && sameServer(at, x.origin) { // a token service is asked just after the registry has answered
 				began = began.Add(-outagePause)
 			}
 			failure.countsAsDown = first && (neverConnected || !u.circuitOf(name).hasSucceededSince(began))

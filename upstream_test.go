@@ -1226,19 +1226,24 @@ func TestDownLastsTenSecondsThenOneProbes(t *testing.T) {
 }
 
 // TestSilenceOfOneFileIsNoOutage: a request fails in each way, and another one is
-// answered that long before the failure, which comes after 4 s.
+// answered that long before the failure, which comes after 4 s. A file with a copy has
+// answered once: what others got before it was asked for counts for one without.
 func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		how       string
 		answered  time.Duration
+		hasCopy   bool
 		wantsDown bool
 	}{
-		{"hangs", 2 * time.Second, false}, {"resets", 2 * time.Second, false}, {"garbles", 2 * time.Second, false}, {"refuses", 2 * time.Second, true},
-		{"hangs", 13 * time.Second, false}, {"resets", 13 * time.Second, false}, {"garbles", 13 * time.Second, false}, {"refuses", 13 * time.Second, true},
-		{"hangs", 16 * time.Second, true}, {"resets", 16 * time.Second, true}, {"garbles", 16 * time.Second, true},
+		{"hangs", 2 * time.Second, false, false}, {"resets", 2 * time.Second, false, false}, {"garbles", 2 * time.Second, false, false},
+		{"hangs", 2 * time.Second, true, false}, {"resets", 2 * time.Second, true, false}, {"garbles", 2 * time.Second, true, false},
+		{"hangs", 13 * time.Second, false, false}, {"resets", 13 * time.Second, false, false}, {"garbles", 13 * time.Second, false, false},
+		{"hangs", 13 * time.Second, true, true}, {"resets", 13 * time.Second, true, true}, {"garbles", 13 * time.Second, true, true},
+		{"hangs", 16 * time.Second, false, true}, {"garbles", 16 * time.Second, false, true},
+		{"refuses", 2 * time.Second, false, true}, {"refuses", 13 * time.Second, true, true},
 	} {
-		t.Run(fmt.Sprintf("%s, answered %v before", c.how, c.answered), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%s, answered %v before, copy %v", c.how, c.answered, c.hasCopy), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				a := newUpstreamTesterOver(t, func(r *http.Request) (*http.Response, error) {
 					if r.URL.Path == "/good" {
@@ -1257,7 +1262,7 @@ func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 					a.get("good").want(200, "")
 				})
 				time.Sleep(16 * time.Second)
-				a.send(upstreamRequest{wire: "bad", hasCopy: true})
+				a.send(upstreamRequest{wire: "bad", method: "HEAD", hasCopy: c.hasCopy})
 				wg.Wait()
 				if got := a.u.isDown(t.Context(), a.r); got != c.wantsDown {
 					t.Errorf("down: %v; want %v", got, c.wantsDown)
@@ -1794,6 +1799,14 @@ func TestTokenRequestsRedirectKeepsThePassword(t *testing.T) {
 		w.WriteHeader(302)
 	}
 	g.pull().wantErr(errCredentials)
+}
+
+// The digest that is known is a blob's, and no token's.
+func TestTokenRequestKeepsToHTTPS(t *testing.T) {
+	t.Parallel()
+	g := newTokenRegistry(t)
+	g.tokens = sends(302, "http://auth.test.test/token/plain")
+	g.upstreamTester.send(upstreamRequest{scope: "s", digestKnown: true}).wantErr(errBadUpstream, "https to http")
 }
 
 func TestBasicRegistry(t *testing.T) {
