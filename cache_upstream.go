@@ -29,7 +29,10 @@ func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply,
 			return fileReply{}, context.Cause(ctx)
 		}
 	})
-	return &reply, err
+	if err != nil {
+		return nil, err
+	}
+	return &reply, nil
 }
 
 // askByHEAD asks upstream for a file's headers. Where upstream refuses HEAD, it asks for

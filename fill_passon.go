@@ -24,24 +24,12 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 	reply, err := file.passOn(ctx, c, rng, cp)
 	if err == nil {
 		if body, ok := reply.body.(*upstreamReader); ok {
-			reply.body = &passedOnBody{body, places}
+			body.places = places
 			return reply, nil
 		}
 	}
 	<-places
 	return reply, err
-}
-
-// passedOnBody is the body of a file that is passed on. Its Close, which is called once,
-// gives the place among the remote's back.
-type passedOnBody struct {
-	*upstreamReader
-	places chan struct{}
-}
-
-func (b *passedOnBody) Close() error {
-	defer func() { <-b.places }()
-	return b.upstreamReader.Close()
 }
 
 // passOn asks upstream for a file that is not stored, for one client alone.
@@ -150,6 +138,7 @@ type upstreamReader struct {
 	done       bool              // all is read and verified
 	stuck      int               // times that the body broke off without progress
 	breakAt    int64             // where it broke off last
+	places     chan struct{}     // among which its Close, which is called once, frees one; may be nil
 }
 
 func (b *upstreamReader) Read(p []byte) (int, error) {
@@ -263,5 +252,8 @@ func (b *upstreamReader) Seek(off int64, whence int) (int64, error) {
 
 func (b *upstreamReader) Close() error {
 	b.closeResponse()
+	if b.places != nil {
+		<-b.places
+	}
 	return nil
 }

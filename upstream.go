@@ -180,8 +180,9 @@ func (u *upstream) passedVia(h http.Header) (string, error) {
 }
 
 // send sends req and returns a response of any status. All origins are tried before
-// one is tried again. While the remote is down, nothing is. The error wraps errUnreachable, errTimeout, errBadUpstream or
-// errCredentials, or is the context's. The caller closes the body.
+// one is tried again, and none is tried again while the remote is down. The error wraps
+// errUnreachable, errTimeout, errBadUpstream or errCredentials, or is the context's. The
+// caller closes the body.
 func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
 	retries := maxRetries
 	if !req.hasCopy && u.isDown(ctx, req.remote) {
@@ -240,22 +241,17 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 // those that failed by network a short while ago are last. first may come from another
 // replica whose configuration has more mirrors.
 func (u *upstream) originOrder(req upstreamRequest) []int {
-	rank := func(i int) int {
-		_, failing := u.failing.get(req.remote.origins[i].url)
-		switch {
-		case failing:
-			return 2
-		case i != req.first:
-			return 1
+	var order, last []int
+	for i, o := range req.remote.origins {
+		if _, failing := u.failing.get(o.url); failing {
+			last = append(last, i)
+		} else if i == req.first {
+			order = slices.Insert(order, 0, i)
+		} else {
+			order = append(order, i)
 		}
-		return 0
 	}
-	var order []int
-	for i := range req.remote.origins {
-		order = append(order, i)
-	}
-	slices.SortStableFunc(order, func(i, k int) int { return rank(i) - rank(k) })
-	return order
+	return append(order, last...)
 }
 
 // needsMirror reports whether the outcome at base_url is one for which mirrors are

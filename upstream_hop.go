@@ -202,9 +202,10 @@ var redirectStatuses = []int{
 	http.StatusTemporaryRedirect, http.StatusPermanentRedirect,
 }
 
-// followRedirects sends x and follows redirects to an answer, or to one that only adds a
-// slash to the path. The caller closes its body. http.Client is not used: it would send Authorization to sub-domains and the
-// URL before as Referer, and its errors hold whole URLs.
+// followRedirects sends x and follows redirects to an answer, or to a redirect that only
+// adds a slash to the path. The caller closes its body. http.Client is not used: it would
+// send Authorization to sub-domains and the URL before as Referer, and its errors hold
+// whole URLs.
 func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Response, error) {
 	at := x.start
 	for n := 0; ; n++ {
@@ -296,9 +297,10 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		explained := x.explainFailure(ctx, at, err)
 		if failure, ok := errors.AsType[*transportError](explained); ok {
 			// Silence or a reset means little if the remote answered another request
-			// meanwhile, or just before if the path may be one that never answers. A failure of dial, DNS or TLS always counts.
+			// meanwhile; nor just before, if the path is one that may never answer. A
+			// failure of dial, DNS or TLS always counts.
 			neverConnected := connected.Load() == nil && failure.kind == errUnreachable && !isReset(err)
-			if !x.hasCopy && sameServer(at, x.origin) { // a token service is asked just after the registry has answered
+			if !x.hasCopy && sameServer(at, x.origin) { // a registry answers just before its token service is asked
 				began = began.Add(-outagePause)
 			}
 			failure.countsAsDown = first && (neverConnected || !u.circuitOf(name).hasSucceededSince(began))
