@@ -86,7 +86,7 @@ func TestPageOfARemote(t *testing.T) {
 	tt.get("/?remote=none", browser).wantDetail(404, "none")
 	tt.down()
 	tt.get("/api/r/new").wantStatus(502)
-	wantText(tt.get("/", browser), "down for", "cannot be reached")
+	wantText(tt.get("/", browser), "down for", "upstream unreachable")
 }
 
 // deadIndex answers no question.

@@ -247,6 +247,58 @@ func (l *lru[V]) drop(el *list.Element) {
 	}
 }
 
+// sharedCalls lets those that ask the same at the same time share one answer. The zero
+// sharedCalls is ready to use.
+type sharedCalls[V any] struct {
+	mu      sync.Mutex // guards running; no other lock is taken under it
+	running map[string]*sharedCall[V]
+}
+
+type sharedCall[V any] struct {
+	done  chan struct{} // closed when the rest is set
+	value V
+	err   error
+	ended bool // ask has returned, and its caller still wanted that
+}
+
+// call returns what ask does, or what that of another caller does, which has the same
+// key and runs already. A caller whose ctx ends leaves the others alone: one of them
+// asks again.
+func (s *sharedCalls[V]) call(ctx context.Context, key string, ask func() (V, error)) (V, error) {
+	for {
+		s.mu.Lock()
+		c := s.running[key]
+		if c == nil {
+			break
+		}
+		s.mu.Unlock()
+		select {
+		case <-c.done:
+			if c.ended {
+				return c.value, c.err
+			}
+		case <-ctx.Done():
+			var none V
+			return none, context.Cause(ctx)
+		}
+	}
+	c := &sharedCall[V]{done: make(chan struct{})}
+	if s.running == nil {
+		s.running = map[string]*sharedCall[V]{}
+	}
+	s.running[key] = c
+	s.mu.Unlock()
+	defer func() { // also if ask panics
+		s.mu.Lock()
+		delete(s.running, key)
+		s.mu.Unlock()
+		close(c.done)
+	}()
+	c.value, c.err = ask()
+	c.ended = ctx.Err() == nil
+	return c.value, c.err
+}
+
 // keyedLock lets one holder at a time go on for each key. The zero keyedLock is
 // ready to use.
 type keyedLock struct {

@@ -39,6 +39,7 @@ type record struct {
 	Filters      string    `json:"o,omitempty"` // OCI-Filters-Applied
 	Links        string    `json:"k,omitempty"` // the table that the links were rewritten by
 	Negative     bool      `json:"v,omitempty"` // it says that there is nothing: negative_ttl rules how long
+	isPage       bool      // in the place of an archive, and so never stored
 }
 
 // object is a stored record and, unless only the record was asked for, its body. Its
@@ -223,11 +224,12 @@ type cache struct {
 	cancel context.CancelFunc
 	fills  *fillTable
 
-	missing      *boundedMap[string, *problem] // keys of files that upstream does not have (negative_ttl)
-	headRefused  *boundedMap[string, struct{}] // remotes, and keys of files, that refuse HEAD
-	passOn       *boundedMap[string, struct{}] // keys whose bodies are not spooled for a while
-	failedLeases *boundedMap[string, struct{}] // tokens of leases whose holder could not be followed
-	changing     keyedLock                     // keys that are being put or purged
+	missing      *boundedMap[string, missingFile] // what upstream does not have, by fileRequest.wireKey
+	heads        sharedCalls[fileReply]           // HEADs of files that are not stored
+	headRefused  *boundedMap[string, struct{}]    // remotes, and keys of files, that refuse HEAD
+	passOn       *boundedMap[string, struct{}]    // keys whose bodies are not spooled for a while
+	failedLeases *boundedMap[string, struct{}]    // tokens of leases whose holder could not be followed
+	changing     keyedLock                        // keys that are being put or purged
 	leaving      leavingCounts
 	uses         useCounts
 	missed       missedFiles
@@ -256,7 +258,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 		c.reportStoreError("redis", "announcing", announcement, err)
 	}}
 	clock := func() time.Time { return c.now() } // tests replace c.now
-	c.missing = newBoundedMap[string, *problem](maxRememberedFiles, clock)
+	c.missing = newBoundedMap[string, missingFile](maxRememberedFiles, clock)
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
@@ -270,6 +272,7 @@ type fileRequest struct {
 	behavior fileBehavior // nil: a download
 	accept   string       // Accept sent upstream
 	scope    string       // of the token for a container registry
+	via      string       // what of the client's Via goes upstream
 	digest   string       // that the body must have (sha256:HEX or sha512:HEX); "": not known
 	maxBytes int64        // of the body; 0: any
 	// needsWholeBody: the file is answered only when it is complete and checked,
@@ -316,7 +319,11 @@ func (download) keepHeaders(*record, http.Header)                      {}
 func (download) checkBody(context.Context, *record, io.ReaderAt) error { return nil }
 func (download) servesStale(int) bool                                  { return false }
 func (download) setHeaders(h *headerSetter, name string, rec *record) {
-	h.set("Content-Type", contentTypeOf(name, rec.ContentType))
+	contentType := rec.ContentType
+	if !rec.isPage {
+		contentType = contentTypeOf(name, contentType)
+	}
+	h.set("Content-Type", contentType)
 	h.set("Content-Disposition", contentDisposition(path.Base(name)))
 }
 
@@ -328,51 +335,14 @@ func (file *fileRequest) behaves() fileBehavior {
 	return file.behavior
 }
 
-// fileReply is a reply that is ready to be sent. Its holder closes body.
-type fileReply struct {
-	rec          *record
-	size         int64 // of the whole body; -1: not known yet
-	body         io.ReadSeekCloser
-	goodAt       time.Time // when the copy was last found good; zero: just fetched
-	fromRemote   bool      // X-Artifact-Source: remote
-	hashKnown    bool      // rec.SHA256 is known and will be what was sent
-	cacheStatus  string    // Cache-Status, behind the name
-	willBeStored bool      // Cache-Status says "stored": the body is to be kept
-	result       string    // HIT, MISS, STALE, REVALIDATED: for log and counters
-	mirror       string    // the host of the mirror that has the body, for the log; "": base_url has it
-}
-
-// byteRange is the part of a body that a client wants, as far as a single range says
-// it, and whether it wants a body at all.
-type byteRange struct {
-	head       bool  // a HEAD request
-	from, to   int64 // of a range with a known beginning; to is -1 for "to the end"
-	suffix     int64 // the length of a range that ends at the end; 0: it is none
-	several    bool  // several ranges, of which the fields above say nothing
-	hasIfRange bool  // the whole body may be wanted after all
-}
-
-// isWhole reports whether the answer may reach from the first byte to the last of a
-// body of that size (-1: not known, and then no range is answered).
-func (rng byteRange) isWhole(size int64) bool {
-	switch {
-	case size < 0, rng.hasIfRange:
-		return true
-	case rng.several:
-		return false
-	case rng.suffix > 0:
-		return rng.suffix >= size
-	}
-	return rng.from == 0 && (rng.to < 0 || rng.to >= size-1)
-}
-
 // serveFile answers GET and HEAD for a file.
 func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error {
 	w.remote, w.path = file.remote.name, file.path
-	// Range is defined for GET alone (RFC 9110 section 14.2).
-	if r.Method == http.MethodHead || strings.Count(r.Header.Get("Range"), ",") >= maxRanges {
-		r.Header.Del("Range")
+	var err error
+	if file.via, err = c.upstream.passedVia(r.Header); err != nil {
+		return err
 	}
+	limitRanges(r)
 	ctx := r.Context()
 	var cancel context.CancelFunc // of a multi-range answer
 	if strings.Contains(r.Header.Get("Range"), ",") {
@@ -490,17 +460,20 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		}
 		if cp != nil && cp.isFresh() {
 			c.countUse(file.remote.name, key)
-			detail := ""
-			if file.remote.sealed {
-				detail = "; detail=sealed"
-			}
-			return cp.hitReply(detail), nil
+			return cp.hitReply(file.remote.hitDetail()), nil
 		}
 		if first {
 			storeErr = c.missed.recordMiss(file, storeErr, c.now())
 		}
 		if file.remote.local || file.remote.sealed {
 			return nil, storeErr
+		}
+		inOutage := false
+		if cp == nil {
+			inOutage = c.upstream.circuitOf(file.remote.name).outageCause() != nil
+			if err := file.recallMissing(ctx, c, storeErr); err != nil {
+				return nil, err
+			}
 		}
 		reply, again, err := c.fillOrStale(ctx, key, file, rng, cp, ended)
 		if again && err != nil {
@@ -514,6 +487,11 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		}
 		if reply != nil && (errors.Is(storeErr, errStoreDown) || c.copies.refusesWrites()) {
 			reply.willBeStored = false // it may be, if the store is back by then
+		}
+		if inOutage && failedByNetwork(err) { // the probe; who finds an outage says so
+			if missing := file.recallMissing(ctx, c, storeErr); missing != nil {
+				return nil, missing
+			}
 		}
 		return reply, withStoreError(err, storeErr)
 	}
@@ -537,9 +515,6 @@ func withStoreError(err, storeErr error) error {
 // or (with an error) the answer was to another way to the file.
 func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, rng byteRange, cp *storedCopy, ended int64) (reply *fileReply, again bool, err error) {
 	if cp == nil {
-		if missing, found := c.missing.get(key); found {
-			return nil, false, missing
-		}
 		if rng.head && !file.needsWholeBody && !c.fills.isFilling(key) {
 			if file.knownSize > 0 {
 				return file.headFromKnownSize(c.now()), false, nil
@@ -663,6 +638,14 @@ func (s *storedCopy) hitReply(extra string) *fileReply {
 		status += "; ttl=" + strconv.FormatInt(int64(s.ttlLeft/time.Second), 10)
 	}
 	return &fileReply{rec: s.rec, size: s.rec.Size, body: s.body, goodAt: s.goodAt, hashKnown: true, cacheStatus: status + extra, result: "HIT"}
+}
+
+// hitDetail is what a hit's Cache-Status has behind it.
+func (r *remote) hitDetail() string {
+	if r.sealed {
+		return "; detail=sealed"
+	}
+	return ""
 }
 
 // staleReply is the reply with an expired copy; why goes into the Cache-Status.

@@ -184,7 +184,9 @@ func TestNoUpstreamIsAskedForASealedRemote(t *testing.T) {
 		asked = append(asked, r.URL.String())
 		return nil, errors.New("dialled")
 	})
-	tt.up.transport, tt.up.publicTransport = dials, dials
+	for reach := range tt.up.transports {
+		tt.up.transports[reach] = dials
+	}
 	c, ctx, cfg := tt.cache, context.Background(), tt.server.config.Load()
 	file := func(path string) fileRequest {
 		t, err := resolveAndClassify(cfg, "r", path, "")
@@ -198,7 +200,7 @@ func TestNoUpstreamIsAskedForASealedRemote(t *testing.T) {
 		_, _, err := f.awaitReply(ctx, leads, byteRange{}, cp)
 		return err
 	}
-	registry := &exchange{remote: cfg.remotes["d"], origin: cfg.remotes["d"].origins[0].url}
+	registry := &exchange{upstreamRequest: upstreamRequest{remote: cfg.remotes["d"]}, origin: cfg.remotes["d"].origins[0].url}
 	for _, way := range []struct {
 		name string
 		ask  func() error

@@ -3,12 +3,15 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"io"
 	"io/fs"
+	"math"
 	"mime"
 	"net/http"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,6 +21,43 @@ import (
 // maxRanges is how many ranges a request may ask for at once. ServeContent takes
 // seconds for 200,000; zchunk, the client that asks for most, wants 256.
 const maxRanges = 1000
+
+// maxRangesBack is how many of several ranges may begin before the one in front of them
+// ends. Clients that need a file in parts ask in order; each step back may cost a
+// request to where the file is (RFC 9110 section 14.2 allows to ignore such a header).
+const maxRangesBack = 16
+
+// limitRanges removes a Range header that is not to be heeded: of a HEAD, since Range is
+// defined for GET alone (RFC 9110 section 14.2), and one whose ranges are too many or
+// not in order.
+func limitRanges(r *http.Request) {
+	spec := r.Header.Get("Range")
+	commas := strings.Count(spec, ",")
+	if r.Method == http.MethodHead || commas >= maxRanges {
+		r.Header.Del("Range")
+		return
+	}
+	if commas < maxRangesBack {
+		return
+	}
+	back, end := 0, int64(-1) // of the range before
+	for part := range strings.SplitSeq(strings.TrimPrefix(spec, "bytes="), ",") {
+		first, last, _ := strings.Cut(strings.TrimSpace(part), "-")
+		from, err := strconv.ParseInt(first, 10, 64)
+		if err != nil { // a suffix, or nonsense
+			from = math.MaxInt64
+		}
+		if from <= end {
+			back++
+		}
+		if end, err = strconv.ParseInt(last, 10, 64); err != nil || first == "" {
+			end = math.MaxInt64
+		}
+	}
+	if back > maxRangesBack {
+		r.Header.Del("Range")
+	}
+}
 
 // closableBody is a body that may be closed while it is read. ServeContent reads
 // the parts of a multi-range answer in a goroutine that it does not wait for
@@ -199,6 +239,31 @@ var contentTypes = map[string]string{
 	".zip": "application/zip", ".zst": "application/zstd",
 }
 
+// archiveExtensions are those of archives and packages.
+var archiveExtensions = strings.Fields(".7z .apk .bz2 .crate .deb .dmg .exe .gem .gz .iso .jar .msi .rpm .tar .tbz2 .tgz .txz .war .whl .xz .zip .zst")
+
+// pageBytes is how much of a body tells whether it is a web page (WHATWG "MIME Sniffing"
+// section 7.1 looks at as much at most).
+const pageBytes = 512
+
+// isPage reports whether resp is a web page under the name of an archive or a package,
+// to log in or with an excuse. Some servers call everything text/html that they do not
+// know, so the beginning of the body must be one too. A digest tells more than both.
+func (file *fileRequest) isPage(resp *upstreamResponse) bool {
+	mediaType, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
+	if file.digest != "" || !strings.EqualFold(strings.TrimSpace(mediaType), "text/html") ||
+		!slices.Contains(archiveExtensions, strings.ToLower(path.Ext(file.path))) {
+		return false
+	}
+	body := bufio.NewReaderSize(resp.Body, pageBytes)
+	begin, _ := body.Peek(pageBytes) // its error comes again with the next read
+	resp.Body = struct {
+		io.Reader
+		io.Closer
+	}{body, resp.Body}
+	return strings.HasPrefix(http.DetectContentType(begin), "text/html")
+}
+
 // contentTypeOf is the content type of a file by its name. Upstream's counts for JSON
 // and XML metadata (npm and others have types of their own), and where the name says
 // nothing.
@@ -227,4 +292,42 @@ func (u unreadBody) Seek(off int64, whence int) (int64, error) {
 		off += int64(u)
 	}
 	return off, nil
+}
+
+// fileReply is a reply that is ready to be sent. Its holder closes body.
+type fileReply struct {
+	rec          *record
+	size         int64 // of the whole body; -1: not known yet
+	body         io.ReadSeekCloser
+	goodAt       time.Time // when the copy was last found good; zero: just fetched
+	fromRemote   bool      // X-Artifact-Source: remote
+	hashKnown    bool      // rec.SHA256 is known and will be what was sent
+	cacheStatus  string    // Cache-Status, behind the name
+	willBeStored bool      // Cache-Status says "stored": the body is to be kept
+	result       string    // HIT, MISS, STALE, REVALIDATED: for log and counters
+	mirror       string    // the host of the mirror that has the body, for the log; "": base_url has it
+}
+
+// byteRange is the part of a body that a client wants, as far as a single range says
+// it, and whether it wants a body at all.
+type byteRange struct {
+	head       bool  // a HEAD request
+	from, to   int64 // of a range with a known beginning; to is -1 for "to the end"
+	suffix     int64 // the length of a range that ends at the end; 0: it is none
+	several    bool  // several ranges, of which the fields above say nothing
+	hasIfRange bool  // the whole body may be wanted after all
+}
+
+// isWhole reports whether the answer may reach from the first byte to the last of a
+// body of that size (-1: not known, and then no range is answered).
+func (rng byteRange) isWhole(size int64) bool {
+	switch {
+	case size < 0, rng.hasIfRange:
+		return true
+	case rng.several:
+		return false
+	case rng.suffix > 0:
+		return rng.suffix >= size
+	}
+	return rng.from == 0 && (rng.to < 0 || rng.to >= size-1)
 }

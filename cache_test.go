@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -201,7 +202,7 @@ func TestClientsHeadersStayHere(t *testing.T) {
 	tt.origin.file("/a?q=1", "body")
 	tt.get("/api/r/a?q=1", "Authorization: Bearer client", "Accept-Encoding: gzip", "If-None-Match: \"x\"").wantMiss()
 	s := tt.origin.last("/a?q=1")
-	want := map[string]string{"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "X-Key": "k"}
+	want := map[string]string{"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "X-Key": "k", "Via": tt.up.via}
 	for name := range s.header {
 		if s.header.Get(name) != want[name] {
 			t.Errorf("upstream was sent %s: %q", name, s.header.Get(name))
@@ -301,6 +302,37 @@ func TestContentTypes(t *testing.T) {
 	} {
 		if got := contentTypeOf(c.name, c.upstream); got != c.want {
 			t.Errorf("%s from upstream as %q: %q, want %q", c.name, c.upstream, got, c.want)
+		}
+	}
+}
+
+func TestWebPageInThePlaceOfAnArchive(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, `mutable_patterns: ['^APKINDEX']`)
+	tt.origin.file("/APKINDEX.tar.gz", "index")
+	tt.get("/api/r/APKINDEX.tar.gz").wantMiss()
+	tt.advance(2 * time.Hour)
+	for _, name := range []string{"APKINDEX.tar.gz", "a.jar", "A.RPM"} {
+		tt.origin.file("/"+name, "<html>log in").says("Content-Type", "Text/HTML; charset=utf-8")
+		for range 2 {
+			tt.get("/api/r/"+name).wantStatus(200).wantBody("<html>log in").wantHeader("Content-Type", "Text/HTML; charset=utf-8")
+		}
+	}
+	tt.wantStored("a.jar", false)
+	tt.down() // the good index is still there
+	tt.get("/api/r/APKINDEX.tar.gz").wantStale().wantBody("index").wantHeader("Content-Type", "application/gzip")
+	tt.upAgain()
+	for name, text := range map[string]string{"page.html": "<html>", "page": "<html>", "a.xml": "<html>", "b.zip": "PK", "c.deb": noise(1, 2000), "empty.tgz": ""} {
+		tt.origin.file("/"+name, text).says("Content-Type", "text/html") // where a page may be, and what is no page
+		tt.get("/api/r/" + name).wantMiss().wantBody(text)
+		tt.get("/api/r/"+name).wantHit().wantHeader("Content-Type", contentTypeOf(name, "text/html"))
+	}
+	tt.digested(func(file *fileRequest) { file.digest = sha256Of([]byte("jar")) }) // it is a jar, whatever it is called
+	tt.origin.file("/b.jar", "jar").says("Content-Type", "text/html")
+	tt.get("/api/r/b.jar").wantMiss()
+	for _, ext := range archiveExtensions {
+		if contentTypes[ext] == "" {
+			t.Errorf("%s has no type of its own", ext)
 		}
 	}
 }
@@ -482,6 +514,25 @@ func TestTooManyRangesAreIgnored(t *testing.T) {
 	tt.get("/api/r/a", spec(1001)).wantStatus(200).wantBody(text)
 }
 
+// Ranges may go back and forth a little; a client that wants more of that gets it all.
+func TestRangesOutOfOrder(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	text := noise(1, 1000)
+	tt.origin.file("/a", text)
+	tt.get("/api/r/a").wantStatus(200)
+	repeat := func(n int, s string) string { return "Range: bytes=" + strings.Repeat(s+",", n) + "999-999" }
+	tt.get("/api/r/a", repeat(17, "7-7")).wantStatus(206) // the first is not behind another
+	tt.get("/api/r/a", repeat(18, "7-7")).wantStatus(200).wantBody(text)
+	tt.get("/api/r/a", repeat(17, "7-9,6-6")).wantStatus(200).wantBody(text)
+	tt.get("/api/r/a", repeat(18, "-1")).wantStatus(200).wantBody(text)
+	var ascending []string
+	for n := range 100 {
+		ascending = append(ascending, fmt.Sprintf("%d-%d", 9*n, 9*n+3))
+	}
+	tt.get("/api/r/a", "Range: bytes="+strings.Join(ascending, ",")).wantStatus(206)
+}
+
 func TestHEADOfWhatIsNotStored(t *testing.T) {
 	t.Parallel()
 	for _, refusal := range []int{0, 400, 401, 403, 405, 501} {
@@ -600,10 +651,13 @@ func TestNeitherStoreNorUpstreamIs503(t *testing.T) {
 	tt.origin.file("/a", "body")
 	broken.failOpen(fmt.Errorf("%w: test", errStoreDown))
 	tt.get("/api/r/a").wantStatus(200).wantBody("body") // the upstream still has it
+	tt.get("/api/r/missing").wantStatus(404)
 	tt.down()
 	tt.get("/api/r/b").wantDetail(503, "neither")
+	tt.get("/api/r/missing").wantDetail(503, "neither") // the store may have it
 	broken.failOpen(nil)
 	tt.get("/api/r/b").wantStatus(502)
+	tt.get("/api/r/missing").wantStatus(404)
 }
 
 func TestUnknownMethods(t *testing.T) {
@@ -1140,7 +1194,7 @@ func TestNegativeTTLIsBounded(t *testing.T) {
 	t.Parallel()
 	missing := newTester(t).cache.missing
 	for i := range maxRememberedFiles + 10 {
-		missing.putFor(strconv.Itoa(i), &problem{status: 404}, time.Hour)
+		missing.putFor(strconv.Itoa(i), missingFile{status: 404}, time.Hour)
 	}
 	_, last := missing.get(strconv.Itoa(maxRememberedFiles + 9))
 	if n := missing.length(); n != maxRememberedFiles || maxRememberedFiles != 100_000 || !last {
@@ -1156,6 +1210,44 @@ func TestMissingFilesAreAskedForAgainWithoutNegativeTTL(t *testing.T) {
 	tt.get("/api/r/a").wantMiss()
 }
 
+// What upstream did not have within the last day is missing while it cannot be reached.
+func TestMissingFilesAreMissingInAnOutage(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	wantRecalled := func(g *got, status int) {
+		t.Helper()
+		g.wantStatus(status).wantFrom("cache", "hit; detail=unreachable")
+	}
+	tt.get("/api/r/a").wantStatus(404)
+	tt.head("/api/r/b").wantStatus(404)
+	tt.origin.file("/gone", "").answering(410)
+	tt.get("/api/r/gone").wantStatus(410)
+	tt.get("/api/r/back").wantStatus(404)
+	tt.origin.file("/back", "here again")
+	tt.head("/api/r/back").wantStatus(200)
+	tt.origin.forget()
+	tt.down()
+	tt.get("/api/r/a").wantStatus(502) // this one has found out
+	for range 3 {
+		wantRecalled(tt.get("/api/r/a"), 404)
+		wantRecalled(tt.get("/api/r/b"), 404)
+		wantRecalled(tt.head("/api/r/gone"), 410)
+	}
+	tt.get("/api/r/back").wantStatus(502)
+	tt.get("/api/r/never").wantStatus(502)
+	tt.advance(12 * time.Hour)
+	wantRecalled(tt.get("/api/r/a"), 404) // a probe
+	tt.advance(13 * time.Hour)
+	tt.get("/api/r/a").wantStatus(502)
+
+	tt.upAgain()
+	tt.get("/api/r/a").wantStatus(404).wantHeader("Cache-Status", "")
+	tt.origin.file("/hangs", "").answering(404)
+	tt.get("/api/r/hangs").wantStatus(404)
+	tt.origin.file("/hangs", "").acts(tt.origin.resets) // one file does: the remote is not down
+	tt.get("/api/r/hangs").wantStatus(502)
+}
+
 func TestMirrorsStandIn(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
@@ -1169,7 +1261,12 @@ func TestMirrorsStandIn(t *testing.T) {
 	tt.origin.troubled(tt.origin.resets)
 	tt.get("/api/r/b").wantMiss().wantBody("mirrored /b")
 	tt.origin.troubled(nil)
-	tt.get("/api/r/c").wantStatus(404) // base_url's word counts
+	tt.get("/api/r/c").wantMiss().wantBody("mirrored /c") // base_url is asked last for a while
+	tt.wantRequests("/c", 0)
+	tt.advance(outagePause)
+	m.file("/d", "mirrored")
+	tt.get("/api/r/d").wantStatus(404) // base_url's word counts
+	m.remove("/d")
 	tt.origin.troubled(answers(500))
 	tt.get("/api/r/d").wantDetail(502, "500") // a mirror's 404 never counts
 }
@@ -1368,4 +1465,179 @@ func TestMultiRangeClientLeaves(t *testing.T) {
 	close(body.goOn)
 	done.Wait()
 	<-body.closed
+}
+
+// TestViaFindsLoops: of a client's Via the entries of servers like this one go on
+// upstream, 16 at most, and a request that has been here is refused.
+func TestViaFindsLoops(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.up.via = "1.1 artifactapi-00000000000000ff"
+	entry := func(n int) string { return fmt.Sprintf("1.1 artifactapi-%016x", n) }
+	var many []string
+	for n := range 20 {
+		many = append(many, entry(n))
+	}
+	last16 := strings.Join(many[4:], ", ")
+	for name, c := range map[string]struct {
+		via  []string
+		want string // in front of ours; "508": refused
+	}{
+		"none":        {},
+		"others":      {via: []string{"1.1 squid, 1.0 artifactapi-0000000000000001", "1.1 artifactapi-1", "1.1 artifactapi-000000000000000G"}},
+		"two":         {via: []string{entry(1) + ",1.1 squid (a, b)", entry(2)}, want: entry(1) + ", " + entry(2)},
+		"twenty":      {via: many, want: last16},
+		"ours":        {via: []string{"1.1 squid, " + tt.up.via}, want: "508"},
+		"ours of old": {via: append([]string{tt.up.via}, many...), want: "508"},
+	} {
+		path, headers := "/"+strings.ReplaceAll(name, " ", "-"), []string{}
+		for _, v := range c.via {
+			headers = append(headers, "Via: "+v)
+		}
+		tt.origin.file(path, "body")
+		if c.want == "508" {
+			tt.get("/api/r"+path, headers...).wantDetail(508, "base_url")
+			tt.wantRequests(path, 0)
+			continue
+		}
+		tt.get("/api/r"+path, headers...).wantMiss()
+		want := tt.up.via
+		if c.want != "" {
+			want = c.want + ", " + want
+		}
+		if got := tt.origin.last(path).header["Via"]; len(got) != 1 || got[0] != want {
+			t.Errorf("%s: Via %q, want %q", name, got, want)
+		}
+	}
+}
+
+// A remote whose base_url is this server, by another remote: the loop ends at once, and
+// its status comes back through all of it.
+func TestLoopIs508(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.configure("remotes: {r: {base_url: " + tt.url + "/api/s}, s: {base_url: " + tt.url + "/api/r}, d: {package: docker, base_url: " + tt.url + "}}")
+	tt.get("/api/r/a").wantDetail(508, "come back")
+	tt.head("/api/r/a").wantStatus(508)
+	g := tt.get("/v2/d/d/image/manifests/latest").wantStatus(508)
+	if !strings.HasPrefix(g.text, `{"errors":[{"code":"UNAVAILABLE"`) {
+		t.Errorf("below /v2/: %s", g.text)
+	}
+}
+
+// A folder that is asked for without its slash is no file: the redirect that adds it is
+// the answer, for GET and HEAD.
+func TestRedirectThatAddsASlashIsPassedOn(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	host := tt.origin.url
+	for path, c := range map[string]struct{ location, want string }{
+		"/folder":      {"/folder/", "folder/"},
+		"/a%20b/c%3Ad": {"/a%20b/c:d/", "c%3Ad/"},
+		"/a%2Fb":       {"/a%2Fb/", "a%2Fb/"},
+		"/absolute":    {host + "/absolute/", "absolute/"},
+		"/tls":         {"https://127.0.0.1:8443/tls/", "tls/"},
+		"/queried?x=1": {"/queried/?x=1", "queried/?x=1"},
+		"/lost?x=1":    {"/lost/", "lost/?x=1"},
+		"/signed":      {"/signed/?X-Amz-Signature=s", ""},
+		"/elsewhere":   {"/elsewhere/deeper/", ""},
+	} {
+		tt.origin.file(path, "").acts(http.RedirectHandler(c.location, http.StatusMovedPermanently).ServeHTTP)
+		for _, g := range []*got{tt.get("/api/r" + path), tt.head("/api/v1/remote/r" + path)} {
+			if c.want == "" {
+				g.wantStatus(404) // it was followed
+			} else {
+				g.wantStatus(302).wantHeader("Location", c.want)
+			}
+		}
+		tt.wantStored(strings.TrimPrefix(path, "/"), false)
+	}
+	tt.origin.file("/hop", "").acts(http.RedirectHandler("/folder", http.StatusFound).ServeHTTP)
+	tt.origin.file("/folder/", "listing")
+	tt.get("/api/r/hop").wantMiss().wantBody("listing") // the slash is not hop's
+}
+
+// TestHEADsAreBoundedAndShared: of a crowd that asks by HEAD for files that hang 64 are
+// asked for, each once, and GETs are not in their way.
+func TestHEADsAreBoundedAndShared(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		release := make(chan struct{})
+		tt.origin.troubled(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodHead {
+				<-release
+			}
+			w.Header().Set("Content-Length", "4")
+			io.WriteString(w, "body")
+		})
+		heads := map[string][]*stream{}
+		var mu sync.Mutex // guards heads
+		var crowd sync.WaitGroup
+		ask := func(ctx context.Context, path string) {
+			crowd.Go(func() {
+				s := tt.start(ctx, http.MethodHead, path, nil)
+				mu.Lock()
+				defer mu.Unlock()
+				heads[path] = append(heads[path], s)
+			})
+			synctest.Wait()
+		}
+		leaving, leave := context.WithCancel(t.Context())
+		ask(leaving, "/api/r/same")
+		for range 9 {
+			ask(t.Context(), "/api/r/same")
+		}
+		for n := range 80 {
+			ask(t.Context(), fmt.Sprintf("/api/r/%d", n))
+		}
+		if n := len(tt.origin.all()); n != maxHeadsPerRemote || maxHeadsPerRemote != 64 {
+			t.Errorf("%d requests upstream, want 64", n)
+		}
+		leave() // another one of those that wait asks
+		synctest.Wait()
+		tt.get("/api/r/a").wantMiss().wantBody("body")
+		close(release)
+		crowd.Wait()
+		tt.wantRequests("HEAD /same", 2)
+		gone := 0
+		for path, all := range heads {
+			for _, s := range all {
+				if s.err != nil {
+					gone++
+					continue
+				}
+				s.wantStatus(200).wantUnstored().wantHeader("Content-Length", "4")
+				s.leave()
+			}
+			if path != "/api/r/same" {
+				tt.wantRequests(strings.TrimPrefix(path, "/api/r"), 1)
+			}
+		}
+		if gone != 1 {
+			t.Errorf("%d of 90 got no answer, want the one that left", gone)
+		}
+	})
+}
+
+// TestPassedOnBodiesAreBounded: where nothing can be stored 64 bodies of a remote are
+// passed on at once, and the others wait for their turn.
+func TestPassedOnBodiesAreBounded(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := setup{bubble: true, spools: func(s *spoolSpace) { s.createFile = func() (*os.File, error) { return nil, errNoSpace } }}.start(t)
+		release := tt.origin.file("/a", noise(1, 1<<16)).stallAt(1 << 15)
+		var crowd sync.WaitGroup
+		for range 70 {
+			crowd.Go(func() { tt.get("/api/r/a").wantUnstored() })
+		}
+		synctest.Wait()
+		tt.wantRequests("/a", 64)
+		release()
+		crowd.Wait()
+		tt.wantRequests("/a", 70)
+		tt.get("/api/r/a").wantUnstored() // all places are free again
+		synctest.Wait()
+		if n := len(tt.cache.fills.slotsOf("r").passOns); n != 0 {
+			t.Errorf("%d places are still taken", n)
+		}
+	})
 }

@@ -5,41 +5,59 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
-// headUpstream answers HEAD for a file that is not stored, and stores nothing. Where
-// upstream refuses HEAD, it asks for the first byte, which tells the size too.
+// headUpstream answers HEAD for a file that is not stored, and stores nothing. Requests
+// for the same share one question to upstream.
 func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply, error) {
-	req := file.newUpstreamRequest(http.MethodHead, nil)
-	resp, err := file.behaves().requestBody(ctx, c.upstream, req)
+	reply, err := c.heads.call(ctx, file.wireKey(), func() (fileReply, error) {
+		places := c.fills.slotsOf(file.remote.name).heads
+		select {
+		case places <- struct{}{}:
+			defer func() { <-places }()
+			return file.askByHEAD(ctx, c)
+		case <-ctx.Done():
+			return fileReply{}, context.Cause(ctx)
+		}
+	})
 	if err != nil {
 		return nil, err
 	}
-	if refusesHEAD(resp.StatusCode) {
+	return &reply, nil
+}
+
+// askByHEAD asks upstream for a file's headers. Where upstream refuses HEAD, it asks for
+// the first byte, which tells the size too.
+func (file fileRequest) askByHEAD(ctx context.Context, c *cache) (reply fileReply, err error) {
+	resp, err := file.behaves().requestBody(ctx, c.upstream, file.newUpstreamRequest(http.MethodHead, nil))
+	if err == nil && refusesHEAD(resp.StatusCode) {
 		resp.Body.Close()
-		req = file.newUpstreamRequest(http.MethodGet, http.Header{"Range": {"bytes=0-0"}})
-		if resp, err = file.behaves().requestBody(ctx, c.upstream, req); err != nil {
-			return nil, err
-		}
+		resp, err = file.behaves().requestBody(ctx, c.upstream, file.newUpstreamRequest(http.MethodGet, http.Header{"Range": {"bytes=0-0"}}))
+	}
+	if err != nil {
+		return reply, err
 	}
 	defer resp.Body.Close()
 	_, size, partial := resp.partOf(true)
 	if !partial {
 		if err := c.statusError(file, resp); err != nil {
-			return nil, err
+			return reply, err
 		}
 	}
 	if file.rewrittenLinks() != nil {
 		size = -1 // known when it was fetched and rewritten
 	}
 	rec := file.newRecord(resp.Header, c.now())
-	return &fileReply{rec: rec, size: size, body: unreadBody(size), fromRemote: true, cacheStatus: "fwd=miss", result: "MISS"}, nil
+	return fileReply{rec: rec, size: size, body: unreadBody(size), fromRemote: true, cacheStatus: "fwd=miss", result: "MISS"}, nil
 }
 
 // refusesHEAD reports whether the status of a HEAD may say that upstream does not take
@@ -59,7 +77,10 @@ func (file fileRequest) newUpstreamRequest(method string, header http.Header) up
 	if file.accept != "" {
 		h.Set("Accept", file.accept)
 	}
-	return upstreamRequest{remote: file.remote, method: method, wire: file.wire, header: h, scope: file.scope, digest: file.digest}
+	if file.via != "" {
+		h.Set("Via", file.via)
+	}
+	return upstreamRequest{remote: file.remote, method: method, wire: file.wire, header: h, scope: file.scope, digestKnown: file.digest != ""}
 }
 
 // statusError is the error that a client gets for a status of upstream's other than
@@ -68,15 +89,15 @@ func (file fileRequest) newUpstreamRequest(method string, header http.Header) up
 func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 	code, name := resp.StatusCode, file.remote.name
 	if code == http.StatusOK {
+		c.missing.delete(file.wireKey())
 		return nil
 	}
 	p := &problem{status: code, cause: &upstreamStatus{code}}
 	switch {
 	case code == http.StatusNotFound, code == http.StatusGone:
-		p.detail = fmt.Sprintf("not found: the upstream of remote %q answered %d", name, code)
-		if !file.sharedKey {
-			c.missing.putFor(file.key(), p, file.remote.negativeTTL)
-		}
+		missing := missingFile{code, c.now()}
+		c.missing.putFor(file.wireKey(), missing, maxMissingAge)
+		return missing.newProblem(name)
 	case code == http.StatusUnauthorized:
 		p.status = http.StatusBadGateway
 		p.detail = fmt.Sprintf("the upstream of remote %q wants credentials: its username or password is missing or wrong", name)
@@ -89,6 +110,11 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 		p.status = http.StatusServiceUnavailable
 		p.retryAfter = max(time.Second, parseRetryAfter(resp.Header, c.now()))
 		p.detail = fmt.Sprintf("the upstream of remote %q limits its requests (429)", name)
+	case code == http.StatusLoopDetected:
+		p.detail = fmt.Sprintf("the upstream of remote %q answered 508: its requests come back to where they came from", name)
+	case slices.Contains(redirectStatuses, code): // followRedirects leaves those that only add a slash
+		p.status, p.headers = http.StatusFound, http.Header{"Location": {file.slashLocation()}}
+		p.detail = fmt.Sprintf("the upstream of remote %q has a folder there: its path ends in /", name)
 	case code >= 400 && code < 500:
 		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)
 	default:
@@ -99,6 +125,54 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)
 	}
 	return p
+}
+
+// maxMissingAge is how long an answer that there is no such file is remembered for an
+// outage. A package manager asks for many files that a repository need not have, and
+// takes 404 for an answer and 502 for a failure.
+const maxMissingAge = 24 * time.Hour
+
+// missingFile is an answer of upstream's that it does not have a file.
+type missingFile struct {
+	status int // 404 or 410
+	at     time.Time
+}
+
+func (m missingFile) newProblem(remote string) *problem {
+	return &problem{status: m.status, cause: &upstreamStatus{m.status},
+		detail: fmt.Sprintf("not found: the upstream of remote %q answered %d", remote, m.status)}
+}
+
+// wireKey is the key of what is asked upstream: the file's, or another one for each way
+// to a file with a shared key.
+func (file fileRequest) wireKey() string { return storageKey(file.remote.name, file.wire) }
+
+// recallMissing returns the 404 or 410 that upstream gave for a file that is not stored,
+// or nil: within negative_ttl, and while the remote is down. storeErr says why there is
+// no copy: where the store could not be asked, there may be one.
+func (file fileRequest) recallMissing(ctx context.Context, c *cache, storeErr error) error {
+	missing, found := c.missing.get(file.wireKey())
+	switch {
+	case !found:
+	case c.now().Sub(missing.at) < file.remote.negativeTTL:
+		return missing.newProblem(file.remote.name)
+	case errors.Is(storeErr, fs.ErrNotExist) && c.upstream.isDown(ctx, file.remote):
+		p := missing.newProblem(file.remote.name)
+		p.headers = http.Header{"Cache-Status": {"artifactapi; hit; detail=unreachable"}, "X-Artifact-Source": sourceCache}
+		return p
+	}
+	return nil
+}
+
+// slashLocation leads from the file's path to the one with a slash behind it. It is
+// relative, because clients know this server by addresses of their own.
+func (file fileRequest) slashLocation() string {
+	path, query, hasQuery := strings.Cut(file.spelling, "?")
+	to := path[strings.LastIndexByte(path, '/')+1:] + "/"
+	if hasQuery {
+		to += "?" + query
+	}
+	return to
 }
 
 // upstreamStatus is the cause of a problem that stands for a status of upstream's.

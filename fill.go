@@ -387,7 +387,8 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outco
 	if !f.openSpool() {
 		return fillOutcome{kind: outcomeNoSpool}, true
 	}
-	storable, validator := f.mayBeStored(resp), rangeValidator(resp)
+	isPage := f.file.isPage(resp)
+	storable, validator := f.mayBeStored(resp, isPage), rangeValidator(resp)
 	if f.file.rewriteLinks(f.ctx, f.c, resp) {
 		validator = "" // upstream's parts are of another body
 	}
@@ -399,6 +400,7 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outco
 	if sum, ok := strings.CutPrefix(f.file.digest, "sha256:"); ok {
 		rec.SHA256 = sum
 	}
+	rec.isPage = isPage
 	f.publishHeaders(rec, resp.origin, validator, storable)
 	return fillOutcome{}, false
 }

@@ -13,8 +13,27 @@ import (
 )
 
 // passOnReply answers where there is no spool: from upstream, for this client
-// alone. Nothing is stored.
+// alone. Nothing is stored. A body that is still to come has one of the remote's places.
 func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy) (*fileReply, error) {
+	places := c.fills.slotsOf(file.remote.name).passOns
+	select {
+	case places <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	reply, err := file.passOn(ctx, c, rng, cp)
+	if err == nil {
+		if body, ok := reply.body.(*upstreamReader); ok {
+			body.places = places
+			return reply, nil
+		}
+	}
+	<-places
+	return reply, err
+}
+
+// passOn asks upstream for a file that is not stored, for one client alone.
+func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, cp *storedCopy) (*fileReply, error) {
 	req := file.newUpstreamRequest(http.MethodGet, rng.rangeHeader(file))
 	req.hasCopy = cp != nil
 	resp, err := file.behaves().requestBody(ctx, c.upstream, req)
@@ -40,6 +59,7 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 		return nil, err
 	}
 	rec := file.newRecord(resp.Header, c.now())
+	rec.isPage = file.isPage(resp)
 	reply := &fileReply{rec: rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss", mirror: file.remote.mirrorHost(resp.origin)}
 	if cp != nil {
 		reply.cacheStatus = "fwd=stale; fwd-status=200"
@@ -122,6 +142,7 @@ type upstreamReader struct {
 	done       bool              // all is read and verified
 	stuck      int               // times that the body broke off without progress
 	breakAt    int64             // where it broke off last
+	places     chan struct{}     // among which its Close, which is called once, frees one; may be nil
 }
 
 func (b *upstreamReader) Read(p []byte) (int, error) {
@@ -235,5 +256,8 @@ func (b *upstreamReader) Seek(off int64, whence int) (int64, error) {
 
 func (b *upstreamReader) Close() error {
 	b.closeResponse()
+	if b.places != nil {
+		<-b.places
+	}
 	return nil
 }

@@ -291,7 +291,7 @@ func newReplicaOutcome(o fillOutcome) replicaOutcome {
 		return replicaOutcome{Kind: "unreachable"}
 	case errors.Is(o.err, errTimeout):
 		return replicaOutcome{Kind: "timeout"}
-	case p != nil && status != nil:
+	case p != nil && status != nil && p.headers == nil: // else: where its own clients go from here
 		return replicaOutcome{Status: p.status, Detail: p.detail, Code: status.code, Retry: p.retryAfter}
 	}
 	return replicaOutcome{Kind: "self"} // another replica may not have this one's trouble

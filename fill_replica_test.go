@@ -589,6 +589,7 @@ func TestVerdictsAreHandedOver(t *testing.T) {
 		{"401", func(*testOrigin) http.HandlerFunc { return answers(401) }, 502, "credentials", 1},
 		{"403", func(*testOrigin) http.HandlerFunc { return answers(403) }, 403, "403", 1},
 		{"500", func(*testOrigin) http.HandlerFunc { return answers(500) }, 502, "answered 500", 1},
+		{"folder", func(*testOrigin) http.HandlerFunc { return answers(301, "Location: /a/") }, 302, "folder", 2},
 		{"unreachable", func(o *testOrigin) http.HandlerFunc { return o.resets }, 502, "reach", 3},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -604,8 +605,11 @@ func TestVerdictsAreHandedOver(t *testing.T) {
 			for range 2 {
 				g := <-replies
 				g.wantDetail(c.status, c.detail)
-				if c.name == "429" {
+				switch c.name {
+				case "429":
 					g.wantHeader("Retry-After", "7")
+				case "folder":
+					g.wantHeader("Location", "a/")
 				}
 			}
 			f.wantRequests("/a", c.asks)

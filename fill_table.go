@@ -19,6 +19,12 @@ const (
 	// maxQueuedPerRemote bounds the fills that wait for a place: clients of more
 	// had better come back later than pile up here.
 	maxQueuedPerRemote = 256
+	// maxHeadsPerRemote bounds the HEADs of files that are not stored, as fills are
+	// bounded: a crowd of them on paths that hang must not be a crowd of connections.
+	maxHeadsPerRemote = 64
+	// maxPassOnsPerRemote bounds the bodies that are passed on without a spool, each for
+	// one client.
+	maxPassOnsPerRemote = 64
 	// maxAbandonedPerRemote is how many fills without a client may go on for a
 	// remote: clients that come and go must not leave an endless queue behind.
 	maxAbandonedPerRemote = 8
@@ -40,10 +46,13 @@ type fillTable struct {
 	slots map[string]*fillSlots // by remote
 }
 
-// fillSlots are the places for the fills of one remote.
+// fillSlots are the places for the fills of one remote, and for what is asked beside
+// them. A channel has one element for each that has a place.
 type fillSlots struct {
-	places chan struct{} // one element for each fill that has a place
-	queued atomic.Int64  // fills that have a place or wait for one
+	places  chan struct{}
+	queued  atomic.Int64 // fills that have a place or wait for one
+	heads   chan struct{}
+	passOns chan struct{}
 }
 
 func newFillTable() *fillTable {
@@ -56,7 +65,8 @@ func (t *fillTable) slotsOf(remote string) *fillSlots {
 	defer t.mu.Unlock()
 	s := t.slots[remote]
 	if s == nil {
-		s = &fillSlots{places: make(chan struct{}, maxFillsPerRemote)}
+		s = &fillSlots{places: make(chan struct{}, maxFillsPerRemote),
+			heads: make(chan struct{}, maxHeadsPerRemote), passOns: make(chan struct{}, maxPassOnsPerRemote)}
 		t.slots[remote] = s
 	}
 	return s

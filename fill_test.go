@@ -1101,7 +1101,9 @@ func bodyOf(t *testing.T, r *httptest.ResponseRecorder) string {
 func newRecorderTester(t testing.TB, upstream func(*http.Request) (*http.Response, error)) *tester {
 	t.Helper()
 	tt := setup{unserved: true}.start(t)
-	tt.up.transport, tt.up.publicTransport = transportFunc(upstream), transportFunc(upstream)
+	for i := range tt.up.transports {
+		tt.up.transports[i] = transportFunc(upstream)
+	}
 	return tt
 }
 
@@ -1671,6 +1673,8 @@ func TestRedirectFromHTTPSToHTTPIsRefused(t *testing.T) {
 	if n := len(plain.all()); n > 0 {
 		t.Error("the http target was asked")
 	}
+	tt.digested(func(file *fileRequest) { file.digest = sha256Of([]byte("plain")) }) // it will be verified
+	tt.get("/api/r/a").wantMiss().wantBody("plain")
 }
 
 // An upstream that codes although it was asked not to is taken at its word:

@@ -247,16 +247,21 @@ func (tt *tester) moveUpstream(base string, keys ...string) {
 }
 
 func (tt *tester) newUpstream(log *slog.Logger) *upstream {
-	up := newUpstream(func(strict bool) http.RoundTripper {
-		tr := newTransport(strict)
+	up := newUpstream(func(reach addressKind) http.RoundTripper {
+		tr := newTransport(reach)
 		tr.Proxy = nil
-		tr.DialContext = tt.dialer(strict)
+		tr.DialContext = tt.dialer(reach)
 		tr.TLSClientConfig = tt.origin.trust(tr.TLSClientConfig)
 		return tr
 	}, tt.clock.now, log, tt.api.metrics)
 	up.proxyFor = func(*http.Request) (*url.URL, error) { return nil, nil }
 	// 127.0.0.1 plays the outside world, the rest of 127/8 the inside.
-	up.isPrivate = func(a netip.Addr) bool { return a != outside && isPrivateAddress(a) }
+	up.kindOf = func(a netip.Addr) addressKind {
+		if a == outside {
+			return publicAddress
+		}
+		return kindOfAddress(a)
+	}
 	up.version = "test"
 	return up
 }
@@ -265,14 +270,14 @@ var outside = netip.MustParseAddr("127.0.0.1")
 
 // dialer dials origins for the server: names that the test gave out lead to
 // their places, and who is down refuses.
-func (tt *tester) dialer(strict bool) func(ctx context.Context, network, address string) (net.Conn, error) {
+func (tt *tester) dialer(reach addressKind) func(ctx context.Context, network, address string) (net.Conn, error) {
 	dial := onlyLoopback(new(net.Dialer))
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		if at, ok := tt.dials[address]; ok {
 			address = at
 		}
-		if ap, err := netip.ParseAddrPort(address); strict && (err != nil || ap.Addr() != outside) {
-			if err := refusePrivate(ctx, network, address, nil); err != nil {
+		if ap, err := netip.ParseAddrPort(address); reach != anyAddress && (err != nil || ap.Addr() != outside) {
+			if err := reach.refuseOthers(ctx, network, address, nil); err != nil {
 				return nil, err
 			}
 		}

@@ -233,7 +233,7 @@ func (s *server) newHandler() http.Handler {
 	st := s.stores
 	st.disk.isIrreplaceable = func(remote string) bool { return s.config.Load().isIrreplaceable(remote) }
 	s.openData()
-	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
+	up := newUpstream(func(reach addressKind) http.RoundTripper { return newTransport(reach) }, time.Now, s.log, metrics)
 	up.version = buildVersion()
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas, st.replicaKey}, up, time.Now, s.log, metrics)
 	st.missed = newMissedSnapshot(s.set.dataDir, &s.cache.missed, s.log)

@@ -382,7 +382,7 @@ func (m *mirror) start() {
 	now := func() time.Time { return began.Add(time.Since(began) + time.Duration(m.ahead.Load())) }
 	log, met := slog.New(slog.DiscardHandler), newMetrics()
 	m.disk = newDiskStore(m.dir, now, log)
-	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, now, log, met)
+	up := newUpstream(func(reach addressKind) http.RoundTripper { return newTransport(reach) }, now, log, met)
 	m.cache = newCache(cacheStores{objects: m.disk, index: newEmbeddedIndex(m.dir, log), freshness: newLocalFreshness(m.dir, now, log),
 		space: &spoolSpace{createFile: m.disk.newSpool, diskSpace: m.disk.freeSpace}}, up, now, log, met)
 	m.reg = newRegistry(m.cache, func() *config { return cfg }, &responder{now: now, log: log, metrics: met})

@@ -51,6 +51,7 @@ const (
 // remote is one entry of remotes.yaml, ready to use. It is not changed after
 // loading; a reload makes new ones.
 type remote struct {
+	config      *config // that it is a part of; only tests make remotes without one
 	name        string
 	local       bool   // type: local
 	packageType string // package
@@ -172,7 +173,7 @@ func (c *config) compare(old *config) (added, removed, changed []string) {
 	for _, name := range c.names {
 		if was := old.remotes[name]; was == nil {
 			added = append(added, name)
-		} else if !reflect.DeepEqual(was, c.remotes[name]) {
+		} else if !was.equals(c.remotes[name]) {
 			changed = append(changed, name)
 		}
 	}
@@ -182,6 +183,14 @@ func (c *config) compare(old *config) (added, removed, changed []string) {
 		}
 	}
 	return added, removed, changed
+}
+
+// equals reports whether two remotes say the same, whatever else is in their
+// configurations.
+func (r *remote) equals(other *remote) bool {
+	a, b := *r, *other
+	a.config, a.links, b.config, b.links = nil, nil, nil, nil
+	return reflect.DeepEqual(a, b)
 }
 
 // urlPath returns the path of r for clients: /api/NAME/, or /v2/NAME/ for docker.

@@ -77,6 +77,9 @@ func parseConfig(name string, data []byte, env func(string) (string, bool)) (*co
 	cfg.urls = newURLTable(cfg)
 	publicURL, _ := env("PUBLIC_URL")
 	cfg.useLinks(publicURL)
+	for _, r := range cfg.remotes {
+		r.config = cfg
+	}
 	return cfg, nil
 }
 

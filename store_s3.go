@@ -56,9 +56,11 @@ const (
 	// pauses before the new requests add up to 10 s, a restart of S3.
 	s3MaxInterruptions = 4
 	// s3MaxSkip is how much is read and discarded to reach a range instead of asking
-	// for it: about what arrives in the time of a request. dnf asks for up to 256
-	// ranges of one zchunk file at once.
-	s3MaxSkip = 128 << 10
+	// for it: about what arrives in the time of a request. It doubles with each request
+	// up to s3MaxManySkips: dnf asks for up to 256 ranges of one zchunk file at once,
+	// others for 1,000, and an answer that is broken off was sent in good part already.
+	s3MaxSkip      = 128 << 10
+	s3MaxManySkips = 8 << 20
 	// s3MaxDrain is how much of a body is read at its close, which costs less than a
 	// new connection. Clients ask for metadata on a condition, and the answer to
 	// them has no body.
@@ -587,6 +589,7 @@ type s3Reader struct {
 	body          io.ReadCloser // of the answer; nil: none is open
 	bodyOff       int64         // where body is
 	interruptions int           // so far
+	skip          int64         // how much may be discarded to reach off; grows from s3MaxSkip
 }
 
 // Read goes on after an interruption, s3MaxInterruptions times. It ends with
@@ -618,7 +621,8 @@ func (r *s3Reader) Read(p []byte) (int, error) {
 // seekBody leaves r.body open at r.off: it reads on over a short gap, and asks again
 // for anything else.
 func (r *s3Reader) seekBody() error {
-	if gap := r.off - r.bodyOff; r.body != nil && gap > 0 && gap <= s3MaxSkip {
+	r.skip = max(r.skip, s3MaxSkip)
+	if gap := r.off - r.bodyOff; r.body != nil && gap > 0 && gap <= r.skip {
 		n, _ := io.CopyN(io.Discard, r.body, gap)
 		r.bodyOff += n
 	}
@@ -636,7 +640,7 @@ func (r *s3Reader) seekBody() error {
 		o.body.Close()
 		return fmt.Errorf("%w: it was replaced", errS3PreconditionFailed)
 	}
-	r.body, r.bodyOff = o.body, r.off
+	r.body, r.bodyOff, r.skip = o.body, r.off, min(2*r.skip, s3MaxManySkips)
 	return nil
 }
 

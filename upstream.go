@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -43,8 +44,13 @@ const (
 	drainTime  = 250 * time.Millisecond
 	// outagePause is how long a remote that could not be reached is left alone where
 	// a copy can answer: long enough that clients are not kept waiting by it, short
-	// enough that new versions are soon seen again.
+	// enough that new versions are soon seen again. It is also how long an origin that
+	// failed by network is asked last, and how long an answer proves that silence or a
+	// reset is not an outage.
 	outagePause = 10 * time.Second
+	// outageDialTime bounds a dial while the remote is down: there is little hope, and a
+	// client has better things to do than to wait.
+	outageDialTime = 3 * time.Second
 	// maxDialTime ends a dial whose request has ended long before: http.Transport
 	// lets such a dial go on. It is longer than any sensible timeout of a remote,
 	// which ends the request.
@@ -69,6 +75,9 @@ const (
 	// maxRetryAfter bounds the Retry-After that is passed on. Few clients would wait
 	// longer, and upstreams are usually back much sooner.
 	maxRetryAfter = time.Hour
+	// maxViaEntries bounds the entries of a client's Via that are passed on. A longer way
+	// through caches is a loop, or nonsense.
+	maxViaEntries = 16
 	// maxErrorText bounds how much of the text of a library's error, which may quote
 	// the upstream, gets into a log line.
 	maxErrorText = 300
@@ -80,42 +89,46 @@ var (
 	errCredentials = errors.New("the upstream's credentials are missing or wrong: check username and password")
 	// errSealed means that the upstream is never asked. See newSealedError.
 	errSealed = fmt.Errorf("the remote is sealed: %w", fs.ErrNotExist)
-	// errPrivateAddress is the error of a dial that publicTransport refuses.
+	// errPrivateAddress is the error of a dial that a transport refuses.
 	errPrivateAddress = errors.New("a redirect must not lead to a private address")
 )
 
 // contentRange matches a Content-Range with a range.
 var contentRange = regexp.MustCompile(`^(?i)\s*bytes\s+(\d+)-(\d+)/(\d+|\*)\s*$`)
 
+// viaEntry matches the entry of a program like this one in a Via header.
+var viaEntry = regexp.MustCompile(`^1\.1 artifactapi-[0-9a-f]{16}$`)
+
 // upstream sends requests to the origins of all remotes. All methods may be called
 // concurrently.
 type upstream struct {
-	version         string // for the User-Agent header; set before the first request
-	transport       http.RoundTripper
-	publicTransport http.RoundTripper // dials public addresses only
-	now             func() time.Time
-	log             *slog.Logger
-	metrics         *metrics
-	circuits        *boundedMap[string, *circuit] // by the remote's name
-	tokens          tokenCache
+	version    string                            // for the User-Agent header; set before the first request
+	via        string                            // our entry in Via, another one for each start
+	transports [anyAddress + 1]http.RoundTripper // by what they reach, see newTransport
+	now        func() time.Time
+	log        *slog.Logger
+	metrics    *metrics
+	circuits   *boundedMap[string, *circuit]   // by the remote's name
+	failing    *boundedMap[*url.URL, struct{}] // origins that failed by network a short while ago
+	tokens     tokenCache
 
 	// proxyFor returns the proxy for a request, or nil. It must agree with the Proxy
-	// functions of the transports. isPrivate is isPrivateAddress. Only tests replace
-	// the two.
-	proxyFor  func(*http.Request) (*url.URL, error)
-	isPrivate func(netip.Addr) bool
+	// functions of the transports. kindOf is kindOfAddress. Only tests replace the two.
+	proxyFor func(*http.Request) (*url.URL, error)
+	kindOf   func(netip.Addr) addressKind
 }
 
 // upstreamRequest is one request to a remote.
 type upstreamRequest struct {
-	remote  *remote
-	method  string      // GET or HEAD
-	wire    string      // target.wire
-	header  http.Header // Accept, Range, If-Range, If-None-Match and so on; never changed
-	scope   string      // the scope of the registry token; "" if none is needed
-	hasCopy bool        // a stored copy can be served instead: no retries, at most copyTimeout for an attempt
-	digest  string      // that the body must have; mirrors that are only good for such bodies are asked too
-	first   int         // the index in remote.origins that is asked first; the others follow in order
+	remote      *remote
+	method      string        // GET or HEAD
+	wire        string        // target.wire
+	header      http.Header   // Accept, Range, If-Range, If-None-Match and so on; never changed
+	scope       string        // the scope of the registry token; "" if none is needed
+	hasCopy     bool          // a stored copy can be served instead: no retries, at most copyTimeout for an attempt
+	digestKnown bool          // the digest of the body is known: a redirect may lead from https to http, and mirrors that are only good for such bodies are asked too
+	dialTime    time.Duration // what connecting may take; 0: as long as the header
+	first       int           // the index in remote.origins that is asked first; the others follow in order
 }
 
 // upstreamResponse is the response of an upstream. The caller closes Body. The context
@@ -127,43 +140,66 @@ type upstreamResponse struct {
 	origin int // the index in remote.origins of the origin that answered
 }
 
-// newUpstream makes an upstream. It calls rt twice, for the transport that dials every
-// address and for the strict one that dials public addresses only; see newTransport.
-func newUpstream(rt func(strict bool) http.RoundTripper, now func() time.Time, log *slog.Logger, m *metrics) *upstream {
-	return &upstream{
-		version:         "dev",
-		transport:       rt(false),
-		publicTransport: rt(true),
-		now:             now,
-		log:             log,
-		metrics:         m,
-		circuits:        newBoundedMap[string, *circuit](maxRemembered, now),
+// newUpstream makes an upstream. It calls rt for each kind of address; see newTransport.
+func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.Time, log *slog.Logger, m *metrics) *upstream {
+	u := &upstream{
+		version:  "dev",
+		via:      fmt.Sprintf("1.1 artifactapi-%016x", rand.Uint64()),
+		now:      now,
+		log:      log,
+		metrics:  m,
+		circuits: newBoundedMap[string, *circuit](maxRemembered, now),
+		failing:  newBoundedMap[*url.URL, struct{}](maxRemembered, now),
 		tokens: tokenCache{
 			challenges: newBoundedMap[registryKey, authChallenge](maxTokens, now),
 			answers:    newBoundedMap[tokenKey, tokenAnswer](maxTokens, now),
 		},
-		proxyFor:  http.ProxyFromEnvironment,
-		isPrivate: isPrivateAddress,
+		proxyFor: http.ProxyFromEnvironment,
+		kindOf:   kindOfAddress,
 	}
+	for reach := range u.transports {
+		u.transports[reach] = rt(addressKind(reach))
+	}
+	return u
 }
 
 // Close closes idle connections. It is called at the end of the shutdown, when no
 // request runs any more.
 func (u *upstream) Close() {
-	for _, rt := range []http.RoundTripper{u.transport, u.publicTransport} {
+	for _, rt := range u.transports {
 		if c, ok := rt.(interface{ CloseIdleConnections() }); ok {
 			c.CloseIdleConnections()
 		}
 	}
 }
 
+// passedVia returns what of a client's Via (RFC 9110 section 7.6.3) goes upstream. Its
+// error is a 508 problem if our own entry is there: a base_url leads back to us.
+func (u *upstream) passedVia(h http.Header) (string, error) {
+	var entries []string
+	for entry := range strings.SplitSeq(strings.Join(h["Via"], ","), ",") {
+		if entry = strings.TrimSpace(entry); viaEntry.MatchString(entry) {
+			entries = append(entries, entry)
+		}
+	}
+	if slices.Contains(entries, u.via) {
+		return "", newProblem(http.StatusLoopDetected, "this request comes from this very server: the base_url of a remote leads back to it")
+	}
+	return strings.Join(entries[max(0, len(entries)-maxViaEntries):], ", "), nil
+}
+
 // send sends req and returns a response of any status. All origins are tried before
-// one is tried again. The error wraps errUnreachable, errTimeout, errBadUpstream or
-// errCredentials, or is the context's. The caller closes the body.
+// one is tried again, and none is tried again while the remote is down. The error wraps
+// errUnreachable, errTimeout, errBadUpstream or errCredentials, or is the context's. The
+// caller closes the body.
 func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
+	retries := maxRetries
+	if !req.hasCopy && u.isDown(ctx, req.remote) {
+		retries, req.dialTime = 0, outageDialTime
+	}
 	for try := 0; ; try++ {
 		resp, canRetry, err := u.tryOrigins(ctx, req)
-		if !canRetry || try == maxRetries {
+		if !canRetry || try == retries {
 			return resp, err
 		}
 		resp.discardBody()
@@ -181,7 +217,7 @@ func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResp
 // origins are worth another try.
 func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseResp *upstreamResponse, canRetry bool, baseErr error) {
 	reached, timedOut := false, false
-	for _, i := range req.originOrder() {
+	for _, i := range u.originOrder(req) {
 		resp, err := u.tryOrigin(ctx, req, i)
 		if err != nil && ctx.Err() != nil {
 			baseResp.discardBody()
@@ -190,6 +226,9 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 		if (i == 0 && !needsMirror(resp, err)) || (i > 0 && err == nil && resp.StatusCode < 400) {
 			baseResp.discardBody()
 			return resp, false, err
+		}
+		if failedByNetwork(err) {
+			u.failing.putFor(req.remote.origins[i].url, struct{}{}, outagePause)
 		}
 		reached = reached || !countsAsDown(err)
 		timedOut = timedOut || errors.Is(err, errTimeout)
@@ -207,29 +246,34 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 	return baseResp, canRetry, baseErr
 }
 
-// originOrder returns the indexes of the origins in the order in which they are asked.
-// first may come from another replica whose configuration has more mirrors.
-func (req upstreamRequest) originOrder() []int {
-	var order []int
+// originOrder returns the indexes of the origins in the order in which they are asked:
+// those that failed by network a short while ago are last. first may come from another
+// replica whose configuration has more mirrors.
+func (u *upstream) originOrder(req upstreamRequest) []int {
+	var order, last []int
 	for i, o := range req.remote.origins {
+		_, failing := u.failing.get(o.url)
 		switch {
-		case o.verified && req.digest == "":
+		case o.verified && !req.digestKnown:
+		case failing:
+			last = append(last, i)
 		case i == req.first:
 			order = slices.Insert(order, 0, i)
 		default:
 			order = append(order, i)
 		}
 	}
-	return order
+	return append(order, last...)
 }
 
 // needsMirror reports whether the outcome at base_url is one for which mirrors are
 // asked.
 func needsMirror(resp *upstreamResponse, err error) bool {
-	if err != nil {
-		return errors.Is(err, errUnreachable) || errors.Is(err, errTimeout)
-	}
-	return resp.StatusCode >= 500
+	return failedByNetwork(err) || (err == nil && resp.StatusCode >= 500)
+}
+
+func failedByNetwork(err error) bool {
+	return errors.Is(err, errUnreachable) || errors.Is(err, errTimeout)
 }
 
 // isTransient reports whether a failure may be over in a second. resp is nil if there
@@ -292,9 +336,9 @@ func (u *upstream) circuitOf(remote string) *circuit {
 	return u.circuits.getOrPut(remote, func() *circuit { return newCircuit(u.now, outagePause, outagePause) })
 }
 
-// isDown reports whether a remote counts as down, for callers that have a copy. Once a
-// pause is over, one caller gets false and is the probe: it must send a request, and it
-// is the probe until that has a result or ctx ends.
+// isDown reports whether a remote counts as down. Once a pause is over, one caller gets
+// false and is the probe: it must send a request, and it is the probe until that has a
+// result or ctx ends.
 func (u *upstream) isDown(ctx context.Context, r *remote) bool {
 	return u.circuitOf(r.name).admit(ctx) != nil
 }

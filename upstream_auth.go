@@ -280,14 +280,12 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, re
 		}
 	}
 	start.RawQuery = query.Encode()
-	resp, err := u.followRedirects(ctx, &exchange{
-		remote: x.remote, method: http.MethodGet, start: &start,
-		header: http.Header{"Accept": {"application/json"}},
-		auth:   k.basic, origin: x.origin, redirected: x.redirected,
-		// A realm that gets credentials is trusted, and a realm in token_realm was
-		// named by the administrator. Both may be in a private network.
-		mayDialPrivate: x.mayDialPrivate || k.basic != "" || x.remote.isTokenRealm(realm),
-	})
+	service := &exchange{upstreamRequest: x.upstreamRequest, start: &start, auth: k.basic, origin: x.origin, reach: x.reach, redirected: x.redirected}
+	service.method, service.header, service.digestKnown = http.MethodGet, http.Header{"Accept": {"application/json"}}, false
+	if k.basic != "" || x.remote.isTokenRealm(realm) {
+		service.reach = anyAddress // it is trusted, or the administrator named it
+	}
+	resp, err := u.followRedirects(ctx, service)
 	if err != nil {
 		return "", 0, err
 	}

@@ -25,15 +25,12 @@ import (
 	"time"
 )
 
-// newTransport makes a transport for upstreams. A strict one dials public addresses
-// only. The timeouts of both are longer than those of any remote, which roundTrip
+// newTransport makes a transport for upstreams that dials public addresses and those of
+// the kind reach. Its timeouts are longer than those of any remote, which roundTrip
 // applies. The number of connections is not limited here, because the cache limits
 // how many requests it sends at once.
-func newTransport(strict bool) *http.Transport {
-	d := &net.Dialer{Timeout: maxDialTime, KeepAlive: 30 * time.Second}
-	if strict {
-		d.ControlContext = refusePrivate
-	}
+func newTransport(reach addressKind) *http.Transport {
+	d := &net.Dialer{Timeout: maxDialTime, KeepAlive: 30 * time.Second, ControlContext: reach.refuseOthers}
 	return &http.Transport{
 		Proxy:               http.ProxyFromEnvironment,
 		DialContext:         d.DialContext,
@@ -50,21 +47,26 @@ func newTransport(strict bool) *http.Transport {
 	}
 }
 
-// refusePrivate refuses to dial a private address. net.Dialer calls it with the address
-// after the lookup of the name, so a name whose address changes between a check and
-// the dial does not get around it.
-func refusePrivate(_ context.Context, _, address string, _ syscall.RawConn) error {
-	ap, err := netip.ParseAddrPort(address)
-	if err != nil || isPrivateAddress(ap.Addr()) {
-		return errPrivateAddress
-	}
-	return nil
-}
+// addressKind is the purpose of an address (IANA's registries of special-purpose
+// addresses), and what a redirect may lead to beside public addresses.
+type addressKind int
 
-// specialNetworks are networks of special purpose (IANA's registries) that netip has
-// no method for: this network, shared addresses of carriers, protocol assignments,
-// benchmarks, multicast, reserved; local NAT64, site-local.
-var specialNetworks = parsePrefixes("0.0.0.0/8 100.64.0.0/10 192.0.0.0/24 198.18.0.0/15 224.0.0.0/4 240.0.0.0/4 64:ff9b:1::/48 fec0::/10 ff00::/8")
+const (
+	publicAddress    addressKind = iota
+	privateAddress               // private, shared by the customers of a carrier, unique local
+	loopbackAddress              // this machine's
+	linkLocalAddress             // cloud hosts answer there with credentials
+	reservedAddress              // this network, protocol assignments, benchmarks, multicast, and what nobody has
+	anyAddress                   // no address has this kind: it allows all
+)
+
+// specialNetworks are the networks that are not public.
+var specialNetworks = map[addressKind][]netip.Prefix{
+	privateAddress:   parsePrefixes("10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 fc00::/7"),
+	loopbackAddress:  parsePrefixes("127.0.0.0/8 ::1/128"),
+	linkLocalAddress: parsePrefixes("169.254.0.0/16 fe80::/10"),
+	reservedAddress:  parsePrefixes("0.0.0.0/8 192.0.0.0/24 198.18.0.0/15 224.0.0.0/4 240.0.0.0/4 ::/128 64:ff9b:1::/48 fec0::/10 ff00::/8"),
+}
 
 // networks of IPv6 addresses that lead to an IPv4 address inside: NAT64 (RFC 6052) and
 // IPv4-compatible, 6to4 (RFC 3056), Teredo (RFC 4380).
@@ -81,37 +83,49 @@ func parsePrefixes(s string) (all []netip.Prefix) {
 	return all
 }
 
-// isPrivateAddress reports whether a, or an IPv4 address inside it, belongs to this
-// machine, to a private network or to one of another special purpose.
-func isPrivateAddress(a netip.Addr) bool {
+// kindOfAddress returns the kind of a, or of the IPv4 address inside it. What is no
+// address counts as public.
+func kindOfAddress(a netip.Addr) addressKind {
 	a = a.Unmap().WithZone("")
 	contains := func(p netip.Prefix) bool { return p.Contains(a) }
-	if a.IsLoopback() || a.IsPrivate() || a.IsUnspecified() || a.IsLinkLocalUnicast() || slices.ContainsFunc(specialNetworks, contains) {
-		return true
+	for kind, networks := range specialNetworks {
+		if slices.ContainsFunc(networks, contains) {
+			return kind
+		}
 	}
 	b := a.As16()
 	switch {
 	case slices.ContainsFunc(embeddedLast, contains):
-		return isPrivateAddress(netip.AddrFrom4([4]byte(b[12:])))
+		return kindOfAddress(netip.AddrFrom4([4]byte(b[12:])))
 	case sixToFour.Contains(a):
-		return isPrivateAddress(netip.AddrFrom4([4]byte(b[2:])))
+		return kindOfAddress(netip.AddrFrom4([4]byte(b[2:])))
 	case teredo.Contains(a): // the bits of the client's address are inverted
-		return isPrivateAddress(netip.AddrFrom4([4]byte{^b[12], ^b[13], ^b[14], ^b[15]}))
+		return kindOfAddress(netip.AddrFrom4([4]byte{^b[12], ^b[13], ^b[14], ^b[15]}))
 	}
-	return false
+	return publicAddress
+}
+
+// refuseOthers refuses to dial an address that is neither public nor of the kind reach.
+// net.Dialer calls it with the address after the lookup of the name, so a name whose
+// address changes between a check and the dial does not get around it.
+func (reach addressKind) refuseOthers(_ context.Context, _, address string, _ syscall.RawConn) error {
+	ap, err := netip.ParseAddrPort(address)
+	if kind := kindOfAddress(ap.Addr()); err != nil || (kind != publicAddress && kind != reach && reach != anyAddress) {
+		return errPrivateAddress
+	}
+	return nil
 }
 
 // exchange is one request to an origin or to its token service, with the requests to
 // the targets of its redirects. One goroutine uses it.
 type exchange struct {
-	remote         *remote
-	method         string
-	start          *url.URL
-	header         http.Header // sent to every host
-	auth           string      // docker: Authorization, sent to the scheme, host and port of start only
-	origin         *url.URL    // the origin it is made for, whose host may have a private address
-	mayDialPrivate bool        // other hosts may have private addresses too: the origin has one itself, or the token service is trusted
-	redirected     bool        // a redirect of the origin led to start: it gets no credentials, and its failures say nothing about the remote
+	upstreamRequest
+	start  *url.URL
+	auth   string      // docker: Authorization, sent to the scheme, host and port of start only
+	origin *url.URL    // the origin it is made for, which may have any address
+	reach  addressKind // which other addresses a redirect may lead to: the origin's kind, or any from a trusted token service
+
+	redirected bool // a redirect of the origin led to start: it gets no credentials, and its failures say nothing about the remote
 }
 
 // newExchange makes the exchange that asks origin i of a remote for req.wire.
@@ -122,8 +136,7 @@ func (u *upstream) newExchange(req upstreamRequest, i int) (*exchange, error) {
 		return nil, err
 	}
 	addr, _ := netip.ParseAddr(o.Hostname()) // an address is known even if a proxy dials; a name is found out later
-	return &exchange{remote: req.remote, method: req.method, start: start, header: req.header,
-		origin: o, mayDialPrivate: u.isPrivate(addr)}, nil
+	return &exchange{upstreamRequest: req, start: start, origin: o, reach: u.kindOf(addr)}, nil
 }
 
 // joinURL returns the URL base + "/" + wire. net/http sends exactly these bytes, since
@@ -158,6 +171,17 @@ func (r *remote) basicAuthorization() string {
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(r.username+":"+string(r.password)))
 }
 
+// hasServer reports whether the server of at has a base_url or a mirror of c. Whoever
+// wrote the configuration trusts it, wherever it is.
+func (c *config) hasServer(at *url.URL) bool {
+	for _, r := range c.remotes {
+		if slices.ContainsFunc(r.origins, func(o origin) bool { return sameServer(o.url, at) }) {
+			return true
+		}
+	}
+	return false
+}
+
 // sameServer reports whether a and b have the same scheme, host and port.
 func sameServer(a, b *url.URL) bool {
 	return a.Scheme == b.Scheme && sameHost(a, b) && effectivePort(a) == effectivePort(b)
@@ -180,9 +204,10 @@ var redirectStatuses = []int{
 	http.StatusTemporaryRedirect, http.StatusPermanentRedirect,
 }
 
-// followRedirects sends x and follows redirects to an answer. The caller closes its
-// body. http.Client is not used: it would send Authorization to sub-domains and the
-// URL before as Referer, and its errors hold whole URLs.
+// followRedirects sends x and follows redirects to an answer, or to a redirect that only
+// adds a slash to the path. The caller closes its body. http.Client is not used: it would
+// send Authorization to sub-domains and the URL before as Referer, and its errors hold
+// whole URLs.
 func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Response, error) {
 	at := x.start
 	for n := 0; ; n++ {
@@ -191,7 +216,13 @@ func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Resp
 			return resp, err
 		}
 		next, reason := resolveLocation(at, resp.Header.Get("Location"))
+		if reason == "" && x.addsSlash(next) {
+			return resp, nil
+		}
 		discardResponse(resp)
+		if reason == "" && at.Scheme == "https" && next.Scheme == "http" && !x.digestKnown {
+			reason = "a redirect from https to http"
+		}
 		if n == maxRedirects {
 			reason = "redirect loop"
 		}
@@ -200,6 +231,14 @@ func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Resp
 		}
 		at = next
 	}
+}
+
+// addsSlash reports whether a redirect to next says that x.start is a folder. A client
+// must know that, since it resolves the links in a listing. Behind a server that ends
+// TLS such a redirect often has the wrong scheme or port.
+func (x *exchange) addsSlash(next *url.URL) bool {
+	return x.remote.packageType != "docker" && sameHost(next, x.start) && next.Path == x.start.Path+"/" &&
+		!strings.HasSuffix(x.start.Path, "/") && (next.RawQuery == "" || next.RawQuery == x.start.RawQuery)
 }
 
 // resolveLocation returns the URL that a Location header at the URL at leads to. reason
@@ -213,8 +252,6 @@ func resolveLocation(at *url.URL, location string) (next *url.URL, reason string
 	switch {
 	case err != nil:
 		return nil, "a redirect with a malformed Location"
-	case at.Scheme == "https" && next.Scheme == "http":
-		return nil, "a redirect from https to http"
 	case next.Scheme != "http" && next.Scheme != "https":
 		return nil, "a redirect to a URL that is neither http nor https"
 	case next.Host == "":
@@ -235,23 +272,24 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	ctx, cancel := context.WithCancelCause(ctx)
 	name, began := x.remote.name, u.now()
 	var connected atomic.Pointer[netip.Addr] // where the connection goes; a goroutine of the transport may store it
+	dialing := time.AfterFunc(cmp.Or(x.dialTime, x.remote.timeout), func() { cancel(errTimeout) })
+	defer dialing.Stop()
 	trace := &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+		dialing.Stop()
 		ap, _ := netip.ParseAddrPort(i.Conn.RemoteAddr().String())
 		addr := ap.Addr()
 		connected.Store(&addr)
 	}}
-	req := x.newRequest(httptrace.WithClientTrace(ctx, trace), at, u.version)
+	req := x.newRequest(httptrace.WithClientTrace(ctx, trace), at, u)
 	// A proxy looks up and dials the address itself, and we cannot check it.
 	proxy, err := u.proxyFor(req)
 	proxied := err == nil && proxy != nil
-	// A redirect must not lead us into our private network, unless the origin is there
-	// itself.
-	transport := u.publicTransport
-	if proxied || x.mayDialPrivate || sameHost(at, x.origin) {
-		transport = u.transport
+	reach := x.reach
+	if proxied || x.remote.config.hasServer(at) {
+		reach = anyAddress
 	}
 	timer := time.AfterFunc(x.remote.timeout, func() { cancel(errTimeout) })
-	resp, err := transport.RoundTrip(req)
+	resp, err := u.transports[reach].RoundTrip(req)
 	u.metrics.countUpstreamRequest(name, u.now().Sub(began))
 	if !timer.Stop() && err == nil { // the header came just after the timeout, which ended the body
 		resp.Body.Close()
@@ -265,8 +303,12 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		explained := x.explainFailure(ctx, at, err)
 		if failure, ok := errors.AsType[*transportError](explained); ok {
 			// Silence or a reset means little if the remote answered another request
-			// meanwhile. A failure of dial, DNS or TLS always counts.
+			// meanwhile; nor just before, if the path is one that may never answer. A
+			// failure of dial, DNS or TLS always counts.
 			neverConnected := connected.Load() == nil && failure.kind == errUnreachable && !isReset(err)
+			if !x.hasCopy && sameServer(at, x.origin) { // a registry answers just before its token service is asked
+				began = began.Add(-outagePause)
+			}
 			failure.countsAsDown = first && (neverConnected || !u.circuitOf(name).hasSucceededSince(began))
 		}
 		cancel(nil)
@@ -275,8 +317,8 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	if lasted, recovered := u.circuitOf(name).succeed(); recovered {
 		u.log.Info("a remote can be reached again", "remote", name, "after", lasted.Round(time.Second).String())
 	}
-	if a := connected.Load(); sameHost(at, x.origin) && !proxied && a != nil && u.isPrivate(*a) {
-		x.mayDialPrivate = true // the origin is in a private network itself
+	if a := connected.Load(); first && sameServer(at, x.origin) && !proxied && a != nil {
+		x.reach = max(x.reach, u.kindOf(*a)) // a name of the origin's that leads into a private network itself
 	}
 	resp.Request = req
 	resp.Body = &upstreamBody{ReadCloser: resp.Body, u: u, ctx: ctx, cancel: cancel, idle: timer, remote: name, host: at.Host}
@@ -292,8 +334,8 @@ func (r *remote) newSealedError() error {
 // newRequest makes the request to at. Of a client's request it has only what the cache
 // put into x.header. Our own headers replace configured ones of the same name, since
 // the answer could not be used otherwise.
-func (x *exchange) newRequest(ctx context.Context, at *url.URL, version string) *http.Request {
-	h := http.Header{"User-Agent": {"artifactapi/" + version}}
+func (x *exchange) newRequest(ctx context.Context, at *url.URL, u *upstream) *http.Request {
+	h := http.Header{"User-Agent": {"artifactapi/" + u.version}}
 	req := &http.Request{
 		Method: x.method, URL: at, Host: at.Host, Header: h,
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
@@ -307,6 +349,10 @@ func (x *exchange) newRequest(ctx context.Context, at *url.URL, version string) 
 	}
 	maps.Copy(h, x.header)
 	h["Accept-Encoding"] = []string{"identity"}
+	h["Via"] = []string{u.via}
+	if passed := x.header.Get("Via"); passed != "" {
+		h["Via"][0] = passed + ", " + u.via
+	}
 	if x.auth != "" && sameServer(at, x.start) {
 		h["Authorization"] = []string{x.auth}
 	}
@@ -349,7 +395,7 @@ func newTransportError(ctx context.Context, err error) *transportError {
 // response header; ctx is the request's.
 func (x *exchange) explainFailure(ctx context.Context, at *url.URL, err error) error {
 	if errors.Is(err, errPrivateAddress) {
-		return x.newUnusableError(at, errPrivateAddress.Error())
+		return x.newUnusableError(at, fmt.Sprintf("%v; if it may, add a remote with base_url: %s://%s", errPrivateAddress, at.Scheme, at.Host))
 	}
 	if failure := newTransportError(ctx, err); failure != nil {
 		return x.newExchangeProblem(failure.kind, at, failure.kind.Error(), failure)

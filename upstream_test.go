@@ -43,11 +43,11 @@ func newUpstreamTester(t *testing.T, origins ...string) *upstreamTester {
 func newUpstreamTesterOver(t *testing.T, rt roundTrip, origins ...string) *upstreamTester {
 	t.Helper()
 	a := &upstreamTester{T: t, log: new(bytes.Buffer), r: &remote{name: "r", packageType: "generic", timeout: 5 * time.Second}}
-	a.u = newUpstream(func(strict bool) http.RoundTripper {
+	a.u = newUpstream(func(reach addressKind) http.RoundTripper {
 		if rt != nil {
 			return rt
 		}
-		return newTransport(strict)
+		return newTransport(reach)
 	}, time.Now, slog.New(slog.NewTextHandler(a.log, nil)), newMetrics())
 	a.u.proxyFor = func(*http.Request) (*url.URL, error) { return nil, nil }
 	a.u.version = "test"
@@ -55,9 +55,13 @@ func newUpstreamTesterOver(t *testing.T, rt roundTrip, origins ...string) *upstr
 		s, auth := strings.CutPrefix(s, "auth ")
 		a.r.origins = append(a.r.origins, origin{url: mustURL(t, s), auth: auth || i == 0})
 	}
+	a.r.config = &config{remotes: map[string]*remote{"r": a.r}}
 	t.Cleanup(a.u.Close)
 	return a
 }
+
+// isPublic is an upstream's kindOf in a world without private networks.
+func isPublic(netip.Addr) addressKind { return publicAddress }
 
 func mustURL(t testing.TB, s string) *url.URL {
 	t.Helper()
@@ -195,13 +199,13 @@ func TestRequestsGoUpstreamAsOurs(t *testing.T) {
 	a.send(upstreamRequest{wire: "f?q=1", header: http.Header{"Range": {"bytes=5-"}}}).want(200, "x")
 	h := s.requests()[0].Header
 	for name, want := range map[string]string{
-		"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "Range": "bytes=5-",
+		"User-Agent": "artifactapi/test", "Accept-Encoding": "identity", "Range": "bytes=5-", "Via": a.u.via,
 	} {
 		if got := h.Get(name); got != want {
 			t.Errorf("%s: %q; want %q", name, got, want)
 		}
 	}
-	if len(h) != 3 {
+	if len(h) != 4 {
 		t.Errorf("more headers than ours went out: %v", h)
 	}
 }
@@ -401,7 +405,7 @@ func TestRetries(t *testing.T) {
 				}
 				return nil, errDial
 			},
-			want: "b m b m b m", err: errUnreachable, elapsed: time.Second, base: []string{"http://m"},
+			want: "b m m b m b", err: errUnreachable, elapsed: time.Second, base: []string{"http://m"},
 		},
 		"a mirror after base_url's timeout": {
 			do: func(_ int, r *http.Request) (*http.Response, error) {
@@ -502,7 +506,7 @@ func TestTransportSpeaksHTTP2(t *testing.T) {
 	s.StartTLS()
 	t.Cleanup(s.Close)
 	a := newUpstreamTester(t, s.URL)
-	a.u.transport.(*http.Transport).TLSClientConfig.RootCAs = s.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
+	a.u.transports[anyAddress].(*http.Transport).TLSClientConfig.RootCAs = s.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
 	a.get("f").wantErr(errBadUpstream, "https to http")
 	if len(plain.requests()) != 0 {
 		t.Error("it went from https to http")
@@ -524,6 +528,7 @@ func TestWithACopyTenSecondsAreEnough(t *testing.T) {
 		} {
 			a.r.timeout = timeout
 			for i, hasCopy := range []bool{true, false} {
+				time.Sleep(outagePause)
 				began := time.Now()
 				a.send(upstreamRequest{hasCopy: hasCopy}).wantErr(errTimeout)
 				if d := time.Since(began); d != want[i] {
@@ -871,7 +876,7 @@ func TestRedirectMayNotLeadInside(t *testing.T) {
 	newUpstreamTester(t, elsewhere(byName)).get("f").want(200, "inside") // its connection went to a private address
 
 	a = newUpstreamTester(t, base.URL)
-	a.u.isPrivate = func(netip.Addr) bool { return false } // base_url counts as public
+	a.u.kindOf = isPublic // so base_url is
 	r := a.get("f")
 	r.wantErr(errBadUpstream, "private address", "localhost")
 	if statusOf(r.err) != 502 {
@@ -881,15 +886,94 @@ func TestRedirectMayNotLeadInside(t *testing.T) {
 		t.Errorf("the inside was asked %d times; want 2", n)
 	}
 
-	home := newSite(t, nil)
-	home.Config.Handler = home.record(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/f" {
-			http.Redirect(w, r, "/g", http.StatusFound)
+	a.r.config.remotes["other"] = &remote{origins: []origin{{url: mustURL(t, elsewhere(inside))}}}
+	a.get("f").want(200, "inside") // the administrator knows that server: the cure
+}
+
+// TestRedirectsStayWithinTheOriginsKind: from an origin of each kind a redirect leads to
+// targets of the kinds that are listed, and no others.
+func TestRedirectsStayWithinTheOriginsKind(t *testing.T) {
+	t.Parallel()
+	const kinds = "8.8.8.8 10.0.0.9 100.64.0.9 [fd00::9] 127.0.0.9 169.254.0.9 198.18.0.9 240.0.0.9"
+	for base, want := range map[string]string{
+		"8.8.4.4":     "8.8.8.8",
+		"10.0.0.1":    "8.8.8.8 10.0.0.9 100.64.0.9 [fd00::9]",
+		"100.64.0.1":  "8.8.8.8 10.0.0.9 100.64.0.9 [fd00::9]",
+		"[fd00::1]":   "8.8.8.8 10.0.0.9 100.64.0.9 [fd00::9]",
+		"127.0.0.1":   "8.8.8.8 127.0.0.9",
+		"169.254.0.1": "8.8.8.8 169.254.0.9",
+		"198.18.0.1":  "8.8.8.8 198.18.0.9 240.0.0.9",
+	} {
+		for _, named := range []bool{false, true} { // base_url has a name that leads there
+			host := base
+			if named {
+				host = "base.test"
+			}
+			a := newUpstreamTester(t, "http://"+host)
+			for i := range a.u.transports {
+				reach := addressKind(i)
+				a.u.transports[i] = transportFunc(func(r *http.Request) (*http.Response, error) {
+					at := r.URL.Host
+					if at == "base.test" {
+						at = base
+					}
+					if err := reach.refuseOthers(t.Context(), "tcp", at+":80", nil); err != nil {
+						return nil, err
+					}
+					addr := &net.TCPAddr{IP: net.ParseIP(strings.Trim(at, "[]"))}
+					httptrace.ContextClientTrace(r.Context()).GotConn(httptrace.GotConnInfo{Conn: connTo{addr: addr}})
+					if to := strings.TrimPrefix(r.URL.Path, "/"); to != "" {
+						return fake(302, "", "Location: http://"+to+"/"), nil
+					}
+					return fake(200, ""), nil
+				})
+			}
+			var got []string
+			for to := range strings.FieldsSeq(kinds) {
+				r := a.get(to)
+				if r.err == nil {
+					got = append(got, to)
+				} else {
+					r.wantErr(errBadUpstream, "private address", "base_url: http://"+to)
+				}
+			}
+			if s := strings.Join(got, " "); s != want {
+				t.Errorf("from %s (%s) to %s; want %s", host, base, s, want)
+			}
 		}
-	})
-	a = newUpstreamTester(t, elsewhere(home))
-	a.u.isPrivate = func(netip.Addr) bool { return false }
-	a.get("f").want(200, "") // a redirect to the host of base_url itself
+	}
+}
+
+// connTo is a connection that knows where it leads, and no more.
+type connTo struct {
+	net.Conn
+	addr net.Addr
+}
+
+func (c connTo) RemoteAddr() net.Addr { return c.addr }
+
+// TestReboundNameReachesNothingInside: base_url's name leads inside at last, and a
+// redirect to another port of it does not get there.
+func TestReboundNameReachesNothingInside(t *testing.T) {
+	t.Parallel()
+	inside, base := newSite(t, says(200, "inside")), newSite(t, nil)
+	a := newUpstreamTester(t, elsewhere(base))
+	a.u.kindOf = isPublic // when base_url was connected to
+	for to, ok := range map[string]bool{elsewhere(inside): false, elsewhere(base): true} {
+		base.Config.Handler = base.record(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/f" {
+				http.Redirect(w, r, to+"/g", http.StatusFound)
+			}
+		})
+		if r := a.get("f"); ok {
+			r.want(200, "") // the very server of base_url
+		} else {
+			r.wantErr(errBadUpstream, "private address")
+		}
+	}
+	if n := len(inside.requests()); n != 0 {
+		t.Errorf("the inside was asked %d times", n)
+	}
 }
 
 func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
@@ -902,7 +986,7 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 	})
 	a := newUpstreamTester(t, "http://base.test")
 	a.u.proxyFor = http.ProxyURL(mustURL(t, s.URL))
-	for _, rt := range []http.RoundTripper{a.u.transport, a.u.publicTransport} {
+	for _, rt := range a.u.transports {
 		rt.(*http.Transport).Proxy = a.u.proxyFor
 	}
 	a.get("f").want(200, "")
@@ -923,7 +1007,7 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 	// A proxy with a private address does not make the origin private.
 	inside := newSite(t, says(200, "inside"))
 	s.Config.Handler = sends(302, inside.URL+"/f")
-	for _, rt := range []http.RoundTripper{a.u.transport, a.u.publicTransport} {
+	for _, rt := range a.u.transports {
 		rt.(*http.Transport).Proxy = func(r *http.Request) (*url.URL, error) { return a.u.proxyFor(r) }
 	}
 	a.u.proxyFor = func(r *http.Request) (*url.URL, error) {
@@ -935,9 +1019,9 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 	a.get("f").wantErr(errBadUpstream, "private address")
 
 	// A base_url at a private address is known to be there.
-	a.r.origins[0].url = mustURL(t, "http://10.1.2.3")
+	a.r.origins[0].url = mustURL(t, "http://127.1.2.3")
 	a.u.proxyFor = func(r *http.Request) (*url.URL, error) {
-		if r.URL.Host == "10.1.2.3" {
+		if r.URL.Host == "127.1.2.3" {
 			return mustURL(t, s.URL), nil
 		}
 		return nil, nil
@@ -945,26 +1029,22 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 	a.get("f").want(200, "inside")
 }
 
-func TestPrivateAddresses(t *testing.T) {
+func TestKindsOfAddresses(t *testing.T) {
 	t.Parallel()
-	for s, want := range map[string]bool{
-		"127.0.0.1": true, "127.9.9.9": true, "::1": true, "::ffff:127.0.0.1": true, "0.0.0.0": true, "::": true,
-		"10.0.0.1": true, "172.16.0.1": true, "172.31.255.255": true, "192.168.1.1": true, "169.254.169.254": true,
-		"fe80::1": true, "fe80::1%eth0": true, "fd00::1": true, "::ffff:0.0.0.0": true, "fc00::1": true, "::ffff:10.0.0.1": true,
-		"100.64.0.1": true, "192.0.0.1": true, "198.18.0.1": true, "198.19.255.255": true, "240.0.0.1": true, "255.255.255.255": true,
-		"0.1.2.3": true, "224.0.0.1": true, "ff02::1": true, "fec0::1": true, "64:ff9b:1::808:808": true,
-		"64:ff9b::a00:1": true, "::10.0.0.1": true, "2002:7f00:1::": true, "2002:a00:1::1": true, "2001:0:808:808::f5ff:fffe": true,
-		"64:ff9b::808:808": false, "::8.8.8.8": false, "2002:808:808::1": false, "2001:0:a00:1::f7f7:f7f7": false,
-		"100.63.255.255": false, "100.128.0.1": false, "198.20.0.1": false, "192.0.1.1": false, "2001:1::1": false,
-		"172.32.0.1": false, "8.8.8.8": false, "2606:4700::1111": false, "::ffff:8.8.8.8": false,
+	for kind, addresses := range map[addressKind]string{
+		publicAddress: "64:ff9b::808:808 ::8.8.8.8 2002:808:808::1 2001:0:a00:1::f7f7:f7f7 100.63.255.255 100.128.0.1 198.20.0.1 " +
+			"192.0.1.1 2001:1::1 172.32.0.1 8.8.8.8 2606:4700::1111 ::ffff:8.8.8.8",
+		privateAddress: "10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1 fd00::1 fc00::1 ::ffff:10.0.0.1 100.64.0.1 " +
+			"64:ff9b::a00:1 ::10.0.0.1 2002:a00:1::1 2001:0:808:808::f5ff:fffe",
+		loopbackAddress:  "127.0.0.1 127.9.9.9 ::1 ::ffff:127.0.0.1 2002:7f00:1::",
+		linkLocalAddress: "169.254.169.254 fe80::1 fe80::1%eth0 ::ffff:169.254.169.254",
+		reservedAddress: "0.0.0.0 :: ::ffff:0.0.0.0 192.0.0.1 198.18.0.1 198.19.255.255 240.0.0.1 255.255.255.255 0.1.2.3 " +
+			"224.0.0.1 ff02::1 fec0::1 64:ff9b:1::808:808",
 	} {
-		a := netip.MustParseAddr(s)
-		if isPrivateAddress(a) != want {
-			t.Errorf("%s private: %v; want %v", s, !want, want)
-		}
-		err := refusePrivate(context.Background(), "tcp", netip.AddrPortFrom(a, 443).String(), nil)
-		if (err != nil) != want {
-			t.Errorf("dialling %s: %v", s, err)
+		for s := range strings.FieldsSeq(addresses) {
+			if got := kindOfAddress(netip.MustParseAddr(s)); got != kind {
+				t.Errorf("%s is of kind %d, want %d", s, got, kind)
+			}
 		}
 	}
 }
@@ -1146,16 +1226,25 @@ func TestDownLastsTenSecondsThenOneProbes(t *testing.T) {
 	})
 }
 
-// TestSilenceOfOneFileIsNoOutage: a request fails in each way while another one is
-// answered, or is not.
+// TestSilenceOfOneFileIsNoOutage: a request fails in each way, and another one is
+// answered that long before the failure, which comes after 4 s. A file with a copy has
+// answered once: what others got before it was asked for counts for one without.
 func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		how       string
-		answered  bool
+		answered  time.Duration
+		hasCopy   bool
 		wantsDown bool
-	}{{"hangs", true, false}, {"hangs", false, true}, {"resets", true, false}, {"resets", false, true}, {"refuses", true, true}, {"garbles", true, false}, {"garbles", false, true}} {
-		t.Run(fmt.Sprintf("%s answered=%v", c.how, c.answered), func(t *testing.T) {
+	}{
+		{"hangs", 2 * time.Second, false, false}, {"resets", 2 * time.Second, false, false}, {"garbles", 2 * time.Second, false, false},
+		{"hangs", 2 * time.Second, true, false}, {"resets", 2 * time.Second, true, false}, {"garbles", 2 * time.Second, true, false},
+		{"hangs", 13 * time.Second, false, false}, {"resets", 13 * time.Second, false, false}, {"garbles", 13 * time.Second, false, false},
+		{"hangs", 13 * time.Second, true, true}, {"resets", 13 * time.Second, true, true}, {"garbles", 13 * time.Second, true, true},
+		{"hangs", 16 * time.Second, false, true}, {"garbles", 16 * time.Second, false, true},
+		{"refuses", 2 * time.Second, false, true}, {"refuses", 13 * time.Second, true, true},
+	} {
+		t.Run(fmt.Sprintf("%s, answered %v before, copy %v", c.how, c.answered, c.hasCopy), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				a := newUpstreamTesterOver(t, func(r *http.Request) (*http.Response, error) {
 					if r.URL.Path == "/good" {
@@ -1168,13 +1257,13 @@ func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 					}
 					return (&answersAs{c.how}).rt(r)
 				}, "http://b")
-				a.get("good").want(200, "") // before: does not count
 				var wg sync.WaitGroup
-				wg.Go(func() { a.send(upstreamRequest{wire: "bad", hasCopy: true}) })
-				time.Sleep(2 * time.Second)
-				if c.answered {
+				wg.Go(func() {
+					time.Sleep(20*time.Second - c.answered)
 					a.get("good").want(200, "")
-				}
+				})
+				time.Sleep(16 * time.Second)
+				a.send(upstreamRequest{wire: "bad", method: "HEAD", hasCopy: c.hasCopy})
 				wg.Wait()
 				if got := a.u.isDown(t.Context(), a.r); got != c.wantsDown {
 					t.Errorf("down: %v; want %v", got, c.wantsDown)
@@ -1182,6 +1271,68 @@ func TestSilenceOfOneFileIsNoOutage(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestWhileDownOneShortTry: what has no copy is asked for once during an outage, and a
+// dial that hangs is given up soon.
+func TestWhileDownOneShortTry(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &script{do: func(int, *http.Request) (*http.Response, error) { return nil, errDial }}
+		a := newUpstreamTesterOver(t, s.rt, "http://b")
+		try := func(wantTook time.Duration, wantRequests int) {
+			t.Helper()
+			began, before := time.Now(), len(s.lines)
+			if r := a.get("f"); r.err == nil {
+				t.Error("an answer")
+			}
+			if took, n := time.Since(began), len(s.lines)-before; took != wantTook || n != wantRequests {
+				t.Errorf("%d requests in %v, want %d in %v", n, took, wantRequests, wantTook)
+			}
+		}
+		try(time.Second, 3) // the outage begins: with retries
+		try(0, 1)
+		s.do = func(_ int, r *http.Request) (*http.Response, error) { return hang(r) }
+		try(3*time.Second, 1)
+		s.do = func(_ int, r *http.Request) (*http.Response, error) { // connected, and then silent
+			c, _ := net.Pipe()
+			httptrace.ContextClientTrace(r.Context()).GotConn(httptrace.GotConnInfo{Conn: c})
+			return hang(r)
+		}
+		try(a.r.timeout, 1)
+	})
+}
+
+// TestFailedOriginIsAskedLast: for 10 s after a failure by network the others are asked
+// first.
+func TestFailedOriginIsAskedLast(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, silent := &script{}, true
+		s.do = func(_ int, r *http.Request) (*http.Response, error) {
+			if r.URL.Host == "b" && silent {
+				return hang(r)
+			}
+			if r.URL.Host == "m2" {
+				return fake(500, ""), nil // that is no failure of the network
+			}
+			return fake(200, r.URL.Host), nil
+		}
+		a := newUpstreamTesterOver(t, s.rt, "http://b", "http://m2", "http://m")
+		asks := func(answer, hosts string) {
+			t.Helper()
+			before := len(s.lines)
+			a.get("").want(200, answer)
+			if got := strings.ReplaceAll(strings.Join(s.lines[before:], " "), "/", ""); got != hosts {
+				t.Errorf("asked %s, want %s", got, hosts)
+			}
+		}
+		asks("m", "b m2 m")
+		silent = false
+		asks("m", "m2 m")
+		time.Sleep(outagePause)
+		asks("b", "b")
+	})
 }
 
 // registrySite is a fake registry with its token service, each on a host of its own.
@@ -1650,7 +1801,7 @@ func TestCredentialsGoToTheRealm(t *testing.T) {
 			t.Errorf("%s: password sent: %v", r.URL, got)
 		}
 	}
-	g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins, timeout: g.r.timeout, username: "u", password: "changed"}
+	g.r = &remote{config: g.r.config, name: "r", packageType: "docker", origins: g.r.origins, timeout: g.r.timeout, username: "u", password: "changed"}
 	g.pull().want(200, "manifest") // after a reload with another password
 	g.wantTraffic(6, 2)
 }
@@ -1748,7 +1899,7 @@ func TestRealmMayNotLeadInside(t *testing.T) {
 		a := newUpstreamTester(t, base.URL)
 		a.r.packageType, a.r.tokenRealm = "docker", c.realm
 		if c.public {
-			a.u.isPrivate = func(netip.Addr) bool { return false }
+			a.u.kindOf = isPublic
 		}
 		if r := a.send(upstreamRequest{scope: "s"}); c.ok {
 			r.want(200, "")
@@ -1778,6 +1929,14 @@ func TestTokenRequestsRedirectKeepsThePassword(t *testing.T) {
 	g.pull().wantErr(errCredentials)
 }
 
+// The digest that is known is a blob's, and no token's.
+func TestTokenRequestKeepsToHTTPS(t *testing.T) {
+	t.Parallel()
+	g := newTokenRegistry(t)
+	g.tokens = sends(302, "http://auth.test.test/token/plain")
+	g.upstreamTester.send(upstreamRequest{scope: "s", digestKnown: true}).wantErr(errBadUpstream, "https to http")
+}
+
 func TestBasicRegistry(t *testing.T) {
 	t.Parallel()
 	for _, scope := range []string{"", "repository:i:pull"} {
@@ -1794,7 +1953,7 @@ func TestBasicRegistry(t *testing.T) {
 		g.wantTraffic(4, 0)
 
 		for _, g.challenge = range []string{`Basic realm="x"`, `Bearer service="s"`, `Digest realm="x"`, ``} {
-			g.r = &remote{name: "r", packageType: "docker", origins: g.r.origins, timeout: g.r.timeout}
+			g.r = &remote{config: g.r.config, name: "r", packageType: "docker", origins: g.r.origins, timeout: g.r.timeout}
 			before := len(g.lines)
 			g.send(req).want(401, "") // no credentials for a Basic challenge
 			g.wantTraffic(before+1, 0)
