@@ -350,6 +350,7 @@ type byteRange struct {
 	suffix     int64 // the length of a range that ends at the end; 0: it is none
 	several    bool  // several ranges, of which the fields above say nothing
 	hasIfRange bool  // the whole body may be wanted after all
+	ahead      bool  // no client wants it yet, so none has missed it
 }
 
 // isWhole reports whether the answer may reach from the first byte to the last of a
@@ -496,7 +497,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			}
 			return cp.hitReply(detail), nil
 		}
-		if first {
+		if first && (file.remote.sealed || !rng.ahead) {
 			storeErr = c.missed.recordMiss(file, storeErr, c.now())
 		}
 		if file.remote.local || file.remote.sealed {

@@ -13,6 +13,7 @@
 //	                         write what is stored as a bundle
 //	artifactapi have > FILE  print the sha256 of each stored body
 //	artifactapi import < TAR store a bundle, all of it or nothing
+//	artifactapi prefetch     have the running server fetch files; exit 0 or 1
 //	artifactapi version      print the version
 //	artifactapi help         print the usage
 //
@@ -45,7 +46,8 @@
 //	                            used for upstreams, as other programs use them
 //
 // It listens on one address and serves /api/{remote}/{path}, /v2/ (the container
-// registry), /, /health, /config, /metrics, /missed and /artifacts/{remote}.
+// registry), /, /health, /config, /metrics, /missed, /artifacts/{remote} and
+// /cache-artifact.
 package main
 
 import (
@@ -99,6 +101,10 @@ const usage = `usage: artifactapi [COMMAND]
                  write what is stored, or of these remotes, as a bundle; exit 0 or 1
   have > FILE    print the sha256 of each stored body; export --have leaves these bodies out
   import < TAR   store a bundle, or nothing of it if it is damaged; exit 0 or 1
+  prefetch [OPTION...] REMOTE PATTERN|IMAGE... or, for any text on standard input, -
+                 have the running server fetch what matches, images, or what the
+                 text names; exit 1 if something failed. Options: --server URL,
+                 --dry-run, --prefix FOLDER, --platforms OS/ARCHITECTURE,...
   version        print the version
   help           print this text
 `
@@ -118,7 +124,7 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 		command, rest = args[0], args[1:]
 	}
 	maxArgs := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "reindex": 0,
-		"export": math.MaxInt, "have": 0, "import": 0, "version": 0, "--version": 0, "help": 0, "-h": 0, "--help": 0}
+		"export": math.MaxInt, "prefetch": math.MaxInt, "have": 0, "import": 0, "version": 0, "--version": 0, "help": 0, "-h": 0, "--help": 0}
 	limit, known := maxArgs[command]
 	if !known {
 		limit = -1 // not even the command
@@ -153,6 +159,8 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 			err = bundle.listSums(ctx)
 		case "import":
 			err = bundle.importStored(ctx)
+		case "prefetch":
+			err = runPrefetch(ctx, set, rest, os.Stdin, stdout)
 		default:
 			err = runServer(ctx, set, env, stderr)
 		}
@@ -200,44 +208,6 @@ func loadConfig(name string, env lookupEnv) (*config, error) {
 	}
 	return parseConfig(name, data, env)
 }
-
-// askHealth asks /health of the server on this machine and returns nil for 200.
-// It is HEALTHCHECK's command, because the image has no shell and no curl.
-func askHealth(ctx context.Context, set *settings) error {
-	host, port, err := net.SplitHostPort(set.listen)
-	if err != nil {
-		return fmt.Errorf("LISTEN_ADDR: %w", err)
-	}
-	if ip := net.ParseIP(host); host == "" || (ip != nil && ip.IsUnspecified()) {
-		host = "localhost"
-	}
-	scheme := "http"
-	if set.tlsCert != "" {
-		scheme = "https"
-	}
-	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://"+net.JoinHostPort(host, port)+"/health", nil)
-	if err != nil {
-		return fmt.Errorf("asking /health: %w", err)
-	}
-	// The certificate is not verified: it holds the server's public name, not
-	// localhost. No proxy is used: HTTP_PROXY and the like are for upstreams.
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
-	res, err := client.Do(req)
-	if err != nil {
-		return fmt.Errorf("asking /health: %w", err)
-	}
-	res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		return fmt.Errorf("/health answered %s", res.Status)
-	}
-	return nil
-}
-
-// healthTimeout bounds healthcheck. /health answers within 100 ms, and Docker
-// itself waits 30 s by default.
-const healthTimeout = 3 * time.Second
 
 // verifyStored hashes everything stored and drops what does not match its record.
 // It may run beside a server. Its error says that something was dropped or could
@@ -377,7 +347,7 @@ func (s *server) newHandler() http.Handler {
 	st.missed = newMissedSnapshot(s.set.dataDir, &s.cache.missed, s.log)
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	return &api{cache: s.cache, config: s.config.Load, settings: s.set.shown, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
-		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
+		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(), runs: &prefetchRuns{},
 		registry: newRegistry(s.cache, s.config.Load, s.responder)}
 }
 
