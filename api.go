@@ -20,6 +20,7 @@ import (
 	"maps"
 	"mime"
 	"net/http"
+	"net/url"
 	"regexp"
 	"regexp/syntax"
 	"slices"
@@ -44,7 +45,14 @@ type api struct {
 	started   time.Time
 	token     secret                      // API_TOKEN; "": only a write_token allows writing
 	origin    *http.CrossOriginProtection // refuses writes that browsers make for other sites
-	registry  http.Handler                // of /v2/... and /{remote}/v2/...
+	registry  registryHandler             // of /v2/... and /{remote}/v2/...
+	runs      *prefetchRuns
+}
+
+// registryHandler serves a registry and finds what a URL below it means.
+type registryHandler interface {
+	http.Handler
+	findFile(cfg *config, u *url.URL) (fileRequest, error)
 }
 
 // healthReport is the answer of /health.
@@ -86,6 +94,8 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return a.cache.serveReplica(w, r, rest)
 		case "artifacts":
 			return a.serveArtifacts(w, r, rest)
+		case "cache-artifact":
+			return a.servePrefetch(w, r)
 		}
 		return a.serveEndpoint(w, r, "/"+p)
 	}, writeJSONError)

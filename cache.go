@@ -462,7 +462,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			c.countUse(file.remote.name, key)
 			return cp.hitReply(file.remote.hitDetail()), nil
 		}
-		if first {
+		if first && (file.remote.sealed || !rng.ahead) {
 			storeErr = c.missed.recordMiss(file, storeErr, c.now())
 		}
 		if file.remote.local || file.remote.sealed {

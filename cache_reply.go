@@ -316,6 +316,7 @@ type byteRange struct {
 	suffix     int64 // the length of a range that ends at the end; 0: it is none
 	several    bool  // several ranges, of which the fields above say nothing
 	hasIfRange bool  // the whole body may be wanted after all
+	ahead      bool  // no client wants it yet, so none has missed it
 }
 
 // isWhole reports whether the answer may reach from the first byte to the last of a

@@ -13,6 +13,7 @@
 //	                         write what is stored as a bundle
 //	artifactapi have > FILE  print the sha256 of each stored body
 //	artifactapi import < TAR store a bundle, all of it or nothing
+//	artifactapi prefetch     have the running server fetch files; exit 0 or 1
 //	artifactapi version      print the version
 //	artifactapi help         print the usage
 //
@@ -45,7 +46,8 @@
 //	                            used for upstreams, as other programs use them
 //
 // It listens on one address and serves /api/{remote}/{path}, /v2/ (the container
-// registry), /, /health, /config, /metrics, /missed and /artifacts/{remote}.
+// registry), /, /health, /config, /metrics, /missed, /artifacts/{remote} and
+// /cache-artifact.
 package main
 
 import (
@@ -99,6 +101,10 @@ const usage = `usage: artifactapi [COMMAND]
                  write what is stored, or of these remotes, as a bundle; exit 0 or 1
   have > FILE    print the sha256 of each stored body; export --have leaves these bodies out
   import < TAR   store a bundle, or nothing of it if it is damaged; exit 0 or 1
+  prefetch [OPTION...] REMOTE PATTERN|IMAGE... or, for any text on standard input, -
+                 have the running server fetch what matches, images, or what the
+                 text names; exit 1 if something failed. Options: --server URL,
+                 --dry-run, --prefix FOLDER, --platforms OS/ARCHITECTURE,...
   version        print the version
   help           print this text
 `
@@ -118,7 +124,7 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 		command, rest = args[0], args[1:]
 	}
 	maxArgs := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "reindex": 0,
-		"export": math.MaxInt, "have": 0, "import": 0, "version": 0, "--version": 0, "help": 0, "-h": 0, "--help": 0}
+		"export": math.MaxInt, "prefetch": math.MaxInt, "have": 0, "import": 0, "version": 0, "--version": 0, "help": 0, "-h": 0, "--help": 0}
 	limit, known := maxArgs[command]
 	if !known {
 		limit = -1 // not even the command
@@ -153,6 +159,8 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 			err = bundle.listSums(ctx)
 		case "import":
 			err = bundle.importStored(ctx)
+		case "prefetch":
+			err = runPrefetch(ctx, set, rest, os.Stdin, stdout)
 		default:
 			err = runServer(ctx, set, env, stderr)
 		}
@@ -239,7 +247,7 @@ func (s *server) newHandler() http.Handler {
 	st.missed = newMissedSnapshot(s.set.dataDir, &s.cache.missed, s.log)
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	return &api{cache: s.cache, config: s.config.Load, settings: s.set.shown, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
-		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
+		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(), runs: &prefetchRuns{},
 		registry: newRegistry(s.cache, s.config.Load, s.responder)}
 }
 

@@ -1,4 +1,4 @@
-// main_commands.go: the commands beside serve: check, healthcheck, verify, reindex.
+// main_commands.go: the commands beside serve: check, verify, reindex.
 
 package main
 
@@ -9,8 +9,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
-	"net/http"
 	"os"
 	"time"
 )
@@ -47,44 +45,6 @@ func loadConfig(name string, env lookupEnv) (*config, error) {
 	}
 	return parseConfig(name, data, env)
 }
-
-// askHealth asks /health of the server on this machine and returns nil for 200.
-// It is HEALTHCHECK's command, because the image has no shell and no curl.
-func askHealth(ctx context.Context, set *settings) error {
-	host, port, err := net.SplitHostPort(set.listen)
-	if err != nil {
-		return fmt.Errorf("LISTEN_ADDR: %w", err)
-	}
-	if ip := net.ParseIP(host); host == "" || (ip != nil && ip.IsUnspecified()) {
-		host = "localhost"
-	}
-	scheme := "http"
-	if set.tlsCert != "" {
-		scheme = "https"
-	}
-	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://"+net.JoinHostPort(host, port)+"/health", nil)
-	if err != nil {
-		return fmt.Errorf("asking /health: %w", err)
-	}
-	// The certificate is not verified: it holds the server's public name, not
-	// localhost. No proxy is used: HTTP_PROXY and the like are for upstreams.
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
-	res, err := client.Do(req)
-	if err != nil {
-		return fmt.Errorf("asking /health: %w", err)
-	}
-	res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		return fmt.Errorf("/health answered %s", res.Status)
-	}
-	return nil
-}
-
-// healthTimeout bounds healthcheck. /health answers within 100 ms, and Docker
-// itself waits 30 s by default.
-const healthTimeout = 3 * time.Second
 
 // verifyStored hashes everything stored and drops what does not match its record.
 // It may run beside a server. Its error says that something was dropped or could

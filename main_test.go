@@ -60,6 +60,10 @@ func TestCommands(t *testing.T) {
 		{"--verbose", 2, "", "\"--verbose\"\nusage:"},
 		{"check one two", 2, "", "\"two\"\nusage:"},
 		{"serve now", 2, "", "\"now\"\nusage:"},
+		{"prefetch", 2, "", "usage:"},
+		{"prefetch remote", 2, "", "usage:"},
+		{"prefetch - more", 2, "", "usage:"},
+		{"prefetch --shape round remote .", 2, "", "usage:"},
 		{"version please", 2, "", "usage:"},
 		{"check", 0, "1 remotes", ""},
 		{"check " + good, 0, "1 remotes", ""},
@@ -353,7 +357,11 @@ func TestTheManualIsComplete(t *testing.T) {
 	for _, name := range commandsOf(t) { // each documented command exists
 		var out, errs bytes.Buffer
 		env := envOf(map[string]string{"CONFIG_PATH": t.TempDir() + "/none", "DATA_DIR": t.TempDir(), "LISTEN_ADDR": refusingAddress(t)})
-		if code := run(context.Background(), []string{name}, env, &out, &errs); code == 2 {
+		args := []string{name}
+		if name == "prefetch" {
+			args = append(args, "r", ".")
+		}
+		if code := run(context.Background(), args, env, &out, &errs); code == 2 {
 			t.Errorf("%s is in the usage and is refused", name)
 		}
 	}

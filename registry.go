@@ -123,6 +123,20 @@ func (g *registry) serveCall(w *response, r *http.Request) error {
 	return c.withErrorCode(err)
 }
 
+// findFile returns the cache's request for the file at u, for fetching it ahead. With
+// an error the request has the remote, if that is known.
+func (g *registry) findFile(cfg *config, u *url.URL) (fileRequest, error) {
+	c, err := parseCall(cfg, u)
+	if err == nil && c.route == routePing {
+		err = errNoRoute
+	}
+	if err != nil {
+		return fileRequest{target: target{remote: c.remote}}, err
+	}
+	file, err := g.newFileRequest(c)
+	return file, c.withErrorCode(err)
+}
+
 // apiVersion is the value of a header of all answers, which they share.
 var apiVersion = []string{"registry/2.0"}
 

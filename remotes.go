@@ -119,6 +119,7 @@ type config struct {
 	warnings   []string           // what is valid but probably a mistake, for the log and for check
 	registries map[string]*remote // docker remotes by registry, in lower case
 	urls       urlTable           // of the remotes
+	publicURL  string             // PUBLIC_URL without a slash at its end; "": not known
 }
 
 // target is one file of one remote, as a request named it.

@@ -65,7 +65,8 @@ func newLinkTable(cfg *config, publicURL string) *linkTable {
 // useLinks leads the links in the documents of cfg's remotes here. publicURL is where
 // clients reach this server; "" if that is not known.
 func (cfg *config) useLinks(publicURL string) {
-	t := newLinkTable(cfg, strings.TrimSuffix(publicURL, "/"))
+	cfg.publicURL = strings.TrimSuffix(publicURL, "/")
+	t := newLinkTable(cfg, cfg.publicURL)
 	for _, name := range cfg.names {
 		r := cfg.remotes[name]
 		if r.local || (!linkingPackages[r.packageType] && r.rewrite == nil) {
