@@ -73,7 +73,20 @@ type remote struct {
 	negativeTTL  time.Duration    // how long a 404 or 410 is remembered; 0 means not at all
 	timeout      time.Duration    // to connect and to get the response header, for each redirect anew
 	maxSize      int64            // cache.max_size in bytes; 0 means no limit
+	query        string           // keep, drop or all: what becomes of clients' queries
 }
+
+// The values of query. With keepQuery at most maxVariants files of one path are
+// stored, see boundsVariants.
+const (
+	keepQuery  = "keep"
+	dropQuery  = "drop"
+	allQueries = "all"
+)
+
+// boundsVariants reports whether stored query variants of a path go when there are
+// more than maxVariants.
+func (r *remote) boundsVariants() bool { return r.query != allQueries && !r.local }
 
 // Format prints the name of the remote, whatever the verb is. Without it fmt would
 // print the secrets: it does not call the methods of unexported fields.
@@ -166,6 +179,9 @@ func (c *config) resolveTarget(name, escaped, query string) (target, error) {
 		return target{}, newProblem(http.StatusNotFound, "there is no remote %.100q", name)
 	case r.packageType == "docker":
 		return target{}, newProblem(http.StatusNotFound, "remote %q is a container registry: ask for it below %s", name, r.urlPath())
+	}
+	if r.query == dropQuery {
+		query = ""
 	}
 	path, spelling, err := spellPath(escaped, query)
 	if err != nil || path == "" {
