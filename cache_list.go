@@ -14,7 +14,7 @@ func (c *cache) listFiles(ctx context.Context, q pageQuery) (indexPage, error) {
 
 // storedTotals returns how much is stored, by remote.
 func (c *cache) storedTotals(ctx context.Context) (map[string]remoteTotal, error) {
-	return c.index.totals(ctx)
+	return c.index.totals(ctx, false)
 }
 
 // expiryOf is when a listed file stops being fresh.

@@ -518,6 +518,7 @@ func (f *fillRun) store() {
 	}
 	if f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file, false) == nil { // it has logged its failure
 		f.c.refreshMark(f.c.ctx, f.file.target, rec)
+		f.c.evictor.trimVariants(f.c.ctx, f.file.target)
 	}
 	f.mu.Lock()
 	purged := f.fate == fatePurgedElsewhere

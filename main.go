@@ -275,7 +275,7 @@ func reindexStored(ctx context.Context, set *settings, stdout io.Writer) error {
 	if err := st.embedded.reconcile(ctx, st.objects); err != nil {
 		return err
 	}
-	totals, err := st.embedded.totals(ctx)
+	totals, err := st.embedded.totals(ctx, false)
 	for name, t := range totals {
 		fmt.Fprintf(stdout, "%s: %d files, %d bytes\n", name, t.Files, t.Bytes)
 	}
@@ -350,6 +350,14 @@ func (s *server) newHandler() http.Handler {
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = buildVersion()
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas}, up, time.Now, s.log, metrics)
+	ev := s.cache.evictor
+	ev.config, ev.limit = s.config.Load, s.set.maxSize
+	if st.sql != nil {
+		ev.alone = st.sql.whileAlone
+	}
+	if st.space.reclaimer == nil { // the files are on the disk of the spools
+		st.space.reclaimer = ev
+	}
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
 		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
@@ -442,7 +450,7 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 			return nil
 		}},
 		{doing: "evicting", every: 5 * time.Second, step: func(ctx context.Context) error {
-			(&evictor{s.cache, s.config.Load(), s.set.maxSize}).evictFiles(ctx)
+			s.cache.evictor.evictFiles(ctx)
 			return nil
 		}},
 		// A sweep reads all directories. It runs in the background from the start on,
@@ -552,10 +560,16 @@ func (s *server) checkBackend(b *backend) {
 	began := time.Now()
 	err := b.ping(ctx)
 	s.cache.metrics.countCheck(b.name, time.Since(began))
-	wasUp := b.up.Swap(err == nil)
+	full := errors.Is(err, errNoSpace) && !errors.Is(err, errStoreDown)
+	wasFull := b.full.Swap(full)
+	wasUp := b.up.Swap(err == nil || full)
 	switch {
+	case full && !wasFull:
+		s.log.Error("backend is full: files are served and not stored", "backend", b.name, "kind", b.kind, "error", err)
+	case wasFull && err == nil:
+		s.log.Info("backend has space again", "backend", b.name, "kind", b.kind)
 	case b.logsOutages:
-	case wasUp && err != nil:
+	case wasUp && err != nil && !full:
 		s.log.Error("backend is down", "backend", b.name, "kind", b.kind, "error", err)
 	case !wasUp && err == nil:
 		s.log.Info("backend is up", "backend", b.name, "kind", b.kind)
@@ -573,6 +587,8 @@ func (s *server) reportHealth() healthReport {
 		h.Backends[b.name] = b.okWord
 		if !b.up.Load() {
 			h.Status, h.Backends[b.name] = "degraded", "down"
+		} else if b.full.Load() {
+			h.Status, h.Backends[b.name] = "degraded", "full"
 		}
 	}
 	return h

@@ -50,7 +50,7 @@ type backend struct {
 	tasks        []task                      // that run as long as the server
 	saveSnapshot func() error                // writes what is in memory alone
 	close        func() error
-	up           atomic.Bool // the last ping succeeded
+	up, full     atomic.Bool // the last ping succeeded; it found no space left
 }
 
 // task is a step that runs in the background, again and again.
@@ -75,7 +75,7 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 		return st, st.openS3(set, redis, now, log)
 	}
 	st.objects = disk
-	st.backends = append(st.backends, &backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: disk.ping, close: disk.Close})
+	st.backends = append(st.backends, &backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: st.pingDisk, close: disk.Close})
 	return st, err
 }
 
@@ -114,7 +114,10 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 	}
 	st.index = st.sql
 	st.backends = append(st.backends, &backend{name: "database", kind: "PostgreSQL " + set.db.host, okWord: "ok", ping: st.sql.ping, logsOutages: true, close: st.sql.Close,
-		tasks: []task{{doing: "writing index rows that wait", every: time.Second, step: st.sql.writePending}}})
+		tasks: []task{
+			{doing: "writing index rows that wait", every: time.Second, step: st.sql.writePending},
+			{doing: "making indexes", every: time.Minute, atStart: true, step: st.sql.buildIndexes},
+		}})
 	return nil
 }
 
@@ -132,12 +135,12 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	s3 := newS3Store(client, hearsChanges)
 	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
 	hot := newTiered(s3, copies, set.hotSize, st.space)
-	st.space.freeUp = hot.freeSpace
+	st.space.reclaimer = hot
 	st.objects, st.hot = hot, hot
 	st.disks = append(st.disks, copies)
 	st.backends = append(st.backends, &backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok",
 		ping: func(ctx context.Context) error {
-			return errors.Join(st.disk.ping(ctx), s3.ping(ctx)) // spools are in DATA_DIR
+			return errors.Join(st.pingDisk(ctx), s3.ping(ctx)) // spools are in DATA_DIR
 		},
 		tasks: []task{
 			{doing: "finding hot copies", step: hot.findCopies},
@@ -151,17 +154,26 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	return nil
 }
 
-// gauges is what /metrics shows of disk and hot copies.
+// gauges is what /metrics shows of disk, spools and hot copies.
 func (st *stores) gauges() (all []family) {
-	if free, _, err := st.disk.freeSpace(); err == nil {
-		all = append(all, newGauge("artifactapi_disk_free_bytes", "Free bytes of the disk that has DATA_DIR.", float64(free)))
+	if disk, err := st.disk.freeSpace(); err == nil {
+		all = append(all, newGauge("artifactapi_disk_free_bytes", "Free bytes of the disk that has DATA_DIR.", float64(disk.free.bytes)))
 	}
+	all = append(all, newGauge("artifactapi_spool_bytes", "Bytes that temporary files have taken and reserved.", float64(st.space.taken())))
 	if st.hot != nil {
 		files, bytes := st.hot.copies.size()
 		all = append(all, newGauge("artifactapi_hot_files", "Hot copies of objects in S3.", float64(files)),
 			newGauge("artifactapi_hot_bytes", "Bytes of hot copies.", float64(bytes)))
 	}
 	return all
+}
+
+// pingDisk returns nil if files can be stored in DATA_DIR, and errNoSpace if it is full.
+func (st *stores) pingDisk(ctx context.Context) error {
+	if err := st.disk.ping(ctx); err != nil {
+		return err
+	}
+	return st.space.check() // a disk that answers a ping answers this too
 }
 
 // saveSnapshots writes what the stores keep in memory alone, so that a crash loses

@@ -329,6 +329,14 @@ func storageKey(remote, spelling string) string {
 	return string(appendFilename(key, spelling))
 }
 
+// keyHash returns the path hash in a storage key, or 0 if the key is malformed.
+func keyHash(key string) uint64 {
+	_, rest, _ := strings.Cut(key, "/")
+	digits, _, _ := strings.Cut(rest, "/")
+	n, _ := strconv.ParseUint(digits, 16, 64)
+	return n
+}
+
 // appendFilename appends the last element of a spelling, decoded, with every byte
 // replaced by "_" that is not safe in a file name. Of a long name it appends the end,
 // so that the extension stays. The result never begins with a dot, as the names of

@@ -399,11 +399,11 @@ func TestDiskOwner(t *testing.T) {
 func TestDiskSpace(t *testing.T) {
 	t.Parallel()
 	d := newTestDisk(t)
-	free, size, err := d.freeSpace()
-	if err != nil || free == 0 || free > size {
-		t.Errorf("free %d of %d, %v", free, size, err)
+	u, err := d.freeSpace()
+	if err != nil || u.free.bytes <= 0 || u.free.bytes > u.size.bytes || u.free.inodes < 0 || u.free.inodes > u.size.inodes {
+		t.Errorf("%+v, %v", u, err)
 	}
-	for size, want := range map[uint64]uint64{0: 0, 1 << 30: 1 << 30 / 20, 20 << 30: 1 << 30, 1 << 40: 1 << 30} {
+	for size, want := range map[int64]int64{0: 0, 1 << 30: 1 << 30 / 20, 20 << 30: 1 << 30, 1 << 40: 1 << 30} {
 		if got := defaultMinFree(size); got != want {
 			t.Errorf("MIN_FREE of a disk of %d bytes is %d, want %d", size, got, want)
 		}
