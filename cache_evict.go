@@ -23,8 +23,10 @@ const (
 	// never used again since they were stored go first. Most files that are asked for
 	// once are never asked for again: they must not push out what is used.
 	unusedShare = 4
-	// evictPage is how many rows are read at a time.
-	evictPage = 1000
+	// The first page of rows that eviction reads is small, since few files may suffice.
+	// The next ones grow: the embedded index goes through all rows for each.
+	minEvictPage = 100
+	maxEvictPage = 10_000
 	// maxVariants is how many files with a query are stored for one path.
 	maxVariants = 64
 )
@@ -271,13 +273,15 @@ type agedRows struct {
 	used  bool
 	rows  []indexRow // read and not looked at yet
 	after string     // position behind them
+	limit int        // of the last page
 	atEnd bool       // no more follow them
 }
 
 // first is the first row that was not looked at, or nil.
 func (q *agedRows) first(ctx context.Context) *indexRow {
 	if len(q.rows) == 0 && !q.atEnd {
-		p, err := q.cache.index.listPage(ctx, pageQuery{remote: q.remote, oldest: true, used: q.used, after: q.after, limit: evictPage})
+		q.limit = min(max(minEvictPage, q.limit*10), maxEvictPage)
+		p, err := q.cache.index.listPage(ctx, pageQuery{remote: q.remote, oldest: true, used: q.used, after: q.after, limit: q.limit})
 		if err != nil {
 			q.failed = true
 			q.cache.reportStoreError("database", "listing for eviction", "", err)
@@ -303,7 +307,7 @@ func (e *evictor) trimVariants(ctx context.Context, t target) {
 		return
 	}
 	list := func() (variants []indexRow, err error) {
-		p, err := e.cache.index.listPage(ctx, pageQuery{remote: t.remote.name, prefix: t.path, limit: evictPage})
+		p, err := e.cache.index.listPage(ctx, pageQuery{remote: t.remote.name, prefix: t.path, limit: listPageSize})
 		for _, row := range p.rows { // those of the path itself come first
 			if path, query, _ := strings.Cut(row.Path, "?"); path == this && query != "" {
 				variants = append(variants, row)

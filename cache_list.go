@@ -7,6 +7,9 @@ import (
 	"time"
 )
 
+// listPageSize is how many rows the cache itself reads of a listing at a time.
+const listPageSize = 1000
+
 // listFiles returns a page of what is stored.
 func (c *cache) listFiles(ctx context.Context, q pageQuery) (indexPage, error) {
 	return c.index.listPage(ctx, q)

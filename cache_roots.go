@@ -39,7 +39,7 @@ func (e *evictor) findNamed(ctx context.Context) (named map[fileID]bool, err err
 	named = map[fileID]bool{}
 	for name, rem := range e.config().remotes {
 		kind, found := rootKinds[rem.packageType]
-		q := pageQuery{remote: name, pattern: kind.pattern, limit: evictPage}
+		q := pageQuery{remote: name, pattern: kind.pattern, limit: listPageSize}
 		for more := found; more; more = q.after != "" {
 			p, err := e.cache.index.listPage(ctx, q)
 			if err != nil {

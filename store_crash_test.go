@@ -16,7 +16,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -1113,27 +1112,6 @@ func BenchmarkDiskPut(b *testing.B) {
 		spool := tempSpool(b, dir, content)
 		must(b, d.put(b.Context(), testKey("f"), rec, spool, false))
 		spool.Close()
-	}
-}
-
-func BenchmarkIndexPage(b *testing.B) {
-	x := newTestIndex(b, b.TempDir(), newTestDisk(b))
-	for i := range 100_000 {
-		must(b, x.saveRow(b.Context(), testRow("r", fmt.Sprintf("dir%d/file%d", i%100, i))))
-	}
-	for name, q := range map[string]pageQuery{
-		"Prefix":  {remote: "r", prefix: "dir50/", limit: 1000},
-		"Pattern": {remote: "r", pattern: regexp.MustCompile(`99999$`), limit: 1000},
-		"Oldest":  {oldest: true, limit: 1000},
-	} {
-		b.Run(name, func(b *testing.B) {
-			b.ReportAllocs()
-			for b.Loop() {
-				if _, err := x.listPage(b.Context(), q); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
 	}
 }
 

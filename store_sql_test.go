@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -883,7 +884,7 @@ func testReindex(t *testing.T, x *sqlIndex) {
 
 // realPG are the settings for a schema of the test's own in a real server,
 // through a wire that can be broken.
-func realPG(t *testing.T) (set sqlSettings, w *wire, db *sql.DB) {
+func realPG(t testing.TB) (set sqlSettings, w *wire, db *sql.DB) {
 	t.Helper()
 	raw := os.Getenv("TEST_POSTGRES")
 	if raw == "" {
@@ -913,7 +914,7 @@ func realPG(t *testing.T) (set sqlSettings, w *wire, db *sql.DB) {
 	return set, w, db
 }
 
-func startSQL(t *testing.T, set sqlSettings) *sqlIndex {
+func startSQL(t testing.TB, set sqlSettings) *sqlIndex {
 	t.Helper()
 	x, err := newSQLIndex(set, time.Now, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -1405,5 +1406,65 @@ func TestPostgresOddValues(t *testing.T) {
 		if _, err := x.listPage(t.Context(), q); err != nil {
 			t.Errorf("%+v: %v", q, err)
 		}
+	}
+}
+
+// BenchmarkIndexPage reads pages of a million rows, in memory and, with TEST_POSTGRES,
+// in PostgreSQL. A page of a listing has to take less than 50 ms.
+func BenchmarkIndexPage(b *testing.B) {
+	const rows = 1_000_000
+	b.Run("embedded", func(b *testing.B) {
+		x := newTestIndex(b, b.TempDir(), newTestDisk(b))
+		r := testRow("r", "f")
+		for i := range rows {
+			r.Path = fmt.Sprintf("dir%d/file%d", i%100, i)
+			r.Key, r.Hits, r.LastAccess = storageKey("r", r.Path), int64(i%2), testDay.Add(time.Duration(i)*time.Second)
+			must(b, x.saveRow(b.Context(), r))
+		}
+		benchPages(b, x)
+	})
+	b.Run("PostgreSQL", func(b *testing.B) {
+		set, _, _ := realPG(b)
+		x := startSQL(b, set)
+		must(b, x.withConn(b.Context(), 5*time.Minute, func(ctx context.Context, conn *sql.Conn) error {
+			_, err := conn.ExecContext(ctx, fmt.Sprintf(`SET statement_timeout = 0; ALTER TABLE artifactapi_files DISABLE TRIGGER USER;
+				INSERT INTO artifactapi_totals VALUES ('r', 0, %[2]d, %[2]d); INSERT INTO artifactapi_files
+				SELECT 'r/' || lpad(to_hex(i), 16, '0') || '/f', 'r', 'dir' || i %% 100 || '/file' || i, 'dir' || i %% 100 || '/file' || i, '', '', 'immutable', 1, i %% 2,
+					to_timestamp(%[1]d), to_timestamp(%[1]d + i) FROM generate_series(1, %[2]d) i; ANALYZE artifactapi_files; SET statement_timeout = '5s'`, testDay.Unix(), rows))
+			return err
+		}), x.buildIndexes(b.Context()))
+		benchPages(b, x)
+	})
+}
+
+func benchPages(b *testing.B, x index) {
+	middle := strconv.FormatInt(testDay.Add(500_000*time.Second).UnixNano(), 10)
+	for _, c := range []struct {
+		name string
+		q    pageQuery
+	}{
+		{"First", pageQuery{remote: "r", limit: 1000}},
+		{"Middle", pageQuery{remote: "r", limit: 1000, after: "dir50/file5"}},
+		{"Prefix", pageQuery{remote: "r", prefix: "dir50/", limit: 1000}},
+		{"Path", pageQuery{remote: "r", prefix: "dir50/file50", limit: 1000}}, // what purges one path
+		{"Unused", pageQuery{oldest: true, limit: 1000}},
+		{"Used", pageQuery{oldest: true, used: true, after: middle, limit: 1000}},
+		{"UnusedOfRemote", pageQuery{remote: "r", oldest: true, after: middle, limit: 1000}},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if p, err := x.listPage(b.Context(), c.q); err != nil || len(p.rows) < 100 {
+					b.Fatal(len(p.rows), err)
+				}
+			}
+		})
+	}
+	for name, unused := range map[string]bool{"Totals": false, "UnusedTotals": true} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				must(b, second(x.totals(b.Context(), unused)))
+			}
+		})
 	}
 }
