@@ -255,7 +255,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 		c.reportStoreError("redis", "announcing", announcement, err)
 	}}
 	clock := func() time.Time { return c.now() } // tests replace c.now
-	c.evictor = newEvictor(c)
+	c.evictor = &evictor{cache: c, named: newBoundedMap[string, []uint64](maxRememberedFiles, clock)}
 	c.missing = newBoundedMap[string, *problem](maxRememberedFiles, clock)
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)

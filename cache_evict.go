@@ -37,21 +37,13 @@ type evictor struct {
 	cache  *cache
 	config func() *config // the configuration in force
 	limit  int64          // CACHE_MAX_SIZE, of all remotes together; 0: none
-	// alone calls f unless another replica evicts at the moment.
+	// alone calls f unless another replica evicts at the moment. nil: there is none.
 	alone func(ctx context.Context, f func(context.Context)) error
 	named *boundedMap[string, []uint64] // what stored roots name, see readRoot
 
 	running sync.Mutex // one eviction at a time; held across I/O
 
 	evictedFiles, evictedBytes atomic.Int64 // since the start
-}
-
-func newEvictor(c *cache) *evictor {
-	return &evictor{cache: c, config: func() *config { return &config{} }, named: newBoundedMap[string, []uint64](maxRememberedFiles, nil),
-		alone: func(ctx context.Context, f func(context.Context)) error {
-			f(ctx)
-			return nil
-		}}
 }
 
 // counters is what /metrics shows of eviction.
@@ -67,47 +59,46 @@ func entryCost(size int64) int64 { return size + entryOverhead }
 
 func (t remoteTotal) cost() int64 { return t.Bytes + t.Files*entryOverhead }
 
-// excess is what one remote ("": all of them) has above a limit.
-type excess struct {
-	remote      string
-	bytes, over int64 // over: what the limit is
-}
-
 // evictFiles is the step of a background loop. It keeps the remotes to their
 // cache.max_size and all of them to the limit: above it, files go until 90 % is left.
 func (e *evictor) evictFiles(ctx context.Context) {
 	e.cache.flushCounts(ctx) // the order is by use
-	if len(e.findExcess(ctx)) == 0 {
+	if len(e.planEvictions(ctx)) == 0 {
 		return
 	}
-	err := e.alone(ctx, func(ctx context.Context) {
+	evictPlanned := func(ctx context.Context) {
 		e.running.Lock()
 		defer e.running.Unlock()
-		for _, x := range e.findExcess(ctx) { // another replica may have been faster
-			e.evict(ctx, x.remote, room{bytes: x.bytes}, x.over/unusedShare)
+		for _, v := range e.planEvictions(ctx) { // another replica may have been faster
+			v.evict(ctx)
 		}
-	})
-	if err != nil && !errors.Is(err, errStoreDown) {
+	}
+	if e.alone == nil {
+		evictPlanned(ctx)
+	} else if err := e.alone(ctx, evictPlanned); err != nil && !errors.Is(err, errStoreDown) {
 		e.cache.reportStoreError("database", "evicting", "", err)
 	}
 }
 
-// findExcess returns what has to go, first of single remotes.
-func (e *evictor) findExcess(ctx context.Context) (found []excess) {
-	totals := e.storedOfRemotes(ctx)
-	var all int64
-	for _, name := range slices.Sorted(maps.Keys(totals)) {
-		cost := totals[name].cost()
-		if rem := e.config().remotes[name]; rem != nil && rem.maxSize > 0 && cost > rem.maxSize {
-			found = append(found, excess{name, cost - rem.maxSize/10*9, rem.maxSize})
-			cost = rem.maxSize / 10 * 9
+// planEvictions returns what has to be evicted, first of single remotes.
+func (e *evictor) planEvictions(ctx context.Context) (plan []*eviction) {
+	add := func(remote string, cost, limit int64) int64 {
+		if limit <= 0 || cost <= limit {
+			return cost
 		}
-		all += cost
+		plan = append(plan, &eviction{evictor: e, remote: remote, need: room{bytes: cost - limit/10*9}, maxUnused: limit / unusedShare})
+		return limit / 10 * 9
 	}
-	if e.limit > 0 && all > e.limit {
-		found = append(found, excess{"", all - e.limit/10*9, e.limit})
+	var all int64
+	for name, t := range e.storedOfRemotes(ctx) {
+		limit := int64(0)
+		if rem := e.config().remotes[name]; rem != nil {
+			limit = rem.maxSize
+		}
+		all += add(name, t.cost(), limit)
 	}
-	return found
+	add("", all, e.limit)
+	return plan
 }
 
 // storedOfRemotes is what is stored of each remote that is no local repository. One that
@@ -122,7 +113,7 @@ func (e *evictor) storedOfRemotes(ctx context.Context) map[string]remoteTotal {
 		p, err = e.cache.index.listPage(ctx, pageQuery{remote: name, limit: 1})
 		return err != nil || len(p.rows) == 0 || p.rows[0].Class == local
 	})
-	if err != nil {
+	if err != nil && !errors.Is(err, errStoreDown) { // an outage has a log line already
 		e.cache.reportStoreError("database", "adding up", "", err)
 	}
 	return totals
@@ -146,59 +137,57 @@ func (e *evictor) reclaim(need room) (freed room) {
 	for _, t := range e.storedOfRemotes(e.cache.ctx) {
 		all += t.cost()
 	}
-	return e.evict(e.cache.ctx, "", need, all/unusedShare)
+	v := &eviction{evictor: e, need: need, maxUnused: all / unusedShare}
+	v.evict(e.cache.ctx)
+	return v.freed
 }
 
-// evict removes files of a remote ("": of all) until need is freed: while the files that
-// were never used again since they were stored take more than maxUnused, the oldest of
-// them, and else the least recently used file. What a stored root names goes when
-// nothing else is left. The most recent file stays.
-func (e *evictor) evict(ctx context.Context, remote string, need room, maxUnused int64) (freed room) {
-	unused, err := e.cache.index.totals(ctx, true)
-	if err != nil {
-		e.cache.reportStoreError("database", "adding up", "", err)
-		return freed
-	}
-	v := &eviction{evictor: e, remote: remote, need: need, unused: -maxUnused}
+// eviction removes files of a remote until need is freed: while the files that were
+// never used again since they were stored take more than maxUnused, the oldest of them,
+// and else the least recently used file. What a stored root names goes when nothing else
+// is left. The most recent file stays. One goroutine uses it.
+type eviction struct {
+	*evictor
+	remote    string // "": of all
+	need      room
+	maxUnused int64 // bytes
+
+	freed  room
+	files  int64
+	unused int64           // what files take that were never used again
+	named  map[fileID]bool // what stored roots name
+	failed bool            // a store failed
+}
+
+func (v *eviction) evict(ctx context.Context) {
+	unused, err := v.cache.index.totals(ctx, true)
 	for name, t := range unused {
-		if remote == "" || remote == name {
+		if v.remote == "" || v.remote == name {
 			v.unused += t.cost()
 		}
 	}
-	for spares := true; !v.isDone(ctx); {
+	for spares := true; err == nil && !v.isDone(ctx); {
 		v.named = nil
 		if spares {
-			v.named, err = e.findNamed(ctx)
-		}
-		if err != nil {
-			e.cache.reportStoreError("storage", "reading what manifests name", "", err)
-			break
+			if v.named, err = v.findNamed(ctx); err != nil {
+				break
+			}
 		}
 		before := v.files
 		v.run(ctx)
-		if v.files == before { // what a root names that went may go in the next run
+		if v.files == before { // else what was named by a root that went may go in the next run
 			if !spares {
 				break
 			}
 			spares = false
 		}
 	}
-	if v.files > 0 {
-		e.cache.log.Info("evicted files", "remote", remote, "files", v.files, "bytes", v.freed.bytes)
+	if err != nil && !errors.Is(err, errStoreDown) && ctx.Err() == nil {
+		v.cache.reportStoreError("storage", "choosing what to evict", "", err)
 	}
-	return v.freed
-}
-
-// eviction is one eviction that runs. One goroutine uses it.
-type eviction struct {
-	*evictor
-	remote string // "": of all
-	need   room
-	freed  room
-	files  int64
-	unused int64           // what files take that were never used again, above what they may
-	named  map[fileID]bool // what stored roots name
-	failed bool            // a store failed
+	if v.files > 0 {
+		v.cache.log.Info("evicted files", "remote", v.remote, "files", v.files, "bytes", v.freed.bytes)
+	}
 }
 
 func (v *eviction) isDone(ctx context.Context) bool {
@@ -214,7 +203,7 @@ func (v *eviction) run(ctx context.Context) {
 		switch {
 		case a == nil && b == nil:
 			return
-		case a == nil, b != nil && v.unused <= 0 && b.LastAccess.Before(a.LastAccess):
+		case a == nil, b != nil && v.unused <= v.maxUnused && b.LastAccess.Before(a.LastAccess):
 			from, other = used, unused
 		}
 		row := from.rows[0]
@@ -306,23 +295,15 @@ func (e *evictor) trimVariants(ctx context.Context, t target) {
 	if query == "" || !t.remote.boundsVariants() {
 		return
 	}
-	list := func() (variants []indexRow, err error) {
-		p, err := e.cache.index.listPage(ctx, pageQuery{remote: t.remote.name, prefix: t.path, limit: listPageSize})
-		for _, row := range p.rows { // those of the path itself come first
-			if path, query, _ := strings.Cut(row.Path, "?"); path == this && query != "" {
-				variants = append(variants, row)
-			}
-		}
-		return variants, err
-	}
-	variants, err := list()
-	if len(variants) > maxVariants {
-		e.cache.flushCounts(ctx) // the order is by use
-		variants, err = list()
-	}
-	if err != nil {
+	e.cache.flushCounts(ctx) // the order is by use
+	p, err := e.cache.index.listPage(ctx, pageQuery{remote: t.remote.name, prefix: t.path, limit: listPageSize})
+	if err != nil && !errors.Is(err, errStoreDown) {
 		e.cache.reportStoreError("database", "listing variants", t.key(), err)
 	}
+	variants := slices.DeleteFunc(p.rows, func(row indexRow) bool { // those of the path itself come first
+		path, query, _ := strings.Cut(row.Path, "?")
+		return path != this || query == ""
+	})
 	slices.SortFunc(variants, func(a, b indexRow) int {
 		return cmp.Or(cmp.Compare(min(a.Hits, 1), min(b.Hits, 1)), a.LastAccess.Compare(b.LastAccess))
 	})
