@@ -412,6 +412,11 @@ func TestAFullDiskMakesRoom(t *testing.T) {
 	tt.get("/api/r/huge").wantUnstored().wantBody(noise(1, 150_000))
 	tt.wantListed("r", "3", "4", "5", "6", "7")
 
+	tt.cache.evictor.limit = 50_000
+	tt.origin.file("/unstored", noise(1, 60_000))
+	tt.get("/api/r/unstored").wantUnstored().wantBody(noise(1, 60_000))
+	tt.wantListed("r", "3", "4", "5", "6", "7")
+
 	tt.put("/api/l/a", noise(1, 2*20_000-entryOverhead), bearer).wantStatus(201)
 	tt.wantListed("r", "3", "6", "7")
 	for i := range 2 { // there are inodes for one

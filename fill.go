@@ -384,6 +384,8 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outco
 	if !f.openSpool() {
 		return fillOutcome{kind: outcomeNoSpool}, true
 	}
+	storable := f.mayBeStored(resp)
+	f.spool.isTransient = !storable
 	if err := f.spool.setSize(resp.ContentLength); err != nil {
 		f.c.reportStoreError("spool", "beginning", f.key, err)
 		return fillOutcome{kind: outcomeNoSpool}, true
@@ -392,7 +394,7 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outco
 	if sum, ok := strings.CutPrefix(f.file.digest, "sha256:"); ok {
 		rec.SHA256 = sum
 	}
-	f.publishHeaders(rec, resp.origin, rangeValidator(resp), f.mayBeStored(resp))
+	f.publishHeaders(rec, resp.origin, rangeValidator(resp), storable)
 	return fillOutcome{}, false
 }
 

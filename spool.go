@@ -96,9 +96,9 @@ func defaultMinFree(diskSize int64) int64 { return min(1<<30, diskSize/20) }
 // are not free but can be reclaimed, short is what their spool has to reclaim before it
 // needs them. Each byte is given back when it is written, since the disk accounts for it
 // from then on, or is not needed any more.
-func (s *spoolSpace) reserve(n int64) (short room, err error) {
+func (s *spoolSpace) reserve(n int64, mayReclaim bool) (short room, err error) {
 	short, err = s.tryReserve(n, room{})
-	if errors.Is(err, errNoSpace) && s.reclaimer != nil {
+	if errors.Is(err, errNoSpace) && mayReclaim && s.reclaimer != nil {
 		short, err = s.tryReserve(n, s.reclaimer.reclaimable()) // asked without the lock: it may take long
 	}
 	return short, err
@@ -140,7 +140,7 @@ func (s *spoolSpace) reclaim(need room) error {
 
 // check returns errNoSpace if nothing can be stored.
 func (s *spoolSpace) check() error {
-	short, err := s.reserve(1)
+	short, err := s.reserve(1, true)
 	if err == nil {
 		s.add(account{reserved: -1, owed: -short.bytes})
 	}
@@ -176,6 +176,8 @@ type spool struct {
 	hash     *bodyHash
 	reserved int64 // of the account, for bytes that are still to come
 	owed     int64 // of that, what has to be reclaimed
+	// isTransient: the body will not be stored, and nothing is reclaimed for it.
+	isTransient bool
 
 	mu      sync.Mutex // guards the fields below; of the other locks only the account's is taken under it
 	size    int64      // of the whole body; -1: not known
@@ -213,7 +215,7 @@ func (s *spool) setSize(size int64) error {
 
 // reserveMore reserves n bytes more, and reclaims of them what will be written soon.
 func (s *spool) reserveMore(n int64) error {
-	short, err := s.space.reserve(n)
+	short, err := s.space.reserve(n, !s.isTransient)
 	if err != nil {
 		return err
 	}

@@ -174,10 +174,10 @@ func TestSpaceAccount(t *testing.T) {
 		s.discard()
 	}
 	wantReserved(0)
-	if _, err := space.reserve(91 * mib); !errors.Is(err, errNoSpace) {
+	if _, err := space.reserve(91*mib, true); !errors.Is(err, errNoSpace) {
 		t.Errorf("MIN_FREE is given away: %v", err)
 	}
-	_, err = space.reserve(90 * mib)
+	_, err = space.reserve(90*mib, true)
 	must(t, err)
 	if err := space.check(); !errors.Is(err, errNoSpace) {
 		t.Errorf("all is reserved, and the disk is not full: %v", err)
