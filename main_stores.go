@@ -154,12 +154,11 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	return nil
 }
 
-// gauges is what /metrics shows of disk, spools and hot copies.
+// gauges is what /metrics shows of disk and hot copies.
 func (st *stores) gauges() (all []family) {
 	if disk, err := st.disk.freeSpace(); err == nil {
 		all = append(all, newGauge("artifactapi_disk_free_bytes", "Free bytes of the disk that has DATA_DIR.", float64(disk.free.bytes)))
 	}
-	all = append(all, newGauge("artifactapi_spool_bytes", "Bytes that temporary files have taken and reserved.", float64(st.space.taken())))
 	if st.hot != nil {
 		files, bytes := st.hot.copies.size()
 		all = append(all, newGauge("artifactapi_hot_files", "Hot copies of objects in S3.", float64(files)),

@@ -74,7 +74,6 @@ type spoolSpace struct {
 type account struct {
 	reserved int64 // promised to spools that have not written it yet
 	owed     int64 // of that, what is not free yet and has to be reclaimed
-	written  int64
 	growing  int64 // how many spools there are
 }
 
@@ -84,7 +83,6 @@ func (s *spoolSpace) add(d account) {
 	defer s.mu.Unlock()
 	s.reserved += d.reserved
 	s.owed += d.owed
-	s.written += d.written
 	s.growing += d.growing
 }
 
@@ -145,13 +143,6 @@ func (s *spoolSpace) check() error {
 		s.add(account{reserved: -1, owed: -short.bytes})
 	}
 	return err
-}
-
-// taken is how many bytes spools have taken or reserved.
-func (s *spoolSpace) taken() int64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.written + s.reserved
 }
 
 // newSpool makes an empty spool for a body with that digest ("" is any). Its
@@ -270,7 +261,7 @@ func (s *spool) appendUnhashed(p []byte) error {
 	s.changed.wake()
 	s.mu.Unlock()
 	s.reserved -= n
-	s.space.add(account{reserved: -n, written: n})
+	s.space.add(account{reserved: -n})
 	return nil
 }
 
@@ -307,7 +298,7 @@ func (s *spool) end(state spoolState, err error) {
 	if s.state != spoolGrowing {
 		return
 	}
-	s.space.add(account{reserved: -s.reserved, owed: -s.owed, written: -s.written, growing: -1})
+	s.space.add(account{reserved: -s.reserved, owed: -s.owed, growing: -1})
 	s.state, s.err = state, err
 	if state == spoolComplete {
 		s.size = s.written
