@@ -350,14 +350,8 @@ func (s *server) newHandler() http.Handler {
 	up := newUpstream(func(strict bool) http.RoundTripper { return newTransport(strict) }, time.Now, s.log, metrics)
 	up.version = buildVersion()
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas}, up, time.Now, s.log, metrics)
-	ev := s.cache.evictor
-	ev.config, ev.limit = s.config.Load, s.set.maxSize
-	if st.sql != nil {
-		ev.alone = st.sql.whileAlone
-	}
-	if st.space.reclaimer == nil { // the files are on the disk of the spools
-		st.space.reclaimer = ev
-	}
+	s.cache.evictor.config, s.cache.evictor.limit = s.config.Load, s.set.maxSize
+	st.useEvictor(s.cache.evictor)
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	return &api{cache: s.cache, config: s.config.Load, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
 		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(),
@@ -584,11 +578,9 @@ func (s *server) reportHealth() healthReport {
 		h.Status, h.Configuration = "degraded", "rejected"
 	}
 	for _, b := range s.stores.backends {
-		h.Backends[b.name] = b.okWord
-		if !b.up.Load() {
-			h.Status, h.Backends[b.name] = "degraded", "down"
-		} else if b.full.Load() {
-			h.Status, h.Backends[b.name] = "degraded", "full"
+		h.Backends[b.name] = b.state()
+		if b.state() != b.okWord {
+			h.Status = "degraded"
 		}
 	}
 	return h

@@ -53,6 +53,17 @@ type backend struct {
 	up, full     atomic.Bool // the last ping succeeded; it found no space left
 }
 
+// state is what the last ping says of the backend.
+func (b *backend) state() string {
+	switch {
+	case !b.up.Load():
+		return "down"
+	case b.full.Load():
+		return "full"
+	}
+	return b.okWord
+}
+
 // task is a step that runs in the background, again and again.
 type task struct {
 	doing   string        // for the log: "saving snapshots"
@@ -165,6 +176,17 @@ func (st *stores) gauges() (all []family) {
 			newGauge("artifactapi_hot_bytes", "Bytes of hot copies.", float64(bytes)))
 	}
 	return all
+}
+
+// useEvictor has ev evict beside the other replicas, and make room on the disk if the
+// files are there.
+func (st *stores) useEvictor(ev *evictor) {
+	if st.sql != nil {
+		ev.alone = st.sql.whileAlone
+	}
+	if st.hot == nil {
+		st.space.reclaimer = ev
+	}
 }
 
 // pingDisk returns nil if files can be stored in DATA_DIR, and errNoSpace if it is full.
