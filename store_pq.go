@@ -86,12 +86,13 @@ var sqlIndexes = map[string]string{
 }
 
 // buildIndexes is the step of a background loop. It makes the indexes that are missing,
-// beside writers and on one replica at a time. What a replica did not finish is an
-// invalid index: it is dropped and made again.
+// beside writers and on one replica at a time of all schemas: two statements that make a
+// partial index wait for each other. What a replica did not finish is an invalid index:
+// it is dropped and made again.
 func (x *sqlIndex) buildIndexes(ctx context.Context) error {
 	return x.withConn(ctx, time.Hour, func(ctx context.Context, conn *sql.Conn) (err error) {
 		var alone bool
-		err = conn.QueryRowContext(ctx, `SELECT pg_try_advisory_lock($1::integer, hashtext(current_schema()))`, sqlBuildKey).Scan(&alone)
+		err = conn.QueryRowContext(ctx, `SELECT pg_try_advisory_lock($1::integer, 0)`, sqlBuildKey).Scan(&alone)
 		if err != nil || !alone {
 			return err
 		}
