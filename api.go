@@ -38,8 +38,8 @@ type api struct {
 	health    func() healthReport // answers at once, whatever backend hangs
 	responder *responder
 	metrics   *metrics
-	gauges    func() []family                       // what main knows of disk and hot copies, for /metrics
-	disk      func() (free, size uint64, err error) // of DATA_DIR
+	gauges    func() []family           // what main knows of disk and hot copies, for /metrics
+	disk      func() (diskUsage, error) // of DATA_DIR
 	now       func() time.Time
 	version   string
 	started   time.Time
@@ -58,7 +58,7 @@ type registryHandler interface {
 // healthReport is the answer of /health.
 type healthReport struct {
 	Status   string            `json:"status"`   // healthy or degraded
-	Backends map[string]string `json:"backends"` // by name: ok, embedded or down
+	Backends map[string]string `json:"backends"` // by name: ok, embedded, full or down
 	// Configuration is "rejected" if the last reload failed; else "".
 	Configuration string `json:"configuration,omitempty"`
 	configLoaded  int64  // when the one in force was loaded, in seconds since 1970
@@ -528,7 +528,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	for name, t := range totals {
 		bytes[name], files[name] = float64(t.Bytes), float64(t.Files)
 	}
-	known := append(a.gauges(), a.cache.fills.gauges(cfg.names)...)
+	known := slices.Concat(a.gauges(), a.cache.fills.gauges(cfg.names), a.cache.evictor.counters())
 	known = append(known,
 		newGauge("artifactapi_missed_files", "Files that /missed lists: what sealed remotes, and those with would_miss, do not have.", float64(a.cache.missed.count())),
 		family{"artifactapi_build_info", "gauge", "What is running; always 1.", "version", map[string]float64{a.version: 1}},

@@ -125,7 +125,7 @@ type pageRemote struct {
 }
 
 // pageDisk is the disk that has DATA_DIR, in bytes.
-type pageDisk struct{ Size, Free, Used, High uint64 }
+type pageDisk struct{ Size, Free, Used, High int64 }
 
 // pageFile is a stored file on the page.
 type pageFile struct {
@@ -197,7 +197,8 @@ func (a *api) addTotals(p *page) {
 		p.Total.Artifacts, p.Total.Bytes = &files, &bytes
 	}
 	p.Total.setUsage(all)
-	if free, size, err := a.disk(); err == nil {
+	if disk, err := a.disk(); err == nil {
+		free, size := disk.free.bytes, disk.size.bytes
 		p.Disk = &pageDisk{Size: size, Free: free, Used: size - free, High: size / 10 * 9}
 	}
 }

@@ -92,7 +92,7 @@ func TestPageOfARemote(t *testing.T) {
 // deadIndex answers no question.
 type deadIndex struct{ index }
 
-func (deadIndex) totals(context.Context) (map[string]remoteTotal, error) {
+func (deadIndex) totals(context.Context, bool) (map[string]remoteTotal, error) {
 	return nil, errStoreDown
 }
 

@@ -1002,35 +1002,3 @@ func TestHEADOfTheEndpoints(t *testing.T) {
 		}
 	}
 }
-
-func TestEvictionKeepsToMaxSize(t *testing.T) {
-	t.Parallel()
-	tt := setup{yaml: `
-remotes:
-  r: {base_url: ORIGIN, cache: {max_size: 10KB}}
-  l: {type: local}
-`, env: map[string]string{"API_TOKEN": "t"}}.start(t)
-	for i := range 12 {
-		path := fmt.Sprintf("/f%02d", i)
-		tt.origin.file(path, string(bytes.Repeat([]byte{'x'}, 1000)))
-		tt.get("/api/r" + path).wantMiss()
-		tt.advance(time.Second)
-	}
-	tt.put("/api/l/keep", noise(1, 50_000), bearer).wantStatus(201)
-	tt.get("/api/r/f00").wantHit() // now it is not the least recently used one any more
-	(&evictor{tt.cache, tt.server.config.Load(), 0}).evictFiles(context.Background())
-	var bytes int64
-	list := tt.list("r")
-	for _, a := range list {
-		bytes += a.Size
-	}
-	if bytes > 9000 || bytes < 8000 || list[0].Path != "f00" {
-		t.Errorf("%d bytes are left, the first of %d is %s", bytes, len(list), list[0].Path)
-	}
-	tt.get("/api/r/f01").wantMiss() // the least recently used went
-	(&evictor{tt.cache, tt.server.config.Load(), 20_000}).evictFiles(context.Background())
-	if left := tt.list("r"); len(left) > 0 {
-		t.Errorf("CACHE_MAX_SIZE is passed by local files alone, and %d others are left", len(left))
-	}
-	tt.get("/api/l/keep").wantStatus(200)
-}

@@ -112,14 +112,17 @@ type indexRow struct {
 	LastAccess  time.Time
 }
 
-// pageQuery asks the index for rows of one remote ("" = all, with oldest).
+// pageQuery asks the index for rows of one remote ("": of all, with oldest).
 type pageQuery struct {
 	remote  string
 	prefix  string         // of the decoded path
 	pattern *regexp.Regexp // searched in the decoded path; nil: all
 	after   string         // a page's next; "" begins
 	limit   int
-	oldest  bool // by last access, oldest first, instead of by decoded path; without prefix and pattern
+	// oldest asks for what eviction may remove (no local file), the least recently used
+	// first, without prefix and pattern: the files that were never used again since they
+	// were stored, or with used those that were.
+	oldest, used bool
 }
 
 // indexPage is a part of a listing, in byte order of the decoded path.
@@ -155,8 +158,9 @@ type index interface {
 	// countUses adds uses, at most usesBatch of them, to their rows. It returns those
 	// whose key has no row: the caller saves the row and counts them again.
 	countUses(ctx context.Context, batch []fileUse) (unknown []fileUse, err error)
-	// totals returns the number and the size of the objects of each remote that has any.
-	totals(ctx context.Context) (map[string]remoteTotal, error)
+	// totals returns the number and the size of the objects of each remote that has any;
+	// with unused only of those that a pageQuery with oldest finds, which takes longer.
+	totals(ctx context.Context, unused bool) (map[string]remoteTotal, error)
 }
 
 // freshnessMark says when a copy was last found good upstream. It counts only for a
@@ -233,6 +237,8 @@ type cache struct {
 	leaving      leavingCounts
 	uses         useCounts
 	missed       missedFiles
+	readers      openFiles
+	evictor      *evictor
 	announcer    *announcer
 	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
 }
@@ -258,6 +264,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 		c.reportStoreError("redis", "announcing", announcement, err)
 	}}
 	clock := func() time.Time { return c.now() } // tests replace c.now
+	c.evictor = &evictor{cache: c, named: newBoundedMap[string, []uint64](maxRememberedFiles, clock)}
 	c.missing = newBoundedMap[string, missingFile](maxRememberedFiles, clock)
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
@@ -358,6 +365,11 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 		reply.body = &closableBody{body: reply.body, cancel: cancel}
 	}
 	defer reply.body.Close()
+	if reply.size > briefAnswer {
+		key := file.key()
+		c.readers.add(key, 1)
+		defer c.readers.add(key, -1)
+	}
 	w.result, w.mirror = reply.result, reply.mirror
 	if reply.result == "STALE" {
 		_, w.detail, _ = strings.Cut(reply.cacheStatus, "detail=")

@@ -26,6 +26,9 @@ const (
 	// healTimeout bounds the same in time: a flush follows every 2 s, and the last one
 	// is a part of the shutdown.
 	healTimeout = 2 * time.Second
+	// briefAnswer is how long an answer may be, in bytes, and not be worth counting while
+	// it is sent: it fits the buffers of its connection.
+	briefAnswer = 64 << 10
 )
 
 // countUse counts an answer from the store. flushCounts writes it to the index.
@@ -38,6 +41,30 @@ func (c *cache) flushCounts(ctx context.Context) {
 	if err != nil && !errors.Is(err, errStoreDown) { // an outage has a log line already, and nothing is lost
 		c.reportStoreError("database", "counting uses", "", err)
 	}
+}
+
+// openFiles counts the answers that are being sent of each stored file. The zero
+// openFiles is ready to use. Its methods may be called concurrently.
+type openFiles struct {
+	mu    sync.Mutex // guards byKey; no other lock is taken under it
+	byKey map[string]int
+}
+
+func (o *openFiles) add(key string, n int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.byKey == nil {
+		o.byKey = map[string]int{}
+	}
+	if o.byKey[key] += n; o.byKey[key] == 0 {
+		delete(o.byKey, key)
+	}
+}
+
+func (o *openFiles) has(key string) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.byKey[key] > 0
 }
 
 // useCounts gathers how often files were served, so that the index is written every few

@@ -7,6 +7,9 @@ import (
 	"time"
 )
 
+// listPageSize is how many rows the cache itself reads of a listing at a time.
+const listPageSize = 1000
+
 // listFiles returns a page of what is stored.
 func (c *cache) listFiles(ctx context.Context, q pageQuery) (indexPage, error) {
 	return c.index.listPage(ctx, q)
@@ -14,7 +17,7 @@ func (c *cache) listFiles(ctx context.Context, q pageQuery) (indexPage, error) {
 
 // storedTotals returns how much is stored, by remote.
 func (c *cache) storedTotals(ctx context.Context) (map[string]remoteTotal, error) {
-	return c.index.totals(ctx)
+	return c.index.totals(ctx, false)
 }
 
 // expiryOf is when a listed file stops being fresh.

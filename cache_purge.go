@@ -37,9 +37,10 @@ func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error)
 	if err := c.purgeMatchingFills(ctx, t.remote.name, this); err != nil {
 		return purged, err
 	}
-	variants, err := c.purgeRows(ctx, pageQuery{remote: t.remote.name, prefix: t.path}, func(row indexRow) bool {
+	q := pageQuery{remote: t.remote.name, prefix: t.path} // the path itself comes first
+	variants, err := c.purgeRows(ctx, q, func(row indexRow) (match, more bool) {
 		spelling, _, hasQuery := strings.Cut(row.Path, "?")
-		return hasQuery && spelling == t.spelling
+		return hasQuery && spelling == t.spelling, decodePath(row.Path) == t.path
 	})
 	return purged + variants, err
 }
@@ -50,20 +51,24 @@ func (c *cache) purgeMatching(ctx context.Context, remote string, pattern *regex
 	if err := c.purgeMatchingFills(ctx, remote, pattern); err != nil {
 		return 0, err
 	}
-	return c.purgeRows(ctx, pageQuery{remote: remote, pattern: pattern}, func(indexRow) bool { return true })
+	return c.purgeRows(ctx, pageQuery{remote: remote, pattern: pattern}, func(indexRow) (match, more bool) { return true, true })
 }
 
-// purgeRows removes the files of the rows that q finds and match accepts, page by
-// page, and returns how many that were.
-func (c *cache) purgeRows(ctx context.Context, q pageQuery, match func(indexRow) bool) (purged int, err error) {
-	q.limit = 1000
+// purgeRows removes the files of the rows that q finds and match accepts, page by page
+// while there may be more, and returns how many that were.
+func (c *cache) purgeRows(ctx context.Context, q pageQuery, match func(indexRow) (match, more bool)) (purged int, err error) {
+	q.limit = listPageSize
 	for {
 		page, err := c.index.listPage(ctx, q)
 		if err != nil {
 			return purged, err
 		}
 		for _, row := range page.rows {
-			if !match(row) {
+			matches, more := match(row)
+			if !more {
+				return purged, nil
+			}
+			if !matches {
 				continue
 			}
 			switch err := c.purgeFile(ctx, row.Remote, row.Key); {

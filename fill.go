@@ -389,6 +389,7 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outco
 	}
 	isPage := f.file.isPage(resp)
 	storable, validator := f.mayBeStored(resp, isPage), rangeValidator(resp)
+	f.spool.isTransient = !storable
 	if f.file.rewriteLinks(f.ctx, f.c, resp) {
 		validator = "" // upstream's parts are of another body
 	}
@@ -527,6 +528,7 @@ func (f *fillRun) store() {
 	}
 	if f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file, false) == nil { // it has logged its failure
 		f.c.refreshMark(f.c.ctx, f.file.target, rec)
+		f.c.evictor.trimVariants(f.c.ctx, f.file.target)
 	}
 	f.mu.Lock()
 	purged := f.fate == fatePurgedElsewhere

@@ -135,12 +135,14 @@ func (f *fillRun) mayBeStored(resp *upstreamResponse, isPage bool) bool {
 	return f.fitsMaxSize(resp.ContentLength)
 }
 
-// fitsMaxSize reports whether cache.max_size allows a body of that size.
+// fitsMaxSize reports whether cache.max_size and CACHE_MAX_SIZE allow a body of that size.
 func (f *fillRun) fitsMaxSize(size int64) bool {
 	rem := f.file.remote
-	if rem.maxSize > 0 && size > rem.maxSize {
-		f.c.log.Warn("a file is passed on and not stored: it is larger than cache.max_size", "remote", rem.name, "path", f.file.path, "size", size)
-		return false
+	for name, limit := range map[string]int64{"cache.max_size": rem.maxSize, "CACHE_MAX_SIZE": f.c.evictor.limit} {
+		if limit > 0 && size > limit {
+			f.c.log.Warn("a file is passed on and not stored: it is larger than "+name, "remote", rem.name, "path", f.file.path, "size", size)
+			return false
+		}
 	}
 	return true
 }

@@ -1294,7 +1294,7 @@ type brokenSpools struct {
 	none   error      // there is no spool
 	full   bool       // nothing can be written to spools
 	noRoom bool       // the disk has nothing free
-	free   uint64     // what the disk has free; 0: what it has
+	free   int64      // what the disk has free; 0: what it has
 	files  []*os.File // that were made
 }
 
@@ -1314,14 +1314,14 @@ func (b *brokenSpools) wrap(s *spoolSpace) {
 		}
 		return f, err
 	}
-	s.diskSpace = func() (free, size uint64, err error) {
-		free, size, err = diskSpace()
+	s.diskSpace = func() (diskUsage, error) {
+		disk, err := diskSpace()
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		if b.noRoom || b.free > 0 {
-			free = b.free
+			disk.free.bytes = b.free
 		}
-		return free, size, err
+		return disk, err
 	}
 }
 

@@ -779,7 +779,8 @@ func (g *got) wantStale() *got {
 // wantStored says whether the store has a body for /api/r/path.
 func (tt *tester) wantStored(path string, stored bool) {
 	tt.Helper()
-	t, err := tt.server.config.Load().resolveTarget("r", path, "")
+	name, query, _ := strings.Cut(path, "?")
+	t, err := tt.server.config.Load().resolveTarget("r", name, query)
 	if err != nil {
 		tt.Fatal(err)
 	}

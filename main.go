@@ -245,6 +245,8 @@ func (s *server) newHandler() http.Handler {
 	up.version = buildVersion()
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas, st.replicaKey}, up, time.Now, s.log, metrics)
 	st.missed = newMissedSnapshot(s.set.dataDir, &s.cache.missed, s.log)
+	s.cache.evictor.config, s.cache.evictor.limit = s.config.Load, s.set.maxSize
+	st.useEvictor(s.cache.evictor)
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	return &api{cache: s.cache, config: s.config.Load, settings: s.set.shown, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
 		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(), runs: &prefetchRuns{},
@@ -337,7 +339,7 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 			return nil
 		}},
 		{doing: "evicting", every: 5 * time.Second, step: func(ctx context.Context) error {
-			(&evictor{s.cache, s.config.Load(), s.set.maxSize}).evictFiles(ctx)
+			s.cache.evictor.evictFiles(ctx)
 			return nil
 		}},
 		// A sweep reads all directories. It runs in the background from the start on,
@@ -447,10 +449,16 @@ func (s *server) checkBackend(b *backend) {
 	began := time.Now()
 	err := b.ping(ctx)
 	s.cache.metrics.countCheck(b.name, time.Since(began))
-	wasUp := b.up.Swap(err == nil)
+	full := errors.Is(err, errNoSpace) && !errors.Is(err, errStoreDown)
+	wasFull := b.full.Swap(full)
+	wasUp := b.up.Swap(err == nil || full)
 	switch {
+	case full && !wasFull:
+		s.log.Error("backend is full: files are served and not stored", "backend", b.name, "kind", b.kind, "error", err)
+	case wasFull && err == nil:
+		s.log.Info("backend has space again", "backend", b.name, "kind", b.kind)
 	case b.logsOutages:
-	case wasUp && err != nil:
+	case wasUp && err != nil && !full:
 		s.log.Error("backend is down", "backend", b.name, "kind", b.kind, "error", err)
 	case !wasUp && err == nil:
 		s.log.Info("backend is up", "backend", b.name, "kind", b.kind)
@@ -465,9 +473,9 @@ func (s *server) reportHealth() healthReport {
 		h.Status, h.Configuration = "degraded", "rejected"
 	}
 	for _, b := range s.stores.backends {
-		h.Backends[b.name] = b.okWord
-		if !b.up.Load() {
-			h.Status, h.Backends[b.name] = "degraded", "down"
+		h.Backends[b.name] = b.state()
+		if b.state() != b.okWord {
+			h.Status = "degraded"
 		}
 	}
 	return h

@@ -106,7 +106,7 @@ func reindexStored(ctx context.Context, set *settings, now func() time.Time, std
 	if err := st.embedded.reconcile(ctx, st.objects); err != nil {
 		return err
 	}
-	totals, err := st.embedded.totals(ctx)
+	totals, err := st.embedded.totals(ctx, false)
 	for name, t := range totals {
 		fmt.Fprintf(stdout, "%s: %d files, %d bytes\n", name, t.Files, t.Bytes)
 	}

@@ -53,7 +53,18 @@ type backend struct {
 	tasks        []task                      // that run as long as the server
 	saveSnapshot func() error                // writes what is in memory alone
 	close        func() error
-	up           atomic.Bool // the last ping succeeded
+	up, full     atomic.Bool // the last ping succeeded; it found no space left
+}
+
+// state is what the last ping says of the backend.
+func (b *backend) state() string {
+	switch {
+	case !b.up.Load():
+		return "down"
+	case b.full.Load():
+		return "full"
+	}
+	return b.okWord
 }
 
 // task is a step that runs in the background, again and again.
@@ -79,7 +90,7 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 		return st, st.openS3(set, redis, now, log)
 	}
 	st.objects = disk
-	st.backends = append(st.backends, &backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: disk.ping, close: disk.Close})
+	st.backends = append(st.backends, &backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: st.pingDisk, close: disk.Close})
 	return st, err
 }
 
@@ -119,7 +130,10 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 	}
 	st.index = st.sql
 	st.backends = append(st.backends, &backend{name: "database", kind: "PostgreSQL " + set.db.host, okWord: "ok", ping: st.sql.ping, logsOutages: true, close: st.sql.Close,
-		tasks: []task{{doing: "writing index rows that wait", every: time.Second, step: st.sql.writePending}}})
+		tasks: []task{
+			{doing: "writing index rows that wait", every: time.Second, step: st.sql.writePending},
+			{doing: "making indexes", every: time.Minute, atStart: true, step: st.sql.buildIndexes},
+		}})
 	return nil
 }
 
@@ -137,12 +151,12 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	s3 := newS3Store(client, hearsChanges)
 	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
 	hot := newTiered(s3, copies, set.hotSize, st.space)
-	st.space.freeUp = hot.freeSpace
+	st.space.reclaimer = hot
 	st.objects, st.hot = hot, hot
 	st.disks = append(st.disks, copies)
 	st.backends = append(st.backends, &backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok",
 		ping: func(ctx context.Context) error {
-			return errors.Join(st.disk.ping(ctx), s3.ping(ctx)) // spools are in DATA_DIR
+			return errors.Join(st.pingDisk(ctx), s3.ping(ctx)) // spools are in DATA_DIR
 		},
 		tasks: []task{
 			{doing: "finding hot copies", step: hot.findCopies},
@@ -162,8 +176,8 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 
 // gauges is what /metrics shows of disk and hot copies.
 func (st *stores) gauges() (all []family) {
-	if free, _, err := st.disk.freeSpace(); err == nil {
-		all = append(all, newGauge("artifactapi_disk_free_bytes", "Free bytes of the disk that has DATA_DIR.", float64(free)))
+	if disk, err := st.disk.freeSpace(); err == nil {
+		all = append(all, newGauge("artifactapi_disk_free_bytes", "Free bytes of the disk that has DATA_DIR.", float64(disk.free.bytes)))
 	}
 	if st.hot != nil {
 		files, bytes := st.hot.copies.size()
@@ -184,6 +198,25 @@ func (st *stores) reportEarlierStore(ctx context.Context, log *slog.Logger) {
 		log.Error("DATA_DIR holds files of an earlier store on disk, which are not served: bring them to S3 with artifactapi export (without MINIO_ENDPOINT) and artifactapi import",
 			"files", n, "dir", st.disk.dir)
 	}
+}
+
+// useEvictor has ev evict beside the other replicas, and make room on the disk if the
+// files are there.
+func (st *stores) useEvictor(ev *evictor) {
+	if st.sql != nil {
+		ev.alone = st.sql.whileAlone
+	}
+	if st.hot == nil {
+		st.space.reclaimer = ev
+	}
+}
+
+// pingDisk returns nil if files can be stored in DATA_DIR, and errNoSpace if it is full.
+func (st *stores) pingDisk(ctx context.Context) error {
+	if err := st.disk.ping(ctx); err != nil {
+		return err
+	}
+	return st.space.check() // a disk that answers a ping answers this too
 }
 
 // saveSnapshots writes what the stores keep in memory alone, so that a crash loses

@@ -78,6 +78,7 @@ type remote struct {
 	negativeTTL  time.Duration    // how long a 404 or 410 is remembered; 0 means not at all
 	timeout      time.Duration    // to connect and to get the response header, for each redirect anew
 	maxSize      int64            // cache.max_size in bytes; 0 means no limit
+	query        string           // keep, drop or all: what becomes of clients' queries
 	absence
 
 	// masked holds the values of keys that hold a ${VAR}, with *** in its place, to be
@@ -90,6 +91,18 @@ type absence struct {
 	sealed    bool // no upstream is ever asked: copies answer whatever their age
 	wouldMiss bool // what a sealed remote would not have is recorded
 }
+
+// The values of query. With keepQuery at most maxVariants files of one path are
+// stored, see boundsVariants.
+const (
+	keepQuery  = "keep"
+	dropQuery  = "drop"
+	allQueries = "all"
+)
+
+// boundsVariants reports whether stored query variants of a path go when there are
+// more than maxVariants.
+func (r *remote) boundsVariants() bool { return r.query != allQueries && !r.local && !r.sealed }
 
 // Format prints the name of the remote, whatever the verb is. Without it fmt would
 // print the secrets: it does not call the methods of unexported fields.
@@ -233,6 +246,9 @@ func (c *config) resolveTarget(name, escaped, query string) (target, error) {
 		return target{}, newProblem(http.StatusNotFound, "there is no remote %.100q", name)
 	case r.packageType == "docker":
 		return target{}, newProblem(http.StatusNotFound, "remote %q is a container registry: ask for it below %s", name, r.urlPath())
+	}
+	if r.query == dropQuery {
+		query = ""
 	}
 	path, spelling, err := spellPath(escaped, query)
 	if err != nil || path == "" {
@@ -378,6 +394,14 @@ func storageKey(remote, spelling string) string {
 	key = hex.AppendEncode(key, sum[:8])
 	key = append(key, '/')
 	return string(appendFilename(key, spelling))
+}
+
+// keyHash returns the path hash in a storage key, or 0 if the key is malformed.
+func keyHash(key string) uint64 {
+	_, rest, _ := strings.Cut(key, "/")
+	digits, _, _ := strings.Cut(rest, "/")
+	n, _ := strconv.ParseUint(digits, 16, 64)
+	return n
 }
 
 // appendFilename appends the last element of a spelling, decoded, with every byte

@@ -62,6 +62,7 @@ var remoteKeys = []remoteKey{
 	{name: "rewrite", onType: "remote", defaultText: "the documents of the package", field: func(r *remote) any { return &r.rewrite }},
 	{name: "sealed", onType: "remote", defaultText: "false", field: func(r *remote) any { return &r.sealed }},
 	{name: "would_miss", onType: "remote", defaultText: "false", field: func(r *remote) any { return &r.wouldMiss }},
+	{name: "query", onType: "remote", defaultText: "keep", set: setQuery, field: func(r *remote) any { return &r.query }},
 	{name: "timeout", onType: "remote", defaultText: "30", minimum: 1, field: func(r *remote) any { return &r.timeout }},
 	{name: "cache", defaultText: "as its keys say"},
 	{name: "cache.immutable_ttl", defaultText: "0", field: func(r *remote) any { return &r.immutableTTL }},
@@ -211,6 +212,17 @@ func setPackage(c *configReader, r *remote, n *yaml.Node) {
 		c.addValueError(n, "must be generic, alpine, deb, rpm, docker, go, maven, helm, pypi, npm, cargo or terraform, not %.40q: use generic for others, with mutable_patterns for their index files", n.Value)
 	}
 	c.typeUnknown = true
+}
+
+// setQuery reads query. A registry's queries are pages of lists: they always count.
+func setQuery(c *configReader, r *remote, n *yaml.Node) {
+	var ok bool
+	switch r.query, ok = c.readString(n); {
+	case r.packageType == "docker" && !c.typeUnknown:
+		c.addValueError(n, "has no meaning for package \"docker\": remove it")
+	case ok && !slices.Contains([]string{keepQuery, dropQuery, allQueries}, r.query):
+		c.addValueError(n, "must be keep, drop or all, not %.40q", r.query)
+	}
 }
 
 // setBaseURL reads base_url. It is read before mirrors, so it is the first origin.

@@ -234,7 +234,7 @@ func (c *configReader) readRemotes(n *yaml.Node, cfg *config) {
 // reported.
 func (c *configReader) readRemote(k, v *yaml.Node) *remote {
 	c.remote, c.typeUnknown = k.Value, false
-	r := &remote{name: k.Value, packageType: "generic", mutableTTL: defaultMutableTTL, timeout: defaultTimeout, masked: map[string]string{}}
+	r := &remote{name: k.Value, packageType: "generic", query: keepQuery, mutableTTL: defaultMutableTTL, timeout: defaultTimeout, masked: map[string]string{}}
 	c.rejectReferences(k)
 	c.rejectReferences(v)
 	if v.Kind != yaml.MappingNode && !c.typeUnknown {

@@ -25,6 +25,13 @@ const (
 	// heldBackBytes of a body with a known digest are given to a reader only
 	// when all of it has verified, so that nobody completes a wrong body.
 	heldBackBytes = 64 << 10
+	// reclaimAhead is how far ahead of a body others are removed for it: a body that
+	// breaks off has cost no more than that.
+	reclaimAhead = 64 << 20
+	// inodesPerFile is what a stored file takes: a directory, a body, a record.
+	inodesPerFile = 3
+	// minFreeInodes is the part of the inodes that stays free, as a divisor.
+	minFreeInodes = 50
 )
 
 var (
@@ -34,60 +41,108 @@ var (
 	errTooMuch = fmt.Errorf("%w: the body is longer than it said", errBadUpstream)
 )
 
+// room is space on a disk.
+type room struct{ bytes, inodes int64 }
+
+// diskUsage says how much of a disk this process may still fill, and how large it is.
+type diskUsage struct{ free, size room } // size.inodes 0: it has any number
+
+// reclaimer removes what can be had again.
+type reclaimer interface {
+	// reclaimable is how much reclaim could free.
+	reclaimable() room
+	// reclaim frees need, if it can, and returns what it has freed.
+	reclaim(need room) room
+}
+
 // spoolSpace makes spools and accounts for the space that they will take, so
 // that MIN_FREE stays free however many bodies grow at once. Its methods may be
 // called concurrently.
 type spoolSpace struct {
 	createFile func() (*os.File, error) // a new temporary file; errNoSpace or errStoreDown
-	diskSpace  func() (free, size uint64, err error)
-	minFree    int64 // bytes that stay free; -1: defaultMinFree of the disk
-	// freeUp removes about n bytes of what can be had again, such as hot copies,
-	// and reports whether it removed anything. nil: there is nothing.
-	freeUp func(n int64) bool
+	diskSpace  func() (diskUsage, error)
+	minFree    int64     // bytes that stay free; -1: defaultMinFree of the disk
+	reclaimer  reclaimer // nil: there is nothing to reclaim
 
-	// mu guards reserved. It is held while the disk is asked, or two spools
-	// would be promised the same bytes. No other lock is taken under it.
-	mu       sync.Mutex
+	// mu guards the account. It is held while the disk is asked, or two spools would be
+	// promised the same bytes. No other lock is taken under it.
+	mu sync.Mutex
+	account
+}
+
+// account is what the spools that have not ended take.
+type account struct {
 	reserved int64 // promised to spools that have not written it yet
+	owed     int64 // of that, what is not free yet and has to be reclaimed
+	growing  int64 // how many spools there are
+}
+
+// add changes the account.
+func (s *spoolSpace) add(d account) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reserved += d.reserved
+	s.owed += d.owed
+	s.growing += d.growing
 }
 
 // defaultMinFree is MIN_FREE where it is not given: 1 GiB, or 5 % of a disk that
 // is smaller than 20 GiB.
-func defaultMinFree(diskSize uint64) uint64 { return min(1<<30, diskSize/20) }
+func defaultMinFree(diskSize int64) int64 { return min(1<<30, diskSize/20) }
 
-// reserve promises n bytes, or returns errNoSpace. Each byte is given back by
-// release: when it is written, since the disk accounts for it from then on, or
-// when it is not needed any more.
-func (s *spoolSpace) reserve(n int64) error {
-	err := s.tryReserve(n)
-	if errors.Is(err, errNoSpace) && s.freeUp != nil && s.freeUp(n) {
-		err = s.tryReserve(n)
+// reserve promises n bytes, and the inodes of a file, or returns errNoSpace. Where they
+// are not free but can be reclaimed, short is what their spool has to reclaim before it
+// needs them. Each byte is given back when it is written, since the disk accounts for it
+// from then on, or is not needed any more.
+func (s *spoolSpace) reserve(n int64, mayReclaim bool) (short room, err error) {
+	short, err = s.tryReserve(n, room{})
+	if errors.Is(err, errNoSpace) && mayReclaim && s.reclaimer != nil {
+		short, err = s.tryReserve(n, s.reclaimer.reclaimable()) // asked without the lock: it may take long
 	}
-	return err
+	return short, err
 }
 
-func (s *spoolSpace) tryReserve(n int64) error {
+// tryReserve reserves n bytes if what they are short of is reclaimable.
+func (s *spoolSpace) tryReserve(n int64, reclaimable room) (short room, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	free, size, err := s.diskSpace()
+	disk, err := s.diskSpace()
 	if err != nil {
-		return err
+		return room{}, err
 	}
-	keep := uint64(s.minFree)
-	if s.minFree < 0 {
-		keep = defaultMinFree(size)
+	keep := s.minFree
+	if keep < 0 {
+		keep = defaultMinFree(disk.size.bytes)
 	}
-	if free < keep+uint64(s.reserved)+uint64(n) {
-		return fmt.Errorf("%w: %d bytes are free, of which %d are reserved and MIN_FREE keeps %d; %d more are needed", errNoSpace, free, s.reserved, keep, n)
+	short.bytes = max(0, keep+s.reserved-s.owed+n-disk.free.bytes)
+	if disk.size.inodes > 0 {
+		short.inodes = max(0, disk.size.inodes/minFreeInodes+s.growing*inodesPerFile-disk.free.inodes)
+	}
+	if (short.bytes > 0 && s.owed+short.bytes > reclaimable.bytes) || short.inodes > reclaimable.inodes {
+		return room{}, fmt.Errorf("%w: %d bytes and %d inodes are free, of which %d bytes are reserved and MIN_FREE keeps %d; %d more are needed", errNoSpace, disk.free.bytes, disk.free.inodes, s.reserved, keep, n)
 	}
 	s.reserved += n
+	s.owed += short.bytes
+	return short, nil
+}
+
+// reclaim has owed bytes and inodes freed. errNoSpace: there is not enough any more.
+func (s *spoolSpace) reclaim(need room) error {
+	freed := s.reclaimer.reclaim(need)
+	s.add(account{owed: -need.bytes})
+	if freed.bytes < need.bytes || freed.inodes < need.inodes {
+		return fmt.Errorf("%w: %+v was to be reclaimed, and only %+v could be", errNoSpace, need, freed)
+	}
 	return nil
 }
 
-func (s *spoolSpace) release(n int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.reserved -= n
+// check returns errNoSpace if nothing can be stored.
+func (s *spoolSpace) check() error {
+	short, err := s.reserve(1, true)
+	if err == nil {
+		s.add(account{reserved: -1, owed: -short.bytes})
+	}
+	return err
 }
 
 // newSpool makes an empty spool for a body with that digest ("" is any). Its
@@ -98,6 +153,7 @@ func (s *spoolSpace) newSpool(digest string) (*spool, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.add(account{growing: 1})
 	return &spool{space: s, file: file, hash: newBodyHash(digest), size: -1, users: 1}, nil
 }
 
@@ -110,6 +166,9 @@ type spool struct {
 	// The writer alone uses these.
 	hash     *bodyHash
 	reserved int64 // of the account, for bytes that are still to come
+	owed     int64 // of that, what has to be reclaimed
+	// isTransient: the body will not be stored, and nothing is reclaimed for it.
+	isTransient bool
 
 	mu      sync.Mutex // guards the fields below; of the other locks only the account's is taken under it
 	size    int64      // of the whole body; -1: not known
@@ -136,7 +195,7 @@ func (s *spool) setSize(size int64) error {
 	if size >= 0 {
 		missing = size - s.written
 	}
-	if err := s.reserveMore(missing - s.reserved); err != nil {
+	if err := s.reserveMore(max(0, missing-s.reserved)); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -145,15 +204,26 @@ func (s *spool) setSize(size int64) error {
 	return nil
 }
 
+// reserveMore reserves n bytes more, and reclaims of them what will be written soon.
 func (s *spool) reserveMore(n int64) error {
-	if n <= 0 {
-		return nil
-	}
-	if err := s.space.reserve(n); err != nil {
+	short, err := s.space.reserve(n, !s.isTransient)
+	if err != nil {
 		return err
 	}
 	s.reserved += n
-	return nil
+	s.owed += short.bytes
+	return s.reclaimOwed(short.inodes)
+}
+
+// reclaimOwed has these inodes reclaimed, and so much of what is owed that the next
+// reclaimAhead bytes of the body have their space.
+func (s *spool) reclaimOwed(inodes int64) error {
+	due := max(0, s.owed-max(0, s.reserved-reclaimAhead))
+	if due == 0 && inodes == 0 {
+		return nil
+	}
+	s.owed -= due
+	return s.space.reclaim(room{due, inodes})
 }
 
 // Write appends p to the body, all of it or none. Its errors are errTooMuch, and
@@ -178,6 +248,11 @@ func (s *spool) appendUnhashed(p []byte) error {
 			return err
 		}
 	}
+	if s.owed > max(0, s.reserved-reclaimAhead/2) { // in steps of half of it
+		if err := s.reclaimOwed(0); err != nil {
+			return err
+		}
+	}
 	if _, err := s.file.Write(p); err != nil {
 		return fmt.Errorf("%w: writing the spool: %w", errNoSpace, err)
 	}
@@ -186,7 +261,7 @@ func (s *spool) appendUnhashed(p []byte) error {
 	s.changed.wake()
 	s.mu.Unlock()
 	s.reserved -= n
-	s.space.release(n)
+	s.space.add(account{reserved: -n})
 	return nil
 }
 
@@ -218,13 +293,12 @@ func (s *spool) fail(err error) { s.end(spoolFailed, err) }
 
 // end writes no more: what was reserved is free at once. The first end counts.
 func (s *spool) end(state spoolState, err error) {
-	s.space.release(s.reserved)
-	s.reserved = 0
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.state != spoolGrowing {
 		return
 	}
+	s.space.add(account{reserved: -s.reserved, owed: -s.owed, growing: -1})
 	s.state, s.err = state, err
 	if state == spoolComplete {
 		s.size = s.written

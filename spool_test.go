@@ -11,13 +11,18 @@ import (
 	"testing/synctest"
 )
 
+// usageOf is a disk without a limit on files.
+func usageOf(free, size int64) diskUsage {
+	return diskUsage{free: room{bytes: free}, size: room{bytes: size}}
+}
+
 // testSpace makes spools in a directory of the test, on a disk that has that
 // much free.
-func testSpace(t *testing.T, free uint64) *spoolSpace {
+func testSpace(t *testing.T, free int64) *spoolSpace {
 	dir := t.TempDir()
 	return &spoolSpace{
 		createFile: func() (*os.File, error) { return os.CreateTemp(dir, "*") },
-		diskSpace:  func() (uint64, uint64, error) { return free, free, nil },
+		diskSpace:  func() (diskUsage, error) { return usageOf(free, free), nil },
 	}
 }
 
@@ -165,32 +170,133 @@ func TestSpaceAccount(t *testing.T) {
 	if err := tooLarge.setSize(40 * mib); !errors.Is(err, errNoSpace) {
 		t.Errorf("more than there is was promised: %v", err)
 	}
-	freed := int64(0)
-	space.freeUp = func(n int64) bool {
-		freed = n
-		known.fail(errors.New("makes room"))
-		return true
-	}
-	if err := tooLarge.setSize(40 * mib); err != nil || freed != 40*mib {
-		t.Errorf("after %d bytes were asked for: %v", freed, err)
-	}
-	wantReserved(40*mib + reserveAhead)
 	for _, s := range []*spool{known, unknown, tooLarge} {
 		s.discard()
 	}
 	wantReserved(0)
-	if err := space.reserve(91 * mib); !errors.Is(err, errNoSpace) {
+	if _, err := space.reserve(91*mib, true); !errors.Is(err, errNoSpace) {
 		t.Errorf("MIN_FREE is given away: %v", err)
 	}
-	must(t, space.reserve(90*mib))
-	space.release(90 * mib)
-	wantReserved(0)
+	_, err = space.reserve(90*mib, true)
+	must(t, err)
+	if err := space.check(); !errors.Is(err, errNoSpace) {
+		t.Errorf("all is reserved, and the disk is not full: %v", err)
+	}
+	space.add(account{reserved: -90 * mib})
+	must(t, space.check())
+	if (space.account != account{}) {
+		t.Errorf("without spools the account is %+v", space.account)
+	}
+}
+
+// fullDisk is a disk with nothing free that MIN_FREE does not keep. What is reclaimed
+// becomes free.
+type fullDisk struct {
+	usage     diskUsage
+	old       room // what is reclaimable
+	reclaimed []int64
+}
+
+func (d *fullDisk) reclaimable() room { return d.old }
+func (d *fullDisk) reclaim(need room) room {
+	freed := room{min(need.bytes, d.old.bytes), min(need.inodes, d.old.inodes)}
+	d.old.bytes -= freed.bytes
+	d.old.inodes -= freed.inodes
+	d.usage.free.bytes += freed.bytes
+	d.usage.free.inodes += freed.inodes
+	d.reclaimed = append(d.reclaimed, freed.bytes+freed.inodes)
+	return freed
+}
+
+func newFullDisk(t *testing.T, old room) (*fullDisk, *spoolSpace) {
+	d := &fullDisk{usage: usageOf(10<<20, 1<<40), old: old}
+	space := testSpace(t, 0)
+	space.minFree, space.reclaimer = 10<<20, d
+	space.diskSpace = func() (diskUsage, error) { return d.usage, nil }
+	return d, space
+}
+
+// grow writes n bytes, and the disk has less.
+func (d *fullDisk) grow(t *testing.T, s *spool, n int) {
+	t.Helper()
+	_, err := io.WriteString(s, strings.Repeat("x", n))
+	must(t, err)
+	d.usage.free.bytes -= int64(n)
+}
+
+// Space is reclaimed as a body arrives, and not far ahead of it.
+func TestSpaceIsReclaimedAsTheBodyArrives(t *testing.T) {
+	t.Parallel()
+	const mib = 1 << 20
+	d, space := newFullDisk(t, room{bytes: 300 * mib})
+	s := newTestSpool(t, space, "", 200*mib)
+	for written := range 200 {
+		gone := 300*mib - d.old.bytes
+		if ahead := gone - int64(written)*mib; ahead < 0 || ahead > reclaimAhead {
+			t.Fatalf("after %d MiB of the body %d bytes are reclaimed", written, gone)
+		}
+		d.grow(t, s, mib)
+		if d.usage.free.bytes < 10*mib {
+			t.Fatalf("after %d MiB of the body %d bytes are free", written, d.usage.free.bytes)
+		}
+	}
+	if gone := 300*mib - d.old.bytes; gone != 200*mib || len(d.reclaimed) > 8 {
+		t.Errorf("for a body of 200 MiB %d bytes went in %d steps", gone, len(d.reclaimed))
+	}
+	s.discard()
+	if (space.account != account{}) {
+		t.Errorf("without spools the account is %+v", space.account)
+	}
+}
+
+func TestWhatIsReclaimable(t *testing.T) {
+	t.Parallel()
+	const mib = 1 << 20
+	for name, c := range map[string]struct {
+		old    room
+		inodes room // free and all
+		sizes  []int64
+		fails  int   // the one of them that finds no space; -1: none
+		gone   int64 // of bytes and inodes
+	}{
+		"a body that fits":                      {old: room{bytes: 20 * mib}, sizes: []int64{20 * mib}, fails: -1, gone: 20 * mib},
+		"a body that does not":                  {old: room{bytes: 20 * mib}, sizes: []int64{20*mib + 1}, fails: 0},
+		"two that do not fit together":          {old: room{bytes: 200 * mib}, sizes: []int64{150 * mib, 60 * mib}, fails: 1, gone: reclaimAhead},
+		"two that do":                           {old: room{bytes: 200 * mib}, sizes: []int64{150 * mib, 50 * mib}, fails: -1, gone: reclaimAhead + 50*mib},
+		"a body of unknown length":              {old: room{bytes: 200 * mib}, sizes: []int64{-1}, fails: -1, gone: reserveAhead},
+		"no inodes":                             {inodes: room{4, 100}, sizes: []int64{0}, fails: 0},
+		"enough inodes":                         {inodes: room{5, 100}, sizes: []int64{0}, fails: -1},
+		"inodes of old files":                   {old: room{inodes: 9}, inodes: room{2, 100}, sizes: []int64{0}, fails: -1, gone: 3},
+		"inodes for each of several":            {old: room{inodes: 9}, inodes: room{2, 100}, sizes: []int64{0, 0}, fails: -1, gone: 6},
+		"a file system without a count of them": {old: room{bytes: mib}, sizes: []int64{1}, fails: -1, gone: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d, space := newFullDisk(t, c.old)
+			d.usage.free.inodes, d.usage.size.inodes = c.inodes.bytes, c.inodes.inodes
+			for i, size := range c.sizes {
+				s, err := space.newSpool("")
+				must(t, err)
+				defer s.discard()
+				if err := s.setSize(size); errors.Is(err, errNoSpace) != (i == c.fails) {
+					t.Errorf("body %d of %d bytes: %v", i, size, err)
+				}
+			}
+			gone := int64(0)
+			for _, n := range d.reclaimed {
+				gone += n
+			}
+			if gone != c.gone {
+				t.Errorf("%d went; want %d", gone, c.gone)
+			}
+		})
+	}
 }
 
 func TestSpaceOfADiskThatCannotBeAsked(t *testing.T) {
 	t.Parallel()
 	space := testSpace(t, 0)
-	space.diskSpace = func() (uint64, uint64, error) { return 0, 0, fmt.Errorf("%w: gone", errStoreDown) }
+	space.diskSpace = func() (diskUsage, error) { return diskUsage{}, fmt.Errorf("%w: gone", errStoreDown) }
 	s, err := space.newSpool("")
 	must(t, err)
 	if err := s.setSize(1); !errors.Is(err, errStoreDown) {

@@ -349,7 +349,7 @@ type bundleReader struct {
 // readAndStore reads a bundle and stores it. It is called once.
 func (b *bundleReader) readAndStore(ctx context.Context, from io.Reader) error {
 	defer func() {
-		b.space.release(b.ahead)
+		b.space.add(account{reserved: -b.ahead})
 		if b.todo != nil {
 			b.todo.remove()
 		}
@@ -488,7 +488,7 @@ func (b *bundleReader) reserve(n int64) error {
 	if n <= b.ahead {
 		return nil
 	}
-	err := b.space.reserve(n - b.ahead)
+	_, err := b.space.reserve(n-b.ahead, false)
 	if err == nil {
 		b.ahead = n
 	}
@@ -508,7 +508,7 @@ func (b *bundleReader) stage(digits string, size int64, from io.Reader) error {
 	}
 	err = errors.Join(b.copyBody(f, from, size, digits), f.Close())
 	b.ahead -= size // the disk accounts for it now
-	b.space.release(size)
+	b.space.add(account{reserved: -size})
 	return err
 }
 

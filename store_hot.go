@@ -15,7 +15,7 @@ import (
 const (
 	// hotCopyOverhead is charged for each copy beside its bytes: the blocks of its
 	// directory, its record and the end of its body.
-	hotCopyOverhead = 12 << 10
+	hotCopyOverhead = entryOverhead
 	// maxHotCopies bounds the copies, at some 300 bytes of memory each.
 	maxHotCopies = 100_000
 	// maxHotShare is the part of the tier that one file may take, as a divisor: one
@@ -44,7 +44,7 @@ var (
 type tieredStore struct {
 	*s3Store
 	disk      *diskStore
-	space     *spoolSpace    // may call freeSpace: no key is locked when something is reserved
+	space     *spoolSpace    // may call reclaim: no key is locked when something is reserved
 	copies    *lru[validity] // the copies that may be used
 	copyLocks keyedLock      // for changes of a key's copy on disk; taken before the locks of disk and copies
 
@@ -209,12 +209,26 @@ func (t *tieredStore) invalidate(key string) {
 	}
 }
 
-// freeSpace removes copies worth about n bytes, those used longest ago, for something
-// that needs the space more. It reports whether it removed any.
-func (t *tieredStore) freeSpace(n int64) bool {
-	evicted := t.copies.evict(n)
-	t.removeCopies(evicted)
-	return len(evicted) > 0
+// reclaimable implements reclaimer.
+func (t *tieredStore) reclaimable() room {
+	files, bytes := t.copies.size()
+	return room{bytes, int64(files) * inodesPerFile}
+}
+
+// reclaim implements reclaimer: it removes the copies that were used longest ago.
+func (t *tieredStore) reclaim(need room) (freed room) {
+	for freed.bytes < need.bytes || freed.inodes < need.inodes {
+		evicted := t.copies.evict(max(1, need.bytes-freed.bytes))
+		if len(evicted) == 0 {
+			break
+		}
+		t.removeCopies(evicted)
+		for _, e := range evicted {
+			freed.bytes += e.cost
+			freed.inodes += inodesPerFile
+		}
+	}
+	return freed
 }
 
 func (t *tieredStore) removeCopies(evicted []lruEntry[validity]) {

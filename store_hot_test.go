@@ -57,7 +57,7 @@ func newHotBenchAt(t *testing.T, f *fakeS3, limit int64) *hotBench {
 func (b *hotBench) restart(disk *diskStore, limit int64) {
 	b.disk, b.space = disk, spaceOf(disk)
 	b.tier = newTiered(b.store, disk, limit, b.space)
-	b.space.freeUp = b.tier.freeSpace
+	b.space.reclaimer = b.tier
 	b.t.Cleanup(b.tier.Close)
 	b.objects = b.tier
 	if err := b.tier.findCopies(b.t.Context()); err != nil {
@@ -253,7 +253,7 @@ func TestCopiesLeaveRoom(t *testing.T) {
 	a := newHotBench(t)
 	a.mustPut("f", "content")
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
-	b.space.diskSpace = func() (free, size uint64, err error) { return 6, 100, nil }
+	b.space.diskSpace = func() (diskUsage, error) { return usageOf(6, 100), nil }
 	b.read("f", "content")
 	b.wantNoCopy("f")
 }
@@ -265,11 +265,11 @@ func TestNewCopiesReplaceOldOnesOnAFullDisk(t *testing.T) {
 	a.mustPut("new", "new")
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	b.mustPut("old", "old")
-	b.space.diskSpace = func() (free, size uint64, err error) {
+	b.space.diskSpace = func() (diskUsage, error) {
 		if !b.tier.copies.contains(testKey("old")) {
-			free = 3
+			return usageOf(3, 100), nil
 		}
-		return free, 100, nil
+		return usageOf(0, 100), nil
 	}
 	b.read("new", "new")
 	b.wantHot("new", "new")
@@ -317,8 +317,15 @@ func TestEviction(t *testing.T) {
 	b.mustPut("huge", strings.Repeat("x", limit-10_000))
 	b.wantNoCopy("huge")
 	b.wantHot("0", content(0))
-	if !b.tier.freeSpace(limit) || b.tier.freeSpace(1) {
-		t.Error("freeSpace does not report what it did")
+	all := b.tier.reclaimable()
+	if got := b.tier.reclaim(room{inodes: 1}); got.inodes != inodesPerFile {
+		t.Errorf("reclaimed %+v for an inode", got)
+	}
+	if got := b.tier.reclaim(room{bytes: limit}); got.bytes >= all.bytes || got.bytes == 0 || (b.tier.reclaimable() != room{}) {
+		t.Errorf("of %+v was reclaimed %+v, and there is %+v", all, got, b.tier.reclaimable())
+	}
+	if got := b.tier.reclaim(room{bytes: 1}); got != (room{}) {
+		t.Errorf("reclaimed %+v of nothing", got)
 	}
 	b.wantNoCopy("0")
 	if b.tier.copies.cost != 0 {

@@ -47,9 +47,8 @@ func newPage(q pageQuery, rows []indexRow, complete bool) indexPage {
 	last, following := rows[q.limit-1], rows[q.limit]
 	next := decodePath(last.Path)
 	if q.oldest {
-		next = strconv.FormatInt(last.LastAccess.UnixNano(), 10)
-	}
-	if q.oldest || next == decodePath(following.Path) {
+		next = positionByAge(last)
+	} else if next == decodePath(following.Path) {
 		next += "\n" + last.Key
 	}
 	return indexPage{rows[:q.limit], next, complete}
@@ -88,6 +87,9 @@ type indexEntry struct {
 	generation       uint32 // the last reconcile that found the object; guarded by embeddedIndex.mu
 }
 
+// localClass is the class of an entry that eviction never removes.
+var localClass = unique.Make(local)
+
 // sortKey is the position of a row within its remote: by decoded path, then by
 // key. The hash is the part in which the keys of equal paths differ.
 type sortKey struct {
@@ -97,14 +99,6 @@ type sortKey struct {
 
 func (p sortKey) compareTo(q sortKey) int {
 	return cmp.Or(strings.Compare(p.path, q.path), cmp.Compare(p.hash, q.hash))
-}
-
-// keyHash returns the path hash in a storage key, or 0 if the key is malformed.
-func keyHash(key string) uint64 {
-	_, rest, _ := strings.Cut(key, "/")
-	digits, _, _ := strings.Cut(rest, "/")
-	n, _ := strconv.ParseUint(digits, 16, 64)
-	return n
 }
 
 func (e *indexEntry) toRow(remote string) indexRow {
@@ -265,7 +259,29 @@ func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) (unknown
 }
 
 // totals: see index.
-func (x *embeddedIndex) totals(ctx context.Context) (map[string]remoteTotal, error) {
+func (x *embeddedIndex) totals(ctx context.Context, unused bool) (map[string]remoteTotal, error) {
+	all := x.allTotals()
+	for name := range all {
+		if !unused {
+			break
+		}
+		var t remoteTotal
+		err := x.eachEntry(ctx, name, sortKey{}, func(e *indexEntry) bool {
+			if e.mayGo(false) {
+				t.Files++
+				t.Bytes += e.size
+			}
+			return true
+		})
+		if err != nil {
+			return nil, err
+		}
+		all[name] = t
+	}
+	return all, nil
+}
+
+func (x *embeddedIndex) allTotals() map[string]remoteTotal {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
 	all := map[string]remoteTotal{}
@@ -274,7 +290,12 @@ func (x *embeddedIndex) totals(ctx context.Context) (map[string]remoteTotal, err
 			all[name] = remoteTotal{int64(len(s.byHash)), s.bytes}
 		}
 	}
-	return all, nil
+	return all
+}
+
+// mayGo reports whether a pageQuery with oldest finds the entry.
+func (e *indexEntry) mayGo(used bool) bool {
+	return (e.hits.Load() > 0) == used && e.class != localClass
 }
 
 // listPage: see index.
@@ -320,8 +341,8 @@ func (a agedEntry) compareTo(b agedEntry) int {
 	return cmp.Or(cmp.Compare(a.lastAccess, b.lastAccess), strings.Compare(a.remote, b.remote), cmp.Compare(a.hash, b.hash))
 }
 
-// findByAge returns the first n rows by last access. It reads every entry of the
-// remotes that q asks for, and holds 2n of them at most.
+// findByAge returns the first n rows that q asks for by last access. It reads every
+// entry of its remotes, and holds 2n of them at most.
 func (x *embeddedIndex) findByAge(ctx context.Context, q pageQuery, n int) (rows []indexRow, err error) {
 	lastAccess, key := q.startByAge()
 	remote, _, _ := strings.Cut(key, "/")
@@ -335,14 +356,13 @@ func (x *embeddedIndex) findByAge(ctx context.Context, q pageQuery, n int) (rows
 			youngest = found[n-1]
 		}
 	}
-	remotes, _ := x.totals(ctx)
-	for name := range remotes {
+	for name := range x.allTotals() {
 		if q.remote != "" && q.remote != name {
 			continue
 		}
 		err := x.eachEntry(ctx, name, sortKey{}, func(e *indexEntry) bool {
 			a := agedEntry{e.lastAccess.Load(), name, e.hash, e}
-			if a.compareTo(after) > 0 && a.compareTo(youngest) < 0 {
+			if e.mayGo(q.used) && a.compareTo(after) > 0 && a.compareTo(youngest) < 0 {
 				found = append(found, a)
 			}
 			if len(found) >= 2*n {
@@ -463,8 +483,7 @@ func (x *embeddedIndex) saveSnapshot() error {
 	}
 	return x.save(func(add func(payload []byte)) {
 		var payload []byte
-		remotes, _ := x.totals(context.Background())
-		for name := range remotes {
+		for name := range x.allTotals() {
 			_ = x.eachEntry(context.Background(), name, sortKey{}, func(e *indexEntry) bool {
 				payload = e.appendTo(payload[:0], name)
 				add(payload)

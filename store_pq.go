@@ -77,6 +77,44 @@ CREATE TABLE artifactapi_journals (
 COMMENT ON TABLE artifactapi_journals IS 'how far the journal of a replica has been written, in the transaction that wrote it';`,
 }
 
+// sqlIndexes are made by buildIndexes and not by a migration: that takes long on many
+// rows, and no statement needs them. The index artifactapi_files_by_age was for a
+// statement of earlier versions.
+var sqlIndexes = map[string]string{
+	"artifactapi_files_unused": "(last_access, key) WHERE " + sqlIsUnused,
+	"artifactapi_files_used":   "(last_access, key) WHERE " + sqlIsUsed,
+}
+
+// buildIndexes is the step of a background loop. It makes the indexes that are missing,
+// beside writers and on one replica at a time of all schemas: two statements that make a
+// partial index wait for each other. What a replica did not finish is an invalid index:
+// it is dropped and made again.
+func (x *sqlIndex) buildIndexes(ctx context.Context) error {
+	return x.withConn(ctx, time.Hour, func(ctx context.Context, conn *sql.Conn) (err error) {
+		var alone bool
+		err = conn.QueryRowContext(ctx, `SELECT pg_try_advisory_lock($1::integer, 0)`, sqlBuildKey).Scan(&alone)
+		if err != nil || !alone {
+			return err
+		}
+		statements := []string{`SET statement_timeout = 0`}
+		for name, on := range sqlIndexes {
+			var valid sql.NullBool
+			err = errors.Join(err, conn.QueryRowContext(ctx, `SELECT (SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass($1::text))`, name).Scan(&valid))
+			if valid.Bool {
+				continue
+			}
+			statements = append(statements, `DROP INDEX CONCURRENTLY IF EXISTS `+name, `CREATE INDEX CONCURRENTLY `+name+` ON artifactapi_files `+on)
+		}
+		statements = append(statements, `DROP INDEX CONCURRENTLY IF EXISTS artifactapi_files_by_age`, sqlSession, `SELECT pg_advisory_unlock_all()`)
+		for _, s := range statements {
+			if err == nil {
+				_, err = conn.ExecContext(ctx, s)
+			}
+		}
+		return err
+	})
+}
+
 // sqlSettings say where the database is.
 type sqlSettings struct {
 	host, port, user, name, sslmode string
@@ -256,8 +294,8 @@ func isBadData(err error) bool {
 }
 
 // migrate runs the steps that the schema does not have yet. Replicas that start
-// together wait for each other. A schema that is newer than the program stays as it
-// is: see sqlMigrations.
+// together wait for each other. A schema that is newer than the program is refused: its
+// rows may mean what the program does not know.
 func migrate(ctx context.Context, conn *sql.Conn, steps []string) error {
 	return inTransaction(ctx, conn, func(tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, sqlLock, sqlLockKey); err != nil {
@@ -279,6 +317,9 @@ func migrate(ctx context.Context, conn *sql.Conn, steps []string) error {
 		var version int
 		if err := tx.QueryRowContext(ctx, sqlVersion).Scan(&version); err != nil {
 			return err
+		}
+		if version > len(steps) {
+			return fmt.Errorf("its version is %d, and this artifactapi knows %d: run the newer artifactapi that made it", version, len(steps))
 		}
 		for ; version < len(steps); version++ {
 			if _, err := tx.ExecContext(ctx, steps[version]); err != nil {

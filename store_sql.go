@@ -47,9 +47,14 @@ const (
 	// reindexBatch is how many rows reindex reads and writes at a time: a transaction of
 	// them ends within sqlReadTimeout on a slow database.
 	reindexBatch = 500
-	// sqlLockKey is the first half of the advisory lock that migrations hold. The
-	// second half is made of the schema's name.
-	sqlLockKey = 0x61727466
+	// These are the first halves of advisory locks: of migrations, of making indexes and
+	// of evicting. The second half is made of the schema's name.
+	sqlLockKey  = 0x61727466
+	sqlBuildKey = sqlLockKey + 1
+	sqlEvictKey = sqlLockKey + 2
+	// sqlAloneTimeout bounds what a replica does while the others may not: its
+	// transaction must end before idle_in_transaction_session_timeout.
+	sqlAloneTimeout = 5 * time.Second
 )
 
 var _ index = (*sqlIndex)(nil)
@@ -63,6 +68,8 @@ var _ index = (*sqlIndex)(nil)
 // A trigger keeps the totals: counting a million rows takes 0.1 s at best, and
 // sqlTouch spoils the visibility map that would make it fast. The totals of a remote
 // are spread over 16 rows, so that its fills do not wait for each other's commits.
+//
+// sqlIsUnused and sqlIsUsed are the conditions of the partial indexes, too.
 //
 // sqlTouch locks its rows in the order of their keys, so that two replicas that
 // count the same keys do not deadlock. It returns the keys that have a row.
@@ -85,16 +92,22 @@ const (
 		UPDATE artifactapi_files f
 		SET hits = f.hits + uses.hits, last_access = greatest(f.last_access, uses.last)
 		FROM uses JOIN held USING (key) WHERE f.key = uses.key RETURNING f.key`
-	sqlColumns = `SELECT key, remote, spelling, sha256, content_type, class, size, hits, fetched_at, last_access
+	sqlIsUnused = `hits = 0 AND class <> 'local'`
+	sqlIsUsed   = `hits > 0 AND class <> 'local'`
+	sqlColumns  = `SELECT key, remote, spelling, sha256, content_type, class, size, hits, fetched_at, last_access
 		FROM artifactapi_files `
 	sqlByPath = sqlColumns + `WHERE remote = $1 AND (path, key) > ($2, $3) ORDER BY path, key LIMIT $4`
-	sqlByAge  = sqlColumns + `WHERE ($1::text = '' OR remote = $1) AND (last_access, key) > ($2::timestamptz, $3)
+	sqlByAge  = ` AND ($1::text = '' OR remote = $1) AND (last_access, key) > ($2::timestamptz, $3)
 		ORDER BY last_access, key LIMIT $4`
-	sqlTotals     = `SELECT remote, sum(files)::bigint, sum(bytes)::bigint FROM artifactapi_totals GROUP BY remote HAVING sum(files) > 0`
-	sqlPing       = `SELECT pg_is_in_recovery()`
-	sqlLock       = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
-	sqlHasSchema  = `SELECT to_regclass('artifactapi_schema') IS NOT NULL, current_setting('server_encoding')`
-	sqlMakeSchema = `DROP FUNCTION IF EXISTS artifactapi_count(); -- stays when somebody drops the tables
+	sqlUnusedByAge  = sqlColumns + `WHERE ` + sqlIsUnused + sqlByAge
+	sqlUsedByAge    = sqlColumns + `WHERE ` + sqlIsUsed + sqlByAge
+	sqlUnusedTotals = `SELECT remote, count(*), coalesce(sum(size), 0)::bigint FROM artifactapi_files WHERE ` + sqlIsUnused + ` GROUP BY remote`
+	sqlTotals       = `SELECT remote, sum(files)::bigint, sum(bytes)::bigint FROM artifactapi_totals GROUP BY remote HAVING sum(files) > 0`
+	sqlPing         = `SELECT pg_is_in_recovery()`
+	sqlLock         = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
+	sqlTryLock      = `SELECT pg_try_advisory_xact_lock($1::integer, hashtext(current_schema()))`
+	sqlHasSchema    = `SELECT to_regclass('artifactapi_schema') IS NOT NULL, current_setting('server_encoding')`
+	sqlMakeSchema   = `DROP FUNCTION IF EXISTS artifactapi_count(); -- stays when somebody drops the tables
 		CREATE TABLE artifactapi_schema (version integer NOT NULL); INSERT INTO artifactapi_schema VALUES (0)`
 	sqlVersion    = `SELECT version FROM artifactapi_schema`
 	sqlSetVersion = `UPDATE artifactapi_schema SET version = $1`
@@ -380,10 +393,14 @@ func (x *sqlIndex) findByPath(ctx context.Context, q pageQuery, n int) (found []
 	}
 }
 
-// findByAge returns the first n rows by last access.
+// findByAge returns the first n rows that q asks for by last access.
 func (x *sqlIndex) findByAge(ctx context.Context, q pageQuery, n int) ([]indexRow, error) {
 	lastAccess, key := q.startByAge()
-	return queryAll(ctx, x, scanRow, sqlByAge, q.remote, lastAccess, toSQLText(key), n)
+	statement := sqlUnusedByAge
+	if q.used {
+		statement = sqlUsedByAge
+	}
+	return queryAll(ctx, x, scanRow, statement, q.remote, lastAccess, toSQLText(key), n)
 }
 
 // scanRow reads a row of sqlColumns.
@@ -394,15 +411,35 @@ func scanRow(row *sql.Rows) (r indexRow, err error) {
 }
 
 // totals: see index.
-func (x *sqlIndex) totals(ctx context.Context) (map[string]remoteTotal, error) {
-	all := map[string]remoteTotal{}
+func (x *sqlIndex) totals(ctx context.Context, unused bool) (map[string]remoteTotal, error) {
+	all, statement := map[string]remoteTotal{}, sqlTotals
+	if unused {
+		statement = sqlUnusedTotals
+	}
 	_, err := queryAll(ctx, x, func(row *sql.Rows) (name string, err error) {
 		var t remoteTotal
 		err = row.Scan(&name, &t.Files, &t.Bytes)
 		all[name] = t
 		return name, err
-	}, sqlTotals)
+	}, statement)
 	return all, err
+}
+
+// whileAlone runs f unless another replica runs its own at the moment. The context of
+// f ends after sqlAloneTimeout.
+func (x *sqlIndex) whileAlone(ctx context.Context, f func(context.Context)) error {
+	return x.withConn(ctx, sqlAloneTimeout+sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
+		return inTransaction(ctx, conn, func(tx *sql.Tx) error {
+			var alone bool
+			if err := tx.QueryRowContext(ctx, sqlTryLock, sqlEvictKey).Scan(&alone); err != nil || !alone {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(ctx, sqlAloneTimeout)
+			defer cancel()
+			f(ctx)
+			return nil
+		})
+	})
 }
 
 // queryAll runs a statement and returns its rows as scan reads them.
@@ -493,21 +530,26 @@ func hashRow(seed maphash.Seed, r indexRow) uint64 {
 	return maphash.Comparable(seed, r)
 }
 
-// eachRow calls f with all rows, those that were not used for the longest time first. A
-// row that is used meanwhile may come twice.
+// eachRow calls f with all rows. One that is added meanwhile may be left out.
 func (x *sqlIndex) eachRow(ctx context.Context, f func(indexRow) error) error {
-	q := pageQuery{oldest: true, limit: reindexBatch}
-	for more := true; more; more = q.after != "" {
-		p, err := x.listPage(ctx, q)
-		if err != nil {
-			return fmt.Errorf("reading the index: %w", err)
-		}
-		for _, r := range p.rows {
-			if err := f(r); err != nil {
-				return err
+	remotes, err := x.totals(ctx, false)
+	for name := range remotes {
+		q := pageQuery{remote: name, limit: reindexBatch}
+		for more := true; more && err == nil; more = q.after != "" {
+			var p indexPage
+			if p, err = x.listPage(ctx, q); err != nil {
+				break
 			}
+			for _, r := range p.rows {
+				if err := f(r); err != nil {
+					return err
+				}
+			}
+			q.after = p.next
 		}
-		q.after = p.next
+	}
+	if err != nil {
+		return fmt.Errorf("reading the index: %w", err)
 	}
 	return nil
 }

@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -167,9 +168,9 @@ func (c *fakeConn) ask(query string, named []driver.NamedValue) (rows [][]driver
 		}
 	case sqlTouch:
 		rows, err = c.touch(args)
-	case sqlTotals:
-		rows = c.totals()
-	case sqlByPath, sqlByAge:
+	case sqlTotals, sqlUnusedTotals:
+		rows = c.totals(query == sqlUnusedTotals)
+	case sqlByPath, sqlUnusedByAge, sqlUsedByAge:
 		rows = c.page(query, args)
 	default:
 		rows, err = c.keep(query, args)
@@ -241,9 +242,12 @@ func (f *fakePG) touch(a []driver.Value) (known [][]driver.Value, err error) {
 	return known, nil
 }
 
-func (f *fakePG) totals() (rows [][]driver.Value) {
+func (f *fakePG) totals(unused bool) (rows [][]driver.Value) {
 	all := map[string]remoteTotal{}
 	for _, r := range f.rows {
+		if unused && (r.Hits > 0 || r.Class == local) {
+			continue
+		}
 		t := all[r.Remote]
 		all[r.Remote] = remoteTotal{t.Files + 1, t.Bytes + r.Size}
 	}
@@ -254,7 +258,7 @@ func (f *fakePG) totals() (rows [][]driver.Value) {
 }
 
 func (f *fakePG) page(query string, a []driver.Value) (rows [][]driver.Value) {
-	byAge := query == sqlByAge
+	byAge := query != sqlByPath
 	order := func(x, y indexRow) int {
 		if byAge {
 			return cmp.Or(x.LastAccess.Compare(y.LastAccess), strings.Compare(x.Key, y.Key))
@@ -266,6 +270,7 @@ func (f *fakePG) page(query string, a []driver.Value) (rows [][]driver.Value) {
 		path := decodePath(r.Path)
 		switch {
 		case r.Remote != a[0].(string) && !(byAge && a[0] == ""):
+		case byAge && (r.Class == local || (r.Hits > 0) != (query == sqlUsedByAge)):
 		case byAge && cmp.Or(r.LastAccess.Compare(a[1].(time.Time)), strings.Compare(r.Key, a[2].(string))) <= 0:
 		case !byAge && cmp.Or(strings.Compare(path, a[1].(string)), strings.Compare(r.Key, a[2].(string))) <= 0:
 		default:
@@ -429,7 +434,7 @@ func TestSQLChangesWaitInOrder(t *testing.T) {
 	s.save("b")
 	s.wantRows("a")
 	uses := []fileUse{{"r", b.Key, 3, testDay.Add(time.Hour)}}
-	for _, err := range []error{second(s.listPage(t.Context(), pageQuery{remote: "r", limit: 1})), second(s.totals(t.Context())),
+	for _, err := range []error{second(s.listPage(t.Context(), pageQuery{remote: "r", limit: 1})), second(s.totals(t.Context(), false)),
 		second(s.countUses(t.Context(), uses)), s.ping(t.Context())} {
 		if !errors.Is(err, errStoreDown) {
 			t.Errorf("while the database is down: %v", err)
@@ -502,7 +507,7 @@ func TestSQLChangesQueueBehindThoseThatWait(t *testing.T) {
 	r := s.save("a")
 	s.db.set(nil)
 	s.at.Add(10)
-	s.must(second(s.totals(t.Context()))) // up, and not written yet
+	s.must(second(s.totals(t.Context(), false))) // up, and not written yet
 	s.must(s.delete(t.Context(), "r", r.Key))
 	if p, err := s.listPage(t.Context(), pageQuery{remote: "r", limit: 1}); err != nil || p.complete {
 		t.Errorf("a page says that it is complete while rows wait: %v", err)
@@ -544,7 +549,7 @@ func TestSQLStandbyIsDown(t *testing.T) {
 			}
 			for range 3 {
 				for _, ask := range []func() error{
-					func() error { return second(s.totals(t.Context())) }, // which a standby could answer
+					func() error { return second(s.totals(t.Context(), false)) }, // which a standby could answer
 					func() error { return s.writePending(t.Context()) },
 				} {
 					s.at.Add(10)
@@ -879,7 +884,7 @@ func testReindex(t *testing.T, x *sqlIndex) {
 
 // realPG are the settings for a schema of the test's own in a real server,
 // through a wire that can be broken.
-func realPG(t *testing.T) (set sqlSettings, w *wire, db *sql.DB) {
+func realPG(t testing.TB) (set sqlSettings, w *wire, db *sql.DB) {
 	t.Helper()
 	raw := os.Getenv("TEST_POSTGRES")
 	if raw == "" {
@@ -909,7 +914,7 @@ func realPG(t *testing.T) (set sqlSettings, w *wire, db *sql.DB) {
 	return set, w, db
 }
 
-func startSQL(t *testing.T, set sqlSettings) *sqlIndex {
+func startSQL(t testing.TB, set sqlSettings) *sqlIndex {
 	t.Helper()
 	x, err := newSQLIndex(set, time.Now, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -1067,8 +1072,8 @@ func TestPostgresReplicasStartAtOnce(t *testing.T) {
 	}
 }
 
-// A program takes only the steps that are missing, and works on a schema that
-// is newer than itself.
+// A program takes only the steps that are missing, and refuses a schema that is newer
+// than itself: files are served and their rows wait.
 func TestPostgresMigratesStepByStep(t *testing.T) {
 	t.Parallel()
 	set, _, db := realPG(t)
@@ -1076,42 +1081,126 @@ func TestPostgresMigratesStepByStep(t *testing.T) {
 	ix := &indexTester{t, x}
 	ix.save(testRow("r", "a"))
 	next := append(slices.Clone(sqlMigrations), "ALTER TABLE artifactapi_files ADD COLUMN more text")
-	for _, steps := range [][]string{next, next, sqlMigrations} {
+	for range 2 {
 		err := x.withConn(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
-			return migrate(ctx, conn, steps)
+			return migrate(ctx, conn, next)
 		})
 		var version int
 		if err = errors.Join(err, db.QueryRow("SELECT version FROM "+set.schema+".artifactapi_schema").Scan(&version)); err != nil || version != len(next) {
 			t.Errorf("version %d, %v", version, err)
 		}
 	}
-	ix.save(testRow("r", "b"))
+	ix.save(testRow("r", "b")) // a replica that runs goes on
 	ix.wantPaths(pageQuery{remote: "r", limit: 9}, "a", "b")
+	old := startSQL(t, set)
+	_, err := old.totals(t.Context(), false)
+	if !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "run the newer artifactapi") {
+		t.Errorf("a schema from the future: %v", err)
+	}
+	must(t, old.saveRow(t.Context(), testRow("r", "c")))
+	if old.waiting() != 1 {
+		t.Error("the row does not wait")
+	}
+}
+
+// indexes says which indexes of files there are, and whether they can be used.
+func indexes(t *testing.T, set sqlSettings, db *sql.DB) (valid map[string]bool) {
+	t.Helper()
+	rows, err := db.Query(`SELECT c.relname, i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = $1::regclass`, set.schema+".artifactapi_files")
+	must(t, err)
+	defer rows.Close()
+	valid = map[string]bool{}
+	for rows.Next() {
+		var name string
+		var ok bool
+		must(t, rows.Scan(&name, &ok))
+		valid[name] = ok
+	}
+	return valid
+}
+
+// awaitIndexes makes the indexes, as soon as no other test makes its own.
+func (x *sqlIndex) awaitIndexes(t *testing.T, set sqlSettings, db *sql.DB) {
+	t.Helper()
+	awaitThat(t, "indexes", func() bool {
+		must(t, x.buildIndexes(t.Context()))
+		valid := indexes(t, set, db)
+		return valid["artifactapi_files_used"] && valid["artifactapi_files_unused"]
+	})
+}
+
+func TestPostgresIndexesAreMadeBesideWriters(t *testing.T) {
+	t.Parallel()
+	set, _, db := realPG(t)
+	x := startSQL(t, set)
+	want := map[string]bool{"artifactapi_files_pkey": true, "artifactapi_files_by_path": true, "artifactapi_files_by_remote_age": true,
+		"artifactapi_files_unused": true, "artifactapi_files_used": true}
+	for range 2 { // the second time, one is as an interrupted replica leaves it
+		var wg sync.WaitGroup
+		for _, y := range []*sqlIndex{x, startSQL(t, set)} {
+			wg.Go(func() {
+				if err := y.buildIndexes(t.Context()); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		x.awaitIndexes(t, set, db)
+		if got := indexes(t, set, db); !maps.Equal(got, want) {
+			t.Errorf("indexes %v", got)
+		}
+		_, err := db.Exec(`UPDATE pg_index SET indisvalid = false WHERE indexrelid = $1::regclass`, set.schema+".artifactapi_files_used")
+		must(t, err)
+	}
+	var timeout string
+	must(t, x.withConn(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
+		return conn.QueryRowContext(ctx, "SHOW statement_timeout").Scan(&timeout)
+	}))
+	if timeout != "5s" {
+		t.Errorf("the connection is left with a timeout of %s", timeout)
+	}
+}
+
+func TestPostgresOneReplicaEvicts(t *testing.T) {
+	t.Parallel()
+	set, _, _ := realPG(t)
+	a, b := startSQL(t, set), startSQL(t, set)
+	ran := ""
+	must(t, a.whileAlone(t.Context(), func(ctx context.Context) {
+		ran += "a"
+		must(t, b.whileAlone(ctx, func(context.Context) { ran += "b" }))
+	}))
+	must(t, b.whileAlone(t.Context(), func(context.Context) { ran += "c" }))
+	if ran != "ac" {
+		t.Errorf("ran %s, want a and then c", ran)
+	}
 }
 
 // TestPostgresPlans: with many rows no statement may read them all.
 func TestPostgresPlans(t *testing.T) {
 	t.Parallel()
-	set, _, _ := realPG(t)
+	set, _, db := realPG(t)
 	x := startSQL(t, set)
 	err := x.withConn(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
 		_, err := conn.ExecContext(ctx, `SET statement_timeout = 0; INSERT INTO artifactapi_files
 			SELECT r || '/' || lpad(to_hex(i), 16, '0') || '/f', r, 'dir' || i % 100 || '/f' || i, 'f' || i, '', '', '', 1, 0,
 				now() - i * interval '1 second', now() - i * interval '1 second'
-			FROM generate_series(1, 20000) i, unnest(ARRAY['a', 'b', 'c']) r; ANALYZE`)
+			FROM generate_series(1, 20000) i, unnest(ARRAY['a', 'b', 'c']) r; ANALYZE artifactapi_files`)
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
+	x.awaitIndexes(t, set, db)
 	keys := pq.StringArray{"a/0000000000000001/f", "b/0000000000000002/f"}
 	for _, q := range []struct {
 		query, index string
 		args         []any
 	}{
 		{sqlByPath, "artifactapi_files_by_path", []any{"b", "dir5/", "", 1000}},
-		{sqlByAge, "artifactapi_files_by_age", []any{"", testDay, "a", 1000}},
-		{sqlByAge, "artifactapi_files_by_remote_age", []any{"b", testDay, "a", 1000}},
+		{sqlUnusedByAge, "artifactapi_files_unused", []any{"", testDay, "a", 1000}},
+		{sqlUsedByAge, "artifactapi_files_used", []any{"", testDay, "a", 1000}},
+		{sqlUnusedByAge, "artifactapi_files_", []any{"b", testDay, "a", 1000}},
 		{sqlDelete, "artifactapi_files_pkey", []any{keys[0], false, testDay}},
 		{sqlTouch, "artifactapi_files_pkey", []any{keys, pq.Int64Array{1, 2}, pq.StringArray{"2024-01-01", "2024-01-01"}}},
 		{sqlTotals, "", nil},
@@ -1158,7 +1247,7 @@ func TestPostgresOutage(t *testing.T) {
 	ix.save(testRow("r", "a"))
 	w.cut()
 	ix.save(testRow("r", "b"))
-	if _, err := x.totals(t.Context()); !errors.Is(err, errStoreDown) {
+	if _, err := x.totals(t.Context(), false); !errors.Is(err, errStoreDown) {
 		t.Errorf("totals: %v", err)
 	}
 	x.delete(t.Context(), "r", testKey("a"))
@@ -1194,7 +1283,7 @@ func TestPostgresThatNeverAnswers(t *testing.T) {
 	ix.save(testRow("r", "a"))
 	for name, ask := range map[string]func(context.Context) error{
 		"a ping":      x.ping,
-		"a statement": func(ctx context.Context) error { return second(x.totals(ctx)) },
+		"a statement": func(ctx context.Context) error { return second(x.totals(ctx, false)) },
 		"the middle of a transaction": func(ctx context.Context) error {
 			return x.withConn(ctx, sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
 				return inTransaction(ctx, conn, func(tx *sql.Tx) error {
@@ -1227,7 +1316,7 @@ func TestPostgresThatNeverAnswers(t *testing.T) {
 	within(t, sqlWriteTimeout+time.Second, func() { ix.save(testRow("r", "b")) })
 	within(t, 100*time.Millisecond, func() {
 		ix.save(testRow("r", "c"))
-		if _, err := x.totals(t.Context()); !errors.Is(err, errStoreDown) {
+		if _, err := x.totals(t.Context(), false); !errors.Is(err, errStoreDown) {
 			t.Errorf("totals: %v", err)
 		}
 	})
@@ -1282,7 +1371,7 @@ func TestPostgresTotalsBesideManyWriters(t *testing.T) {
 		want.Files++
 		want.Bytes += r.Size
 	}
-	got, terr := x.totals(t.Context())
+	got, terr := x.totals(t.Context(), false)
 	if err != nil || terr != nil || got["r"] != want {
 		t.Errorf("totals %v, want %v; %v, %v", got["r"], want, err, terr)
 	}
@@ -1325,5 +1414,65 @@ func TestPostgresOddValues(t *testing.T) {
 		if _, err := x.listPage(t.Context(), q); err != nil {
 			t.Errorf("%+v: %v", q, err)
 		}
+	}
+}
+
+// BenchmarkIndexPage reads pages of a million rows, in memory and, with TEST_POSTGRES,
+// in PostgreSQL. A page of a listing has to take less than 50 ms.
+func BenchmarkIndexPage(b *testing.B) {
+	const rows = 1_000_000
+	b.Run("embedded", func(b *testing.B) {
+		x := newTestIndex(b, b.TempDir(), newTestDisk(b))
+		r := testRow("r", "f")
+		for i := range rows {
+			r.Path = fmt.Sprintf("dir%d/file%d", i%100, i)
+			r.Key, r.Hits, r.LastAccess = storageKey("r", r.Path), int64(i%2), testDay.Add(time.Duration(i)*time.Second)
+			must(b, x.saveRow(b.Context(), r))
+		}
+		benchPages(b, x)
+	})
+	b.Run("PostgreSQL", func(b *testing.B) {
+		set, _, _ := realPG(b)
+		x := startSQL(b, set)
+		must(b, x.withConn(b.Context(), 5*time.Minute, func(ctx context.Context, conn *sql.Conn) error {
+			_, err := conn.ExecContext(ctx, fmt.Sprintf(`SET statement_timeout = 0; ALTER TABLE artifactapi_files DISABLE TRIGGER USER;
+				INSERT INTO artifactapi_totals VALUES ('r', 0, %[2]d, %[2]d); INSERT INTO artifactapi_files
+				SELECT 'r/' || lpad(to_hex(i), 16, '0') || '/f', 'r', 'dir' || i %% 100 || '/file' || i, 'dir' || i %% 100 || '/file' || i, '', '', 'immutable', 1, i %% 2,
+					to_timestamp(%[1]d), to_timestamp(%[1]d + i) FROM generate_series(1, %[2]d) i; ANALYZE artifactapi_files; SET statement_timeout = '5s'`, testDay.Unix(), rows))
+			return err
+		}), x.buildIndexes(b.Context()))
+		benchPages(b, x)
+	})
+}
+
+func benchPages(b *testing.B, x index) {
+	middle := strconv.FormatInt(testDay.Add(500_000*time.Second).UnixNano(), 10)
+	for _, c := range []struct {
+		name string
+		q    pageQuery
+	}{
+		{"First", pageQuery{remote: "r", limit: 1000}},
+		{"Middle", pageQuery{remote: "r", limit: 1000, after: "dir50/file5"}},
+		{"Prefix", pageQuery{remote: "r", prefix: "dir50/", limit: 1000}},
+		{"Path", pageQuery{remote: "r", prefix: "dir50/file50", limit: 1000}}, // what purges one path
+		{"Unused", pageQuery{oldest: true, limit: 1000}},
+		{"Used", pageQuery{oldest: true, used: true, after: middle, limit: 1000}},
+		{"UnusedOfRemote", pageQuery{remote: "r", oldest: true, after: middle, limit: 1000}},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if p, err := x.listPage(b.Context(), c.q); err != nil || len(p.rows) < 100 {
+					b.Fatal(len(p.rows), err)
+				}
+			}
+		})
+	}
+	for name, unused := range map[string]bool{"Totals": false, "UnusedTotals": true} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				must(b, second(x.totals(b.Context(), unused)))
+			}
+		})
 	}
 }

@@ -113,20 +113,20 @@ func (d *diskStore) newSpool() (*os.File, error) {
 }
 
 // freeSpace returns the space that this process may still fill, and the size of the
-// file system, both in bytes. Before DATA_DIR exists, they are those of the file
-// system that it will be made on.
-func (d *diskStore) freeSpace() (free, size uint64, err error) {
+// file system. Before DATA_DIR exists, they are those of the file system that it will
+// be made on.
+func (d *diskStore) freeSpace() (diskUsage, error) {
 	var st syscall.Statfs_t
 	dir := d.dir
-	err = syscall.Statfs(dir, &st)
+	err := syscall.Statfs(dir, &st)
 	for errors.Is(err, fs.ErrNotExist) && dir != filepath.Dir(dir) {
 		dir = filepath.Dir(dir)
 		err = syscall.Statfs(dir, &st)
 	}
 	if err != nil {
-		return 0, 0, storeError("reading the free space", err)
+		return diskUsage{}, storeError("reading the free space", err)
 	}
-	return uint64(st.Bavail) * uint64(st.Bsize), uint64(st.Blocks) * uint64(st.Bsize), nil
+	return diskUsage{free: room{int64(st.Bavail) * int64(st.Bsize), int64(st.Ffree)}, size: room{int64(st.Blocks) * int64(st.Bsize), int64(st.Files)}}, nil
 }
 
 // lockData makes this process the owner of DATA_DIR until Close, and reports whether

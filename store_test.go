@@ -524,7 +524,7 @@ func testIndexEmpty(x *indexTester) {
 	x.wantPaths(pageQuery{remote: "r", limit: 10})
 	x.wantPaths(pageQuery{limit: 10, oldest: true})
 	x.wantPaths(pageQuery{remote: "r", prefix: "a", after: "b", limit: 1})
-	if got, err := x.totals(x.t.Context()); err != nil || len(got) != 0 {
+	if got, err := x.totals(x.t.Context(), false); err != nil || len(got) != 0 {
 		x.t.Errorf("totals %v, %v", got, err)
 	}
 }
@@ -657,7 +657,7 @@ func testIndexUses(x *indexTester) {
 	x.count()
 	r.Hits, r.LastAccess = 5, late
 	x.wantRow(r)
-	x.wantPaths(pageQuery{limit: 10, oldest: true}, "f")
+	x.wantPaths(pageQuery{limit: 10, oldest: true, used: true}, "f")
 }
 
 func testIndexUnknownUses(x *indexTester) {
@@ -686,7 +686,7 @@ func testIndexUnknownUses(x *indexTester) {
 func testIndexTotals(x *indexTester) {
 	want := func(want map[string]remoteTotal) {
 		x.t.Helper()
-		if got, err := x.totals(x.t.Context()); err != nil || !maps.Equal(got, want) {
+		if got, err := x.totals(x.t.Context(), false); err != nil || !maps.Equal(got, want) {
 			x.t.Errorf("totals %v, %v; want %v", got, err, want)
 		}
 	}
@@ -718,14 +718,23 @@ func testIndexOldest(x *indexTester) {
 		x.wantPaths(pageQuery{oldest: true, remote: "r", limit: limit}, even...)
 	}
 	x.countUses(x.t.Context(), []fileUse{{"r", storageKey("r", all[0]), 1, testDay.Add(time.Hour)}})
-	x.wantPaths(pageQuery{oldest: true, limit: 50}, append(all[1:], all[0])...)
+	upload := testRow("l", "upload")
+	upload.Class, upload.Hits = local, 3
+	x.save(upload) // never goes
+	x.wantPaths(pageQuery{oldest: true, limit: 50}, all[1:]...)
+	x.wantPaths(pageQuery{oldest: true, used: true, limit: 50}, all[0])
+	x.wantPaths(pageQuery{oldest: true, used: true, remote: "s", limit: 50})
+	totals, err := x.totals(x.t.Context(), true)
+	if r, s := totals["r"], totals["s"]; err != nil || r.Files != 14 || s.Files != 15 || r.Bytes == 0 || totals["l"].Files != 0 {
+		x.t.Errorf("unused %v, %v", totals, err)
+	}
 	for _, name := range []string{"t", "u"} { // both have the same time
 		for _, p := range variants(5) {
 			x.save(testRow(name, p))
 		}
 	}
-	if got := x.paths(pageQuery{oldest: true, limit: 3}); len(got) != 40 {
-		x.t.Errorf("%d rows, want 40", len(got))
+	if got := x.paths(pageQuery{oldest: true, limit: 3}); len(got) != 39 {
+		x.t.Errorf("%d rows, want 39", len(got))
 	}
 }
 
