@@ -384,8 +384,12 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 // do not match must match an immutable pattern, if r has any, or the error is a
 // problem that wraps errDenied. For docker a mutable pattern allows nothing, because
 // immutable_patterns there say which images may be pulled. A path that ends in a
-// slash is a listing and so mutable.
+// slash is a listing and so mutable. A name that is its own hash is allowed and
+// immutable, whatever the patterns say.
 func (r *remote) classifyPath(path string) (c class, builtin bool, err error) {
+	if _, own := r.digestInName(path); own {
+		return immutable, false, nil
+	}
 	builtin = matchesAny(r.builtin, path)
 	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, path)) // allowed without an immutable pattern
 	switch {

@@ -55,7 +55,7 @@ func (file fileRequest) newUpstreamRequest(method string, header http.Header) up
 	if file.accept != "" {
 		h.Set("Accept", file.accept)
 	}
-	return upstreamRequest{remote: file.remote, method: method, wire: file.wire, header: h, scope: file.scope}
+	return upstreamRequest{remote: file.remote, method: method, wire: file.wire, header: h, scope: file.scope, digest: file.digest}
 }
 
 // statusError is the error that a client gets for a status of upstream's other than

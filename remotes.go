@@ -83,6 +83,8 @@ func (r remote) Format(s fmt.State, _ rune) { io.WriteString(s, r.name) }
 type origin struct {
 	url  *url.URL // scheme, host and escaped base path without a slash at its end
 	auth bool     // gets the remote's credentials and headers; always true for base_url
+	// verified: asked only for bodies whose digest is known, so that it need not be trusted.
+	verified bool
 }
 
 // config is a whole remotes.yaml. It is not changed after parseConfig.
@@ -307,7 +309,7 @@ func storageKey(remote, spelling string) string {
 // so that the extension stays. The result never begins with a dot, as the names of
 // our own files do, and is never empty.
 func appendFilename(to []byte, spelling string) []byte {
-	path, _, _ := strings.Cut(spelling, "?")
+	path := trimSuffixes(spelling)
 	last := path[strings.LastIndexByte(path, '/')+1:]
 	start := len(to)
 	for i := 0; i < len(last); {
@@ -339,9 +341,23 @@ func trimEmptySegments(path string) string {
 	return path
 }
 
-// decodePath returns the decoded path of a spelling, without its query.
+// trimSuffixes returns a spelling without its query, and without the hash behind "#"
+// that a file has which a root names (namedSpelling). Neither sign is in a path's
+// spelling as it is.
+func trimSuffixes(spelling string) string {
+	if i := strings.IndexAny(spelling, "?#"); i >= 0 {
+		return spelling[:i]
+	}
+	return spelling
+}
+
+// namedSpelling is the spelling under which a file is stored that a root names, by
+// its content: each generation has its own, and they do not push each other out.
+func namedSpelling(spelling, sum string) string { return spelling + "#" + sum }
+
+// decodePath returns the decoded path of a spelling, without query and hash.
 func decodePath(spelling string) string {
-	path, _, _ := strings.Cut(spelling, "?")
+	path := trimSuffixes(spelling)
 	if decoded, err := url.PathUnescape(path); err == nil {
 		return decoded
 	}

@@ -49,6 +49,7 @@ var remoteKeys = []remoteKey{
 	{name: "mirrors", onType: "remote", defaultText: "none", set: setMirrors, publicValue: publicMirrors},
 	{name: "mirrors.url", onType: "remote", defaultText: "required"},
 	{name: "mirrors.auth", onType: "remote", defaultText: "false"},
+	{name: "mirrors.verified", onType: "remote", defaultText: "false"},
 	{name: "immutable_patterns", defaultText: "everything is allowed", field: func(r *remote) any { return &r.immutable }},
 	{name: "mutable_patterns", defaultText: "none beside the built-in ones", field: func(r *remote) any { return &r.mutable }},
 	{name: "check_mutable_updates", onType: "remote", defaultText: "false", field: func(r *remote) any { return &r.checkMutable }},
@@ -69,17 +70,33 @@ var remoteKeys = []remoteKey{
 }
 
 // builtinPatterns are the mutable patterns of each package; its keys are all
-// packages that there are. The pattern for repodata begins with plain text although
-// (^|/) would be more exact: with a literal prefix it is ten times as fast, and it is
-// tried on every request. A path that it matches by mistake is only revalidated more
-// often.
+// packages that there are. They begin with plain text although (^|/) would be more
+// exact: with a literal prefix a pattern is ten times as fast, and all are tried on
+// every request. A path that one matches by mistake is only revalidated more often.
 var builtinPatterns = map[string][]*regexp.Regexp{
 	"generic": nil,
-	"alpine":  {regexp.MustCompile(`APKINDEX\.tar\.gz$`)},
+	"alpine":  {regexp.MustCompile(`APKINDEX\.tar\.gz$`), regexp.MustCompile(`packages\.adb$`)},
 	"rpm": {
-		regexp.MustCompile(`repomd\.xml$`),
-		regexp.MustCompile(`repodata/.*\.(?:xml|sqlite|yaml|asc|txt)(?:\.(?:gz|bz2|xz|zst|zck|lzma))?$`),
+		regexp.MustCompile(`repomd\.xml(?:\.key)?$`),
+		regexp.MustCompile(`repodata/.*\.(?:xml|sqlite|ya?ml|asc|txt)(?:\.(?:gz|bz2|xz|zst|zck|lzma))?$`),
+		regexp.MustCompile(`repodata/(?:.*-)?productid(?:\.(?:gz|bz2|xz|zst))?$`),
 		regexp.MustCompile(`Packages\.gz$`),
+		regexp.MustCompile(`media\.1/media$`),
+		regexp.MustCompile(`\.treeinfo$`),
+		regexp.MustCompile(`RPM-GPG-KEY-[^/]+$`),
+		regexp.MustCompile(`mirrorlist$`),
+		regexp.MustCompile(`content$`),
+	},
+	"deb": {
+		regexp.MustCompile(`Release(?:\.gpg)?$`), // InRelease too
+		regexp.MustCompile(`Packages(?:\.(?:gz|xz|bz2|lzma|zst))?$`),
+		regexp.MustCompile(`Sources(?:\.(?:gz|xz|bz2|lzma|zst))?$`),
+		regexp.MustCompile(`Index(?:\.(?:gz|xz|bz2|lzma|zst))?$`),
+		regexp.MustCompile(`Contents-[^/]+$`),
+		regexp.MustCompile(`Translation-[^/]+$`),
+		regexp.MustCompile(`Components-[^/]+$`),
+		regexp.MustCompile(`Commands-[^/]+$`),
+		regexp.MustCompile(`icons-[0-9x@]+\.tar(?:\.(?:gz|xz|bz2|lzma|zst))?$`),
 	},
 	// A reference with a colon is a digest and immutable; a tag has no colon (OCI
 	// distribution spec, "Pulling manifests").
@@ -89,6 +106,32 @@ var builtinPatterns = map[string][]*regexp.Regexp{
 		regexp.MustCompile(`/referrers/[^/]+$`),
 	},
 }
+
+// digestInName returns the digest that the name of a file of metadata promises, as
+// sha256:HEX or sha512:HEX. Such a file cannot change, and its bytes can be verified.
+// own without a digest is a file below by-hash/ whose hash is too weak to verify.
+func (r *remote) digestInName(path string) (digest string, own bool) {
+	dir, name := path[:strings.LastIndexByte(path, '/')+1], path[strings.LastIndexByte(path, '/')+1:]
+	switch {
+	case r.local || name == "":
+	case r.packageType == "rpm" && strings.HasSuffix("/"+dir, "/repodata/"):
+		if sum, _, cut := strings.Cut(name, "-"); cut && isHex(sum, 64) {
+			return "sha256:" + sum, true
+		}
+	case r.packageType == "deb" && strings.Contains("/"+dir, "/by-hash/"):
+		if strings.HasSuffix(dir, "/SHA256/") && isHex(name, 64) {
+			return "sha256:" + name, true
+		}
+		if strings.HasSuffix(dir, "/SHA512/") && isHex(name, 128) {
+			return "sha512:" + name, true
+		}
+		return "", true
+	}
+	return "", false
+}
+
+// isHex reports whether s is n digits of lower-case hexadecimal.
+func isHex(s string, n int) bool { return len(s) == n && strings.Trim(s, "0123456789abcdef") == "" }
 
 // reservedNames are the first path elements of our own endpoints. A remote must not
 // have such a name, which would be confused with the endpoint in logs and metrics.
@@ -125,20 +168,20 @@ func setPackage(c *configReader, r *remote, n *yaml.Node) {
 		r.packageType = s
 		return
 	case ok:
-		c.addValueError(n, "must be generic, alpine, rpm or docker, not %.40q: use generic for others, with mutable_patterns for their index files", n.Value)
+		c.addValueError(n, "must be generic, alpine, deb, rpm or docker, not %.40q: use generic for others, with mutable_patterns for their index files", n.Value)
 	}
 	c.typeUnknown = true
 }
 
 // setBaseURL reads base_url. It is read before mirrors, so it is the first origin.
 func setBaseURL(c *configReader, r *remote, n *yaml.Node) {
-	r.origins = append(r.origins, origin{c.readURL(n, false), true})
+	r.origins = append(r.origins, origin{url: c.readURL(n, false), auth: true})
 }
 
-// setMirrors reads a list of URLs, or of mappings with url and auth.
+// setMirrors reads a list of URLs, or of mappings with url, auth and verified.
 func setMirrors(c *configReader, r *remote, n *yaml.Node) {
 	if n.Kind != yaml.SequenceNode {
-		c.addValueError(n, "must be a list of URLs or of {url: URL, auth: true}")
+		c.addValueError(n, "must be a list of URLs or of {url: URL, auth: true, verified: true}")
 	}
 	for _, item := range n.Content {
 		c.key = "mirrors"
@@ -147,9 +190,12 @@ func setMirrors(c *configReader, r *remote, n *yaml.Node) {
 		if item.Kind == yaml.MappingNode {
 			fields := map[string]yamlField{}
 			c.collectKeys(item, "mirrors.", fields)
-			if f, ok := fields["mirrors.auth"]; ok {
-				c.key = "mirrors.auth"
-				c.readField(f.value, 0, &o.auth)
+			for _, c.key = range []string{"mirrors.auth", "mirrors.verified"} {
+				if f, ok := fields[c.key]; ok && c.key == "mirrors.auth" {
+					c.readField(f.value, 0, &o.auth)
+				} else if ok {
+					c.readField(f.value, 0, &o.verified)
+				}
 			}
 			c.key = "mirrors.url"
 			if urlNode = fields["mirrors.url"].value; urlNode == nil {
@@ -283,14 +329,14 @@ func (r *remote) typeName() string {
 	return "remote"
 }
 
-// publicMirrors returns the mirrors with their auth, or nil if there are none.
+// publicMirrors returns the mirrors with their keys, or nil if there are none.
 func publicMirrors(r *remote) any {
 	if len(r.origins) == 1 {
 		return nil
 	}
 	var list []map[string]any
 	for _, o := range r.origins[1:] {
-		list = append(list, map[string]any{"url": o.url.String(), "auth": o.auth})
+		list = append(list, map[string]any{"url": o.url.String(), "auth": o.auth, "verified": o.verified})
 	}
 	return list
 }

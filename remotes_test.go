@@ -241,6 +241,7 @@ func TestConfigWithEveryKey(t *testing.T) {
 		{"mirror's auth", f.origins[1].auth, false},
 		{"second mirror", f.origins[2].url.String(), "https://two.example.org/m"},
 		{"second mirror's auth", f.origins[2].auth, true},
+		{"mirrors that are only good for verified bodies", fmt.Sprint(f.origins[1].verified, f.origins[2].verified, f.origins[3].verified), "false false true"},
 		{"description", f.description, "2024-01-02"},
 		{"patterns", fmt.Sprint(f.immutable, f.mutable), `[\.bin$ \.bin$ ^\d+$] [index$]`},
 		{"username", f.username, "joe$"},
@@ -776,5 +777,37 @@ func BenchmarkResolve(b *testing.B) {
 				_ = t.key()
 			}
 		})
+	}
+}
+
+func TestNamesThatAreTheirHash(t *testing.T) {
+	t.Parallel()
+	hex := strings.Repeat("0123456789abcdef", 4)
+	hex512 := strings.Repeat("0123456789abcdef", 8)
+	c := mustParse(t, "remotes:\n"+
+		"  deb: {base_url: 'http://a', package: deb, immutable_patterns: ['^pool/'], mutable_patterns: ['by-hash', 'repodata']}\n"+
+		"  rpm: {base_url: 'http://a', package: rpm, immutable_patterns: ['rpm$'], mutable_patterns: ['by-hash', 'repodata']}\n"+
+		"  own: {type: local, package: deb, immutable_patterns: ['^pool/']}\n")
+	for _, tt := range []struct {
+		remote, path, digest string
+		class                class
+	}{
+		{"deb", "dists/t/main/by-hash/SHA256/" + hex, "sha256:" + hex, immutable},
+		{"deb", "by-hash/SHA512/" + hex512, "sha512:" + hex512, immutable},
+		{"deb", "dists/t/by-hash/MD5Sum/" + hex[:32], "", immutable},
+		{"deb", "dists/t/by-hash/SHA256/x", "", immutable},
+		{"deb", "repodata/" + hex + "-primary.xml.gz", "", mutable},
+		{"deb", "pool/a.deb", "", immutable},
+		{"rpm", "a/repodata/" + hex + "-primary.xml.gz", "sha256:" + hex, immutable},
+		{"rpm", "repodata/" + hex + "-primary.xml.gz", "sha256:" + hex, immutable},
+		{"rpm", "repodata/" + hex[1:] + "-primary.xml.gz", "", mutable},
+		{"rpm", "x/by-hash/SHA256/" + hex, "", mutable},
+		{"own", "by-hash/SHA256/" + hex, "", ""},
+	} {
+		class, builtin, err := c.remotes[tt.remote].classifyPath(tt.path)
+		digest, _ := c.remotes[tt.remote].digestInName(tt.path)
+		if class != tt.class || digest != tt.digest || (err != nil) != (tt.class == "") || (class == immutable && builtin) {
+			t.Errorf("%s %s: class %q, digest %q, %v", tt.remote, tt.path, class, digest, err)
+		}
 	}
 }

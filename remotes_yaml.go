@@ -243,6 +243,15 @@ func (c *configReader) readRemote(k, v *yaml.Node) *remote {
 		c.addError(k.Line, "image names are in lower case, so the name of a docker remote must be too: rename it to %q", strings.ToLower(r.name))
 	}
 	r.builtin = builtinPatterns[r.packageType]
+	if r.packageType == "deb" && !r.local {
+		// apt asks often, for large files, and for many that are not there.
+		if _, given := fields["check_builtin_updates"]; !given {
+			r.checkBuiltin = true
+		}
+		if _, given := fields["negative_ttl"]; !given {
+			r.negativeTTL = time.Minute
+		}
+	}
 	return r
 }
 

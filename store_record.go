@@ -143,6 +143,3 @@ func isHash(s string) bool { return isHex(s, 16) }
 
 // isSHA256 reports whether s can be the sha256 of a record.
 func isSHA256(s string) bool { return isHex(s, 64) }
-
-// isHex reports whether s is n digits of lower-case hexadecimal.
-func isHex(s string, n int) bool { return len(s) == n && strings.Trim(s, "0123456789abcdef") == "" }

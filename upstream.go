@@ -104,6 +104,7 @@ type upstreamRequest struct {
 	header  http.Header // Accept, Range, If-Range, If-None-Match and so on; never changed
 	scope   string      // the scope of the registry token; "" if none is needed
 	hasCopy bool        // a stored copy can be served instead: no retries, at most copyTimeout for an attempt
+	digest  string      // that the body must have; mirrors that are only good for such bodies are asked too
 	first   int         // the index in remote.origins that is asked first; the others follow in order
 }
 
@@ -200,10 +201,12 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 // first may come from another replica whose configuration has more mirrors.
 func (req upstreamRequest) originOrder() []int {
 	var order []int
-	for i := range req.remote.origins {
-		if i == req.first {
+	for i, o := range req.remote.origins {
+		switch {
+		case o.verified && req.digest == "":
+		case i == req.first:
 			order = slices.Insert(order, 0, i)
-		} else {
+		default:
 			order = append(order, i)
 		}
 	}

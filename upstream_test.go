@@ -52,7 +52,7 @@ func newUpstreamTesterOver(t *testing.T, rt roundTrip, origins ...string) *upstr
 	a.u.version = "test"
 	for i, s := range origins {
 		s, auth := strings.CutPrefix(s, "auth ")
-		a.r.origins = append(a.r.origins, origin{mustURL(t, s), auth || i == 0})
+		a.r.origins = append(a.r.origins, origin{url: mustURL(t, s), auth: auth || i == 0})
 	}
 	t.Cleanup(a.u.Close)
 	return a
@@ -1586,13 +1586,13 @@ func TestRealmTrust(t *testing.T) {
 		{"https://plain.example/v2", "http://configured.example/token", false},
 		{"https://plain.example/v2", "https://configured.example/other", false},
 	} {
-		r := &remote{origins: []origin{{mustURL(t, c.base), true}}, tokenRealm: mustURL(t, "https://configured.example/token")}
+		r := &remote{origins: []origin{{url: mustURL(t, c.base), auth: true}}, tokenRealm: mustURL(t, "https://configured.example/token")}
 		if got := r.trustsRealm(mustURL(t, c.realm)); got != c.want {
 			t.Errorf("%s trusts %s: %v; want %v", c.base, c.realm, got, c.want)
 		}
 	}
 	for _, auth := range []bool{false, true} { // a mirror's own realm
-		r := &remote{origins: []origin{{mustURL(t, "https://r.base.example"), true}, {mustURL(t, "https://r.mirror.example"), auth}}}
+		r := &remote{origins: []origin{{url: mustURL(t, "https://r.base.example"), auth: true}, {url: mustURL(t, "https://r.mirror.example"), auth: auth}}}
 		if got := r.trustsRealm(mustURL(t, "https://auth.mirror.example/token")); got != auth {
 			t.Errorf("the realm of a mirror with auth %v is trusted: %v", auth, got)
 		}
