@@ -366,7 +366,8 @@ func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) list
 	e := listedArtifact{Path: decodePath(row.Path), Key: row.Key, Size: row.Size, SHA256: row.SHA256,
 		ContentType: contentTypeOf(decodePath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
 		LastAccess: row.LastAccess.UTC(), Hits: row.Hits, Class: row.Class, Fresh: true}
-	path, query, hasQuery := strings.Cut(row.Path, "?")
+	path := trimSuffixes(row.Path)
+	_, query, hasQuery := strings.Cut(row.Path, "?")
 	if hasQuery {
 		sum := sha256.Sum256([]byte(query))
 		e.Variant = hex.EncodeToString(sum[:8])
@@ -445,7 +446,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	w.quiet = true // Prometheus asks several times a minute
 	health := a.health()
 	g := gauges{version: a.version, started: a.started, configLoaded: health.configLoaded, configRejected: health.Configuration != "",
-		backends: map[string]bool{}, stored: map[string]storedSize{}}
+		backends: map[string]bool{}, stored: map[string]storedSize{}, held: a.cache.generations.heldRoots(a.config())}
 	for name, state := range health.Backends {
 		g.backends[name] = state != "down"
 	}

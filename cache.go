@@ -227,6 +227,7 @@ type cache struct {
 	changing     keyedLock                     // keys that are being put or purged
 	uses         useCounts
 	announcer    *announcer
+	generations  *generations
 	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
 }
 
@@ -253,6 +254,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
+	c.generations = newGenerations(c, clock)
 	return c
 }
 
@@ -452,6 +454,9 @@ const maxLookAgains = 3
 // findOrFetch finds or fetches a file and returns what to send. The caller closes its
 // body.
 func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange) (*fileReply, error) {
+	if file.behavior == nil && file.mayHaveRoot() {
+		return c.generations.findOrFetch(ctx, file, rng)
+	}
 	key := file.key()
 	// A fill may end between a lookup that misses and the next fill: then the
 	// store has the file after all, and the next fill looks again.
@@ -519,6 +524,9 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 	} else if c.upstream.isDown(ctx, file.remote) {
 		c.countUse(file.remote.name, key)
 		return cp.staleReply("unreachable"), false, nil
+	} else if c.generations.isHeld(&file, key) {
+		c.countUse(file.remote.name, key)
+		return cp.staleReply("agreeing"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)
 	reply, again, err = f.awaitReply(ctx, leads, rng, cp)

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io/fs"
 	"regexp"
-	"strings"
 )
 
 // purgeFile removes key from the store; fs.ErrNotExist when nothing was there. A
@@ -24,7 +23,7 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 	return c.removeFile(ctx, remote, key)
 }
 
-// purgePath removes the file of t and all its query variants, and returns how many
+// purgePath removes the file of t, all its query variants and generations, and returns how many
 // files that were.
 func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
 	switch err := c.purgeFile(ctx, t.remote.name, t.key()); {
@@ -38,8 +37,7 @@ func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error)
 		return purged, err
 	}
 	variants, err := c.purgeRows(ctx, pageQuery{remote: t.remote.name, prefix: t.path}, func(row indexRow) bool {
-		spelling, _, hasQuery := strings.Cut(row.Path, "?")
-		return hasQuery && spelling == t.spelling
+		return row.Path != t.spelling && trimSuffixes(row.Path) == t.spelling
 	})
 	return purged + variants, err
 }

@@ -245,6 +245,9 @@ func (f *fillRun) run() {
 	}
 	f.applyToOldCopy(outcome)
 	f.end(outcome)
+	if errors.Is(outcome.err, errDigest) {
+		f.c.generations.askAfterMismatch(&f.file)
+	}
 }
 
 // waitForSlot waits for a place among the remote's fills: as long as a client
@@ -474,6 +477,7 @@ func (f *fillRun) runOutOfSpace(err error) fillOutcome {
 // completeFill is the last step of a body that is all there: it is verified,
 // published and stored. A store that fails takes nothing from the clients.
 func (f *fillRun) completeFill() fillOutcome {
+	f.freeSlot() // what follows may fetch other files of the remote
 	rec := *f.rec
 	if err := f.spool.hash.verifyDigest(f.file.digest); err != nil {
 		f.c.metrics.countUpstreamError(f.file.remote.name, "digest")
@@ -500,7 +504,7 @@ func (f *fillRun) completeFill() fillOutcome {
 // publishBody lets all that wait have the whole body. The remote has a place for
 // another fill from now on.
 func (f *fillRun) publishBody(rec *record) {
-	f.freeSlot()
+	f.freeSlot() // of a fill that followed another replica's
 	f.spool.complete()
 	f.mu.Lock()
 	defer f.mu.Unlock()

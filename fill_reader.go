@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"strconv"
+	"time"
 )
 
 const (
@@ -27,6 +28,12 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 			cp.body.Close()
 		}
 	}()
+	var enough <-chan time.Time
+	if cp != nil && f.file.rulesOthers() {
+		t := time.NewTimer(maxAgreeingWait)
+		defer t.Stop()
+		enough = t.C
+	}
 	written, size := f.progress()
 	lateComer := !leads && written == size // the body was all there before this client was
 	for {
@@ -49,9 +56,31 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 		}
 		select {
 		case <-changed:
+		case <-enough:
+			f.leave()
+			f.c.countUse(f.file.remote.name, f.key)
+			return cp.staleReply("agreeing"), false, nil
 		case <-ctx.Done():
 			f.leave()
 			return nil, false, context.Cause(ctx)
+		}
+	}
+}
+
+// awaitEnd waits until the fill has ended, and leaves it.
+func (f *fill) awaitEnd(ctx context.Context) (fillOutcome, error) {
+	defer f.leave()
+	for {
+		f.mu.Lock()
+		phase, outcome, changed := f.phase, f.outcome, f.changed.next()
+		f.mu.Unlock()
+		if phase == phaseDone {
+			return outcome, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fillOutcome{}, context.Cause(ctx)
 		}
 	}
 }
@@ -62,6 +91,8 @@ func (f *fill) canAnswer(hasCopy bool) bool {
 	switch {
 	case f.phase == phaseDone:
 		return f.outcome.kind == outcomeBody
+	case f.file.rulesOthers():
+		return false // not before it is stored
 	case f.phase >= phaseComplete:
 		return true
 	case f.phase < phaseFilling || f.file.needsWholeBody:
@@ -142,6 +173,9 @@ func (file fileRequest) staleReason(err error) string {
 	}
 	if errors.Is(err, errFillQueueFull) {
 		return "crowded"
+	}
+	if errors.Is(err, errAgreeing) {
+		return "agreeing"
 	}
 	status, _ := errors.AsType[*upstreamStatus](err)
 	switch {

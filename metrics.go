@@ -79,6 +79,7 @@ type gauges struct {
 	configRejected bool
 	backends       map[string]bool       // whether storage, database and redis can be used
 	stored         map[string]storedSize // by remote
+	held           map[string]int64      // generations that are held, by remote
 }
 
 // storedSize is how much of one remote is stored.
@@ -196,6 +197,8 @@ func (m *metrics) writeExposition(w io.Writer, g gauges) error {
 		"remote", g.stored, func(s storedSize) float64 { return float64(s.Bytes) })
 	writeFamily(e, "artifactapi_stored_files", "gauge", "Files stored.",
 		"remote", g.stored, func(s storedSize) float64 { return float64(s.Files) })
+	writeFamily(e, "artifactapi_held_generations", "gauge", "New metadata that is held back until the upstream has all of its files.",
+		"remote", g.held, func(n int64) float64 { return float64(n) })
 	_, err := w.Write(e.text.Bytes())
 	return err
 }

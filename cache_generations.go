@@ -1,0 +1,392 @@
+// cache_generations.go: metadata that agrees. A stored root and the files that it names
+// are a generation; clients see one generation at a time, whatever upstream publishes
+// in the middle of it. Replacing the stored root is what publishes the next one, here
+// and on every replica.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"path"
+	"strings"
+	"time"
+)
+
+const (
+	// rootPause is how long a root is left alone after a try that failed, or after it
+	// was asked out of turn.
+	rootPause = time.Minute
+	// maxHold ends a hold: what is missing for so long does not come any more.
+	maxHold = 24 * time.Hour
+	// maxAgreeingWait is how long clients of a root wait for its successor.
+	maxAgreeingWait = 10 * time.Second
+)
+
+// errAgreeing: upstream has a new root, but not all of the files that clients need with
+// it.
+var errAgreeing = errors.New("the metadata of the upstream does not agree yet")
+
+// generations finds what stored roots name, and publishes new roots. Its methods may be
+// called concurrently.
+type generations struct {
+	c      *cache
+	parsed *lru[*rootNames]               // by key and SHA-256
+	asked  *boundedMap[string, struct{}]  // keys of roots that were asked out of turn
+	tried  *boundedMap[string, struct{}]  // keys of roots whose successor could not be published just now
+	held   *boundedMap[string, time.Time] // since when the successors of roots are held, by key
+	locks  keyedLock                      // folders whose root is being published
+}
+
+func newGenerations(c *cache, now func() time.Time) *generations {
+	return &generations{
+		c:      c,
+		parsed: newLRU[*rootNames](parsedRootsBudget, 0),
+		asked:  newBoundedMap[string, struct{}](maxRemembered, now),
+		tried:  newBoundedMap[string, struct{}](maxRemembered, now),
+		held:   newBoundedMap[string, time.Time](maxRemembered, now),
+	}
+}
+
+// rootDownload is the behavior of a root: it is published only when what it names is
+// there.
+type rootDownload struct {
+	download
+	g      *generations
+	root   target
+	folder string
+}
+
+// signatureDownload is the behavior of the signature in a file of its own of the root
+// with a SHA-256.
+type signatureDownload struct {
+	download
+	g      *generations
+	root   target
+	sum    string
+	before string // SHA-256 of the signature of another root, which this one is not; may be ""
+}
+
+// namedDownload is the behavior of a file that a root names, or whose name is its own
+// hash.
+type namedDownload struct {
+	download
+	g      *generations
+	file   target      // as the client named it
+	root   *storedRoot // nil: it is looked up when it is needed
+	size   int64       // 0: not known
+	byName string      // the wire path where upstream does not have the first one; "": none is known
+}
+
+// rulesOthers reports whether the file must be in the store before a client has it: the
+// client asks for other files next, and the store says which are right.
+func (file *fileRequest) rulesOthers() bool {
+	switch file.behavior.(type) {
+	case *rootDownload, *signatureDownload:
+		return true
+	}
+	return false
+}
+
+// findOrFetch is cache.findOrFetch for a file that a root may name.
+func (g *generations) findOrFetch(ctx context.Context, file fileRequest, rng byteRange) (*fileReply, error) {
+	for again := false; ; again = true {
+		req, root := g.resolve(ctx, file)
+		if named, ok := req.behavior.(*namedDownload); ok && rng.head && named.byName != "" {
+			req.wire = named.byName // a HEAD has no second way
+		}
+		reply, err := g.c.findOrFetch(ctx, req, rng)
+		if again || root == nil || !isOutdated(err) || !g.askAgain(ctx, root) {
+			if _, isRoot := req.behavior.(*rootDownload); isRoot && err == nil && !strings.HasSuffix(reply.cacheStatus, "agreeing") {
+				g.endHold(req.key())
+			}
+			return reply, err
+		}
+	}
+}
+
+// isOutdated reports whether upstream's answer says that it is in another generation.
+func isOutdated(err error) bool {
+	status, _ := errors.AsType[*upstreamStatus](err)
+	return (status != nil && status.isGone()) || errors.Is(err, errDigest) || errors.Is(err, errAgreeing)
+}
+
+// resolve returns the request for what file is in the stored generation, and the root
+// that says so; nil if none does.
+func (g *generations) resolve(ctx context.Context, file fileRequest) (fileRequest, *storedRoot) {
+	file.behavior = download{}
+	if digest, own := file.remote.digestInName(file.path); own {
+		if digest != "" {
+			file.digest, file.remote = digest, file.remote.keepingImmutable()
+			file.behavior = &namedDownload{g: g, file: file.target}
+		}
+		return file, nil
+	}
+	if strings.Contains(file.spelling, "?") {
+		return file, nil
+	}
+	for _, folder := range file.rootFolders() {
+		for _, t := range file.remote.rootsIn(folder) {
+			if t.spelling == file.spelling {
+				file.behavior = &rootDownload{g: g, root: file.target, folder: folder}
+				return file, nil
+			}
+			root := g.openRoot(ctx, folder, t)
+			if root == nil {
+				continue
+			}
+			if signatureOf(t) == file.spelling {
+				return g.signatureRequest(root, ""), root
+			}
+			if name, found := root.nameOf(&file.target, ""); found && len(file.spelling)+65 <= maxSpelling {
+				return g.namedRequest(ctx, root, name), root
+			}
+		}
+	}
+	return file, nil
+}
+
+// keepingImmutable is r without immutable_ttl, for files that cannot change.
+func (r *remote) keepingImmutable() *remote {
+	if r.immutableTTL == 0 {
+		return r
+	}
+	kept := *r
+	kept.immutableTTL = 0
+	return &kept
+}
+
+// signatureRequest is the request for the signature of exactly that root.
+func (g *generations) signatureRequest(root *storedRoot, before string) fileRequest {
+	t := target{remote: root.remote.keepingImmutable(), class: immutable}
+	t.wire = signatureOf(root.target)
+	t.path, t.spelling = decodePath(t.wire), namedSpelling(t.wire, root.sum)
+	return fileRequest{target: t, behavior: &signatureDownload{g: g, root: root.target, sum: root.sum, before: before}}
+}
+
+// requestsFor are the requests for a file of the root in all ways that clients may
+// use: by name, then by hash.
+func (g *generations) requestsFor(root *storedRoot, name string) []fileRequest {
+	f := root.files[name]
+	t := target{remote: root.remote.keepingImmutable(), path: decodePath(root.folder) + name, spelling: root.folder + f.spelling, class: immutable}
+	t.wire = t.spelling
+	byName := fileRequest{target: t, digest: "sha256:" + f.sha256}
+	if _, own := t.remote.digestInName(t.path); !own {
+		byName.spelling = namedSpelling(t.spelling, f.sha256)
+	}
+	if !root.byHash {
+		byName.behavior = &namedDownload{g: g, file: t, root: root, size: f.size}
+		return []fileRequest{byName}
+	}
+	byHash := t
+	byHash.spelling = t.spelling[:strings.LastIndexByte(t.spelling, '/')+1] + "by-hash/SHA256/" + f.sha256
+	byHash.path, byHash.wire = decodePath(byHash.spelling), byHash.spelling
+	byName.wire = byHash.wire // upstream may be past this generation by name
+	behavior := &namedDownload{g: g, file: t, root: root, size: f.size, byName: t.spelling}
+	byName.behavior = behavior
+	requests := []fileRequest{byName, {target: byHash, digest: byName.digest, behavior: behavior}}
+	if f.sha512 != "" {
+		byHash.spelling = strings.Replace(byHash.spelling, "SHA256/"+f.sha256, "SHA512/"+f.sha512, 1)
+		byHash.path, byHash.wire = decodePath(byHash.spelling), byHash.spelling
+		requests = append(requests, fileRequest{target: byHash, digest: "sha512:" + f.sha512, behavior: behavior})
+	}
+	return requests
+}
+
+// namedRequest is the request for a file of the root by its name. A copy with the same
+// bytes from before there was a root is as good.
+func (g *generations) namedRequest(ctx context.Context, root *storedRoot, name string) fileRequest {
+	req := g.requestsFor(root, name)[0]
+	if g.openRecord(ctx, req.target) == nil {
+		plain := req
+		plain.spelling = trimSuffixes(req.spelling)
+		if rec := g.openRecord(ctx, plain.target); rec != nil && rec.SHA256 == root.files[name].sha256 {
+			return plain
+		}
+	}
+	return req
+}
+
+// openRecord returns the record of a stored file, or nil.
+func (g *generations) openRecord(ctx context.Context, t target) *record {
+	obj, err := g.c.objects.open(ctx, t.key(), -1)
+	if err != nil || obj.rec.Path != t.spelling {
+		return nil
+	}
+	return obj.rec
+}
+
+// requestBody asks by hash first and by name second: upstream keeps what it has by hash
+// for some generations. What has another size than the root says need not be read.
+func (n *namedDownload) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
+	resp, err := n.requestSized(ctx, up, req)
+	if err != nil && !errors.Is(err, errDigest) {
+		return nil, err
+	}
+	if err == nil && resp.StatusCode != http.StatusNotFound && resp.StatusCode != http.StatusGone && resp.StatusCode != http.StatusForbidden {
+		return resp, nil
+	}
+	if byName := n.findName(ctx); byName != "" && byName != req.wire {
+		resp.discardBody()
+		req.wire = byName
+		return n.requestSized(ctx, up, req)
+	}
+	return resp, err
+}
+
+// requestSized asks for the file; a body of another size is errDigest.
+func (n *namedDownload) requestSized(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
+	resp, err := up.send(ctx, req)
+	if err == nil && resp.StatusCode == http.StatusOK && n.size > 0 && resp.ContentLength >= 0 && resp.ContentLength != n.size {
+		err = fmt.Errorf("%w: it has %d bytes, the root says %d", errDigest, resp.ContentLength, n.size)
+		resp.discardBody()
+		return nil, err
+	}
+	return resp, err
+}
+
+// findName returns the wire path by name of a file that was asked for by hash.
+func (n *namedDownload) findName(ctx context.Context) string {
+	if n.byName != "" || n.root != nil {
+		return n.byName
+	}
+	digest, _ := n.file.remote.digestInName(n.file.path)
+	for _, folder := range n.file.rootFolders() {
+		if root := n.g.rulingRoot(ctx, n.file.remote, folder); root != nil {
+			if name, found := root.nameOf(&n.file, digest); found {
+				return root.folder + root.files[name].spelling
+			}
+		}
+	}
+	return ""
+}
+
+// isNamed reports whether a stored root names the file that is stored under a spelling.
+func (g *generations) isNamed(ctx context.Context, r *remote, spelling string) bool {
+	plain, sum, _ := strings.Cut(spelling, "#")
+	t := target{remote: r, path: decodePath(plain), spelling: plain}
+	if !t.mayHaveRoot() {
+		return false
+	}
+	digest, own := r.digestInName(t.path)
+	for _, folder := range t.rootFolders() {
+		for _, at := range r.rootsIn(folder) {
+			root := g.openRoot(ctx, folder, at)
+			if root == nil {
+				continue
+			}
+			if name, found := root.nameOf(&t, digest); (found && (own || root.files[name].sha256 == sum)) || root.sum == sum {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// askAgain asks upstream for a root whatever its TTL, but not often, and reports whether
+// there is another one by now.
+func (g *generations) askAgain(ctx context.Context, root *storedRoot) (changed bool) {
+	key := root.key()
+	if _, asked := g.asked.get(key); !asked || g.c.fills.isFilling(key) {
+		g.asked.putFor(key, struct{}{}, rootPause)
+		expired := *root.remote
+		expired.mutableTTL = 0
+		file := fileRequest{target: root.target, behavior: &rootDownload{g: g, root: root.target, folder: root.folder}}
+		file.remote = &expired
+		if reply, err := g.c.findOrFetch(ctx, file, byteRange{head: true}); err == nil {
+			reply.body.Close()
+		}
+	}
+	now := g.openRoot(ctx, root.folder, root.target)
+	return now != nil && now.sum != root.sum
+}
+
+// askAfterMismatch asks for the root of a file whose clients have been cut off already,
+// because it turned out to be of another generation.
+func (g *generations) askAfterMismatch(file *fileRequest) {
+	if n, ok := file.behavior.(*namedDownload); ok && n.root != nil {
+		g.c.fills.running.Go(func() { g.askAgain(g.c.ctx, n.root) })
+	}
+}
+
+// fetchFile brings a file into the store, unless it is there.
+func (g *generations) fetchFile(ctx context.Context, file fileRequest) error {
+	for range maxLookAgains {
+		ended := g.c.fills.ended.Load()
+		if g.openRecord(ctx, file.target) != nil {
+			return nil
+		}
+		f, _ := g.c.joinFill(file.key(), file, nil, ended)
+		outcome, err := f.awaitEnd(ctx)
+		switch {
+		case err != nil:
+			return err
+		case outcome.kind == outcomeNoSpool:
+			return errNoSpace
+		case outcome.kind == outcomeFailed:
+			return outcome.err
+		}
+	}
+	return errStoreDown // it was fetched and is not there
+}
+
+// heldRoots counts the roots whose successors are held, for each remote that may have
+// any.
+func (g *generations) heldRoots(cfg *config) map[string]int64 {
+	counts := map[string]int64{}
+	for name, r := range cfg.remotes {
+		if !r.local && (r.packageType == "rpm" || r.packageType == "deb") {
+			counts[name] = 0
+		}
+	}
+	for _, key := range g.held.keys() {
+		name, _, _ := strings.Cut(key, "/")
+		if _, known := counts[name]; known {
+			counts[name]++
+		}
+	}
+	return counts
+}
+
+// isHeld reports whether the successor of a root could not be published just now.
+func (g *generations) isHeld(file *fileRequest, key string) bool {
+	if _, isRoot := file.behavior.(*rootDownload); !isRoot {
+		return false
+	}
+	_, tried := g.tried.get(key)
+	return tried
+}
+
+// hold keeps next from being published while files are missing: its error is
+// errAgreeing. It is nil once that has lasted for too long.
+func (g *generations) hold(key string, old, next *storedRoot, missing []string) error {
+	now := g.c.now()
+	since, held := g.held.get(key)
+	if !held {
+		since = now
+	}
+	if !old.validUntil.IsZero() && !now.Before(old.validUntil) || now.Sub(since) >= maxHold {
+		g.c.log.Warn("new metadata is published without some of its files, because clients cannot use the old one any more",
+			"remote", next.remote.name, "path", next.path, "missing", missing)
+		return nil
+	}
+	if !held {
+		g.held.put(key, now)
+		g.c.log.Warn("new metadata is held back until the upstream has all of its files: clients get the old generation",
+			"remote", next.remote.name, "path", next.path, "missing", missing)
+	}
+	g.tried.putFor(key, struct{}{}, rootPause)
+	return &problem{status: http.StatusServiceUnavailable, cause: errAgreeing, retryAfter: rootPause,
+		detail: fmt.Sprintf("the upstream of remote %q is changing its metadata: %s is not complete yet", next.remote.name, path.Base(next.path))}
+}
+
+// endHold is called when a root is published, or turned out to be upstream's again.
+func (g *generations) endHold(key string) {
+	if since, held := g.held.get(key); held {
+		g.held.delete(key)
+		g.tried.delete(key)
+		g.c.log.Info("metadata agrees again", "key", key, "after", g.c.now().Sub(since))
+	}
+}
