@@ -227,6 +227,7 @@ type cache struct {
 	changing     keyedLock                     // keys that are being put or purged
 	uses         useCounts
 	announcer    *announcer
+	warnedOf     *boundedMap[string, struct{}] // remotes of which an index was stored for ever
 	generations  *generations
 	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
 }
@@ -254,6 +255,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
+	c.warnedOf = newBoundedMap[string, struct{}](maxRemembered, nil)
 	c.generations = newGenerations(c, clock)
 	return c
 }

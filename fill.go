@@ -525,6 +525,7 @@ func (f *fillRun) store() {
 	}
 	if f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file, false) == nil { // it has logged its failure
 		f.c.refreshMark(f.c.ctx, f.file.target, rec)
+		warnOfIndex(&f.fill, rec)
 	}
 	f.mu.Lock()
 	purged := f.fate == fatePurgedElsewhere

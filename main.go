@@ -135,8 +135,14 @@ func checkConfig(set *settings, args []string, env lookupEnv, stdout io.Writer) 
 		return err
 	}
 	fmt.Fprintf(stdout, "%s: valid, %d remotes\n", name, len(cfg.names))
+	for _, r := range cfg.unwatchedRemotes() {
+		fmt.Fprintf(stdout, "%s: warning: remote %q: %s\n", name, r, unwatchedWarning)
+	}
 	return nil
 }
+
+// unwatchedWarning is what config.unwatchedRemotes are told.
+const unwatchedWarning = "it has no mutable_patterns, so what is stored is never looked at again: list its index files there"
 
 // loadConfig reads and parses the configuration file name. env gives the
 // variables that the file uses as ${VAR}.
@@ -598,6 +604,9 @@ func (s *server) reloadConfig() {
 
 // useConfig puts cfg into force.
 func (s *server) useConfig(cfg *config) {
+	for _, r := range cfg.unwatchedRemotes() {
+		s.log.Warn(unwatchedWarning, "remote", r)
+	}
 	s.config.Store(cfg)
 	s.loaded.Store(time.Now().Unix())
 }
