@@ -33,11 +33,17 @@ var errAgreeing = errors.New("the metadata of the upstream does not agree yet")
 // called concurrently.
 type generations struct {
 	c      *cache
-	parsed *lru[*rootNames]               // by key and SHA-256
-	asked  *boundedMap[string, struct{}]  // keys of roots that were asked out of turn
-	tried  *boundedMap[string, struct{}]  // keys of roots whose successor could not be published just now
-	held   *boundedMap[string, time.Time] // since when the successors of roots are held, by key
-	locks  keyedLock                      // folders whose root is being published
+	parsed *lru[*rootNames]              // by key and SHA-256
+	asked  *boundedMap[string, struct{}] // keys of roots that were asked out of turn
+	tried  *boundedMap[string, struct{}] // keys of roots whose successor could not be published just now
+	held   *boundedMap[string, heldRoot] // roots whose successors are held, by key
+	locks  keyedLock                     // folders whose root is being published
+}
+
+// heldRoot is a root whose successor is held, and since when.
+type heldRoot struct {
+	sum   string
+	since time.Time
 }
 
 func newGenerations(c *cache, now func() time.Time) *generations {
@@ -46,7 +52,7 @@ func newGenerations(c *cache, now func() time.Time) *generations {
 		parsed: newLRU[*rootNames](parsedRootsBudget, 0),
 		asked:  newBoundedMap[string, struct{}](maxRemembered, now),
 		tried:  newBoundedMap[string, struct{}](maxRemembered, now),
-		held:   newBoundedMap[string, time.Time](maxRemembered, now),
+		held:   newBoundedMap[string, heldRoot](maxRemembered, now),
 	}
 }
 
@@ -59,13 +65,11 @@ type rootDownload struct {
 	folder string
 }
 
-// signatureDownload is the behavior of the signature in a file of its own of the root
-// with a SHA-256.
+// signatureDownload is the behavior of a root's signature in a file of its own.
 type signatureDownload struct {
 	download
 	g      *generations
-	root   target
-	sum    string
+	root   *storedRoot
 	before string // SHA-256 of the signature of another root, which this one is not; may be ""
 }
 
@@ -90,19 +94,36 @@ func (file *fileRequest) rulesOthers() bool {
 	return false
 }
 
-// findOrFetch is cache.findOrFetch for a file that a root may name.
+// findOrFetch is cache.findOrFetch for a file that a root may name. Where upstream turns
+// out to be in another generation the root is asked, and if that publishes a new one the
+// file is answered under it.
 func (g *generations) findOrFetch(ctx context.Context, file fileRequest, rng byteRange) (*fileReply, error) {
 	for again := false; ; again = true {
-		req, root := g.resolve(ctx, file)
-		if named, ok := req.behavior.(*namedDownload); ok && rng.head && named.byName != "" {
+		req := g.resolve(ctx, file)
+		named, isNamed := req.behavior.(*namedDownload)
+		if isNamed && rng.head && named.byName != "" {
 			req.wire = named.byName // a HEAD has no second way
 		}
 		reply, err := g.c.findOrFetch(ctx, req, rng)
-		if again || root == nil || !isOutdated(err) || !g.askAgain(ctx, root) {
-			if _, isRoot := req.behavior.(*rootDownload); isRoot && err == nil && !strings.HasSuffix(reply.cacheStatus, "agreeing") {
-				g.endHold(req.key())
+		if err == nil {
+			g.noteReply(&req, reply)
+			return reply, nil
+		}
+		changed := false
+		if signature, ok := req.behavior.(*signatureDownload); ok && errors.Is(err, errAgreeing) {
+			changed = g.askAgain(ctx, signature.root, true)
+		} else if isNamed && isOutdated(err) {
+			if root, _ := named.findRoot(ctx); root != nil {
+				changed = g.askAgain(ctx, root, false)
 			}
-			return reply, err
+		}
+		switch {
+		case changed && !again:
+		case isNamed && errors.Is(err, errDigest):
+			return nil, &problem{status: http.StatusBadGateway, cause: err,
+				detail: fmt.Sprintf("the upstream of remote %q has other bytes under this name than its metadata says", file.remote.name)}
+		default:
+			return nil, err
 		}
 	}
 }
@@ -110,42 +131,41 @@ func (g *generations) findOrFetch(ctx context.Context, file fileRequest, rng byt
 // isOutdated reports whether upstream's answer says that it is in another generation.
 func isOutdated(err error) bool {
 	status, _ := errors.AsType[*upstreamStatus](err)
-	return (status != nil && status.isGone()) || errors.Is(err, errDigest) || errors.Is(err, errAgreeing)
+	return (status != nil && status.isGone()) || errors.Is(err, errDigest)
 }
 
-// resolve returns the request for what file is in the stored generation, and the root
-// that says so; nil if none does.
-func (g *generations) resolve(ctx context.Context, file fileRequest) (fileRequest, *storedRoot) {
+// resolve returns the request for what file is in the stored generation.
+func (g *generations) resolve(ctx context.Context, file fileRequest) fileRequest {
 	file.behavior = download{}
 	if digest, own := file.remote.digestInName(file.path); own {
 		if digest != "" {
 			file.digest, file.remote = digest, file.remote.keepingImmutable()
 			file.behavior = &namedDownload{g: g, file: file.target}
 		}
-		return file, nil
+		return file
 	}
 	if strings.Contains(file.spelling, "?") {
-		return file, nil
+		return file
 	}
 	for _, folder := range file.rootFolders() {
 		for _, t := range file.remote.rootsIn(folder) {
 			if t.spelling == file.spelling {
 				file.behavior = &rootDownload{g: g, root: file.target, folder: folder}
-				return file, nil
+				return file
 			}
 			root := g.openRoot(ctx, folder, t)
 			if root == nil {
 				continue
 			}
 			if signatureOf(t) == file.spelling {
-				return g.signatureRequest(root, ""), root
+				return g.signatureRequest(root, "")
 			}
 			if name, found := root.nameOf(&file.target, ""); found && len(file.spelling)+65 <= maxSpelling {
-				return g.namedRequest(ctx, root, name), root
+				return g.namedRequest(ctx, root, name)
 			}
 		}
 	}
-	return file, nil
+	return file
 }
 
 // keepingImmutable is r without immutable_ttl, for files that cannot change.
@@ -163,12 +183,12 @@ func (g *generations) signatureRequest(root *storedRoot, before string) fileRequ
 	t := target{remote: root.remote.keepingImmutable(), class: immutable}
 	t.wire = signatureOf(root.target)
 	t.path, t.spelling = decodePath(t.wire), namedSpelling(t.wire, root.sum)
-	return fileRequest{target: t, behavior: &signatureDownload{g: g, root: root.target, sum: root.sum, before: before}}
+	return fileRequest{target: t, behavior: &signatureDownload{g: g, root: root, before: before}}
 }
 
 // requestsFor are the requests for a file of the root in all ways that clients may
 // use: by name, then by hash.
-func (g *generations) requestsFor(root *storedRoot, name string) []fileRequest {
+func (root *storedRoot) requestsFor(name string, g *generations) []fileRequest {
 	f := root.files[name]
 	t := target{remote: root.remote.keepingImmutable(), path: decodePath(root.folder) + name, spelling: root.folder + f.spelling, class: immutable}
 	t.wire = t.spelling
@@ -198,7 +218,7 @@ func (g *generations) requestsFor(root *storedRoot, name string) []fileRequest {
 // namedRequest is the request for a file of the root by its name. A copy with the same
 // bytes from before there was a root is as good.
 func (g *generations) namedRequest(ctx context.Context, root *storedRoot, name string) fileRequest {
-	req := g.requestsFor(root, name)[0]
+	req := root.requestsFor(name, g)[0]
 	if g.openRecord(ctx, req.target) == nil {
 		plain := req
 		plain.spelling = trimSuffixes(req.spelling)
@@ -249,47 +269,36 @@ func (n *namedDownload) requestSized(ctx context.Context, up *upstream, req upst
 
 // findName returns the wire path by name of a file that was asked for by hash.
 func (n *namedDownload) findName(ctx context.Context) string {
-	if n.byName != "" || n.root != nil {
+	if n.root != nil {
 		return n.byName
+	}
+	if root, name := n.findRoot(ctx); root != nil {
+		return root.folder + root.files[name].spelling
+	}
+	return ""
+}
+
+// findRoot returns the stored root that names the file, and its name there.
+func (n *namedDownload) findRoot(ctx context.Context) (*storedRoot, string) {
+	if n.root != nil {
+		return n.root, ""
 	}
 	digest, _ := n.file.remote.digestInName(n.file.path)
 	for _, folder := range n.file.rootFolders() {
 		if root := n.g.rulingRoot(ctx, n.file.remote, folder); root != nil {
 			if name, found := root.nameOf(&n.file, digest); found {
-				return root.folder + root.files[name].spelling
+				return root, name
 			}
 		}
 	}
-	return ""
+	return nil, ""
 }
 
-// isNamed reports whether a stored root names the file that is stored under a spelling.
-func (g *generations) isNamed(ctx context.Context, r *remote, spelling string) bool {
-	plain, sum, _ := strings.Cut(spelling, "#")
-	t := target{remote: r, path: decodePath(plain), spelling: plain}
-	if !t.mayHaveRoot() {
-		return false
-	}
-	digest, own := r.digestInName(t.path)
-	for _, folder := range t.rootFolders() {
-		for _, at := range r.rootsIn(folder) {
-			root := g.openRoot(ctx, folder, at)
-			if root == nil {
-				continue
-			}
-			if name, found := root.nameOf(&t, digest); (found && (own || root.files[name].sha256 == sum)) || root.sum == sum {
-				return true
-			}
-		}
-	}
-	return false
-}
-
-// askAgain asks upstream for a root whatever its TTL, but not often, and reports whether
-// there is another one by now.
-func (g *generations) askAgain(ctx context.Context, root *storedRoot) (changed bool) {
+// askAgain asks upstream for a root whatever its TTL, but not often unless it must be,
+// and reports whether there is another one by now.
+func (g *generations) askAgain(ctx context.Context, root *storedRoot, must bool) (changed bool) {
 	key := root.key()
-	if _, asked := g.asked.get(key); !asked || g.c.fills.isFilling(key) {
+	if _, asked := g.asked.get(key); must || !asked || g.c.fills.isFilling(key) {
 		g.asked.putFor(key, struct{}{}, rootPause)
 		expired := *root.remote
 		expired.mutableTTL = 0
@@ -306,8 +315,12 @@ func (g *generations) askAgain(ctx context.Context, root *storedRoot) (changed b
 // askAfterMismatch asks for the root of a file whose clients have been cut off already,
 // because it turned out to be of another generation.
 func (g *generations) askAfterMismatch(file *fileRequest) {
-	if n, ok := file.behavior.(*namedDownload); ok && n.root != nil {
-		g.c.fills.running.Go(func() { g.askAgain(g.c.ctx, n.root) })
+	if n, ok := file.behavior.(*namedDownload); ok {
+		g.c.fills.running.Go(func() {
+			if root, _ := n.findRoot(g.c.ctx); root != nil {
+				g.askAgain(g.c.ctx, root, false)
+			}
+		})
 	}
 }
 
@@ -361,19 +374,22 @@ func (g *generations) isHeld(file *fileRequest, key string) bool {
 
 // hold keeps next from being published while files are missing: its error is
 // errAgreeing. It is nil once that has lasted for too long.
-func (g *generations) hold(key string, old, next *storedRoot, missing []string) error {
+func (g *generations) hold(ctx context.Context, key string, old, next *storedRoot, missing []string) error {
 	now := g.c.now()
-	since, held := g.held.get(key)
+	h, held := g.held.get(key)
 	if !held {
-		since = now
+		h.since = now
+		if rec := g.openRecord(ctx, next.target); rec != nil {
+			h.sum = rec.SHA256
+		}
 	}
-	if !old.validUntil.IsZero() && !now.Before(old.validUntil) || now.Sub(since) >= maxHold {
+	if !old.validUntil.IsZero() && !now.Before(old.validUntil) || now.Sub(h.since) >= maxHold {
 		g.c.log.Warn("new metadata is published without some of its files, because clients cannot use the old one any more",
 			"remote", next.remote.name, "path", next.path, "missing", missing)
 		return nil
 	}
 	if !held {
-		g.held.put(key, now)
+		g.held.put(key, h)
 		g.c.log.Warn("new metadata is held back until the upstream has all of its files: clients get the old generation",
 			"remote", next.remote.name, "path", next.path, "missing", missing)
 	}
@@ -382,11 +398,23 @@ func (g *generations) hold(key string, old, next *storedRoot, missing []string) 
 		detail: fmt.Sprintf("the upstream of remote %q is changing its metadata: %s is not complete yet", next.remote.name, path.Base(next.path))}
 }
 
-// endHold is called when a root is published, or turned out to be upstream's again.
+// noteReply ends the hold of a root if upstream has gone back to it, or if another
+// replica has published its successor.
+func (g *generations) noteReply(file *fileRequest, reply *fileReply) {
+	if _, isRoot := file.behavior.(*rootDownload); !isRoot {
+		return
+	}
+	key := file.key()
+	if h, held := g.held.get(key); held && (reply.result == "REVALIDATED" || reply.hashKnown && reply.rec.SHA256 != h.sum) {
+		g.endHold(key)
+	}
+}
+
+// endHold is called when the successor of a root is published or not wanted any more.
 func (g *generations) endHold(key string) {
-	if since, held := g.held.get(key); held {
+	if h, held := g.held.get(key); held {
 		g.held.delete(key)
 		g.tried.delete(key)
-		g.c.log.Info("metadata agrees again", "key", key, "after", g.c.now().Sub(since))
+		g.c.log.Info("metadata agrees again", "key", key, "after", g.c.now().Sub(h.since))
 	}
 }

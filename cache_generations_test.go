@@ -271,6 +271,29 @@ func TestRootIsAskedWhenItsFileIsGone(t *testing.T) {
 	a.wantRequests("HEAD "+a.root, 1) // once a minute, and it was asked just before
 }
 
+func TestRootIsAskedWhenAFileByHashIsGone(t *testing.T) {
+	t.Parallel()
+	a := rpmArchive(t)
+	a.publish(rpmHashed("one"))
+	a.getRoot().wantMiss()
+	name := slices.Sorted(maps.Keys(a.files))[0]
+	a.publish(rpmHashed("two"))
+	a.get(a.in(name)).wantStatus(404)
+	a.getRoot().wantHit().wantBody(a.release(a))
+}
+
+// Bytes of the right length show their age only at their end.
+func TestRootIsAskedAfterAMismatch(t *testing.T) {
+	t.Parallel()
+	a := rpmArchive(t)
+	a.publish(map[string]string{"repodata/primary.xml.gz": noise(1, 200<<10)})
+	a.getRoot().wantMiss()
+	a.publish(map[string]string{"repodata/primary.xml.gz": noise(2, 200<<10)})
+	a.get(a.in("repodata/primary.xml.gz")).wantAborted()
+	a.awaitAhead()
+	a.wantGeneration(a.release(a), a.files)
+}
+
 func TestOtherBytesAreNeverServed(t *testing.T) {
 	t.Parallel()
 	for name, keys := range map[string][]string{"upstream's": nil, "a mirror's": {"mirrors: [{url: 'MIRROR', verified: true}]"}} {
@@ -291,7 +314,8 @@ func TestOtherBytesAreNeverServed(t *testing.T) {
 				mirror.file(a.folder+packagesGz, wrong)
 				mirror.file(a.root, "Origin: mirror\n")
 			}
-			a.get(a.in(packagesGz)).wantDetail(502, "")
+			a.get(a.in(packagesGz)).wantDetail(502, "other bytes")
+			a.wantStored("dists/t/"+packagesGz, false)
 			if keys != nil {
 				mirror.file(a.folder+packagesGz, "packages one")
 				a.get(a.in(packagesGz)).wantStatus(200).wantBody("packages one")
@@ -544,6 +568,47 @@ func TestFlatRepository(t *testing.T) {
 	a.advance(61 * time.Second)
 	a.getRoot().wantFrom("cache", agreeing)
 	a.wantGeneration(old, map[string]string{"Packages.gz": "packages one"})
+}
+
+func TestHoldSurvivesAnOutage(t *testing.T) {
+	t.Parallel()
+	a := rpmArchive(t)
+	a.publish(rpmFiles("one"))
+	a.wantGeneration(a.release(a), a.files)
+	a.publish(rpmFiles("two"), "repodata/primary.xml.gz")
+	a.advance(61 * time.Second)
+	a.getRoot().wantFrom("cache", agreeing)
+	a.down()
+	a.advance(61 * time.Second)
+	a.getRoot().wantStale()
+	a.getRoot().wantHit() // as after any outage
+	a.upAgain()
+	if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != 1 {
+		t.Errorf("%d roots are held, want 1", n)
+	}
+	a.publish(rpmFiles("one")) // upstream takes it back
+	a.advance(61 * time.Second)
+	a.getRoot().wantStatus(200).wantBody(a.release(a))
+	if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != 0 {
+		t.Errorf("%d roots are held, want none", n)
+	}
+}
+
+func TestNamesOfStoredFiles(t *testing.T) {
+	archives(t, func(t *testing.T, a *testArchive, one, two map[string]string) {
+		path := strings.TrimPrefix(a.root, "/")
+		text := a.release(a)
+		names := readMetadataNames(path, []byte(text))
+		page, err := a.cache.index.listPage(t.Context(), pageQuery{remote: "r", limit: 100})
+		if err != nil || len(page.rows) != 1+len(one) {
+			t.Fatalf("%d rows, %v", len(page.rows), err)
+		}
+		for _, row := range page.rows {
+			if row.Path != path && !slices.Contains(names, row.Path) {
+				t.Errorf("%s is stored, and not among %v", row.Path, names)
+			}
+		}
+	})
 }
 
 func TestRootsAreRead(t *testing.T) {

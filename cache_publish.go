@@ -81,7 +81,7 @@ func (p *publication) publish(ctx context.Context) error {
 	}
 	slices.Sort(p.missing)
 	if len(p.missing) > 0 {
-		if err := g.hold(key, p.old, p.next, p.missing); err != nil {
+		if err := g.hold(ctx, key, p.old, p.next, p.missing); err != nil {
 			return err
 		}
 	}
@@ -123,8 +123,8 @@ func (p *publication) fetchSuccessors(ctx context.Context) {
 }
 
 func (p *publication) fetchSuccessor(ctx context.Context, name, successor string) {
-	now := p.g.requestsFor(p.next, successor)
-	for i, was := range p.g.requestsFor(p.old, name) {
+	now := p.next.requestsFor(successor, p.g)
+	for i, was := range p.old.requestsFor(name, p.g) {
 		rec := p.g.openRecord(ctx, was.target)
 		if rec == nil && i == 0 { // from before there was a root
 			was.spelling = trimSuffixes(was.spelling)
@@ -224,8 +224,8 @@ func (d *signatureDownload) checkBody(ctx context.Context, rec *record, _ io.Rea
 	if rec.SHA256 == d.before {
 		return fmt.Errorf("%w: the signature is still the old one", errAgreeing)
 	}
-	now, err := d.g.fetchRoot(ctx, d.root, "")
-	if err == nil && (now.storedRoot == nil || now.sum != d.sum) {
+	now, err := d.g.fetchRoot(ctx, d.root.target, d.root.folder)
+	if err == nil && (now.storedRoot == nil || now.sum != d.root.sum) {
 		err = &problem{status: http.StatusServiceUnavailable, cause: errAgreeing, retryAfter: time.Second,
 			detail: fmt.Sprintf("the upstream of remote %q has another %s than the one whose signature was asked for", d.root.remote.name, path.Base(d.root.path))}
 	}

@@ -1,4 +1,4 @@
-// cache_roots.go: roots, the files that name the SHA-256 of a repository's metadata:
+// cache_names.go: roots, the files that name the SHA-256 of a repository's metadata:
 // repomd.xml of package rpm, InRelease and Release of package deb. How they are read,
 // and which of the stored ones names a file.
 
@@ -18,8 +18,8 @@ import (
 )
 
 const (
-	// maxRoot bounds a root in bytes. The largest known one has under 1 MiB.
-	maxRoot = 16 << 20
+	// maxMetadata bounds a root in bytes. The largest known one has under 1 MiB.
+	maxMetadata = 16 << 20
 	// parsedRootsBudget bounds the bytes of the roots that are kept parsed. Debian's
 	// InRelease has 140 KB.
 	parsedRootsBudget = 16 << 20
@@ -263,11 +263,11 @@ func (g *generations) openRoot(ctx context.Context, folder string, t target) *st
 	return &storedRoot{t, names, folder}
 }
 
-// readRoot reads a root, which is not larger than maxRoot.
+// readRoot reads a root, which is not larger than maxMetadata.
 func readRoot(body io.Reader) ([]byte, error) {
-	text, err := io.ReadAll(io.LimitReader(body, maxRoot+1))
-	if err == nil && len(text) > maxRoot {
-		err = fmt.Errorf("%w: a root of more than %d bytes", errBadUpstream, maxRoot)
+	text, err := io.ReadAll(io.LimitReader(body, maxMetadata+1))
+	if err == nil && len(text) > maxMetadata {
+		err = fmt.Errorf("%w: a root of more than %d bytes", errBadUpstream, maxMetadata)
 	}
 	return text, err
 }
@@ -305,4 +305,26 @@ func (root *storedRoot) folderOf(p string) string {
 		return path.Clean(before)
 	}
 	return path.Dir(p)
+}
+
+// readMetadataNames returns the spellings under which the files are stored that the
+// root at a decoded path names.
+func readMetadataNames(path string, body []byte) (spellings []string) {
+	hash := newBodyHash("")
+	_, _ = hash.Write(body)
+	names := parseRoot(path, body, hash.sumHex())
+	_, spelling, _ := spellPath(strings.ReplaceAll(path, "%", "%25"), "")
+	root := target{remote: &remote{packageType: "deb"}, spelling: spelling}
+	folder := spelling[:strings.LastIndexByte(spelling, '/')+1]
+	if strings.HasSuffix(spelling, "/repomd.xml") {
+		root.remote.packageType = "rpm"
+		folder = strings.TrimSuffix(folder, "repodata/")
+	}
+	stored := &storedRoot{root, names, folder}
+	for name := range names.files {
+		for _, req := range stored.requestsFor(name, nil) {
+			spellings = append(spellings, req.spelling)
+		}
+	}
+	return append(spellings, namedSpelling(signatureOf(root), names.sum))
 }
