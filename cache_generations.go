@@ -21,8 +21,6 @@ const (
 	rootPause = time.Minute
 	// maxHold ends a hold: what is missing for so long does not come any more.
 	maxHold = 24 * time.Hour
-	// maxAgreeingWait is how long clients of a root wait for its successor.
-	maxAgreeingWait = 10 * time.Second
 )
 
 // errAgreeing: upstream has a new root, but not all of the files that clients need with
@@ -161,7 +159,7 @@ func (g *generations) resolve(ctx context.Context, file fileRequest) fileRequest
 				return g.signatureRequest(root, "")
 			}
 			if name, found := root.nameOf(&file.target, ""); found && len(file.spelling)+65 <= maxSpelling {
-				return g.namedRequest(ctx, root, name)
+				return root.requestsFor(name, g)[0]
 			}
 		}
 	}
@@ -186,47 +184,24 @@ func (g *generations) signatureRequest(root *storedRoot, before string) fileRequ
 	return fileRequest{target: t, behavior: &signatureDownload{g: g, root: root, before: before}}
 }
 
-// requestsFor are the requests for a file of the root in all ways that clients may
-// use: by name, then by hash.
+// requestsFor are the requests for a file of the root: by name and, if it has it so, by
+// hash. Upstream may be past this generation by name and is asked by hash first.
 func (root *storedRoot) requestsFor(name string, g *generations) []fileRequest {
 	f := root.files[name]
 	t := target{remote: root.remote.keepingImmutable(), path: decodePath(root.folder) + name, spelling: root.folder + f.spelling, class: immutable}
 	t.wire = t.spelling
-	byName := fileRequest{target: t, digest: "sha256:" + f.sha256}
+	named := &namedDownload{g: g, file: t, root: root, size: f.size, byName: t.wire}
+	byName := fileRequest{target: t, digest: "sha256:" + f.sha256, behavior: named}
 	if _, own := t.remote.digestInName(t.path); !own {
 		byName.spelling = namedSpelling(t.spelling, f.sha256)
 	}
 	if !root.byHash {
-		byName.behavior = &namedDownload{g: g, file: t, root: root, size: f.size}
 		return []fileRequest{byName}
 	}
-	byHash := t
+	byHash := byName
 	byHash.spelling = t.spelling[:strings.LastIndexByte(t.spelling, '/')+1] + "by-hash/SHA256/" + f.sha256
-	byHash.path, byHash.wire = decodePath(byHash.spelling), byHash.spelling
-	byName.wire = byHash.wire // upstream may be past this generation by name
-	behavior := &namedDownload{g: g, file: t, root: root, size: f.size, byName: t.spelling}
-	byName.behavior = behavior
-	requests := []fileRequest{byName, {target: byHash, digest: byName.digest, behavior: behavior}}
-	if f.sha512 != "" {
-		byHash.spelling = strings.Replace(byHash.spelling, "SHA256/"+f.sha256, "SHA512/"+f.sha512, 1)
-		byHash.path, byHash.wire = decodePath(byHash.spelling), byHash.spelling
-		requests = append(requests, fileRequest{target: byHash, digest: "sha512:" + f.sha512, behavior: behavior})
-	}
-	return requests
-}
-
-// namedRequest is the request for a file of the root by its name. A copy with the same
-// bytes from before there was a root is as good.
-func (g *generations) namedRequest(ctx context.Context, root *storedRoot, name string) fileRequest {
-	req := root.requestsFor(name, g)[0]
-	if g.openRecord(ctx, req.target) == nil {
-		plain := req
-		plain.spelling = trimSuffixes(req.spelling)
-		if rec := g.openRecord(ctx, plain.target); rec != nil && rec.SHA256 == root.files[name].sha256 {
-			return plain
-		}
-	}
-	return req
+	byHash.path, byHash.wire, byName.wire = decodePath(byHash.spelling), byHash.spelling, byHash.spelling
+	return []fileRequest{byName, byHash}
 }
 
 // openRecord returns the record of a stored file, or nil.
@@ -352,12 +327,11 @@ func (g *generations) heldRoots(cfg *config) map[string]int64 {
 	for name, r := range cfg.remotes {
 		if !r.local && (r.packageType == "rpm" || r.packageType == "deb") {
 			counts[name] = 0
-		}
-	}
-	for _, key := range g.held.keys() {
-		name, _, _ := strings.Cut(key, "/")
-		if _, known := counts[name]; known {
-			counts[name]++
+			for _, key := range g.held.keys() {
+				if strings.HasPrefix(key, name+"/") {
+					counts[name]++
+				}
+			}
 		}
 	}
 	return counts
@@ -374,8 +348,8 @@ func (g *generations) isHeld(file *fileRequest, key string) bool {
 
 // hold keeps next from being published while files are missing: its error is
 // errAgreeing. It is nil once that has lasted for too long.
-func (g *generations) hold(ctx context.Context, key string, old, next *storedRoot, missing []string) error {
-	now := g.c.now()
+func (g *generations) hold(ctx context.Context, old, next *storedRoot, missing []string) error {
+	key, now := next.key(), g.c.now()
 	h, held := g.held.get(key)
 	if !held {
 		h.since = now
@@ -415,6 +389,6 @@ func (g *generations) endHold(key string) {
 	if h, held := g.held.get(key); held {
 		g.held.delete(key)
 		g.tried.delete(key)
-		g.c.log.Info("metadata agrees again", "key", key, "after", g.c.now().Sub(h.since))
+		g.c.log.Info("metadata is not held back any more", "key", key, "after", g.c.now().Sub(h.since))
 	}
 }

@@ -40,7 +40,6 @@ type rootNames struct {
 type namedFile struct {
 	spelling string // below the root's folder
 	sha256   string
-	sha512   string // "": not given
 	size     int64  // 0: not given
 	kind     string // rpm: the type, such as primary; "" for deb
 }
@@ -86,34 +85,22 @@ func (n *rootNames) readRepomd(text []byte) {
 // readRelease reads the fields of a Debian archive's Release, which may be within a
 // signed message (InRelease). It may name itself, which cannot be right.
 func (n *rootNames) readRelease(text string) {
-	field, sums512 := "", map[string]string{}
+	field := ""
 	for line := range strings.Lines(text) {
-		words := strings.Fields(line)
-		switch name, value, _ := strings.Cut(line, ":"); {
-		case line[0] != ' ':
-			field, value = strings.ToLower(name), strings.TrimSpace(value)
-			switch field {
+		if line[0] != ' ' {
+			name, value, _ := strings.Cut(strings.TrimSpace(line), ":")
+			switch field = strings.ToLower(name); field {
 			case "acquire-by-hash":
-				n.byHash = value == "yes"
+				n.byHash = strings.TrimSpace(value) == "yes"
 			case "valid-until":
-				for _, layout := range []string{time.RFC1123, time.RFC1123Z} {
-					if at, err := time.Parse(layout, value); err == nil {
-						n.validUntil = at
-					}
-				}
+				n.validUntil, _ = time.Parse(time.RFC1123, strings.TrimSpace(value))
 			}
-		case len(words) != 3 || slices.Contains([]string{"InRelease", "Release", "Release.gpg"}, words[2]):
-		case field == "sha512":
-			sums512[words[2]] = words[0]
-		case field == "sha256":
+			continue
+		}
+		words := strings.Fields(line)
+		if field == "sha256" && len(words) == 3 && !slices.Contains([]string{"InRelease", "Release", "Release.gpg"}, words[2]) {
 			size, _ := strconv.ParseInt(words[1], 10, 64)
 			n.add(words[2], namedFile{sha256: words[0], size: size})
-		}
-	}
-	for name, f := range n.files {
-		if sum := sums512[name]; isHex(sum, 128) {
-			f.sha512 = sum
-			n.files[name] = f
 		}
 	}
 }
@@ -153,27 +140,15 @@ func (f namedFile) holdsGeneration() bool {
 }
 
 // mayHaveRoot reports whether a root may name the file of t, or it is one. It is asked
-// for every request, and most files pay a search in their path for it.
+// for every request, and other files pay a search in their path for it.
 func (t *target) mayHaveRoot() bool {
 	switch {
 	case t.remote.local:
 		return false
 	case t.remote.packageType == "rpm":
 		return strings.Contains(t.spelling, "repodata/")
-	case t.remote.packageType == "deb":
-		return strings.Contains(t.spelling, "dists/") || strings.Contains(t.spelling, "/by-hash/") || t.isFlatIndex()
-	}
-	return false
-}
-
-// isFlatIndex reports whether t has the name of a flat repository's metadata, whose
-// root is in the same folder.
-func (t *target) isFlatIndex() bool {
-	name := t.spelling[strings.LastIndexByte(t.spelling, '/')+1:]
-	for _, prefix := range []string{"Packages", "Sources", "InRelease", "Release", "Contents-", "Translation-"} {
-		if strings.HasPrefix(name, prefix) {
-			return true
-		}
+	case t.remote.packageType == "deb": // in a flat repository built-in patterns find the metadata
+		return t.builtin || strings.Contains(t.spelling, "dists/") || strings.Contains(t.spelling, "by-hash/")
 	}
 	return false
 }
@@ -210,9 +185,7 @@ func (r *remote) rootsIn(folder string) (roots []target) {
 		names = []string{"repodata/repomd.xml"}
 	}
 	for _, name := range names {
-		t := target{remote: r, path: decodePath(folder) + name, spelling: folder + name, wire: folder + name}
-		_ = t.classify() // as mutable: a built-in pattern matches
-		roots = append(roots, t)
+		roots = append(roots, target{remote: r, path: decodePath(folder) + name, spelling: folder + name, wire: folder + name, class: mutable, builtin: true})
 	}
 	return roots
 }
@@ -229,42 +202,41 @@ func signatureOf(root target) string {
 	return ""
 }
 
-// storedRoot is a root that is stored: what it names is the generation that clients
-// see.
+// storedRoot is a root at its place. What the stored one names is the generation that
+// clients see.
 type storedRoot struct {
 	target
 	*rootNames
-	folder string
+	folder string // spelling; the names count from here
+	rec    *record
 }
 
 // openRoot returns a root if it is stored, whether or not it is fresh.
 func (g *generations) openRoot(ctx context.Context, folder string, t target) *storedRoot {
 	key := t.key()
-	file := fileRequest{target: t, behavior: download{}}
-	cp, err := g.c.findCopy(ctx, key, file, byteRange{head: true})
+	cp, err := g.c.findCopy(ctx, key, fileRequest{target: t}, byteRange{head: true})
 	if err != nil {
 		return nil
 	}
-	sum := cp.rec.SHA256
-	if names, found := g.parsed.get(key + sum); found {
-		return &storedRoot{t, names, folder}
+	if names, found := g.parsed.get(key + cp.rec.SHA256); found {
+		return &storedRoot{t, names, folder, cp.rec}
 	}
 	obj, err := g.c.objects.open(ctx, key, 0)
 	if err != nil {
 		return nil
 	}
 	defer obj.body.Close()
-	text, err := readRoot(obj.body)
-	if err != nil || obj.rec.Path != t.spelling {
+	text, err := readMetadata(obj.body)
+	if err != nil {
 		return nil
 	}
 	names := parseRoot(t.path, text, obj.rec.SHA256)
 	g.parsed.put(key+names.sum, int64(len(text)), names)
-	return &storedRoot{t, names, folder}
+	return &storedRoot{t, names, folder, obj.rec}
 }
 
-// readRoot reads a root, which is not larger than maxMetadata.
-func readRoot(body io.Reader) ([]byte, error) {
+// readMetadata reads a root, which is not larger than maxMetadata.
+func readMetadata(body io.Reader) ([]byte, error) {
 	text, err := io.ReadAll(io.LimitReader(body, maxMetadata+1))
 	if err == nil && len(text) > maxMetadata {
 		err = fmt.Errorf("%w: a root of more than %d bytes", errBadUpstream, maxMetadata)
@@ -290,7 +262,7 @@ func (root *storedRoot) nameOf(t *target, digest string) (name string, found boo
 		return name, true
 	}
 	for name, f := range root.files {
-		if digest != "" && (digest == "sha256:"+f.sha256 || digest == "sha512:"+f.sha512) && path.Dir(name) == root.folderOf(t.path) {
+		if digest == "sha256:"+f.sha256 && path.Dir(name) == root.folderOf(t.path) {
 			return name, true
 		}
 	}
@@ -320,7 +292,7 @@ func readMetadataNames(path string, body []byte) (spellings []string) {
 		root.remote.packageType = "rpm"
 		folder = strings.TrimSuffix(folder, "repodata/")
 	}
-	stored := &storedRoot{root, names, folder}
+	stored := &storedRoot{root, names, folder, nil}
 	for name := range names.files {
 		for _, req := range stored.requestsFor(name, nil) {
 			spellings = append(spellings, req.spelling)

@@ -12,7 +12,6 @@ import (
 	"maps"
 	"net/http"
 	"path"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -28,16 +27,16 @@ const (
 
 // checkBody publishes the root: the fill stores it when nil is returned.
 func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.ReaderAt) error {
-	text, err := readRoot(io.NewSectionReader(body, 0, rec.Size))
+	text, err := readMetadata(io.NewSectionReader(body, 0, rec.Size))
 	if err != nil {
 		return err
 	}
-	p := &publication{g: d.g, next: &storedRoot{d.root, parseRoot(d.root.path, text, rec.SHA256), d.folder}}
 	lock := d.root.remote.name + "/" + d.folder
 	if err := d.g.locks.lock(ctx, lock); err != nil {
 		return err
 	}
 	defer d.g.locks.unlock(lock)
+	p := &publication{g: d.g, next: &storedRoot{d.root, parseRoot(d.root.path, text, rec.SHA256), d.folder, rec}}
 	if p.old = d.g.rulingRoot(ctx, d.root.remote, d.folder); p.old == nil {
 		return nil
 	}
@@ -54,7 +53,11 @@ type publication struct {
 	ahead   []fileRequest // what is fetched when next is published
 }
 
-func (p *publication) miss(name string, err error) {
+// needs notes what next has to wait for, if err says that it is not there.
+func (p *publication) needs(name string, err error) {
+	if err == nil {
+		return
+	}
 	p.g.c.log.Debug("a file of the new generation is missing", "remote", p.next.remote.name, "path", name, "error", err)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -63,37 +66,27 @@ func (p *publication) miss(name string, err error) {
 
 // publish returns nil when next may be stored.
 func (p *publication) publish(ctx context.Context) error {
-	g, key := p.g, p.next.key()
+	g := p.g
 	if len(p.next.files) == 0 {
 		return &problem{status: http.StatusBadGateway, cause: errBadUpstream,
 			detail: fmt.Sprintf("the upstream of remote %q answers something that names no files instead of %s", p.next.remote.name, path.Base(p.next.path))}
 	}
 	p.fetchSuccessors(ctx)
-	siblings := p.fetchSiblings(ctx)
+	sibling, text := p.fetchSibling(ctx)
 	p.fetchSignature(ctx, p.next)
-	for _, s := range siblings {
-		if s.storedRoot != nil {
-			p.fetchSignature(ctx, s.storedRoot)
-		}
-	}
+	p.fetchSignature(ctx, sibling)
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
-	slices.Sort(p.missing)
 	if len(p.missing) > 0 {
-		if err := g.hold(ctx, key, p.old, p.next, p.missing); err != nil {
+		if err := g.hold(ctx, p.old, p.next, p.missing); err != nil {
 			return err
 		}
 	}
-	for _, s := range siblings {
-		if s.storedRoot != nil {
-			g.c.storeUnderSecondKey(ctx, s.at, s.rec, bytes.NewReader(s.text))
-		} else {
-			_ = g.c.removeFile(ctx, s.at.remote.name, s.at.key())
-		}
-		g.endHold(s.at.key())
+	if sibling != nil {
+		g.c.storeUnderSecondKey(ctx, sibling.target, sibling.rec, bytes.NewReader(text))
 	}
-	g.endHold(key)
+	g.endHold(p.next.key())
 	g.c.fills.running.Go(func() {
 		for _, req := range p.ahead {
 			_ = g.fetchFile(g.c.ctx, req)
@@ -109,112 +102,86 @@ func (p *publication) fetchSuccessors(ctx context.Context) {
 	var running sync.WaitGroup
 	places := make(chan struct{}, maxSuccessorFetches)
 	for name, was := range p.old.files {
-		successor, f, found := p.next.successorOf(name, was)
-		if !found || f.sha256 == was.sha256 && successor == name {
+		successor, now, found := p.next.successorOf(name, was)
+		if !found || now.sha256 == was.sha256 && successor == name {
 			continue
 		}
 		places <- struct{}{}
 		running.Go(func() {
 			defer func() { <-places }()
-			p.fetchSuccessor(ctx, name, successor)
+			p.fetchSuccessor(ctx, p.old.requestsFor(name, p.g), p.next.requestsFor(successor, p.g), now.holdsGeneration())
 		})
 	}
 	running.Wait()
 }
 
-func (p *publication) fetchSuccessor(ctx context.Context, name, successor string) {
-	now := p.next.requestsFor(successor, p.g)
-	for i, was := range p.old.requestsFor(name, p.g) {
-		rec := p.g.openRecord(ctx, was.target)
-		if rec == nil && i == 0 { // from before there was a root
-			was.spelling = trimSuffixes(was.spelling)
-			if rec = p.g.openRecord(ctx, was.target); rec != nil && rec.SHA256 != p.old.files[name].sha256 {
-				rec = nil
-			}
-		}
-		if rec == nil {
-			continue
-		}
+func (p *publication) fetchSuccessor(ctx context.Context, old, now []fileRequest, holds bool) {
+	for i, was := range old {
 		req := now[min(i, len(now)-1)]
-		if !p.next.files[successor].holdsGeneration() {
+		switch stored := p.g.openRecord(ctx, was.target) != nil; {
+		case stored && holds:
+			p.needs(req.path, p.g.fetchFile(ctx, req))
+		case stored:
 			p.mu.Lock()
 			p.ahead = append(p.ahead, req)
 			p.mu.Unlock()
-		} else if err := p.g.fetchFile(ctx, req); err != nil {
-			p.miss(req.path, err)
 		}
 	}
 }
 
-// sibling is the other root of the same generation, as upstream has it now.
-type sibling struct {
-	*storedRoot // nil: upstream does not have it any more
-	at          target
-	rec         *record
-	text        []byte
-}
-
-// fetchSiblings fetches the other roots of the folder that are stored: InRelease and
+// fetchSibling fetches the other root of the folder if it is stored: InRelease and
 // Release name the same files.
-func (p *publication) fetchSiblings(ctx context.Context) (siblings []sibling) {
+func (p *publication) fetchSibling(ctx context.Context) (sibling *storedRoot, text []byte) {
 	for _, t := range p.next.remote.rootsIn(p.next.folder) {
 		if t.spelling == p.next.spelling || p.g.openRecord(ctx, t) == nil {
 			continue
 		}
-		s, err := p.g.fetchRoot(ctx, t, p.next.folder)
-		if err == nil && s.storedRoot != nil && !maps.Equal(s.files, p.next.files) {
+		var err error
+		sibling, text, err = p.g.fetchRoot(ctx, t, p.next.folder)
+		if err == nil && !maps.Equal(sibling.files, p.next.files) {
 			err = errAgreeing
 		}
+		p.needs(t.path, err)
 		if err != nil {
-			p.miss(t.path, err)
-			continue
+			sibling = nil
 		}
-		siblings = append(siblings, s)
 	}
-	return siblings
+	return sibling, text
 }
 
 // fetchRoot asks upstream what a root is now, without storing it.
-func (g *generations) fetchRoot(ctx context.Context, t target, folder string) (sibling, error) {
-	file := fileRequest{target: t, behavior: download{}}
+func (g *generations) fetchRoot(ctx context.Context, t target, folder string) (*storedRoot, []byte, error) {
+	file := fileRequest{target: t}
 	resp, err := g.c.upstream.send(ctx, file.newUpstreamRequest(http.MethodGet, nil))
 	if err != nil {
-		return sibling{}, err
+		return nil, nil, err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode == http.StatusNotFound || resp.StatusCode == http.StatusGone {
-		return sibling{at: t}, nil
-	}
 	if err := g.c.statusError(file, resp); err != nil {
-		return sibling{}, err
+		return nil, nil, err
 	}
-	text, err := readRoot(resp.Body)
-	if err == nil && resp.ContentLength >= 0 && int64(len(text)) != resp.ContentLength {
-		err = io.ErrUnexpectedEOF
-	}
+	text, err := readMetadata(resp.Body)
 	if err != nil {
-		return sibling{}, err
+		return nil, nil, err
 	}
-	rec := file.newRecord(resp.Header, g.c.now())
 	hash := newBodyHash("")
 	_, _ = hash.Write(text)
+	rec := file.newRecord(resp.Header, g.c.now())
 	rec.Size, rec.SHA256 = int64(len(text)), hash.sumHex()
-	return sibling{&storedRoot{t, parseRoot(t.path, text, rec.SHA256), folder}, t, rec, text}, nil
+	return &storedRoot{t, parseRoot(t.path, text, rec.SHA256), folder, rec}, text, nil
 }
 
 // fetchSignature fetches the signature of a new root if that of the old one is stored.
 func (p *publication) fetchSignature(ctx context.Context, next *storedRoot) {
-	was := p.g.openRecord(ctx, next.target)
-	if was == nil || was.SHA256 == next.sum || signatureOf(next.target) == "" {
+	if next == nil || signatureOf(next.target) == "" {
 		return
 	}
-	old := &storedRoot{next.target, &rootNames{sum: was.SHA256}, next.folder}
-	signature := p.g.openRecord(ctx, p.g.signatureRequest(old, "").target)
-	if signature == nil {
+	old := p.g.openRoot(ctx, next.folder, next.target)
+	if old == nil || old.sum == next.sum {
 		return
 	}
-	if err := p.g.fetchFile(ctx, p.g.signatureRequest(next, signature.SHA256)); err != nil {
-		p.miss(decodePath(signature.Path), err)
+	if signature := p.g.openRecord(ctx, p.g.signatureRequest(old, "").target); signature != nil {
+		p.needs(decodePath(signature.Path), p.g.fetchFile(ctx, p.g.signatureRequest(next, signature.SHA256)))
 	}
 }
 
@@ -224,8 +191,8 @@ func (d *signatureDownload) checkBody(ctx context.Context, rec *record, _ io.Rea
 	if rec.SHA256 == d.before {
 		return fmt.Errorf("%w: the signature is still the old one", errAgreeing)
 	}
-	now, err := d.g.fetchRoot(ctx, d.root.target, d.root.folder)
-	if err == nil && (now.storedRoot == nil || now.sum != d.root.sum) {
+	now, _, err := d.g.fetchRoot(ctx, d.root.target, d.root.folder)
+	if err == nil && now.sum != d.root.sum {
 		err = &problem{status: http.StatusServiceUnavailable, cause: errAgreeing, retryAfter: time.Second,
 			detail: fmt.Sprintf("the upstream of remote %q has another %s than the one whose signature was asked for", d.root.remote.name, path.Base(d.root.path))}
 	}
@@ -238,7 +205,7 @@ func (p *publication) dropOld(ctx context.Context) {
 	for _, root := range []*storedRoot{p.old, p.next} {
 		keep[root.sum] = true
 		for name, f := range root.files {
-			keep[f.sha256], keep[f.sha512], folders[path.Dir(name)] = true, true, true
+			keep[f.sha256], folders[path.Dir(name)] = true, true
 		}
 	}
 	prefix, now := decodePath(p.next.folder), p.g.c.now()

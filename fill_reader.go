@@ -30,7 +30,7 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 	}()
 	var enough <-chan time.Time
 	if cp != nil && f.file.rulesOthers() {
-		t := time.NewTimer(maxAgreeingWait)
+		t := time.NewTimer(maxWholeBodyWait)
 		defer t.Stop()
 		enough = t.C
 	}
