@@ -35,7 +35,7 @@ type generations struct {
 	asked  *boundedMap[string, struct{}] // keys of roots that were asked out of turn
 	tried  *boundedMap[string, struct{}] // keys of roots whose successor could not be published just now
 	held   *boundedMap[string, heldRoot] // roots whose successors are held, by key
-	locks  keyedLock                     // folders whose root is being published
+	locks  keyedLock                     // folders whose root is being published, and keys of roots that are asked out of turn
 }
 
 // heldRoot is a root whose successor is held, and since when.
@@ -152,7 +152,7 @@ func (g *generations) resolve(ctx context.Context, file fileRequest) fileRequest
 				return file
 			}
 			root := g.openRoot(ctx, folder, t)
-			if root == nil {
+			if root == nil || len(root.files) == 0 {
 				continue
 			}
 			if signatureOf(t) == file.spelling {
@@ -273,6 +273,10 @@ func (n *namedDownload) findRoot(ctx context.Context) (*storedRoot, string) {
 // and reports whether there is another one by now.
 func (g *generations) askAgain(ctx context.Context, root *storedRoot, must bool) (changed bool) {
 	key := root.key()
+	if g.locks.lock(ctx, key) != nil { // who comes second sees what the first has found
+		return false
+	}
+	defer g.locks.unlock(key)
 	if _, asked := g.asked.get(key); must || !asked || g.c.fills.isFilling(key) {
 		g.asked.putFor(key, struct{}{}, rootPause)
 		expired := *root.remote
