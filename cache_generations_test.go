@@ -5,8 +5,10 @@ import (
 	"maps"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -263,8 +265,17 @@ func TestRootIsAskedWhenItsFileIsGone(t *testing.T) {
 	a.publish(debFiles("one"))
 	a.getRoot().wantMiss()
 	second := debFiles("two")
-	second[packagesGz] = noise(2, 300<<10) // another size: nothing of it is sent before that is known
+	second[packagesGz] = noise(2, 300<<10)
 	a.publish(second)
+	var asked atomic.Int64
+	a.origin.file(a.folder+packagesGz, "").acts(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", strconv.Itoa(len(second[packagesGz])))
+		if asked.Add(1) == 1 { // the length says enough: nobody waits for the body
+			_ = http.NewResponseController(w).Flush()
+			a.origin.stalls(w, r)
+		}
+		_, _ = w.Write([]byte(second[packagesGz]))
+	})
 	a.get(a.in(packagesGz)).wantStatus(200).wantBody(second[packagesGz])
 	a.getRoot().wantHit().wantBody(a.release(a))
 	a.origin.remove(a.folder + "main/source/Sources.gz")
@@ -324,7 +335,8 @@ func TestOtherBytesAreNeverServed(t *testing.T) {
 				mirror.file(a.folder+packagesGz, "packages one")
 				a.get(a.in(packagesGz)).wantStatus(200).wantBody("packages one")
 				a.down()
-				a.get(a.in("InRelease")).wantStatus(200).wantBody(a.release(a))
+				a.advance(61 * time.Second)
+				a.getRoot().wantStale().wantBody(a.release(a))
 				if mirror.requests(a.root) != 0 {
 					t.Error("a mirror that is only good for verified bodies was asked for a root")
 				}
