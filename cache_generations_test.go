@@ -409,6 +409,11 @@ func TestByHashOutlivesUpstreamsPruning(t *testing.T) {
 	a.getRoot().wantBody(a.release(a))
 	a.get(a.in("main/binary-amd64/by-hash/SHA256/" + sumOf("packages two"))).wantHit()
 	a.get(a.in(name)).wantHit()
+	a.publish(debFiles("two again"))
+	a.advance(61 * time.Second)
+	a.getRoot().wantBody(a.release(a))
+	a.awaitAhead()
+	a.wantStored("dists/t/"+name, true) // of the third generation, but used just now
 	// Two generations are kept, the others go once nobody has used them for three days.
 	for i, version := range []string{"three", "four"} {
 		a.publish(debFiles(version))
@@ -417,7 +422,7 @@ func TestByHashOutlivesUpstreamsPruning(t *testing.T) {
 		a.getRoot().wantBody(a.release(a))
 		a.awaitAhead()
 		a.wantStored("dists/t/"+name, false)
-		a.wantStored("dists/t/main/binary-amd64/by-hash/SHA256/"+sumOf("packages two"), i == 0)
+		a.wantStored("dists/t/main/binary-amd64/by-hash/SHA256/"+sumOf("packages two again"), i == 0)
 	}
 }
 
