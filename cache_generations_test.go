@@ -633,6 +633,19 @@ func TestHoldSurvivesAnOutage(t *testing.T) {
 	}
 }
 
+func TestRootThatCannotBeStoredIsNotPublished(t *testing.T) {
+	t.Parallel()
+	a := rpmArchive(t)
+	a.publish(rpmFiles("one"))
+	old := a.release(a)
+	a.wantGeneration(old, a.files)
+	a.publish(rpmFiles("two"))
+	a.advance(61 * time.Second)
+	a.cache.space.diskSpace = func() (free, size uint64, err error) { return 0, 1 << 40, nil }
+	a.getRoot().wantFrom("cache", agreeing)
+	a.wantGeneration(old, rpmFiles("one"))
+}
+
 func TestNamesOfStoredFiles(t *testing.T) {
 	archives(t, func(t *testing.T, a *testArchive, one, two map[string]string) {
 		path := strings.TrimPrefix(a.root, "/")

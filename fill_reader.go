@@ -156,6 +156,10 @@ func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCo
 		return &fileReply{rec: cp.rec, size: cp.rec.Size, body: cp.body, goodAt: cp.goodAt, hashKnown: true,
 			cacheStatus: "fwd=stale; fwd-status=304", result: "REVALIDATED"}, false, nil
 	case outcomeNoSpool:
+		if cp != nil && file.rulesOthers() { // a new root that is not stored does not rule
+			c.countUse(file.remote.name, file.key())
+			return cp.staleReply("agreeing"), false, nil
+		}
 		reply, err = c.passOnReply(ctx, file, rng, cp)
 		return reply, false, err
 	}
