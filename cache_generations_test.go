@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"net/http"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -642,6 +644,32 @@ func TestRootThatCannotBeStoredIsNotPublished(t *testing.T) {
 	a.publish(rpmFiles("two"))
 	a.advance(61 * time.Second)
 	a.cache.space.diskSpace = func() (free, size uint64, err error) { return 0, 1 << 40, nil }
+	a.getRoot().wantFrom("cache", agreeing)
+	a.wantGeneration(old, rpmFiles("one"))
+}
+
+// refusingObjects stores nothing under a key.
+type refusingObjects struct {
+	objects
+	key string
+}
+
+func (o *refusingObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+	if key == o.key {
+		return errStoreDown
+	}
+	return o.objects.put(ctx, key, rec, spool, create)
+}
+
+func TestRootThatTheStoreRefusesIsNotPublished(t *testing.T) {
+	t.Parallel()
+	a := rpmArchive(t)
+	a.publish(rpmFiles("one"))
+	old := a.release(a)
+	a.wantGeneration(old, a.files)
+	a.publish(rpmFiles("two"))
+	a.advance(61 * time.Second)
+	a.cache.useObjects(&refusingObjects{a.cache.objects, a.key("os/repodata/repomd.xml")})
 	a.getRoot().wantFrom("cache", agreeing)
 	a.wantGeneration(old, rpmFiles("one"))
 }

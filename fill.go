@@ -497,7 +497,9 @@ func (f *fillRun) completeFill() fillOutcome {
 		f.mu.Unlock()
 	}
 	f.publishBody(&rec)
-	f.store()
+	if !f.store() && f.oldRecord != nil && f.file.rulesOthers() {
+		return failedOutcome(errAgreeing) // the old root is there, and still rules
+	}
 	return fillOutcome{kind: outcomeBody}
 }
 
@@ -515,15 +517,16 @@ func (f *fillRun) publishBody(rec *record) {
 	}
 }
 
-// store stores a body that is published, unless its fate is another.
-func (f *fillRun) store() {
+// store stores a body that is published, unless its fate is another. It is false if the
+// store failed.
+func (f *fillRun) store() (ok bool) {
 	f.mu.Lock()
 	storing, rec := f.phase == phaseStoring, f.rec
 	f.mu.Unlock()
 	if !storing {
-		return
+		return true
 	}
-	if f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file, false) == nil { // it has logged its failure
+	if ok = f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file, false) == nil; ok { // else it has logged its failure
 		f.c.refreshMark(f.c.ctx, f.file.target, rec)
 		warnOfIndex(&f.fill, rec)
 	}
@@ -533,6 +536,7 @@ func (f *fillRun) store() {
 	if purged { // when nothing was stored yet
 		f.removeStored("purging")
 	}
+	return ok
 }
 
 // removeStored removes what is stored under the fill's key.
