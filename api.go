@@ -421,7 +421,8 @@ func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) list
 	e := listedArtifact{Path: decodePath(row.Path), Key: row.Key, Size: row.Size, SHA256: row.SHA256,
 		ContentType: contentTypeOf(decodePath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
 		LastAccess: row.LastAccess.UTC(), Hits: row.Hits, Class: row.Class, Fresh: true}
-	path, query, hasQuery := strings.Cut(row.Path, "?")
+	path := trimSuffixes(row.Path)
+	_, query, hasQuery := strings.Cut(row.Path, "?")
 	if hasQuery {
 		sum := sha256.Sum256([]byte(query))
 		e.Variant = hex.EncodeToString(sum[:8])
@@ -537,6 +538,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 		newGauge("artifactapi_config_last_reload_success_timestamp_seconds", "When the configuration in force was loaded, in seconds since 1970.", float64(health.configLoaded)),
 		family{"artifactapi_backend_up", "gauge", "1 if the backend can be used, else 0.", "backend", up},
 		family{"artifactapi_remote_up", "gauge", "1 unless the remote counts as unreachable.", "remote", remoteUp},
+		family{"artifactapi_held_generations", "gauge", "New metadata that is held back until the upstream has all of its files.", "remote", a.cache.generations.heldRoots(cfg)},
 		family{"artifactapi_stored_bytes", "gauge", "Bytes stored.", "remote", bytes},
 		family{"artifactapi_stored_files", "gauge", "Files stored.", "remote", files})
 	w.Header().Set("Content-Type", metricsType)

@@ -99,7 +99,7 @@ func (p *prefetchRun) parseRequest(w http.ResponseWriter, r *http.Request, isJSO
 		for _, u := range req.URLs {
 			f, ok := scanner.readToken(u)
 			if !ok {
-				f = namedFile{path: strings.SplitN(u, "?", 2)[0]}
+				f = wantedFile{path: strings.SplitN(u, "?", 2)[0]}
 			}
 			if err := scanner.add(f); err != nil {
 				return nil, err
@@ -109,13 +109,13 @@ func (p *prefetchRun) parseRequest(w http.ResponseWriter, r *http.Request, isJSO
 	case finder.pattern != nil:
 		return finder.find, nil
 	}
-	var files []namedFile
+	var files []wantedFile
 	for _, path := range req.Paths {
-		files = append(files, namedFile{remote: p.remote.name, path: path, way: p.remote.pathHere(path)})
+		files = append(files, wantedFile{remote: p.remote.name, path: path, way: p.remote.pathHere(path)})
 	}
 	for _, image := range req.Images {
 		path := manifestPath(image)
-		files = append(files, namedFile{remote: p.remote.name, path: path, way: p.remote.urlPath() + path})
+		files = append(files, wantedFile{remote: p.remote.name, path: path, way: p.remote.urlPath() + path})
 	}
 	return func() { p.addNamed(files) }, nil
 }

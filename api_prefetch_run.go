@@ -291,7 +291,7 @@ func (p *prefetchRun) findFile(way string) (fileRequest, error) {
 }
 
 // addNamed adds files that were named one by one.
-func (p *prefetchRun) addNamed(files []namedFile) {
+func (p *prefetchRun) addNamed(files []wantedFile) {
 	for _, f := range files {
 		file, err := p.findFile(f.way)
 		switch {

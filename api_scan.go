@@ -15,8 +15,8 @@ import (
 	"strings"
 )
 
-// namedFile is a file that a request or a text names.
-type namedFile struct {
+// wantedFile is a file that a request or a text names.
+type wantedFile struct {
 	remote string // "": no remote has it
 	path   string // as it was named: without a query, which may be a secret
 	way    string // its path here, escaped and with its query; "": it has none
@@ -28,8 +28,8 @@ type namedFile struct {
 type textScanner struct {
 	cfg     *config
 	ownHost string // at which clients reach this server
-	files   []namedFile
-	seen    map[namedFile]struct{}
+	files   []wantedFile
+	seen    map[wantedFile]struct{}
 }
 
 // maxTextPiece is how much of a text is looked at at once, in bytes: a line, or as much
@@ -76,10 +76,10 @@ func (s *textScanner) addPiece(piece string) error {
 	}
 	if strings.HasPrefix(piece, "{") && json.Unmarshal([]byte(piece), &listed) == nil && listed.Path != "" {
 		if r := s.cfg.remotes[listed.Remote]; r != nil {
-			return s.add(namedFile{r.name, listed.Path, r.pathHere(listed.Path), listed.Query})
+			return s.add(wantedFile{r.name, listed.Path, r.pathHere(listed.Path), listed.Query})
 		}
 		if listed.Remote != "" {
-			return s.add(namedFile{listed.Remote, listed.Path, (&url.URL{Path: "/api/" + listed.Remote + "/" + listed.Path}).EscapedPath(), false})
+			return s.add(wantedFile{listed.Remote, listed.Path, (&url.URL{Path: "/api/" + listed.Remote + "/" + listed.Path}).EscapedPath(), false})
 		}
 	}
 	piece = strings.ReplaceAll(piece, `\/`, "/") // as some write a slash in JSON
@@ -105,7 +105,7 @@ var (
 
 // readToken returns the file that a word of a text names, if it is a URL, or an image
 // reference that begins with the name of a registry.
-func (s *textScanner) readToken(token string) (f namedFile, ok bool) {
+func (s *textScanner) readToken(token string) (f wantedFile, ok bool) {
 	token = strings.TrimRight(token, ".,;:!?)")
 	if at := schemePattern.FindStringIndex(token); at != nil {
 		return s.readURL(token[at[0]:]), true
@@ -129,17 +129,17 @@ func (s *textScanner) readToken(token string) (f namedFile, ok bool) {
 		return f, false
 	}
 	path := manifestPath(image)
-	return namedFile{r.name, path, r.urlPath() + path, false}, true
+	return wantedFile{r.name, path, r.urlPath() + path, false}, true
 }
 
 // readURL returns the file at a URL, as one of no remote if there is none.
-func (s *textScanner) readURL(u string) namedFile {
+func (s *textScanner) readURL(u string) wantedFile {
 	u, _, _ = strings.Cut(u, "#")
 	shown, _, _ := strings.Cut(u, "?")
 	if base := s.cfg.urls.find(u); base != nil {
-		return namedFile{base.remote.name, decodePath(strings.TrimLeft(shown[len(base.url):], "/")), base.pathHere(u), false}
+		return wantedFile{base.remote.name, decodePath(strings.TrimLeft(shown[len(base.url):], "/")), base.pathHere(u), false}
 	}
-	f := namedFile{path: credentialsPattern.ReplaceAllString(shown, "$1")}
+	f := wantedFile{path: credentialsPattern.ReplaceAllString(shown, "$1")}
 	_, rest, _ := strings.Cut(u, "://")
 	if host, path, _ := strings.Cut(rest, "/"); strings.EqualFold(host, s.ownHost) {
 		f.way = "/" + path
@@ -150,9 +150,9 @@ func (s *textScanner) readURL(u string) namedFile {
 }
 
 // add adds a file, once.
-func (s *textScanner) add(f namedFile) error {
+func (s *textScanner) add(f wantedFile) error {
 	if s.seen == nil {
-		s.seen = map[namedFile]struct{}{}
+		s.seen = map[wantedFile]struct{}{}
 	}
 	if _, twice := s.seen[f]; twice {
 		return nil

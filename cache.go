@@ -240,6 +240,8 @@ type cache struct {
 	readers      openFiles
 	evictor      *evictor
 	announcer    *announcer
+	warnedOf     *boundedMap[string, struct{}] // remotes of which an index was stored for ever
+	generations  *generations
 	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
 }
 
@@ -270,6 +272,8 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.leaving = leavingCounts{newBoundedMap[string, int](maxRemembered, clock)}
+	c.warnedOf = newBoundedMap[string, struct{}](maxRemembered, nil)
+	c.generations = newGenerations(c, clock)
 	return c
 }
 
@@ -452,6 +456,9 @@ const maxLookAgains = 3
 // findOrFetch finds or fetches a file and returns what to send. The caller closes its
 // body.
 func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange) (*fileReply, error) {
+	if file.behavior == nil && file.mayHaveRoot() {
+		return c.generations.findOrFetch(ctx, file, rng)
+	}
 	key := file.key()
 	// A fill may end between a lookup that misses and the next fill: then the
 	// store has the file after all, and the next fill looks again.
@@ -537,6 +544,9 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 	} else if c.upstream.isDown(ctx, file.remote) {
 		c.countUse(file.remote.name, key)
 		return cp.staleReply("unreachable"), false, nil
+	} else if c.generations.isHeld(&file, key) {
+		c.countUse(file.remote.name, key)
+		return cp.staleReply("agreeing"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)
 	if cp == nil && f.file.wire != file.wire { // upstream is asked in another way than ours
@@ -650,14 +660,6 @@ func (s *storedCopy) hitReply(extra string) *fileReply {
 		status += "; ttl=" + strconv.FormatInt(int64(s.ttlLeft/time.Second), 10)
 	}
 	return &fileReply{rec: s.rec, size: s.rec.Size, body: s.body, goodAt: s.goodAt, hashKnown: true, cacheStatus: status + extra, result: "HIT"}
-}
-
-// hitDetail is what a hit's Cache-Status has behind it.
-func (r *remote) hitDetail() string {
-	if r.sealed {
-		return "; detail=sealed"
-	}
-	return ""
 }
 
 // staleReply is the reply with an expired copy; why goes into the Cache-Status.

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"strings"
 	"time"
 )
 
@@ -23,7 +24,8 @@ func (c *cache) storedTotals(ctx context.Context) (map[string]remoteTotal, error
 // expiryOf is when a listed file stops being fresh.
 func (c *cache) expiryOf(ctx context.Context, rem *remote, r indexRow) (until time.Time, forever bool) {
 	ttl, forever := rem.ttlOf(r.Class)
-	if forever {
+	_, own := rem.digestInName(decodePath(r.Path))
+	if forever || own || strings.Contains(r.Path, "#") {
 		return time.Time{}, true
 	}
 	m, _ := c.marks.getMark(ctx, r.Key) // none if it cannot be had

@@ -139,3 +139,11 @@ func (m *missedFiles) list(remote string) iter.Seq[missedFile] {
 		}
 	}
 }
+
+// hitDetail is what a hit's Cache-Status has behind it.
+func (r *remote) hitDetail() string {
+	if r.sealed {
+		return "; detail=sealed"
+	}
+	return ""
+}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io/fs"
 	"regexp"
-	"strings"
 )
 
 // purgeFile removes key from the store; fs.ErrNotExist when nothing was there. A
@@ -24,7 +23,7 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 	return c.removeFile(ctx, remote, key)
 }
 
-// purgePath removes the file of t and all its query variants, and returns how many
+// purgePath removes the file of t, all its query variants and generations, and returns how many
 // files that were.
 func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
 	switch err := c.purgeFile(ctx, t.remote.name, t.key()); {
@@ -39,8 +38,7 @@ func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error)
 	}
 	q := pageQuery{remote: t.remote.name, prefix: t.path} // the path itself comes first
 	variants, err := c.purgeRows(ctx, q, func(row indexRow) (match, more bool) {
-		spelling, _, hasQuery := strings.Cut(row.Path, "?")
-		return hasQuery && spelling == t.spelling, decodePath(row.Path) == t.path
+		return row.Path != t.spelling && trimSuffixes(row.Path) == t.spelling, decodePath(row.Path) == t.path
 	})
 	return purged + variants, err
 }

@@ -26,6 +26,8 @@ type rootKind struct {
 // rootKinds are the kinds of roots by package.
 var rootKinds = map[string]rootKind{
 	"docker": {regexp.MustCompile(`/manifests/`), readManifestNames},
+	"rpm":    {regexp.MustCompile(`repodata/repomd\.xml$`), readMetadataNames},
+	"deb":    {regexp.MustCompile(`(?:^|/)(?:In)?Release$`), readMetadataNames},
 }
 
 // fileID tells files apart in less memory than their keys take.

@@ -8,6 +8,8 @@ import (
 	"errors"
 	"io"
 	"os"
+	"regexp"
+	"strings"
 )
 
 // storeBody stores a complete body: the object, then its index row; the caller then
@@ -33,6 +35,40 @@ func (c *cache) noteStored(ctx context.Context, key string, rec *record, err err
 		c.reportStoreError("database", "indexing", key, err)
 	}
 	return nil
+}
+
+// wellKnownIndexes match files that change in every repository that has them. Each is
+// also what mutable_patterns should have.
+var wellKnownIndexes = []*regexp.Regexp{
+	regexp.MustCompile(`(^|/)(InRelease|Release(\.gpg)?)$`),
+	regexp.MustCompile(`(^|/)(Packages|Sources)(\.(gz|xz|bz2|lzma|zst))?$`),
+	regexp.MustCompile(`(^|/)repomd\.xml(\.asc)?$`),
+	regexp.MustCompile(`(^|/)APKINDEX\.tar\.gz$`),
+	regexp.MustCompile(`(^|/)index\.yaml$`),
+	regexp.MustCompile(`(^|/)maven-metadata\.xml`),
+	regexp.MustCompile(`/@v/list$`),
+	regexp.MustCompile(`^simple/`),
+	regexp.MustCompile(`\.(db|files)(\.tar\.[a-z]+)?(\.sig)?$`),
+	packumentPattern,
+}
+
+// packumentPattern is npm's index of a package, which its type tells from other files.
+var packumentPattern = regexp.MustCompile(`^(@[^/]+/)?[^/.]+$`)
+
+// warnOfIndex tells once for each remote that an index was stored for ever.
+func warnOfIndex(f *fill, rec *record) {
+	rem := f.file.remote
+	if _, warned := f.c.warnedOf.get(rem.name); warned || rec.Class != immutable || f.file.digest != "" || rem.immutableTTL > 0 {
+		return
+	}
+	for _, p := range wellKnownIndexes {
+		if p.MatchString(f.file.path) && (p != packumentPattern || strings.Contains(rec.ContentType, "json")) {
+			f.c.warnedOf.put(rem.name, struct{}{})
+			f.c.log.Warn("an index is stored as immutable, so its new versions are never seen: add the pattern to mutable_patterns and purge the file",
+				"remote", rem.name, "path", f.file.path, "pattern", p.String())
+			return
+		}
+	}
 }
 
 // storeUnderSecondKey stores a complete body under a second target too, from a

@@ -1641,3 +1641,23 @@ func TestPassedOnBodiesAreBounded(t *testing.T) {
 		}
 	})
 }
+
+func TestAnIndexThatIsStoredForEverIsTold(t *testing.T) {
+	t.Parallel()
+	for path, warned := range map[string]bool{
+		"/repo/index.yaml": true, "/dists/x/InRelease": true, "/simple/pip": true, "/core.db": true, "/lodash": false, "/a.tar.gz": false, "/repo/index.yaml.gz": false,
+	} {
+		tt := newTester(t)
+		tt.origin.file(path, "one")
+		tt.get("/api/r" + path).wantMiss()
+		tt.origin.file("/b"+path, "two")
+		tt.get("/api/r/b" + path).wantMiss()
+		if n := len(tt.logs.lines("mutable_patterns and purge")); n > 1 || (n == 1) != warned {
+			t.Errorf("%s: %d warnings", path, n)
+		}
+	}
+	tt := newTester(t)
+	tt.origin.file("/lodash", "{}").says("Content-Type", "application/json")
+	tt.get("/api/r/lodash").wantMiss()
+	tt.wantLog(`"pattern":"^(@[^/]+/)?[^/.]+$"`)
+}

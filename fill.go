@@ -245,6 +245,9 @@ func (f *fillRun) run() {
 	}
 	f.applyToOldCopy(outcome)
 	f.end(outcome)
+	if errors.Is(outcome.err, errDigest) {
+		f.c.generations.askAfterMismatch(&f.file)
+	}
 }
 
 // waitForSlot waits for a place among the remote's fills: as long as a client
@@ -481,6 +484,7 @@ func (f *fillRun) runOutOfSpace(err error) fillOutcome {
 // completeFill is the last step of a body that is all there: it is verified,
 // published and stored. A store that fails takes nothing from the clients.
 func (f *fillRun) completeFill() fillOutcome {
+	f.freeSlot() // what follows may fetch other files of the remote
 	rec := *f.rec
 	if err := f.spool.hash.verifyDigest(f.file.digest); err != nil {
 		f.c.metrics.countUpstreamError(f.file.remote.name, "digest")
@@ -500,14 +504,16 @@ func (f *fillRun) completeFill() fillOutcome {
 		f.mu.Unlock()
 	}
 	f.publishBody(&rec)
-	f.store()
+	if !f.store() && f.oldRecord != nil && f.file.rulesOthers() {
+		return failedOutcome(errAgreeing) // the old root is there, and still rules
+	}
 	return fillOutcome{kind: outcomeBody}
 }
 
 // publishBody lets all that wait have the whole body. The remote has a place for
 // another fill from now on.
 func (f *fillRun) publishBody(rec *record) {
-	f.freeSlot()
+	f.freeSlot() // of a fill that followed another replica's
 	f.spool.complete()
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -518,17 +524,19 @@ func (f *fillRun) publishBody(rec *record) {
 	}
 }
 
-// store stores a body that is published, unless its fate is another.
-func (f *fillRun) store() {
+// store stores a body that is published, unless its fate is another. It is false if the
+// store failed.
+func (f *fillRun) store() (ok bool) {
 	f.mu.Lock()
 	storing, rec := f.phase == phaseStoring, f.rec
 	f.mu.Unlock()
 	if !storing {
-		return
+		return true
 	}
-	if f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file, false) == nil { // it has logged its failure
+	if ok = f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file, false) == nil; ok { // else it has logged its failure
 		f.c.refreshMark(f.c.ctx, f.file.target, rec)
 		f.c.evictor.trimVariants(f.c.ctx, f.file.target)
+		warnOfIndex(&f.fill, rec)
 	}
 	f.mu.Lock()
 	purged := f.fate == fatePurgedElsewhere
@@ -536,6 +544,7 @@ func (f *fillRun) store() {
 	if purged { // when nothing was stored yet
 		f.removeStored("purging")
 	}
+	return ok
 }
 
 // removeStored removes what is stored under the fill's key.

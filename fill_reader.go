@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"strconv"
+	"time"
 )
 
 const (
@@ -27,6 +28,12 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 			cp.body.Close()
 		}
 	}()
+	var enough <-chan time.Time
+	if cp != nil && f.file.rulesOthers() {
+		t := time.NewTimer(maxWholeBodyWait)
+		defer t.Stop()
+		enough = t.C
+	}
 	written, size := f.progress()
 	lateComer := !leads && written == size // the body was all there before this client was
 	for {
@@ -49,9 +56,31 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 		}
 		select {
 		case <-changed:
+		case <-enough:
+			f.leave()
+			f.c.countUse(f.file.remote.name, f.key)
+			return cp.staleReply("agreeing"), false, nil
 		case <-ctx.Done():
 			f.leave()
 			return nil, false, context.Cause(ctx)
+		}
+	}
+}
+
+// awaitEnd waits until the fill has ended, and leaves it.
+func (f *fill) awaitEnd(ctx context.Context) (fillOutcome, error) {
+	defer f.leave()
+	for {
+		f.mu.Lock()
+		phase, outcome, changed := f.phase, f.outcome, f.changed.next()
+		f.mu.Unlock()
+		if phase == phaseDone {
+			return outcome, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fillOutcome{}, context.Cause(ctx)
 		}
 	}
 }
@@ -62,6 +91,8 @@ func (f *fill) canAnswer(hasCopy bool) bool {
 	switch {
 	case f.phase == phaseDone:
 		return f.outcome.kind == outcomeBody
+	case f.file.rulesOthers():
+		return false // not before it is stored
 	case f.phase >= phaseComplete:
 		return true
 	case f.phase < phaseFilling || f.file.needsWholeBody:
@@ -125,6 +156,10 @@ func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCo
 		return &fileReply{rec: cp.rec, size: cp.rec.Size, body: cp.body, goodAt: cp.goodAt, hashKnown: true,
 			cacheStatus: "fwd=stale; fwd-status=304", result: "REVALIDATED"}, false, nil
 	case outcomeNoSpool:
+		if cp != nil && file.rulesOthers() { // a new root that is not stored does not rule
+			c.countUse(file.remote.name, file.key())
+			return cp.staleReply("agreeing"), false, nil
+		}
 		reply, err = c.passOnReply(ctx, file, rng, cp)
 		return reply, false, err
 	}
@@ -142,6 +177,9 @@ func (file fileRequest) staleReason(err error) string {
 	}
 	if errors.Is(err, errFillQueueFull) {
 		return "crowded"
+	}
+	if errors.Is(err, errAgreeing) {
+		return "agreeing"
 	}
 	status, _ := errors.AsType[*upstreamStatus](err)
 	switch {

@@ -1061,3 +1061,23 @@ func TestServerOutlivesTheReaderOfItsLog(t *testing.T) {
 		t.Errorf("the end: %v", err)
 	}
 }
+
+// A generic remote without mutable_patterns keeps what it has stored: that is told
+// before anyone wonders where the new versions are.
+func TestRemotesThatAreNeverLookedAtAgainAreNamed(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	text := "remotes:\n  pinned: {base_url: 'http://a'}\n  watched: {base_url: 'http://a', mutable_patterns: ['x$']}\n" +
+		"  aging: {base_url: 'http://a', cache: {immutable_ttl: 60}}\n  rpms: {base_url: 'http://a', package: rpm}\n  own: {type: local}\n"
+	must(t, os.WriteFile(dir+"/remotes.yaml", []byte(text), 0o600))
+	var out strings.Builder
+	env := envOf(map[string]string{"CONFIG_PATH": dir + "/remotes.yaml"})
+	if code := run(t.Context(), []string{"check"}, env, &out, &out); code != 0 || strings.Count(out.String(), "warning") != 1 || !strings.Contains(out.String(), `remote "pinned": it has no mutable_patterns`) {
+		t.Errorf("check: exit status %d, %s", code, &out)
+	}
+	tt := newTester(t, "mutable_patterns: [x]")
+	tt.server.useConfig(mustParse(t, text))
+	if lines := tt.logs.lines("mutable_patterns"); len(lines) != 1 || !strings.Contains(lines[0], "pinned") {
+		t.Errorf("the log has %q", lines)
+	}
+}

@@ -207,6 +207,17 @@ func (r *remote) equals(other *remote) bool {
 	return reflect.DeepEqual(a, b)
 }
 
+// unwatchedRemotes are the names of the remotes whose files are never looked at again
+// once they are stored: generic ones that do not say which of them change.
+func (c *config) unwatchedRemotes() (names []string) {
+	for _, name := range c.names {
+		if r := c.remotes[name]; !r.local && r.packageType == "generic" && r.mutable == nil && r.immutableTTL == 0 {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
 // urlPath returns the path of r for clients: /api/NAME/, or /v2/NAME/ for docker.
 func (r *remote) urlPath() string {
 	if r.packageType == "docker" {

@@ -44,12 +44,12 @@ const hidden = "hidden"
 // What is valid but rarely meant is told, and the server starts all the same.
 func TestConfigWarnings(t *testing.T) {
 	t.Parallel()
-	cfg := mustParse(t, one("    description: $TOKEN, $$TOKEN and $NONE\n    password: p$TOKEN\n"))
-	want := []string{`remotes.yaml:5: remote "x": password has $TOKEN without braces`, `remotes.yaml:5: remote "x": password has no username`}
+	cfg := mustParse(t, one("    mutable_patterns: [a]\n    description: $TOKEN, $$TOKEN and $NONE\n    password: p$TOKEN\n"))
+	want := []string{`remotes.yaml:6: remote "x": password has $TOKEN without braces`, `remotes.yaml:6: remote "x": password has no username`}
 	if len(cfg.warnings) != len(want) || !strings.HasPrefix(cfg.warnings[0], want[0]) || !strings.HasPrefix(cfg.warnings[1], want[1]) {
 		t.Errorf("warnings %q, want %q", cfg.warnings, want)
 	}
-	if cfg := mustParse(t, one("    description: $NONE costs 5$\n    username: ${TOKEN}\n    password: p$$TOKEN\n")); len(cfg.warnings) > 0 {
+	if cfg := mustParse(t, one("    mutable_patterns: [a]\n    description: $NONE costs 5$\n    username: ${TOKEN}\n    password: p$$TOKEN\n")); len(cfg.warnings) > 0 {
 		t.Errorf("warnings %q for nothing", cfg.warnings)
 	}
 }
@@ -459,6 +459,21 @@ func TestShippedConfig(t *testing.T) {
 		{"github", "gruntwork-io/terragrunt/releases/download/v0.96.1/terragrunt_linux_amd64.tar.gz", immutable},
 		{"github", "gruntwork-io/terragrunt/releases/latest/download/terragrunt_linux_amd64", mutable},
 		{"github", "gruntwork-io/terragrunt", ""},
+		{"github", "a/b/releases/download/cli/v1.2/file.tar.gz", immutable},
+		{"github", "a/b/releases/download/nightly/file.tar.gz", mutable},
+		{"github", "a/b/releases/download/app-nightly/file.tar.gz", mutable},
+		{"github", "a/b/releases/download/v1.2-nightly.3/file.tar.gz", immutable},
+		{"github-archive", "a/b/archive/v1.2.3.tar.gz", immutable},
+		{"github-archive", "a/b/archive/1.2.tar.gz", immutable},
+		{"github-archive", "a/b/archive/0123456789abcdef0123456789abcdef01234567.zip", immutable},
+		{"github-archive", "a/b/archive/abcdef0123456789abcdef0123456789abcdef01.tar.gz", immutable},
+		{"github-archive", "a/b/archive/refs/tags/cli/v1.tar.gz", immutable},
+		{"github-archive", "a/b/archive/main.tar.gz", mutable},
+		{"github-archive", "a/b/archive/devel.zip", mutable},
+		{"github-archive", "a/b/archive/feature-1.tar.gz", mutable},
+		{"github-archive", "a/b/archive/vnext.tar.gz", mutable},
+		{"github-archive", "a/b/archive/2.x.tar.gz", mutable},
+		{"github-archive", "a/b/archive/release/1.2.tar.gz", mutable},
 		{"github-archive", "a/b/archive/refs/tags/v1.tar.gz", immutable},
 		{"github-archive", "a/b/archive/refs/heads/main.tar.gz", mutable},
 		{"hashicorp-releases", "terraform/1.9.0/terraform_1.9.0_linux_amd64.zip", immutable},
@@ -469,6 +484,13 @@ func TestShippedConfig(t *testing.T) {
 		{"alpine", "v3.22/releases/x86_64/alpine-minirootfs-3.22.0-x86_64.tar.gz.sha256", immutable},
 		{"almalinux", "9/BaseOS/x86_64/os/repodata/repomd.xml", mutable},
 		{"almalinux", "9/BaseOS/x86_64/os/images/pxeboot/vmlinuz", mutable},
+		{"almalinux", "9/BaseOS/x86_64/os/.treeinfo", mutable},
+		{"almalinux", "9/BaseOS/x86_64/os/media.repo", mutable},
+		{"almalinux", "9/BaseOS/x86_64/os/EFI/BOOT/grub.cfg", mutable},
+		{"almalinux", "RPM-GPG-KEY-AlmaLinux-9", mutable},
+		{"alpine", "v3.22/releases/x86_64/netboot/vmlinuz-lts", mutable},
+		{"apt-mirror", "dists/trixie/main/installer-amd64/current/images/netboot/mini.iso", mutable},
+		{"apt-mirror", "dists/trixie/main/binary-amd64/Packages.diff/T-2025-01-01-0000.00-F-x.gz", immutable},
 		{"almalinux", "9/BaseOS/x86_64/os/Packages/bash-5.1.8-9.el9.x86_64.rpm", immutable},
 		{"helm-charts", "index.yaml", mutable},
 		{"helm-charts", "charts/cert-manager-v1.18.2.tgz", immutable},

@@ -77,6 +77,9 @@ func parseConfig(name string, data []byte, env func(string) (string, bool)) (*co
 	cfg.urls = newURLTable(cfg)
 	publicURL, _ := env("PUBLIC_URL")
 	cfg.useLinks(publicURL)
+	for _, name := range cfg.unwatchedRemotes() {
+		cfg.warnings = append(cfg.warnings, fmt.Sprintf("remote %q: it has no mutable_patterns, so what is stored is never looked at again: list its index files there", name))
+	}
 	for _, r := range cfg.remotes {
 		r.config = cfg
 	}

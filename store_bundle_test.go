@@ -540,7 +540,9 @@ func TestImportThatCannotStore(t *testing.T) {
 	}
 	// The space is reserved before the first body is read.
 	b = newBundleReader(t, d, d)
-	b.space.diskSpace = func() (diskUsage, error) { return diskUsage{free: room{bytes: 350_000}, size: room{bytes: 1 << 30}}, nil }
+	b.space.diskSpace = func() (diskUsage, error) {
+		return diskUsage{free: room{bytes: 350_000}, size: room{bytes: 1 << 30}}, nil
+	}
 	b.space.minFree = 10_000
 	if err := b.readAndStore(t.Context(), bytes.NewReader(bundle)); !errors.Is(err, errNoSpace) || b.done.Load() > 0 {
 		t.Errorf("without space, after %d bytes: %v", b.done.Load(), err)
