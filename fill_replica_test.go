@@ -1024,8 +1024,11 @@ func FuzzPeerFrames(f *testing.F) {
 			}
 		}
 		wire[int(at)%len(wire)]++
-		r, to := bytes.NewReader(wire), newStream()
-		if to.readFrame(r, &frame) == nil && to.readFrame(r, &frame) == nil {
+		r, to, intact := bytes.NewReader(wire), newStream(), 0
+		for intact < 2 && to.readFrame(r, &frame) == nil {
+			intact++
+		}
+		if intact == 2 {
 			t.Errorf("changed at %d, both frames were read", int(at)%len(wire))
 		}
 		var o replicaOutcome
