@@ -20,8 +20,8 @@ import (
 	"time"
 )
 
-// filesOnPage is how many files the page of a remote shows at once.
-const filesOnPage = 100
+// filesOnPage is how many files the page of a remote shows at once: some 50 KB.
+const filesOnPage = 80
 
 // overview is the answer of /.
 type overview struct {
