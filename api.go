@@ -511,13 +511,14 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	w.quiet = true // Prometheus asks several times a minute
 	health := a.health()
 	cfg := a.config()
-	up, remoteUp, bytes, files := map[string]float64{}, map[string]float64{}, map[string]float64{}, map[string]float64{}
+	up, remoteUp, failing, bytes, files := map[string]float64{}, map[string]float64{}, map[string]float64{}, map[string]float64{}, map[string]float64{}
 	for name, state := range health.Backends {
 		up[name] = boolNumber(state != "down")
 	}
 	for _, name := range cfg.names {
 		if !cfg.remotes[name].local {
 			remoteUp[name] = boolNumber(cfg.remotes[name].sealed || !a.cache.upstream.isInOutage(name))
+			failing[name] = float64(len(a.cache.upstream.failingOrigins(cfg.remotes[name])))
 		}
 		bytes[name], files[name] = 0, 0
 	}
@@ -538,6 +539,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 		newGauge("artifactapi_config_last_reload_success_timestamp_seconds", "When the configuration in force was loaded, in seconds since 1970.", float64(health.configLoaded)),
 		family{"artifactapi_backend_up", "gauge", "1 if the backend can be used, else 0.", "backend", up},
 		family{"artifactapi_remote_up", "gauge", "1 unless the remote counts as unreachable.", "remote", remoteUp},
+		family{"artifactapi_failing_origins", "gauge", "Of base_url and mirrors, those that fail while others stand in.", "remote", failing},
 		family{"artifactapi_held_generations", "gauge", "New metadata that is held back until the upstream has all of its files.", "remote", a.cache.generations.heldRoots(cfg)},
 		family{"artifactapi_stored_bytes", "gauge", "Bytes stored.", "remote", bytes},
 		family{"artifactapi_stored_files", "gauge", "Files stored.", "remote", files})

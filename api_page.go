@@ -112,11 +112,12 @@ type page struct {
 type pageRemote struct {
 	remoteOverview
 	Local     bool
-	Sealed    bool   // its upstream is never asked
-	HitRatio  string // "-" without requests
-	Saved     int64  // bytes that were answered from the store
-	DownFor   string // how long the upstream has been unreachable
-	DownCause string // "": it is reachable
+	Sealed    bool     // its upstream is never asked
+	HitRatio  string   // "-" without requests
+	Saved     int64    // bytes that were answered from the store
+	DownFor   string   // how long the upstream has been unreachable
+	DownCause string   // "": it is reachable
+	Failing   []string // what is said of each origin that others stand in for
 
 	// A plot of the last hours: the outlines of two areas in SVG's path syntax, of all
 	// requests and of those answered from the store. "": there were none.
@@ -141,6 +142,10 @@ func (a *api) newPageRemote(o remoteOverview, rem *remote) pageRemote {
 		// What a client would be told: the cause itself may have a host from ${VAR}.
 		_, v.DownCause = statusAndDetail(cause)
 		v.DownFor = formatSpan(a.now().Sub(began))
+	}
+	for _, o := range a.cache.upstream.failingOrigins(rem) {
+		_, cause := statusAndDetail(o.cause)
+		v.Failing = append(v.Failing, fmt.Sprintf("%s fails for %s: %s", o.url, formatSpan(a.now().Sub(o.since)), cause))
 	}
 	v.setUsage(a.metrics.usageOf(o.Name))
 	v.setPlot(a.metrics.trendOf(o.Name))

@@ -157,6 +157,65 @@ func TestLogLineSaysWhoAskedAndWhy(t *testing.T) {
 	}
 }
 
+// A mirror that stands in for weeks is seen: in a line when base_url begins to fail and
+// in one when it works again, on the page, and as a metric.
+func TestAMirrorThatStandsInIsSeen(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	mirror := tt.another()
+	tt.moveUpstream(tt.origin.url, "mirrors: ["+mirror.url+"]")
+	files := 0
+	ask := func(act http.HandlerFunc) {
+		t.Helper()
+		files++
+		path := fmt.Sprint("/", files)
+		tt.origin.file(path, "body").acts(act)
+		mirror.file(path, "body")
+		tt.get("/api/r" + path).wantMiss()
+		tt.advance(time.Minute)
+	}
+	wantFailing := func(n int, onPage ...string) {
+		t.Helper()
+		if text := tt.get("/metrics").text; !strings.Contains(text, fmt.Sprintf("artifactapi_failing_origins{remote=\"r\"} %d\n", n)) {
+			t.Errorf("/metrics does not say that %d origins fail", n)
+		}
+		for _, path := range []string{"/", "/?remote=r"} {
+			for _, part := range onPage {
+				if text := tt.get(path, browser).text; !strings.Contains(text, part) {
+					t.Errorf("%s lacks %q", path, part)
+				}
+			}
+		}
+	}
+	wantLines := func(text string, n int) {
+		t.Helper()
+		if lines := tt.logs.lines(text); len(lines) != n {
+			t.Errorf("%d lines have %q; want %d:\n%s", len(lines), text, n, tt.logs)
+		}
+	}
+	tt.origin.file("/a", "body")
+	tt.origin.file("/b", "body").acts(answers(500))
+	mirror.file("/b", "body")
+	tt.get("/api/r/a").wantMiss()
+	tt.get("/api/r/b").wantMiss()
+	wantFailing(0, ">up<") // it is one file's
+	tt.advance(time.Minute)
+	ask(tt.origin.resets)
+	wantFailing(1, "up in part", tt.origin.url+" fails for 1 min: ")
+	ask(nil)
+	wantFailing(0, ">up<")
+	ask(answers(503))
+	ask(answers(503))
+	wantFailing(1, tt.origin.url+" fails for 2 min: it answers 503")
+	ask(nil)
+	wantFailing(0, ">up<")
+	wantLines("an origin of a remote fails", 2)
+	wantLines("an origin of a remote works again", 2)
+	if lines := tt.logs.lines("an origin of a remote fails"); !strings.Contains(lines[0], tt.origin.url) || !strings.Contains(lines[1], "503") {
+		t.Errorf("the lines name no origin or no cause: %q", lines)
+	}
+}
+
 // A failure of ours is a warning with its cause, so that LOG_LEVEL=warn shows it. An
 // outage was announced when it began: what requests notice of it is no news.
 func TestServerErrorsAreWarnings(t *testing.T) {

@@ -108,8 +108,9 @@ type upstream struct {
 	now        func() time.Time
 	log        *slog.Logger
 	metrics    *metrics
-	circuits   *boundedMap[string, *circuit]   // by the remote's name
-	failing    *boundedMap[*url.URL, struct{}] // origins that failed by network a short while ago
+	circuits   *boundedMap[string, *circuit]     // by the remote's name
+	failing    *boundedMap[*url.URL, struct{}]   // origins that failed by network a short while ago
+	origins    *boundedMap[originName, *circuit] // of remotes with mirrors, see noteOrigin
 	tokens     tokenCache
 
 	// proxyFor returns the proxy for a request, or nil. It must agree with the Proxy
@@ -150,6 +151,7 @@ func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.T
 		metrics:  m,
 		circuits: newBoundedMap[string, *circuit](maxRemembered, now),
 		failing:  newBoundedMap[*url.URL, struct{}](maxRemembered, now),
+		origins:  newBoundedMap[originName, *circuit](maxRemembered, now),
 		tokens: tokenCache{
 			challenges: newBoundedMap[registryKey, authChallenge](maxTokens, now),
 			answers:    newBoundedMap[tokenKey, tokenAnswer](maxTokens, now),
@@ -223,6 +225,7 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 			baseResp.discardBody()
 			return nil, false, ctx.Err()
 		}
+		u.noteOrigin(req.remote, i, resp, err)
 		if (i == 0 && !needsMirror(resp, err)) || (i > 0 && err == nil && resp.StatusCode < 400) {
 			baseResp.discardBody()
 			return resp, false, err
@@ -244,6 +247,53 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 	// After a timeout the client has waited long enough.
 	canRetry = !timedOut && !req.hasCopy && req.method == http.MethodGet && u.isTransient(baseResp, baseErr)
 	return baseResp, canRetry, baseErr
+}
+
+// originName tells origins apart, also after a reload of the configuration.
+type originName struct{ remote, url string }
+
+func (r *remote) nameOrigin(i int) originName { return originName{r.name, r.origins[i].url.String()} }
+
+// noteOrigin makes it known when an origin begins to fail and when it works again: where
+// others stand in for it, no client ever notices. One failure among answers does not
+// count: it may be one of a single file.
+func (u *upstream) noteOrigin(r *remote, i int, resp *upstreamResponse, err error) {
+	if len(r.origins) == 1 { // then the remote is in an outage, or no other origin stands in
+		return
+	}
+	c := u.origins.getOrPut(r.nameOrigin(i), func() *circuit { return newCircuit(u.now, outagePause, outagePause) })
+	switch {
+	case needsMirror(resp, err):
+		if err == nil {
+			err = newProblem(http.StatusBadGateway, "it answers %d", resp.StatusCode)
+		}
+		if c.fail(err, u.now().Add(-outagePause)) {
+			u.log.Warn("an origin of a remote fails: the others are asked instead", "remote", r.name, "origin", r.shownURL(i), "error", err)
+		}
+	case err == nil:
+		if lasted, recovered := c.succeed(); recovered {
+			u.log.Info("an origin of a remote works again", "remote", r.name, "origin", r.shownURL(i), "after", lasted.Round(time.Second).String())
+		}
+	}
+}
+
+// failingOrigin is an origin for which others stand in.
+type failingOrigin struct {
+	url   string // as it may be shown
+	since time.Time
+	cause error
+}
+
+// failingOrigins are those of a remote with mirrors, in the order of the configuration.
+func (u *upstream) failingOrigins(r *remote) (all []failingOrigin) {
+	for i := range r.origins {
+		if c, found := u.origins.get(r.nameOrigin(i)); found {
+			if began, cause := c.outage(); cause != nil {
+				all = append(all, failingOrigin{r.shownURL(i), began, cause})
+			}
+		}
+	}
+	return all
 }
 
 // originOrder returns the indexes of the origins in the order in which they are asked:
