@@ -206,6 +206,7 @@ func (f *follower) applyFrame(frame replicaFrame) error {
 		if f.rec == nil {
 			return fmt.Errorf("%w: data before its head", errReplica)
 		}
+		f.c.metrics.countPeerBytes(len(frame.payload))
 		if err := f.appendToSpool(frame.payload); errors.Is(err, errTooMuch) {
 			return fmt.Errorf("%w: %w: the body is longer than it said", errReplica, errDigest)
 		} else if err != nil {

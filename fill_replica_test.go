@@ -186,6 +186,9 @@ func TestOneFetchForAllReplicas(t *testing.T) {
 	}
 	f.settled()
 	f.wantRequests("/a", 1)
+	if text := f.all[1].get("/metrics").text; !strings.Contains(text, fmt.Sprintf("artifactapi_peer_bytes_total %d\n", size)) {
+		t.Errorf("a follower does not count the %d bytes of its leader", size)
+	}
 	for _, tt := range f.all {
 		tt.get("/api/r/a").wantHit().wantBody(text)
 		tt.wantNoSpools()

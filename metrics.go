@@ -51,6 +51,7 @@ type metrics struct {
 	served     [len(resultLabels)]atomic.Int64 // body bytes sent to clients
 	durations  [len(resultLabels)]histogram
 	firstBytes [len(resultLabels)]histogram
+	peers      atomic.Int64 // body bytes received from other replicas
 	upstream   [1]histogram // from a request to the headers of its answer
 	checks     [3]histogram // of backendLabels
 	trend      trend
@@ -116,6 +117,9 @@ func (m *metrics) countCheck(backend string, d time.Duration) {
 
 // countFetchedBytes counts body bytes that came from a remote's upstream.
 func (m *metrics) countFetchedBytes(remote string, n int64) { m.countsOf(remote).fetched.Add(n) }
+
+// countPeerBytes counts body bytes that came from another replica.
+func (m *metrics) countPeerBytes(n int) { m.peers.Add(int64(n)) }
 
 // countUpstreamError counts a failed request to an upstream by its kind, one of
 // kindLabels.

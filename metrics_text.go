@@ -77,6 +77,7 @@ func (m *metrics) families(remotes map[string]*remoteCounts) []family {
 	return []family{
 		{"artifactapi_served_bytes_total", "counter", "Body bytes sent to clients; those of hits were saved.", "result", served},
 		{"artifactapi_fetched_bytes_total", "counter", "Body bytes received from upstreams.", "remote", fetched},
+		newCounter("artifactapi_peer_bytes_total", "Body bytes received from other replicas.", float64(m.peers.Load())),
 		{"artifactapi_upstream_requests_total", "counter", "Requests sent to upstreams.", "remote", asked},
 		{"artifactapi_store_errors_total", "counter", "Failures of storage, database, redis and spool.", "store", failed},
 	}
