@@ -612,8 +612,8 @@ func (c *cache) openCopy(ctx context.Context, key string, file fileRequest, off 
 // and by when the object was last found good.
 func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, obj *object) *storedCopy {
 	s := &storedCopy{object: obj, goodAt: obj.rec.Fetched}
-	if obj.rec.Links != file.rewrittenLinks().tableID() {
-		return s // expired: its links lead by another table
+	if rem := file.remote; obj.rec.Links != file.rewrittenLinks().tableID() && !rem.sealed && !rem.local {
+		return s // expired: its links lead by another table, and upstream can be asked for others
 	}
 	ttl, forever := file.remote.ttlOf(file.class)
 	if forever {

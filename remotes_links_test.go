@@ -172,6 +172,20 @@ func TestDocumentsLeadHere(t *testing.T) {
 	tt.get("/api/r/simple/x/").wantStale().wantBody(other)
 }
 
+// A document that nobody can fetch anew answers as it is, whatever its links lead by.
+func TestSealedDocumentsOutliveTheirTable(t *testing.T) {
+	t.Parallel()
+	yaml := "remotes:\n  r: {base_url: \"ORIGIN\", package: pypi}\n"
+	tt := setup{yaml: yaml}.start(t)
+	tt.origin.file("/simple/x/", `<a href="`+tt.origin.url+`/x.whl">x</a>`)
+	const want = `<a href="../../../r/x.whl">x</a>`
+	tt.get("/api/r/simple/x/").wantMiss().wantBody(want)
+	tt.configure(strings.ReplaceAll(strings.Replace(yaml, "pypi", "pypi, sealed: true", 1)+"  other: {base_url: \"https://other.example\"}\n", "ORIGIN", tt.origin.url))
+	tt.get("/api/r/simple/x/").wantBody(want).wantHeader("Cache-Status", "artifactapi; hit; detail=sealed")
+	tt.configure("remotes:\n  r: {type: local}\n")
+	tt.get("/api/r/simple/x/").wantHit().wantBody(want)
+}
+
 // A document that breaks off goes on where upstream's broke off, not where ours did.
 func TestDocumentThatBreaksOffIsResumed(t *testing.T) {
 	t.Parallel()
