@@ -358,6 +358,8 @@ func (s *killScene) steps(t *testing.T) (before, during []string) {
 	o := newTestOrigin(t, setup{})
 	c := childSetup{yaml: strings.ReplaceAll(killYAML, "ORIGIN", o.url), env: []string{childStep + "=list", "API_TOKEN=t"}}.start(t)
 	s.prepare(c.tester(), o)
+	c.tester().get("/prepared") // its log line comes behind those of the steps so far
+	awaitThat(t, "the log to be read", func() bool { return strings.Contains(c.logs(), "/prepared") })
 	n := len(c.steps())
 	s.act(c.tester(), o)
 	if code := c.stop(); code != 0 {
