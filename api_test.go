@@ -981,6 +981,9 @@ func TestHealth(t *testing.T) {
 	}
 	tt.origin.file("/a", "body")
 	tt.get("/api/r/a").wantStatus(200).wantBody("body") // files are served but not stored
+	if lines := tt.logs.lines(`"WARN","msg":"a store failed`); len(lines) > 0 {
+		t.Errorf("each fill tells what the log has said already: %q", lines)
+	}
 	if err := os.Remove(tt.disk.dir); err != nil {
 		t.Fatal(err)
 	}

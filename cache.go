@@ -219,6 +219,8 @@ type cache struct {
 	now      func() time.Time
 	log      *slog.Logger
 	metrics  *metrics
+	// isInTrouble reports whether the log says already that a store cannot be used. nil: never.
+	isInTrouble func(store string) bool
 
 	replicas      replicas // nil on a single machine
 	replicaKey    replicaKey
@@ -670,10 +672,15 @@ func (s *storedCopy) staleReply(why string) *fileReply {
 	return reply
 }
 
-// reportStoreError logs and counts a failure of a store that the request survives.
+// reportStoreError logs and counts a failure of a store that the request survives. In an
+// outage, or on a full disk, each request has one, and the log has a line of its own.
 func (c *cache) reportStoreError(what, doing, key string, err error) {
 	c.metrics.countStoreError(what)
-	c.log.Warn("a store failed, the request goes on without it", "store", what, "doing", doing, "key", key, "error", err)
+	level := slog.LevelWarn
+	if c.isInTrouble != nil && c.isInTrouble(what) {
+		level = slog.LevelDebug
+	}
+	c.log.Log(c.ctx, level, "a store failed, the request goes on without it", "store", what, "doing", doing, "key", key, "error", err)
 }
 
 // cleanUpTimeout is how long cancelled fills may take to end. A store that hangs would

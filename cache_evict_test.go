@@ -438,6 +438,12 @@ func TestADiskFullOfUploadsIsReported(t *testing.T) {
 	tt.put("/api/l/b", "more", bearer).wantStatus(507)
 	tt.wantHealth("degraded", "full")
 	tt.wantLog("backend is full")
+	warned := len(tt.logs.lines(`"WARN","msg":"a store failed`))
+	tt.origin.file("/g", "text")
+	tt.get("/api/r/g").wantUnstored()
+	if lines := tt.logs.lines(`"WARN","msg":"a store failed`); len(lines) != warned {
+		t.Errorf("on a full disk each fill is a warning: %q", lines)
+	}
 	tt.get("/api/l/a").wantStatus(200)
 	tt.delete("/api/l/a", bearer).wantStatus(204)
 	tt.wantHealth("healthy", "embedded")

@@ -247,6 +247,7 @@ func (s *server) newHandler() http.Handler {
 	st.missed = newMissedSnapshot(s.set.dataDir, &s.cache.missed, s.log)
 	s.cache.evictor.config, s.cache.evictor.limit = s.config.Load, s.set.maxSize
 	st.useEvictor(s.cache.evictor)
+	s.cache.isInTrouble = st.isInTrouble
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	return &api{cache: s.cache, config: s.config.Load, settings: s.set.shown, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
 		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(), runs: &prefetchRuns{},
@@ -450,18 +451,23 @@ func (s *server) checkBackend(b *backend) {
 	err := b.ping(ctx)
 	s.cache.metrics.countCheck(b.name, time.Since(began))
 	full := errors.Is(err, errNoSpace) && !errors.Is(err, errStoreDown)
-	wasFull := b.full.Swap(full)
-	wasUp := b.up.Swap(err == nil || full)
+	was, isFirst, lasted := b.state(), b.changedAt.IsZero(), began.Sub(b.changedAt).Round(time.Second).String()
+	b.full.Store(full)
+	b.up.Store(err == nil || full)
+	if b.state() == was && !isFirst {
+		return
+	}
+	b.changedAt = began
 	switch {
-	case full && !wasFull:
+	case full:
 		s.log.Error("backend is full: files are served and not stored", "backend", b.name, "kind", b.kind, "error", err)
-	case wasFull && err == nil:
-		s.log.Info("backend has space again", "backend", b.name, "kind", b.kind)
-	case b.logsOutages:
-	case wasUp && err != nil && !full:
+	case was == "full" && err == nil:
+		s.log.Info("backend has space again", "backend", b.name, "kind", b.kind, "after", lasted)
+	case b.outage != nil:
+	case err != nil:
 		s.log.Error("backend is down", "backend", b.name, "kind", b.kind, "error", err)
-	case !wasUp && err == nil:
-		s.log.Info("backend is up", "backend", b.name, "kind", b.kind)
+	case !isFirst:
+		s.log.Info("backend is up", "backend", b.name, "kind", b.kind, "after", lasted)
 	}
 }
 

@@ -49,11 +49,12 @@ type backend struct {
 	kind         string                      // what it is, for the log
 	okWord       string                      // what /health calls it while it works: ok or embedded
 	ping         func(context.Context) error // nil: it cannot be down
-	logsOutages  bool                        // it logs itself when it goes and when it is back
+	outage       *circuit                    // that logs when it goes and when it is back; nil: checkBackend does
 	tasks        []task                      // that run as long as the server
 	saveSnapshot func() error                // writes what is in memory alone
 	close        func() error
 	up, full     atomic.Bool // the last ping succeeded; it found no space left
+	changedAt    time.Time   // when a ping found another state than the one before; the checks alone use it
 }
 
 // state is what the last ping says of the backend.
@@ -65,6 +66,20 @@ func (b *backend) state() string {
 		return "full"
 	}
 	return b.okWord
+}
+
+// isInTrouble reports whether the log says already that a store, as metrics call it,
+// cannot be used.
+func (st *stores) isInTrouble(store string) bool {
+	if store == "spool" {
+		store = "storage" // spools are on one disk with it, or are checked with it
+	}
+	for _, b := range st.backends {
+		if b.name == store {
+			return b.state() != b.okWord || (b.outage != nil && b.outage.outageCause() != nil)
+		}
+	}
+	return false
 }
 
 // task is a step that runs in the background, again and again.
@@ -108,7 +123,7 @@ func (st *stores) openFreshness(set *settings, now func() time.Time, log *slog.L
 		return nil, err
 	}
 	st.freshness = redis
-	st.backends = append(st.backends, &backend{name: "redis", kind: "Redis", okWord: "ok", ping: redis.ping, logsOutages: true, close: redis.Close,
+	st.backends = append(st.backends, &backend{name: "redis", kind: "Redis", okWord: "ok", ping: redis.ping, outage: redis.outage, close: redis.Close,
 		tasks: []task{{doing: "keeping leases", every: leaseInterval, step: redis.renewLeases}}})
 	return redis, nil
 }
@@ -129,7 +144,7 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 		return err
 	}
 	st.index = st.sql
-	st.backends = append(st.backends, &backend{name: "database", kind: "PostgreSQL " + set.db.host, okWord: "ok", ping: st.sql.ping, logsOutages: true, close: st.sql.Close,
+	st.backends = append(st.backends, &backend{name: "database", kind: "PostgreSQL " + set.db.host, okWord: "ok", ping: st.sql.ping, outage: st.sql.outage, close: st.sql.Close,
 		tasks: []task{
 			{doing: "writing index rows that wait", every: time.Second, step: st.sql.writePending},
 			{doing: "making indexes", every: time.Minute, atStart: true, step: st.sql.buildIndexes},

@@ -117,10 +117,12 @@ func (s *s3Store) logState(err error) {
 	if text == s.logged {
 		return
 	}
-	s.logged = text
 	attrs := []any{"endpoint", s.client.cfg.host, "bucket", s.client.cfg.bucket}
 	if err != nil {
 		attrs = append(attrs, "error", err)
+	} else if s.logged != "" {
+		attrs = append(attrs, "after", s.now().Sub(s.loggedAt).Round(time.Second).String())
 	}
+	s.logged, s.loggedAt = text, s.now()
 	s.log.Log(context.Background(), level, text, attrs...)
 }
