@@ -197,9 +197,9 @@ type server struct {
 	// loadedContents as they were last loaded. The start writes both, then watchFiles
 	// alone.
 	seenContents, loadedContents [sha256.Size]byte
-	// ownsDataDir reports whether this process has the lock on DATA_DIR. The start
-	// writes it, then the sweeping loop alone.
-	ownsDataDir bool
+	// ownsDataDir reports whether this process has the lock on DATA_DIR, hasTriedDataDir
+	// whether it has asked for it. The start writes them, then the sweeping loop alone.
+	ownsDataDir, hasTriedDataDir bool
 }
 
 // runServer runs the server until ctx ends or listening fails.
@@ -407,6 +407,7 @@ func (s *server) openData() {
 	}
 	locked, err := s.stores.disk.lockData()
 	switch {
+	case s.hasTriedDataDir && !locked: // the log says so
 	case err != nil:
 		s.log.Error("DATA_DIR cannot be used: files are served but not stored", "dir", s.set.dataDir, "error", err)
 	case !locked:
@@ -418,7 +419,7 @@ func (s *server) openData() {
 			}
 		}
 	}
-	s.ownsDataDir = locked
+	s.ownsDataDir, s.hasTriedDataDir = locked, true
 }
 
 // sweepDisks removes the files that crashes left in DATA_DIR.

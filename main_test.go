@@ -931,6 +931,9 @@ func TestUnwritableDataDirIsDegradedAndServes(t *testing.T) {
 	awaitThat(t, "it to recover without a restart", func() bool { return tt.get("/health").has(`"healthy"`) })
 	tt.get("/api/r/a").wantMiss().wantBody(text)
 	awaitThat(t, "a hit", func() bool { return tt.get("/api/r/a").header.Get("X-Artifact-Source") == "cache" })
+	if n := strings.Count(c.logs(), "DATA_DIR cannot be used"); n != 1 {
+		t.Errorf("the log tells of DATA_DIR %d times:\n%s", n, c.logs())
+	}
 }
 
 // Files on disk would be forgotten, and fill it, when S3 is configured.
