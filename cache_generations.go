@@ -393,6 +393,6 @@ func (g *generations) endHold(key string) {
 	if h, held := g.held.get(key); held {
 		g.held.delete(key)
 		g.tried.delete(key)
-		g.c.log.Info("metadata is not held back any more", "key", key, "after", g.c.now().Sub(h.since))
+		g.c.log.Info("metadata is not held back any more", "key", key, "after", g.c.now().Sub(h.since).Round(time.Second).String())
 	}
 }

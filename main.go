@@ -316,7 +316,7 @@ const drainTimeout = 25 * time.Second
 // still served: load balancers have that time to send clients elsewhere.
 func (s *server) announceEnd() {
 	s.draining.Store(true)
-	s.log.Info("draining: /health answers 503 from now on", "delay", s.set.drainDelay)
+	s.log.Info("draining: /health answers 503 from now on", "delay", s.set.drainDelay.String())
 	if s.set.drainDelay > 0 {
 		<-time.After(s.set.drainDelay)
 	}
@@ -385,7 +385,7 @@ func (s *server) runTask(ctx context.Context, t task) {
 		if t.atStart || !first {
 			err := t.step(ctx)
 			if err != nil && ctx.Err() == nil {
-				s.log.Log(ctx, level, "a background task failed and will be tried again", "task", t.doing, "after", t.every, "error", err)
+				s.log.Log(ctx, level, "a background task failed and will be tried again", "task", t.doing, "after", t.every.String(), "error", err)
 			} else if once {
 				return
 			}

@@ -737,6 +737,7 @@ func TestDraining(t *testing.T) {
 		g := tt.get("/health")
 		return g.status == 503 && g.has("draining")
 	})
+	c.wantLog(`"delay":"`) // not a number of nanoseconds
 	tt.get("/config").wantStatus(200)
 	awaitThat(t, "the end of accepting", func() bool {
 		conn, err := net.Dial("tcp", strings.TrimPrefix(c.url, "http://"))
