@@ -195,6 +195,7 @@ func (reply *fileReply) setHeaders(h http.Header, r *http.Request, file fileRequ
 	if reply.rec.Encoding != "" {
 		s.set("Content-Encoding", reply.rec.Encoding)
 	}
+	h["Cache-Control"] = noTransform
 	h["Content-Security-Policy"] = sandbox
 	if r.ProtoMajor == 1 && r.ProtoMinor == 1 && r.ContentLength == 0 {
 		h["Connection"] = keepAlive // apk reuses a connection only then
@@ -207,7 +208,8 @@ var (
 	sourceCache  = []string{"cache"}
 	sourceRemote = []string{"remote"}
 	acceptRanges = []string{"bytes"}
-	sandbox      = []string{"sandbox"} // cached HTML must not script our page
+	noTransform  = []string{"no-transform"} // fronts that compress drop the ETag and the length
+	sandbox      = []string{"sandbox"}      // cached HTML must not script our page
 	keepAlive    = []string{"keep-alive"}
 )
 
@@ -217,7 +219,18 @@ func contentDisposition(name string) string {
 	if strings.Trim(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-+") == "" {
 		return "attachment; filename=" + name
 	}
-	return mime.FormatMediaType("attachment", map[string]string{"filename": name})
+	named := mime.FormatMediaType("attachment", map[string]string{"filename": name})
+	if extended, isExtended := strings.CutPrefix(named, "attachment; filename*="); isExtended {
+		// For clients that do not know filename* (RFC 6266 section 4.3).
+		plain := strings.Map(func(r rune) rune {
+			if r < 0x80 && unescapedBytes[r] {
+				return r
+			}
+			return '_'
+		}, name)
+		return "attachment; filename=" + plain + "; filename*=" + extended
+	}
+	return named
 }
 
 // contentTypes are the content types by the extension of the file name. The system's
@@ -265,14 +278,14 @@ func (file *fileRequest) isPage(resp *upstreamResponse) bool {
 }
 
 // contentTypeOf is the content type of a file by its name. Upstream's counts for JSON
-// and XML metadata (npm and others have types of their own), and where the name says
-// nothing.
+// and XML metadata (npm and others have types of their own) unless it says nothing, and
+// where the name says nothing.
 func contentTypeOf(name, upstream string) string {
 	ext := strings.ToLower(path.Ext(name))
 	t := contentTypes[ext]
 	metadata := ext == ".json" || ext == ".xml"
 	switch {
-	case upstream != "" && (t == "" || metadata):
+	case upstream != "" && (t == "" || (metadata && !strings.HasPrefix(upstream, "application/octet-stream"))):
 		return upstream
 	case t != "":
 		return t

@@ -224,10 +224,10 @@ func TestUpstreamsOtherHeadersStayThere(t *testing.T) {
 	tt.origin.file("/a", "body").etag(`"theirs"`).says("Set-Cookie", "a=b").says("Vary", "*").says("Cache-Control", "no-store").
 		says("Expires", "0").says("X-Powered-By", "x").says("Link", "<x>").says("Content-Encoding", "br")
 	for _, g := range []*got{tt.get("/api/r/a").wantMiss(), tt.get("/api/r/a").wantHit()} {
-		for _, name := range []string{"Set-Cookie", "Vary", "Cache-Control", "Expires", "X-Powered-By", "Link", "X-Content"} {
+		for _, name := range []string{"Set-Cookie", "Vary", "Expires", "X-Powered-By", "Link", "X-Content"} {
 			g.wantHeader(name, "")
 		}
-		g.wantHeader("Content-Type", "application/x-origin").wantHeader("Content-Encoding", "br")
+		g.wantHeader("Content-Type", "application/x-origin").wantHeader("Content-Encoding", "br").wantHeader("Cache-Control", "no-transform")
 		if g.header.Get("ETag") == `"theirs"` {
 			t.Error("upstream's ETag reached the client")
 		}
@@ -296,6 +296,8 @@ func TestContentTypes(t *testing.T) {
 		{"a.json", "application/vnd.npm.install-v1+json", "application/vnd.npm.install-v1+json"},
 		{"a.xml", "", "application/xml"},
 		{"a.xml", "text/xml", "text/xml"},
+		{"a.json", "application/octet-stream", "application/json"},
+		{"a.xml", "application/octet-stream; charset=binary", "application/xml"},
 		{"download", "application/x-thing", "application/x-thing"},
 		{"a.weird", "", "application/octet-stream"},
 		{"LICENSE", "", "application/octet-stream"},
@@ -356,6 +358,7 @@ func TestDispositionIsSafe(t *testing.T) {
 			t.Errorf("%s: %q means %q, %v; want %q", name, g.header.Get("Content-Disposition"), params, err, want)
 		}
 	}
+	tt.get("/api/r/%C3%BCb%3Ber.txt").wantHeader("Content-Disposition", `attachment; filename=_b_er.txt; filename*=utf-8''%C3%BCb%3Ber.txt`)
 }
 
 func TestLastModifiedIsTheSameForTheSameBytes(t *testing.T) {
