@@ -105,7 +105,7 @@ var builtinPatterns = map[string][]*regexp.Regexp{
 	"go": {
 		regexp.MustCompile(`/@v/list$`),
 		regexp.MustCompile(`/@latest$`),
-		regexp.MustCompile(`/@v/[^v][^/]*\.info$`), // of a branch
+		regexp.MustCompile(`/@v/(?:[^v/][^/]*|v(?:\d+(?:\.\d+)?)?(?:\.?[^\d./][^/]*)?)\.info$`), // of a branch: no vX.Y.Z
 		regexp.MustCompile(`^sumdb/[^/]+/latest$`),
 		regexp.MustCompile(`\.p/[0-9]+$`), // a part of a tile, which grows
 	},

@@ -231,7 +231,7 @@ func TestDocumentsThatStay(t *testing.T) {
 func TestPackagesKnowWhatChanges(t *testing.T) {
 	t.Parallel()
 	for name, paths := range map[string][2]string{ // mutable and immutable, by blanks
-		"go":        {"golang.org/x/text/@v/list golang.org/x/text/@latest x/@v/main.info sumdb/sum.golang.org/latest sumdb/s/tile/8/0/001.p/5", "x/@v/v1.0.0.info x/@v/v1.0.0.mod x/@v/v1.0.0.zip sumdb/s/tile/8/0/001"},
+		"go":        {"golang.org/x/text/@v/list golang.org/x/text/@latest x/@v/main.info x/@v/vnext.info x/@v/v.info x/@v/v1.info x/@v/v1.2.info x/@v/v1.x.info x/@v/v1.2.x.info x/@v/v2-dev.info sumdb/sum.golang.org/latest sumdb/s/tile/8/0/001.p/5", "x/@v/v1.0.0.info x/@v/v12.34.56-rc.1.info x/@v/v2.0.0+incompatible.info x/@v/v0.0.0-20240101000000-abcdef012345.info x/@v/v1.0.0.mod x/@v/v1.0.0.zip sumdb/s/tile/8/0/001"},
 		"maven":     {"org/a/maven-metadata.xml org/a/maven-metadata.xml.sha1 org/a/1-SNAPSHOT/a-1.jar", "org/a/1/a-1.jar org/a/1/a-1.pom.sha1"},
 		"helm":      {"index.yaml stable/index.yaml", "a-1.tgz a-1.tgz.prov myindex.yaml"},
 		"pypi":      {"simple/ simple/requests/", "packages/a/b/x.whl"},
