@@ -96,6 +96,7 @@ type page struct {
 	Total  pageRemote
 	Disk   *pageDisk // nil: not known
 	Missed int       // files that /missed lists
+	Runs   []pageRun // of prefetches
 
 	// Of one remote.
 	Remote     *pageRemote
@@ -127,6 +128,15 @@ type pageRemote struct {
 
 // pageDisk is the disk that has DATA_DIR, in bytes.
 type pageDisk struct{ Size, Free, Used, High int64 }
+
+// pageRun is a running prefetch.
+type pageRun struct {
+	progressEvent
+	Remote string // "": several
+	DryRun bool
+	Ended  int64 // files that are done or have failed
+	For    string
+}
 
 // pageFile is a stored file on the page.
 type pageFile struct {
@@ -188,6 +198,13 @@ func (v *pageRemote) setPlot(steps []remoteUsage) {
 
 // addTotals adds what the overview says of all remotes together.
 func (a *api) addTotals(p *page) {
+	for _, run := range a.runs.list() {
+		v := pageRun{progressEvent: run.progress(), DryRun: run.dryRun, For: formatSpan(a.now().Sub(run.started))}
+		if v.Ended = v.Done + v.Failed; run.remote != nil {
+			v.Remote = run.remote.name
+		}
+		p.Runs = append(p.Runs, v)
+	}
 	var all remoteUsage
 	var files, bytes int64
 	known := true

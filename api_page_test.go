@@ -89,6 +89,24 @@ func TestPageOfARemote(t *testing.T) {
 	wantText(tt.get("/", browser), "down for", "upstream unreachable")
 }
 
+// A running prefetch is on the page, with how far it is.
+func TestPageShowsRunningPrefetches(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a", "body")
+	release := tt.origin.file("/b", noise(1, 100_000)).stallAt(50_000)
+	defer release()
+	for _, body := range []string{`{"remote": "r", "paths": ["a", "b", "none"]}`, `{"urls": ["` + tt.origin.url + `/b"]}`} {
+		done := make(chan *runAnswer)
+		go func() { done <- tt.prefetch(body) }()
+		defer func() { <-done }()
+	}
+	defer release()
+	for _, part := range []string{`<a href="?remote=r">r</a>: <progress aria-label="Files done" max="3" value="2"></progress> 2 of 3 files, <span class="bad">1 failed</span>`, `several remotes: <progress aria-label="Files done" max="1" value="0">`} {
+		tt.eventually("the page to have "+part, func() bool { return tt.get("/", browser).has(part) })
+	}
+}
+
 // deadIndex answers no question.
 type deadIndex struct{ index }
 
