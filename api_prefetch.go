@@ -4,6 +4,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -52,7 +53,9 @@ func (a *api) servePrefetch(w *response, r *http.Request) error {
 	if mediaType != "application/json" && mediaType != "text/plain" {
 		return newProblem(http.StatusUnsupportedMediaType, "the Content-Type must be application/json, or text/plain for a text with URLs")
 	}
-	p := &prefetchRun{api: a, cfg: a.config(), ctx: r.Context(), events: make(chan any, 64), started: a.now()}
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	p := &prefetchRun{api: a, cfg: a.config(), ctx: ctx, cancel: cancel, events: make(chan any, 64), started: a.now()}
 	if err := a.runs.begin(p); err != nil {
 		return err
 	}

@@ -75,15 +75,32 @@ type (
 
 // prefetchRuns are the runs that go on. Its methods may be called concurrently.
 type prefetchRuns struct {
-	mu   sync.Mutex // guards runs
-	runs []*prefetchRun
+	mu      sync.Mutex // guards the fields below
+	runs    []*prefetchRun
+	stopped bool
 }
 
-// begin adds a run, or returns a 429 problem if there are enough.
+// errStopped ends the runs when the server stops.
+var errStopped = newProblem(http.StatusServiceUnavailable, "the server stops: what is missing is fetched by another run")
+
+// stop ends all runs: they could take hours, and clients can repeat them.
+func (s *prefetchRuns) stop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stopped = true
+	for _, p := range s.runs {
+		p.cancel(errStopped)
+	}
+}
+
+// begin adds a run. Its error is a problem: there are enough, or the server stops.
 func (s *prefetchRuns) begin(p *prefetchRun) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.runs) >= maxPrefetchRuns {
+	switch {
+	case s.stopped:
+		return errStopped
+	case len(s.runs) >= maxPrefetchRuns:
 		return &problem{status: http.StatusTooManyRequests, retryAfter: 10 * time.Second, detail: "two prefetch runs go on already: try again when one has ended"}
 	}
 	s.runs = append(s.runs, p)
@@ -110,6 +127,7 @@ type prefetchRun struct {
 	api       *api
 	cfg       *config // of the whole run
 	ctx       context.Context
+	cancel    context.CancelCauseFunc
 	remote    *remote // nil: several
 	platforms []string
 	dryRun    bool
@@ -141,10 +159,7 @@ func (c *byteCounter) Write(p []byte) (int, error) {
 
 // run fetches what find finds, and answers.
 func (p *prefetchRun) run(w *response, find func(), withEvents bool) error {
-	ctx, cancel := context.WithCancel(p.ctx)
-	defer cancel()
-	p.ctx = ctx
-	p.jobs.init(ctx)
+	p.jobs.init(p.ctx)
 	p.mu.Lock()
 	p.running = true
 	p.mu.Unlock()
@@ -161,7 +176,7 @@ func (p *prefetchRun) run(w *response, find func(), withEvents bool) error {
 		close(p.events)
 	}()
 	err := p.answer(w, withEvents)
-	cancel()
+	p.cancel(nil)
 	for range p.events { // until all have ended
 	}
 	return err

@@ -730,6 +730,8 @@ func TestDraining(t *testing.T) {
 	left := tt.open("/api/r/b") // the client leaves and the fill continues
 	left.read(1000)
 	left.leave()
+	prefetch := tt.start(t.Context(), http.MethodPost, "/cache-artifact", strings.NewReader(`{"remote": "r", "paths": ["b"]}`), "Content-Type: application/json")
+	defer prefetch.leave()
 	if err := c.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -746,6 +748,9 @@ func TestDraining(t *testing.T) {
 		}
 		return err != nil
 	})
+	if run := prefetch.rest(); run.err == nil || !run.has(`"found"`) { // it does not wait for the upstream
+		t.Errorf("a prefetch ended in order: %s", run.text)
+	}
 	release()
 	if n := readSame(s.Body, text, 500_000, len(text)); n != len(text) {
 		t.Errorf("a request in flight was right up to %d of %d bytes", n, len(text))
