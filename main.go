@@ -292,7 +292,7 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 		})
 		s.announceEnd()
 	}
-	drainCtx, cancel := context.WithTimeout(context.Background(), drainTimeout)
+	drainCtx, cancel := context.WithTimeout(context.Background(), s.set.drainTime())
 	defer cancel()
 	if err == nil {
 		s.drain(drainCtx, srv)
@@ -310,9 +310,16 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 	return nil
 }
 
-// drainTimeout bounds how long running requests and fills together may take once
-// the server stops. Kubernetes kills a container after 30 s by default.
-const drainTimeout = 25 * time.Second
+// drainTimeout bounds how long the end takes: DRAIN_DELAY, and then what running requests
+// and fills get, which is minDrainTime at least. Kubernetes kills a container after 30 s
+// by default.
+const (
+	drainTimeout = 25 * time.Second
+	minDrainTime = 10 * time.Second
+)
+
+// drainTime is how long running requests and fills together may take.
+func (set *settings) drainTime() time.Duration { return max(drainTimeout-set.drainDelay, minDrainTime) }
 
 // announceEnd makes /health answer 503 for DRAIN_DELAY, during which requests are
 // still served: load balancers have that time to send clients elsewhere.

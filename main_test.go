@@ -703,6 +703,15 @@ func TestReloadDuringTheStart(t *testing.T) {
 	c.wantLog("configuration loaded")
 }
 
+func TestDrainDelayCountsForTheEnd(t *testing.T) {
+	t.Parallel()
+	for delay, want := range map[time.Duration]time.Duration{0: 25 * time.Second, 5 * time.Second: 20 * time.Second, time.Minute: 10 * time.Second} {
+		if got := (&settings{drainDelay: delay}).drainTime(); got != want {
+			t.Errorf("after a delay of %v requests get %v; want %v", delay, got, want)
+		}
+	}
+}
+
 func TestDraining(t *testing.T) {
 	t.Parallel()
 	o := newTestOrigin(t, setup{})
