@@ -863,6 +863,27 @@ func TestRemovedRemoteIsListedAndPurged(t *testing.T) {
 	}
 }
 
+// A listed path is purged as it is shown, also where its spelling is another one: npm
+// asks for @scope%2Fname.
+func TestPurgeByTheListedPath(t *testing.T) {
+	t.Parallel()
+	tt := setup{keys: []string{"package: npm"}, env: map[string]string{"API_TOKEN": "t0ken"}}.start(t)
+	const bearer = "Authorization: Bearer t0ken"
+	for _, uri := range []string{"/%40s%2Fa", "/%40s/a", "/%40s%2Fab"} {
+		tt.origin.file(uri, "{}")
+	}
+	tt.get("/api/r/@s%2fa").wantMiss()
+	tt.get("/api/r/@s%2Fab").wantMiss()
+	tt.settle()
+	tt.delete("/artifacts/r/@s/a", bearer).wantStatus(204)
+	tt.get("/api/r/@s%2Fab").wantHit()
+	tt.get("/api/r/@s%2fa").wantMiss()
+	tt.get("/api/r/@s/a").wantMiss()
+	tt.settle()
+	tt.delete("/artifacts/r/@s/a", bearer).wantStatus(204) // this spelling, where there is one
+	tt.get("/api/r/@s%2Fa").wantHit()
+}
+
 func TestOverview(t *testing.T) {
 	t.Parallel()
 	tt := setup{yaml: strings.Replace(localYAML, "r: {base_url: ORIGIN}", "r: {base_url: ORIGIN, package: rpm, description: \"<script>alert(1)</script>\"}", 1)}.start(t)

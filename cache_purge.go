@@ -40,6 +40,12 @@ func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error)
 	variants, err := c.purgeRows(ctx, q, func(row indexRow) (match, more bool) {
 		return row.Path != t.spelling && trimSuffixes(row.Path) == t.spelling, decodePath(row.Path) == t.path
 	})
+	if err == nil && purged+variants == 0 { // listings show decoded paths, where "%2F" is "/" (npm's @scope%2Fname)
+		return c.purgeRows(ctx, q, func(row indexRow) (match, more bool) {
+			same := decodePath(row.Path) == t.path
+			return same, same
+		})
+	}
 	return purged + variants, err
 }
 
