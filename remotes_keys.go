@@ -113,9 +113,13 @@ var builtinPatterns = map[string][]*regexp.Regexp{
 		regexp.MustCompile(`maven-metadata\.xml(?:\.(?:md5|sha1|sha256|sha512|asc))?$`),
 		regexp.MustCompile(`-SNAPSHOT/`),
 	},
-	"helm":  {regexp.MustCompile(`(?:^|/)index\.yaml$`)},
-	"pypi":  {regexp.MustCompile(`^simple/`)},
-	"npm":   {regexp.MustCompile(`^(?:@[^/]+/)?[^/]+$`), regexp.MustCompile(`^-/`)},
+	"helm": {regexp.MustCompile(`(?:^|/)index\.yaml$`)},
+	"pypi": {regexp.MustCompile(`^simple/`)},
+	"npm": {
+		regexp.MustCompile(`^(?:@[^/]+/)?[^/]+$`),
+		regexp.MustCompile(`^(?:@[^/]+/)?[^@/][^/]*/[^./-][^./]*(?:\.[^./t][^./]*)*$`), // a tag or a version, no .tgz: corepack asks for pnpm/latest
+		regexp.MustCompile(`^-/`),
+	},
 	"cargo": {regexp.MustCompile(`^index/`), regexp.MustCompile(`config\.json$`), cargoIndexPattern},
 	"terraform": {
 		regexp.MustCompile(`/versions$`),

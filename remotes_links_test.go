@@ -242,7 +242,7 @@ func TestPackagesKnowWhatChanges(t *testing.T) {
 		"maven":     {"org/a/maven-metadata.xml org/a/maven-metadata.xml.sha1 org/a/1-SNAPSHOT/a-1.jar", "org/a/1/a-1.jar org/a/1/a-1.pom.sha1"},
 		"helm":      {"index.yaml stable/index.yaml", "a-1.tgz a-1.tgz.prov myindex.yaml"},
 		"pypi":      {"simple/ simple/requests/", "packages/a/b/x.whl"},
-		"npm":       {"lodash @types/node -/v1/search", "lodash/-/lodash-1.tgz @types/node/-/node-1.tgz"},
+		"npm":       {"lodash @types/node -/v1/search pnpm/latest pnpm/10.1.0-rc.1 @types/node/latest", "lodash/-/lodash-1.tgz @types/node/-/node-1.tgz lodash/lodash-1.0.0.tgz download/@types/node/1.0.0/abc"},
 		"cargo":     {"config.json index/se/rd/serde se/rd/serde 1/a 3/a/abc", "crates/serde/1.0.0/download serde/serde-1.0.0.crate"},
 		"terraform": {"v1/providers/hashicorp/aws/versions v1/providers/hashicorp/aws/5.0.0/download/linux/amd64 registry.terraform.io/a/b/index.json", "terraform-provider-aws_5.0.0_linux_amd64.zip terraform-provider-aws_5.0.0_SHA256SUMS"},
 	} {
