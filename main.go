@@ -166,7 +166,7 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 		}
 	}
 	if errors.Is(err, errUsage) {
-		fmt.Fprint(stderr, usage)
+		fmt.Fprintf(stderr, "artifactapi: %v\n%s", err, usage)
 		return 2
 	}
 	if err != nil {

@@ -56,7 +56,7 @@ func (c *bundleCommand) exportStored(ctx context.Context, args []string) error {
 				return err
 			}
 		case strings.HasPrefix(args[0], "-"):
-			return errUsage
+			return fmt.Errorf("%w: %q", errUsage, args[0])
 		default:
 			b.remotes = append(b.remotes, args[0])
 		}

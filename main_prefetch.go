@@ -34,8 +34,16 @@ func runPrefetch(ctx context.Context, set *settings, args []string, stdin io.Rea
 	dryRun := flags.Bool("dry-run", false, "")
 	prefix := flags.String("prefix", "", "")
 	platforms := flags.String("platforms", "", "")
-	if err := flags.Parse(args); err != nil || flags.NArg() == 0 || (flags.NArg() == 1) != (flags.Arg(0) == "-") {
+	if err := flags.Parse(args); err != nil {
+		return fmt.Errorf("%w: %w", errUsage, err)
+	}
+	if flags.NArg() == 0 || (flags.NArg() == 1) != (flags.Arg(0) == "-") {
 		return errUsage
+	}
+	for _, arg := range flags.Args() { // it would become a pattern, and --dry-run would fetch
+		if strings.HasPrefix(arg, "--") {
+			return fmt.Errorf("%w: options come first: %q", errUsage, arg)
+		}
 	}
 	c := &prefetchCommand{token: set.apiToken, out: stdout, hasBar: isTerminal(stdout), client: &http.Client{Transport: &http.Transport{}}}
 	if c.server = strings.TrimRight(*server, "/"); c.server == "" {
