@@ -191,8 +191,10 @@ func newBodyError(err error) error {
 	if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return newProblem(http.StatusRequestEntityTooLarge, "the body has more than %d bytes: send it in parts", tooLarge.Limit)
 	}
-	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-		return newProblem(http.StatusBadRequest, "%s: this field must not be a %s", e.Field, e.Value)
+	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok && e.Field == "" {
+		return newProblem(http.StatusBadRequest, "the body must be one JSON object")
+	} else if ok {
+		return newProblem(http.StatusBadRequest, "%s: this field must not be of type %s", e.Field, e.Value)
 	}
 	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
 		return newProblem(http.StatusBadRequest, "unknown field %.60s", name)

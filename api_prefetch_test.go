@@ -114,6 +114,7 @@ func TestPrefetchIsRefused(t *testing.T) {
 		tt.prefetch(c.body).wantDetail(c.status, c.detail)
 	}
 	tt.send(http.MethodPost, "/cache-artifact?dry_run=perhaps", strings.NewReader("x"), "Content-Type: text/plain").wantDetail(400, "dry_run")
+	tt.send(http.MethodPost, "/cache-artifact", strings.NewReader(`["a"]`), "Content-Type: application/json").wantDetail(400, "one JSON object")
 	for _, contentType := range []string{"text/html", "application/x-www-form-urlencoded", ";"} {
 		tt.send(http.MethodPost, "/cache-artifact", strings.NewReader("x"), "Content-Type: "+contentType).wantDetail(415, "application/json")
 	}
