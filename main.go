@@ -583,7 +583,9 @@ func (s *server) loadCertificate() error {
 	if err != nil {
 		return fmt.Errorf("TLS_CERT_FILE and TLS_KEY_FILE: %w", err)
 	}
-	s.cert.Store(&cert)
+	if old := s.cert.Swap(&cert); old != nil && !bytes.Equal(old.Certificate[0], cert.Certificate[0]) {
+		s.log.Info("certificate loaded", "subject", cert.Leaf.Subject.String(), "until", cert.Leaf.NotAfter)
+	}
 	return nil
 }
 

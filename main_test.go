@@ -840,6 +840,7 @@ func TestTLSFilesAreReadAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	awaitThat(t, "the new certificate", func() bool { return trusts(second) })
+	c.wantLog(`"msg":"certificate loaded"`)
 	if err := os.WriteFile(dir+"/key.pem", []byte("garbage"), 0o600); err != nil {
 		t.Fatal(err)
 	}
