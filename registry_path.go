@@ -49,7 +49,7 @@ func parseCall(cfg *config, u *url.URL) (*registryCall, error) {
 // parseBelowV2 parses the part of a path behind /v2/. A docker remote of the name of
 // the first element is preferred to the one whose registry is ns.
 func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
-	if rest == "" {
+	if rest = trimEmptySegments(rest); rest == "" {
 		return nil
 	}
 	if rest == "_catalog" || strings.HasSuffix(rest, "/_catalog") {
