@@ -23,10 +23,10 @@ func (file fileRequest) rewrittenLinks() *documentLinks {
 		if r.links.publicURL == "" {
 			return nil
 		}
-		return &documentLinks{r.links, r.links.publicURL + "/api/"}
+		return &documentLinks{r.links, r.links.publicURL + "/api/", r}
 	}
 	path, _, _ := strings.Cut(file.spelling, "?")
-	return &documentLinks{r.links, strings.Repeat("../", 1+strings.Count(path, "/"))}
+	return &documentLinks{r.links, strings.Repeat("../", 1+strings.Count(path, "/")), r}
 }
 
 // rewriteLinks makes resp, the answer to a GET of the whole file, an answer with

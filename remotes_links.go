@@ -94,7 +94,8 @@ var linkedHosts = []struct{ host, linked string }{
 // documentLinks says how the links of one document are rewritten.
 type documentLinks struct {
 	table *linkTable
-	way   string // what leads from the document to /api/ here
+	way   string  // what leads from the document to /api/ here
+	from  *remote // of the document; nil: not known
 }
 
 // tableID names the table that the links were rewritten by, for the record; "" if they
@@ -110,6 +111,7 @@ func (d *documentLinks) tableID() string {
 type linkRewriter struct {
 	src     io.Reader
 	links   *documentLinks
+	own     string                       // URL of the document's remote; "": not known
 	leaving map[string]int               // links that stay, by host
 	atEnd   func(leaving map[string]int) // called once, if it is not nil
 
@@ -121,7 +123,11 @@ type linkRewriter struct {
 }
 
 func newLinkRewriter(src io.Reader, links *documentLinks) *linkRewriter {
-	return &linkRewriter{src: src, links: links, leaving: map[string]int{}, in: make([]byte, 0, 2*rewriteBufferSize)}
+	r := &linkRewriter{src: src, links: links, leaving: map[string]int{}, in: make([]byte, 0, 2*rewriteBufferSize)}
+	if links.from != nil {
+		r.own = links.from.origins[0].url.String()
+	}
+	return r
 }
 
 func (r *linkRewriter) Read(p []byte) (int, error) {
@@ -214,6 +220,9 @@ func (r *linkRewriter) findLink(s []byte) (name string, length int) {
 	bases := r.links.table.bases[string(host)]
 	for _, b := range bases {
 		if n, found := skipBase(s, b); found {
+			if b.url == r.own {
+				return r.links.from.name, n // of remotes with one URL its own has the right patterns and credentials
+			}
 			return b.remote.name, n
 		}
 	}

@@ -24,7 +24,7 @@ const linkConfig = `remotes:
 func rewriteText(t testing.TB, text, way string, wrap func(io.Reader) io.Reader) (string, map[string]int) {
 	t.Helper()
 	cfg := mustParse(t, linkConfig)
-	r := newLinkRewriter(wrap(strings.NewReader(text)), &documentLinks{newLinkTable(cfg, ""), way})
+	r := newLinkRewriter(wrap(strings.NewReader(text)), &documentLinks{newLinkTable(cfg, ""), way, nil})
 	out, err := io.ReadAll(r)
 	if err != nil {
 		t.Fatal(err)
@@ -125,7 +125,7 @@ func npmDocument(size int) []byte {
 func BenchmarkRewriteLinks(b *testing.B) {
 	text := npmDocument(50 << 20)
 	cfg := mustParse(b, linkConfig)
-	links := &documentLinks{newLinkTable(cfg, ""), "https://artifacts.example/api/"}
+	links := &documentLinks{newLinkTable(cfg, ""), "https://artifacts.example/api/", cfg.remotes["npm"]}
 	buf := make([]byte, 256<<10)
 	b.SetBytes(int64(len(text)))
 	b.ReportAllocs()
@@ -184,6 +184,18 @@ func TestSealedDocumentsOutliveTheirTable(t *testing.T) {
 	tt.get("/api/r/simple/x/").wantBody(want).wantHeader("Cache-Status", "artifactapi; hit; detail=sealed")
 	tt.configure("remotes:\n  r: {type: local}\n")
 	tt.get("/api/r/simple/x/").wantHit().wantBody(want)
+}
+
+// Of remotes with one base_url a document's own is the one that its client may use.
+func TestDocumentsLeadToTheirOwnRemote(t *testing.T) {
+	t.Parallel()
+	tt := setup{yaml: `remotes:
+  a: {base_url: "ORIGIN", immutable_patterns: ["^only"]}
+  r: {base_url: "ORIGIN", package: pypi}
+  z: {base_url: "ORIGIN/z"}
+`}.start(t)
+	tt.origin.file("/simple/x/", `<a href="`+tt.origin.url+`/x.whl">x</a><a href="`+tt.origin.url+`/z/y.whl">y</a>`)
+	tt.get("/api/r/simple/x/").wantMiss().wantBody(`<a href="../../../r/x.whl">x</a><a href="../../../z/y.whl">y</a>`)
 }
 
 // A document that breaks off goes on where upstream's broke off, not where ours did.
