@@ -7,7 +7,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"log/slog"
@@ -24,7 +23,7 @@ import (
 
 const (
 	indexFile  = ".index"
-	indexMagic = "artifactapi index 1"
+	indexMagic = "artifactapi index 2"
 	// chunkRows bounds the pointers that an insertion moves: 4 KiB.
 	chunkRows = 512
 	// batchRows bounds the pointers that a scan copies while writers wait: 8 KiB.
@@ -432,7 +431,7 @@ func (x *embeddedIndex) reconcile(ctx context.Context, from objects) error {
 	x.complete.Store(false)
 	x.mu.Unlock()
 	if x.generation == 1 { // only this function changes it
-		if err := x.load(x.restoreEntry); err != nil {
+		if err := loadSnapshot(&x.snapshotFile, x.restoreRow); err != nil {
 			x.log.Warn("the index snapshot is damaged: rows are made again, but some hits and times of use are lost", "error", err)
 		}
 	}
@@ -481,12 +480,12 @@ func (x *embeddedIndex) saveSnapshot() error {
 	if !x.complete.Load() {
 		return nil
 	}
-	return x.save(func(add func(payload []byte)) {
-		var payload []byte
+	return x.save(func(add func(v any)) {
 		for name := range x.allTotals() {
 			_ = x.eachEntry(context.Background(), name, sortKey{}, func(e *indexEntry) bool {
-				payload = e.appendTo(payload[:0], name)
-				add(payload)
+				r := e.toRow(name)
+				r.Key = "" // it follows from remote and path
+				add(r)
 				return true
 			})
 		}
@@ -496,44 +495,18 @@ func (x *embeddedIndex) saveSnapshot() error {
 // Close saves the snapshot.
 func (x *embeddedIndex) Close() error { return x.saveSnapshot() }
 
-// restoreEntry takes a row of the snapshot into the index. A row that was saved
-// since the start stays, and the hits of both are added up.
-func (x *embeddedIndex) restoreEntry(payload []byte) error {
-	remote, e := decodeEntry(payload)
-	if e == nil {
-		return errDamaged
-	}
+// restoreRow takes a row of the snapshot into the index. A row that was saved since the
+// start stays, and the hits of both are added up.
+func (x *embeddedIndex) restoreRow(r indexRow) {
+	r.Key = storageKey(r.Remote, r.Path)
+	e := newEntry(r)
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	s := x.rowsOf(remote)
+	s := x.rowsOf(r.Remote)
 	if newer := s.byHash[e.hash]; newer != nil {
 		newer.hits.Add(e.hits.Load())
 		newer.lastAccess.Store(max(newer.lastAccess.Load(), e.lastAccess.Load()))
-	} else if !x.deletedKeys[storageKey(remote, e.spelling)] {
+	} else if !x.deletedKeys[r.Key] {
 		s.insertEntry(e)
 	}
-	return nil
-}
-
-func (e *indexEntry) appendTo(b []byte, remote string) []byte {
-	for _, s := range []string{remote, e.spelling, string(e.sha256[:]), e.contentType.Value(), string(e.class.Value())} {
-		b = appendString(b, s)
-	}
-	for _, n := range []int64{e.size, e.hits.Load(), e.fetched, e.lastAccess.Load()} {
-		b = binary.AppendVarint(b, n)
-	}
-	return b
-}
-
-// decodeEntry reads what appendTo wrote. It returns nil for anything else.
-func decodeEntry(payload []byte) (remote string, e *indexEntry) {
-	p := fieldReader{b: payload}
-	r := indexRow{Remote: p.readString(), Path: p.readString(), SHA256: hex.EncodeToString([]byte(p.readString())), ContentType: p.readString()}
-	r.Class, r.Size, r.Hits = class(p.readString()), p.readInt(), p.readInt()
-	r.Fetched, r.LastAccess = time.Unix(0, p.readInt()), time.Unix(0, p.readInt())
-	if !p.atEnd() {
-		return "", nil
-	}
-	r.Key = storageKey(r.Remote, r.Path)
-	return r.Remote, newEntry(r)
 }
