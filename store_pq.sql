@@ -1,0 +1,52 @@
+-- The first version of the schema, see sqlMigrations in store_pq.go.
+
+CREATE TABLE artifactapi_files (
+	key text COLLATE "C" PRIMARY KEY,
+	remote text COLLATE "C" NOT NULL,
+	path text COLLATE "C" NOT NULL,
+	spelling text NOT NULL,
+	sha256 text NOT NULL,
+	content_type text NOT NULL,
+	class text NOT NULL,
+	size bigint NOT NULL,
+	hits bigint NOT NULL,
+	fetched_at timestamptz NOT NULL,
+	last_access timestamptz NOT NULL
+);
+COMMENT ON COLUMN artifactapi_files.path IS 'decoded: what listings sort and choose by, in byte order';
+CREATE INDEX artifactapi_files_by_path ON artifactapi_files (remote, path, key);
+CREATE INDEX artifactapi_files_by_age ON artifactapi_files (last_access, key);
+CREATE INDEX artifactapi_files_by_remote_age ON artifactapi_files (remote, last_access, key);
+
+CREATE TABLE artifactapi_totals (
+	remote text COLLATE "C" NOT NULL,
+	slot integer NOT NULL,
+	files bigint NOT NULL,
+	bytes bigint NOT NULL,
+	PRIMARY KEY (remote, slot)
+);
+CREATE FUNCTION artifactapi_count() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+	f artifactapi_files%ROWTYPE;
+	n bigint := 0;
+	b bigint := 0;
+BEGIN
+	IF TG_OP <> 'INSERT' THEN f := OLD; n := n - 1; b := b - OLD.size; END IF;
+	IF TG_OP <> 'DELETE' THEN f := NEW; n := n + 1; b := b + NEW.size; END IF;
+	IF n <> 0 OR b <> 0 THEN
+		INSERT INTO artifactapi_totals AS t (remote, slot, files, bytes)
+		VALUES (f.remote, hashtext(f.key) & 15, n, b)
+		ON CONFLICT (remote, slot) DO UPDATE
+		SET files = t.files + excluded.files, bytes = t.bytes + excluded.bytes;
+	END IF;
+	RETURN NULL;
+END $$;
+CREATE TRIGGER artifactapi_count AFTER INSERT OR DELETE OR UPDATE OF size
+ON artifactapi_files FOR EACH ROW EXECUTE FUNCTION artifactapi_count();
+
+CREATE TABLE artifactapi_journals (
+	id text PRIMARY KEY,
+	done bigint NOT NULL,
+	at timestamptz NOT NULL
+);
+COMMENT ON TABLE artifactapi_journals IS 'how far the journal of a replica has been written, in the transaction that wrote it';
