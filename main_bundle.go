@@ -40,7 +40,7 @@ func (c *bundleCommand) open() (*stores, *config, error) {
 		cfg = new(config)
 	}
 	st.disk.isIrreplaceable = cfg.isIrreplaceable
-	st.disk.memory = newMemoryCache(0) // each object is used once
+	st.disk.memory = newLRU[*memoryEntry](0, 0) // each object is used once
 	return st, cfg, nil
 }
 

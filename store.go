@@ -136,7 +136,7 @@ type diskStore struct {
 	dir           string
 	now           func() time.Time
 	log           *slog.Logger
-	memory        *memoryCache
+	memory        *lru[*memoryEntry]
 	folders       keyedLock // by directory
 	syncedRemotes sync.Map  // names of remotes whose directory is durable; no values
 	// isIrreplaceable reports whether a remote's files cannot be fetched again. Its
@@ -151,7 +151,7 @@ type diskStore struct {
 
 // newDiskStore makes a store below dir without touching the disk.
 func newDiskStore(dir string, now func() time.Time, log *slog.Logger) *diskStore {
-	return &diskStore{fileWriter: newDisk(), dir: filepath.Clean(dir), now: now, log: log, memory: newMemoryCache(memoryBudget)}
+	return &diskStore{fileWriter: newDisk(), dir: filepath.Clean(dir), now: now, log: log, memory: newLRU[*memoryEntry](memoryBudget, 0)}
 }
 
 // pathOf returns the name of key's body, or of a folder {remote}/{hash}.
@@ -166,7 +166,7 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	e := d.memory.get(key)
+	e, _ := d.memory.get(key)
 	if e != nil && (off < 0 || e.body != nil) {
 		if fi, err := os.Stat(e.name); err == nil && identityOf(fi) == e.id {
 			return e.newObject(off), nil
@@ -220,7 +220,7 @@ func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryE
 			return nil, nil, err
 		}
 	}
-	d.memory.add(e)
+	d.remember(e)
 	return f, e, nil
 }
 
@@ -265,7 +265,7 @@ func (d *diskStore) openSmall(f *os.File, e *memoryEntry, off int64) (*object, e
 		}
 		return nil, storeError("reading "+e.key, err)
 	}
-	d.memory.add(&full)
+	d.remember(&full)
 	return full.newObject(off), nil
 }
 
@@ -459,7 +459,7 @@ func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spo
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	defer d.memory.drop(key)
+	defer d.memory.remove(key)
 	if isLinked(spool) {
 		err := d.installBody(key, rec, spool.Name(), oldEntry != nil)
 		if !errors.Is(err, syscall.EXDEV) {
@@ -559,7 +559,7 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	if _, err := os.Lstat(d.pathOf(key)); err != nil {
 		return openError(key, err)
 	}
-	d.memory.drop(key)
+	d.memory.remove(key)
 	if err := d.removeFiles(key, ""); err != nil {
 		return storeError("deleting "+key, err)
 	}
@@ -595,7 +595,7 @@ func (d *diskStore) removeFiles(key, asideDir string) error {
 // proves it. A crash in between leaves some of the files in their place, and the next
 // open drops them too. The caller holds the directory's lock.
 func (d *diskStore) dropDamaged(key, reason string) error {
-	d.memory.drop(key)
+	d.memory.remove(key)
 	if name, _, _ := strings.Cut(key, "/"); d.isIrreplaceable == nil || !d.isIrreplaceable(name) {
 		d.log.Warn("damaged file is dropped and will be fetched again", "key", key, "reason", reason)
 		if err := d.removeFiles(key, ""); err != nil {

@@ -411,25 +411,19 @@ func TestDiskSpace(t *testing.T) {
 func TestMemoryCacheIsBounded(t *testing.T) {
 	t.Parallel()
 	s := newDiskTester(t)
-	s.d.memory = newMemoryCache(16 * (memoryEntryCost + 1000))
+	s.d.memory = newLRU[*memoryEntry](16*(memoryEntryCost+2), 0)
 	for i := range 100 {
 		s.mustPut(fmt.Sprint(i), fmt.Sprint(i))
 		s.wantHit(fmt.Sprint(i), fmt.Sprint(i))
 	}
-	s.mustPut("larger", bigContent(5000)) // larger than a shard
-	s.wantHit("larger", bigContent(5000))
-	entries := 0
-	for i, sh := range s.d.memory.shards {
-		if sh.cost > sh.budget || sh.order.Len() != len(sh.byKey) {
-			t.Errorf("shard %d: cost %d of %d, %d entries of %d", i, sh.cost, sh.budget, sh.order.Len(), len(sh.byKey))
-		}
-		entries += len(sh.byKey)
-	}
-	if entries == 0 || entries > 16 {
-		t.Errorf("%d entries", entries)
-	}
+	s.mustPut("larger", bigContent(20_000)) // larger than the budget
+	s.wantHit("larger", bigContent(20_000))
 	for i := range 100 {
 		s.wantHit(fmt.Sprint(i), fmt.Sprint(i))
+		m := s.d.memory
+		if m.cost > m.budget || m.order.Len() != len(m.byKey) || m.order.Len() == 0 || m.order.Len() > 16 {
+			t.Errorf("cost %d of %d, %d entries of %d", m.cost, m.budget, m.order.Len(), len(m.byKey))
+		}
 	}
 }
 

@@ -4,7 +4,6 @@ package main
 
 import (
 	"bytes"
-	"hash/maphash"
 	"io"
 )
 
@@ -56,37 +55,8 @@ func (e *memoryEntry) newObject(off int64) *object {
 	return &o.object
 }
 
-// memoryCache keeps the most recently used entries within a budget of bytes. It is
-// divided into shards, so that requests seldom wait for each other's lock.
-type memoryCache struct {
-	seed   maphash.Seed
-	shards [16]*lru[*memoryEntry] // more than processors that serve at once, as a rule
+// remember keeps an entry in memory in place of an older one of its key. Those that were
+// used longest ago go until all are within the budget.
+func (d *diskStore) remember(e *memoryEntry) {
+	d.memory.put(e.key, memoryEntryCost+int64(len(e.body)), e)
 }
-
-// newMemoryCache makes an empty cache with a budget of that many bytes.
-func newMemoryCache(bytes int64) *memoryCache {
-	c := &memoryCache{seed: maphash.MakeSeed()}
-	for i := range c.shards {
-		c.shards[i] = newLRU[*memoryEntry](bytes/int64(len(c.shards)), 0)
-	}
-	return c
-}
-
-func (c *memoryCache) shardOf(key string) *lru[*memoryEntry] {
-	return c.shards[maphash.String(c.seed, key)%uint64(len(c.shards))]
-}
-
-// get returns key's entry, or nil, and makes it the most recently used one.
-func (c *memoryCache) get(key string) *memoryEntry {
-	e, _ := c.shardOf(key).get(key)
-	return e
-}
-
-// add adds an entry in place of an older one of its key. The least recently used
-// entries of the shard go until it is within its budget.
-func (c *memoryCache) add(e *memoryEntry) {
-	c.shardOf(e.key).put(e.key, memoryEntryCost+int64(len(e.body)), e)
-}
-
-// drop removes key's entry if there is one.
-func (c *memoryCache) drop(key string) { c.shardOf(key).remove(key) }
