@@ -27,10 +27,6 @@ const (
 	// maxChunksAhead is how many chunks (4 MiB in all) a client may be ahead of its
 	// copy: 40 ms of a disk that stalls, at 1 Gbit/s. A client never waits.
 	maxChunksAhead = 64
-	// copyBudgetStep is how far ahead of the bytes written others are evicted. A
-	// client that is faster than the disk soon ends its copy, which then has not
-	// evicted the gigabytes of the whole file for nothing.
-	copyBudgetStep = 8 << 20
 )
 
 var (
@@ -281,21 +277,20 @@ func (t *tieredStore) runCopy(key string, rec *record, v validity, chunks <-chan
 		defer spool.discard()
 		err = spool.setSize(rec.Size)
 	}
-	written, reserved := int64(0), int64(0) // reserved is of the tier's budget
+	written := int64(0) // and reserved of the tier's budget
 	for chunk := range chunks {
-		written += int64(len(chunk))
-		if err == nil && written > reserved {
-			step := min(written+copyBudgetStep, rec.Size+hotCopyOverhead) - reserved
-			reserved += step
-			evicted := t.copies.reserve(step)
-			t.wg.Go(func() { t.removeCopies(evicted) }) // the copy is not held up
-		}
 		if err == nil {
+			// Chunk by chunk: a client that is faster than the disk soon ends its copy,
+			// which then has not evicted the gigabytes of the whole file for nothing.
+			written += int64(len(chunk))
+			if evicted := t.copies.reserve(int64(len(chunk))); len(evicted) > 0 {
+				t.wg.Go(func() { t.removeCopies(evicted) }) // the copy is not held up
+			}
 			err = spool.appendUnhashed(chunk)
 		}
 		copyBuffers.Put((*[copyBufferSize]byte)(chunk[:copyBufferSize]))
 	}
-	t.copies.release(reserved)
+	t.copies.release(written)
 	if err == nil && written == rec.Size {
 		var sum string // only now: a client in the same network may be faster than SHA-256
 		sum, err = hashFile(t.ctx, spool.file)

@@ -226,7 +226,7 @@ func TestFastClientsAreNotSlowed(t *testing.T) {
 }
 
 // TestUnfinishedCopiesEvictLittle: a copy that ends early has evicted others for what
-// was written and one step, not for the whole file.
+// was written, not for the whole file.
 func TestUnfinishedCopiesEvictLittle(t *testing.T) {
 	t.Parallel()
 	const others = 32
@@ -240,7 +240,7 @@ func TestUnfinishedCopiesEvictLittle(t *testing.T) {
 	io.CopyN(io.Discard, o.body, copyBufferSize)
 	o.body.Close()
 	b.wantNoCopy("large")
-	if left, want := len(b.tier.copies.byKey), others-copyBudgetStep>>20-1; left != want {
+	if left, want := len(b.tier.copies.byKey), others-1; left != want {
 		t.Errorf("%d other copies are left, want %d", left, want)
 	}
 	if cost := b.tier.copies.cost; cost != int64(len(b.tier.copies.byKey))<<20 {
