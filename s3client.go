@@ -77,7 +77,6 @@ const (
 var (
 	errS3NoBucket           = errors.New("no such bucket")            // not fs.ErrNotExist: nothing can be stored there
 	errS3NoUpload           = errors.New("no such upload")            // not fs.ErrNotExist: it says nothing about the object
-	errS3NotModified        = errors.New("the object is unchanged")   // If-None-Match of a get
 	errS3PreconditionFailed = errors.New("a condition was not met")   // If-Match of a get, any condition of a put
 	errS3Timeout            = errors.New("no byte moved in time")     // no header, or a body that stopped
 	errS3Clock              = errors.New("the clocks differ")         // by more than the server accepts
@@ -128,9 +127,8 @@ type s3Object struct {
 
 // s3GetInput says which part of an object is wanted, and on which condition.
 type s3GetInput struct {
-	off         int64  // from there to the end
-	ifMatch     string // an ETag; another one is errS3PreconditionFailed
-	ifNoneMatch string // an ETag; the same one is errS3NotModified
+	off     int64  // from there to the end
+	ifMatch string // an ETag; another one is errS3PreconditionFailed
 }
 
 // s3PutInput is an object to store.
@@ -142,13 +140,6 @@ type s3PutInput struct {
 	contentType string
 	ifMatch     string // the ETag of the object that may be replaced
 	ifNoneMatch string // "*" means: only if there is no object
-}
-
-// s3ListedObject is one object of a listing.
-type s3ListedObject struct {
-	key, etag string
-	size      int64
-	modified  time.Time
 }
 
 // newS3Client checks cfg, sets its defaults and makes a client. It sends nothing.
@@ -205,7 +196,7 @@ func newS3Transport() *http.Transport {
 // come with one request. The caller closes the body. An answer with other bytes
 // than those that were asked for is refused (RFC 9110 section 14.4).
 func (c *s3Client) getObject(ctx context.Context, key string, g s3GetInput) (*s3Object, error) {
-	header := map[string]string{"If-Match": g.ifMatch, "If-None-Match": g.ifNoneMatch}
+	header := map[string]string{"If-Match": g.ifMatch}
 	if g.off > 0 { // of an empty object a server would refuse even bytes=0-
 		header["Range"] = fmt.Sprintf("bytes=%d-", g.off)
 	}
@@ -435,10 +426,8 @@ func (c *s3Client) abortMultipartUpload(ctx context.Context, key, id string) err
 
 // listObjects calls f with each object whose key begins with prefix, in the
 // server's order. An error of f ends the listing and is returned as it is.
-func (c *s3Client) listObjects(ctx context.Context, prefix string, f func(s3ListedObject) error) error {
-	return c.listPages(ctx, "listing", url.Values{"list-type": {"2"}, "prefix": {prefix}}, func(e s3ListedEntry) error {
-		return f(s3ListedObject{key: e.Key, etag: e.ETag, size: e.Size, modified: e.LastModified})
-	})
+func (c *s3Client) listObjects(ctx context.Context, prefix string, f func(s3ListedEntry) error) error {
+	return c.listPages(ctx, "listing", url.Values{"list-type": {"2"}, "prefix": {prefix}}, f)
 }
 
 // abortOldUploads aborts the uploads below prefix that were begun longer than age

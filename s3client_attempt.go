@@ -284,7 +284,6 @@ var s3CodeErrors = map[string]error{
 	"NotFound":                   fs.ErrNotExist,
 	"NoSuchUpload":               errS3NoUpload,
 	"NoSuchBucket":               errS3NoBucket,
-	"NotModified":                errS3NotModified,
 	"PreconditionFailed":         errS3PreconditionFailed,
 	"ConditionalRequestConflict": errS3PreconditionFailed,
 }
@@ -329,11 +328,8 @@ func readAnswer(resp *http.Response, into any) error {
 		e.region = "" // it would go into a host name and a header
 	}
 	e.date, _ = http.ParseTime(resp.Header.Get("Date"))
-	switch { // these answers have no body
-	case resp.StatusCode == http.StatusNotModified:
-		e.code = "NotModified"
-	case resp.StatusCode == http.StatusNotFound && resp.Request != nil && resp.Request.Method == http.MethodHead:
-		e.code = "NoSuchKey"
+	if resp.StatusCode == http.StatusNotFound && resp.Request != nil && resp.Request.Method == http.MethodHead {
+		e.code = "NoSuchKey" // this answer has no body
 	}
 	return e
 }

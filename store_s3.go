@@ -108,12 +108,10 @@ type s3Store struct {
 	lastWrite atomic.Pointer[s3Write]
 }
 
-// cachedRecord is a record in memory. text is the metadata field that it was
-// decoded from: an answer with the same text need not be decoded again.
+// cachedRecord is a record in memory.
 type cachedRecord struct {
 	validity
-	rec  *record
-	text string
+	rec *record
 }
 
 // invalidations counts the replacements and removals that were announced or are our
@@ -281,19 +279,14 @@ func isBehindEnd(err error) bool {
 // key is a miss, and so is one whose size is not its record's, as after a write by
 // another program.
 func (s *s3Store) readObjectRecord(key string, o *s3Object, v validity) (*record, error) {
-	known, found := s.records.get(key)
-	if text := o.meta[s3RecordField]; !found || known.text != text || known.rec.Size != o.size {
-		rec, err := decodeS3Record(key, o)
-		if err != nil {
-			s.records.remove(key)
-			s.log.Warn("object in S3 cannot be used: its file counts as missing", "key", key, "error", err)
-			return nil, fmt.Errorf("opening %s: %w: %w", key, err, fs.ErrNotExist)
-		}
-		known = cachedRecord{rec: rec, text: text}
+	rec, err := decodeS3Record(key, o)
+	if err != nil {
+		s.records.remove(key)
+		s.log.Warn("object in S3 cannot be used: its file counts as missing", "key", key, "error", err)
+		return nil, fmt.Errorf("opening %s: %w: %w", key, err, fs.ErrNotExist)
 	}
-	known.validity = v
-	s.cacheRecord(key, known)
-	return known.rec, nil
+	s.cacheRecord(key, cachedRecord{v, rec})
+	return rec, nil
 }
 
 // cacheRecord keeps the record of an immutable file, unless key was invalidated
@@ -425,7 +418,7 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os
 		err = refusal
 	}
 	if err == nil {
-		s.cacheRecord(key, cachedRecord{v, rec, text})
+		s.cacheRecord(key, cachedRecord{v, rec})
 	}
 	return v, err
 }
@@ -483,8 +476,8 @@ func (s *s3Store) eachKey(ctx context.Context, parallel int, look func(ctx conte
 	var mu sync.Mutex // held while report runs
 	slots := make(chan struct{}, parallel)
 	began := s.now()
-	err := s.client.listObjects(inner, "", func(item s3ListedObject) error {
-		if !validKey(item.key) {
+	err := s.client.listObjects(inner, "", func(item s3ListedEntry) error {
+		if !validKey(item.Key) {
 			return nil // not ours
 		}
 		select {
@@ -494,11 +487,11 @@ func (s *s3Store) eachKey(ctx context.Context, parallel int, look func(ctx conte
 		}
 		running.Go(func() {
 			defer func() { <-slots }()
-			o, err := look(inner, item.key)
+			o, err := look(inner, item.Key)
 			mu.Lock()
 			defer mu.Unlock()
 			if inner.Err() == nil {
-				if err := report(item.key, o, err); err != nil {
+				if err := report(item.Key, o, err); err != nil {
 					cancel(err)
 				}
 			}
