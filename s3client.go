@@ -75,13 +75,12 @@ const (
 // What an operation can fail with, beside fs.ErrNotExist (no such object) and
 // fs.ErrPermission.
 var (
-	errS3NoBucket           = errors.New("no such bucket")            // not fs.ErrNotExist: nothing can be stored there
-	errS3NoUpload           = errors.New("no such upload")            // not fs.ErrNotExist: it says nothing about the object
-	errS3PreconditionFailed = errors.New("a condition was not met")   // If-Match of a get, any condition of a put
-	errS3Timeout            = errors.New("no byte moved in time")     // no header, or a body that stopped
-	errS3Clock              = errors.New("the clocks differ")         // by more than the server accepts
-	errS3BadAnswer          = errors.New("unexpected answer")         // not what the S3 API says
-	errS3Metadata           = errors.New("metadata cannot be stored") // see checkMetadata
+	errS3NoBucket           = errors.New("no such bucket")          // not fs.ErrNotExist: nothing can be stored there
+	errS3NoUpload           = errors.New("no such upload")          // not fs.ErrNotExist: it says nothing about the object
+	errS3PreconditionFailed = errors.New("a condition was not met") // If-Match of a get, any condition of a put
+	errS3Timeout            = errors.New("no byte moved in time")   // no header, or a body that stopped
+	errS3Clock              = errors.New("the clocks differ")       // by more than the server accepts
+	errS3BadAnswer          = errors.New("unexpected answer")       // not what the S3 API says
 )
 
 // s3Config says where objects are stored. All fields are needed, but for those
@@ -107,9 +106,8 @@ func (c s3Config) String() string { return c.host + "/" + c.bucket }
 
 // s3Client is a client of one bucket. All methods may be called concurrently.
 type s3Client struct {
-	cfg       s3Config                     // not changed after newS3Client
-	endpoint  atomic.Pointer[s3Endpoint]   // replaced by removeCause
-	cachedKey atomic.Pointer[s3SigningKey] // the last one that signed
+	cfg      s3Config                   // not changed after newS3Client
+	endpoint atomic.Pointer[s3Endpoint] // replaced by removeCause
 }
 
 // s3Endpoint is where requests are sent and the region that they are signed for.
@@ -136,7 +134,7 @@ type s3PutInput struct {
 	body        io.ReaderAt // read several times: parts are hashed first, and sent again after a fault
 	size        int64
 	sha256      string            // in hex, of the whole body
-	meta        map[string]string // printable ASCII, 2 KB in all; with ifNoneMatch something in it is unique to this put
+	meta        map[string]string // printable ASCII, since servers change the rest, without blanks at the ends, 2 KB in all; with ifNoneMatch something in it is unique to this put
 	contentType string
 	ifMatch     string // the ETag of the object that may be replaced
 	ifNoneMatch string // "*" means: only if there is no object
@@ -255,9 +253,6 @@ func (c *s3Client) deleteObject(ctx context.Context, key string) error {
 // (an s3Error) of the only attempt the old object is still in place; after any
 // other error either object may be.
 func (c *s3Client) putObject(ctx context.Context, key string, p s3PutInput) (etag string, err error) {
-	if err := checkMetadata(p.meta); err != nil {
-		return "", fmt.Errorf("putting %q: %w", key, err)
-	}
 	if p.size > c.cfg.partSize {
 		return c.putMultipart(ctx, key, p)
 	}
@@ -268,18 +263,6 @@ func (c *s3Client) putObject(ctx context.Context, key string, p s3PutInput) (eta
 		return c.confirmPut(ctx, key, p, op, err)
 	}
 	return resp.Header.Get("Etag"), nil
-}
-
-// checkMetadata refuses metadata that not every server returns unchanged. Servers
-// treat bytes beyond ASCII, and blanks at the ends of a value, in different ways.
-func checkMetadata(meta map[string]string) error {
-	for name, v := range meta {
-		unprintable := strings.ContainsFunc(v, func(r rune) bool { return r < ' ' || r > '~' })
-		if unprintable || strings.TrimSpace(v) != v {
-			return fmt.Errorf("field %q: %w", name, errS3Metadata)
-		}
-	}
-	return nil
 }
 
 // objectHeader returns the headers that describe the object.
@@ -503,16 +486,6 @@ func (c *s3Client) listPages(ctx context.Context, doing string, query url.Values
 			return fmt.Errorf("%s: the answer names no next page: %w", doing, errS3BadAnswer)
 		}
 	}
-}
-
-// ensureBucket checks that the bucket is there and can be listed, and creates it
-// if it is missing.
-func (c *s3Client) ensureBucket(ctx context.Context) error {
-	err := c.listOneObject(ctx)
-	if errors.Is(err, errS3NoBucket) {
-		return c.createBucket(ctx)
-	}
-	return err
 }
 
 // listOneObject shows whether the bucket can be used. It takes the place of

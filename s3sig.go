@@ -18,29 +18,6 @@ import (
 // emptySHA256 is the SHA-256 of no bytes. Every request without a body signs it.
 const emptySHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
-// s3SigningKey is a signing key. It is valid for one day (in UTC, as 20060102)
-// and one region, and is not changed once it is made.
-type s3SigningKey struct {
-	day, region string
-	key         []byte
-}
-
-// signingKey returns the key for a region and the day of at. The client keeps
-// the last key, because deriving one costs four of the five HMACs of a signature.
-// Two goroutines may derive the same key at midnight, which does no harm.
-func (c *s3Client) signingKey(region string, at time.Time) *s3SigningKey {
-	day := at.UTC().Format("20060102")
-	if k := c.cachedKey.Load(); k != nil && k.day == day && k.region == region {
-		return k
-	}
-	k := &s3SigningKey{day: day, region: region, key: []byte("AWS4" + c.cfg.secretKey)}
-	for _, s := range []string{day, region, "s3", "aws4_request"} {
-		k.key = hmacSHA256(k.key, s)
-	}
-	c.cachedKey.Store(k)
-	return k
-}
-
 // signRequest sets X-Amz-Date, X-Amz-Content-Sha256 and Authorization of req,
 // whose URL must have a RawPath made by uriEncode and a RawQuery made by
 // encodeQuery. bodySHA256 is the hash of the body in hex; the body itself is not
@@ -51,9 +28,12 @@ func (c *s3Client) signRequest(req *http.Request, region, bodySHA256 string, at 
 	req.Header.Set("X-Amz-Date", date)
 	req.Header.Set("X-Amz-Content-Sha256", bodySHA256)
 	canonical, signedHeaders := canonicalRequest(req, bodySHA256)
-	k := c.signingKey(region, at)
-	scope := k.day + "/" + region + "/s3/aws4_request"
-	signature := hmacSHA256(k.key, "AWS4-HMAC-SHA256\n"+date+"\n"+scope+"\n"+sha256Hex([]byte(canonical)))
+	key := []byte("AWS4" + c.cfg.secretKey)
+	for _, part := range []string{date[:8], region, "s3", "aws4_request"} {
+		key = hmacSHA256(key, part)
+	}
+	scope := date[:8] + "/" + region + "/s3/aws4_request"
+	signature := hmacSHA256(key, "AWS4-HMAC-SHA256\n"+date+"\n"+scope+"\n"+sha256Hex([]byte(canonical)))
 	req.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential="+c.cfg.accessKey+"/"+scope+
 		",SignedHeaders="+signedHeaders+",Signature="+hex.EncodeToString(signature))
 }

@@ -77,22 +77,6 @@ func TestSignVectors(t *testing.T) {
 	}
 }
 
-func TestDayKeyFollowsDayAndRegion(t *testing.T) {
-	t.Parallel()
-	c := &s3Client{cfg: s3Config{secretKey: "s"}}
-	at := time.Date(2026, 1, 1, 23, 59, 59, 0, time.UTC)
-	a := c.signingKey("r", at)
-	if c.signingKey("r", at) != a {
-		t.Error("the key was derived again for the same day")
-	}
-	if k := c.signingKey("r", at.Add(time.Second)); k.day != "20260102" || bytes.Equal(k.key, a.key) {
-		t.Error("the key outlived its day")
-	}
-	if k := c.signingKey("q", at); k.region != "q" || bytes.Equal(k.key, a.key) {
-		t.Error("the key left its region")
-	}
-}
-
 func BenchmarkSign(b *testing.B) {
 	v := vectors()["get with a range"]
 	c := &s3Client{cfg: s3Config{accessKey: vectorKey, secretKey: vectorSecret}}
@@ -263,7 +247,11 @@ func testS3Bucket(t *testing.T, c *s3Client) {
 	var wg sync.WaitGroup
 	for range 4 { // replicas that start together
 		wg.Go(func() {
-			if err := c.ensureBucket(t.Context()); err != nil {
+			err := c.listOneObject(t.Context())
+			if errors.Is(err, errS3NoBucket) {
+				err = c.createBucket(t.Context())
+			}
+			if err != nil {
 				t.Error(err)
 			}
 		})
@@ -378,12 +366,6 @@ func testS3Metadata(t *testing.T, c *s3Client) {
 	if _, err := c.putObject(t.Context(), "meta", p); err == nil {
 		t.Error("metadata beyond the limit was taken")
 	}
-	for _, v := range []string{"ä", " x", "x ", "a\nb", "a\x00"} {
-		p.meta["record"] = v
-		if _, err := c.putObject(t.Context(), "meta", p); !errors.Is(err, errS3Metadata) {
-			t.Errorf("metadata %q: %v", v, err)
-		}
-	}
 }
 
 func testS3Parts(t *testing.T, c *s3Client, partSize int) {
@@ -461,7 +443,7 @@ func testS3Corrected(t *testing.T, c *s3Client) {
 				_, err := c.createMultipartUpload(t.Context(), "fix", s3PutInput{})
 				return err
 			},
-			"ready": func(c *s3Client) error { return c.ensureBucket(t.Context()) },
+			"ready": func(c *s3Client) error { return c.listOneObject(t.Context()) },
 			"head":  func(c *s3Client) error { _, err := c.headObject(t.Context(), "fix"); return notMissing(err) },
 			"get": func(c *s3Client) error {
 				_, err := c.getObject(t.Context(), "nobody/here", s3GetInput{})
@@ -529,7 +511,7 @@ func TestS3Real(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := wrong.ensureBucket(t.Context()); !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), cfg.secretKey) {
+	if err := wrong.listOneObject(t.Context()); !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), cfg.secretKey) {
 		t.Errorf("wrong credentials: %v", err)
 	}
 	if os.Getenv("TEST_S3_CONDITIONS") != "" {
@@ -895,7 +877,7 @@ func TestS3Bucket(t *testing.T) {
 	wantObject(t, c, "k", pattern(200<<10))
 	f.drop("")
 	f.foreign = true
-	if err := c.ensureBucket(t.Context()); err == nil {
+	if err := c.createBucket(t.Context()); err == nil {
 		t.Error("somebody else's bucket is ready")
 	}
 	if _, err := c.putObject(t.Context(), "k", putOf(pattern(10))); !errors.Is(err, errS3NoBucket) {

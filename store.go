@@ -183,7 +183,10 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 	case e.id.size <= maxSmallBody:
 		return d.openSmall(f, e, off)
 	}
-	return openLarge(f, e, off), nil
+	if off > 0 {
+		f.Seek(min(off, e.id.size), io.SeekStart) // within a regular file it does not fail
+	}
+	return &object{rec: e.rec, body: &fileBody{f}}, nil
 }
 
 // openMatching opens key's body and returns it with the entry that describes it: the
@@ -267,21 +270,6 @@ func (d *diskStore) openSmall(f *os.File, e *memoryEntry, off int64) (*object, e
 	}
 	d.remember(&full)
 	return full.newObject(off), nil
-}
-
-// openLarge returns an object that reads from f, which the object's body closes.
-// One allocation holds object and body: this runs for each hit of a large file.
-func openLarge(f *os.File, e *memoryEntry, off int64) *object {
-	o := new(struct {
-		object
-		file fileBody
-	})
-	o.file.File = f
-	if off > 0 {
-		f.Seek(min(off, e.id.size), io.SeekStart) // within a regular file it does not fail
-	}
-	o.object = object{rec: e.rec, body: &o.file}
-	return &o.object
 }
 
 // readRecords reads the record files beside key's body. matching is the record that

@@ -37,22 +37,14 @@ type memoryEntry struct {
 }
 
 // newObject returns the entry as an object that reads from off, or without a body if
-// off is negative (see objects.open). One allocation holds all of it: this runs for
-// each hit.
+// off is negative (see objects.open).
 func (e *memoryEntry) newObject(off int64) *object {
 	if off < 0 {
 		return &object{rec: e.rec}
 	}
-	o := new(struct {
-		object
-		mem memBody
-	})
-	o.mem.Reset(e.body)
-	if off > 0 {
-		o.mem.Seek(off, io.SeekStart)
-	}
-	o.object = object{rec: e.rec, body: &o.mem}
-	return &o.object
+	body := &memBody{*bytes.NewReader(e.body)}
+	body.Seek(off, io.SeekStart)
+	return &object{rec: e.rec, body: body}
 }
 
 // remember keeps an entry in memory in place of an older one of its key. Those that were

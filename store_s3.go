@@ -84,6 +84,7 @@ var (
 	_ cachingObjects = (*s3Store)(nil)
 
 	errS3ReadOnly = errors.New("the bucket refuses writes")
+	errS3Metadata = errors.New("it does not fit into the metadata of an object")
 )
 
 // s3Store implements objects in a bucket. All methods may be called concurrently,

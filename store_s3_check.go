@@ -72,7 +72,7 @@ func (s *s3Store) checkRead(ctx context.Context) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case errors.Is(err, errS3NoBucket):
-		if cerr := s.client.ensureBucket(ctx); cerr != nil {
+		if cerr := s.client.createBucket(ctx); cerr != nil {
 			return fmt.Errorf("%w: %w", err, cerr)
 		}
 		return nil

@@ -127,7 +127,7 @@ func realBucket(t *testing.T) *s3Client {
 	cfg.bucket = fmt.Sprintf("%s-%x", cfg.bucket, rand.Uint64())
 	c, err := newS3Client(cfg)
 	if err == nil {
-		err = c.ensureBucket(t.Context())
+		err = c.createBucket(t.Context())
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -391,8 +391,9 @@ func FuzzS3Record(f *testing.F) {
 		if err != nil || !utf8.ValidString(p) || !utf8.ValidString(typ) || !utf8.ValidString(etag) {
 			return
 		}
-		if err := checkMetadata(map[string]string{"a": text}); err != nil || strings.Contains(text, "  ") || len(text) > s3MaxRecord {
-			t.Fatalf("%v: %q", err, text)
+		isOdd := strings.ContainsFunc(text, func(r rune) bool { return r < ' ' || r > '~' }) || strings.TrimSpace(text) != text
+		if isOdd || strings.Contains(text, "  ") || len(text) > s3MaxRecord { // servers change it
+			t.Fatalf("%q", text)
 		}
 		got, err := decodeS3Record(testKey(p), &s3Object{size: 1, meta: map[string]string{s3RecordField: text}})
 		if err != nil {
