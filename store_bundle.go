@@ -118,29 +118,19 @@ func (p *bundleProgress) copyBody(to io.Writer, from io.Reader, size int64, digi
 type recordList struct {
 	file *os.File
 	out  *bufio.Writer
+	*json.Encoder
 }
 
-// newRecordList makes an empty list in a file that createFile makes. The caller removes
+// newRecordList makes an empty list in a file that createFile makes. The caller closes
 // it.
 func newRecordList(createFile func() (*os.File, error)) (*recordList, error) {
 	f, err := createFile()
 	if err != nil {
 		return nil, err
 	}
-	return &recordList{file: f, out: bufio.NewWriter(f)}, nil
-}
-
-func (l *recordList) remove() {
-	l.file.Close()
-	os.Remove(l.file.Name())
-}
-
-func (l *recordList) add(rec *record) error {
-	line, err := json.Marshal(rec)
-	if err == nil {
-		_, err = l.out.Write(append(line, '\n'))
-	}
-	return err
+	os.Remove(f.Name()) // open, it can be used all the same
+	out := bufio.NewWriter(f)
+	return &recordList{f, out, json.NewEncoder(out)}, nil
 }
 
 // open returns a reader of the whole list, to which nothing is added any more.
@@ -150,13 +140,18 @@ func (l *recordList) open() (*io.SectionReader, error) {
 	return io.NewSectionReader(l.file, 0, size), storeError("writing a list of records", errors.Join(err, seekErr))
 }
 
-// each calls f with each record, that many at once; one worker keeps the order. The
-// first error ends it and is returned.
+// each is eachRecord of the whole list.
 func (l *recordList) each(ctx context.Context, workers int, f func(*record) error) error {
 	from, err := l.open()
 	if err != nil {
 		return err
 	}
+	return eachRecord(ctx, from, workers, f)
+}
+
+// eachRecord calls f with each record of a list, that many at once; one worker keeps the
+// order. The first error ends it and is returned.
+func eachRecord(ctx context.Context, from io.Reader, workers int, f func(*record) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var running sync.WaitGroup
@@ -202,17 +197,17 @@ func (b *bundleWriter) write(ctx context.Context, to io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer listed.remove()
+	defer listed.file.Close()
 	kept, err := newRecordList(b.createFile)
 	if err != nil {
 		return err
 	}
-	defer kept.remove()
+	defer kept.file.Close()
 	err = b.objects.walk(ctx, func(_ string, rec *record) error {
 		if b.remotes != nil && !slices.Contains(b.remotes, rec.Remote) {
 			return nil
 		}
-		return listed.add(rec)
+		return listed.Encode(rec)
 	})
 	if err == nil {
 		err = b.writeDocuments(ctx, listed)
@@ -227,7 +222,7 @@ func (b *bundleWriter) write(ctx context.Context, to io.Writer) error {
 		if now == nil || err != nil {
 			return err
 		}
-		return kept.add(now)
+		return kept.Encode(now)
 	})
 	if err == nil && changed {
 		err = b.writeDocuments(ctx, kept)
@@ -351,7 +346,7 @@ func (b *bundleReader) readAndStore(ctx context.Context, from io.Reader) error {
 	defer func() {
 		b.space.add(account{reserved: -b.ahead})
 		if b.todo != nil {
-			b.todo.remove()
+			b.todo.file.Close()
 		}
 	}()
 	if err := b.readAll(ctx, tar.NewReader(from)); err != nil {
@@ -433,24 +428,16 @@ func (b *bundleReader) readEntry(ctx context.Context, h *tar.Header, body io.Rea
 
 // compare compares records with what is stored, and reserves the space for what the
 // store lacks. Of two copies the one that was fetched later stays.
-func (b *bundleReader) compare(ctx context.Context, records io.Reader) error {
-	all, err := newRecordList(b.space.createFile)
-	if err != nil {
-		return err
-	}
-	defer all.remove()
+func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err error) {
 	if b.todo != nil {
-		b.todo.remove()
+		b.todo.file.Close()
 	}
 	if b.todo, err = newRecordList(b.space.createFile); err != nil {
 		return err
 	}
-	if _, err := io.Copy(all.out, records); err != nil {
-		return err
-	}
 	lacking := int64(0)
 	b.uses, b.kept = map[bodySum]int{}, 0
-	err = all.each(ctx, importWorkers, func(rec *record) error {
+	err = eachRecord(ctx, records, importWorkers, func(rec *record) error {
 		if !isSoundRecord(rec) {
 			return fmt.Errorf("%w of %.100q", errDamaged, rec.Remote+"/"+rec.Path)
 		}
@@ -467,7 +454,7 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) error {
 		}
 		b.uses[sumOf(rec.SHA256)]++
 		lacking += rec.Size
-		return b.todo.add(rec)
+		return b.todo.Encode(rec)
 	})
 	if err != nil {
 		return err
