@@ -468,12 +468,12 @@ func queryAll[T any](ctx context.Context, x *sqlIndex, scan func(*sql.Rows) (T, 
 // row, with "added" or "dropped".
 func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change, key string)) error {
 	seed := maphash.MakeSeed()
-	// By the hash of its key, rows holds the hash of each row whose object is not found
-	// yet: a million take about 40 MB. They are read before the objects: a row that is
-	// saved meanwhile is then not among them, and is left alone.
-	rows := map[uint64]uint64{}
+	// rows holds the hash of each row whose object is not found yet: a million take about
+	// 20 MB. They are read before the objects: a row that is saved meanwhile is then not
+	// among them, and is left alone.
+	rows := map[uint64]bool{}
 	err := to.eachRow(ctx, func(r indexRow) error {
-		rows[maphash.String(seed, r.Key)] = hashRow(seed, r)
+		rows[hashRow(seed, r)] = true
 		return nil
 	})
 	if err != nil {
@@ -491,12 +491,13 @@ func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change
 		return nil
 	}
 	err = from.walk(ctx, func(key string, rec *record) error {
-		r, hash := newIndexRow(key, rec), maphash.String(seed, key)
+		r := newIndexRow(key, rec)
 		r.ContentType = toSQLText(r.ContentType)
-		if sum, found := rows[hash]; !found || sum != hashRow(seed, r) {
+		if hash := hashRow(seed, r); rows[hash] {
+			delete(rows, hash)
+		} else {
 			due = append(due, rowChange{key: key, save: &r})
 		}
-		delete(rows, hash)
 		if len(due) < reindexBatch {
 			return nil
 		}
@@ -509,7 +510,7 @@ func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change
 		return fmt.Errorf("comparing the index with what is stored: %w", err)
 	}
 	return to.eachRow(ctx, func(r indexRow) error {
-		if sum, isLost := rows[maphash.String(seed, r.Key)]; !isLost || sum != hashRow(seed, r) {
+		if !rows[hashRow(seed, r)] {
 			return nil
 		}
 		// The walk took long, and an object may have been replaced under it.
