@@ -248,21 +248,17 @@ func (c *s3Client) deleteObject(ctx context.Context, key string) error {
 	return err
 }
 
-// putObject stores an object and returns its ETag, an opaque name of this
-// version. An object larger than one part is uploaded in parts. After a refusal
+// putObject stores an object. One larger than a part is uploaded in parts. After a refusal
 // (an s3Error) of the only attempt the old object is still in place; after any
 // other error either object may be.
-func (c *s3Client) putObject(ctx context.Context, key string, p s3PutInput) (etag string, err error) {
+func (c *s3Client) putObject(ctx context.Context, key string, p s3PutInput) error {
 	if p.size > c.cfg.partSize {
 		return c.putMultipart(ctx, key, p)
 	}
 	op := &s3Operation{doing: "putting", method: "PUT", key: key, header: p.objectHeader(), body: p.body, size: p.size, sum: p.sha256, write: true}
 	op.header["If-Match"], op.header["If-None-Match"] = p.ifMatch, p.ifNoneMatch
-	resp, err := c.sendWithRetries(ctx, op)
-	if err != nil {
-		return c.confirmPut(ctx, key, p, op, err)
-	}
-	return resp.Header.Get("Etag"), nil
+	_, err := c.sendWithRetries(ctx, op)
+	return c.confirmPut(ctx, key, p, op, err)
 }
 
 // objectHeader returns the headers that describe the object.
@@ -275,54 +271,53 @@ func (p s3PutInput) objectHeader() map[string]string {
 }
 
 // confirmPut looks whether a put with a condition took place although op, which
-// would have stored the object, ended in err, and returns err if it did not. A
-// client that uploads a file to a local repository needs this: when the answer to
-// the first attempt is lost, the second attempt is refused because of the object
+// would have stored the object, ended in err, and returns err if it did not; nil is
+// nil. A client that uploads a file to a local repository needs this: when the answer
+// to the first attempt is lost, the second attempt is refused because of the object
 // that the first one stored, and the client would be told that somebody else's
 // file exists already. A put without that condition is simply done again.
 //
 // It compares size and metadata, never the ETag, which is an MD5 on some servers
 // and for some objects only. Without metadata nothing tells the new object from
 // an older one.
-func (c *s3Client) confirmPut(ctx context.Context, key string, p s3PutInput, op *s3Operation, err error) (string, error) {
+func (c *s3Client) confirmPut(ctx context.Context, key string, p s3PutInput, op *s3Operation, err error) error {
 	_, refused := errors.AsType[*s3Error](err)
 	cannotHaveApplied := op.attempts == 0 || (op.attempts == 1 && refused)
-	if (p.ifNoneMatch == "" && p.ifMatch == "") || len(p.meta) == 0 || cannotHaveApplied {
-		return "", err
+	if err == nil || (p.ifNoneMatch == "" && p.ifMatch == "") || len(p.meta) == 0 || cannotHaveApplied {
+		return err
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s3CleanupTimeout)
 	defer cancel()
 	o, headErr := c.headObject(ctx, key)
 	if headErr != nil || o.size != p.size {
-		return "", err
+		return err
 	}
 	for name, v := range p.meta { // servers add fields: rclone has mtime
 		if o.meta[strings.ToLower(name)] != v {
-			return "", err
+			return err
 		}
 	}
-	return o.etag, nil
+	return nil
 }
 
 // putMultipart is putObject by a multipart upload. An upload that was not
 // completed is aborted, whatever happened. An upload that cannot be aborted, or
 // whose id never reached us, is left for abortOldUploads.
-func (c *s3Client) putMultipart(ctx context.Context, key string, p s3PutInput) (string, error) {
+func (c *s3Client) putMultipart(ctx context.Context, key string, p s3PutInput) error {
 	id, err := c.createMultipartUpload(ctx, key, p)
 	if err != nil {
-		return "", err
+		return err
 	}
-	var completed struct{ ETag string }
 	conditions := map[string]string{"If-Match": p.ifMatch, "If-None-Match": p.ifNoneMatch} // for what replaces the object
 	op := &s3Operation{doing: "completing", method: "POST", key: key, query: url.Values{"uploadId": {id}}, header: conditions,
-		decodeInto: &completed, timeout: s3CompleteTimeout, write: true}
+		decodeInto: &struct{}{}, timeout: s3CompleteTimeout, write: true}
 	list, err := c.uploadParts(ctx, key, id, p)
 	if err == nil {
 		op.body, op.size, op.sum = bytes.NewReader(list), int64(len(list)), sha256Hex(list)
 		_, err = c.sendWithRetries(ctx, op)
 	}
 	if err == nil {
-		return completed.ETag, nil
+		return nil
 	}
 	cleanup, cancel := context.WithTimeout(context.WithoutCancel(ctx), s3CleanupTimeout)
 	defer cancel()

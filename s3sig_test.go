@@ -220,13 +220,13 @@ func wantObject(t *testing.T, c *s3Client, key string, data []byte) *s3Object {
 	return o
 }
 
+// mustPut stores an object and returns its ETag.
 func mustPut(t *testing.T, c *s3Client, key string, p s3PutInput) string {
 	t.Helper()
-	etag, err := c.putObject(t.Context(), key, p)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return etag
+	must(t, c.putObject(t.Context(), key, p))
+	o, err := c.headObject(t.Context(), key)
+	must(t, err)
+	return o.etag
 }
 
 // testS3 checks what the client needs of every server.
@@ -344,7 +344,7 @@ func testS3PutConditions(t *testing.T, c *s3Client, size int) {
 	p := putOf(pattern(size))
 	p.ifNoneMatch = "*"
 	etag := mustPut(t, c, "once", p)
-	if _, err := c.putObject(t.Context(), "once", p); !errors.Is(err, errS3PreconditionFailed) {
+	if err := c.putObject(t.Context(), "once", p); !errors.Is(err, errS3PreconditionFailed) {
 		t.Errorf("replaced against If-None-Match: %v", err)
 	}
 	p.ifNoneMatch, p.ifMatch = "", etag
@@ -363,7 +363,7 @@ func testS3Metadata(t *testing.T, c *s3Client) {
 		t.Fatalf("head: %+v, %v", o, err)
 	}
 	p.meta["record"] += strings.Repeat("y", 9000)
-	if _, err := c.putObject(t.Context(), "meta", p); err == nil {
+	if err := c.putObject(t.Context(), "meta", p); err == nil {
 		t.Error("metadata beyond the limit was taken")
 	}
 }
@@ -419,7 +419,7 @@ func testS3Cancelled(t *testing.T, c *s3Client) {
 	if _, err := c.getObject(ctx, "x", s3GetInput{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("get: %v", err)
 	}
-	if _, err := c.putObject(ctx, "x", putOf([]byte("x"))); !errors.Is(err, context.Canceled) {
+	if err := c.putObject(ctx, "x", putOf([]byte("x"))); !errors.Is(err, context.Canceled) {
 		t.Errorf("put: %v", err)
 	}
 }
@@ -438,7 +438,7 @@ func testS3Corrected(t *testing.T, c *s3Client) {
 		"region": {func(cfg *s3Config) { cfg.region = "no-where-1" }, ""},
 	} {
 		for op, do := range map[string]func(*s3Client) error{
-			"put": func(c *s3Client) error { _, err := c.putObject(t.Context(), "fix", putOf([]byte("x"))); return err },
+			"put": func(c *s3Client) error { err := c.putObject(t.Context(), "fix", putOf([]byte("x"))); return err },
 			"parts": func(c *s3Client) error {
 				_, err := c.createMultipartUpload(t.Context(), "fix", s3PutInput{})
 				return err
@@ -558,7 +558,7 @@ func TestS3PartsAreNotTooMany(t *testing.T) {
 		return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader("<R><UploadId>u</UploadId></R>"))}, nil
 	})
 	c.cfg.partSize = 1
-	if _, err := c.putObject(t.Context(), "k", putOf(pattern(s3MaxParts+1))); err != nil || parts.Load() != s3MaxParts/2+1 {
+	if err := c.putObject(t.Context(), "k", putOf(pattern(s3MaxParts+1))); err != nil || parts.Load() != s3MaxParts/2+1 {
 		t.Errorf("%d parts: %v", parts.Load(), err)
 	}
 }
@@ -636,7 +636,7 @@ func TestS3FaultsStay(t *testing.T) {
 			if tt.op == "PutObject" {
 				size = 1000
 			}
-			_, err := c.putObject(t.Context(), "k", putOf(pattern(size)))
+			err := c.putObject(t.Context(), "k", putOf(pattern(size)))
 			if err == nil || (tt.target != nil && !errors.Is(err, tt.target)) || errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("error %v, want %v", err, tt.target)
 			}
@@ -671,7 +671,7 @@ func TestS3LostAcknowledgement(t *testing.T) {
 	p := putOf(pattern(200 << 10))
 	p.ifNoneMatch = "*"
 	p.meta["record"] = "another"
-	if _, err := c.putObject(t.Context(), "reset", p); err == nil {
+	if err := c.putObject(t.Context(), "reset", p); err == nil {
 		t.Error("an old object was taken for the new one")
 	}
 }
@@ -687,7 +687,7 @@ func TestS3ConditionalPutWithLostAnswer(t *testing.T) {
 	other := putOf([]byte("later"))
 	other.ifNoneMatch = "*"
 	f.failOnce("PutObject", 1, false, fakeFault{})
-	if _, err := c.putObject(t.Context(), "k", other); !errors.Is(err, errS3PreconditionFailed) {
+	if err := c.putObject(t.Context(), "k", other); !errors.Is(err, errS3PreconditionFailed) {
 		t.Errorf("replaced against the condition: %v", err)
 	}
 }
@@ -701,7 +701,7 @@ func TestS3OnlyConditionalPutsAreConfirmed(t *testing.T) {
 		f := newFakeS3(t)
 		c := f.client()
 		f.failOnce(op, s3WriteTries, true, fakeFault{})
-		_, err := c.putObject(t.Context(), "k", putOf(pattern(size)))
+		err := c.putObject(t.Context(), "k", putOf(pattern(size)))
 		if err == nil || errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s: %v", op, err)
 		}
@@ -714,7 +714,7 @@ func TestS3OnlyConditionalPutsAreConfirmed(t *testing.T) {
 	f := newFakeS3(t)
 	c := f.client()
 	f.failOnce("CompleteMultipartUpload", 1, true, fakeFault{})
-	if _, err := c.putObject(t.Context(), "k", putOf(pattern(200<<10))); !errors.Is(err, errS3NoUpload) || errors.Is(err, fs.ErrNotExist) {
+	if err := c.putObject(t.Context(), "k", putOf(pattern(200<<10))); !errors.Is(err, errS3NoUpload) || errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a complete whose first answer was lost: %v", err)
 	}
 }
@@ -731,7 +731,7 @@ func TestS3AbortsWhenTheCallerLeaves(t *testing.T) {
 		}
 		return true, nil
 	})
-	if _, err := c.putObject(ctx, "k", putOf(pattern(400<<10))); !errors.Is(err, context.Canceled) {
+	if err := c.putObject(ctx, "k", putOf(pattern(400<<10))); !errors.Is(err, context.Canceled) {
 		t.Errorf("put: %v", err)
 	}
 	if f.count("AbortMultipartUpload") != 1 || f.pending() > 0 {
@@ -746,7 +746,7 @@ func TestS3AbortThatFailsIsSwept(t *testing.T) {
 	f.fail(func(op, _ string) (bool, *fakeFault) {
 		return false, map[string]*fakeFault{"UploadPart": {status: 403, code: "AccessDenied"}, "AbortMultipartUpload": {status: 503, code: "SlowDown"}}[op]
 	})
-	if _, err := c.putObject(t.Context(), "k", putOf(pattern(400<<10))); !errors.Is(err, fs.ErrPermission) {
+	if err := c.putObject(t.Context(), "k", putOf(pattern(400<<10))); !errors.Is(err, fs.ErrPermission) {
 		t.Errorf("put: %v", err)
 	}
 	f.fail(nil)
@@ -850,7 +850,7 @@ func TestS3NamesAWrongClock(t *testing.T) {
 					Header: http.Header{"Date": {time.Now().Add(ahead).UTC().Format(http.TimeFormat)}}}, nil
 			})
 			_, headErr := c.headObject(t.Context(), "k")
-			_, putErr := c.putObject(t.Context(), "k", putOf(pattern(10)))
+			putErr := c.putObject(t.Context(), "k", putOf(pattern(10)))
 			for _, err := range []error{headErr, putErr} {
 				if !errors.Is(err, errS3Clock) || errors.Is(err, fs.ErrPermission) || !strings.HasSuffix(err.Error(), want) {
 					t.Errorf("%v, want %s", err, want)
@@ -880,7 +880,7 @@ func TestS3Bucket(t *testing.T) {
 	if err := c.createBucket(t.Context()); err == nil {
 		t.Error("somebody else's bucket is ready")
 	}
-	if _, err := c.putObject(t.Context(), "k", putOf(pattern(10))); !errors.Is(err, errS3NoBucket) {
+	if err := c.putObject(t.Context(), "k", putOf(pattern(10))); !errors.Is(err, errS3NoBucket) {
 		t.Errorf("put into somebody else's: %v", err)
 	}
 }
@@ -892,7 +892,7 @@ func TestS3ReadOnlyBucket(t *testing.T) {
 	mustPut(t, c, "k", putOf(pattern(10)))
 	f.readOnly = true
 	for _, size := range []int{10, 200 << 10} {
-		if _, err := c.putObject(t.Context(), "k", putOf(pattern(size))); !errors.Is(err, fs.ErrPermission) {
+		if err := c.putObject(t.Context(), "k", putOf(pattern(size))); !errors.Is(err, fs.ErrPermission) {
 			t.Errorf("put: %v", err)
 		}
 	}
@@ -1023,7 +1023,7 @@ func TestS3SlowUpload(t *testing.T) {
 				}
 			}
 		})
-		if _, err := c.putObject(t.Context(), "k", putOf(pattern(200))); err != nil {
+		if err := c.putObject(t.Context(), "k", putOf(pattern(200))); err != nil {
 			t.Error(err)
 		}
 	})
@@ -1039,7 +1039,7 @@ func TestS3BacksOff(t *testing.T) {
 		})
 		begin := time.Now()
 		c.cfg.now = func() time.Time { return begin.Add(time.Duration(len(stamps)) * time.Second) }
-		if _, err := c.putObject(t.Context(), "k", putOf(pattern(10))); err == nil || len(stamps) != s3WriteTries {
+		if err := c.putObject(t.Context(), "k", putOf(pattern(10))); err == nil || len(stamps) != s3WriteTries {
 			t.Errorf("%d attempts: %v", len(stamps), err)
 		}
 		if took := time.Since(begin); took < 5*time.Second || took > 12*time.Second {
@@ -1073,7 +1073,7 @@ func TestS3PartsOverlap(t *testing.T) {
 		})
 		c.cfg.partSize = 10
 		begin := time.Now()
-		if _, err := c.putObject(t.Context(), "k", putOf(pattern(200))); err != nil {
+		if err := c.putObject(t.Context(), "k", putOf(pattern(200))); err != nil {
 			t.Error(err)
 		}
 		if most.Load() != s3ParallelParts || time.Since(begin) != 20/s3ParallelParts*time.Second {

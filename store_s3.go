@@ -410,7 +410,7 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os
 			return validity{}, err
 		}
 	}
-	_, err = s.client.putObject(ctx, key, in)
+	err = s.client.putObject(ctx, key, in)
 	err = s.noteWrite(err)
 	s.invalidate(key) // also after a failure: the upload may have arrived
 	v.ofKey++         // current if that was the only change since

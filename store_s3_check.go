@@ -87,7 +87,7 @@ func (s *s3Store) checkWrite(ctx context.Context) error {
 	if last != nil && (last.refusal == nil || s.now().Sub(last.at) < s3WriteCheckInterval) {
 		return last.refusal
 	}
-	_, err := s.client.putObject(ctx, s3ProbeKey, s3PutInput{body: strings.NewReader(""), sha256: emptySHA256})
+	err := s.client.putObject(ctx, s3ProbeKey, s3PutInput{body: strings.NewReader(""), sha256: emptySHA256})
 	if err == nil {
 		_ = s.client.deleteObject(ctx, s3ProbeKey) // what stays is harmless
 	}
