@@ -367,46 +367,46 @@ func (f *fillRun) fetchBody(validators http.Header) fillOutcome {
 		resp.discardBody() // it names another version: get that
 		return f.fetchBody(nil)
 	}
-	outcome, ended := f.acceptHeaders(resp, validators != nil)
-	if ended {
+	body, outcome := f.acceptHeaders(resp, validators != nil)
+	if body == nil {
 		resp.Body.Close()
 		return outcome
 	}
-	return f.receiveBody(resp)
+	return f.receiveBody(body)
 }
 
-// acceptHeaders looks at the headers of an answer and lets clients know them;
-// ended says that its body is not wanted.
-func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (outcome fillOutcome, ended bool) {
+// acceptHeaders looks at the headers of an answer and lets clients know them. The body
+// is nil if it is not wanted: outcome says why.
+func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (body *upstreamReader, outcome fillOutcome) {
 	if conditional && f.isUnchanged(resp) {
-		return fillOutcome{kind: outcomeUnchanged}, true
+		return nil, fillOutcome{kind: outcomeUnchanged}
 	}
 	if err := f.c.statusError(f.file, resp); err != nil {
-		return failedOutcome(err), true
+		return nil, failedOutcome(err)
 	}
 	if f.file.maxBytes > 0 && resp.ContentLength > f.file.maxBytes {
-		return failedOutcome(f.file.newTooLargeError()), true
+		return nil, failedOutcome(f.file.newTooLargeError())
 	}
 	if !f.openSpool() {
-		return fillOutcome{kind: outcomeNoSpool}, true
-	}
-	isPage := f.file.isPage(resp)
-	storable, validator := f.mayBeStored(resp, isPage), rangeValidator(resp)
-	f.spool.isTransient = !storable
-	if f.file.rewriteLinks(f.ctx, f.c, resp) {
-		validator = "" // upstream's parts are of another body
-	}
-	if err := f.spool.setSize(resp.ContentLength); err != nil {
-		f.c.reportStoreError("spool", "beginning", f.key, err)
-		return fillOutcome{kind: outcomeNoSpool}, true
+		return nil, fillOutcome{kind: outcomeNoSpool}
 	}
 	rec := f.file.newRecord(resp.Header, f.c.now())
+	rec.isPage = f.file.isPage(resp)
+	storable, validator, size := f.mayBeStored(resp, rec.isPage), rangeValidator(resp), resp.ContentLength
+	f.spool.isTransient = !storable
+	body = bodyPart{f.file, validator, size, 0, -1, resp.origin}.newReader(f.ctx, f.c, resp)
+	if body.rewriteLinks() {
+		validator, size = "", -1 // upstream's parts are of another body
+	}
+	if err := f.spool.setSize(size); err != nil {
+		f.c.reportStoreError("spool", "beginning", f.key, err)
+		return nil, fillOutcome{kind: outcomeNoSpool}
+	}
 	if sum, ok := strings.CutPrefix(f.file.digest, "sha256:"); ok {
 		rec.SHA256 = sum
 	}
-	rec.isPage = isPage
 	f.publishHeaders(rec, resp.origin, validator, storable)
-	return fillOutcome{}, false
+	return body, fillOutcome{}
 }
 
 // openSpool makes the file that the body grows in, if there is none yet, and
@@ -447,24 +447,19 @@ func (f *fillRun) endIfOfNoUse() {
 	}
 }
 
-// receiveBody moves the body of resp, and of what continues it, into the spool.
-func (f *fillRun) receiveBody(resp *upstreamResponse) fillOutcome {
-	for stuck := 0; ; { // times that the body broke off without progress
-		before, _ := f.spool.progress()
-		err := f.copyToSpool(resp)
-		resp.Body.Close()
-		if err == nil {
-			return f.completeFill()
-		}
-		if errors.Is(err, errNoSpace) {
-			return f.runOutOfSpace(err)
-		}
-		after, _ := f.spool.progress()
-		stuck = countStuck(stuck, before, after)
-		if resp, err = f.resumeBody(err, stuck); err != nil {
-			return failedOutcome(err)
-		}
+// receiveBody moves a body into the spool.
+func (f *fillRun) receiveBody(body *upstreamReader) fillOutcome {
+	buf := largeBuffers.Get().(*[largeBufferSize]byte)
+	_, err := io.CopyBuffer(f, body, buf[:])
+	largeBuffers.Put(buf)
+	body.Close()
+	switch {
+	case err == nil:
+		return f.completeFill()
+	case errors.Is(err, errNoSpace):
+		return f.runOutOfSpace(err)
 	}
+	return failedOutcome(err)
 }
 
 // passOnTime is how long a file is passed on after its spool ran out of space:

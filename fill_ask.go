@@ -15,8 +15,7 @@ import (
 )
 
 const (
-	// maxResumes bounds how often one body may break off without progress. There is
-	// no bound on breaks with progress: 50 GB over a bad line must arrive.
+	// maxResumes bounds how often one body may break off without progress.
 	maxResumes = 3
 	// minProgress is what must arrive between two breaks to count as progress: an
 	// origin that gives some bytes with each request would be asked forever.
@@ -169,34 +168,12 @@ func rangeValidator(resp *upstreamResponse) string {
 	return ""
 }
 
-// copyToSpool moves the body of resp into the spool until its end.
-func (f *fillRun) copyToSpool(resp *upstreamResponse) error {
-	buf := largeBuffers.Get().(*[largeBufferSize]byte)
-	defer largeBuffers.Put(buf)
-	for {
-		n, err := resp.Body.Read(buf[:])
-		if n > 0 {
-			if err := f.appendToSpool(buf[:n]); err != nil {
-				return err
-			}
-		}
-		written, size := f.spool.progress()
-		switch {
-		case err == io.EOF && (size < 0 || written == size):
-			return nil
-		case err == io.EOF:
-			return io.ErrUnexpectedEOF
-		case err != nil:
-			return err
-		}
-	}
-}
-
-func (f *fillRun) appendToSpool(p []byte) error {
+// Write appends a piece of the body to the spool.
+func (f *fillRun) Write(p []byte) (int, error) {
 	written, size := f.spool.progress()
 	written += int64(len(p))
 	if f.file.maxBytes > 0 && written > f.file.maxBytes {
-		return f.file.newTooLargeError()
+		return 0, f.file.newTooLargeError()
 	}
 	if maxSize := f.file.remote.maxSize; size < 0 && maxSize > 0 && written > maxSize && written-int64(len(p)) <= maxSize {
 		f.fitsMaxSize(written) // says so in the log
@@ -205,43 +182,7 @@ func (f *fillRun) appendToSpool(p []byte) error {
 		f.mu.Unlock()
 		f.endIfOfNoUse()
 	}
-	_, err := f.spool.Write(p)
-	return err
-}
-
-// countStuck counts the breaks of a body without progress between them: stuck were
-// there before the bytes from before to now.
-func countStuck(stuck int, before, now int64) int {
-	if now-before < minProgress {
-		return stuck + 1
-	}
-	return 0
-}
-
-// resumeBody asks for the rest of a body that broke off with cause. It is stuck after
-// that many breaks without progress. An error means that the body cannot be had.
-func (f *fillRun) resumeBody(cause error, stuck int) (*upstreamResponse, error) {
-	if _, fatal := errors.AsType[*problem](cause); fatal || errors.Is(cause, errBroken) || errors.Is(cause, errTooMuch) || f.ctx.Err() != nil {
-		return nil, cause
-	}
-	written, size := f.spool.progress()
-	broken := fmt.Errorf("%w after %d of %d bytes: %w", errBroken, written, size, cause)
-	if stuck > maxResumes {
-		return nil, broken
-	}
-	part := f.partFrom(written, -1)
-	part.tryOtherOrigin(stuck)
-	resp, err := part.request(f.ctx, f.c.upstream)
-	if err == nil {
-		if err = f.spool.setSize(resp.completeLength()); err != nil {
-			resp.Body.Close()
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%w; it cannot be resumed: %w", broken, err)
-	}
-	f.c.log.Info("resumed a body that broke off", "remote", f.file.remote.name, "path", f.file.path, "at", written)
-	return resp, nil
+	return f.spool.Write(p)
 }
 
 // bodyPart describes the part of a body that is asked for by Range.
@@ -258,12 +199,6 @@ func (f *fill) partFrom(from, to int64) bodyPart {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return bodyPart{f.file, f.validator, size, from, to, f.origin}
-}
-
-// tryOtherOrigin has the next origin asked first for a body that is stuck for at least
-// the second time.
-func (p *bodyPart) tryOtherOrigin(stuck int) {
-	p.origin = (p.origin + max(0, stuck-1)) % len(p.file.remote.origins)
 }
 
 // request asks upstream for the part, and accepts exactly that part of the very same
@@ -309,8 +244,146 @@ func (p bodyPart) isSameVersion(h http.Header) bool {
 	return h.Get("Last-Modified") == p.validator
 }
 
-// completeLength is the size of the body of which bodyPart.request's answer is a part.
-func (resp *upstreamResponse) completeLength() int64 {
-	_, _, size, _ := parseContentRange(resp.Header.Get("Content-Range"))
-	return size
+// upstreamReader reads a body straight from upstream, from wherever it is sought to, and
+// asks again by Range when the body breaks off. It is a growingBody. One goroutine uses it.
+type upstreamReader struct {
+	c       *cache
+	ctx     context.Context
+	part    bodyPart          // from is where resp is
+	resp    *upstreamResponse // nil: asked for when bytes are wanted
+	offset  int64             // of the next byte that is given out
+	through io.Reader         // makes what is given out of what is read, until the reader is sought; nil: the same
+	given   int64             // how much through has given out
+	stuck   int               // times that the body broke off without progress
+	breakAt int64             // where it broke off last
+	places  chan struct{}     // among which its Close, which is called once, frees one; may be nil
+}
+
+// newReader returns a reader of resp, whose body begins at p.from.
+func (p bodyPart) newReader(ctx context.Context, c *cache, resp *upstreamResponse) *upstreamReader {
+	return &upstreamReader{c: c, ctx: ctx, part: p, resp: resp, offset: p.from, breakAt: p.from}
+}
+
+func (b *upstreamReader) Read(p []byte) (n int, err error) {
+	if b.through != nil && b.offset == b.given {
+		n, err = b.through.Read(p)
+		b.given += int64(n)
+	} else {
+		b.through = nil
+		n, err = b.readAt(p, b.offset)
+	}
+	b.offset += int64(n)
+	return n, err
+}
+
+// nextBytes is the body of an upstreamReader as it comes, for what it goes through.
+type nextBytes struct{ *upstreamReader }
+
+func (b nextBytes) Read(p []byte) (int, error) { return b.readAt(p, b.part.from) }
+
+// readAt reads from off, and asks upstream for what resp does not have. There is no bound
+// on breaks with progress: 50 GB over a bad line must arrive.
+func (b *upstreamReader) readAt(p []byte, off int64) (int, error) {
+	for {
+		isEnd := b.part.size >= 0 && off >= b.part.size
+		if isEnd && (b.resp == nil || b.part.from != off) {
+			return 0, io.EOF
+		}
+		if err := b.seekUpstream(off); err != nil {
+			return 0, err
+		}
+		n, err := b.resp.Body.Read(p)
+		b.part.from += int64(n)
+		switch {
+		case b.part.size >= 0 && off+int64(n) > b.part.size:
+			return 0, errTooMuch
+		case n > 0 || err == nil:
+			return n, nil
+		case isEnd || (err == io.EOF && b.part.size < 0):
+			return 0, io.EOF
+		case err == io.EOF:
+			err = io.ErrUnexpectedEOF
+		}
+		if err := b.resume(off, err); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// resume asks for the rest of a body that broke off at off with cause. Its error means
+// that the body cannot be had.
+func (b *upstreamReader) resume(off int64, cause error) error {
+	b.closeResponse()
+	if b.ctx.Err() != nil {
+		return cause
+	}
+	if b.stuck++; off-b.breakAt >= minProgress {
+		b.stuck = 0
+	}
+	b.breakAt = off
+	broken := fmt.Errorf("%w after %d of %d bytes: %w", errBroken, off, b.part.size, cause)
+	if b.stuck > maxResumes {
+		return broken
+	}
+	if err := b.seekUpstream(off); err != nil {
+		return fmt.Errorf("%w; it cannot be resumed: %w", broken, err)
+	}
+	b.c.log.Info("resumed a body that broke off", "remote", b.part.file.remote.name, "path", b.part.file.path, "at", off)
+	return nil
+}
+
+// seekUpstream brings resp to off: by a ranged request, or by reading on where upstream
+// has no ranges. A body that is stuck for the second time is asked of the next origin.
+func (b *upstreamReader) seekUpstream(off int64) error {
+	if b.resp != nil && b.part.from == off {
+		return nil
+	}
+	part := b.part
+	part.from = off
+	part.origin = (part.origin + max(0, b.stuck-1)) % len(part.file.remote.origins)
+	if part.to < off {
+		part.to = -1
+	}
+	resp, err := part.request(b.ctx, b.c.upstream)
+	if err == nil {
+		b.closeResponse()
+		_, _, size, _ := parseContentRange(resp.Header.Get("Content-Range"))
+		b.resp, b.part.from, b.part.size = resp, off, size
+		return nil
+	}
+	if b.resp == nil || off < b.part.from {
+		return err
+	}
+	n, err := io.CopyN(io.Discard, b.resp.Body, off-b.part.from)
+	b.part.from += n
+	if err != nil {
+		return fmt.Errorf("%w: %w", errBroken, err)
+	}
+	return nil
+}
+
+func (b *upstreamReader) closeResponse() {
+	if b.resp != nil {
+		b.resp.Body.Close()
+		b.resp = nil
+	}
+}
+
+// readyToRead: see growingBody.
+func (b *upstreamReader) readyToRead() bool {
+	v, ok := b.through.(*verifiedReader)
+	return ok && v.whole
+}
+
+func (b *upstreamReader) Seek(off int64, whence int) (int64, error) {
+	b.offset = seekOffset(off, whence, b.offset, b.part.size)
+	return b.offset, nil
+}
+
+func (b *upstreamReader) Close() error {
+	b.closeResponse()
+	if b.places != nil {
+		<-b.places
+	}
+	return nil
 }

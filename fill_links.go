@@ -5,8 +5,6 @@ package main
 
 import (
 	"cmp"
-	"context"
-	"io"
 	"slices"
 	"strings"
 )
@@ -29,29 +27,24 @@ func (file fileRequest) rewrittenLinks() *documentLinks {
 	return &documentLinks{r.links, strings.Repeat("../", 1+strings.Count(path, "/")), r}
 }
 
-// rewriteLinks makes resp, the answer to a GET of the whole file, an answer with
-// rewritten links, and reports whether it did. A body that breaks off is resumed below
-// the rewriting, where its offsets are those of upstream.
-func (file fileRequest) rewriteLinks(ctx context.Context, c *cache, resp *upstreamResponse) bool {
+// rewriteLinks has the reader, of the answer to a GET of the whole file, rewrite the
+// links, and reports whether it does. A body that breaks off is resumed below the
+// rewriting, where its offsets are those of upstream.
+func (b *upstreamReader) rewriteLinks() bool {
+	file, c := b.part.file, b.c
 	links := file.rewrittenLinks()
 	if links == nil {
 		return false
 	}
-	coding := resp.Header.Get("Content-Encoding")
-	if resp.ContentLength > maxRewrittenBytes || (coding != "" && coding != "identity") {
+	coding := b.resp.Header.Get("Content-Encoding")
+	if b.part.size > maxRewrittenBytes || (coding != "" && coding != "identity") {
 		c.log.Warn("the links of a document stay as they are, so that clients follow them past the cache: it is coded or too large",
-			"remote", file.remote.name, "path", file.path, "size", resp.ContentLength, "coding", coding)
+			"remote", file.remote.name, "path", file.path, "size", b.part.size, "coding", coding)
 		return false
 	}
-	from := *resp.Response
-	src := &upstreamReader{up: c.upstream, ctx: ctx, resp: &upstreamResponse{Response: &from, origin: resp.origin},
-		part: bodyPart{file: file, validator: rangeValidator(resp), size: resp.ContentLength, to: -1, origin: resp.origin}}
-	rewriter := newLinkRewriter(src, links)
+	rewriter := newLinkRewriter(nextBytes{b}, links)
 	rewriter.atEnd = func(leaving map[string]int) { c.leaving.add(file.remote.name, leaving) }
-	resp.Body, resp.ContentLength = struct {
-		io.Reader
-		io.Closer
-	}{rewriter, src}, -1
+	b.through = rewriter
 	return true
 }
 

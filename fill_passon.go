@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -67,13 +68,11 @@ func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, cp 
 	if file.needsWholeBody {
 		return reply, reply.readSmallBody(ctx, file, resp)
 	}
-	validator := rangeValidator(resp)
-	if file.rewriteLinks(ctx, c, resp) {
-		reply.size, size, validator = -1, -1, "" // upstream's parts are of another body
-	}
-	body := &upstreamReader{up: c.upstream, ctx: ctx, resp: resp, respOffset: at, part: bodyPart{file: file, validator: validator, size: size, to: rng.to, origin: resp.origin}}
-	if file.digest != "" && rng.isWhole(size) {
-		body.hash = newBodyHash(file.digest)
+	body := bodyPart{file, rangeValidator(resp), size, at, rng.to, resp.origin}.newReader(ctx, c, resp)
+	if body.rewriteLinks() {
+		reply.size = -1
+	} else if file.digest != "" && rng.isWhole(size) {
+		body.through = newVerifiedReader(nextBytes{body}, file.digest)
 	}
 	reply.body = body
 	return reply, nil
@@ -128,136 +127,30 @@ func (reply *fileReply) readSmallBody(ctx context.Context, file fileRequest, res
 	return file.behaves().checkBody(ctx, reply.rec, body)
 }
 
-// upstreamReader reads a body straight from upstream, from wherever it is sought
-// to, and asks again by Range when the body breaks off. It is a growingBody.
-type upstreamReader struct {
-	up         *upstream
-	ctx        context.Context
-	part       bodyPart
-	resp       *upstreamResponse // nil: asked for when bytes are wanted
-	respOffset int64             // of the next byte of resp
-	offset     int64             // of the next byte that is given out
-	hash       *bodyHash         // of a whole body with a digest, up to respOffset; nil: it is not verified
-	held       []byte            // read and hashed, not given out yet
-	done       bool              // all is read and verified
-	stuck      int               // times that the body broke off without progress
-	breakAt    int64             // where it broke off last
-	places     chan struct{}     // among which its Close, which is called once, frees one; may be nil
+// verifiedReader gives a body out heldBackBytes behind what has arrived of it, and the
+// rest when all of it has its digest.
+type verifiedReader struct {
+	ahead  *bufio.Reader // of the body, by way of hash
+	hash   *bodyHash
+	digest string
+	whole  bool // all has arrived and is verified
 }
 
-func (b *upstreamReader) Read(p []byte) (int, error) {
-	if b.hash != nil && b.offset == b.respOffset-int64(len(b.held)) {
-		return b.readHeld(p)
-	}
-	b.hash, b.held = nil, nil // sought elsewhere: a part proves nothing about the whole
-	n, err := b.readAt(p, b.offset)
-	b.offset += int64(n)
-	return n, err
+func newVerifiedReader(body io.Reader, digest string) *verifiedReader {
+	hash := newBodyHash(digest)
+	return &verifiedReader{bufio.NewReaderSize(io.TeeReader(body, hash), heldBackBytes+copyBufferSize), hash, digest, false}
 }
 
-// readHeld gives out what lies heldBackBytes behind, and the rest when it has
-// verified.
-func (b *upstreamReader) readHeld(p []byte) (int, error) {
-	for !b.done && len(b.held) <= heldBackBytes {
-		buf := make([]byte, copyBufferSize)
-		n, err := b.readAt(buf, b.respOffset)
-		b.hash.Write(buf[:n])
-		b.held = append(b.held, buf[:n]...)
-		if err == io.EOF {
-			if err := b.hash.verifyDigest(b.part.file.digest); err != nil {
-				return 0, err
-			}
-			b.done = true
-		} else if err != nil {
+func (v *verifiedReader) Read(p []byte) (int, error) {
+	if _, err := v.ahead.Peek(heldBackBytes + 1); err != nil {
+		if err == io.EOF && !v.whole {
+			err = v.hash.verifyDigest(v.digest)
+			v.whole = err == nil
+		}
+		if !v.whole {
 			return 0, err
 		}
+		return v.ahead.Read(p)
 	}
-	free := len(b.held)
-	if !b.done {
-		free -= heldBackBytes
-	}
-	if free == 0 {
-		return 0, io.EOF
-	}
-	n := copy(p, b.held[:free])
-	b.held = b.held[n:]
-	b.offset += int64(n)
-	return n, nil
-}
-
-// readyToRead: see growingBody.
-func (b *upstreamReader) readyToRead() bool { return b.done }
-
-// readAt reads from off, and asks upstream for what resp does not have.
-func (b *upstreamReader) readAt(p []byte, off int64) (int, error) {
-	for {
-		if b.part.size >= 0 && off >= b.part.size {
-			return 0, io.EOF
-		}
-		if err := b.seekUpstream(off); err != nil {
-			return 0, err
-		}
-		n, err := b.resp.Body.Read(p)
-		b.respOffset += int64(n)
-		if n > 0 || err == nil {
-			return n, nil
-		}
-		if err == io.EOF && (b.part.size < 0 || off >= b.part.size) {
-			return 0, io.EOF
-		}
-		b.closeResponse()
-		b.stuck, b.breakAt = countStuck(b.stuck, b.breakAt, off), off
-		if b.stuck > maxResumes || b.ctx.Err() != nil {
-			return 0, fmt.Errorf("%w: %w", errBroken, err)
-		}
-	}
-}
-
-// seekUpstream brings resp to off: by a ranged request, or by reading on where
-// upstream has no ranges.
-func (b *upstreamReader) seekUpstream(off int64) error {
-	if b.resp != nil && b.respOffset == off {
-		return nil
-	}
-	part := b.part
-	part.from = off
-	part.tryOtherOrigin(b.stuck)
-	if part.to < off {
-		part.to = -1
-	}
-	resp, err := part.request(b.ctx, b.up)
-	if err == nil {
-		b.closeResponse()
-		b.resp, b.respOffset, b.part.size = resp, off, resp.completeLength()
-		return nil
-	}
-	if b.resp == nil || off < b.respOffset {
-		return err
-	}
-	n, err := io.CopyN(io.Discard, b.resp.Body, off-b.respOffset)
-	b.respOffset += n
-	if err != nil {
-		return fmt.Errorf("%w: %w", errBroken, err)
-	}
-	return nil
-}
-
-func (b *upstreamReader) closeResponse() {
-	if b.resp != nil {
-		b.resp.Body.Close()
-		b.resp = nil
-	}
-}
-
-func (b *upstreamReader) Seek(off int64, whence int) (int64, error) {
-	b.offset = seekOffset(off, whence, b.offset, b.part.size)
-	return b.offset, nil
-}
-
-func (b *upstreamReader) Close() error {
-	b.closeResponse()
-	if b.places != nil {
-		<-b.places
-	}
-	return nil
+	return v.ahead.Read(p[:min(len(p), v.ahead.Buffered()-heldBackBytes)])
 }

@@ -217,22 +217,13 @@ func (r *fillReader) Read(p []byte) (int, error) {
 		return 0, err
 	}
 	if r.beyond != nil {
-		if n, err := r.readBeyond(p); n > 0 && err == nil {
+		if n, _ := r.beyond.Read(p); n > 0 {
+			r.offset += int64(n)
 			return n, nil
 		}
 		r.leaveBeyond() // what it cannot give the fill will bring
 	}
 	return r.spoolReader.Read(p)
-}
-
-// readBeyond reads from upstream.
-func (r *fillReader) readBeyond(p []byte) (int, error) {
-	n, err := r.beyond.Read(p)
-	r.offset += int64(n)
-	if n > 0 {
-		err = nil // the next read will tell
-	}
-	return n, err
 }
 
 // chooseSource decides, before the first read, whether the range that was asked
@@ -273,15 +264,14 @@ func (r *fillReader) isFarAhead() bool {
 
 // requestFarRange opens the range upstream. If that fails, the fill will come by.
 func (r *fillReader) requestFarRange() {
-	part := r.f.partFrom(r.offset, r.last)
-	resp, err := part.request(r.ctx, r.f.c.upstream)
-	if err != nil {
+	beyond := r.f.partFrom(r.offset, r.last).newReader(r.ctx, r.f.c, nil)
+	if err := beyond.seekUpstream(r.offset); err != nil {
 		r.f.mu.Lock()
 		defer r.f.mu.Unlock()
 		r.f.noRanges = r.f.noRanges || errors.Is(err, errBadUpstream)
 		return
 	}
-	r.beyond = &upstreamReader{up: r.f.c.upstream, ctx: r.ctx, part: part, offset: r.offset, resp: resp, respOffset: r.offset}
+	r.beyond = beyond
 }
 
 // leaveBeyond goes back to the spool.

@@ -207,7 +207,7 @@ func (f *follower) applyFrame(frame replicaFrame) error {
 			return fmt.Errorf("%w: data before its head", errReplica)
 		}
 		f.c.metrics.countPeerBytes(len(frame.payload))
-		if err := f.appendToSpool(frame.payload); errors.Is(err, errTooMuch) {
+		if _, err := f.Write(frame.payload); errors.Is(err, errTooMuch) {
 			return fmt.Errorf("%w: %w: the body is longer than it said", errReplica, errDigest)
 		} else if err != nil {
 			return err
@@ -255,9 +255,10 @@ func (f *follower) takeOver(cause error) fillOutcome {
 	f.mu.Unlock()
 	err := cause
 	if !errors.Is(cause, errDigest) {
-		var resp *upstreamResponse
-		if resp, err = f.resumeBody(cause, 0); err == nil {
-			return f.receiveBody(resp)
+		written, _ := f.spool.progress()
+		body := f.partFrom(written, -1).newReader(f.ctx, f.c, nil)
+		if err = body.resume(written, cause); err == nil {
+			return f.receiveBody(body)
 		}
 	}
 	return fillOutcome{outcomeLookAgain, err}
