@@ -154,7 +154,7 @@ func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.T
 		origins:  newBoundedMap[originName, *circuit](maxRemembered, now),
 		tokens: tokenCache{
 			challenges: newBoundedMap[registryKey, authChallenge](maxTokens, now),
-			answers:    newBoundedMap[tokenKey, tokenAnswer](maxTokens, now),
+			tokens:     newBoundedMap[tokenKey, string](maxTokens, now),
 		},
 		proxyFor: http.ProxyFromEnvironment,
 		kindOf:   kindOfAddress,

@@ -214,26 +214,19 @@ var hosterSuffixes = strings.Fields(`appspot.com azurecr.io azurewebsites.net cl
 	duckdns.org fly.dev github.io gitlab.io herokuapp.com hf.space jfrog.io netlify.app
 	ngrok.io onrender.com pages.dev pkg.dev run.app vercel.app web.app workers.dev`)
 
-// tokenCache remembers the challenges of registries and the answers of token services.
+// tokenCache remembers the challenges of registries and the tokens for them.
 type tokenCache struct {
 	challenges *boundedMap[registryKey, authChallenge]
-	answers    *boundedMap[tokenKey, tokenAnswer]
-	asking     keyedLock // held during a request for a token; its keys are quoted tokenKeys
-}
-
-// tokenAnswer is what came of one request for a token.
-type tokenAnswer struct {
-	token string
-	err   error
-	at    time.Time // when it came
+	tokens     *boundedMap[tokenKey, string]
+	asking     sharedCalls[string] // one request for a token at a time; its keys are quoted tokenKeys
 }
 
 // cachedAuthorization returns the Authorization header that a registry will probably
 // want, or "" if its challenge must be awaited.
 func (ts *tokenCache) cachedAuthorization(k registryKey) string {
 	c, _ := ts.challenges.get(k)
-	if answer, _ := ts.answers.get(k.tokenKeyFor(c)); answer.token != "" {
-		return "Bearer " + answer.token
+	if token, found := ts.tokens.get(k.tokenKeyFor(c)); found {
+		return "Bearer " + token
 	}
 	k.scope = ""
 	if c, _ := ts.challenges.get(k); c.scheme == "basic" {
@@ -243,27 +236,20 @@ func (ts *tokenCache) cachedAuthorization(k registryKey) string {
 }
 
 // fetchToken returns a token for k that is not the refused one. fresh is false if it
-// was remembered. One request for a token runs at a time: goroutines that wait for it
-// share its outcome, unless the context of the one that sent it ended.
+// was remembered. Those that want the same token at the same time share one request.
 func (u *upstream) fetchToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL, refused string) (token string, fresh bool, err error) {
-	began, lockKey := u.now(), fmt.Sprintf("%q", k)
-	if err := u.tokens.asking.lock(ctx, lockKey); err != nil {
-		return "", true, x.explainFailure(ctx, realm, err)
-	}
-	defer u.tokens.asking.unlock(lockKey)
-	last, _ := u.tokens.answers.get(k)
-	fresh = last.at.After(began)
-	if fresh || (last.token != "" && last.token != refused) {
-		return last.token, fresh, last.err
-	}
-	token, life, err := u.requestToken(ctx, x, k, realm)
-	answer := tokenAnswer{token, err, u.now()}
-	if err == nil {
-		u.tokens.answers.putFor(k, answer, life)
-	} else if ctx.Err() == nil {
-		u.tokens.answers.put(k, answer)
-	}
-	return token, true, err
+	token, err = u.tokens.asking.call(ctx, fmt.Sprintf("%q", k), func() (string, error) {
+		if token, _ := u.tokens.tokens.get(k); token != "" && token != refused {
+			return token, nil
+		}
+		fresh = true
+		token, life, err := u.requestToken(ctx, x, k, realm)
+		if err == nil {
+			u.tokens.tokens.putFor(k, token, life)
+		}
+		return token, err
+	})
+	return token, fresh, err
 }
 
 // requestToken asks the token service at realm for the token k. It takes at most the

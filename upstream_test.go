@@ -1560,9 +1560,9 @@ func TestHostileTokensAreBounded(t *testing.T) {
 		g.send(upstreamRequest{wire: "f", scope: strconv.Itoa(i)}).want(200, "manifest")
 	}
 	bytes := 0
-	for _, k := range g.u.tokens.answers.keys() {
-		answer, _ := g.u.tokens.answers.get(k)
-		bytes += len(answer.token)
+	for _, k := range g.u.tokens.tokens.keys() {
+		token, _ := g.u.tokens.tokens.get(k)
+		bytes += len(token)
 	}
 	if bytes > 16<<20 {
 		t.Errorf("the tokens take %d bytes, want 16 MiB at most", bytes)
@@ -1693,7 +1693,7 @@ func TestRefusedTokensComeToAnEnd(t *testing.T) {
 	g := newTokenRegistry(t)
 	g.accepts = func(string) bool {
 		k := tokenKey{"r", "https://auth.test.test/token", "svc", "repository:i:pull", ""}
-		g.u.tokens.answers.put(k, tokenAnswer{token: fmt.Sprint(len(g.lines))})
+		g.u.tokens.tokens.put(k, fmt.Sprint(len(g.lines)))
 		return false
 	}
 	g.pull().want(401, "")
