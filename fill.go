@@ -96,25 +96,18 @@ type fill struct {
 
 	clients int // guarded by the table's mu
 
-	mu          sync.Mutex // guards the fields below; taken after the table's mu and before a spool's
-	changed     broadcast
-	phase       fillPhase
-	fate        bodyFate
-	outcome     fillOutcome
-	rec         *record // from phaseFilling on; replaced when the body is complete
-	spool       *spool  // nil: not opened yet
-	streamEarly bool    // clients with an expired copy have waited for the whole body for long enough
-	validator   string  // for If-Range; "": upstream gave no strong one
-	noRanges    bool    // upstream answered otherwise when it was asked for a range
-	origin      int     // which of the remote's origins answered
-	leader      *leaseHolder
-	lease       heldLease
-}
-
-// heldLease is the lease on a fill's key across replicas, while it is held.
-type heldLease struct {
-	token   string
-	release func()
+	mu         sync.Mutex // guards the fields below; taken after the table's mu and before a spool's
+	changed    broadcast
+	phase      fillPhase
+	fate       bodyFate
+	outcome    fillOutcome
+	rec        *record // from phaseFilling on; replaced when the body is complete
+	spool      *spool  // nil: not opened yet
+	validator  string  // for If-Range; "": upstream gave no strong one
+	noRanges   bool    // upstream answered otherwise when it was asked for a range
+	origin     int     // which of the remote's origins answered
+	leader     *leaseHolder
+	leaseToken string // of the lease on the key across replicas; "": it is not held
 }
 
 // joinFill returns the fill of a file, a new one if there is none; its leader
@@ -143,34 +136,43 @@ func (f *fill) advance(to fillPhase) {
 	f.changed.wake()
 }
 
-// setStorable decides whether the body is to be stored, unless a purge has. mu
-// is held.
+// set changes what mu guards.
+func (f *fill) set(change func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
+}
+
+// setStorable decides whether the body is to be stored, unless a purge has.
 func (f *fill) setStorable(storable bool) {
-	switch {
-	case f.fate >= fatePurgedHere:
-	case storable:
-		f.fate = fateKeep
-	default:
-		f.fate = fatePassOn
-	}
+	f.set(func() {
+		switch {
+		case f.fate >= fatePurgedHere:
+		case storable:
+			f.fate = fateKeep
+		default:
+			f.fate = fatePassOn
+		}
+	})
 }
 
 // purge keeps the body from being stored.
-func (f *fill) purge(by bodyFate) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.fate = max(f.fate, by)
-}
+func (f *fill) purge(by bodyFate) { f.set(func() { f.fate = max(f.fate, by) }) }
 
 // preventStoring keeps the body from being stored, and waits for one that is
 // being stored right now.
 func (f *fill) preventStoring(ctx context.Context) error {
 	f.purge(fatePurgedHere)
+	return f.await(ctx, func() bool { return f.phase != phaseStoring })
+}
+
+// await waits until the fill is as is says, which is called with mu held.
+func (f *fill) await(ctx context.Context, is func() bool) error {
 	for {
 		f.mu.Lock()
-		storing, changed := f.phase == phaseStoring, f.changed.next()
+		ok, changed := is(), f.changed.next()
 		f.mu.Unlock()
-		if !storing {
+		if ok {
 			return nil
 		}
 		select {
@@ -189,10 +191,16 @@ func (f *fill) isOfNoUse() bool {
 	return f.phase == phaseQueued || (f.phase == phaseFilling && f.fate != fateKeep)
 }
 
-func (f *fill) hasEnded() bool {
+func (f *fill) hasReached(phase fillPhase) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.phase == phaseDone
+	return f.phase >= phase
+}
+
+func (f *fill) currentFate() bodyFate {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.fate
 }
 
 // bytesLeft is how many bytes are still to come from upstream.
@@ -215,19 +223,14 @@ func (f *fill) progress() (written, size int64) {
 	return spool.progress()
 }
 
-func (f *fill) leaseToken() string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.lease.token
-}
-
 // fillRun is the goroutine of a fill, which belongs to the cache. Its methods are
 // that goroutine's alone; it alone moves the phase, writes the spool and sets the
 // record, and so reads them without the lock.
 type fillRun struct {
 	fill
-	endedBefore int64      // fillTable.ended when the store was looked up
-	slots       *fillSlots // of the remote, while this fill has a place among them
+	endedBefore  int64      // fillTable.ended when the store was looked up
+	slots        *fillSlots // of the remote, while this fill has a place among them
+	releaseLease func()     // nil: it is not held
 }
 
 // run is the goroutine.
@@ -275,9 +278,7 @@ func (f *fillRun) waitForSlot() fillOutcome {
 		return failedOutcome(context.Cause(f.ctx))
 	}
 	f.slots = slots
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.advance(phaseAsking)
+	f.set(func() { f.advance(phaseAsking) })
 	return fillOutcome{}
 }
 
@@ -292,9 +293,6 @@ func (f *fillRun) freeSlot() {
 
 // fetch brings the body, or finds out that none is needed or to be had.
 func (f *fillRun) fetch() fillOutcome {
-	if f.oldRecord != nil {
-		defer time.AfterFunc(maxWholeBodyWait, f.startStreamingEarly).Stop()
-	}
 	leader := f.acquireLease()
 	if f.mayBeStoredByNow(leader) && f.isStoredByNow() {
 		return fillOutcome{kind: outcomeLookAgain}
@@ -321,15 +319,6 @@ func (f *fillRun) fetch() fillOutcome {
 		}
 	}
 	return f.fetchBody(validators)
-}
-
-// startStreamingEarly lets clients that an expired copy could serve have the
-// body while it grows.
-func (f *fill) startStreamingEarly() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.streamEarly = true
-	f.changed.wake()
 }
 
 // mayBeStoredByNow reports whether the store can have the file although it did
@@ -423,19 +412,17 @@ func (f *fillRun) openSpool() bool {
 		f.c.reportStoreError("spool", "beginning", f.key, err)
 		return false
 	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.spool = spool
+	f.set(func() { f.spool = spool })
 	return true
 }
 
 // publishHeaders makes the headers of the coming body known to all that wait.
 func (f *fillRun) publishHeaders(rec *record, origin int, validator string, storable bool) {
-	f.mu.Lock()
-	f.rec, f.origin, f.validator = rec, origin, validator
 	f.setStorable(storable)
-	f.advance(phaseFilling)
-	f.mu.Unlock()
+	f.set(func() {
+		f.rec, f.origin, f.validator = rec, origin, validator
+		f.advance(phaseFilling)
+	})
 	f.endIfOfNoUse()
 }
 
@@ -494,9 +481,7 @@ func (f *fillRun) completeFill() fillOutcome {
 		return failedOutcome(err)
 	}
 	if !f.fitsMaxSize(rec.Size) { // its length was not known in the beginning
-		f.mu.Lock()
 		f.setStorable(false)
-		f.mu.Unlock()
 	}
 	f.publishBody(&rec)
 	if !f.store() && f.oldRecord != nil && f.file.rulesOthers() {
@@ -522,21 +507,15 @@ func (f *fillRun) publishBody(rec *record) {
 // store stores a body that is published, unless its fate is another. It is false if the
 // store failed.
 func (f *fillRun) store() (ok bool) {
-	f.mu.Lock()
-	storing, rec := f.phase == phaseStoring, f.rec
-	f.mu.Unlock()
-	if !storing {
+	if f.phase != phaseStoring {
 		return true
 	}
-	if ok = f.c.storeBody(f.c.ctx, f.key, rec, f.spool.file, false) == nil; ok { // else it has logged its failure
-		f.c.refreshMark(f.c.ctx, f.file.target, rec)
+	if ok = f.c.storeBody(f.c.ctx, f.key, f.rec, f.spool.file, false) == nil; ok { // else it has logged its failure
+		f.c.refreshMark(f.c.ctx, f.file.target, f.rec)
 		f.c.evictor.trimVariants(f.c.ctx, f.file.target)
-		warnOfIndex(&f.fill, rec)
+		warnOfIndex(&f.fill, f.rec)
 	}
-	f.mu.Lock()
-	purged := f.fate == fatePurgedElsewhere
-	f.mu.Unlock()
-	if purged { // when nothing was stored yet
+	if f.currentFate() == fatePurgedElsewhere { // when nothing was stored yet
 		f.removeStored("purging")
 	}
 	return ok
@@ -553,10 +532,7 @@ func (f *fillRun) removeStored(doing string) {
 // replace, unless that was purged meanwhile.
 func (f *fillRun) applyToOldCopy(outcome fillOutcome) {
 	c, old := f.c, f.oldRecord
-	f.mu.Lock()
-	purged := f.fate >= fatePurgedHere
-	f.mu.Unlock()
-	if old == nil || purged {
+	if old == nil || f.currentFate() >= fatePurgedHere {
 		return
 	}
 	status, _ := errors.AsType[*upstreamStatus](outcome.err)
@@ -577,8 +553,8 @@ func isUnreachable(err error) bool {
 
 // end takes the fill out of the table and lets everyone know how it ended.
 func (f *fillRun) end(outcome fillOutcome) {
-	if f.lease.release != nil {
-		f.lease.release()
+	if f.releaseLease != nil {
+		f.releaseLease()
 	}
 	f.c.fills.remove(&f.fill) // first: a client that is cut off may come again at once
 	if f.spool != nil {

@@ -177,9 +177,7 @@ func (f *fillRun) Write(p []byte) (int, error) {
 	}
 	if maxSize := f.file.remote.maxSize; size < 0 && maxSize > 0 && written > maxSize && written-int64(len(p)) <= maxSize {
 		f.fitsMaxSize(written) // says so in the log
-		f.mu.Lock()
 		f.setStorable(false)
-		f.mu.Unlock()
 		f.endIfOfNoUse()
 	}
 	return f.spool.Write(p)

@@ -28,8 +28,9 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 			cp.body.Close()
 		}
 	}()
+	waits := cp != nil // for the whole body, because the copy can answer instead
 	var enough <-chan time.Time
-	if cp != nil && f.file.rulesOthers() {
+	if waits {
 		t := time.NewTimer(maxWholeBodyWait)
 		defer t.Stop()
 		enough = t.C
@@ -38,7 +39,7 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 	lateComer := !leads && written == size // the body was all there before this client was
 	for {
 		f.mu.Lock()
-		ready := f.canAnswer(cp != nil) && (!lateComer || f.phase >= phaseComplete)
+		ready := f.canAnswer(waits) && (!lateComer || f.phase >= phaseComplete)
 		phase, fate, outcome := f.phase, f.fate, f.outcome
 		var changed <-chan struct{}
 		if !ready && phase != phaseDone {
@@ -57,9 +58,11 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 		select {
 		case <-changed:
 		case <-enough:
-			f.leave()
-			f.c.countUse(f.file.remote.name, f.key)
-			return cp.staleReply("agreeing"), false, nil
+			if waits = false; f.file.rulesOthers() {
+				f.leave()
+				f.c.countUse(f.file.remote.name, f.key)
+				return cp.staleReply("agreeing"), false, nil
+			}
 		case <-ctx.Done():
 			f.leave()
 			return nil, false, context.Cause(ctx)
@@ -68,26 +71,18 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 }
 
 // awaitEnd waits until the fill has ended, and leaves it.
-func (f *fill) awaitEnd(ctx context.Context) (fillOutcome, error) {
+func (f *fill) awaitEnd(ctx context.Context) (outcome fillOutcome, err error) {
 	defer f.leave()
-	for {
-		f.mu.Lock()
-		phase, outcome, changed := f.phase, f.outcome, f.changed.next()
-		f.mu.Unlock()
-		if phase == phaseDone {
-			return outcome, nil
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return fillOutcome{}, context.Cause(ctx)
-		}
-	}
+	err = f.await(ctx, func() bool {
+		outcome = f.outcome
+		return f.phase == phaseDone
+	})
+	return outcome, err
 }
 
-// canAnswer reports whether a client can be sent the growing or complete body.
-// mu is held.
-func (f *fill) canAnswer(hasCopy bool) bool {
+// canAnswer reports whether a client can be sent the complete body, or the growing one
+// unless it waits for the whole. mu is held.
+func (f *fill) canAnswer(waits bool) bool {
 	switch {
 	case f.phase == phaseDone:
 		return f.outcome.kind == outcomeBody
@@ -101,7 +96,7 @@ func (f *fill) canAnswer(hasCopy bool) bool {
 	if _, size := f.spool.progress(); f.file.digest != "" && size >= 0 && size <= heldBackBytes {
 		return false // nothing may be sent before it verifies: a 502 is still possible
 	}
-	return !hasCopy || f.streamEarly
+	return !waits
 }
 
 // replyFromSpool is the reply of a fill that can answer. Closing its body leaves

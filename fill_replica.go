@@ -85,22 +85,15 @@ func (f *fillRun) acquireLease() (leader *leaseHolder) {
 	// The token is set first: a replica that reads the lease may be here before
 	// we know that we have it.
 	token := rand.Text()
-	f.setLease(heldLease{token: token})
+	f.set(func() { f.leaseToken = token })
 	release, leader, err := f.c.replicas.acquireLease(f.ctx, f.key, token)
-	if release == nil {
-		token = ""
+	if f.releaseLease = release; release == nil {
+		f.set(func() { f.leaseToken = "" })
 	}
-	f.setLease(heldLease{token, release})
 	if err != nil {
 		f.c.reportStoreError("redis", "leasing", f.key, err)
 	}
 	return leader
-}
-
-func (f *fillRun) setLease(l heldLease) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.lease = l
 }
 
 // fetchFromReplica brings the body from the replica that fills already. If ended
@@ -112,7 +105,7 @@ func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, en
 	if !f.openSpool() {
 		return fillOutcome{kind: outcomeNoSpool}, true
 	}
-	f.setLeader(leader)
+	f.set(func() { f.leader = leader })
 	follower := &follower{f}
 	outcome, err := follower.follow(leader)
 	switch {
@@ -127,14 +120,8 @@ func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, en
 	if f.rec != nil {
 		return follower.takeOver(err), true
 	}
-	f.setLeader(nil)
+	f.set(func() { f.leader = nil })
 	return fillOutcome{}, false
-}
-
-func (f *fillRun) setLeader(leader *leaseHolder) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.leader = leader
 }
 
 // follower is a fill that gets its body from another replica, its leader.
@@ -176,18 +163,12 @@ func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 // whole body the leader has stored it, as far as it could, or died over that.
 func (f *follower) endOfStream(err error) (fillOutcome, error) {
 	switch {
-	case !f.isPublished():
+	case f.phase < phaseComplete:
 		return fillOutcome{}, fmt.Errorf("%w: %w", errReplica, err)
 	case !errors.Is(err, io.EOF) && f.ctx.Err() == nil:
 		f.store()
 	}
 	return fillOutcome{kind: outcomeBody}, nil
-}
-
-func (f *fill) isPublished() bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.phase >= phaseComplete
 }
 
 // applyFrame applies a frame that brings the body nearer.
@@ -249,10 +230,8 @@ func (f *follower) readOutcome(payload []byte) (fillOutcome, error) {
 // upstream has no ranges, or the bytes that came are in doubt, clients that have a
 // part of the body are cut off, and those that have nothing yet begin anew.
 func (f *follower) takeOver(cause error) fillOutcome {
-	f.mu.Lock()
 	f.setStorable(true)
-	f.leader = nil
-	f.mu.Unlock()
+	f.set(func() { f.leader = nil })
 	err := cause
 	if !errors.Is(cause, errDigest) {
 		written, _ := f.spool.progress()

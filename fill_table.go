@@ -103,7 +103,10 @@ func (t *fillTable) joinLeased(key, token string) *fill {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, f := range t.byKey[key] {
-		if token != "" && subtle.ConstantTimeCompare([]byte(f.leaseToken()), []byte(token)) == 1 {
+		f.mu.Lock()
+		leased := token != "" && subtle.ConstantTimeCompare([]byte(f.leaseToken), []byte(token)) == 1
+		f.mu.Unlock()
+		if leased {
 			f.clients++
 			return f
 		}
@@ -178,7 +181,7 @@ func (t *fillTable) leave(f *fill) {
 	if victim != nil {
 		t.drop(victim)
 	}
-	unused := f.clients == 0 && f.hasEnded()
+	unused := f.clients == 0 && f.hasReached(phaseDone)
 	t.mu.Unlock()
 	if victim != nil {
 		victim.cancel(errAbandoned)

@@ -926,7 +926,7 @@ func TestRegistryRefusalsOfManyImages(t *testing.T) {
 
 // storing reports whether a fill has sent everything and is not stored yet.
 func (m *mirror) storing() bool {
-	return slices.ContainsFunc(m.cache.fills.all(), (*fill).isPublished)
+	return slices.ContainsFunc(m.cache.fills.all(), func(f *fill) bool { return f.hasReached(phaseComplete) })
 }
 
 // waiters returns how many clients wait for a fill.
