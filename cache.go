@@ -235,6 +235,7 @@ type cache struct {
 	headRefused  *boundedMap[string, struct{}]    // remotes, and keys of files, that refuse HEAD
 	passOn       *boundedMap[string, struct{}]    // keys whose bodies are not spooled for a while
 	failedLeases *boundedMap[string, struct{}]    // tokens of leases whose holder could not be followed
+	warnedOf     *boundedMap[string, struct{}]    // remotes of which an index was stored for ever
 	changing     keyedLock                        // keys that are being put or purged
 	leaving      leavingCounts
 	uses         useCounts
@@ -242,7 +243,6 @@ type cache struct {
 	readers      openFiles
 	evictor      *evictor
 	announcer    *announcer
-	warnedOf     *boundedMap[string, struct{}] // remotes of which an index was stored for ever
 	generations  *generations
 	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
 }
@@ -273,8 +273,8 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
-	c.leaving = leavingCounts{newBoundedMap[string, int](maxRemembered, clock)}
 	c.warnedOf = newBoundedMap[string, struct{}](maxRemembered, nil)
+	c.leaving = leavingCounts{newBoundedMap[string, int](maxRemembered, clock)}
 	c.generations = newGenerations(c, clock)
 	return c
 }
@@ -524,7 +524,7 @@ func withStoreError(err, storeErr error) error {
 	if err == nil || !errors.Is(storeErr, errStoreDown) {
 		return err
 	}
-	if errors.Is(err, errUnreachable) || errors.Is(err, errTimeout) {
+	if failedByNetwork(err) {
 		return &problem{status: http.StatusServiceUnavailable, cause: errors.Join(err, storeErr),
 			detail: "neither the store nor the upstream can be reached"}
 	}
@@ -544,11 +544,9 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 			return reply, false, err
 		}
 	} else if c.upstream.isDown(ctx, file.remote) {
-		c.countUse(file.remote.name, key)
-		return cp.staleReply("unreachable"), false, nil
+		return file.staleReply(c, cp, "unreachable"), false, nil
 	} else if c.generations.isHeld(&file, key) {
-		c.countUse(file.remote.name, key)
-		return cp.staleReply("agreeing"), false, nil
+		return file.staleReply(c, cp, "agreeing"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)
 	if cp == nil && f.file.wire != file.wire { // upstream is asked in another way than ours
@@ -665,7 +663,8 @@ func (s *storedCopy) hitReply(extra string) *fileReply {
 }
 
 // staleReply is the reply with an expired copy; why goes into the Cache-Status.
-func (s *storedCopy) staleReply(why string) *fileReply {
+func (file *fileRequest) staleReply(c *cache, s *storedCopy, why string) *fileReply {
+	c.countUse(file.remote.name, file.key())
 	s.ttlLeft = min(s.ttlLeft, -time.Second) // ttl=0 would look like a fresh copy
 	reply := s.hitReply("; detail=" + why)
 	reply.result = "STALE"

@@ -11,7 +11,6 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -548,7 +547,7 @@ func (f *fillRun) applyToOldCopy(outcome fillOutcome) {
 // isUnreachable reports whether upstream said nothing that counts, so that an
 // expired copy stays good.
 func isUnreachable(err error) bool {
-	return slices.ContainsFunc([]error{errUnreachable, errTimeout, errBroken}, func(kind error) bool { return errors.Is(err, kind) })
+	return failedByNetwork(err) || errors.Is(err, errBroken)
 }
 
 // end takes the fill out of the table and lets everyone know how it ended.

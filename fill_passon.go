@@ -55,7 +55,7 @@ func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, cp 
 	}
 	if err != nil {
 		if why := file.staleReason(err); why != "" && cp != nil {
-			return cp.staleReply(why), nil
+			return file.staleReply(c, cp, why), nil
 		}
 		return nil, err
 	}

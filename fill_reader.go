@@ -60,8 +60,7 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 		case <-enough:
 			if waits = false; f.file.rulesOthers() {
 				f.leave()
-				f.c.countUse(f.file.remote.name, f.key)
-				return cp.staleReply("agreeing"), false, nil
+				return f.file.staleReply(f.c, cp, "agreeing"), false, nil
 			}
 		case <-ctx.Done():
 			f.leave()
@@ -152,15 +151,13 @@ func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCo
 			cacheStatus: "fwd=stale; fwd-status=304", result: "REVALIDATED"}, false, nil
 	case outcomeNoSpool:
 		if cp != nil && file.rulesOthers() { // a new root that is not stored does not rule
-			c.countUse(file.remote.name, file.key())
-			return cp.staleReply("agreeing"), false, nil
+			return file.staleReply(c, cp, "agreeing"), false, nil
 		}
 		reply, err = c.passOnReply(ctx, file, rng, cp)
 		return reply, false, err
 	}
 	if why := file.staleReason(outcome.err); why != "" && cp != nil {
-		c.countUse(file.remote.name, file.key())
-		return cp.staleReply(why), false, nil
+		return file.staleReply(c, cp, why), false, nil
 	}
 	return nil, false, outcome.err
 }
