@@ -263,29 +263,31 @@ func (f *fillRun) waitForSlot() fillOutcome {
 		enough = t.C
 	}
 	slots := f.c.fills.slotsOf(f.file.remote.name)
-	if slots.queued.Add(1) > maxFillsPerRemote+maxQueuedPerRemote {
-		slots.queued.Add(-1)
+	select {
+	case slots.queue <- struct{}{}:
+	default:
 		return failedOutcome(errFillQueueFull)
 	}
+	var err error
 	select {
 	case slots.places <- struct{}{}:
+		f.slots = slots
+		f.set(func() { f.advance(phaseAsking) })
+		return fillOutcome{}
 	case <-enough:
-		slots.queued.Add(-1)
-		return failedOutcome(errFillQueueFull)
+		err = errFillQueueFull
 	case <-f.ctx.Done():
-		slots.queued.Add(-1)
-		return failedOutcome(context.Cause(f.ctx))
+		err = context.Cause(f.ctx)
 	}
-	f.slots = slots
-	f.set(func() { f.advance(phaseAsking) })
-	return fillOutcome{}
+	<-slots.queue
+	return failedOutcome(err)
 }
 
 // freeSlot gives the place among the remote's fills back, if the fill still has it.
 func (f *fillRun) freeSlot() {
 	if f.slots != nil {
 		<-f.slots.places
-		f.slots.queued.Add(-1)
+		<-f.slots.queue
 		f.slots = nil
 	}
 }

@@ -50,7 +50,7 @@ type fillTable struct {
 // them. A channel has one element for each that has a place.
 type fillSlots struct {
 	places  chan struct{}
-	queued  atomic.Int64 // fills that have a place or wait for one
+	queue   chan struct{} // fills that have a place or wait for one
 	heads   chan struct{}
 	passOns chan struct{}
 }
@@ -65,7 +65,7 @@ func (t *fillTable) slotsOf(remote string) *fillSlots {
 	defer t.mu.Unlock()
 	s := t.slots[remote]
 	if s == nil {
-		s = &fillSlots{places: make(chan struct{}, maxFillsPerRemote),
+		s = &fillSlots{places: make(chan struct{}, maxFillsPerRemote), queue: make(chan struct{}, maxFillsPerRemote+maxQueuedPerRemote),
 			heads: make(chan struct{}, maxHeadsPerRemote), passOns: make(chan struct{}, maxPassOnsPerRemote)}
 		t.slots[remote] = s
 	}
@@ -250,14 +250,14 @@ func (t *fillTable) hasClients(f *fill) bool {
 func (t *fillTable) gauges(remotes []string) []family {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	inFlight, waiting, storing, spooled := map[string]float64{}, int64(0), 0, int64(0)
+	inFlight, waiting, storing, spooled := map[string]float64{}, 0, 0, int64(0)
 	for _, name := range remotes {
 		inFlight[name] = 0
 	}
 	for remote, s := range t.slots {
 		running := len(s.places)
 		inFlight[remote] = float64(running)
-		waiting += s.queued.Load() - int64(running)
+		waiting += len(s.queue) - running
 	}
 	for _, fills := range t.byKey {
 		for _, f := range fills {

@@ -486,7 +486,7 @@ func TestQueueOfFillsIsBounded(t *testing.T) {
 		all.Go(func() { tt.get("/api/r" + path).wantStatus(200).wantBody(path) })
 	}
 	slots := tt.cache.fills.slotsOf("r")
-	tt.eventually("a full queue", func() bool { return slots.queued.Load() == most })
+	tt.eventually("a full queue", func() bool { return len(slots.queue) == most })
 	tt.get("/api/r/more").wantDetail(503, "too many downloads").wantHeader("Retry-After", "10")
 	for range 3 { // many clients of a file that waits count once
 		all.Go(func() { tt.get("/api/r/f0").wantStatus(200) })
@@ -494,7 +494,7 @@ func TestQueueOfFillsIsBounded(t *testing.T) {
 	close(open)
 	all.Wait()
 	tt.settle()
-	if n := slots.queued.Load(); n != 0 || len(slots.places) != 0 {
+	if n := len(slots.queue); n != 0 || len(slots.places) != 0 {
 		t.Errorf("%d fills are counted as queued, %d have a place", n, len(slots.places))
 	}
 	tt.get("/api/r/more").wantStatus(200)
