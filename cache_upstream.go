@@ -19,15 +19,24 @@ import (
 // headUpstream answers HEAD for a file that is not stored, and stores nothing. Requests
 // for the same share one question to upstream.
 func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply, error) {
-	reply, err := c.heads.call(ctx, file.wireKey(), func() (fileReply, error) {
+	reply, err := c.heads.call(ctx, file.wireKey(), func() (reply fileReply, err error) {
 		places := c.fills.slotsOf(file.remote.name).heads
-		select {
-		case places <- struct{}{}:
-			defer func() { <-places }()
-			return file.askByHEAD(ctx, c)
-		case <-ctx.Done():
-			return fileReply{}, context.Cause(ctx)
+		if err := takePlace(ctx, places); err != nil {
+			return reply, err
 		}
+		defer func() { <-places }()
+		head := file.newUpstreamRequest(http.MethodHead, nil)
+		firstByte := file.newUpstreamRequest(http.MethodGet, http.Header{"Range": {"bytes=0-0"}}) // tells the size too
+		reply, resp, _, err := file.askUnstored(ctx, c, head, refusesHEAD, firstByte)
+		if err != nil {
+			return reply, err
+		}
+		resp.Body.Close()
+		if file.rewrittenLinks() != nil {
+			reply.size = -1 // known when it was fetched and rewritten
+		}
+		reply.body = unreadBody(reply.size)
+		return reply, nil
 	})
 	if err != nil {
 		return nil, err
@@ -35,29 +44,40 @@ func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply,
 	return &reply, nil
 }
 
-// askByHEAD asks upstream for a file's headers. Where upstream refuses HEAD, it asks for
-// the first byte, which tells the size too.
-func (file fileRequest) askByHEAD(ctx context.Context, c *cache) (reply fileReply, err error) {
-	resp, err := file.behaves().requestBody(ctx, c.upstream, file.newUpstreamRequest(http.MethodHead, nil))
-	if err == nil && refusesHEAD(resp.StatusCode) {
+// askUnstored sends a request for a file that will not be stored, or instead of one that
+// upstream refuses another. The answer has the file, or the part of it that was asked for
+// and begins at at. The reply still has no body.
+func (file fileRequest) askUnstored(ctx context.Context, c *cache, req upstreamRequest, isRefused func(status int) bool, instead upstreamRequest) (reply fileReply, resp *upstreamResponse, at int64, err error) {
+	resp, err = file.behaves().requestBody(ctx, c.upstream, req)
+	if err == nil && isRefused(resp.StatusCode) {
 		resp.Body.Close()
-		resp, err = file.behaves().requestBody(ctx, c.upstream, file.newUpstreamRequest(http.MethodGet, http.Header{"Range": {"bytes=0-0"}}))
+		req = instead
+		resp, err = file.behaves().requestBody(ctx, c.upstream, req)
 	}
 	if err != nil {
-		return reply, err
+		return reply, nil, 0, err
 	}
-	defer resp.Body.Close()
-	_, size, partial := resp.partOf(true)
-	if !partial {
+	at, _, size, isPart := parseContentRange(resp.Header.Get("Content-Range"))
+	isPart = isPart && size >= 0 && resp.StatusCode == http.StatusPartialContent && req.header.Get("Range") != ""
+	if !isPart {
+		at, size = 0, resp.ContentLength
 		if err := c.statusError(file, resp); err != nil {
-			return reply, err
+			resp.Body.Close()
+			return reply, nil, 0, err
 		}
 	}
-	if file.rewrittenLinks() != nil {
-		size = -1 // known when it was fetched and rewritten
+	return fileReply{rec: file.newRecord(resp.Header, c.now()), size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss",
+		mirror: file.remote.mirrorHost(resp.origin)}, resp, at, nil
+}
+
+// takePlace waits for one of the places, as long as ctx allows.
+func takePlace(ctx context.Context, places chan<- struct{}) error {
+	select {
+	case places <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
-	rec := file.newRecord(resp.Header, c.now())
-	return fileReply{rec: rec, size: size, body: unreadBody(size), fromRemote: true, cacheStatus: "fwd=miss", result: "MISS"}, nil
 }
 
 // refusesHEAD reports whether the status of a HEAD may say that upstream does not take

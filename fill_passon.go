@@ -17,61 +17,44 @@ import (
 // alone. Nothing is stored. A body that is still to come has one of the remote's places.
 func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy) (*fileReply, error) {
 	places := c.fills.slotsOf(file.remote.name).passOns
-	select {
-	case places <- struct{}{}:
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+	if err := takePlace(ctx, places); err != nil {
+		return nil, err
 	}
-	reply, err := file.passOn(ctx, c, rng, cp)
-	if err == nil {
-		if body, ok := reply.body.(*upstreamReader); ok {
-			body.places = places
-			return reply, nil
-		}
+	reply, err := file.passOn(ctx, c, rng, cp != nil)
+	if body, ok := reply.body.(*upstreamReader); ok {
+		body.places = places
+	} else {
+		<-places
 	}
-	<-places
-	return reply, err
+	switch why := file.staleReason(err); {
+	case err != nil && cp != nil && why != "":
+		return file.staleReply(c, cp, why), nil
+	case err != nil:
+		return nil, err
+	case cp != nil:
+		reply.cacheStatus = "fwd=stale; fwd-status=200"
+	}
+	return &reply, nil
 }
 
 // passOn asks upstream for a file that is not stored, for one client alone.
-func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, cp *storedCopy) (*fileReply, error) {
-	req := file.newUpstreamRequest(http.MethodGet, rng.rangeHeader(file))
-	req.hasCopy = cp != nil
-	resp, err := file.behaves().requestBody(ctx, c.upstream, req)
-	if err == nil && resp.StatusCode == http.StatusRequestedRangeNotSatisfiable {
-		resp.Body.Close() // refused here, with the size that only the whole has
-		req.header.Del("Range")
-		resp, err = file.behaves().requestBody(ctx, c.upstream, req)
-	}
-	var at, size int64
-	if err == nil {
-		var partial bool
-		if at, size, partial = resp.partOf(req.header.Get("Range") != ""); !partial {
-			err = c.statusError(file, resp)
-		}
-		if err != nil {
-			resp.Body.Close()
-		}
-	}
+func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, hasCopy bool) (fileReply, error) {
+	part, whole := file.newUpstreamRequest(http.MethodGet, rng.rangeHeader(file)), file.newUpstreamRequest(http.MethodGet, nil)
+	part.hasCopy, whole.hasCopy = hasCopy, hasCopy
+	// A range that upstream cannot satisfy is refused here, with the size that only the whole has.
+	notSatisfiable := func(status int) bool { return status == http.StatusRequestedRangeNotSatisfiable }
+	reply, resp, at, err := file.askUnstored(ctx, c, part, notSatisfiable, whole)
 	if err != nil {
-		if why := file.staleReason(err); why != "" && cp != nil {
-			return file.staleReply(c, cp, why), nil
-		}
-		return nil, err
+		return reply, err
 	}
-	rec := file.newRecord(resp.Header, c.now())
-	rec.isPage = file.isPage(resp)
-	reply := &fileReply{rec: rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss", mirror: file.remote.mirrorHost(resp.origin)}
-	if cp != nil {
-		reply.cacheStatus = "fwd=stale; fwd-status=200"
-	}
+	reply.rec.isPage = file.isPage(resp)
 	if file.needsWholeBody {
 		return reply, reply.readSmallBody(ctx, file, resp)
 	}
-	body := bodyPart{file, rangeValidator(resp), size, at, rng.to, resp.origin}.newReader(ctx, c, resp)
+	body := bodyPart{file, rangeValidator(resp), reply.size, at, rng.to, resp.origin}.newReader(ctx, c, resp)
 	if body.rewriteLinks() {
 		reply.size = -1
-	} else if file.digest != "" && rng.isWhole(size) {
+	} else if file.digest != "" && rng.isWhole(reply.size) {
 		body.through = newVerifiedReader(nextBytes{body}, file.digest)
 	}
 	reply.body = body
@@ -91,16 +74,6 @@ func (rng byteRange) rangeHeader(file fileRequest) http.Header {
 		return http.Header{"Range": {fmt.Sprintf("bytes=%d-%d", rng.from, rng.to)}}
 	}
 	return http.Header{"Range": {fmt.Sprintf("bytes=%d-", rng.from)}}
-}
-
-// partOf is where the body of resp begins, and the size of the whole (-1: not
-// known). partial reports whether it is a part, which only a ranged request may get.
-func (resp *upstreamResponse) partOf(ranged bool) (at, size int64, partial bool) {
-	first, _, size, ok := parseContentRange(resp.Header.Get("Content-Range"))
-	if ranged && resp.StatusCode == http.StatusPartialContent && ok && size >= 0 {
-		return first, size, true
-	}
-	return 0, resp.ContentLength, false
 }
 
 // readSmallBody gives reply a small body, which must be whole before it is sent.
