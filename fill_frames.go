@@ -62,6 +62,7 @@ type replicaStream struct {
 	request, answer string // what follower and leader show in leaseHeader
 	mac             hash.Hash
 	frames          uint64 // sealed so far
+	payload         []byte // of the frame that was read last
 }
 
 func (k replicaKey) newStream(key, token, nonce string) *replicaStream {
@@ -111,28 +112,23 @@ func (s *replicaStream) writeJSONFrame(w io.Writer, kind byte, v any) error {
 	return s.writeFrame(w, kind, b)
 }
 
-// replicaFrame is one frame of a followed fill.
-type replicaFrame struct {
-	kind    byte
-	payload []byte // valid until the next readFrame
-}
-
-// readFrame reads the next frame into f. io.EOF is an end between two frames.
-func (s *replicaStream) readFrame(r io.Reader, f *replicaFrame) error {
+// readFrame reads the next frame, whose payload is valid until the one after it is read.
+// io.EOF is an end between two frames.
+func (s *replicaStream) readFrame(r io.Reader) (kind byte, payload []byte, err error) {
 	var head [frameHeadSize + sha256.Size]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return err
+		return 0, nil, err
 	}
 	n := binary.BigEndian.Uint32(head[1:])
 	if n > maxReplicaFrame {
-		return fmt.Errorf("a frame of %d bytes", n)
+		return 0, nil, fmt.Errorf("a frame of %d bytes", n)
 	}
-	f.kind, f.payload = head[0], slices.Grow(f.payload[:0], int(n))[:n]
-	if _, err := io.ReadFull(r, f.payload); err != nil {
-		return err
+	s.payload = slices.Grow(s.payload[:0], int(n))[:n]
+	if _, err := io.ReadFull(r, s.payload); err != nil {
+		return 0, nil, err
 	}
-	if !hmac.Equal(s.seal(head[:frameHeadSize], f.payload), head[frameHeadSize:]) {
-		return errors.New("a frame that no replica with our secret has sent")
+	if !hmac.Equal(s.seal(head[:frameHeadSize], s.payload), head[frameHeadSize:]) {
+		return 0, nil, errors.New("a frame that no replica with our secret has sent")
 	}
-	return nil
+	return head[0], s.payload, nil
 }

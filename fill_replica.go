@@ -114,6 +114,7 @@ func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, en
 	case f.rec == nil && f.isStoredByNow(): // it ended before we asked
 		return fillOutcome{kind: outcomeLookAgain}, true
 	}
+	err = fmt.Errorf("%w: %w", errReplica, err)
 	f.c.failedLeases.putFor(leader.token, struct{}{}, failedLeaseTime)
 	written, _ := f.spool.progress()
 	f.c.log.Info("fetching what another replica began", "key", f.key, "replica", leader.addr, "at", written, "error", err)
@@ -128,8 +129,8 @@ func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, en
 type follower struct{ *fillRun }
 
 // follow reads the leader's stream into f's own spool, and keeps the body there
-// until the leader has stored it. An error, which is errReplica but for a spool
-// that is full, says that the leader can do no more; what it sent is in the spool.
+// until the leader has stored it. An error says that the leader can do no more; what
+// it sent is in the spool.
 func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 	ctx, cancel := context.WithCancel(f.ctx)
 	defer cancel()
@@ -138,20 +139,20 @@ func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 	stream := f.c.replicaKey.newStream(f.key, leader.token, rand.Text())
 	body, err := f.openStream(ctx, leader, stream)
 	if err != nil {
-		return fillOutcome{}, fmt.Errorf("%w: %w", errReplica, err)
+		return fillOutcome{}, err
 	}
 	defer body.Close()
 	r := bufio.NewReaderSize(body, largeBufferSize)
-	var frame replicaFrame
 	for {
-		if err := stream.readFrame(r, &frame); err != nil {
+		kind, payload, err := stream.readFrame(r)
+		if err != nil {
 			return f.endOfStream(err)
 		}
 		silence.Reset(replicaTimeout)
-		if frame.kind == frameOutcome {
-			return f.readOutcome(frame.payload)
+		if kind == frameOutcome {
+			return f.readOutcome(payload)
 		}
-		if err := f.applyFrame(frame); errors.Is(err, errNoSpace) {
+		if err := f.applyFrame(kind, payload); errors.Is(err, errNoSpace) {
 			return f.runOutOfSpace(err), nil
 		} else if err != nil {
 			return fillOutcome{}, err
@@ -164,7 +165,7 @@ func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 func (f *follower) endOfStream(err error) (fillOutcome, error) {
 	switch {
 	case f.phase < phaseComplete:
-		return fillOutcome{}, fmt.Errorf("%w: %w", errReplica, err)
+		return fillOutcome{}, err
 	case !errors.Is(err, io.EOF) && f.ctx.Err() == nil:
 		f.store()
 	}
@@ -172,12 +173,12 @@ func (f *follower) endOfStream(err error) (fillOutcome, error) {
 }
 
 // applyFrame applies a frame that brings the body nearer.
-func (f *follower) applyFrame(frame replicaFrame) error {
-	switch frame.kind {
+func (f *follower) applyFrame(kind byte, payload []byte) error {
+	switch kind {
 	case frameHead:
 		var h replicaHead
-		if err := json.Unmarshal(frame.payload, &h); err != nil || h.Record == nil || f.rec != nil {
-			return fmt.Errorf("%w: its head cannot be read, or is the second", errReplica)
+		if err := json.Unmarshal(payload, &h); err != nil || h.Record == nil || f.rec != nil {
+			return errors.New("its head cannot be read, or is the second")
 		}
 		if err := f.spool.setSize(h.Total); err != nil {
 			return err
@@ -185,22 +186,22 @@ func (f *follower) applyFrame(frame replicaFrame) error {
 		f.publishHeaders(h.Record, h.Origin, h.Validator, h.Storable)
 	case frameData:
 		if f.rec == nil {
-			return fmt.Errorf("%w: data before its head", errReplica)
+			return errors.New("data before its head")
 		}
-		f.c.metrics.countPeerBytes(len(frame.payload))
-		if _, err := f.Write(frame.payload); errors.Is(err, errTooMuch) {
-			return fmt.Errorf("%w: %w: the body is longer than it said", errReplica, errDigest)
+		f.c.metrics.countPeerBytes(len(payload))
+		if _, err := f.Write(payload); errors.Is(err, errTooMuch) {
+			return fmt.Errorf("%w: it is longer than it said", errDigest)
 		} else if err != nil {
 			return err
 		}
 	case frameEnd:
 		var rec record
 		written, _ := f.spool.progress()
-		if err := json.Unmarshal(frame.payload, &rec); err != nil || rec.Size != written || rec.SHA256 != f.spool.hash.sumHex() {
-			return fmt.Errorf("%w: %w: the body is not what it says", errReplica, errDigest)
+		if err := json.Unmarshal(payload, &rec); err != nil || rec.Size != written || rec.SHA256 != f.spool.hash.sumHex() {
+			return fmt.Errorf("%w: it is not what it says", errDigest)
 		}
 		if err := f.spool.hash.verifyDigest(f.file.digest); err != nil {
-			return fmt.Errorf("%w: %w", errReplica, err)
+			return err
 		}
 		f.publishBody(&rec)
 	}
@@ -212,16 +213,16 @@ func (f *follower) applyFrame(frame replicaFrame) error {
 func (f *follower) readOutcome(payload []byte) (fillOutcome, error) {
 	var o replicaOutcome
 	if err := json.Unmarshal(payload, &o); err != nil {
-		return fillOutcome{}, fmt.Errorf("%w: its outcome cannot be read", errReplica)
+		return fillOutcome{}, errors.New("its outcome cannot be read")
 	}
 	outcome, ok := o.toOutcome()
 	switch {
 	case !ok:
-		return fillOutcome{}, fmt.Errorf("%w: it could not fill", errReplica)
+		return fillOutcome{}, errors.New("it could not fill")
 	case o.Kind == "" && f.file.sharedKey:
-		return fillOutcome{}, fmt.Errorf("%w: its way to the file is refused, ours may not be", errReplica)
+		return fillOutcome{}, errors.New("its way to the file is refused, ours may not be")
 	case outcome.kind == outcomeUnchanged && f.oldRecord != nil && f.oldRecord.SHA256 != o.Copy:
-		return fillOutcome{}, fmt.Errorf("%w: it has another copy", errReplica)
+		return fillOutcome{}, errors.New("it has another copy")
 	}
 	return outcome, nil
 }
@@ -367,19 +368,16 @@ func (s *frameStream) awaitPhase(phase fillPhase) (*record, error) {
 // await waits for changed, with heartbeats. What was written before must not sit
 // in a buffer meanwhile.
 func (s *frameStream) await(changed <-chan struct{}) error {
-	if err := s.w.controller.Flush(); err != nil {
-		return fmt.Errorf("%w: %w", errClientGone, err)
-	}
 	for {
+		if err := s.w.controller.Flush(); err != nil {
+			return fmt.Errorf("%w: %w", errClientGone, err)
+		}
 		select {
 		case <-changed:
 			return nil
 		case <-s.heartbeat.C:
 			if err := s.writeFrame(s.w, frameHeartbeat, nil); err != nil {
 				return err
-			}
-			if err := s.w.controller.Flush(); err != nil {
-				return fmt.Errorf("%w: %w", errClientGone, err)
 			}
 		case <-s.ctx.Done():
 			return context.Cause(s.ctx)

@@ -974,10 +974,10 @@ func TestTokenOfALease(t *testing.T) {
 	var kinds []byte
 	body, r := "", strings.NewReader(frames)
 	for r.Len() > 0 {
-		var frame replicaFrame
-		must(t, stream.readFrame(r, &frame))
-		if kinds = append(kinds, frame.kind); frame.kind == frameData {
-			body += string(frame.payload)
+		kind, payload, err := stream.readFrame(r)
+		must(t, err)
+		if kinds = append(kinds, kind); kind == frameData {
+			body += string(payload)
 		}
 	}
 	if body != text || kinds[0] != frameHead || kinds[len(kinds)-1] != frameEnd {
@@ -1011,8 +1011,7 @@ func FuzzPeerFrames(f *testing.F) {
 	f.Add([]byte("e\xff\xff\xff\xff"), uint16(5))
 	f.Fuzz(func(t *testing.T, in []byte, at uint16) {
 		newStream := func() *replicaStream { return replicaKey("secret").newStream("key", "token", "nonce") }
-		var frame replicaFrame
-		if newStream().readFrame(bytes.NewReader(in), &frame) == nil {
+		if _, _, err := newStream().readFrame(bytes.NewReader(in)); err == nil {
 			t.Fatalf("%q was read without a seal", in)
 		}
 		var out bytes.Buffer
@@ -1022,14 +1021,16 @@ func FuzzPeerFrames(f *testing.F) {
 		}
 		wire := bytes.Clone(out.Bytes())
 		for range 2 {
-			if err := to.readFrame(&out, &frame); err != nil || frame.kind != frameData || !bytes.Equal(frame.payload, in) {
-				t.Fatalf("%q came back as %q, %v", in, frame.payload, err)
+			if kind, payload, err := to.readFrame(&out); err != nil || kind != frameData || !bytes.Equal(payload, in) {
+				t.Fatalf("%q came back as %q, %v", in, payload, err)
 			}
 		}
 		wire[int(at)%len(wire)]++
 		r, to, intact := bytes.NewReader(wire), newStream(), 0
-		for intact < 2 && to.readFrame(r, &frame) == nil {
-			intact++
+		for ; intact < 2; intact++ {
+			if _, _, err := to.readFrame(r); err != nil {
+				break
+			}
 		}
 		if intact == 2 {
 			t.Errorf("changed at %d, both frames were read", int(at)%len(wire))
