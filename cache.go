@@ -15,6 +15,7 @@ import (
 	"os"
 	"path"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -417,12 +418,7 @@ func (t *target) classify() (err error) {
 
 // matchesAny reports whether one of the patterns matches somewhere in path.
 func matchesAny(patterns []*regexp.Regexp, path string) bool {
-	for _, p := range patterns {
-		if p.MatchString(path) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(patterns, func(p *regexp.Regexp) bool { return p.MatchString(path) })
 }
 
 // ttlOf returns how long a file of a class stays fresh. If forever is true, it never
@@ -491,7 +487,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		}
 		inOutage := false
 		if cp == nil {
-			inOutage = c.upstream.circuitOf(file.remote.name).outageCause() != nil
+			inOutage = c.upstream.isInOutage(file.remote.name)
 			if err := file.recallMissing(ctx, c, storeErr); err != nil {
 				return nil, err
 			}

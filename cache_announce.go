@@ -52,7 +52,7 @@ func (a *announcer) announceLost(ctx context.Context) {
 // here began before the change, and is not stored.
 func (c *cache) onChange(announced string) {
 	if announced == everythingSign {
-		c.onMissedChanges()
+		c.copies.invalidateAll()
 		return
 	}
 	if what, ok := strings.CutPrefix(announced, fillsPrefix); ok {
@@ -74,10 +74,4 @@ func (c *cache) onChange(announced string) {
 	for _, f := range c.fills.take(key) {
 		f.purge(fate)
 	}
-}
-
-// onMissedChanges has everything looked at again: announcements may have been
-// lost.
-func (c *cache) onMissedChanges() {
-	c.copies.invalidateAll()
 }

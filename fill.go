@@ -57,10 +57,6 @@ const (
 	fatePurgedElsewhere                 // the same by another replica, which cannot wait: what is stored is removed
 )
 
-func (b bodyFate) String() string {
-	return [...]string{"keep", "pass on", "purged here", "purged elsewhere"}[b]
-}
-
 // outcomeKind is how a fill ended. Replicas tell each other by these words.
 type outcomeKind string
 
@@ -202,15 +198,6 @@ func (f *fill) currentFate() bodyFate {
 	return f.fate
 }
 
-// bytesLeft is how many bytes are still to come from upstream.
-func (f *fill) bytesLeft() int64 {
-	written, size := f.progress()
-	if size < 0 {
-		return unknownBytesLeft
-	}
-	return size - written
-}
-
 // progress is how much of the body has arrived, of how much (-1: not known).
 func (f *fill) progress() (written, size int64) {
 	f.mu.Lock()
@@ -308,15 +295,13 @@ func (f *fillRun) fetch() fillOutcome {
 	}
 	var validators http.Header
 	if f.oldRecord != nil && f.file.isRevalidated() && f.oldRecord.Links == f.file.rewrittenLinks().tableID() {
-		validators = validatorsOf(f.oldRecord)
-		state, err := f.revalidateByHEAD(validators)
-		switch {
-		case err != nil:
+		var unchanged bool
+		var err error
+		if validators, unchanged, err = f.revalidateByHEAD(); err != nil {
 			return failedOutcome(err)
-		case state == copyUnchanged:
+		}
+		if unchanged {
 			return fillOutcome{kind: outcomeUnchanged}
-		case state == copyChanged:
-			validators = nil // get it, whatever it was
 		}
 	}
 	return f.fetchBody(validators)

@@ -47,44 +47,37 @@ func validatorsOf(rec *record) http.Header {
 	return h
 }
 
-// copyState is what a revalidation found out about an expired copy.
-type copyState int
-
-const (
-	copyUnknown   copyState = iota // HEAD is refused here: a conditional GET must tell
-	copyUnchanged                  // it is still good
-	copyChanged                    // upstream has another version
-)
-
-// revalidateByHEAD asks whether the expired copy is still good. A HEAD that is refused
-// or finds nothing proves nothing: GET may work all the same.
-func (f *fillRun) revalidateByHEAD(validators http.Header) (copyState, error) {
+// revalidateByHEAD asks whether the expired copy is still good. If not, it returns the
+// validators for a GET: those of the copy where HEAD is refused or finds nothing, which
+// proves nothing, and none where upstream has another version.
+func (f *fillRun) revalidateByHEAD() (validators http.Header, unchanged bool, err error) {
 	c, name := f.c, f.file.remote.name
+	validators = validatorsOf(f.oldRecord)
 	for _, refuses := range []string{name, f.key} {
 		if _, found := c.headRefused.get(refuses); found {
-			return copyUnknown, nil
+			return validators, false, nil
 		}
 	}
 	req := f.file.newUpstreamRequest(http.MethodHead, validators)
 	req.hasCopy = true
 	resp, err := c.upstream.send(f.ctx, req)
 	if err != nil {
-		return copyUnknown, err
+		return nil, false, err
 	}
 	resp.Body.Close()
 	switch code := resp.StatusCode; {
 	case f.isUnchanged(resp):
-		return copyUnchanged, nil
+		return nil, true, nil
 	case code == http.StatusNotModified:
-		return copyChanged, nil // it names another version
+		return nil, false, nil // it names another version
 	case code == http.StatusMethodNotAllowed, code == http.StatusNotImplemented:
 		c.headRefused.putFor(name, struct{}{}, headRefusedFor)
-		return copyUnknown, nil
+		return validators, false, nil
 	case refusesHEAD(code), code == http.StatusNotFound:
 		c.headRefused.putFor(f.key, struct{}{}, headRefusedFor)
-		return copyUnknown, nil
+		return validators, false, nil
 	}
-	return copyChanged, c.statusError(f.file, resp)
+	return nil, false, c.statusError(f.file, resp)
 }
 
 // isUnchanged reports whether an answer to a conditional request means that the copy is

@@ -28,9 +28,6 @@ const (
 	// maxAbandonedPerRemote is how many fills without a client may go on for a
 	// remote: clients that come and go must not leave an endless queue behind.
 	maxAbandonedPerRemote = 8
-	// unknownBytesLeft is what is left of a body of unknown length: more than of
-	// any other.
-	unknownBytesLeft = math.MaxInt64
 )
 
 // fillTable finds the fill of a file by its key and spelling. Its methods may be
@@ -202,7 +199,10 @@ func (t *fillTable) pickAbandoned(remote string) *fill {
 			if f.clients > 0 || f.file.remote.name != remote {
 				continue
 			}
-			left := f.bytesLeft()
+			left := int64(math.MaxInt64) // more than of any other, where the length is not known
+			if written, size := f.progress(); size >= 0 {
+				left = size - written
+			}
 			if left == 0 {
 				continue // it asks nothing of upstream any more, and is being stored
 			}

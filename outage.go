@@ -192,7 +192,8 @@ func (b *backgroundCheck) finish(err error) {
 // wait waits for the check that runs.
 func (b *backgroundCheck) wait() { b.running.Wait() }
 
-// staleErrors are the errors of a connection whose server was restarted.
+// staleErrors are the errors of a connection that the other side has ended, as a server
+// does that is restarted.
 var staleErrors = []error{io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, syscall.ECONNRESET, syscall.EPIPE}
 
 func isStaleConn(err error) bool {

@@ -396,10 +396,7 @@ func (u *upstream) isDown(ctx context.Context, r *remote) bool {
 // outageOf is when a remote's outage began, which was logged then, and its cause; nil
 // while there is none.
 func (u *upstream) outageOf(remote string) (began time.Time, cause error) {
-	if c, found := u.circuits.get(remote); found {
-		return c.outage()
-	}
-	return time.Time{}, nil
+	return u.circuitOf(remote).outage()
 }
 
 // isInOutage reports whether a remote counts as down.

@@ -305,7 +305,7 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 			// Silence or a reset means little if the remote answered another request
 			// meanwhile; nor just before, if the path is one that may never answer. A
 			// failure of dial, DNS or TLS always counts.
-			neverConnected := connected.Load() == nil && failure.kind == errUnreachable && !isReset(err)
+			neverConnected := connected.Load() == nil && failure.kind == errUnreachable && !isStaleConn(err)
 			if !x.hasCopy && sameServer(at, x.origin) { // a registry answers just before its token service is asked
 				began = began.Add(-outagePause)
 			}
@@ -426,12 +426,6 @@ func clipText(s string) string {
 		return strings.ToValidUTF8(s[:maxErrorText], "") + "..."
 	}
 	return s
-}
-
-// isReset reports whether the other side ended the connection.
-func isReset(err error) bool {
-	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) ||
-		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // upstreamBody is a response body that ends its request if no byte arrives for
