@@ -113,6 +113,7 @@ type childSetup struct {
 	dir  string // holds remotes.yaml and data; "": a new directory
 	env  []string
 	args []string
+	bin  string            // the program; "": the test binary
 	born func(*os.Process) // called with the process before it listens
 }
 
@@ -124,7 +125,10 @@ func (s childSetup) start(t testing.TB) *child {
 	}
 	c := &child{TB: t, dir: s.dir, exited: make(chan struct{}), client: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 256}}
 	c.configure(s.yaml)
-	c.cmd = exec.Command(os.Args[0], s.args...)
+	if s.bin == "" {
+		s.bin = os.Args[0]
+	}
+	c.cmd = exec.Command(s.bin, s.args...)
 	c.cmd.Env = append([]string{
 		childMark + "=1", "CONFIG_PATH=" + c.dir + "/remotes.yaml", "DATA_DIR=" + c.dir + "/data",
 		"LISTEN_ADDR=127.0.0.1:0", "LOG_FORMAT=json", "LOG_LEVEL=debug", "MIN_FREE=1MiB", "GORACE=" + os.Getenv("GORACE"),
