@@ -206,7 +206,8 @@ type server struct {
 // runServer runs the server until ctx ends or listening fails.
 func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writer) error {
 	log.SetOutput(io.Discard) // net/http's client logs there what an upstream sends without a request
-	log := newLogger(set, stderr)
+	log, flush := newGatheringLogger(set, stderr)
+	defer flush()
 	s := &server{set: set, env: env, log: log, hup: make(chan os.Signal, 1)}
 	signal.Notify(s.hup, syscall.SIGHUP) // first of all: an unhandled SIGHUP ends the program
 	defer signal.Stop(s.hup)
@@ -599,6 +600,16 @@ func (s *server) tlsConfig() *tls.Config {
 		MinVersion:     tls.VersionTLS12,
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.cert.Load(), nil },
 	}
+}
+
+// newGatheringLogger returns the logger of newLogger, whose lines are written many at
+// once. Its caller calls flush in the end.
+func newGatheringLogger(set *settings, w io.Writer) (log *slog.Logger, flush func()) {
+	if isTerminal(w) {
+		return newLogger(set, w), func() {}
+	}
+	lines := &lineWriter{to: w}
+	return slog.New(lineHandler{newLogger(set, lines).Handler(), lines}), lines.flush
 }
 
 // newLogger returns a logger that writes to w with LOG_LEVEL and LOG_FORMAT.

@@ -11,9 +11,12 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -441,4 +444,107 @@ func TestBodyThatNeverComesIsNotAwaited(t *testing.T) {
 			}
 		}
 	})
+}
+
+// writtenLines counts the writes that reach a log's reader.
+type writtenLines struct {
+	mu     sync.Mutex
+	writes []string
+}
+
+func (w *writtenLines) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.writes = append(w.writes, string(p))
+	return len(p), nil
+}
+
+func (w *writtenLines) want(t *testing.T, want ...string) {
+	t.Helper()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !slices.Equal(w.writes, want) {
+		t.Errorf("%q was written, want %q", w.writes, want)
+	}
+	w.writes = nil
+}
+
+func TestLogLinesAreWrittenTogether(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var out writtenLines
+		lines := &lineWriter{to: &out}
+		plain := slog.NewTextHandler(lines, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.MessageKey {
+				return a
+			}
+			return slog.Attr{}
+		}})
+		log := slog.New(lineHandler{plain, lines})
+		log.Info("a")
+		log.Info("b")
+		time.Sleep(maxLineDelay - 1)
+		synctest.Wait()
+		out.want(t)
+		time.Sleep(1)
+		synctest.Wait()
+		out.want(t, "msg=a\nmsg=b\n")
+		log.Info("c")
+		log.With("x", 1).WithGroup("g").Warn("d") // a warning waits for nothing, and comes behind what was before it
+		out.want(t, "msg=c\nmsg=d\n")
+		log.Info("e")
+		lines.flush() // the end of the server
+		out.want(t, "msg=e\n")
+		time.Sleep(2 * maxLineDelay)
+		synctest.Wait()
+		out.want(t)
+		long := strings.Repeat("f", maxHeldLines)
+		log.Info(long)
+		out.want(t, "msg="+long+"\n")
+	})
+}
+
+// A reader of the log that stops reading stops those who log: nothing is lost, and
+// what waits is bounded.
+func TestLogWaitsForItsReader(t *testing.T) {
+	t.Parallel()
+	in, out := io.Pipe()
+	lines := &lineWriter{to: out}
+	const loggers, each = 8, 1000
+	line := strings.Repeat("x", 99)
+	var done sync.WaitGroup
+	for n := range loggers {
+		done.Go(func() {
+			for i := range each {
+				_, _ = fmt.Fprintf(lines, "%d %4d %s\n", n, i, line)
+			}
+		})
+	}
+	var next [loggers]int
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		for s := bufio.NewScanner(in); s.Scan(); {
+			var n, i int
+			if _, err := fmt.Sscanf(s.Text(), "%d %d "+line, &n, &i); err != nil || next[n] != i {
+				t.Errorf("%q came where line %v of its logger was expected: %v", s.Text(), next, err)
+				return
+			}
+			next[n]++
+			lines.mu.Lock()
+			if held := len(lines.held); held > maxHeldLines+loggers*(len(line)+9) {
+				t.Errorf("%d bytes wait", held)
+			}
+			lines.mu.Unlock()
+		}
+	}()
+	done.Wait()
+	lines.flush()
+	out.Close()
+	<-read
+	for n, got := range next {
+		if got != each {
+			t.Errorf("logger %d: %d of %d lines were read", n, got, each)
+		}
+	}
 }
