@@ -82,11 +82,11 @@ func (e *evictor) evictFiles(ctx context.Context) {
 
 // planEvictions returns what has to be evicted, first of single remotes.
 func (e *evictor) planEvictions(ctx context.Context) (plan []*eviction) {
-	add := func(remote string, cost, limit int64) int64 {
+	add := func(remote, reason string, cost, limit int64) int64 {
 		if limit <= 0 || cost <= limit {
 			return cost
 		}
-		plan = append(plan, &eviction{evictor: e, remote: remote, need: room{bytes: cost - limit/10*9}, maxUnused: limit / unusedShare})
+		plan = append(plan, &eviction{evictor: e, remote: remote, reason: reason, need: room{bytes: cost - limit/10*9}, maxUnused: limit / unusedShare})
 		return limit / 10 * 9
 	}
 	var all int64
@@ -95,9 +95,9 @@ func (e *evictor) planEvictions(ctx context.Context) (plan []*eviction) {
 		if rem := e.config().remotes[name]; rem != nil {
 			limit = rem.maxSize
 		}
-		all += add(name, t.cost(), limit)
+		all += add(name, "cache.max_size", t.cost(), limit)
 	}
-	add("", all, e.limit)
+	add("", "CACHE_MAX_SIZE", all, e.limit)
 	return plan
 }
 
@@ -137,7 +137,7 @@ func (e *evictor) reclaim(need room) (freed room) {
 	for _, t := range e.storedOfRemotes(e.cache.ctx) {
 		all += t.cost()
 	}
-	v := &eviction{evictor: e, need: need, maxUnused: all / unusedShare}
+	v := &eviction{evictor: e, reason: "MIN_FREE", need: need, maxUnused: all / unusedShare}
 	v.evict(e.cache.ctx)
 	return v.freed
 }
@@ -149,6 +149,7 @@ func (e *evictor) reclaim(need room) (freed room) {
 type eviction struct {
 	*evictor
 	remote    string // "": of all
+	reason    string // what asks for it, for the log
 	need      room
 	maxUnused int64 // bytes
 
@@ -186,7 +187,11 @@ func (v *eviction) evict(ctx context.Context) {
 		v.cache.reportStoreError("storage", "choosing what to evict", "", err)
 	}
 	if v.files > 0 {
-		v.cache.log.Info("evicted files", "remote", v.remote, "files", v.files, "bytes", v.freed.bytes)
+		attrs := []any{"reason", v.reason, "files", v.files, "bytes", v.freed.bytes}
+		if v.remote != "" {
+			attrs = append(attrs, "remote", v.remote)
+		}
+		v.cache.log.Info("evicted files", attrs...)
 	}
 }
 

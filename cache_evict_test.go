@@ -79,6 +79,13 @@ func TestEvictionKeepsToItsLimits(t *testing.T) {
 			if m := tt.get("/metrics").text; !strings.Contains(m, fmt.Sprintf("artifactapi_evictions_total %d\n", gone)) || !strings.Contains(m, fmt.Sprintf("artifactapi_evicted_bytes_total %d\n", gone*fileSize)) {
 				t.Errorf("the metrics do not say that %d files went", gone)
 			}
+			reason := `"reason":"CACHE_MAX_SIZE"`
+			if c.limit == 0 {
+				reason = `"reason":"cache.max_size"`
+			}
+			if lines := tt.logs.lines("evicted files"); gone > 0 && (len(lines) == 0 || !strings.Contains(lines[0], reason) || strings.Contains(lines[0], `"remote":""`)) {
+				t.Errorf("the log does not say why they went: %q", lines)
+			}
 		})
 	}
 }
