@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"io"
 	"io/fs"
 	"math"
@@ -98,6 +99,9 @@ func (b *closableBody) Close() error {
 // resultOfError is the result of a request that failed, for the log and the
 // counters. A request that was refused before anything was looked up has none.
 func resultOfError(err error) string {
+	if _, asked := errors.AsType[*upstreamStatus](err); asked {
+		return "MISS" // a 403 may be the upstream's
+	}
 	if status, _ := statusAndDetail(err); status == http.StatusForbidden || status == http.StatusBadRequest {
 		return ""
 	}

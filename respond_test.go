@@ -229,9 +229,14 @@ func TestServerErrorsAreWarnings(t *testing.T) {
 	if v := tt.wantLine(0); v.Level != "WARN" || !strings.Contains(v.Error, "500") {
 		t.Errorf("an upstream's 500 is %+v", v)
 	}
+	tt.origin.file("/a", "").acts(answers(403))
+	tt.get("/api/r/a").wantStatus(403)
+	if v := tt.wantLine(1); v.Msg != "Cache MISS" {
+		t.Errorf("an upstream's 403 is %+v", v)
+	}
 	tt.down()
 	tt.get("/api/r/b").wantStatus(502)
-	if v := tt.wantLine(1); v.Level != "INFO" || v.Error == "" {
+	if v := tt.wantLine(2); v.Level != "INFO" || v.Error == "" {
 		t.Errorf("a failure in an outage that was announced is %+v", v)
 	}
 }
