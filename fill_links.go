@@ -10,11 +10,11 @@ import (
 )
 
 // rewrittenLinks returns how the links of the file are rewritten, or nil if they stay. A
-// file whose digest is known stays as it is. Clients of npm and cargo take absolute URLs
+// file whose digest is known stays as it is, and so does a root, which is signed. Clients of npm and cargo take absolute URLs
 // only.
 func (file fileRequest) rewrittenLinks() *documentLinks {
 	r := file.remote
-	if r.links == nil || file.digest != "" || !((file.builtin && linkingPackages[r.packageType]) || matchesAny(r.rewrite, file.path)) {
+	if r.links == nil || file.digest != "" || file.rulesOthers() || !((file.builtin && linkingPackages[r.packageType]) || matchesAny(r.rewrite, file.path)) {
 		return nil
 	}
 	if absoluteLinks[r.packageType] {

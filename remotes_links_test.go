@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -196,6 +197,20 @@ func TestDocumentsLeadToTheirOwnRemote(t *testing.T) {
 `}.start(t)
 	tt.origin.file("/simple/x/", `<a href="`+tt.origin.url+`/x.whl">x</a><a href="`+tt.origin.url+`/z/y.whl">y</a>`)
 	tt.get("/api/r/simple/x/").wantMiss().wantBody(`<a href="../../../r/x.whl">x</a><a href="../../../z/y.whl">y</a>`)
+}
+
+// What is signed or hashed stays as it is, whatever rewrite says.
+func TestSignedDocumentsStay(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "package: deb", `rewrite: ["."]`)
+	packages := "Package: a\nHomepage: " + tt.origin.url + "/a\n"
+	root := fmt.Sprintf("Origin: a\nURL: %s/x\nSHA256:\n %s %d Packages\n", tt.origin.url, strings.TrimPrefix(sha256Of([]byte(packages)), "sha256:"), len(packages))
+	for path, text := range map[string]string{"InRelease": root, "Packages": packages} {
+		tt.origin.file("/dists/a/"+path, text)
+	}
+	tt.get("/api/r/dists/a/InRelease").wantMiss().wantBody(root)
+	tt.get("/api/r/dists/a/Packages").wantMiss().wantBody(packages)
+	tt.get("/api/r/dists/a/InRelease").wantHit().wantBody(root)
 }
 
 // A document that breaks off goes on where upstream's broke off, not where ours did.
