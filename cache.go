@@ -488,7 +488,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		inOutage := false
 		if cp == nil {
 			inOutage = c.upstream.isInOutage(file.remote.name)
-			if err := file.recallMissing(ctx, c, storeErr); err != nil {
+			if err := file.recallMissing(ctx, c, rng, storeErr); err != nil {
 				return nil, err
 			}
 		}
@@ -506,7 +506,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			reply.willBeStored = false // it may be, if the store is back by then
 		}
 		if inOutage && failedByNetwork(err) { // the probe; who finds an outage says so
-			if missing := file.recallMissing(ctx, c, storeErr); missing != nil {
+			if missing := file.recallMissing(ctx, c, rng, storeErr); missing != nil {
 				return nil, missing
 			}
 		}

@@ -1193,6 +1193,23 @@ func TestNegativeTTL(t *testing.T) {
 	tt.wantRequests("/failing", 2) // other errors are not remembered
 }
 
+// Some servers answer HEAD with 404 for what GET brings.
+func TestWhatHEADDoesNotFindGETMay(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "negative_ttl: 60")
+	tt.origin.file("/a", "body").acts(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodHead {
+			w.WriteHeader(http.StatusNotFound)
+			return
+		}
+		io.WriteString(w, "body")
+	})
+	tt.head("/api/r/a").wantStatus(404)
+	tt.head("/api/r/a").wantStatus(404)
+	tt.wantRequests("HEAD /a", 1)
+	tt.get("/api/r/a").wantMiss().wantBody("body")
+}
+
 func TestNegativeTTLIsBounded(t *testing.T) {
 	t.Parallel()
 	missing := newTester(t).cache.missing

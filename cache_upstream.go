@@ -115,7 +115,7 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 	p := &problem{status: code, cause: &upstreamStatus{code}}
 	switch {
 	case code == http.StatusNotFound, code == http.StatusGone:
-		missing := missingFile{code, c.now()}
+		missing := missingFile{code, c.now(), resp.Request.Method == http.MethodHead}
 		c.missing.putFor(file.wireKey(), missing, maxMissingAge)
 		return missing.newProblem(name)
 	case code == http.StatusUnauthorized:
@@ -156,6 +156,7 @@ const maxMissingAge = 24 * time.Hour
 type missingFile struct {
 	status int // 404 or 410
 	at     time.Time
+	byHEAD bool // what HEAD does not find GET may
 }
 
 func (m missingFile) newProblem(remote string) *problem {
@@ -170,11 +171,11 @@ func (file fileRequest) wireKey() string { return storageKey(file.remote.name, f
 // recallMissing returns the 404 or 410 that upstream gave for a file that is not stored,
 // or nil: within negative_ttl, and while the remote is down. storeErr says why there is
 // no copy: where the store could not be asked, there may be one.
-func (file fileRequest) recallMissing(ctx context.Context, c *cache, storeErr error) error {
+func (file fileRequest) recallMissing(ctx context.Context, c *cache, rng byteRange, storeErr error) error {
 	missing, found := c.missing.get(file.wireKey())
 	switch {
 	case !found:
-	case c.now().Sub(missing.at) < file.remote.negativeTTL:
+	case c.now().Sub(missing.at) < file.remote.negativeTTL && (rng.head || !missing.byHEAD):
 		return missing.newProblem(file.remote.name)
 	case errors.Is(storeErr, fs.ErrNotExist) && c.upstream.isDown(ctx, file.remote):
 		p := missing.newProblem(file.remote.name)

@@ -10,8 +10,8 @@ import (
 )
 
 // rewrittenLinks returns how the links of the file are rewritten, or nil if they stay. A
-// file whose digest is known stays as it is, and so does a root, which is signed. Clients of npm and cargo take absolute URLs
-// only.
+// file whose digest is known stays as it is, and so does a root, which is signed. Clients
+// of npm and cargo take absolute URLs only.
 func (file fileRequest) rewrittenLinks() *documentLinks {
 	r := file.remote
 	if r.links == nil || file.digest != "" || file.rulesOthers() || !((file.builtin && linkingPackages[r.packageType]) || matchesAny(r.rewrite, file.path)) {
