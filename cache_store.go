@@ -80,16 +80,13 @@ func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, 
 		return
 	}
 	spool, err := c.space.newSpool("")
+	if err == nil {
+		defer spool.discard()
+		if err = spool.setSize(rec.Size); err == nil {
+			_, err = io.Copy(spool, io.NewSectionReader(body, 0, rec.Size))
+		}
+	}
 	if err != nil {
-		c.reportStoreError("spool", "beginning", key, err)
-		return
-	}
-	defer spool.discard()
-	if err := spool.setSize(rec.Size); err != nil {
-		c.reportStoreError("spool", "beginning", key, err)
-		return
-	}
-	if _, err := io.Copy(spool, io.NewSectionReader(body, 0, rec.Size)); err != nil {
 		c.reportStoreError("spool", "growing", key, err)
 		return
 	}

@@ -112,7 +112,7 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 		c.missing.delete(file.wireKey())
 		return nil
 	}
-	p := &problem{status: code, cause: &upstreamStatus{code}}
+	p := &problem{status: code, cause: &upstreamStatus{code}, detail: fmt.Sprintf("the upstream of remote %q answered %d", name, code)}
 	switch {
 	case code == http.StatusNotFound, code == http.StatusGone:
 		missing := missingFile{code, c.now(), resp.Request.Method == http.MethodHead}
@@ -125,7 +125,7 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 			p.detail = fmt.Sprintf("the upstream of remote %q redirects to %s, which wants credentials of its own", name, clipText(at.Host))
 		}
 	case code == http.StatusForbidden:
-		p.detail = fmt.Sprintf("the upstream of remote %q answered 403 Forbidden", name)
+		p.detail += " Forbidden"
 	case code == http.StatusTooManyRequests:
 		p.status = http.StatusServiceUnavailable
 		p.retryAfter = max(time.Second, parseRetryAfter(resp.Header, c.now()))
@@ -135,14 +135,11 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 	case slices.Contains(redirectStatuses, code): // followRedirects leaves those that only add a slash
 		p.status, p.headers = http.StatusFound, http.Header{"Location": {file.slashLocation()}}
 		p.detail = fmt.Sprintf("the upstream of remote %q has a folder there: its path ends in /", name)
-	case code >= 400 && code < 500:
-		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)
-	default:
+	case code < 400 || code >= 500:
 		p.status = http.StatusBadGateway
 		if code == http.StatusServiceUnavailable {
 			p.retryAfter = parseRetryAfter(resp.Header, c.now())
 		}
-		p.detail = fmt.Sprintf("the upstream of remote %q answered %d", name, code)
 	}
 	return p
 }

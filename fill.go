@@ -282,7 +282,10 @@ func (f *fillRun) freeSlot() {
 // fetch brings the body, or finds out that none is needed or to be had.
 func (f *fillRun) fetch() fillOutcome {
 	leader := f.acquireLease()
-	if f.mayBeStoredByNow(leader) && f.isStoredByNow() {
+	// The store can have the file although it did not when it was looked up: another fill
+	// has ended since then, here or on another replica, whose lease was then there to take.
+	hasChanged := f.c.fills.ended.Load() != f.endedBefore || (f.c.replicas != nil && leader == nil)
+	if hasChanged && f.isStoredByNow() {
 		return fillOutcome{kind: outcomeLookAgain}
 	}
 	if leader != nil {
@@ -305,13 +308,6 @@ func (f *fillRun) fetch() fillOutcome {
 		}
 	}
 	return f.fetchBody(validators)
-}
-
-// mayBeStoredByNow reports whether the store can have the file although it did
-// not when it was looked up: another fill has ended since then, here or on
-// another replica, whose lease was then there to take.
-func (f *fillRun) mayBeStoredByNow(leader *leaseHolder) bool {
-	return f.c.fills.ended.Load() != f.endedBefore || (f.c.replicas != nil && leader == nil)
 }
 
 // isStoredByNow looks into the store again. It asks for the body too, since a

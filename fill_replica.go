@@ -309,12 +309,7 @@ func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	w.Header().Set(leaseHeader, stream.answer)
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.WriteHeader(http.StatusOK)
-	return f.streamFrames(r.Context(), w, stream)
-}
-
-// streamFrames writes the fill's frames until it ends.
-func (f *fill) streamFrames(ctx context.Context, w *response, stream *replicaStream) error {
-	s := &frameStream{f: f, ctx: ctx, w: w, replicaStream: stream, heartbeat: time.NewTicker(replicaHeartbeat)}
+	s := &frameStream{f: f, ctx: r.Context(), w: w, replicaStream: stream, heartbeat: time.NewTicker(replicaHeartbeat)}
 	defer s.heartbeat.Stop()
 	rec, err := s.awaitPhase(phaseFilling)
 	if err != nil {
