@@ -21,33 +21,29 @@ import (
 // long because a restore from a backup may write bodies long before their records.
 const orphanAge = 24 * time.Hour
 
-// walk implements objects. It leaves out a record whose body is gone or has another
-// size. It does not hash: a restored body of the right size is listed, and open
-// decides later whether a record describes it.
+// walk implements objects. It leaves out a body that no record describes or has the size
+// of. It does not hash: a restored body of the right size is listed, and open decides
+// later whether a record describes it.
 func (d *diskStore) walk(ctx context.Context, f func(key string, rec *record) error) error {
 	return d.eachFolder(ctx, func(folder string) error {
-		var found *diskRecord
-		for _, name := range []string{recordFile, recordNext} {
-			e, err := readRecord(d.pathOf(folder) + "/" + name)
-			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				d.log.Warn("damaged record is ignored", "folder", folder, "file", name, "error", err)
+		return eachName(d.pathOf(folder), func(name string) error {
+			key := folder + "/" + name
+			fi, err := os.Stat(d.pathOf(key))
+			if err != nil || name[0] == '.' {
+				return nil
 			}
-			if err != nil || filepath.Dir(e.key) != folder {
-				continue
+			rec, similar, err := d.readRecords(key, identityOf(fi))
+			if rec == nil && len(similar) > 0 {
+				rec = similar[0]
 			}
-			fi, err := os.Stat(d.pathOf(e.key))
-			switch {
-			case err != nil || fi.Size() != e.Size:
-			case identityOf(fi) == e.bodyIdentity():
-				return f(e.key, &e.record)
-			case found == nil:
-				found = e
+			if ignoreMiss(err) != nil {
+				d.log.Warn("stored file is not listed", "key", key, "error", err)
 			}
-		}
-		if found == nil {
-			return nil
-		}
-		return f(found.key, &found.record)
+			if rec == nil {
+				return nil
+			}
+			return f(key, rec)
+		})
 	})
 }
 
