@@ -269,7 +269,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 		c.reportStoreError("redis", "announcing", announcement, err)
 	}}
 	clock := func() time.Time { return c.now() } // tests replace c.now
-	c.evictor = &evictor{cache: c, named: newBoundedMap[string, []uint64](maxRememberedFiles, clock)}
+	c.evictor = &evictor{cache: c, named: newLRU[[]uint64](namedBudget, 0)}
 	c.missing = newBoundedMap[string, missingFile](maxRememberedFiles, clock)
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
@@ -541,7 +541,7 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 		}
 	} else if c.upstream.isDown(ctx, file.remote) {
 		return file.staleReply(c, cp, "unreachable"), false, nil
-	} else if c.generations.isHeld(&file, key) {
+	} else if file.isHeldRoot() {
 		return file.staleReply(c, cp, "agreeing"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)

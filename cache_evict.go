@@ -39,7 +39,7 @@ type evictor struct {
 	limit  int64          // CACHE_MAX_SIZE, of all remotes together; 0: none
 	// alone calls f unless another replica evicts at the moment. nil: there is none.
 	alone func(ctx context.Context, f func(context.Context)) error
-	named *boundedMap[string, []uint64] // what stored roots name, see readRoot
+	named *lru[[]uint64] // what stored roots name, see readRoot
 
 	running sync.Mutex // one eviction at a time; held across I/O
 

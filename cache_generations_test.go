@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha512"
 	"fmt"
 	"maps"
 	"net/http"
@@ -452,6 +453,24 @@ func TestSignatureOfTheNextRootBringsThatRoot(t *testing.T) {
 	a.getRoot().wantHit().wantBody(a.release(a))
 }
 
+// Whatever else is asked for meanwhile, a held root is tried again after a minute.
+func TestHoldIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	a := debArchive(t, "")
+	a.root = "/dists/t/Release"
+	a.publish(debFiles("one"))
+	a.wantGeneration(a.release(a), a.files)
+	a.publish(debFiles("two"), packagesGz)
+	a.origin.file(a.root+".gpg", "signature of two")
+	a.advance(61 * time.Second)
+	a.getRoot().wantFrom("cache", agreeing)
+	a.advance(50 * time.Second)
+	a.get(a.in(a.root+".gpg")).wantDetail(503, "is changing its metadata")
+	a.arrive(packagesGz)
+	a.advance(11 * time.Second)
+	a.getRoot().wantBody(a.release(a))
+}
+
 func TestBothReleasesFlipTogether(t *testing.T) {
 	t.Parallel()
 	a := debArchive(t, "")
@@ -468,6 +487,69 @@ func TestBothReleasesFlipTogether(t *testing.T) {
 	a.advance(61 * time.Second)
 	a.get(a.in(other)).wantStatus(200).wantBody(a.release(a))
 	a.getRoot().wantHit().wantBody(a.release(a))
+}
+
+// A first Release is of the generation that is held: there is no old one to answer with.
+func TestFirstReleaseDuringAHold(t *testing.T) {
+	t.Parallel()
+	a := debArchive(t, "")
+	other := a.folder + "Release"
+	a.publish(debFiles("one"))
+	a.wantGeneration(a.release(a), a.files)
+	a.publish(debFiles("two"), packagesGz)
+	a.publishRoot(other)
+	a.advance(61 * time.Second)
+	a.getRoot().wantFrom("cache", agreeing)
+	a.origin.forget()
+	for range 2 {
+		a.get(a.in(other)).wantDetail(503, "is changing its metadata")
+	}
+	if asked := a.origin.all(); len(asked) != 0 {
+		t.Errorf("within the minute after a try upstream was asked for %v", asked)
+	}
+	if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != 1 {
+		t.Errorf("%v generations are held, want 1", n)
+	}
+	a.arrive(packagesGz)
+	a.advance(61 * time.Second)
+	a.get(a.in(other)).wantMiss().wantBody(a.release(a))
+	a.wantGeneration(a.release(a), a.files)
+}
+
+// Some archives have stronger hashes too, and apt asks by the strongest.
+func TestMetadataBySHA512(t *testing.T) {
+	t.Parallel()
+	hashed := func(text string) string {
+		return "main/binary-amd64/by-hash/SHA512/" + fmt.Sprintf("%x", sha512.Sum512([]byte(text)))
+	}
+	a := debArchive(t, "Acquire-By-Hash: yes\n")
+	a.release = func(a *testArchive) string {
+		text := releaseOf("Acquire-By-Hash: yes\n")(a) + "SHA512:\n"
+		for _, name := range slices.Sorted(maps.Keys(a.files)) {
+			text += fmt.Sprintf(" %x %d %s\n", sha512.Sum512([]byte(a.files[name])), len(a.files[name]), name)
+		}
+		return text
+	}
+	a.publish(debFiles("one"))
+	old := a.release(a)
+	a.getRoot().wantMiss()
+	a.get(a.in(hashed("packages one"))).wantStatus(200).wantBody("packages one") // which upstream has by name
+	a.publish(debFiles("two"), packagesGz)
+	a.advance(61 * time.Second)
+	a.getRoot().wantFrom("cache", agreeing).wantBody(old)
+	a.arrive(packagesGz)
+	a.advance(61 * time.Second)
+	a.getRoot().wantBody(a.release(a))
+	a.get(a.in(hashed("packages two"))).wantHit().wantBody("packages two")
+	a.awaitAhead()
+	three := debFiles("three")
+	three[packagesGz] = "packages two"
+	a.publish(three)
+	a.advance(4 * 24 * time.Hour)
+	a.getRoot().wantBody(a.release(a))
+	a.awaitAhead()
+	a.wantStored("dists/t/"+hashed("packages two"), true)
+	a.wantStored("dists/t/"+hashed("packages one"), false)
 }
 
 func TestPurgingMetadata(t *testing.T) {
@@ -667,18 +749,17 @@ func TestRootThatTheStoreRefusesIsNotPublished(t *testing.T) {
 	a.wantGeneration(old, rpmFiles("one"))
 }
 
-func TestNamesOfStoredFiles(t *testing.T) {
+func TestEvictionKnowsTheFilesOfAGeneration(t *testing.T) {
 	archives(t, func(t *testing.T, a *testArchive, one, two map[string]string) {
-		path := strings.TrimPrefix(a.root, "/")
-		text := a.release(a)
-		names := readMetadataNames(path, []byte(text))
+		named, err := a.cache.evictor.findNamed(t.Context())
+		must(t, err)
 		page, err := a.cache.index.listPage(t.Context(), pageQuery{remote: "r", limit: 100})
 		if err != nil || len(page.rows) != 1+len(one) {
 			t.Fatalf("%d rows, %v", len(page.rows), err)
 		}
 		for _, row := range page.rows {
-			if row.Path != path && !slices.Contains(names, row.Path) {
-				t.Errorf("%s is stored, and not among %v", row.Path, names)
+			if named[fileID{"r", keyHash(row.Key)}] == (row.Path == strings.TrimPrefix(a.root, "/")) {
+				t.Errorf("%s is stored, and not among what the root names, or is the root", row.Path)
 			}
 		}
 	})

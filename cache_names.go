@@ -1,6 +1,6 @@
 // cache_names.go: roots, the files that name the SHA-256 of a repository's metadata:
-// repomd.xml of package rpm, InRelease and Release of package deb. How they are read,
-// and which of the stored ones names a file.
+// repomd.xml of package rpm, InRelease and Release of package deb. Where they are, how
+// they are read, and which of the stored ones names a file.
 
 package main
 
@@ -10,6 +10,8 @@ import (
 	"encoding/xml"
 	"fmt"
 	"io"
+	"io/fs"
+	"maps"
 	"path"
 	"slices"
 	"strconv"
@@ -26,37 +28,47 @@ const (
 	// maxRootFolders bounds in how many folders below dists/ a root is looked for.
 	// Names of suites have one or two elements, security.debian.org's have two.
 	maxRootFolders = 4
+	// repomdPath is where rpm's root is.
+	repomdPath = "repodata/repomd.xml"
 )
 
 // rootNames is what a root says. It is not changed after parseRoot.
 type rootNames struct {
 	sum        string               // SHA-256 of the root itself
-	files      map[string]namedFile // by decoded path below the root's folder
+	files      map[string]namedFile // by path, with the root's signature if that is a file of its own
 	byHash     bool                 // Acquire-By-Hash: yes
 	validUntil time.Time            // zero: it does not say
 }
 
 // namedFile is a file as a root names it.
 type namedFile struct {
-	spelling string // below the root's folder
-	sha256   string
-	size     int64  // 0: not given
-	kind     string // rpm: the type, such as primary; "" for deb
+	path, spelling string
+	sha256         string // of a signature: that of the root, which is all that is known
+	sha512         string // "": not given
+	size           int64  // 0: not given
+	kind           string // signatureKind; rpm: the type, such as primary; "" for deb
 }
 
+const signatureKind = "signature"
+
 // parseRoot reads a root with the SHA-256 sum. What cannot be read names nothing.
-func parseRoot(name string, text []byte, sum string) *rootNames {
+func parseRoot(spelling string, text []byte, sum string) *rootNames {
 	n := &rootNames{sum: sum, files: map[string]namedFile{}}
-	if path.Base(name) == "repomd.xml" {
-		n.readRepomd(text)
+	folder, name := rootFolder(spelling), path.Base(spelling)
+	if name == "repomd.xml" {
+		n.readRepomd(folder, text)
 	} else {
-		n.readRelease(string(text))
+		n.readRelease(folder, string(text))
+	}
+	// InRelease has its signature inside.
+	if signature := map[string]string{"repomd.xml": ".asc", "Release": ".gpg"}[name]; signature != "" && len(n.files) > 0 {
+		n.add("", spelling+signature, namedFile{sha256: sum, kind: signatureKind})
 	}
 	return n
 }
 
 // readRepomd reads rpm's metadata index. A location with xml:base is somewhere else.
-func (n *rootNames) readRepomd(text []byte) {
+func (n *rootNames) readRepomd(folder string, text []byte) {
 	var doc struct {
 		XMLName xml.Name `xml:"repomd"`
 		Data    []struct {
@@ -77,15 +89,15 @@ func (n *rootNames) readRepomd(text []byte) {
 	}
 	for _, d := range doc.Data {
 		if d.Checksum.Type == "sha256" && d.Location.Base == "" {
-			n.add(d.Location.Href, namedFile{sha256: strings.TrimSpace(d.Checksum.Hex), size: d.Size, kind: d.Type})
+			n.add(folder, d.Location.Href, namedFile{sha256: strings.TrimSpace(d.Checksum.Hex), size: d.Size, kind: d.Type})
 		}
 	}
 }
 
 // readRelease reads the fields of a Debian archive's Release, which may be within a
 // signed message (InRelease). It may name itself, which cannot be right.
-func (n *rootNames) readRelease(text string) {
-	field := ""
+func (n *rootNames) readRelease(folder, text string) {
+	field, files := "", map[string]namedFile{}
 	for line := range strings.Lines(text) {
 		if line[0] != ' ' {
 			name, value, _ := strings.Cut(strings.TrimSpace(line), ":")
@@ -98,45 +110,65 @@ func (n *rootNames) readRelease(text string) {
 			continue
 		}
 		words := strings.Fields(line)
-		if field == "sha256" && len(words) == 3 && !slices.Contains([]string{"InRelease", "Release", "Release.gpg"}, words[2]) {
-			size, _ := strconv.ParseInt(words[1], 10, 64)
-			n.add(words[2], namedFile{sha256: words[0], size: size})
+		if len(words) != 3 || slices.Contains([]string{"InRelease", "Release", "Release.gpg"}, words[2]) {
+			continue
 		}
+		f := files[words[2]]
+		switch {
+		case field == "sha256":
+			f.sha256 = words[0]
+			f.size, _ = strconv.ParseInt(words[1], 10, 64)
+		case field == "sha512" && isHex(words[0], 128):
+			f.sha512 = words[0]
+		}
+		files[words[2]] = f
+	}
+	for escaped, f := range files {
+		n.add(folder, escaped, f)
 	}
 }
 
 // add adds a file by its escaped path, unless path or hash cannot be used.
-func (n *rootNames) add(escaped string, f namedFile) {
-	path, spelling, err := spellPath(escaped, "")
-	if err == nil && path != "" && isHex(f.sha256, 64) {
-		f.spelling = spelling
-		n.files[path] = f
+func (n *rootNames) add(folder, escaped string, f namedFile) {
+	var err error
+	f.path, f.spelling, err = spellPath(folder+escaped, "")
+	if err == nil && escaped != "" && isHex(f.sha256, 64) && len(namedSpelling(f.spelling, f.sha256)) <= maxSpelling {
+		n.files[f.path] = f
 	}
 }
 
 // successorOf returns the file of n that takes the place of an older root's file: the
-// one of that type for rpm, whose names may have a hash in them, else the one of that
+// one of that kind for rpm, whose names may have a hash in them, else the one of that
 // path.
-func (n *rootNames) successorOf(path string, old namedFile) (name string, f namedFile, found bool) {
+func (n *rootNames) successorOf(old namedFile) (f namedFile, found bool) {
 	if old.kind == "" {
-		f, found = n.files[path]
-		return path, f, found
+		f, found = n.files[old.path]
+		return f, found
 	}
-	for name, f := range n.files {
+	for _, f := range n.files {
 		if f.kind == old.kind {
-			return name, f, true
+			return f, true
 		}
 	}
-	return "", namedFile{}, false
+	return namedFile{}, false
+}
+
+// agreesWith reports whether both roots, of one folder, are of one generation.
+func (n *rootNames) agreesWith(other *rootNames) bool {
+	isSignature := func(_ string, f namedFile) bool { return f.kind == signatureKind }
+	a, b := maps.Clone(n.files), maps.Clone(other.files)
+	maps.DeleteFunc(a, isSignature)
+	maps.DeleteFunc(b, isSignature)
+	return maps.Equal(a, b)
 }
 
 // holdsGeneration reports whether clients cannot do without the file.
 func (f namedFile) holdsGeneration() bool {
 	kind := strings.TrimSuffix(strings.TrimSuffix(f.kind, "_db"), "_zck")
 	if f.kind == "" {
-		kind, _, _ = strings.Cut(path.Base(f.spelling), ".")
+		kind, _, _ = strings.Cut(path.Base(f.path), ".")
 	}
-	return slices.Contains([]string{"Packages", "Sources", "primary", "filelists", "updateinfo", "modules"}, kind)
+	return slices.Contains([]string{signatureKind, "Packages", "Sources", "primary", "filelists", "updateinfo", "modules"}, kind)
 }
 
 // mayHaveRoot reports whether a root may name the file of t, or it is one. It is asked
@@ -178,28 +210,28 @@ func (t *target) rootFolders() (folders []string) {
 	return folders
 }
 
-// rootsIn are the roots that may be in a folder, the one that rules first.
-func (r *remote) rootsIn(folder string) (roots []target) {
-	names := []string{"InRelease", "Release"}
-	if r.packageType == "rpm" {
-		names = []string{"repodata/repomd.xml"}
+// rootFolder is the folder that the names in a root count from.
+func rootFolder(spelling string) string {
+	if folder, isRepomd := strings.CutSuffix(spelling, repomdPath); isRepomd {
+		return folder
 	}
-	for _, name := range names {
-		roots = append(roots, target{remote: r, path: decodePath(folder) + name, spelling: folder + name, wire: folder + name, class: mutable, builtin: true})
-	}
-	return roots
+	return spelling[:strings.LastIndexByte(spelling, '/')+1]
 }
 
-// signatureOf returns the path of the root's signature in a file of its own: "" for
-// InRelease, which has it inside.
-func signatureOf(root target) string {
-	switch path.Base(root.spelling) {
-	case "repomd.xml":
-		return root.spelling + ".asc"
-	case "Release":
-		return root.spelling + ".gpg"
+// folderID tells the folders of roots apart.
+func (t *target) folderID() string { return t.remote.name + "/" + rootFolder(t.spelling) }
+
+// rootAt is the root with that spelling.
+func (r *remote) rootAt(spelling string) target {
+	return target{remote: r, path: decodePath(spelling), spelling: spelling, wire: spelling, class: mutable, builtin: true}
+}
+
+// rootsIn are the roots that may be in a folder, the one that rules first.
+func (r *remote) rootsIn(folder string) []target {
+	if r.packageType == "rpm" {
+		return []target{r.rootAt(folder + repomdPath)}
 	}
-	return ""
+	return []target{r.rootAt(folder + "InRelease"), r.rootAt(folder + "Release")}
 }
 
 // storedRoot is a root at its place. What the stored one names is the generation that
@@ -207,32 +239,34 @@ func signatureOf(root target) string {
 type storedRoot struct {
 	target
 	*rootNames
-	folder string // spelling; the names count from here
-	rec    *record
 }
 
-// openRoot returns a root if it is stored, whether or not it is fresh.
-func (g *generations) openRoot(ctx context.Context, folder string, t target) *storedRoot {
+// openRoot returns a root if it is stored and names anything, whether or not it is
+// fresh. A miss is fs.ErrNotExist.
+func (g *generations) openRoot(ctx context.Context, t target) (*storedRoot, error) {
 	key := t.key()
 	cp, err := g.c.findCopy(ctx, key, fileRequest{target: t}, byteRange{head: true})
 	if err != nil {
-		return nil
+		return nil, err
 	}
-	if names, found := g.parsed.get(key + cp.rec.SHA256); found {
-		return &storedRoot{t, names, folder, cp.rec}
+	names, found := g.parsed.get(key + cp.rec.SHA256)
+	if !found {
+		obj, err := g.c.objects.open(ctx, key, 0)
+		if err != nil {
+			return nil, err
+		}
+		defer obj.body.Close()
+		text, err := readMetadata(obj.body)
+		if err != nil {
+			return nil, err
+		}
+		names = parseRoot(t.spelling, text, obj.rec.SHA256)
+		g.parsed.put(key+names.sum, int64(len(text)), names)
 	}
-	obj, err := g.c.objects.open(ctx, key, 0)
-	if err != nil {
-		return nil
+	if len(names.files) == 0 {
+		return nil, fs.ErrNotExist
 	}
-	defer obj.body.Close()
-	text, err := readMetadata(obj.body)
-	if err != nil {
-		return nil
-	}
-	names := parseRoot(t.path, text, obj.rec.SHA256)
-	g.parsed.put(key+names.sum, int64(len(text)), names)
-	return &storedRoot{t, names, folder, obj.rec}
+	return &storedRoot{t, names}, nil
 }
 
 // readMetadata reads a root, which is not larger than maxMetadata.
@@ -244,59 +278,46 @@ func readMetadata(body io.Reader) ([]byte, error) {
 	return text, err
 }
 
-// rulingRoot is the stored root in a folder that names anything, or nil.
-func (g *generations) rulingRoot(ctx context.Context, r *remote, folder string) *storedRoot {
-	for _, t := range r.rootsIn(folder) {
-		if root := g.openRoot(ctx, folder, t); root != nil && len(root.files) > 0 {
-			return root
+// findRoot returns the stored root that names the file of t, and as what. For a file that
+// is a root itself that is the root alone, stored or not.
+func (g *generations) findRoot(ctx context.Context, t *target) (*storedRoot, namedFile) {
+	for _, folder := range t.rootFolders() {
+		for _, at := range t.remote.rootsIn(folder) {
+			if at.spelling == t.spelling {
+				return &storedRoot{target: at}, namedFile{}
+			}
+			root, err := g.openRoot(ctx, at)
+			if err != nil {
+				continue
+			}
+			if f, found := root.find(t); found {
+				return root, f
+			}
 		}
 	}
-	return nil
+	return nil, namedFile{}
 }
 
-// nameOf returns the name that a file of the root has, by its path or, for a name that
-// is its own hash, by that.
-func (root *storedRoot) nameOf(t *target, digest string) (name string, found bool) {
-	name, below := strings.CutPrefix(t.path, decodePath(root.folder))
-	if _, found = root.files[name]; below && found {
-		return name, true
+// find returns a file of the root by its path or, for a name that is its own hash, by that.
+func (root *storedRoot) find(t *target) (f namedFile, found bool) {
+	if f, found = root.files[t.path]; found {
+		return f, true
 	}
-	for name, f := range root.files {
-		if digest == "sha256:"+f.sha256 && path.Dir(name) == root.folderOf(t.path) {
-			return name, true
+	digest, _ := t.remote.digestInName(t.path)
+	_, sum, promised := strings.Cut(digest, ":")
+	for _, f := range root.files {
+		if promised && (f.sha256 == sum || f.sha512 == sum) && path.Dir(f.path) == metadataFolder(t.path) {
+			return f, true
 		}
 	}
-	return "", false
+	return namedFile{}, false
 }
 
-// folderOf is the folder of a file below the root's, or for a name below by-hash/ the
-// one of the files that it stands for.
-func (root *storedRoot) folderOf(p string) string {
-	p = strings.TrimPrefix(p, decodePath(root.folder))
-	if before, _, found := strings.Cut(p, "by-hash/"); found {
-		return path.Clean(before)
+// metadataFolder is the folder of a file, or for a name below by-hash/ the one of the
+// files that it stands for.
+func metadataFolder(p string) string {
+	if before, _, found := strings.Cut("/"+p, "/by-hash/"); found {
+		return path.Clean(strings.TrimPrefix(before, "/"))
 	}
 	return path.Dir(p)
-}
-
-// readMetadataNames returns the spellings under which the files are stored that the
-// root at a decoded path names.
-func readMetadataNames(path string, body []byte) (spellings []string) {
-	hash := newBodyHash("")
-	_, _ = hash.Write(body)
-	names := parseRoot(path, body, hash.sumHex())
-	_, spelling, _ := spellPath(strings.ReplaceAll(path, "%", "%25"), "")
-	root := target{remote: &remote{packageType: "deb"}, spelling: spelling}
-	folder := spelling[:strings.LastIndexByte(spelling, '/')+1]
-	if strings.HasSuffix(spelling, "/repomd.xml") {
-		root.remote.packageType = "rpm"
-		folder = strings.TrimSuffix(folder, "repodata/")
-	}
-	stored := &storedRoot{root, names, folder, nil}
-	for name := range names.files {
-		for _, req := range stored.requestsFor(name, nil) {
-			spellings = append(spellings, req.spelling)
-		}
-	}
-	return append(spellings, namedSpelling(signatureOf(root), names.sum))
 }

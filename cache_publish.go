@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"path"
 	"strings"
@@ -25,32 +24,160 @@ const (
 	oldGenerationLife = 3 * 24 * time.Hour
 )
 
+// publication is the step of a folder from one generation to the next.
+type publication struct {
+	g        *generations
+	next     *storedRoot     // to be stored by its fill
+	kept     []*storedRoot   // the roots of both generations
+	siblings []siblingRoot   // the new roots that are published with next
+	seen     map[string]bool // paths of old files whose successors were looked for
+
+	mu      sync.Mutex    // guards the fields below
+	missing []string      // what next has to wait for
+	ahead   []fileRequest // what is fetched when next is published
+}
+
+// siblingRoot is the other root of a folder: InRelease and Release name the same files.
+type siblingRoot struct {
+	*storedRoot
+	rec  *record
+	text []byte
+}
+
 // checkBody publishes the root: the fill stores it when nil is returned.
 func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.ReaderAt) error {
 	text, err := readMetadata(io.NewSectionReader(body, 0, rec.Size))
 	if err != nil {
 		return err
 	}
-	lock := d.root.remote.name + "/" + d.folder
-	if err := d.g.locks.lock(ctx, lock); err != nil {
+	g, t := d.g, d.root
+	if err := g.locks.lock(ctx, t.folderID()); err != nil {
 		return err
 	}
-	defer d.g.locks.unlock(lock)
-	p := &publication{g: d.g, next: &storedRoot{d.root, parseRoot(d.root.path, text, rec.SHA256), d.folder, rec}}
-	if p.old = d.g.rulingRoot(ctx, d.root.remote, d.folder); p.old == nil {
-		return nil
+	defer g.locks.unlock(t.folderID())
+	var old []*storedRoot
+	for _, at := range t.remote.rootsIn(rootFolder(t.spelling)) {
+		if root, err := g.openRoot(ctx, at); err == nil {
+			old = append(old, root)
+		}
 	}
-	return p.publish(ctx)
+	next := &storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}
+	switch {
+	case len(old) == 0:
+		return nil
+	case len(next.files) == 0:
+		return &problem{status: http.StatusBadGateway, cause: errBadUpstream,
+			detail: fmt.Sprintf("the upstream of remote %q answers something that names no files instead of %s", t.remote.name, path.Base(t.path))}
+	}
+	p := &publication{g: g, next: next, kept: append(old, next), seen: map[string]bool{}}
+	return p.publish(ctx, old)
 }
 
-// publication is the step from one generation to the next.
-type publication struct {
-	g         *generations
-	old, next *storedRoot
+// publish returns nil when next may be stored. old are the stored roots of the folder,
+// the one that rules first.
+func (p *publication) publish(ctx context.Context, old []*storedRoot) error {
+	for _, root := range old {
+		p.fetchSuccessors(ctx, root, p.nextOf(ctx, root))
+	}
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	if len(p.missing) > 0 {
+		if err := p.g.hold(ctx, old[0], p.next, p.missing); err != nil {
+			return err
+		}
+	}
+	c := p.g.c
+	for _, s := range p.siblings {
+		c.storeUnderSecondKey(ctx, s.target, s.rec, bytes.NewReader(s.text))
+	}
+	p.g.endHold(p.next.target)
+	c.fills.running.Go(func() {
+		for _, req := range p.ahead {
+			_ = p.g.fetchFile(c.ctx, req)
+		}
+		p.dropOld(c.ctx)
+	})
+	return nil
+}
 
-	mu      sync.Mutex    // guards the fields below
-	missing []string      // what next has to wait for
-	ahead   []fileRequest // what is fetched when next is published
+// nextOf returns the root that takes the place of old. Where that is not next it is
+// fetched, and has to agree with next.
+func (p *publication) nextOf(ctx context.Context, old *storedRoot) *storedRoot {
+	if old.spelling == p.next.spelling {
+		return p.next
+	}
+	sibling, err := p.g.fetchRoot(ctx, old.target)
+	if err == nil && !sibling.agreesWith(p.next.rootNames) {
+		err = errAgreeing
+	}
+	if err != nil {
+		p.needs(old.path, err)
+		return p.next // which names the same files
+	}
+	p.siblings, p.kept = append(p.siblings, sibling), append(p.kept, sibling.storedRoot)
+	return sibling.storedRoot
+}
+
+// fetchRoot asks upstream what a root is now, without storing it.
+func (g *generations) fetchRoot(ctx context.Context, t target) (root siblingRoot, err error) {
+	file := fileRequest{target: t}
+	resp, err := g.c.upstream.send(ctx, file.newUpstreamRequest(http.MethodGet, nil))
+	if err != nil {
+		return root, err
+	}
+	defer resp.Body.Close()
+	if err := g.c.statusError(file, resp); err != nil {
+		return root, err
+	}
+	text, err := readMetadata(resp.Body)
+	if err != nil {
+		return root, err
+	}
+	hash := newBodyHash("")
+	_, _ = hash.Write(text)
+	rec := file.newRecord(resp.Header, g.c.now())
+	rec.Size, rec.SHA256 = int64(len(text)), hash.sumHex()
+	return siblingRoot{&storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}, rec, text}, nil
+}
+
+// fetchSuccessors fetches what takes the place of the stored files of old.
+func (p *publication) fetchSuccessors(ctx context.Context, old, next *storedRoot) {
+	var running sync.WaitGroup
+	places := make(chan struct{}, maxSuccessorFetches)
+	for _, was := range old.files {
+		now, found := next.successorOf(was)
+		if !found || p.seen[was.path] || now.path == was.path && now.sha256 == was.sha256 {
+			continue
+		}
+		p.seen[was.path] = true // the other root of the folder names it too
+		places <- struct{}{}
+		running.Go(func() {
+			defer func() { <-places }()
+			p.fetchSuccessor(ctx, p.g.requestsFor(old, was), p.g.requestsFor(next, now), now.holdsGeneration())
+		})
+	}
+	running.Wait()
+}
+
+// fetchSuccessor fetches a file in the ways in which the one before it was fetched.
+func (p *publication) fetchSuccessor(ctx context.Context, old, now []fileRequest, holds bool) {
+	for i, was := range old {
+		rec, req := storedRecord(ctx, p.g.c, was), now[min(i, len(now)-1)]
+		if rec == nil {
+			continue
+		}
+		if signature, ok := req.behavior.(*signatureDownload); ok {
+			signature.before = rec.SHA256
+		}
+		if holds {
+			p.needs(req.path, p.g.fetchFile(ctx, req))
+			continue
+		}
+		p.mu.Lock()
+		p.ahead = append(p.ahead, req)
+		p.mu.Unlock()
+	}
 }
 
 // needs notes what next has to wait for, if err says that it is not there.
@@ -64,163 +191,37 @@ func (p *publication) needs(name string, err error) {
 	p.missing = append(p.missing, name)
 }
 
-// publish returns nil when next may be stored.
-func (p *publication) publish(ctx context.Context) error {
-	g := p.g
-	if len(p.next.files) == 0 {
-		return &problem{status: http.StatusBadGateway, cause: errBadUpstream,
-			detail: fmt.Sprintf("the upstream of remote %q answers something that names no files instead of %s", p.next.remote.name, path.Base(p.next.path))}
-	}
-	p.fetchSuccessors(ctx)
-	sibling, text := p.fetchSibling(ctx)
-	p.fetchSignature(ctx, p.next)
-	p.fetchSignature(ctx, sibling)
-	if err := context.Cause(ctx); err != nil {
-		return err
-	}
-	if len(p.missing) > 0 {
-		if err := g.hold(ctx, p.old, p.next, p.missing); err != nil {
-			return err
-		}
-	}
-	if sibling != nil {
-		g.c.storeUnderSecondKey(ctx, sibling.target, sibling.rec, bytes.NewReader(text))
-	}
-	g.endHold(p.next.key())
-	g.c.fills.running.Go(func() {
-		for _, req := range p.ahead {
-			_ = g.fetchFile(g.c.ctx, req)
-		}
-		p.dropOld(g.c.ctx)
-	})
-	return nil
-}
-
-// fetchSuccessors fetches what takes the place of the stored files of the old
-// generation, in the way in which they were fetched.
-func (p *publication) fetchSuccessors(ctx context.Context) {
-	var running sync.WaitGroup
-	places := make(chan struct{}, maxSuccessorFetches)
-	for name, was := range p.old.files {
-		successor, now, found := p.next.successorOf(name, was)
-		if !found || now.sha256 == was.sha256 && successor == name {
-			continue
-		}
-		places <- struct{}{}
-		running.Go(func() {
-			defer func() { <-places }()
-			p.fetchSuccessor(ctx, p.old.requestsFor(name, p.g), p.next.requestsFor(successor, p.g), now.holdsGeneration())
-		})
-	}
-	running.Wait()
-}
-
-func (p *publication) fetchSuccessor(ctx context.Context, old, now []fileRequest, holds bool) {
-	for i, was := range old {
-		req := now[min(i, len(now)-1)]
-		switch stored := p.g.openRecord(ctx, was.target) != nil; {
-		case stored && holds:
-			p.needs(req.path, p.g.fetchFile(ctx, req))
-		case stored:
-			p.mu.Lock()
-			p.ahead = append(p.ahead, req)
-			p.mu.Unlock()
-		}
-	}
-}
-
-// fetchSibling fetches the other root of the folder if it is stored: InRelease and
-// Release name the same files.
-func (p *publication) fetchSibling(ctx context.Context) (sibling *storedRoot, text []byte) {
-	for _, t := range p.next.remote.rootsIn(p.next.folder) {
-		if t.spelling == p.next.spelling || p.g.openRecord(ctx, t) == nil {
-			continue
-		}
-		var err error
-		sibling, text, err = p.g.fetchRoot(ctx, t, p.next.folder)
-		if err == nil && !maps.Equal(sibling.files, p.next.files) {
-			err = errAgreeing
-		}
-		p.needs(t.path, err)
-		if err != nil {
-			sibling = nil
-		}
-	}
-	return sibling, text
-}
-
-// fetchRoot asks upstream what a root is now, without storing it.
-func (g *generations) fetchRoot(ctx context.Context, t target, folder string) (*storedRoot, []byte, error) {
-	file := fileRequest{target: t}
-	resp, err := g.c.upstream.send(ctx, file.newUpstreamRequest(http.MethodGet, nil))
-	if err != nil {
-		return nil, nil, err
-	}
-	defer resp.Body.Close()
-	if err := g.c.statusError(file, resp); err != nil {
-		return nil, nil, err
-	}
-	text, err := readMetadata(resp.Body)
-	if err != nil {
-		return nil, nil, err
-	}
-	hash := newBodyHash("")
-	_, _ = hash.Write(text)
-	rec := file.newRecord(resp.Header, g.c.now())
-	rec.Size, rec.SHA256 = int64(len(text)), hash.sumHex()
-	return &storedRoot{t, parseRoot(t.path, text, rec.SHA256), folder, rec}, text, nil
-}
-
-// fetchSignature fetches the signature of a new root if that of the old one is stored.
-func (p *publication) fetchSignature(ctx context.Context, next *storedRoot) {
-	if next == nil || signatureOf(next.target) == "" {
-		return
-	}
-	old := p.g.openRoot(ctx, next.folder, next.target)
-	if old == nil || old.sum == next.sum {
-		return
-	}
-	if signature := p.g.openRecord(ctx, p.g.signatureRequest(old, "").target); signature != nil {
-		p.needs(decodePath(signature.Path), p.g.fetchFile(ctx, p.g.signatureRequest(next, signature.SHA256)))
-	}
-}
-
 // checkBody refuses a signature of another root: upstream may have published one
 // between the two requests.
 func (d *signatureDownload) checkBody(ctx context.Context, rec *record, _ io.ReaderAt) error {
 	if rec.SHA256 == d.before {
 		return fmt.Errorf("%w: the signature is still the old one", errAgreeing)
 	}
-	now, _, err := d.g.fetchRoot(ctx, d.root.target, d.root.folder)
+	now, err := d.g.fetchRoot(ctx, d.root.target)
 	if err == nil && now.sum != d.root.sum {
-		err = &problem{status: http.StatusServiceUnavailable, cause: errAgreeing, retryAfter: time.Second,
-			detail: fmt.Sprintf("the upstream of remote %q has another %s than the one whose signature was asked for", d.root.remote.name, path.Base(d.root.path))}
+		err = newAgreeingError(d.root.target)
 	}
 	return err
 }
 
 // dropOld removes what neither generation names any more and nobody has used for long.
 func (p *publication) dropOld(ctx context.Context) {
-	keep, folders := map[string]bool{}, map[string]bool{".": true}
-	for _, root := range []*storedRoot{p.old, p.next} {
-		keep[root.sum] = true
-		for name, f := range root.files {
-			keep[f.sha256], folders[path.Dir(name)] = true, true
+	keep, folders := map[string]bool{}, map[string]bool{}
+	for _, root := range p.kept {
+		for _, f := range root.files {
+			keep[f.sha256], keep[f.sha512], folders[path.Dir(f.path)] = true, true, true
 		}
 	}
-	prefix, now := decodePath(p.next.folder), p.g.c.now()
-	if p.next.remote.packageType == "rpm" {
-		prefix += "repodata/"
-	}
-	_, err := p.g.c.purgeRows(ctx, pageQuery{remote: p.next.remote.name, prefix: prefix}, func(row indexRow) (match, more bool) {
+	r, now := p.next.remote, p.g.c.now()
+	_, err := p.g.c.purgeRows(ctx, pageQuery{remote: r.name, prefix: p.next.path[:strings.LastIndexByte(p.next.path, '/')+1]}, func(row indexRow) (match, more bool) {
 		name := decodePath(row.Path)
 		_, sum, _ := strings.Cut(row.Path, "#")
-		if digest, _ := p.next.remote.digestInName(name); digest != "" {
+		if digest, _ := r.digestInName(name); digest != "" {
 			_, sum, _ = strings.Cut(digest, ":")
 		}
-		return sum != "" && !keep[sum] && folders[p.next.folderOf(name)] && now.Sub(row.LastAccess) > oldGenerationLife, true
+		return sum != "" && !keep[sum] && folders[metadataFolder(name)] && now.Sub(row.LastAccess) > oldGenerationLife, true
 	})
 	if err != nil && !errors.Is(err, errStoreDown) && ctx.Err() == nil {
-		p.g.c.reportStoreError("database", "listing old metadata of", p.next.remote.name, err)
+		p.g.c.reportStoreError("database", "listing old metadata of", r.name, err)
 	}
 }

@@ -23,8 +23,8 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 	return c.removeFile(ctx, remote, key)
 }
 
-// purgePath removes the file of t, all its query variants and generations, and returns how many
-// files that were.
+// purgePath removes the file of t, all its query variants and generations, and returns
+// how many files that were.
 func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
 	switch err := c.purgeFile(ctx, t.remote.name, t.key()); {
 	case err == nil:

@@ -13,21 +13,14 @@ import (
 	"strings"
 )
 
-// maxRoot bounds a root that is read, in bytes. A larger one names nothing.
-const maxRoot = 8 << 20
+// namedBudget bounds the bytes of the hashes that are remembered: those of 100,000 images.
+const namedBudget = 32 << 20
 
-// rootKind says which files of a package are roots.
-type rootKind struct {
-	pattern *regexp.Regexp // finds roots by their decoded path
-	// readNames returns the spellings of the files that the root at that path names.
-	readNames func(path string, body []byte) []string
-}
-
-// rootKinds are the kinds of roots by package.
-var rootKinds = map[string]rootKind{
-	"docker": {regexp.MustCompile(`/manifests/`), readManifestNames},
-	"rpm":    {regexp.MustCompile(`repodata/repomd\.xml$`), readMetadataNames},
-	"deb":    {regexp.MustCompile(`(?:^|/)(?:In)?Release$`), readMetadataNames},
+// rootPatterns find roots by their decoded path, by package.
+var rootPatterns = map[string]*regexp.Regexp{
+	"docker": regexp.MustCompile(`/manifests/`),
+	"rpm":    regexp.MustCompile(`(?:^|/)repodata/repomd\.xml$`),
+	"deb":    regexp.MustCompile(`(?:^|/)(?:In)?Release$`),
 }
 
 // fileID tells files apart in less memory than their keys take.
@@ -40,15 +33,14 @@ type fileID struct {
 func (e *evictor) findNamed(ctx context.Context) (named map[fileID]bool, err error) {
 	named = map[fileID]bool{}
 	for name, rem := range e.config().remotes {
-		kind, found := rootKinds[rem.packageType]
-		q := pageQuery{remote: name, pattern: kind.pattern, limit: listPageSize}
-		for more := found; more; more = q.after != "" {
+		q := pageQuery{remote: name, pattern: rootPatterns[rem.packageType], limit: listPageSize}
+		for more := q.pattern != nil; more; more = q.after != "" {
 			p, err := e.cache.index.listPage(ctx, q)
 			if err != nil {
 				return nil, err
 			}
 			for _, row := range p.rows {
-				hashes, err := e.readRoot(ctx, kind, row)
+				hashes, err := e.readRoot(ctx, rem, row)
 				if err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return nil, err
 				}
@@ -63,29 +55,47 @@ func (e *evictor) findNamed(ctx context.Context) (named map[fileID]bool, err err
 }
 
 // readRoot returns the hashes of the files that a stored root names, and remembers them.
-func (e *evictor) readRoot(ctx context.Context, kind rootKind, row indexRow) (hashes []uint64, err error) {
-	id := row.Key + " " + row.SHA256
-	if hashes, found := e.named.get(id); found || row.Size > maxRoot {
+func (e *evictor) readRoot(ctx context.Context, rem *remote, row indexRow) (hashes []uint64, err error) {
+	id := row.Key + row.SHA256
+	if hashes, found := e.named.get(id); found || row.Size > maxMetadata {
 		return hashes, nil
+	}
+	spellings, err := e.readNames(ctx, rem, row)
+	if err != nil {
+		return nil, err
+	}
+	for _, spelling := range spellings {
+		hashes = append(hashes, keyHash(storageKey(row.Remote, spelling)))
+	}
+	e.named.put(id, int64(len(id)+8*len(hashes)), hashes)
+	return hashes, nil
+}
+
+// readNames returns the spellings under which the files are stored that a root names.
+func (e *evictor) readNames(ctx context.Context, rem *remote, row indexRow) (spellings []string, err error) {
+	if rem.packageType != "docker" {
+		g := e.cache.generations
+		root, err := g.openRoot(ctx, rem.rootAt(row.Path))
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range root.files {
+			for _, req := range g.requestsFor(root, f) {
+				spellings = append(spellings, req.spelling)
+			}
+		}
+		return spellings, nil
 	}
 	obj, err := e.cache.objects.open(ctx, row.Key, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer obj.body.Close()
-	body, err := io.ReadAll(io.LimitReader(obj.body, maxRoot))
-	if err != nil {
-		return nil, err
-	}
-	for _, spelling := range kind.readNames(decodePath(row.Path), body) {
-		hashes = append(hashes, keyHash(storageKey(row.Remote, spelling)))
-	}
-	e.named.put(id, hashes)
-	return hashes, nil
+	body, err := io.ReadAll(io.LimitReader(obj.body, maxMetadata))
+	return readManifestNames(decodePath(row.Path), body), err
 }
 
-// readManifestNames is readNames of manifests: their blobs, and the manifests that an
-// index names.
+// readManifestNames returns what a manifest names: its blobs, and the manifests of an index.
 func readManifestNames(path string, body []byte) (spellings []string) {
 	type descriptor struct{ Digest string }
 	var m struct {
