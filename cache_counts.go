@@ -71,8 +71,23 @@ func (o *openFiles) has(key string) bool {
 // seconds and not with every hit. The zero useCounts is ready to use. Its methods may be
 // called concurrently.
 type useCounts struct {
-	mu    sync.Mutex // guards byKey; never held across I/O
-	byKey map[string]fileUse
+	mu     sync.Mutex // guards the fields below; never held across I/O
+	byKey  map[string]fileUse
+	newest fileUse // the last use, or the last file that was stored
+}
+
+// noteNewest remembers a file that was stored.
+func (u *useCounts) noteNewest(key string, at time.Time) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.newest = newestUse(u.newest, fileUse{key: key, last: at})
+}
+
+func newestUse(a, b fileUse) fileUse {
+	if b.last.Before(a.last) {
+		return a
+	}
+	return b
 }
 
 // add counts more uses of files.
@@ -83,13 +98,12 @@ func (u *useCounts) add(uses ...fileUse) {
 		u.byKey = map[string]fileUse{}
 	}
 	for _, use := range uses {
+		u.newest = newestUse(u.newest, use)
 		sum, found := u.byKey[use.key]
 		if !found && len(u.byKey) >= maxUses {
 			continue
 		}
-		if use.last.Before(sum.last) {
-			use.last = sum.last
-		}
+		use.last = newestUse(sum, use).last
 		use.hits += sum.hits
 		u.byKey[use.key] = use
 	}

@@ -119,13 +119,40 @@ func (e *evictor) storedOfRemotes(ctx context.Context) map[string]remoteTotal {
 	return totals
 }
 
-// reclaimable: see reclaimer.
+// reclaimable: see reclaimer. What is in use does not go, nor does the most recent file.
 func (e *evictor) reclaimable() (all room) {
-	for _, t := range e.storedOfRemotes(e.cache.ctx) {
+	c := e.cache
+	for _, t := range e.storedOfRemotes(c.ctx) {
 		all.bytes += t.Bytes // the rest frees no more than what a body takes beside its bytes
 		all.inodes += t.Files * inodesPerFile
 	}
+	for key := range e.keysInUse() {
+		if obj, err := c.objects.open(c.ctx, key, -1); err == nil && obj.rec.Class != local {
+			all.bytes -= obj.rec.Size
+			all.inodes -= inodesPerFile
+		}
+	}
 	return all
+}
+
+// keysInUse are the keys of the files that are read or filled, and of the one that was
+// used or stored last, since the start.
+func (e *evictor) keysInUse() map[string]bool {
+	c := e.cache
+	c.uses.mu.Lock()
+	keys := map[string]bool{c.uses.newest.key: true}
+	c.uses.mu.Unlock()
+	c.readers.mu.Lock()
+	for key := range c.readers.byKey {
+		keys[key] = true
+	}
+	c.readers.mu.Unlock()
+	c.fills.mu.Lock()
+	defer c.fills.mu.Unlock()
+	for key := range c.fills.byKey {
+		keys[key] = true
+	}
+	return keys
 }
 
 // reclaim: see reclaimer.

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -122,6 +123,7 @@ func TestEvictionSparesWhatIsInUse(t *testing.T) {
 		if rest := reader.rest(); rest.text != big {
 			t.Errorf("the reader got %d bytes, %v", len(rest.text), rest.err)
 		}
+		synctest.Wait() // the server knows too that the answer is all sent
 		tt.cache.evictor.evictFiles(t.Context())
 		tt.wantListed("r", "last")
 	})
@@ -433,6 +435,27 @@ func TestAFullDiskMakesRoom(t *testing.T) {
 		tt.settle()
 	}
 	tt.wantListed("r", "3", "7", "empty0", "empty1")
+}
+
+// Nothing goes for a body for which what may not go would have to go too.
+func TestNothingGoesInVain(t *testing.T) {
+	t.Parallel()
+	for _, read := range []bool{false, true} {
+		tt := smallDisk(t, 200)
+		tt.getFile("small")
+		tt.advance(time.Second)
+		tt.origin.file("/big", noise(1, 198*20_000))
+		tt.get("/api/r/big").wantMiss()
+		tt.settle()
+		tt.advance(time.Second)
+		if read {
+			tt.cache.readers.add(tt.key("big"), 1) // such a file would fit the buffers of its connection
+			tt.get("/api/r/small").wantHit()
+		}
+		tt.origin.file("/body", noise(1, 100_000))
+		tt.get("/api/r/body").wantUnstored().wantBody(noise(1, 100_000))
+		tt.wantListed("r", "big", "small")
+	}
 }
 
 func TestADiskFullOfUploadsIsReported(t *testing.T) {

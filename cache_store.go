@@ -31,6 +31,9 @@ func (c *cache) noteStored(ctx context.Context, key string, rec *record, err err
 	}
 	c.announcer.announce(ctx, key)
 	c.missing.delete(key)
+	if rec.Class != local {
+		c.uses.noteNewest(key, rec.Fetched)
+	}
 	if err := c.index.saveRow(ctx, newIndexRow(key, rec)); err != nil {
 		c.reportStoreError("database", "indexing", key, err)
 	}
