@@ -489,6 +489,21 @@ func TestBothReleasesFlipTogether(t *testing.T) {
 	a.getRoot().wantHit().wantBody(a.release(a))
 }
 
+func TestReleaseThatUpstreamHasNoMoreHoldsNothing(t *testing.T) {
+	t.Parallel()
+	a := debArchive(t, "")
+	other := a.folder + "Release"
+	a.publish(debFiles("one"))
+	a.publishRoot(other)
+	a.wantGeneration(a.release(a), a.files)
+	a.get(a.in(other)).wantMiss()
+	a.publish(debFiles("two"))
+	a.origin.remove(other)
+	a.advance(61 * time.Second)
+	a.wantGeneration(a.release(a), a.files)
+	a.get(a.in(other)).wantStatus(404)
+}
+
 // A first Release is of the generation that is held: there is no old one to answer with.
 func TestFirstReleaseDuringAHold(t *testing.T) {
 	t.Parallel()

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"path"
 	"strings"
@@ -107,16 +108,18 @@ func (p *publication) nextOf(ctx context.Context, old *storedRoot) *storedRoot {
 	if old.spelling == p.next.spelling {
 		return p.next
 	}
-	sibling, err := p.g.fetchRoot(ctx, old.target)
-	if err == nil && !sibling.agreesWith(p.next.rootNames) {
-		err = errAgreeing
-	}
-	if err != nil {
+	switch sibling, err := p.g.fetchRoot(ctx, old.target); {
+	case errors.Is(err, fs.ErrNotExist): // it holds nothing
+		p.needs(old.path, p.g.c.purgeFile(ctx, old.remote.name, old.key()))
+	case err != nil:
 		p.needs(old.path, err)
-		return p.next // which names the same files
+	case !sibling.agreesWith(p.next.rootNames):
+		p.needs(old.path, errAgreeing)
+	default:
+		p.siblings, p.kept = append(p.siblings, sibling), append(p.kept, sibling.storedRoot)
+		return sibling.storedRoot
 	}
-	p.siblings, p.kept = append(p.siblings, sibling), append(p.kept, sibling.storedRoot)
-	return sibling.storedRoot
+	return p.next // which names the same files
 }
 
 // fetchRoot asks upstream what a root is now, without storing it.
