@@ -248,7 +248,7 @@ func (a *api) chooseRemote(p *page, r *http.Request, cfg *config, name string) e
 	}
 	found, err := a.cache.listFiles(r.Context(), q)
 	if err != nil {
-		p.FilesError = "The files cannot be listed: the index does not answer."
+		_, p.FilesError = statusAndDetail(err)
 		return nil
 	}
 	for _, row := range found.rows {

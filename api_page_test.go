@@ -125,7 +125,7 @@ func TestOverviewWithoutTheIndex(t *testing.T) {
 	if g := tt.get("/").wantStatus(200); !strings.Contains(g.text, `"artifacts": null`) || !strings.Contains(g.text, `"bytes": null`) {
 		t.Errorf("what is not known is not null: %s", g.text)
 	}
-	if g := tt.get("/?remote=r", browser).wantStatus(200); !strings.Contains(g.text, "cannot be listed") {
+	if g := tt.get("/?remote=r", browser).wantStatus(200); !strings.Contains(g.text, "cannot be used right now") {
 		t.Errorf("the page does not say that the index is away:\n%s", g.text)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -239,6 +240,7 @@ type cache struct {
 	warnedOf     *boundedMap[string, struct{}]    // remotes of which an index was stored for ever
 	changing     keyedLock                        // keys that are being put or purged
 	leaving      leavingCounts
+	searching    sync.Mutex // held while many files are searched by a pattern
 	uses         useCounts
 	missed       missedFiles
 	readers      openFiles
