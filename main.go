@@ -234,6 +234,7 @@ func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writ
 		attrs = append(attrs, b.name, b.kind)
 	}
 	log.Info("artifactapi starts", attrs...)
+	flush() // whoever waits for the first answer looks at what was chosen
 	return s.serveUntilDone(ctx, listener, s.newHandler())
 }
 
