@@ -312,10 +312,12 @@ func newRealUpstream(t testing.TB) *realUpstream {
 
 func (u *realUpstream) start() {
 	u.Helper()
-	l, err := net.Listen("tcp", u.address)
-	if err != nil {
-		u.Fatal(err)
-	}
+	var l net.Listener
+	awaitThat(u, "the address of upstream to be free", func() bool { // a connection may have its port
+		var err error
+		l, err = net.Listen("tcp", u.address)
+		return err == nil
+	})
 	server := &http.Server{Handler: u}
 	done := make(chan struct{})
 	go func() {
