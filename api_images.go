@@ -1,24 +1,25 @@
-// api_images.go: what belongs to an image, for a prefetch run: manifests, blobs
-// and referrers.
+// api_images.go: what belongs to an image, for a prefetch run: its tags, manifests,
+// blobs and referrers.
 
 package main
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"net/http"
+	"path"
 	"slices"
 	"strings"
 )
 
-// imageManifest holds what a manifest, an index or a list of referrers names.
-type imageManifest struct {
-	Config    *imagePart  `json:"config"`
+// imageDocument holds what a manifest, an index, or a list of tags or referrers names.
+type imageDocument struct {
+	Config    imagePart   `json:"config"`
 	Layers    []imagePart `json:"layers"`
 	Manifests []imagePart `json:"manifests"`
+	Tags      []string    `json:"tags"`
 }
 
 // imagePart is a descriptor (OCI image specification).
@@ -35,31 +36,23 @@ type imagePart struct {
 
 // imageOfManifest returns the image whose manifest a file is, or "" if it is none.
 func imageOfManifest(file fileRequest) string {
-	image, _, ok := cutLast(file.path, "/manifests/")
-	if !ok || file.remote.packageType != "docker" {
-		return ""
+	if image, ok := strings.CutSuffix(path.Dir(file.path), "/manifests"); ok && file.remote.packageType == "docker" {
+		return image
 	}
-	return image
+	return ""
 }
 
-// cutLast is strings.Cut at the last sep.
-func cutLast(s, sep string) (before, after string, found bool) {
-	if i := strings.LastIndex(s, sep); i >= 0 {
-		return s[:i], s[i+len(sep):], true
+// readManifest fetches a manifest, and adds what it names and what refers to it.
+func (p *prefetchFinder) readManifest(j job) {
+	var text bytes.Buffer
+	rec := p.fetch(j, &text)
+	if rec == nil {
+		return
 	}
-	return s, "", false
-}
-
-// addParts adds what the manifest of an image names, and what refers to it.
-func (p *prefetchRun) addParts(file fileRequest, image string, text []byte) {
-	_, reference, _ := cutLast(file.path, "/manifests/")
-	sum := sha256.Sum256(text)
-	digest := "sha256:" + hex.EncodeToString(sum[:])
-	if strings.Contains(reference, ":") {
-		digest = reference
-	}
-	var m imageManifest
-	if err := json.Unmarshal(text, &m); err != nil {
+	file, _ := p.findFile(j.way) // fetch has found it
+	image := imageOfManifest(file)
+	var m imageDocument
+	if err := json.Unmarshal(text.Bytes(), &m); err != nil {
 		p.fail(file.remote.name, file.path, &problem{status: http.StatusBadGateway, detail: "this manifest is not valid JSON", cause: err})
 		return
 	}
@@ -68,44 +61,28 @@ func (p *prefetchRun) addParts(file fileRequest, image string, text []byte) {
 			p.addPart(file.remote, image+"/manifests/", part)
 		}
 	}
-	if m.Config != nil {
-		m.Layers = append(m.Layers, *m.Config)
-	}
-	for _, part := range m.Layers {
-		if len(part.URLs) == 0 {
+	for _, part := range append(m.Layers, m.Config) {
+		if len(part.URLs) == 0 && part.Digest != "" {
 			p.addPart(file.remote, image+"/blobs/", part)
 		}
 	}
-	p.addReferrers(file.remote, image, digest)
+	way := file.remote.urlPath() + image + "/referrers/" + cmp.Or(rec.Digest, "sha256:"+rec.SHA256)
+	if _, err := p.findFile(way); errors.Is(err, errDenied) {
+		return // patterns may well allow an image without its signatures
+	}
+	p.failIndex(file.remote, way, p.readPages(way, func(list *imageDocument) {
+		for _, part := range list.Manifests {
+			p.addPart(file.remote, image+"/manifests/", part)
+		}
+	}))
 }
 
-// addReferrers adds the manifests that refer to one, such as signatures. Patterns may
-// well allow an image without them.
-func (p *prefetchRun) addReferrers(r *remote, image, digest string) {
-	var text bytes.Buffer
-	path := image + "/referrers/" + digest
-	file, err := p.findFile(r.urlPath() + path)
-	if err == nil {
-		_, _, err = prefetch(p.ctx, p.api.cache, file, &text, true)
-	}
-	var list imageManifest
-	if err == nil {
-		err = json.Unmarshal(text.Bytes(), &list)
-	}
-	if err != nil && !errors.Is(err, errDenied) {
-		p.fail(r.name, path, err)
-	}
-	for _, part := range list.Manifests {
-		p.addPart(r, image+"/manifests/", part)
-	}
-}
-
-// addPart adds a manifest or a blob of a remote.
-func (p *prefetchRun) addPart(r *remote, folder string, part imagePart) {
+// addPart adds a manifest or a blob.
+func (p *prefetchFinder) addPart(r *remote, folder string, part imagePart) {
 	way := r.urlPath() + folder + part.Digest
 	file, err := p.findFile(way)
 	if err == nil {
-		err = p.jobs.push(file.key(), job{way, part.Size})
+		err = p.add(file, job{way, part.Size})
 	}
 	if err != nil {
 		p.fail(r.name, folder+part.Digest, err)
@@ -114,10 +91,43 @@ func (p *prefetchRun) addPart(r *remote, folder string, part imagePart) {
 
 // wantsPlatform reports whether the run is about the platform of a manifest. Where an
 // index says no platform there is nothing to choose by.
-func (p *prefetchRun) wantsPlatform(part imagePart) bool {
+func (p *prefetchFinder) wantsPlatform(part imagePart) bool {
 	at := part.Platform
 	return len(p.platforms) == 0 || at == nil || slices.ContainsFunc(p.platforms, func(s string) bool {
 		name := at.OS + "/" + at.Architecture
 		return s == name || s == name+"/"+at.Variant
 	})
+}
+
+// findTags finds the tags of the image prefix.
+func (p *prefetchFinder) findTags() {
+	image := p.remote.urlPath() + p.prefix
+	p.failIndex(p.remote, image+"tags/list", p.readPages(image+"tags/list", func(list *imageDocument) {
+		for _, tag := range list.Tags {
+			p.addMatching(image+"manifests/"+tag, "")
+		}
+	}))
+}
+
+// readPages reads a list at a path here, page by page.
+func (p *prefetchFinder) readPages(way string, read func(list *imageDocument)) error {
+	query := ""
+	for range maxIndexPages {
+		reply, err := p.openIndex(p.findFile(way + query))
+		if err != nil {
+			return err
+		}
+		var list imageDocument
+		err = json.NewDecoder(reply.body).Decode(&list)
+		reply.body.Close()
+		if err != nil {
+			return newDamagedError(err)
+		}
+		read(&list)
+		if reply.rec.Link == "" {
+			return nil
+		}
+		query = "?" + reply.rec.Link
+	}
+	return newProblem(http.StatusBadGateway, "this list has more than %d pages", maxIndexPages)
 }

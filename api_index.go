@@ -1,5 +1,5 @@
-// api_index.go: finds the files of a prefetch run that match a pattern, in the index
-// that the remote itself has of them.
+// api_index.go: finds the files of a prefetch run: those that are named, and those that
+// match a pattern in the index that the remote itself has of them.
 
 package main
 
@@ -7,6 +7,7 @@ import (
 	"archive/tar"
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/bzip2"
 	"compress/gzip"
 	"encoding/xml"
@@ -28,106 +29,159 @@ const (
 	// no end.
 	maxIndexPages = 10_000
 	maxIndexDepth = 32
-	// maxListingBytes bounds an HTML listing, which is read into memory. A folder of
-	// 100,000 files has about as much.
-	maxListingBytes = 16 << 20
-	// maxIndexItem bounds a line or an element of an index, in bytes. The longest
-	// real ones, lists of dependencies, have some 100 KB.
+	// maxIndexItem bounds a line or a package of an index, in bytes. The longest
+	// real ones, with lists of dependencies, have some 100 KB.
 	maxIndexItem = 1 << 20
 )
 
-// indexFinder finds the files of a run that match a pattern. One goroutine uses it.
-type indexFinder struct {
+// prefetchFinder finds the files of a run, each once. One goroutine uses it.
+type prefetchFinder struct {
 	*prefetchRun
-	pattern *regexp.Regexp
-	prefix  string // of decoded paths; "", or with a slash at its end
-	refused int    // files that match, but the remote's patterns refuse
+	seen      map[string]struct{} // keys
+	manifests []job               // to be read here, since they name other files
+	refused   int                 // files that match, but the remote's patterns refuse
 }
 
-// find adds the files of the remote that match.
-func (p *indexFinder) find() {
-	find := p.crawl
-	switch dists := strings.HasPrefix(p.prefix, "dists/") || strings.Contains(p.prefix, "/dists/"); {
-	case p.remote.packageType == "alpine":
-		find = p.findAPKs
-	case p.remote.packageType == "rpm":
-		find = p.findRPMs
-	case p.remote.packageType == "deb" || dists:
-		find = p.findDebs
+// find finds all. Manifests come last, one after the other, while other files are
+// fetched.
+func (p *prefetchFinder) find() {
+	for _, f := range p.named {
+		p.addNamed(f)
 	}
-	find()
-	if p.refused > 0 && p.jobs.found() == 0 {
+	if p.pattern != nil {
+		p.findMatching()
+	}
+	for len(p.manifests) > 0 && p.ctx.Err() == nil {
+		j := p.manifests[0]
+		p.manifests = p.manifests[1:]
+		p.readManifest(j)
+	}
+}
+
+// addNamed adds a file that was named.
+func (p *prefetchFinder) addNamed(f wantedFile) {
+	file, err := fileRequest{}, f.err
+	if err == nil {
+		file, err = p.findFile(f.way)
+	}
+	if err == nil {
+		err = p.add(file, job{f.way, 0})
+	}
+	if f.remote == "" && file.remote != nil { // it was named by its URL here
+		f.remote, f.path = file.remote.name, cmp.Or(file.path, f.path)
+	}
+	if err != nil {
+		p.fail(f.remote, f.path, err)
+	}
+}
+
+// add adds a file, once.
+func (p *prefetchFinder) add(file fileRequest, j job) error {
+	key := file.key()
+	if _, twice := p.seen[key]; twice {
+		return nil
+	}
+	if len(p.seen) == maxPrefetchFiles {
+		return newProblem(http.StatusRequestEntityTooLarge, "a run has at most %d files: narrow it by prefix or pattern", maxPrefetchFiles)
+	}
+	p.seen[key] = struct{}{}
+	p.mu.Lock()
+	p.sum.Found++
+	p.mu.Unlock()
+	if imageOfManifest(file) != "" {
+		p.manifests = append(p.manifests, j)
+	} else {
+		p.jobs <- j
+	}
+	return nil
+}
+
+// findMatching adds the files of the remote that match.
+func (p *prefetchFinder) findMatching() {
+	switch {
+	case p.remote.packageType == "docker":
+		p.findTags()
+	case p.remote.packageType == "alpine":
+		p.findAPKs()
+	case p.remote.packageType == "rpm":
+		p.findRPMs()
+	case p.remote.packageType == "deb" || strings.Contains("/"+p.prefix, "/dists/"):
+		p.findDebs()
+	default:
+		p.crawl()
+	}
+	if p.refused > 0 && len(p.seen) == 0 {
 		p.fail(p.remote.name, p.prefix, newProblem(http.StatusForbidden, "%d files match, but the patterns of remote %q allow none of them", p.refused, p.remote.name))
 	}
 }
 
 // addMatching adds the file at a path here, which an index names, if it matches the
-// pattern. What the remote's own patterns refuse counts as not there.
-func (p *indexFinder) addMatching(way string, size int64) {
+// pattern. What the remote's own patterns refuse counts as not there. A size that is no
+// number is not known.
+func (p *prefetchFinder) addMatching(way, size string) {
 	file, err := p.findFile(way)
-	name := file.path
-	if name == "" { // its path is not a good one
-		name = strings.TrimPrefix(way, p.remote.urlPath())
-	}
-	switch {
-	case !p.pattern.MatchString(name):
+	name := cmp.Or(file.path, strings.TrimPrefix(way, p.remote.urlPath()))
+	if !p.pattern.MatchString(name) {
 		return
-	case errors.Is(err, errDenied):
+	}
+	if errors.Is(err, errDenied) {
 		p.refused++
 		return
-	case err == nil:
-		err = p.jobs.push(file.key(), job{way, size})
+	}
+	if err == nil {
+		n, _ := strconv.ParseInt(size, 10, 64)
+		err = p.add(file, job{way, n})
 	}
 	if err != nil {
 		p.fail(p.remote.name, name, err)
 	}
 }
 
-// addHref adds the file that an index names by a reference, relative to the prefix.
-func (p *indexFinder) addHref(href string, size int64, isElsewhere bool) {
-	if isElsewhere || strings.HasPrefix(href, "/") || strings.Contains(href, "://") {
-		if p.pattern.MatchString(href) {
-			p.fail(p.remote.name, href, newProblem(http.StatusBadRequest, "the index says that it is elsewhere: name it by its URL, and its server in a remote"))
-		}
-		return
+// here returns the path here of what lies below the prefix.
+func (p *prefetchFinder) here(name string) string { return p.remote.pathHere(p.prefix + name) }
+
+// openIndex opens what findFile has found, for reading what it names. Where no pattern
+// allows it, it is read from upstream and not stored. The caller closes the body.
+func (p *prefetchFinder) openIndex(file fileRequest, err error) (*fileReply, error) {
+	switch {
+	case err == nil:
+		return p.api.cache.findOrFetch(p.ctx, file, byteRange{to: -1, ahead: true})
+	case errors.Is(err, errDenied):
+		return p.api.cache.passOnReply(p.ctx, file, byteRange{to: -1}, nil)
 	}
-	p.addMatching(p.remote.pathHere(p.prefix)+escapeHref(href), size)
+	return nil, err
 }
 
-// escapeHref escapes what would end the path of a reference that is a path alone.
-func escapeHref(href string) string {
-	return strings.NewReplacer("?", "%3F", "#", "%23").Replace(href)
-}
-
-// readIndex reads the index file at a path here by a function that gets it decompressed.
-func (p *indexFinder) readIndex(way string, read func(io.Reader) error) error {
+// readIndex reads the index at a path here by a function that gets it decompressed.
+func (p *prefetchFinder) readIndex(way string, read func(io.Reader) error) error {
 	file, err := p.findFile(way)
-	allowed := !errors.Is(err, errDenied)
 	if way == p.remote.urlPath() { // the listing of base_url itself, which a GET here does not ask for
-		file, allowed, err = fileRequest{target: target{remote: p.remote}}, false, nil
+		file, err = fileRequest{target: target{remote: p.remote}}, errDenied
 	}
-	if err != nil && allowed {
-		return err
-	}
-	body, err := openIndex(p.ctx, p.api.cache, file, allowed)
+	reply, err := p.openIndex(file, err)
 	if err != nil {
 		return err
 	}
-	defer body.Close()
-	plain, err := decompress(body)
+	defer reply.body.Close()
+	plain, err := decompress(reply.body)
 	if err == nil {
 		err = read(plain)
 	}
-	if _, isProblem := errors.AsType[*problem](err); err != nil && !isProblem {
-		err = &problem{status: http.StatusBadGateway, cause: err, detail: "this index cannot be read: it broke off or is damaged"}
-	}
-	return err
+	return newDamagedError(err)
 }
 
-// failIndex tells that the index at a path here could not be read.
-func (p *indexFinder) failIndex(way string, err error) {
+// newDamagedError is the problem of an index that cannot be read; nil for nil.
+func newDamagedError(err error) error {
+	if _, isProblem := errors.AsType[*problem](err); err == nil || isProblem {
+		return err
+	}
+	return &problem{status: http.StatusBadGateway, cause: err, detail: "this index cannot be read: it broke off, is damaged or too large"}
+}
+
+// failIndex tells that the index at a path here could not be read, if err says so.
+func (p *prefetchFinder) failIndex(r *remote, way string, err error) {
 	if err != nil {
-		p.fail(p.remote.name, decodePath(strings.TrimPrefix(way, p.remote.urlPath())), err)
+		p.fail(r.name, decodePath(strings.TrimPrefix(way, r.urlPath())), err)
 	}
 }
 
@@ -177,230 +231,181 @@ func readStanzas(r io.Reader, f func(values []string), keys ...string) error {
 	return lines.Err()
 }
 
-// parseIndexSize parses a size that an index gives; 0 for nonsense.
-func parseIndexSize(s string) int64 {
-	n, _ := strconv.ParseInt(s, 10, 64)
-	return n
-}
-
-// findAPKs reads APKINDEX.tar.gz of the folder prefix. It is several gzip members: of
-// the signature and of the index.
-func (p *indexFinder) findAPKs() {
-	folder := p.remote.pathHere(p.prefix)
-	p.failIndex(folder+"APKINDEX.tar.gz", p.readIndex(folder+"APKINDEX.tar.gz", func(r io.Reader) error {
+// findAPKs reads APKINDEX.tar.gz. It is several gzip members: of the signature and of
+// the index.
+func (p *prefetchFinder) findAPKs() {
+	way := p.here("APKINDEX.tar.gz")
+	p.failIndex(p.remote, way, p.readIndex(way, func(r io.Reader) error {
 		for archive := tar.NewReader(r); ; {
 			h, err := archive.Next()
 			if err != nil {
 				return err
 			}
 			if h.Name == "APKINDEX" {
-				return readStanzas(archive, func(v []string) {
-					p.addMatching(p.remote.pathHere(p.prefix+v[0]+"-"+v[1]+".apk"), parseIndexSize(v[2]))
-				}, "P", "V", "S")
+				return readStanzas(archive, func(v []string) { p.addMatching(p.here(v[0]+"-"+v[1]+".apk"), v[2]) }, "P", "V", "S")
 			}
 		}
 	}))
 }
 
-// findRPMs reads repodata below prefix: repomd.xml, and the primary.xml that it names.
-func (p *indexFinder) findRPMs() {
-	folder := p.remote.pathHere(p.prefix)
-	primary, kind := "", ""
-	err := p.readIndex(folder+"repodata/repomd.xml", func(r io.Reader) error {
-		err := readElements(r, func(name string, attr func(string) string) {
-			switch {
-			case name == "data":
-				kind = attr("type")
-			case name == "location" && kind == "primary":
-				primary = attr("href")
+// rpmElement is a "data" of repomd.xml, or a "package" of primary.xml.
+type rpmElement struct {
+	Type     string `xml:"type,attr"`
+	Location struct {
+		Href string `xml:"href,attr"`
+		Base string `xml:"base,attr"`
+	} `xml:"location"`
+	Size struct {
+		Package string `xml:"package,attr"`
+	} `xml:"size"`
+}
+
+// findRPMs reads repodata: repomd.xml, and the primary.xml that it names.
+func (p *prefetchFinder) findRPMs() {
+	way, primary := p.here("repodata/repomd.xml"), ""
+	err := p.readIndex(way, func(r io.Reader) error {
+		return readElements(r, "data", func(data *rpmElement) {
+			if data.Type == "primary" {
+				primary = data.Location.Href
 			}
 		})
-		if err == nil && primary == "" {
-			err = newProblem(http.StatusBadGateway, "it names no primary.xml")
-		}
-		return err
 	})
-	if err != nil {
-		p.failIndex(folder+"repodata/repomd.xml", err)
-		return
+	if err == nil && primary == "" {
+		err = newProblem(http.StatusBadGateway, "it names no primary.xml")
 	}
-	primary = folder + escapeHref(primary)
-	p.failIndex(primary, p.readIndex(primary, func(r io.Reader) error {
-		var size int64
-		return readElements(r, func(name string, attr func(string) string) {
-			switch name {
-			case "package":
-				size = 0
-			case "size":
-				size = parseIndexSize(attr("package"))
-			case "location":
-				p.addHref(attr("href"), size, attr("base") != "")
-			}
-		})
-	}))
+	if err == nil {
+		way = p.here("") + primary
+		err = p.readIndex(way, func(r io.Reader) error { return readElements(r, "package", p.addRPM) })
+	}
+	p.failIndex(p.remote, way, err)
 }
 
-// readElements calls f for each element of an XML document with its name, without a
-// name space, and a function that returns its attributes. It holds one at a time.
-func readElements(r io.Reader, f func(name string, attr func(string) string)) error {
+// addRPM adds a package of primary.xml.
+func (p *prefetchFinder) addRPM(e *rpmElement) {
+	href := e.Location.Href
+	switch isElsewhere := e.Location.Base != "" || strings.HasPrefix(href, "/") || strings.Contains(href, "://"); {
+	case !isElsewhere:
+		p.addMatching(p.here("")+href, e.Size.Package)
+	case p.pattern.MatchString(href):
+		p.fail(p.remote.name, href, newProblem(http.StatusBadRequest, "the index says that it is elsewhere: name it by its URL, and its server in a remote"))
+	}
+}
+
+// readElements calls f for each element of that name in an XML document. It holds one
+// at a time.
+func readElements(r io.Reader, name string, f func(*rpmElement)) error {
 	bounded := &io.LimitedReader{R: r}
 	d := xml.NewDecoder(bounded)
 	for {
 		bounded.N = maxIndexItem
-		t, err := d.Token() // it notices a document that is cut
-		switch {
-		case bounded.N <= 0:
-			return newProblem(http.StatusBadGateway, "an element of this index is larger than %d bytes", maxIndexItem)
-		case err == io.EOF:
+		t, err := d.Token() // it notices a document that is cut, here or by the bound
+		if err == io.EOF {
 			return nil
-		case err != nil:
+		}
+		if e, ok := t.(xml.StartElement); ok && err == nil && e.Name.Local == name {
+			var element rpmElement
+			if err = d.DecodeElement(&element, &e); err == nil {
+				f(&element)
+			}
+		}
+		if err != nil {
 			return err
 		}
-		if e, ok := t.(xml.StartElement); ok {
-			f(e.Name.Local, func(name string) string {
-				for _, a := range e.Attr {
-					if a.Name.Local == name {
-						return a.Value
+	}
+}
+
+// findDebs reads the Packages that the Release of the suite prefix names, which may be
+// named without "dists/", or else the one in the folder prefix.
+func (p *prefetchFinder) findDebs() {
+	for _, suite := range []string{p.prefix, "dists/" + p.prefix} {
+		for _, name := range []string{"InRelease", "Release"} {
+			way, folders := p.remote.pathHere(suite+name), map[string]bool{}
+			err := p.readIndex(way, func(r io.Reader) error {
+				text, err := readMetadata(r)
+				for file := range parseRoot(name, text, "").files {
+					if strings.HasPrefix(path.Base(file), "Packages") {
+						folders[suite+strings.TrimSuffix(file, path.Base(file))] = true
 					}
 				}
-				return ""
+				return err
 			})
-		}
-	}
-}
-
-// suffixesRead are those of the Packages that can be read, the smallest first.
-var suffixesRead = []string{".gz", ".bz2", ""}
-
-// findDebs reads Packages of the folder prefix, or those that the Release of the suite
-// prefix names. A suite may be named without "dists/".
-func (p *indexFinder) findDebs() {
-	if strings.HasPrefix(path.Base(p.prefix), "binary-") {
-		p.findPackages(p.prefix, suffixesRead)
-		return
-	}
-	for _, folder := range []string{p.prefix, "dists/" + p.prefix} {
-		for _, name := range []string{"InRelease", "Release"} {
-			lists := map[string][]string{} // suffixes of Packages, by folder
-			err := p.readIndex(p.remote.pathHere(folder+name), func(r io.Reader) error { return readRelease(r, lists) })
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				p.failIndex(p.remote.pathHere(folder+name), err)
+				p.failIndex(p.remote, way, err)
 				return
 			}
-			for _, sub := range sortedKeys(lists) {
-				p.findPackages(folder+sub, lists[sub])
+			for _, folder := range sortedKeys(folders) {
+				p.findPackages(folder)
 			}
-			if len(lists) > 0 {
+			if len(folders) > 0 {
 				return
 			}
 		}
 	}
-	p.findPackages(p.prefix, suffixesRead)
+	p.findPackages(p.prefix)
 }
 
-// readRelease collects which Packages a Release names: their suffixes, those that are
-// read first, by their folders.
-func readRelease(r io.Reader, lists map[string][]string) error {
-	lines := bufio.NewScanner(r)
-	lines.Buffer(nil, maxIndexItem)
-	for lines.Scan() {
-		fields := strings.Fields(lines.Text())
-		if len(fields) != 3 || !strings.HasPrefix(lines.Text(), " ") {
-			continue
-		}
-		folder, name := path.Split(fields[2])
-		suffix, ok := strings.CutPrefix(name, "Packages")
-		if ok && !slices.Contains(lists[folder], suffix) && len(lists) < maxIndexPages {
-			lists[folder] = append(lists[folder], suffix)
-		}
-	}
-	rank := func(suffix string) int {
-		if i := slices.Index(suffixesRead, suffix); i >= 0 {
-			return i
-		}
-		return len(suffixesRead)
-	}
-	for _, suffixes := range lists {
-		slices.SortFunc(suffixes, func(a, b string) int { return rank(a) - rank(b) })
-	}
-	return lines.Err()
-}
-
-// findPackages reads Packages of a folder, by the first of these suffixes that is there.
-// Its paths count from the archive's root: the folder that has dists, or else, in a flat
+// findPackages reads Packages of a folder, in the first form that can be read. Its paths
+// count from the archive's root: the folder that has dists, or else, in a flat
 // repository, the folder itself unless they begin with it.
-func (p *indexFinder) findPackages(folder string, suffixes []string) {
+func (p *prefetchFinder) findPackages(folder string) {
 	root := folder
 	if i := strings.Index("/"+folder, "/dists/"); i >= 0 {
 		root = folder[:i]
 	}
-	var first error
-	for _, suffix := range suffixes {
-		way := p.remote.pathHere(folder + "Packages" + suffix)
-		err := p.readIndex(way, func(r io.Reader) error {
+	failed, why := folder+"Packages", error(nil)
+	for _, suffix := range []string{".gz", ".bz2", "", ".xz"} {
+		err := p.readIndex(p.remote.pathHere(folder+"Packages"+suffix), func(r io.Reader) error {
 			return readStanzas(r, func(v []string) {
 				name := strings.TrimPrefix(v[0], "./")
-				if !strings.HasPrefix(name, root) {
-					name = root + name
-				}
-				p.addMatching(p.remote.pathHere(name), parseIndexSize(v[1]))
+				p.addMatching(p.remote.pathHere(root+strings.TrimPrefix(name, root)), v[1])
 			}, "Filename", "Size")
 		})
-		if first == nil {
-			first = err
-		}
-		if err == nil {
+		switch {
+		case err == nil:
 			return
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			p.failIndex(way, err)
-			return
+		case !errors.Is(err, fs.ErrNotExist):
+			failed, why = folder+"Packages"+suffix, err
+		case why == nil:
+			why = err
 		}
 	}
-	p.failIndex(p.remote.pathHere(folder+"Packages"), first)
+	p.failIndex(p.remote, p.remote.pathHere(failed), why)
 }
 
-// hrefPattern finds the targets of an HTML page's links.
-var hrefPattern = regexp.MustCompile(`(?i)<a\s[^<>]*?href\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+))`)
-
 // crawl reads the HTML listing of the folder prefix and of those below it.
-func (p *indexFinder) crawl() {
-	top := p.remote.pathHere(p.prefix)
-	pages, known := []string{top}, map[string]bool{top: true}
-	tooDeep := false
-	for n := 0; n < len(pages) && p.ctx.Err() == nil; n++ {
-		page := pages[n]
-		if n == maxIndexPages {
-			p.failIndex(page, newProblem(http.StatusRequestEntityTooLarge, "a run reads at most %d listings: narrow it by prefix", maxIndexPages))
-			return
-		}
-		p.failIndex(page, p.readIndex(page, func(r io.Reader) error {
-			text, err := io.ReadAll(io.LimitReader(r, maxListingBytes+1))
-			if err == nil && len(text) > maxListingBytes {
-				err = newProblem(http.StatusBadGateway, "this listing has more than %d bytes", maxListingBytes)
-			}
-			for _, way := range p.linksBelow(page, text) {
-				isFolder := strings.HasSuffix(way, "/")
-				deep := strings.Count(way[len(top):], "/") > maxIndexDepth
+func (p *prefetchFinder) crawl() {
+	top := p.here("")
+	listings, known, left := []string{top}, map[string]bool{top: true}, ""
+	for n := 0; n < len(listings) && p.ctx.Err() == nil; n++ {
+		way := listings[n]
+		p.failIndex(p.remote, way, p.readIndex(way, func(r io.Reader) error {
+			text, err := readMetadata(r)
+			for _, link := range p.linksBelow(way, text) {
 				switch {
-				case !isFolder:
-					p.addMatching(way, 0)
-				case deep && !tooDeep:
-					tooDeep = true
-					p.failIndex(way, newProblem(http.StatusRequestEntityTooLarge, "a run reads at most %d levels of listings: give a longer prefix", maxIndexDepth))
-				case !deep && !known[way] && len(pages) <= maxIndexPages:
-					known[way] = true
-					pages = append(pages, way)
+				case !strings.HasSuffix(link, "/"):
+					p.addMatching(link, "")
+				case known[link]:
+				case len(listings) == maxIndexPages, strings.Count(link[len(top):], "/") > maxIndexDepth:
+					left = link
+				default:
+					known[link] = true
+					listings = append(listings, link)
 				}
 			}
 			return err
 		}))
 	}
+	if left != "" {
+		p.failIndex(p.remote, left, newProblem(http.StatusRequestEntityTooLarge, "a run reads at most %d listings, %d levels deep: narrow it by prefix", maxIndexPages, maxIndexDepth))
+	}
 }
+
+// hrefPattern finds the targets of an HTML page's links.
+var hrefPattern = regexp.MustCompile(`(?i)<a\s[^<>]*?href\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+))`)
 
 // linksBelow returns the paths here of what a listing links to and what is below it.
 // Links with a query sort the listing. A link whose path is refused everywhere is none.
-func (p *indexFinder) linksBelow(page string, text []byte) (ways []string) {
+func (p *prefetchFinder) linksBelow(page string, text []byte) (ways []string) {
 	base, err := url.Parse(p.remote.origins[0].url.String() + "/" + strings.TrimPrefix(page, p.remote.urlPath()))
 	if err != nil {
 		return nil

@@ -1,11 +1,10 @@
-// api_prefetch_run.go: a prefetch run: its files, the workers that fetch them, and the
-// events that tell of them.
+// api_prefetch_run.go: a prefetch run. One goroutine finds files, eight fetch them, and
+// the goroutine of the request writes the events that tell of them.
 
 package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -13,6 +12,7 @@ import (
 	"math"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -75,7 +75,7 @@ type (
 
 // prefetchRuns are the runs that go on. Its methods may be called concurrently.
 type prefetchRuns struct {
-	mu      sync.Mutex // guards the fields below
+	mu      sync.Mutex // guards the fields below, and begun of each run
 	runs    []*prefetchRun
 	stopped bool
 }
@@ -93,8 +93,9 @@ func (s *prefetchRuns) stop() {
 	}
 }
 
-// begin adds a run. Its error is a problem: there are enough, or the server stops.
-func (s *prefetchRuns) begin(p *prefetchRun) error {
+// add adds a run whose request is still to be read. Its error is a problem: there are
+// enough, or the server stops.
+func (s *prefetchRuns) add(p *prefetchRun) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -107,46 +108,57 @@ func (s *prefetchRuns) begin(p *prefetchRun) error {
 	return nil
 }
 
-func (s *prefetchRuns) end(p *prefetchRun) {
+// begin lists a run, whose request does not change any more.
+func (s *prefetchRuns) begin(p *prefetchRun) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p.begun = true
+}
+
+func (s *prefetchRuns) remove(p *prefetchRun) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.runs = slices.DeleteFunc(s.runs, func(other *prefetchRun) bool { return other == p })
 }
 
-// list returns the runs that have read their request, the oldest first. Of each its
-// remote (nil: several), started, dryRun and progress may be used.
+// list returns the runs that have begun, the oldest first. Of each remote, dryRun,
+// started and progress may be used.
 func (s *prefetchRuns) list() []*prefetchRun {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(s.runs), func(p *prefetchRun) bool { return !p.isRunning() })
+	return slices.DeleteFunc(slices.Clone(s.runs), func(p *prefetchRun) bool { return !p.begun })
 }
 
-// prefetchRun is one run. One goroutine finds files, workers fetch them, and the
-// goroutine of the request writes what they tell it.
+// prefetchRun is one run.
 type prefetchRun struct {
-	api       *api
-	cfg       *config // of the whole run
-	ctx       context.Context
-	cancel    context.CancelCauseFunc
-	remote    *remote // nil: several
+	api     *api
+	cfg     *config // of the whole run
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+	started time.Time
+	begun   bool
+
+	// What is asked for: files that are named, or what pattern finds in a remote.
+	named     []wantedFile
+	remote    *remote        // nil: several
+	pattern   *regexp.Regexp // nil: the files are named
+	prefix    string         // of decoded paths; "", or with a slash at its end
 	platforms []string
 	dryRun    bool
-	started   time.Time
 
-	jobs   jobQueue
-	events chan any
-	read   byteCounter // from upstream, of files that are not done too
+	jobs   chan job     // it has room for all: sending never blocks
+	events chan any     // it ends when all other goroutines have ended
+	read   byteCounter  // from upstream in this second
+	rate   atomic.Int64 // bytes, in the last second
 
-	mu      sync.Mutex // guards the fields below
-	running bool
-	sum     summaryEvent // what was told so far; Found is the queue's
-	rate    int64        // bytes a second
+	mu  sync.Mutex // guards sum
+	sum summaryEvent
 }
 
-func (p *prefetchRun) isRunning() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.running
+// job is a file of a run: its path here, and its size, or 0 if that is not known.
+type job struct {
+	way  string
+	size int64
 }
 
 // byteCounter is an io.Writer that counts.
@@ -157,19 +169,20 @@ func (c *byteCounter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// run fetches what find finds, and answers.
-func (p *prefetchRun) run(w *response, find func(), withEvents bool) error {
-	p.jobs.init(p.ctx)
-	p.mu.Lock()
-	p.running = true
-	p.mu.Unlock()
+// run fetches what is asked for, and answers.
+func (p *prefetchRun) run(w *response, withEvents bool) error {
+	p.jobs, p.events = make(chan job, maxPrefetchFiles), make(chan any, 64)
 	var running sync.WaitGroup
 	running.Go(func() {
-		defer p.jobs.finish()
-		find()
+		defer close(p.jobs)
+		(&prefetchFinder{prefetchRun: p, seen: map[string]struct{}{}}).find()
 	})
 	for range prefetchWorkers {
-		running.Go(p.work)
+		running.Go(func() {
+			for j := range p.jobs {
+				p.fetch(j, nil)
+			}
+		})
 	}
 	go func() {
 		running.Wait()
@@ -198,63 +211,49 @@ func (p *prefetchRun) answer(w *response, withEvents bool) error {
 	}
 	ticker := time.NewTicker(time.Second)
 	defer ticker.Stop()
-	for lastRead := int64(0); ; {
-		var err error
+	for {
+		var e any // nil: there are no more
 		select {
-		case e, more := <-p.events:
-			switch {
-			case more:
-				p.count(e)
-				err = write(e)
-			case p.ctx.Err() != nil:
-				return context.Cause(p.ctx)
-			case withEvents:
-				return write(p.summary())
-			default:
-				return writeJSON(w, p.summary())
-			}
+		case e = <-p.events:
 		case <-ticker.C:
-			read := p.read.Load()
-			p.mu.Lock()
-			p.rate = read - lastRead
-			p.mu.Unlock()
-			lastRead = read
-			err = write(p.progress())
+			p.rate.Store(p.read.Swap(0))
+			e = p.progress()
 		}
-		if err != nil {
-			return fmt.Errorf("%w: %w", errClientGone, err)
+		switch {
+		case e != nil:
+			if err := write(e); err != nil {
+				return fmt.Errorf("%w: %w", errClientGone, err)
+			}
+		case p.ctx.Err() != nil:
+			return context.Cause(p.ctx)
+		case withEvents:
+			return write(p.summary())
+		default:
+			return writeJSON(w, p.summary())
 		}
 	}
 }
 
-// count counts an event.
-func (p *prefetchRun) count(e any) {
+// tell counts by count, and hands the event to the goroutine that writes it.
+func (p *prefetchRun) tell(event any, count func(sum *summaryEvent)) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	switch e := e.(type) {
-	case foundEvent:
-		if p.dryRun && e.Size != nil {
-			p.sum.Bytes += *e.Size
-		}
-	case doneEvent:
-		if e.Source == "cache" {
-			p.sum.Cached++
-		} else {
-			p.sum.Fetched++
-		}
-		p.sum.Bytes += e.Bytes
-	case failedEvent:
-		p.sum.Failed++
-	}
+	count(&p.sum)
+	p.mu.Unlock()
+	p.events <- event
+}
+
+// fail tells of a file that cannot be had.
+func (p *prefetchRun) fail(remote, path string, err error) {
+	status, detail := statusAndDetail(err)
+	p.tell(failedEvent{fileEvent{"failed", remote, path}, status, detail}, func(sum *summaryEvent) { sum.Failed++ })
 }
 
 // summary says what the run has done so far.
 func (p *prefetchRun) summary() summaryEvent {
-	found := p.jobs.found()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := p.sum
-	s.Event, s.Found, s.DryRun = "summary", found, p.dryRun
+	s.Event, s.DryRun = "summary", p.dryRun
 	s.Seconds = math.Round(p.api.now().Sub(p.started).Seconds()*1000) / 1000
 	return s
 }
@@ -262,23 +261,7 @@ func (p *prefetchRun) summary() summaryEvent {
 // progress says how far the run is.
 func (p *prefetchRun) progress() progressEvent {
 	s := p.summary()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return progressEvent{"progress", s.Found, s.Fetched + s.Cached, s.Failed, s.Bytes, p.rate}
-}
-
-// emit hands an event to the goroutine that writes it.
-func (p *prefetchRun) emit(e any) {
-	select {
-	case p.events <- e:
-	case <-p.ctx.Done():
-	}
-}
-
-// fail tells of a file that cannot be had.
-func (p *prefetchRun) fail(remote, path string, err error) {
-	status, detail := statusAndDetail(err)
-	p.emit(failedEvent{fileEvent{"failed", remote, path}, status, detail})
+	return progressEvent{"progress", s.Found, s.Fetched + s.Cached, s.Failed, s.Bytes, p.rate.Load()}
 }
 
 // findFile returns the file at a path here, which is escaped and may have a query. Its
@@ -305,147 +288,45 @@ func (p *prefetchRun) findFile(way string) (fileRequest, error) {
 	return fileRequest{target: t}, err
 }
 
-// addNamed adds files that were named one by one.
-func (p *prefetchRun) addNamed(files []wantedFile) {
-	for _, f := range files {
-		file, err := p.findFile(f.way)
-		switch {
-		case f.hadQuery:
-			err = newProblem(http.StatusBadRequest, "it was asked for with a query, which is not in this list: give its URL")
-		case f.way == "":
-			err = newProblem(http.StatusNotFound, "no remote has a base_url that this URL begins with")
-		case err == nil:
-			err = p.jobs.push(file.key(), job{f.way, 0})
-		}
-		if f.remote == "" && file.remote != nil { // it was named by its URL here
-			f.remote, f.path = file.remote.name, cmp.Or(file.path, f.path)
-		}
-		if err != nil {
-			p.fail(f.remote, f.path, err)
-		}
-	}
-}
-
-// work does jobs until there are no more.
-func (p *prefetchRun) work() {
-	for {
-		j, ok := p.jobs.take()
-		if !ok {
-			return
-		}
-		if file, err := p.findFile(j.way); err == nil { // it was nil when the job was added
-			p.fetch(file, j.size)
-		}
-		p.jobs.finish()
-	}
-}
-
-// fetch fetches a file that was found. Of a manifest it adds what that names. A dry run
-// fetches manifests only.
-func (p *prefetchRun) fetch(file fileRequest, declared int64) {
-	name, image := file.remote.name, imageOfManifest(file)
-	rec := storedRecord(p.ctx, p.api.cache, file)
-	found := foundEvent{fileEvent{"found", name, file.path}, nil, rec != nil}
-	if rec != nil {
-		found.Size = &rec.Size
-	} else if declared > 0 {
-		found.Size = &declared
-	}
-	p.emit(found)
-	if p.dryRun && image == "" {
-		return
-	}
-	var to io.Writer = &p.read
-	var text bytes.Buffer
-	if image != "" {
-		to = &text
-	}
-	size, fromRemote, err := prefetch(p.ctx, p.api.cache, file, to, image != "")
-	if err != nil {
-		p.fail(name, file.path, err)
-		return
-	}
-	if !p.dryRun {
-		source := "cache"
-		if fromRemote {
-			source = "remote"
-		}
-		p.emit(doneEvent{fileEvent{"done", name, file.path}, size, source})
-	}
-	if image != "" {
-		p.addParts(file, image, text.Bytes())
-	}
-}
-
-// job is a file of a run: its path here, and its size, or 0 if that is not known.
-type job struct {
-	way  string
-	size int64
-}
-
-// jobQueue has the files of a run. Its methods may be called concurrently.
-type jobQueue struct {
-	ctx     context.Context
-	mu      sync.Mutex // guards the fields below
-	changed *sync.Cond
-	seen    map[string]struct{} // keys
-	jobs    []job
-	open    int // jobs that are not finished, and the finder
-}
-
-// init makes a queue that ends with ctx, and whose finder has not finished.
-func (q *jobQueue) init(ctx context.Context) {
-	q.ctx, q.changed, q.seen, q.open = ctx, sync.NewCond(&q.mu), map[string]struct{}{}, 1
-	context.AfterFunc(ctx, func() {
-		q.mu.Lock()
-		defer q.mu.Unlock()
-		q.changed.Broadcast()
-	})
-}
-
-// push adds a job, unless there was one for its key.
-func (q *jobQueue) push(key string, j job) error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if _, twice := q.seen[key]; twice {
+// fetch fetches a file that was found, and returns its record, or nil. What a manifest
+// says goes to text, in a dry run too; text is nil for any other file.
+func (p *prefetchRun) fetch(j job, text *bytes.Buffer) *record {
+	file, err := p.findFile(j.way)
+	if err != nil || p.ctx.Err() != nil { // err was nil when the job was added
 		return nil
 	}
-	if len(q.seen) == maxPrefetchFiles {
-		return newProblem(http.StatusRequestEntityTooLarge, "a run has at most %d files: narrow it by prefix or pattern", maxPrefetchFiles)
+	name := file.remote.name
+	found := foundEvent{fileEvent{"found", name, file.path}, nil, false}
+	if rec := storedRecord(p.ctx, p.api.cache, file); rec != nil {
+		found.Size, found.Stored = &rec.Size, true
+	} else if j.size > 0 {
+		found.Size = &j.size
 	}
-	q.seen[key] = struct{}{}
-	q.jobs = append(q.jobs, j)
-	q.open++
-	q.changed.Signal()
-	return nil
-}
-
-// take waits for a job. ok is false when there will be no more. finish follows each.
-func (q *jobQueue) take() (j job, ok bool) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	for q.ctx.Err() == nil && q.open > 0 {
-		if len(q.jobs) > 0 {
-			j, q.jobs = q.jobs[0], q.jobs[1:]
-			return j, true
+	p.tell(found, func(sum *summaryEvent) {
+		if p.dryRun && found.Size != nil {
+			sum.Bytes += *found.Size
 		}
-		q.changed.Wait()
+	})
+	if p.dryRun && text == nil {
+		return nil
 	}
-	return j, false
-}
-
-// finish is called when a job is done, and by the finder at its end.
-func (q *jobQueue) finish() {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.open--; q.open == 0 {
-		q.changed.Broadcast()
+	var to io.Writer = &p.read
+	if text != nil {
+		to = text
 	}
-}
-
-// found is how many files were found.
-func (q *jobQueue) found() int64 {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return int64(len(q.seen))
+	rec, source, err := prefetch(p.ctx, p.api.cache, file, to, text != nil)
+	switch {
+	case err != nil:
+		p.fail(name, file.path, err)
+	case !p.dryRun:
+		p.tell(doneEvent{fileEvent{"done", name, file.path}, rec.Size, source}, func(sum *summaryEvent) {
+			sum.Bytes += rec.Size
+			if source == "cache" {
+				sum.Cached++
+			} else {
+				sum.Fetched++
+			}
+		})
+	}
+	return rec
 }

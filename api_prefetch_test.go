@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
@@ -165,6 +166,17 @@ func TestPrefetchSummaryAlone(t *testing.T) {
 	}
 }
 
+// A file that a stored root names is stored by its content.
+func TestPrefetchOfMetadata(t *testing.T) {
+	t.Parallel()
+	a := debArchive(t, "")
+	a.publish(map[string]string{"main/binary-amd64/Packages": "Package: x\n"})
+	body := `{"remote": "r", "paths": ["dists/t/main/binary-amd64/Packages", "dists/t/InRelease"]}`
+	a.getRoot().wantStatus(200)
+	a.prefetch(body).wants("failed")
+	a.prefetch(body).wants("failed").wantSum(2, 0, 2, 0)
+}
+
 // A file that cannot be stored was not fetched ahead, whatever else became of it.
 func TestPrefetchThatStoresNothingFails(t *testing.T) {
 	t.Parallel()
@@ -318,6 +330,15 @@ func repomd(location string) string {
 	return `<repomd><data type="other"><location href="repodata/other.xml"/></data><data type="primary"><location href="` + location + `"/></data></repomd>`
 }
 
+// namedRelease is an InRelease that names these files with these texts.
+func namedRelease(files ...string) string {
+	text := "-----BEGIN PGP SIGNED MESSAGE-----\n\nSuite: t\nMD5Sum:\n ff 1 Packages.bz2\nSHA256:\n"
+	for i := 0; i < len(files); i += 2 {
+		text += fmt.Sprintf(" %x %d %s\n", sha256.Sum256([]byte(files[i+1])), len(files[i+1]), files[i])
+	}
+	return text
+}
+
 const (
 	apkIndex    = "P:curl\nV:8.1-r0\nS:11\nD:so:x\nF:\n\nP:zlib\nV:1-r1\nS:12\n\nP:curl-dev\nV:8.1-r0\nS:13\n" // no empty line at the end
 	debPackages = "Package: curl\nFilename: %[1]spool/c/curl_1%%3a2+x.deb\nSize: 21\nDescription: s\n Filename: not/this_curl.deb\n .\n\nPackage: zlib\nFilename: %[1]spool/z/zlib_1.deb\nSize: 22\n\n"
@@ -327,7 +348,8 @@ const (
 func TestPrefetchByIndex(t *testing.T) {
 	t.Parallel()
 	pool := strings.ReplaceAll(fmt.Sprintf(debPackages, ""), "%%", "%")
-	release := "-----BEGIN PGP SIGNED MESSAGE-----\n\nSuite: t\nMD5Sum:\n a 1 main/binary-amd64/Packages\nSHA256:\n a 1 main/binary-amd64/Packages\n a 1 main/binary-amd64/Packages.xz\n a 1 main/binary-amd64/Packages.gz\n a 1 main/i18n/Translation-en\n"
+	release := namedRelease("main/binary-amd64/Packages.gz", gz(pool), "main/i18n/Translation-en", "x")
+	plainRelease := namedRelease("main/binary-amd64/Packages", pool)
 	for _, c := range []struct {
 		name, keys, prefix string
 		files              map[string]string // what upstream has beside the packages
@@ -357,13 +379,13 @@ func TestPrefetchByIndex(t *testing.T) {
 		{"rpm, an endless element", "package: rpm", "", map[string]string{"/repodata/repomd.xml": repomd("p.xml"), "/p.xml": "<metadata><x>" + strings.Repeat("x", 3<<20)}, nil, 0, []string{"p.xml 502"}},
 		{"rpm, cut between elements", "package: rpm", "", map[string]string{"/repodata/repomd.xml": repomd("p.xml"), "/p.xml": "<metadata>" + rpmPackage(`href="curl.rpm"`, 31)}, []string{"curl.rpm"}, 31, []string{"p.xml 502"}},
 		{"rpm, no primary", "package: rpm", "", map[string]string{"/repodata/repomd.xml": "<repomd/>"}, nil, 0, []string{"repodata/repomd.xml 502"}},
-		{"deb, a suite", "package: deb", "dists/t", map[string]string{"/dists/t/InRelease": release, "/dists/t/main/binary-amd64/Packages.gz": gz(pool)}, []string{"pool/c/curl_1%3a2+x.deb"}, 21, nil},
-		{"deb, a suite by its name", "package: deb", "t", map[string]string{"/dists/t/Release": release, "/dists/t/main/binary-amd64/Packages": pool}, []string{"pool/c/curl_1%3a2+x.deb"}, 21, nil},
+		{"deb, a suite", "package: deb", "dists/t", map[string]string{"/dists/t/InRelease": release, "/dists/t/main/i18n/Translation-en": "x", "/dists/t/main/binary-amd64/Packages.gz": gz(pool)}, []string{"pool/c/curl_1%3a2+x.deb"}, 21, nil},
+		{"deb, a suite by its name", "package: deb", "t", map[string]string{"/dists/t/Release": plainRelease, "/dists/t/main/binary-amd64/Packages": pool}, []string{"pool/c/curl_1%3a2+x.deb"}, 21, nil},
 		{"deb, a folder", "package: generic", "sub/dists/t/main/binary-amd64", map[string]string{"/sub/dists/t/main/binary-amd64/Packages": pool}, []string{"sub/pool/c/curl_1%3a2+x.deb"}, 21, nil},
 		{"deb, flat", "package: deb", "", map[string]string{"/Packages.gz": gz(fmt.Sprintf(debPackages, "./"))}, []string{"pool/c/curl_1%3a2+x.deb"}, 21, nil},
 		{"deb, flat below a prefix", "package: deb", "a/b", map[string]string{"/a/b/Packages": pool}, []string{"a/b/pool/c/curl_1%3a2+x.deb"}, 21, nil},
 		{"deb, flat, from the root", "package: deb", "a", map[string]string{"/a/Packages": fmt.Sprintf(debPackages, "a/")}, []string{"a/pool/c/curl_1%3a2+x.deb"}, 21, nil},
-		{"deb, only xz", "package: deb", "dists/t", map[string]string{"/dists/t/InRelease": "SHA256:\n a 1 Packages.xz\n", "/dists/t/Packages.xz": "\xfd7zXZ\x00"}, nil, 0, []string{"dists/t/Packages.xz 501"}},
+		{"deb, only xz", "package: deb", "dists/t", map[string]string{"/dists/t/InRelease": namedRelease("Packages.xz", "\xfd7zXZ\x00"), "/dists/t/Packages.xz": "\xfd7zXZ\x00"}, nil, 0, []string{"dists/t/Packages.xz 501"}},
 		{"deb, none", "package: deb", "dists/t", nil, nil, 0, []string{"dists/t/Packages 404"}},
 		{"a listing", "package: generic", "", map[string]string{"/": fmt.Sprintf(linkPage, "a%20curl+.gz")}, []string{"a curl+.gz"}, 0, nil},
 		{"listings below a prefix", "package: generic", "x", map[string]string{"/x/": fmt.Sprintf(linkPage, "/x/curl/"), "/x/curl/": fmt.Sprintf(linkPage, "http://ORIGIN/x/curl/1")},
@@ -460,7 +482,7 @@ func TestPrefetchOfAnyText(t *testing.T) {
 		`{"remote":"r","path":"asked","count":3,"query":true}` + "\n" +
 		`{"msg":"Cache MISS","remote":"deep","path":"d","status":200}` + "\n" +
 		`{"remote":"gone","path":"x","count":1}` + "\n" +
-		strings.Repeat("x", maxTextPiece-20) + " " + u + "c1 " + strings.Repeat("y", 2*maxTextPiece) + "\n" +
+		strings.Repeat("x", 64<<10-20) + " " + u + "c1 " + strings.Repeat("y", 128<<10) + "\n" +
 		"http://user:secret@unknown.example/z?token=secret http://unknown.example/z\n" + u + "q?x=1"
 	a := tt.prefetch(text).wants("done", append(want, "deep/d")...).
 		wants("failed", "r/asked 400", "gone/x 404", "/http://unknown.example/z 404", "/"+own+"/health 404")
@@ -509,8 +531,8 @@ func FuzzScanText(f *testing.F) {
 			t.Fatal(err)
 		}
 		for _, file := range s.files {
-			if file.remote != "" && file.way == "" {
-				t.Errorf("%+v has a remote and no path here", file)
+			if file.way == "" && (file.err == nil || file.remote != "") {
+				t.Errorf("%+v has no path here", file)
 			}
 		}
 	})
@@ -578,6 +600,42 @@ func TestPrefetchOfImages(t *testing.T) {
 	m.get("/v2/reg/team/app/referrers/" + x.index).want(200)
 	for d, b := range x.arm.blobs {
 		m.get("/v2/reg/team/app/blobs/" + d).want(200).wantBody(b)
+	}
+}
+
+// The tags of an image are its index, and a list of tags or referrers may have pages.
+func TestPrefetchOfTags(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "package: docker", "immutable_patterns: ['^team/app/(manifests|blobs|referrers)/']")
+	page := func(path, link, text string) {
+		tt.origin.file(path, text).says("Content-Type", "application/json").says("Link", link)
+	}
+	page("/v2/team/app/tags/list", `</v2/team/app/tags/list?last=1.0&n=2>; rel="next"`, `{"name":"team/app","tags":["0.9","1.0"]}`)
+	page("/v2/team/app/tags/list?last=1.0&n=2", "", `{"name":"team/app","tags":["1.1","latest"]}`)
+	text := func(s string) string {
+		return `{"schemaVersion":2,"mediaType":"` + typeManifest + `","annotations":{"is":"` + s + `"}}`
+	}
+	want := []string{"r/team/app/manifests/1.0", "r/team/app/manifests/1.1"}
+	for _, name := range []string{"one", "two"} {
+		digest := sha256Of([]byte(text(name)))
+		tt.origin.file("/v2/team/app/manifests/"+digest, text(name))
+		page("/v2/team/app/referrers/"+digest, "", emptyIndex)
+		signatures := `{"schemaVersion":2,"manifests":[` + descriptorOf(typeManifest, digest, 1) + `]}`
+		referrers := "/v2/team/app/referrers/" + sha256Of([]byte(text("image")))
+		if name == "one" {
+			page(referrers, `<?n=1>; rel="next"`, signatures)
+		} else {
+			page(referrers+"?n=1", "", signatures)
+		}
+		want = append(want, "r/team/app/manifests/"+digest)
+	}
+	for _, tag := range []string{"1.0", "1.1"} {
+		tt.origin.file("/v2/team/app/manifests/"+tag, text("image"))
+	}
+	tt.prefetch(`{"remote": "r", "prefix": "team/app", "pattern": "/1[.][0-9]$"}`).wants("failed").wants("done", want...)
+	tt.prefetch(`{"remote": "r", "prefix": "team/none", "pattern": "."}`).wants("failed", "r/team/none/tags/list 404")
+	if out, err := tt.command("", "--dry-run", "r/team/app", "/1\\.1$"); err != nil || !strings.Contains(out, "3 found") {
+		t.Errorf("%v: %s", err, out)
 	}
 }
 

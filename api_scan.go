@@ -6,23 +6,28 @@ package main
 
 import (
 	"bufio"
-	"bytes"
+	"cmp"
 	"encoding/json"
 	"io"
 	"net/http"
-	"net/url"
 	"regexp"
 	"strings"
 )
 
 // wantedFile is a file that a request or a text names.
 type wantedFile struct {
-	remote string // "": no remote has it
+	remote string // "": it is not known, or no remote has it
 	path   string // as it was named: without a query, which may be a secret
-	way    string // its path here, escaped and with its query; "": it has none
-	// hadQuery: it was asked for with a query that is not known.
-	hadQuery bool
+	way    string // its path here, escaped and with its query
+	err    error  // why it has none
 }
+
+var (
+	errNoRemote   = newProblem(http.StatusNotFound, "no remote has a base_url that this URL begins with")
+	errQueryLost  = newProblem(http.StatusBadRequest, "it was asked for with a query, which is not in this list: give its URL")
+	schemePattern = regexp.MustCompile(`(?i)https?://`) // within a token such as url=https://...
+	userPattern   = regexp.MustCompile(`^([^:]*://)[^/]*@`)
+)
 
 // textScanner collects the files that a text names, each once.
 type textScanner struct {
@@ -32,58 +37,39 @@ type textScanner struct {
 	seen    map[wantedFile]struct{}
 }
 
-// maxTextPiece is how much of a text is looked at at once, in bytes: a line, or as much
-// of a longer one.
-const maxTextPiece = 64 << 10
+// maxTextLine bounds a line of a text, in bytes: lock files may be one line as a whole.
+const maxTextLine = 16 << 20
 
 // scan reads a text. Its error is the reader's, or a problem.
 func (s *textScanner) scan(r io.Reader) error {
-	pieces := bufio.NewScanner(r)
-	pieces.Buffer(nil, 2*maxTextPiece)
-	pieces.Split(splitText)
-	for pieces.Scan() {
-		if err := s.addPiece(pieces.Text()); err != nil {
+	s.seen = map[wantedFile]struct{}{}
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, maxTextLine)
+	for lines.Scan() {
+		if err := s.addLine(lines.Text()); err != nil {
 			return err
 		}
 	}
-	return pieces.Err()
+	return lines.Err()
 }
 
-// splitText is the bufio.SplitFunc of lines. It cuts a longer piece behind a character
-// that is in no URL.
-func splitText(data []byte, atEOF bool) (advance int, token []byte, err error) {
-	i := bytes.IndexByte(data, '\n')
-	if i < 0 && len(data) >= maxTextPiece {
-		if i = bytes.LastIndexAny(data, " \t\"'<>"); i < 0 {
-			i = len(data) - 1
-		}
-	}
-	if i < 0 && atEOF {
-		i = len(data) - 1
-	}
-	if i < 0 {
-		return 0, nil, nil // the end, or more is to come
-	}
-	return i + 1, data[:i+1], nil
-}
-
-// addPiece adds what a piece of a text names. A line that is a JSON object with a remote
-// and a path (of /missed, of a run's events, of the log) names that file.
-func (s *textScanner) addPiece(piece string) error {
+// addLine adds what a line of a text names. A JSON object with a remote and a path (of
+// /missed, of a run's events, of the log) names that file.
+func (s *textScanner) addLine(line string) error {
 	var listed struct {
 		Remote, Path string
 		Query        bool
 	}
-	if strings.HasPrefix(piece, "{") && json.Unmarshal([]byte(piece), &listed) == nil && listed.Path != "" {
-		if r := s.cfg.remotes[listed.Remote]; r != nil {
-			return s.add(wantedFile{r.name, listed.Path, r.pathHere(listed.Path), listed.Query})
+	if strings.HasPrefix(line, "{") && json.Unmarshal([]byte(line), &listed) == nil && listed.Remote != "" && listed.Path != "" {
+		r := cmp.Or(s.cfg.remotes[listed.Remote], &remote{name: listed.Remote})
+		f := wantedFile{r.name, listed.Path, r.pathHere(listed.Path), nil}
+		if listed.Query {
+			f.err = errQueryLost
 		}
-		if listed.Remote != "" {
-			return s.add(wantedFile{listed.Remote, listed.Path, (&url.URL{Path: "/api/" + listed.Remote + "/" + listed.Path}).EscapedPath(), false})
-		}
+		return s.add(f)
 	}
-	piece = strings.ReplaceAll(piece, `\/`, "/") // as some write a slash in JSON
-	for _, token := range strings.FieldsFunc(piece, endsToken) {
+	line = strings.ReplaceAll(line, `\/`, "/") // as some write a slash in JSON
+	for token := range strings.FieldsFuncSeq(line, endsToken) {
 		if f, ok := s.readToken(token); ok {
 			if err := s.add(f); err != nil {
 				return err
@@ -97,12 +83,6 @@ func (s *textScanner) addPiece(piece string) error {
 // the apostrophe, but texts quote with it.
 func endsToken(c rune) bool { return c <= ' ' || strings.ContainsRune("\"'`<>{}|\\^[]\x7f", c) }
 
-var (
-	// schemePattern finds the begin of a URL within a token such as url=https://...
-	schemePattern      = regexp.MustCompile(`(?i)https?://`)
-	credentialsPattern = regexp.MustCompile(`(?i)^(https?://)[^/]*@`)
-)
-
 // readToken returns the file that a word of a text names, if it is a URL, or an image
 // reference that begins with the name of a registry.
 func (s *textScanner) readToken(token string) (f wantedFile, ok bool) {
@@ -111,49 +91,37 @@ func (s *textScanner) readToken(token string) (f wantedFile, ok bool) {
 		return s.readURL(token[at[0]:]), true
 	}
 	token = token[strings.LastIndexByte(token, '=')+1:]
-	for _, scheme := range []string{"docker://", "oci://"} {
-		token = strings.TrimPrefix(token, scheme)
-	}
+	token = strings.TrimPrefix(strings.TrimPrefix(token, "docker://"), "oci://")
 	host, image, _ := strings.Cut(token, "/")
 	if image == "" {
 		return f, false
 	}
-	r := s.cfg.remoteByRegistry(host)
-	_, public, _ := strings.Cut(s.cfg.publicURL, "://")
-	if r == nil && (strings.EqualFold(host, s.ownHost) || host == public) {
-		var name string
-		name, image, _ = strings.Cut(image, "/")
-		r = s.cfg.remotes[name]
-	}
-	if r == nil || r.packageType != "docker" {
-		return f, false
-	}
-	path := manifestPath(image)
-	return wantedFile{r.name, path, r.urlPath() + path, false}, true
+	f = s.readURL("https://" + host + "/v2/" + manifestPath(image))
+	name, _, _ := strings.Cut(strings.TrimPrefix(f.way, "/v2/"), "/")
+	r := s.cfg.remotes[name]
+	return f, r != nil && r.packageType == "docker"
 }
 
-// readURL returns the file at a URL, as one of no remote if there is none.
+// readURL returns the file at a URL.
 func (s *textScanner) readURL(u string) wantedFile {
 	u, _, _ = strings.Cut(u, "#")
 	shown, _, _ := strings.Cut(u, "?")
 	if base := s.cfg.urls.find(u); base != nil {
-		return wantedFile{base.remote.name, decodePath(strings.TrimLeft(shown[len(base.url):], "/")), base.pathHere(u), false}
+		return wantedFile{base.remote.name, decodePath(strings.TrimLeft(shown[len(base.url):], "/")), base.pathHere(u), nil}
 	}
-	f := wantedFile{path: credentialsPattern.ReplaceAllString(shown, "$1")}
+	f := wantedFile{path: userPattern.ReplaceAllString(shown, "$1"), err: errNoRemote}
 	_, rest, _ := strings.Cut(u, "://")
-	if host, path, _ := strings.Cut(rest, "/"); strings.EqualFold(host, s.ownHost) {
-		f.way = "/" + path
-	} else if path, ok := strings.CutPrefix(u, s.cfg.publicURL+"/"); ok && s.cfg.publicURL != "" {
-		f.way = "/" + path
+	_, public, _ := strings.Cut(s.cfg.publicURL, "://")
+	for _, own := range []string{s.ownHost, public} {
+		if n := len(own); n > 0 && len(rest) > n && strings.EqualFold(rest[:n], own) && rest[n] == '/' {
+			f.way, f.err = rest[n:], nil
+		}
 	}
 	return f
 }
 
 // add adds a file, once.
 func (s *textScanner) add(f wantedFile) error {
-	if s.seen == nil {
-		s.seen = map[wantedFile]struct{}{}
-	}
 	if _, twice := s.seen[f]; twice {
 		return nil
 	}

@@ -101,10 +101,9 @@ const usage = `usage: artifactapi [COMMAND]
                  write what is stored, or of these remotes, as a bundle; exit 0 or 1
   have > FILE    print the sha256 of each stored body; export --have leaves these bodies out
   import < TAR   store a bundle, or nothing of it if it is damaged; exit 0 or 1
-  prefetch [OPTION...] REMOTE PATTERN|IMAGE... or, for any text on standard input, -
-                 have the running server fetch what matches, images, or what the
-                 text names; exit 1 if something failed. Options: --server URL,
-                 --dry-run, --prefix FOLDER, --platforms OS/ARCHITECTURE,...
+  prefetch [--server URL] [--dry-run] REMOTE[/FOLDER] PATTERN|IMAGE...
+                 have the running server fetch what matches, or images, or with -
+                 alone what any text on standard input names; exit 1 if something failed
   version        print the version
   help           print this text
 `

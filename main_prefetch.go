@@ -16,15 +16,6 @@ import (
 	"unicode"
 )
 
-// prefetchCommand is artifactapi prefetch.
-type prefetchCommand struct {
-	server string // its URL
-	token  secret
-	client *http.Client
-	out    io.Writer
-	hasBar bool // the output is a terminal
-}
-
 // runPrefetch has the server fetch what args say. Its error says that it could not, or
 // that files failed; errUsage is about args.
 func runPrefetch(ctx context.Context, set *settings, args []string, stdin io.Reader, stdout io.Writer) error {
@@ -32,8 +23,6 @@ func runPrefetch(ctx context.Context, set *settings, args []string, stdin io.Rea
 	flags.SetOutput(io.Discard)
 	server := flags.String("server", "", "")
 	dryRun := flags.Bool("dry-run", false, "")
-	prefix := flags.String("prefix", "", "")
-	platforms := flags.String("platforms", "", "")
 	if err := flags.Parse(args); err != nil {
 		return fmt.Errorf("%w: %w", errUsage, err)
 	}
@@ -45,28 +34,44 @@ func runPrefetch(ctx context.Context, set *settings, args []string, stdin io.Rea
 			return fmt.Errorf("%w: options come first: %q", errUsage, arg)
 		}
 	}
-	c := &prefetchCommand{token: set.apiToken, out: stdout, hasBar: isTerminal(stdout), client: &http.Client{Transport: &http.Transport{}}}
-	if c.server = strings.TrimRight(*server, "/"); c.server == "" {
+	client, url := &http.Client{Transport: &http.Transport{}}, strings.TrimRight(*server, "/")
+	if url == "" {
 		var err error
-		if c.server, err = localURL(set); err != nil {
+		if url, err = localURL(set); err != nil {
 			return err
 		}
-		c.client = newLocalClient()
+		client = newLocalClient()
 	}
-	defer c.client.CloseIdleConnections()
+	defer client.CloseIdleConnections()
+	name, prefix, _ := strings.Cut(flags.Arg(0), "/") // no remote has a slash in its name
+	contentType := "application/json"
+	body, err := json.Marshal(prefetchRequest{Remote: name, Prefix: prefix, Arguments: flags.Args()[1:]})
 	if flags.Arg(0) == "-" {
-		text, err := io.ReadAll(io.LimitReader(stdin, maxPrefetchText+1)) // first: what makes the text may take long
-		if err != nil {
-			return fmt.Errorf("reading standard input: %w", err)
-		}
-		return c.post(ctx, "text/plain", text, *dryRun)
+		contentType = "text/plain"
+		body, err = io.ReadAll(io.LimitReader(stdin, maxPrefetchText+1)) // first: what makes the text may take long
 	}
-	req := prefetchRequest{Remote: flags.Arg(0), Prefix: *prefix, Arguments: flags.Args()[1:]}
-	if *platforms != "" {
-		req.Platforms = strings.Split(*platforms, ",")
+	if err != nil {
+		return fmt.Errorf("reading standard input: %w", err)
 	}
-	body, _ := json.Marshal(req) // strings and booleans can be encoded
-	return c.post(ctx, "application/json", body, *dryRun)
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, fmt.Sprintf("%s/cache-artifact?dry_run=%t", url, *dryRun), bytes.NewReader(body))
+	if err != nil {
+		return fmt.Errorf("--server: %w", err)
+	}
+	req.Header.Set("Content-Type", contentType)
+	if set.apiToken != "" {
+		req.Header.Set("Authorization", "Bearer "+string(set.apiToken))
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return fmt.Errorf("asking the server: %w", err)
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		var answer struct{ Detail string }
+		_ = json.NewDecoder(io.LimitReader(res.Body, copyBufferSize)).Decode(&answer) // another server's is not shown
+		return fmt.Errorf("%s answered %d: %s", url, res.StatusCode, printable(cmp.Or(answer.Detail, http.StatusText(res.StatusCode))))
+	}
+	return showRun(res.Body, stdout, isTerminal(stdout), *dryRun)
 }
 
 // prefetchEvent is any event of a run.
@@ -80,78 +85,41 @@ type prefetchEvent struct {
 	Seconds                      float64
 }
 
-// post starts a run.
-func (c *prefetchCommand) post(ctx context.Context, contentType string, body []byte, dryRun bool) error {
-	path := "/cache-artifact"
-	if dryRun {
-		path += "?dry_run=true"
+// showRun shows the events of a run until it ends, with a progress bar on a terminal.
+func showRun(events io.Reader, out io.Writer, hasBar, dryRun bool) error {
+	emptyLine := ""
+	if hasBar {
+		emptyLine = "\r\x1b[K"
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.server+path, bytes.NewReader(body))
-	if err != nil {
-		return fmt.Errorf("--server: %w", err)
+	printLine := func(format string, args ...any) {
+		fmt.Fprintln(out, emptyLine+printable(fmt.Sprintf(format, args...)))
 	}
-	req.Header.Set("Content-Type", contentType)
-	if c.token != "" {
-		req.Header.Set("Authorization", "Bearer "+string(c.token))
-	}
-	res, err := c.client.Do(req)
-	if err != nil {
-		return fmt.Errorf("asking the server: %w", err)
-	}
-	defer res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		var answer struct{ Detail string }
-		_ = json.NewDecoder(io.LimitReader(res.Body, copyBufferSize)).Decode(&answer) // another server's is not shown
-		return fmt.Errorf("%s answered %d: %s", c.server, res.StatusCode, printable(cmp.Or(answer.Detail, http.StatusText(res.StatusCode))))
-	}
-	return c.show(res.Body, dryRun)
-}
-
-// show shows the events of a run until it ends.
-func (c *prefetchCommand) show(events io.Reader, dryRun bool) error {
 	var last progressEvent
 	failed := 0
 	for lines := json.NewDecoder(events); ; {
 		var e prefetchEvent
 		if err := lines.Decode(&e); err != nil {
-			c.clearBar()
+			fmt.Fprint(out, emptyLine)
 			return fmt.Errorf("the server ended its answer early, not all was fetched: %w", err)
 		}
-		switch e.Event {
-		case "failed":
-			if e.Remote != "" {
-				failed++
-				c.printLine("failed: %s/%s: %d %s", e.Remote, e.Path, e.Status, e.Detail)
-			} else {
-				c.printLine("skipped: %s: %s", e.Path, e.Detail)
-			}
-		case "found":
-			if dryRun && !e.Stored {
-				c.printLine("%s/%s", e.Remote, e.Path)
-			}
-		case "summary":
-			c.printLine("%d found, %d fetched, %d there already, %d failed, %s in %.1f s", e.Found, e.Fetched, e.Cached, e.Failed, formatBytes(e.Bytes), e.Seconds)
+		switch {
+		case e.Event == "failed" && e.Remote == "":
+			printLine("skipped: %s: %s", e.Path, e.Detail)
+		case e.Event == "failed":
+			failed++
+			printLine("failed: %s/%s: %d %s", e.Remote, e.Path, e.Status, e.Detail)
+		case e.Event == "found" && dryRun && !e.Stored:
+			printLine("%s/%s", e.Remote, e.Path)
+		case e.Event == "progress" && hasBar:
+			fmt.Fprint(out, emptyLine, drawBar(last, e.progressEvent))
+			last = e.progressEvent
+		case e.Event == "summary":
+			printLine("%d found, %d fetched, %d there already, %d failed, %s in %.1f s", e.Found, e.Fetched, e.Cached, e.Failed, formatBytes(e.Bytes), e.Seconds)
 			if failed > 0 {
 				return fmt.Errorf("not fetched: %d of %d files", failed, e.Found)
 			}
 			return nil
 		}
-		if c.hasBar && e.Event == "progress" {
-			fmt.Fprint(c.out, "\r", drawBar(last, e.progressEvent), "\x1b[K")
-			last = e.progressEvent
-		}
-	}
-}
-
-// printLine prints a line, above the progress bar.
-func (c *prefetchCommand) printLine(format string, args ...any) {
-	c.clearBar()
-	fmt.Fprintln(c.out, printable(fmt.Sprintf(format, args...)))
-}
-
-func (c *prefetchCommand) clearBar() {
-	if c.hasBar {
-		fmt.Fprint(c.out, "\r\x1b[K")
 	}
 }
 

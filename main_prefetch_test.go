@@ -30,6 +30,8 @@ func TestPrefetchCommand(t *testing.T) {
 	tt.origin.file("/", `<a href="a.bin">a</a><a href="b.bin">b</a><a href="c.txt">c</a>`)
 	tt.origin.file("/a.bin", "12345")
 	tt.origin.file("/c.txt", "c")
+	tt.origin.file("/sub/", `<a href="z.bin">z</a>`)
+	tt.origin.file("/sub/z.bin", "z")
 	for _, c := range []struct {
 		stdin string
 		args  []string
@@ -43,8 +45,8 @@ func TestPrefetchCommand(t *testing.T) {
 		{tt.origin.url + "/gone", []string{"-"}, []string{"failed: r/gone: 404"}, "not fetched: 1 of 1 files"},
 		{"", []string{"none", "."}, nil, "none"},
 		{"", []string{"r", "a(["}, nil, "pattern"},
-		{"", []string{"--prefix", "..", "r", "a"}, nil, "prefix"},
-		{"", []string{"--platforms", "linux/amd64", "r", "a"}, nil, "platforms"},
+		{"", []string{"r/..", "a"}, nil, "prefix"},
+		{"", []string{"r/sub/", `z\.bin`}, []string{"1 found, 1 fetched"}, ""},
 		{"", []string{"--server", "http://" + refusingAddress(t), "r", "."}, nil, "connection refused"},
 		{"", []string{"--server", tt.origin.url, "r", "."}, nil, tt.origin.url + " answered 404"},
 	} {
