@@ -45,7 +45,7 @@ func imageOfManifest(file fileRequest) string {
 // readManifest fetches a manifest, and adds what it names and what refers to it.
 func (p *prefetchFinder) readManifest(j job) {
 	var text bytes.Buffer
-	rec := p.fetch(j, &text)
+	rec := p.fetch(j, &text, true)
 	if rec == nil {
 		return
 	}
@@ -79,14 +79,8 @@ func (p *prefetchFinder) readManifest(j job) {
 
 // addPart adds a manifest or a blob.
 func (p *prefetchFinder) addPart(r *remote, folder string, part imagePart) {
-	way := r.urlPath() + folder + part.Digest
-	file, err := p.findFile(way)
-	if err == nil {
-		err = p.add(file, job{way, part.Size})
-	}
-	if err != nil {
-		p.fail(r.name, folder+part.Digest, err)
-	}
+	path := folder + part.Digest
+	p.add(wantedFile{r.name, path, r.urlPath() + path, nil}, part.Size)
 }
 
 // wantsPlatform reports whether the run is about the platform of a manifest. Where an

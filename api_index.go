@@ -46,7 +46,7 @@ type prefetchFinder struct {
 // fetched.
 func (p *prefetchFinder) find() {
 	for _, f := range p.named {
-		p.addNamed(f)
+		p.add(f, 0)
 	}
 	if p.pattern != nil {
 		p.findMatching()
@@ -58,42 +58,38 @@ func (p *prefetchFinder) find() {
 	}
 }
 
-// addNamed adds a file that was named.
-func (p *prefetchFinder) addNamed(f wantedFile) {
+// add adds a file, once, or tells why it cannot be had.
+func (p *prefetchFinder) add(f wantedFile, size int64) {
 	file, err := fileRequest{}, f.err
 	if err == nil {
 		file, err = p.findFile(f.way)
 	}
+	key := ""
 	if err == nil {
-		err = p.add(file, job{f.way, 0})
-	}
-	if f.remote == "" && file.remote != nil { // it was named by its URL here
-		f.remote, f.path = file.remote.name, cmp.Or(file.path, f.path)
+		key = file.key()
+		if _, twice := p.seen[key]; twice {
+			return
+		}
+		if len(p.seen) == maxPrefetchFiles {
+			err = newProblem(http.StatusRequestEntityTooLarge, "a run has at most %d files: narrow it by prefix or pattern", maxPrefetchFiles)
+		}
 	}
 	if err != nil {
+		if f.remote == "" && file.remote != nil { // it was named by its URL here
+			f.remote, f.path = file.remote.name, cmp.Or(file.path, f.path)
+		}
 		p.fail(f.remote, f.path, err)
-	}
-}
-
-// add adds a file, once.
-func (p *prefetchFinder) add(file fileRequest, j job) error {
-	key := file.key()
-	if _, twice := p.seen[key]; twice {
-		return nil
-	}
-	if len(p.seen) == maxPrefetchFiles {
-		return newProblem(http.StatusRequestEntityTooLarge, "a run has at most %d files: narrow it by prefix or pattern", maxPrefetchFiles)
+		return
 	}
 	p.seen[key] = struct{}{}
 	p.mu.Lock()
 	p.sum.Found++
 	p.mu.Unlock()
 	if imageOfManifest(file) != "" {
-		p.manifests = append(p.manifests, j)
+		p.manifests = append(p.manifests, job{f.way, size})
 	} else {
-		p.jobs <- j
+		p.jobs <- job{f.way, size}
 	}
-	return nil
 }
 
 // findMatching adds the files of the remote that match.
@@ -121,19 +117,13 @@ func (p *prefetchFinder) findMatching() {
 func (p *prefetchFinder) addMatching(way, size string) {
 	file, err := p.findFile(way)
 	name := cmp.Or(file.path, strings.TrimPrefix(way, p.remote.urlPath()))
-	if !p.pattern.MatchString(name) {
-		return
-	}
-	if errors.Is(err, errDenied) {
+	switch {
+	case !p.pattern.MatchString(name):
+	case errors.Is(err, errDenied):
 		p.refused++
-		return
-	}
-	if err == nil {
+	default:
 		n, _ := strconv.ParseInt(size, 10, 64)
-		err = p.add(file, job{way, n})
-	}
-	if err != nil {
-		p.fail(p.remote.name, name, err)
+		p.add(wantedFile{p.remote.name, name, way, nil}, n)
 	}
 }
 
@@ -317,28 +307,27 @@ func readElements(r io.Reader, name string, f func(*rpmElement)) error {
 // findDebs reads the Packages that the Release of the suite prefix names, which may be
 // named without "dists/", or else the one in the folder prefix.
 func (p *prefetchFinder) findDebs() {
-	for _, suite := range []string{p.prefix, "dists/" + p.prefix} {
-		for _, name := range []string{"InRelease", "Release"} {
-			way, folders := p.remote.pathHere(suite+name), map[string]bool{}
-			err := p.readIndex(way, func(r io.Reader) error {
-				text, err := readMetadata(r)
-				for file := range parseRoot(name, text, "").files {
-					if strings.HasPrefix(path.Base(file), "Packages") {
-						folders[suite+strings.TrimSuffix(file, path.Base(file))] = true
-					}
+	suite := p.prefix
+	for _, name := range []string{suite + "InRelease", suite + "Release", "dists/" + suite + "InRelease", "dists/" + suite + "Release"} {
+		folders := map[string]bool{}
+		err := p.readIndex(p.remote.pathHere(name), func(r io.Reader) error {
+			text, err := readMetadata(r)
+			for file := range parseRoot(name, text, "").files {
+				if below, list := path.Split(file); strings.HasPrefix(list, "Packages") {
+					folders[strings.TrimSuffix(name, path.Base(name))+below] = true
 				}
-				return err
-			})
-			if err != nil && !errors.Is(err, fs.ErrNotExist) {
-				p.failIndex(p.remote, way, err)
-				return
 			}
-			for _, folder := range sortedKeys(folders) {
-				p.findPackages(folder)
-			}
-			if len(folders) > 0 {
-				return
-			}
+			return err
+		})
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			p.failIndex(p.remote, p.remote.pathHere(name), err)
+			return
+		}
+		for _, folder := range sortedKeys(folders) {
+			p.findPackages(folder)
+		}
+		if len(folders) > 0 {
+			return
 		}
 	}
 	p.findPackages(p.prefix)

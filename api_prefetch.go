@@ -10,7 +10,6 @@ import (
 	"io"
 	"mime"
 	"net/http"
-	"regexp"
 	"strconv"
 	"strings"
 )
@@ -129,9 +128,6 @@ func (p *prefetchRun) readBody(w http.ResponseWriter, r *http.Request, isJSON bo
 	return nil
 }
 
-// platformPattern matches OS/ARCHITECTURE and OS/ARCHITECTURE/VARIANT.
-var platformPattern = regexp.MustCompile(`^[a-z0-9]+/[a-z0-9_]+(/[a-z0-9.]+)?$`)
-
 // readRequest checks req and takes it over, but for the files that it names. Its error
 // is a problem that names the field.
 func (p *prefetchRun) readRequest(req *prefetchRequest) (err error) {
@@ -176,7 +172,7 @@ func (p *prefetchRun) readRequest(req *prefetchRequest) (err error) {
 		return refuse("prefix: %v", err)
 	}
 	for _, s := range p.platforms {
-		if !platformPattern.MatchString(s) {
+		if n := strings.Count(s, "/"); n != 1 && n != 2 {
 			return refuse("platforms: %.60q is not OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT, such as linux/amd64", s)
 		}
 	}

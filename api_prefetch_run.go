@@ -1,10 +1,9 @@
-// api_prefetch_run.go: a prefetch run. One goroutine finds files, eight fetch them, and
+// api_prefetch_run.go: a prefetch run. One goroutine finds files, others fetch them, and
 // the goroutine of the request writes the events that tell of them.
 
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -24,7 +23,7 @@ const (
 	// maxPrefetchRuns bounds the runs at once: a long one and another beside it.
 	maxPrefetchRuns = 2
 	// prefetchWorkers is how many files a run fetches at once: a fraction of the
-	// places that a remote has for all its clients.
+	// places that a remote has for all its clients. Who finds them is one of these.
 	prefetchWorkers = 8
 	// maxPrefetchFiles bounds the files of a run, which take some 300 bytes of memory
 	// each. Large repositories have a quarter of it for one architecture.
@@ -173,16 +172,18 @@ func (c *byteCounter) Write(p []byte) (int, error) {
 func (p *prefetchRun) run(w *response, withEvents bool) error {
 	p.jobs, p.events = make(chan job, maxPrefetchFiles), make(chan any, 64)
 	var running sync.WaitGroup
+	fetchFound := func() {
+		for j := range p.jobs {
+			p.fetch(j, &p.read, false)
+		}
+	}
 	running.Go(func() {
-		defer close(p.jobs)
 		(&prefetchFinder{prefetchRun: p, seen: map[string]struct{}{}}).find()
+		close(p.jobs)
+		fetchFound()
 	})
-	for range prefetchWorkers {
-		running.Go(func() {
-			for j := range p.jobs {
-				p.fetch(j, nil)
-			}
-		})
+	for range prefetchWorkers - 1 {
+		running.Go(fetchFound)
 	}
 	go func() {
 		running.Wait()
@@ -288,9 +289,9 @@ func (p *prefetchRun) findFile(way string) (fileRequest, error) {
 	return fileRequest{target: t}, err
 }
 
-// fetch fetches a file that was found, and returns its record, or nil. What a manifest
-// says goes to text, in a dry run too; text is nil for any other file.
-func (p *prefetchRun) fetch(j job, text *bytes.Buffer) *record {
+// fetch fetches a file that was found, and returns its record, or nil. What comes from
+// upstream is written to w. A manifest is written whole wherever it is, in a dry run too.
+func (p *prefetchRun) fetch(j job, w io.Writer, isManifest bool) *record {
 	file, err := p.findFile(j.way)
 	if err != nil || p.ctx.Err() != nil { // err was nil when the job was added
 		return nil
@@ -307,14 +308,10 @@ func (p *prefetchRun) fetch(j job, text *bytes.Buffer) *record {
 			sum.Bytes += *found.Size
 		}
 	})
-	if p.dryRun && text == nil {
+	if p.dryRun && !isManifest {
 		return nil
 	}
-	var to io.Writer = &p.read
-	if text != nil {
-		to = text
-	}
-	rec, source, err := prefetch(p.ctx, p.api.cache, file, to, text != nil)
+	rec, source, err := prefetch(p.ctx, p.api.cache, file, w, isManifest)
 	switch {
 	case err != nil:
 		p.fail(name, file.path, err)

@@ -22,10 +22,9 @@ func askHealth(ctx context.Context, set *settings) error {
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, server+"/health", nil)
 	if err != nil {
-		return fmt.Errorf("asking /health: %w", err)
+		return fmt.Errorf("LISTEN_ADDR: %w", err)
 	}
-	client := newLocalClient()
-	res, err := client.Do(req)
+	res, err := newLocalClient().Do(req)
 	if err != nil {
 		return fmt.Errorf("asking /health: %w", err)
 	}
