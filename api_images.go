@@ -61,8 +61,11 @@ func (p *prefetchFinder) readManifest(j job) {
 			p.addPart(file.remote, image+"/manifests/", part)
 		}
 	}
-	for _, part := range append(m.Layers, m.Config) {
-		if len(part.URLs) == 0 && part.Digest != "" {
+	if m.Config.Digest != "" {
+		m.Layers = append(m.Layers, m.Config)
+	}
+	for _, part := range m.Layers {
+		if len(part.URLs) == 0 {
 			p.addPart(file.remote, image+"/blobs/", part)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"bufio"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"regexp"
@@ -49,6 +50,9 @@ func (s *textScanner) scan(r io.Reader) error {
 		if err := s.addLine(lines.Text()); err != nil {
 			return err
 		}
+	}
+	if errors.Is(lines.Err(), bufio.ErrTooLong) {
+		return newProblem(http.StatusRequestEntityTooLarge, "a line of the text has more than %d bytes: break it at blanks", maxTextLine)
 	}
 	return lines.Err()
 }
