@@ -1461,6 +1461,10 @@ func TestExpiredCopyWithoutRoomForTheNewOne(t *testing.T) {
 	tt.origin.file("/a", "new")
 	tt.get("/api/r/a").wantFrom("remote", "fwd=stale; fwd-status=200").wantBody("new")
 	tt.wantStored("a", true) // the old one
+	tt.digested(func(q *fileRequest) { q.needsWholeBody, q.maxBytes = true, 1000 })
+	tt.origin.file("/a", "new").cut(2, 2) // for the fill, and for its client
+	tt.get("/api/r/a").wantStale().wantBody("old")
+	tt.digested(func(*fileRequest) {})
 	tt.down()
 	tt.get("/api/r/a").wantStale().wantBody("old")
 }
