@@ -47,8 +47,9 @@ type record struct {
 // object is a stored record and, unless only the record was asked for, its body. Its
 // holder closes body.
 type object struct {
-	rec  *record // shared by all holders, and so never changed
-	body io.ReadSeekCloser
+	rec     *record        // shared by all holders, and so never changed
+	headers *recordHeaders // of rec, shared too; nil: make them
+	body    io.ReadSeekCloser
 }
 
 // objects keeps bodies with their records, by key.
@@ -318,7 +319,7 @@ type fileBehavior interface {
 	// record. Its error keeps the body from being stored and answered.
 	checkBody(ctx context.Context, rec *record, body io.ReaderAt) error
 	// setHeaders sets what describes the body in a reply; path is the decoded one.
-	setHeaders(h *headerSetter, path string, rec *record)
+	setHeaders(w *response, path string, rec *record)
 	// servesStale reports whether an expired copy answers for that status of
 	// upstream even without stale_if_error.
 	servesStale(status int) bool
@@ -334,13 +335,13 @@ func (download) permit(context.Context, *record) error                 { return 
 func (download) keepHeaders(*record, http.Header)                      {}
 func (download) checkBody(context.Context, *record, io.ReaderAt) error { return nil }
 func (download) servesStale(int) bool                                  { return false }
-func (download) setHeaders(h *headerSetter, name string, rec *record) {
+func (download) setHeaders(w *response, name string, rec *record) {
 	contentType := rec.ContentType
 	if !rec.isPage {
 		contentType = contentTypeOf(name, contentType)
 	}
-	h.set("Content-Type", contentType)
-	h.set("Content-Disposition", contentDisposition(path.Base(name)))
+	w.setHeader("Content-Type", contentType)
+	w.setHeader("Content-Disposition", contentDisposition(path.Base(name)))
 }
 
 // behaves is the file's behavior.
@@ -657,7 +658,7 @@ func (s *storedCopy) hitReply(extra string) *fileReply {
 	if !s.forever {
 		status += "; ttl=" + strconv.FormatInt(int64(s.ttlLeft/time.Second), 10)
 	}
-	return &fileReply{rec: s.rec, size: s.rec.Size, body: s.body, goodAt: s.goodAt, hashKnown: true, cacheStatus: status + extra, result: "HIT"}
+	return &fileReply{rec: s.rec, headers: s.headers, size: s.rec.Size, body: s.body, goodAt: s.goodAt, hashKnown: true, cacheStatus: status + extra, result: "HIT"}
 }
 
 // staleReply is the reply with an expired copy; why goes into the Cache-Status.

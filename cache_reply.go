@@ -137,78 +137,97 @@ func parseByteRange(r *http.Request) byteRange {
 }
 
 // send writes headers and body for a client's request. http.ServeContent evaluates
-// ranges and conditions; where the length is not known yet, the body goes out in
-// full.
+// ranges and conditions; where there are none, or where the length is not known yet,
+// the body goes out in full.
 func (reply *fileReply) send(w *response, r *http.Request, file fileRequest, now time.Time) {
-	reply.setHeaders(w.Header(), r, file, now)
-	if reply.size >= 0 {
-		if reply.rec.Encoding != "" {
-			// ServeContent leaves it out for coded bodies, because it cannot know
-			// whether something below it codes them.
-			w.Header().Set("Content-Length", strconv.FormatInt(reply.size, 10))
+	reply.setHeaders(w, r, file, now)
+	if reply.size < 0 {
+		w.Header().Set("Last-Modified", reply.rec.Modified.Format(http.TimeFormat))
+		w.WriteHeader(http.StatusOK)
+		if r.Method != http.MethodHead {
+			_, _ = w.sendBody(reply.body, math.MaxInt64) // its failures are remembered in w
 		}
+		return
+	}
+	known := reply.headers
+	if known == nil {
+		known = newRecordHeaders(reply.rec, reply.size)
+	}
+	isPlain := r.Method == http.MethodGet && !slices.ContainsFunc(conditionHeaders, func(name string) bool { return r.Header[name] != nil })
+	if isPlain || reply.rec.Encoding != "" {
+		// ServeContent leaves it out for coded bodies, because it cannot know
+		// whether something below it codes them.
+		w.Header()["Content-Length"] = known.length
+	}
+	if !isPlain {
 		http.ServeContent(w, r, "", reply.rec.Modified, reply.body)
 		return
 	}
-	w.Header().Set("Last-Modified", reply.rec.Modified.Format(http.TimeFormat))
+	if known.modified != nil {
+		w.Header()["Last-Modified"] = known.modified
+	}
 	w.WriteHeader(http.StatusOK)
-	if r.Method != http.MethodHead {
-		_, _ = io.Copy(w, reply.body) // its failures are remembered in w
-	}
+	_, _ = w.sendBody(reply.body, reply.size)
 }
 
-// headerSetter sets headers whose values share one array, since this runs for
-// every hit.
-type headerSetter struct {
-	h      http.Header
-	values []string
-	space  [8]string // as many as a reply has: what is more is allocated
+// conditionHeaders are the headers of requests that ServeContent answers in its own way.
+var conditionHeaders = []string{"Range", "If-Range", "If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since"}
+
+// recordHeaders are the values of headers that a record alone decides. The answers with
+// a stored body share them.
+type recordHeaders struct{ etag, length, modified []string }
+
+// newRecordHeaders makes the values for a body of size bytes. Like ServeContent it says
+// nothing of a time that is not known.
+func newRecordHeaders(rec *record, size int64) *recordHeaders {
+	h := &recordHeaders{etag: []string{`"sha256-` + rec.SHA256 + `"`}, length: []string{strconv.FormatInt(size, 10)}}
+	if !rec.Modified.IsZero() && rec.Modified.Unix() != 0 {
+		h.modified = []string{rec.Modified.UTC().Format(http.TimeFormat)}
+	}
+	return h
 }
 
-// set sets a header by its canonical name.
-func (s *headerSetter) set(name, value string) {
-	if s.values == nil {
-		s.values = s.space[:0]
+// setHeaders sets all headers of a reply but those that send and ServeContent set.
+func (reply *fileReply) setHeaders(w *response, r *http.Request, file fileRequest, now time.Time) {
+	h := w.Header()
+	h["Cache-Status"] = statusHit
+	if reply.cacheStatus != "hit" || reply.willBeStored {
+		status := "artifactapi; " + reply.cacheStatus
+		if reply.willBeStored {
+			status += "; stored"
+		}
+		w.setHeader("Cache-Status", status)
 	}
-	n := len(s.values)
-	s.values = append(s.values, value)
-	s.h[name] = s.values[n : n+1 : n+1]
-}
-
-// setHeaders sets all headers of a reply but those that ServeContent sets.
-func (reply *fileReply) setHeaders(h http.Header, r *http.Request, file fileRequest, now time.Time) {
-	s := &headerSetter{h: h}
-	status := "artifactapi; " + reply.cacheStatus
-	if reply.willBeStored {
-		status += "; stored"
-	}
-	s.set("Cache-Status", status)
 	h["X-Artifact-Source"] = sourceCache
 	if reply.fromRemote {
 		h["X-Artifact-Source"] = sourceRemote
 	}
 	if !reply.goodAt.IsZero() {
-		s.set("Age", strconv.FormatInt(max(0, int64(now.Sub(reply.goodAt)/time.Second)), 10))
+		w.setHeader("Age", strconv.FormatInt(max(0, int64(now.Sub(reply.goodAt)/time.Second)), 10))
 	}
 	if reply.size >= 0 {
 		h["Accept-Ranges"] = acceptRanges
 	}
-	if reply.hashKnown {
-		s.set("Etag", `"sha256-`+reply.rec.SHA256+`"`)
+	switch {
+	case reply.hashKnown && reply.headers != nil:
+		h["Etag"] = reply.headers.etag
+	case reply.hashKnown:
+		w.setHeader("Etag", `"sha256-`+reply.rec.SHA256+`"`)
 	}
 	if reply.rec.Encoding != "" {
-		s.set("Content-Encoding", reply.rec.Encoding)
+		w.setHeader("Content-Encoding", reply.rec.Encoding)
 	}
 	h["Cache-Control"] = noTransform
 	h["Content-Security-Policy"] = sandbox
 	if r.ProtoMajor == 1 && r.ProtoMinor == 1 && r.ContentLength == 0 {
 		h["Connection"] = keepAlive // apk reuses a connection only then
 	}
-	file.behaves().setHeaders(s, file.path, reply.rec)
+	file.behaves().setHeaders(w, file.path, reply.rec)
 }
 
 // Header values that never change, shared by all answers.
 var (
+	statusHit    = []string{"artifactapi; hit"}
 	sourceCache  = []string{"cache"}
 	sourceRemote = []string{"remote"}
 	acceptRanges = []string{"bytes"}
@@ -314,7 +333,8 @@ func (u unreadBody) Seek(off int64, whence int) (int64, error) {
 // fileReply is a reply that is ready to be sent. Its holder closes body.
 type fileReply struct {
 	rec          *record
-	size         int64 // of the whole body; -1: not known yet
+	headers      *recordHeaders // of rec and size, if the store has them; else nil
+	size         int64          // of the whole body; -1: not known yet
 	body         io.ReadSeekCloser
 	goodAt       time.Time // when the copy was last found good; zero: just fetched
 	fromRemote   bool      // X-Artifact-Source: remote

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync"
@@ -484,6 +485,27 @@ func (g *got) multipart() (parts []string) {
 			g.Fatal(err)
 		}
 		parts = append(parts, string(b))
+	}
+}
+
+// A body that is sent without net/http's help has the headers that it would have had.
+func TestConditionThatChangesNothing(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a.deb", "body").etag(`"1"`)
+	tt.origin.file("/a.tar", "coded").says("Content-Encoding", "gzip")
+	tt.origin.file("/empty", "")
+	for _, path := range []string{"/api/r/a.deb", "/api/r/a.tar", "/api/r/empty"} {
+		tt.get(path, "Accept-Encoding: gzip").wantMiss()
+		plain := tt.get(path, "Accept-Encoding: gzip", "X-Request-Id: 1").wantHit()
+		condition := tt.get(path, "Accept-Encoding: gzip", "X-Request-Id: 1", `If-None-Match: "other"`).wantHit()
+		for _, name := range []string{"Date", "Age"} { // a second may have passed
+			delete(plain.header, name)
+			delete(condition.header, name)
+		}
+		if plain.text != condition.text || !reflect.DeepEqual(plain.header, condition.header) {
+			t.Errorf("%s:\n%v\nis answered, and with a condition that does not hold\n%v", path, plain.header, condition.header)
+		}
 	}
 }
 

@@ -130,7 +130,7 @@ func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 	reply := f.replyFromSpool(ctx, false, rng)
 	ttl, forever := file.remote.ttlOf(file.class)
 	c.countUse(file.remote.name, f.key)
-	hit := &storedCopy{object: &object{reply.rec, reply.body}, goodAt: c.now(), ttlLeft: ttl, forever: forever}
+	hit := &storedCopy{object: &object{rec: reply.rec, body: reply.body}, goodAt: c.now(), ttlLeft: ttl, forever: forever}
 	return hit.hitReply("")
 }
 

@@ -186,11 +186,11 @@ type registryFile struct {
 }
 
 // setHeaders sets the headers that registry clients expect.
-func (f *registryFile) setHeaders(h *headerSetter, _ string, rec *record) {
+func (f *registryFile) setHeaders(w *response, _ string, rec *record) {
 	c, mediaType := f.call, rec.ContentType
 	switch c.route {
 	case routeManifest, routeBlob:
-		h.set("Docker-Content-Digest", cmp.Or(c.digest, rec.Digest))
+		w.setHeader("Docker-Content-Digest", cmp.Or(c.digest, rec.Digest))
 		mediaType = cmp.Or(mediaType, typeBinary)
 	case routeTags:
 		if !strings.Contains(mediaType, "json") {
@@ -199,12 +199,12 @@ func (f *registryFile) setHeaders(h *headerSetter, _ string, rec *record) {
 	case routeReferrers:
 		mediaType = typeIndex
 	}
-	h.set("Content-Type", mediaType)
+	w.setHeader("Content-Type", mediaType)
 	if rec.Link != "" {
-		h.set("Link", c.nextLink(rec.Link))
+		w.setHeader("Link", c.nextLink(rec.Link))
 	}
 	if rec.Filters != "" {
-		h.set("Oci-Filters-Applied", rec.Filters)
+		w.setHeader("Oci-Filters-Applied", rec.Filters)
 	}
 }
 

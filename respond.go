@@ -5,7 +5,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -146,9 +145,11 @@ type errorWriter func(w http.ResponseWriter, status int, detail string, err erro
 // the connection must be aborted, after the request was logged and counted.
 func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handler, writeError errorWriter) {
 	began := s.now()
-	res := &response{ResponseWriter: w, controller: http.NewResponseController(w), now: s.now, sendfile: r.ProtoMajor == 1 && r.TLS == nil}
-	res.requestID = cmp.Or(acceptRequestID(r.Header.Get("X-Request-Id")), newRequestID())
-	res.Header()["X-Request-Id"] = []string{res.requestID}
+	res := &response{ResponseWriter: w, controller: *http.NewResponseController(w), now: s.now, sendfile: r.ProtoMajor == 1 && r.TLS == nil}
+	if res.requestID = acceptRequestID(r.Header.Get("X-Request-Id")); res.requestID == "" {
+		res.requestID = newRequestID()
+	}
+	res.setHeader("X-Request-Id", res.requestID)
 	setCommonHeaders(res.Header())
 	res.extendWriteDeadline() // the deadline of an earlier answer may be over, and net/http may write before we do
 	if r.ContentLength != 0 {
@@ -358,7 +359,7 @@ const (
 // it.
 type response struct {
 	http.ResponseWriter
-	controller    *http.ResponseController
+	controller    http.ResponseController
 	now           func() time.Time
 	sendfile      bool      // plain HTTP/1, where net/http lets the kernel send files
 	deadlineSetAt time.Time // when the write deadline was last set
@@ -375,6 +376,22 @@ type response struct {
 	mirror               string // the host of the mirror that answered; "": base_url did
 	requestID            string
 	quiet                bool // is logged at debug level only
+
+	values     [10]string // of headers, as many as a reply from the store has
+	valueCount int
+}
+
+// setHeader sets a header by its canonical name. The values share one array, since this
+// runs several times for every hit; what is more than that is allocated.
+func (w *response) setHeader(name, value string) {
+	n := w.valueCount
+	if n == len(w.values) {
+		w.Header()[name] = []string{value}
+		return
+	}
+	w.values[n] = value
+	w.valueCount++
+	w.Header()[name] = w.values[n : n+1 : n+1]
 }
 
 // Unwrap lets http.ResponseController reach the connection.
@@ -451,11 +468,16 @@ func (w *response) extendWriteDeadline() {
 // ReadFrom sends src, by the kernel if it is a fileSource and the connection is
 // plain. An error of src is remembered in bodyErr, because http.ServeContent
 // ignores the error of its copy.
-func (w *response) ReadFrom(src io.Reader) (sent int64, err error) {
+func (w *response) ReadFrom(src io.Reader) (int64, error) {
 	limit, body := int64(math.MaxInt64), src
 	if l, ok := src.(*io.LimitedReader); ok {
 		limit, body = l.N, l.R
 	}
+	return w.sendBody(body, limit)
+}
+
+// sendBody is ReadFrom for the next limit bytes of body (math.MaxInt64: all).
+func (w *response) sendBody(body io.Reader, limit int64) (sent int64, err error) {
 	w.noteStatus(http.StatusOK)
 	files, ok := body.(fileSource)
 	if !ok || !w.sendfile {

@@ -186,7 +186,7 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 	if off > 0 {
 		f.Seek(min(off, e.id.size), io.SeekStart) // within a regular file it does not fail
 	}
-	return &object{rec: e.rec, body: &fileBody{f}}, nil
+	return &object{rec: e.rec, headers: e.headers, body: &fileBody{f}}, nil
 }
 
 // openMatching opens key's body and returns it with the entry that describes it: the
@@ -223,6 +223,7 @@ func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryE
 			return nil, nil, err
 		}
 	}
+	e.headers = newRecordHeaders(e.rec, e.id.size)
 	d.remember(e)
 	return f, e, nil
 }

@@ -16,8 +16,8 @@ const (
 	// bytes. It leaves enough of a container of 256 MiB to everything else.
 	memoryBudget = 64 << 20
 	// memoryEntryCost is what an entry costs of the budget beside its body: about
-	// 500 bytes of record and as much for its place in the table, in bytes.
-	memoryEntryCost = 1 << 10
+	// 500 bytes of record, 250 of header values, and 500 for its place in the table.
+	memoryEntryCost = 1280
 )
 
 // memBody is a small stored body that is read from memory. Closing it does nothing.
@@ -32,19 +32,20 @@ type memoryEntry struct {
 	key, name string       // name is the body's file name, kept so that a hit need not make it
 	id        fileIdentity // of the body that the entry was made from
 	rec       *record
-	body      []byte // nil: larger than maxSmallBody, or not read yet
-	isHashed  bool   // to find rec, the whole body was hashed
+	headers   *recordHeaders // of rec
+	body      []byte         // nil: larger than maxSmallBody, or not read yet
+	isHashed  bool           // to find rec, the whole body was hashed
 }
 
 // newObject returns the entry as an object that reads from off, or without a body if
 // off is negative (see objects.open).
 func (e *memoryEntry) newObject(off int64) *object {
 	if off < 0 {
-		return &object{rec: e.rec}
+		return &object{rec: e.rec, headers: e.headers}
 	}
 	body := &memBody{*bytes.NewReader(e.body)}
 	body.Seek(off, io.SeekStart)
-	return &object{rec: e.rec, body: body}
+	return &object{rec: e.rec, headers: e.headers, body: body}
 }
 
 // remember keeps an entry in memory in place of an older one of its key. Those that were
