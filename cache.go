@@ -13,7 +13,6 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
-	"path"
 	"regexp"
 	"slices"
 	"strconv"
@@ -335,14 +334,6 @@ func (download) permit(context.Context, *record) error                 { return 
 func (download) keepHeaders(*record, http.Header)                      {}
 func (download) checkBody(context.Context, *record, io.ReaderAt) error { return nil }
 func (download) servesStale(int) bool                                  { return false }
-func (download) setHeaders(w *response, name string, rec *record) {
-	contentType := rec.ContentType
-	if !rec.isPage {
-		contentType = contentTypeOf(name, contentType)
-	}
-	w.setHeader("Content-Type", contentType)
-	w.setHeader("Content-Disposition", contentDisposition(path.Base(name)))
-}
 
 // behaves is the file's behavior.
 func (file *fileRequest) behaves() fileBehavior {

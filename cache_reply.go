@@ -225,6 +225,16 @@ func (reply *fileReply) setHeaders(w *response, r *http.Request, file fileReques
 	file.behaves().setHeaders(w, file.path, reply.rec)
 }
 
+// setHeaders sets what describes a download.
+func (download) setHeaders(w *response, name string, rec *record) {
+	contentType := rec.ContentType
+	if !rec.isPage {
+		contentType = contentTypeOf(name, contentType)
+	}
+	w.setHeader("Content-Type", contentType)
+	w.setHeader("Content-Disposition", contentDisposition(path.Base(name)))
+}
+
 // Header values that never change, shared by all answers.
 var (
 	statusHit    = []string{"artifactapi; hit"}
