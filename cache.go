@@ -54,8 +54,8 @@ type object struct {
 // objects keeps bodies with their records, by key.
 type objects interface {
 	// put stores the spool's bytes (complete and verified, rec.Size long) under
-	// key and replaces what was there. On return all is durable, or an error
-	// says that the old state still holds. The spool's name may be moved away;
+	// key and replaces what was there. On return all is durable (but for what
+	// diskStore.maySkipSync says), or an error says that the old state still holds. The spool's name may be moved away;
 	// its descriptor stays usable and belongs to the caller. With create an
 	// object that is there already stays: errFileExists. Only the S3 stores heed
 	// create, because other replicas put there too; the caller of the disk store

@@ -241,6 +241,7 @@ func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writ
 func (s *server) newHandler() http.Handler {
 	metrics := newMetrics()
 	st := s.stores
+	st.disk.delaysSync = true
 	st.disk.isIrreplaceable = func(remote string) bool { return s.config.Load().isIrreplaceable(remote) }
 	s.openData()
 	up := newUpstream(func(reach addressKind) http.RoundTripper { return newTransport(reach) }, time.Now, s.log, metrics)

@@ -47,7 +47,7 @@ var (
 // fileWriter writes small files so that a crash leaves either the old or the new
 // content. No other code renames or fsyncs files.
 type fileWriter struct {
-	fsync    func(*os.File) error // (*os.File).Sync, except in tests
+	fsync    func(*os.File) error // (*os.File).Sync, except in tests; nil: what is written need not be durable
 	stepDone func(name string)    // called after each step of a commit: a test may kill the process there
 }
 
@@ -61,7 +61,11 @@ func (k *fileWriter) writeFile(name string, fill func(io.Writer) error) error {
 	if err != nil {
 		return err
 	}
-	err = errors.Join(fill(f), k.fsync(f), f.Close())
+	err = fill(f)
+	if k.fsync != nil {
+		err = errors.Join(err, k.fsync(f))
+	}
+	err = errors.Join(err, f.Close())
 	if err != nil {
 		os.Remove(name)
 	}
@@ -91,6 +95,9 @@ func (k *fileWriter) renameFile(from, to string) error { return os.Rename(from, 
 // syncDir makes the names in a directory durable. A file system that cannot do
 // that (EINVAL, ENOTSUP) is no error: no program can do better there.
 func (k *fileWriter) syncDir(dir string) error {
+	if k.fsync == nil {
+		return nil
+	}
 	f, err := os.Open(dir)
 	if err != nil {
 		return err
@@ -144,6 +151,11 @@ type diskStore struct {
 	// before the first use.
 	isIrreplaceable func(remote string) bool
 
+	// delaysSync: a small file of a remote is not durable at once, see maySkipSync. It is
+	// set before the first use.
+	delaysSync bool
+	boot       string // of the machine's current run; "": not known
+
 	owner *os.File        // .lock while this process has it; lockData and Close use it, never concurrently
 	probe backgroundCheck // of ping
 	swept time.Time       // when sweep last read all directories; sweep alone uses it
@@ -151,7 +163,7 @@ type diskStore struct {
 
 // newDiskStore makes a store below dir without touching the disk.
 func newDiskStore(dir string, now func() time.Time, log *slog.Logger) *diskStore {
-	return &diskStore{fileWriter: newDisk(), dir: filepath.Clean(dir), now: now, log: log, memory: newLRU[*memoryEntry](memoryBudget, 0)}
+	return &diskStore{fileWriter: newDisk(), dir: filepath.Clean(dir), now: now, log: log, memory: newLRU[*memoryEntry](memoryBudget, 0), boot: readBootID()}
 }
 
 // pathOf returns the name of key's body, or of a folder {remote}/{hash}.
@@ -294,7 +306,7 @@ func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, 
 			d.log.Warn("record of another file is ignored", "key", key, "file", name, "describes", e.key)
 		case e.key != key:
 			miss = errStray
-		case e.bodyIdentity() == id:
+		case e.bodyIdentity() == id && e.isDurable(d.boot):
 			return &e.record, nil, nil
 		case e.Size == id.size:
 			similar = append(similar, &e.record)
@@ -329,6 +341,11 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 		return nil, nil, err
 	}
 	e = &memoryEntry{key: key, name: d.pathOf(key), id: id, rec: rec, isHashed: isHashed}
+	if isHashed {
+		if err = d.fsync(f); err != nil { // the record that is written now says that the body is durable
+			return nil, e, err
+		}
+	}
 	return f, e, d.repairRecordFile(e)
 }
 
@@ -349,8 +366,8 @@ func matchByHash(ctx context.Context, f *os.File, candidates []*record) (*record
 // repaired. The caller holds the directory's lock.
 func (d *diskStore) repairRecordFile(e *memoryEntry) error {
 	name := d.folderOf(e.key) + "/" + recordFile
-	if old, err := readRecord(name); err != nil || old.key != e.key || old.bodyIdentity() != e.id {
-		if err := d.replaceFile(name, writeRecord(e.rec, e.id)); err != nil {
+	if old, err := readRecord(name); err != nil || old.key != e.key || old.bodyIdentity() != e.id || !old.isDurable(d.boot) {
+		if err := d.replaceFile(name, writeRecord(e.rec, e.id, "")); err != nil {
 			return err
 		}
 		d.log.Info("stored record was repaired", "key", e.key)
@@ -392,12 +409,17 @@ func hashFile(ctx context.Context, f *os.File) (string, error) {
 //	                 the names may be those after any earlier step
 //	folder synced    nothing
 //
-// An error before "body moved" leaves the old copy, one after it the new copy.
+// An error before "body moved" leaves the old copy, one after it the new copy. Where
+// maySkipSync allows it nothing is synced: after a power failure any of the files may be
+// gone or wrong, and the record, if it is whole, says so (isDurable).
 func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.File, _ bool) error {
 	if err := checkPut(key, rec, spool); err != nil {
 		return err
 	}
-	if err := d.fsync(spool); err != nil {
+	w := d.fileWriter
+	if d.maySkipSync(key, rec) {
+		w = &fileWriter{stepDone: d.stepDone}
+	} else if err := d.fsync(spool); err != nil {
 		return storeError("syncing the spool of "+key, err)
 	}
 	d.stepDone("spool synced")
@@ -407,12 +429,35 @@ func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.
 	}
 	defer l.unlock()
 	d.stepDone("directory made")
-	if err = d.commitBody(ctx, key, rec, spool); err == nil {
+	if err = d.commitBody(ctx, key, rec, spool, w); err == nil && w == d.fileWriter {
 		err = d.syncParents(key)
 	} else {
 		l.removeEmpty()
 	}
 	return storeError("storing "+key, err)
+}
+
+// maxUnsynced is the largest body that need not be durable at once, in bytes. Four
+// fsyncs are most of what storing a small file costs, and little of a larger one.
+const maxUnsynced = 1 << 20
+
+// maySkipSync reports whether a file of a remote may be written without fsync. A process
+// that dies loses nothing with that. After a power failure the file may be wrong or
+// gone, so its record names the boot that it was written in, and in another one it is
+// hashed before it is used. What cannot be fetched again, and the new version of a file
+// that is stored, are always synced.
+func (d *diskStore) maySkipSync(key string, rec *record) bool {
+	if !d.delaysSync || d.boot == "" || rec.Size > maxUnsynced || rec.Class == local || (d.isIrreplaceable != nil && d.isIrreplaceable(rec.Remote)) {
+		return false
+	}
+	_, err := os.Lstat(d.pathOf(key))
+	return errors.Is(err, fs.ErrNotExist)
+}
+
+// readBootID returns the kernel's name for the machine's current run, or "".
+func readBootID() string {
+	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(id))
 }
 
 // checkPut refuses a record that does not describe key and the spool: open would
@@ -432,8 +477,9 @@ func checkPut(key string, rec *record, spool *os.File) error {
 
 // commitBody puts spool and record in place, see put. A spool that still has its
 // name is renamed; one without a name or on another file system is copied. The
-// caller holds the directory's lock.
-func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spool *os.File) error {
+// caller holds the directory's lock. w writes the files, without fsync if
+// they need not be durable at once.
+func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spool *os.File, w *fileWriter) error {
 	// A crashed commit or a restored backup may have the old copy's record in
 	// .record.next alone, which installBody overwrites: it must be in .record.
 	old, oldEntry, err := d.openRepaired(ctx, key)
@@ -450,18 +496,18 @@ func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spo
 	}
 	defer d.memory.remove(key)
 	if isLinked(spool) {
-		err := d.installBody(key, rec, spool.Name(), oldEntry != nil)
+		err := d.installBody(key, rec, spool.Name(), oldEntry != nil, w)
 		if !errors.Is(err, syscall.EXDEV) {
 			return err
 		}
 	}
 	name := d.folderOf(key) + "/" + bodyNext
-	err = d.writeFile(name, func(w io.Writer) error {
-		_, err := io.Copy(w, io.NewSectionReader(spool, 0, rec.Size))
+	err = w.writeFile(name, func(to io.Writer) error {
+		_, err := io.Copy(to, io.NewSectionReader(spool, 0, rec.Size))
 		return err
 	})
 	if err == nil {
-		err = d.installBody(key, rec, name, oldEntry != nil)
+		err = d.installBody(key, rec, name, oldEntry != nil, w)
 	}
 	if err != nil {
 		os.Remove(name)
@@ -479,22 +525,26 @@ func isLinked(f *os.File) bool {
 
 // installBody renames the file name to key's body and writes its record. hasOldCopy
 // says that key has a copy with its record in .record. The caller holds the
-// directory's lock.
-func (d *diskStore) installBody(key string, rec *record, name string, hasOldCopy bool) error {
+// directory's lock. w is that of commitBody.
+func (d *diskStore) installBody(key string, rec *record, name string, hasOldCopy bool, w *fileWriter) error {
 	fi, err := os.Stat(name)
 	if err != nil {
 		return err
 	}
 	folder := d.folderOf(key)
 	next := folder + "/" + recordNext
-	if err := d.writeFile(next, writeRecord(rec, identityOf(fi))); err != nil {
+	boot := ""
+	if w.fsync == nil {
+		boot = d.boot
+	}
+	if err := w.writeFile(next, writeRecord(rec, identityOf(fi), boot)); err != nil {
 		return err
 	}
 	d.stepDone("record written")
 	if hasOldCopy {
 		// A power failure must not keep the new body's name and lose that of
 		// .record.next: .record describes the old body.
-		err = d.syncDir(folder)
+		err = w.syncDir(folder)
 	}
 	if err == nil {
 		err = d.renameFile(name, d.pathOf(key))
@@ -508,7 +558,7 @@ func (d *diskStore) installBody(key string, rec *record, name string, hasOldCopy
 		return err
 	}
 	d.stepDone("record moved")
-	err = d.syncDir(folder)
+	err = w.syncDir(folder)
 	d.stepDone("folder synced")
 	return err
 }

@@ -59,11 +59,18 @@ type diskRecord struct {
 	record
 	MTime int64  `json:"mt"`
 	Inode uint64 `json:"i"`
+	// Boot is the boot in which body and record were written without fsync; "": both
+	// are durable.
+	Boot string `json:"b,omitempty"`
 
 	key string // that the record describes; readRecord sets it
 }
 
 func (e *diskRecord) bodyIdentity() fileIdentity { return fileIdentity{e.Size, e.MTime, e.Inode} }
+
+// isDurable reports whether body and record are still what was written: they were
+// synced, or boot, the current one, is the one that they were written in.
+func (e *diskRecord) isDurable(boot string) bool { return e.Boot == "" || e.Boot == boot }
 
 // recordMagic begins a record file and names the version of its format. The CRC-32C
 // of the JSON ends the first line, the JSON is the second. Without the CRC, a flipped
@@ -71,10 +78,10 @@ func (e *diskRecord) bodyIdentity() fileIdentity { return fileIdentity{e.Size, e
 const recordMagic = "artifactapi record 1 "
 
 // writeRecord returns a function for writeFile that writes the record file of a body
-// with that identity. It refuses a record that decodeRecord would.
-func writeRecord(rec *record, id fileIdentity) func(io.Writer) error {
+// with that identity; boot is that of diskRecord. It refuses a record that decodeRecord would.
+func writeRecord(rec *record, id fileIdentity, boot string) func(io.Writer) error {
 	return func(w io.Writer) error {
-		body, err := json.Marshal(diskRecord{record: *rec, MTime: id.mtime, Inode: id.inode})
+		body, err := json.Marshal(diskRecord{record: *rec, MTime: id.mtime, Inode: id.inode, Boot: boot})
 		if err != nil {
 			return err
 		}
