@@ -313,8 +313,8 @@ func (p *prefetchFinder) findDebs() {
 		err := p.readIndex(p.remote.pathHere(name), func(r io.Reader) error {
 			text, err := readMetadata(r)
 			for file := range parseRoot(name, text, "").files {
-				if below, list := path.Split(file); strings.HasPrefix(list, "Packages") {
-					folders[strings.TrimSuffix(name, path.Base(name))+below] = true
+				if folder, list := path.Split(file); strings.HasPrefix(list, "Packages") {
+					folders[folder] = true
 				}
 			}
 			return err
