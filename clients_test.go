@@ -25,6 +25,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -275,15 +276,24 @@ func startService(t testing.TB, address, name string, args ...string) (stop func
 	return stop
 }
 
-// freeAddress is an address of loopback that nobody listens on just now.
+// addressesGiven counts what freeAddress has given, so that it gives none twice.
+var addressesGiven atomic.Int64
+
+// freeAddress is an address of loopback that nobody listens on. Its port is below those
+// that the kernel gives to others (ip_local_port_range), so it stays free until the
+// server that it is for listens.
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		port := 10_240 + (int64(os.Getpid())*101+addressesGiven.Add(1))%20_000
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			defer l.Close()
+			return l.Addr().String()
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal("no free port")
+	return ""
 }
 
 // realUpstream serves a directory, or what handler is, at an address that refuses
