@@ -237,7 +237,7 @@ type cache struct {
 	headRefused  *boundedMap[string, struct{}]    // remotes, and keys of files, that refuse HEAD
 	passOn       *boundedMap[string, struct{}]    // keys whose bodies are not spooled for a while
 	failedLeases *boundedMap[string, struct{}]    // tokens of leases whose holder could not be followed
-	warnedOf     *boundedMap[string, struct{}]    // remotes of which an index was stored for ever
+	warnedOf     *boundedMap[string, struct{}]    // remotes of which an index was stored forever
 	changing     keyedLock                        // keys that are being put or purged
 	leaving      leavingCounts
 	searching    sync.Mutex // held while many files are searched by a pattern

@@ -58,7 +58,7 @@ var wellKnownIndexes = []*regexp.Regexp{
 // packumentPattern is npm's index of a package, which its type tells from other files.
 var packumentPattern = regexp.MustCompile(`^(@[^/]+/)?[^/.]+$`)
 
-// warnOfIndex tells once for each remote that an index was stored for ever.
+// warnOfIndex tells once for each remote that an index was stored forever.
 func warnOfIndex(f *fill, rec *record) {
 	rem := f.file.remote
 	if _, warned := f.c.warnedOf.get(rem.name); warned || rec.Class != immutable || f.file.digest != "" || rem.immutableTTL > 0 {

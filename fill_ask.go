@@ -113,7 +113,7 @@ func isStrongETag(etag string) bool { return strings.HasPrefix(etag, `"`) }
 // mayBeStored reports whether the body of resp may be stored. A body that only
 // the end of the connection delimits (RFC 9112 section 6.3) cannot be told from a
 // cut one, one over cache.max_size would push out everything else, and a page to log in
-// would be there for ever in the place of an archive.
+// would be there forever in the place of an archive.
 func (f *fillRun) mayBeStored(resp *upstreamResponse, isPage bool) bool {
 	c, name := f.c, f.file.remote.name
 	if resp.ContentLength < 0 && resp.ProtoMajor == 1 && len(resp.TransferEncoding) == 0 {
