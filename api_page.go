@@ -52,10 +52,13 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 		return writeJSON(w, v)
 	}
 	p := &page{Version: v.Version, Uptime: formatSpan(a.now().Sub(a.started)), Health: a.health(), Missed: a.cache.missed.count()}
+	name := r.URL.Query().Get("remote")
 	for _, o := range v.Remotes {
-		p.Remotes = append(p.Remotes, a.newPageRemote(o, cfg.remotes[o.Name]))
+		if name == "" || name == o.Name {
+			p.Remotes = append(p.Remotes, a.newPageRemote(o, cfg.remotes[o.Name]))
+		}
 	}
-	if name := r.URL.Query().Get("remote"); name != "" {
+	if name != "" {
 		if err := a.chooseRemote(p, r, cfg, name); err != nil {
 			return err
 		}
@@ -232,28 +235,28 @@ func (a *api) chooseRemote(p *page, r *http.Request, cfg *config, name string) e
 	if rem == nil {
 		return newProblem(http.StatusNotFound, "there is no remote %.100q in remotes.yaml", name)
 	}
-	for i := range p.Remotes {
-		if p.Remotes[i].Name == name {
-			p.Remote = &p.Remotes[i]
-		}
-	}
+	p.Remote = &p.Remotes[0]
 	p.Settings = clientSettingsOf(rem, requestOrigin(r))
 	p.Leaving = a.cache.leaving.list(name)
 	p.Leaving = p.Leaving[:min(len(p.Leaving), 5)]
 	v := r.URL.Query()
 	p.Search, p.Prefix = v.Get("search"), v.Get("prefix")
 	q := pageQuery{remote: name, prefix: p.Prefix, after: v.Get("after"), limit: filesOnPage}
+	var err error
 	if p.Search != "" {
-		q.pattern = regexp.MustCompile("(?i)" + regexp.QuoteMeta(p.Search[:min(len(p.Search), maxPatternBytes)]))
+		q.pattern, err = compilePattern("(?i)" + regexp.QuoteMeta(p.Search))
 	}
-	found, err := a.cache.listFiles(r.Context(), q)
+	var found indexPage
+	if err == nil {
+		found, err = a.cache.listFiles(r.Context(), q)
+	}
 	if err != nil {
 		_, p.FilesError = statusAndDetail(err)
 		return nil
 	}
 	for _, row := range found.rows {
 		f := pageFile{listedArtifact: a.newListedArtifact(r, rem, row)}
-		f.Spelling, _, _ = strings.Cut(row.Path, "?")
+		f.Spelling = trimSuffixes(row.Path)
 		f.Fetched = formatSpan(a.now().Sub(f.FetchedAt))
 		if f.ExpiresAt != nil {
 			f.Left = formatSpan(f.ExpiresAt.Sub(a.now()).Abs())

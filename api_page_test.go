@@ -82,6 +82,8 @@ func TestPageOfARemote(t *testing.T) {
 	wantText(tt.get("/"+strings.ReplaceAll(next[1], "&amp;", "&"), browser), "f079.rpm", "f080.rpm")
 	wantText(tt.get("/?remote=r&search=F07", browser), "f070.rpm", "f079.rpm")
 	wantText(tt.get("/?remote=r&search=nothing", browser), "Nothing is stored that has")
+	wantText(tt.get("/?remote=r&search=%ff", browser).wantStatus(200), "not a valid regular expression")
+	wantText(tt.get("/?remote=r&search="+strings.Repeat("x", 600), browser).wantStatus(200), "more than 512 bytes")
 	wantText(tt.get("/?remote=r&prefix=pool/f08", browser), "f080.rpm")
 	tt.get("/?remote=none", browser).wantDetail(404, "none")
 	tt.down()
