@@ -19,7 +19,7 @@ import (
 func newBenchTester(b *testing.B, keys ...string) *tester {
 	b.Helper()
 	tt := newTester(b, append(keys, "description: bench")...)
-	log := slog.New(slog.NewJSONHandler(io.Discard, nil))
+	log := slog.New(lineHandler{slog.NewJSONHandler(io.Discard, nil), &lineWriter{to: io.Discard}, true})
 	tt.cache.log, tt.api.responder.log = log, log
 	return tt
 }

@@ -610,7 +610,9 @@ func newGatheringLogger(set *settings, w io.Writer) (log *slog.Logger, flush fun
 		return newLogger(set, w), func() {}
 	}
 	lines := &lineWriter{to: w}
-	return slog.New(lineHandler{newLogger(set, lines).Handler(), lines}), lines.flush
+	h := newLogger(set, lines).Handler()
+	_, isJSON := h.(*slog.JSONHandler)
+	return slog.New(lineHandler{h, lines, isJSON}), lines.flush
 }
 
 // newLogger returns a logger that writes to w with LOG_LEVEL and LOG_FORMAT.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,8 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -485,7 +488,7 @@ func TestLogLinesAreWrittenTogether(t *testing.T) {
 			}
 			return slog.Attr{}
 		}})
-		log := slog.New(lineHandler{plain, lines})
+		log := slog.New(lineHandler{plain, lines, false})
 		log.Info("a")
 		log.Info("b")
 		time.Sleep(maxLineDelay - 1)
@@ -507,6 +510,36 @@ func TestLogLinesAreWrittenTogether(t *testing.T) {
 		log.Info(long)
 		out.want(t, "msg="+long+"\n")
 	})
+}
+
+// TestRequestLinesAreThoseOfSlog: the line of a request is made by hand, and nobody who
+// reads the log can tell.
+func TestRequestLinesAreThoseOfSlog(t *testing.T) {
+	t.Parallel()
+	at := time.Date(2026, 2, 3, 4, 5, 6, 789000000, time.FixedZone("", 3600))
+	for name, attrs := range map[string][]slog.Attr{
+		"none":     nil,
+		"ordinary": {slog.String("path", "a/b c+~"), slog.Int("status", 200), slog.Int64("bytes", -1), slog.Float64("duration_ms", 0.25)},
+		"odd":      {slog.String("quotes", `"\`), slog.String("controls", "\x00\n\t\x7f"), slog.String("umlaut", "ü\u2028"), slog.String("broken", "a\xffb"), slog.String("", "")},
+		"numbers":  {slog.Float64("duration_ms", 1e9), slog.Float64("zero", 0), slog.Int64("much", math.MaxInt64)},
+	} {
+		var plain, gathered bytes.Buffer
+		rec := slog.NewRecord(at, slog.LevelInfo, "Cache HIT", 0)
+		rec.AddAttrs(attrs...)
+		if err := slog.NewJSONHandler(&plain, nil).Handle(t.Context(), rec); err != nil {
+			t.Fatal(err)
+		}
+		h := lineHandler{slog.NewJSONHandler(io.Discard, nil), &lineWriter{to: &gathered}, true}
+		h.writeJSON(at, slog.LevelInfo, "Cache HIT", attrs)
+		h.lines.flush()
+		var want, got map[string]any
+		if err := errors.Join(json.Unmarshal(plain.Bytes(), &want), json.Unmarshal(gathered.Bytes(), &got)); err != nil {
+			t.Fatal(name, err)
+		}
+		if !maps.Equal(want, got) || (name != "odd" && !bytes.Equal(plain.Bytes(), gathered.Bytes())) || !bytes.HasSuffix(gathered.Bytes(), []byte("}\n")) {
+			t.Errorf("%s: %s instead of %s", name, &gathered, &plain)
+		}
+	}
 }
 
 // A reader of the log that stops reading stops those who log: nothing is lost, and
