@@ -244,6 +244,9 @@ func (s *server) newHandler() http.Handler {
 	metrics := newMetrics()
 	st := s.stores
 	st.disk.delaysSync = true
+	for _, d := range st.disks {
+		d.statEvery = 100 * time.Millisecond
+	}
 	st.disk.isIrreplaceable = func(remote string) bool { return s.config.Load().isIrreplaceable(remote) }
 	s.openData()
 	up := newUpstream(func(reach addressKind) http.RoundTripper { return newTransport(reach) }, time.Now, s.log, metrics)

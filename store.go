@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -151,6 +152,13 @@ type diskStore struct {
 	// before the first use.
 	isIrreplaceable func(remote string) bool
 
+	// changes counts what this process has changed in the store: an entry in memory that
+	// was looked at before the last of it is looked at again. statEvery is how long an
+	// entry is used without a stat, which hides changes by other processes for so long.
+	// It is set before the first use.
+	changes   atomic.Int64
+	statEvery time.Duration
+
 	// delaysSync: a small file of a remote is not durable at once, see maySkipSync. It is
 	// set before the first use.
 	delaysSync bool
@@ -172,17 +180,15 @@ func (d *diskStore) pathOf(key string) string { return d.dir + "/" + key }
 // folderOf returns the directory that holds key's body and records.
 func (d *diskStore) folderOf(key string) string { return filepath.Dir(d.pathOf(key)) }
 
-// open implements objects. A small body in memory costs one stat, a larger body an
-// open and a stat. Record files are read only when memory has no entry for key.
+// open implements objects. A small body in memory costs a stat now and then, a larger
+// body an open and a stat. Record files are read only when memory has no entry for key.
 func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	e, _ := d.memory.get(key)
-	if e != nil && (off < 0 || e.body != nil) {
-		if fi, err := os.Stat(e.name); err == nil && identityOf(fi) == e.id {
-			return e.newObject(off), nil
-		}
+	if e != nil && (off < 0 || e.body != nil) && d.isCurrent(e) {
+		return e.newObject(off), nil
 	}
 	f, e, err := d.openMatching(ctx, key, e)
 	if err != nil {
@@ -271,8 +277,7 @@ func openError(key string, err error) error {
 // that reads from memory. It closes f.
 func (d *diskStore) openSmall(f *os.File, e *memoryEntry, off int64) (*object, error) {
 	defer f.Close()
-	full := *e
-	full.body = make([]byte, e.id.size)
+	full := &memoryEntry{key: e.key, name: e.name, id: e.id, rec: e.rec, headers: e.headers, isHashed: e.isHashed, body: make([]byte, e.id.size)}
 	if _, err := io.ReadFull(f, full.body); err != nil {
 		if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
 			// Somebody truncated the file after the stat. The next open sees its
@@ -281,7 +286,7 @@ func (d *diskStore) openSmall(f *os.File, e *memoryEntry, off int64) (*object, e
 		}
 		return nil, storeError("reading "+e.key, err)
 	}
-	d.remember(&full)
+	d.remember(full)
 	return full.newObject(off), nil
 }
 
@@ -494,7 +499,7 @@ func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spo
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	defer d.memory.remove(key)
+	defer d.forget(key)
 	if isLinked(spool) {
 		err := d.installBody(key, rec, spool.Name(), oldEntry != nil, w)
 		if !errors.Is(err, syscall.EXDEV) {
@@ -598,7 +603,7 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	if _, err := os.Lstat(d.pathOf(key)); err != nil {
 		return openError(key, err)
 	}
-	d.memory.remove(key)
+	defer d.forget(key)
 	if err := d.removeFiles(key, ""); err != nil {
 		return storeError("deleting "+key, err)
 	}
@@ -634,7 +639,7 @@ func (d *diskStore) removeFiles(key, asideDir string) error {
 // proves it. A crash in between leaves some of the files in their place, and the next
 // open drops them too. The caller holds the directory's lock.
 func (d *diskStore) dropDamaged(key, reason string) error {
-	d.memory.remove(key)
+	defer d.forget(key)
 	if name, _, _ := strings.Cut(key, "/"); d.isIrreplaceable == nil || !d.isIrreplaceable(name) {
 		d.log.Warn("damaged file is dropped and will be fetched again", "key", key, "reason", reason)
 		if err := d.removeFiles(key, ""); err != nil {

@@ -627,20 +627,54 @@ func rot(t testing.TB, name string) {
 	must(t, err, f.Close(), os.Chtimes(name, fi.ModTime(), fi.ModTime()))
 }
 
+// TestDiskStatsNowAndThen: what this process changes is seen at once, what another one
+// changes when the next look is due.
+func TestDiskStatsNowAndThen(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	at := testDay
+	s.d.now, s.d.statEvery = func() time.Time { return at }, time.Second
+	s.mustPut("f", "old")
+	s.wantHit("f", "old")
+	s.wantHit("f", "old") // looked at the file
+	old, _ := s.d.memory.get(testKey("f"))
+	s.mustPut("f", "new")
+	s.d.remember(old) // by a reader who opened the file before
+	s.wantHit("f", "new")
+	s.wantHit("f", "new")
+	must(t, os.Rename(s.body("f"), s.body("f")+"-away"))
+	s.wantHit("f", "new")
+	at = at.Add(-time.Minute) // the clock was put back
+	s.wantMiss("f")
+	must(t, os.Rename(s.body("f")+"-away", s.body("f")))
+	s.wantHit("f", "new")
+	s.wantHit("f", "new")
+	must(t, os.Remove(s.body("f")))
+	at = at.Add(time.Second - 1)
+	s.wantHit("f", "new")
+	at = at.Add(1)
+	s.wantMiss("f")
+	s.mustPut("f", "third")
+	s.wantHit("f", "third")
+	s.wantHit("f", "third")
+	must(t, s.d.delete(t.Context(), testKey("f")))
+	s.wantMiss("f")
+}
+
 func TestDiskVerifyLeavesTheReplaced(t *testing.T) {
 	t.Parallel()
 	s := newDiskTester(t)
 	s.mustPut("f", "old")
 	fi, err := os.Stat(s.body("f"))
 	must(t, err)
-	old := &memoryEntry{key: testKey("f"), name: s.body("f"), id: identityOf(fi), rec: testRecord("f", "old")}
+	entryAt := func(name string) *memoryEntry {
+		return &memoryEntry{key: testKey("f"), name: name, id: identityOf(fi), rec: testRecord("f", "old")}
+	}
 	c := &folderCheck{diskStore: s.d}
 	s.mustPut("f", "new")
-	must(t, c.verifyBody(t.Context(), old))
+	must(t, c.verifyBody(t.Context(), entryAt(s.body("f"))))
 	s.wantHit("f", "new")
-	gone := *old
-	gone.name += "-gone"
-	must(t, c.verifyBody(t.Context(), &gone))
+	must(t, c.verifyBody(t.Context(), entryAt(s.body("f")+"-gone")))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, _, err := s.d.verify(ctx, func(string, error) {}); !errors.Is(err, context.Canceled) {

@@ -410,6 +410,13 @@ func newTestDisk(t testing.TB) *diskStore {
 func TestDiskObjects(t *testing.T) {
 	t.Parallel()
 	testObjects(t, func(t *testing.T) objects { return newTestDisk(t) })
+	t.Run("with few stats", func(t *testing.T) {
+		testObjects(t, func(t *testing.T) objects {
+			d := newTestDisk(t)
+			d.statEvery = time.Hour
+			return d
+		})
+	})
 }
 
 // testIndex is the suite for index. newIndex makes an empty index that is loaded.
