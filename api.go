@@ -139,17 +139,8 @@ func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	if t.remote != nil {
 		w.remote, w.path = t.remote.name, t.path
 	}
-	if err == nil && t.path != "" {
-		err = t.classify()
-	}
 	if err != nil {
 		return err
-	}
-	if r.Method == http.MethodGet || r.Method == http.MethodHead {
-		if t.path == "" {
-			return a.serveList(w, r, t.remote)
-		}
-		return a.cache.serveFile(w, r, fileRequest{target: t})
 	}
 	methods := []string{http.MethodGet, http.MethodHead}
 	if t.remote.local { // only local repositories are written by clients
@@ -157,6 +148,17 @@ func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	}
 	if err := allowMethods(r, methods...); err != nil {
 		return err
+	}
+	if t.path != "" {
+		if err := t.classify(); err != nil {
+			return err
+		}
+	}
+	if r.Method == http.MethodGet || r.Method == http.MethodHead {
+		if t.path == "" {
+			return a.serveList(w, r, t.remote)
+		}
+		return a.cache.serveFile(w, r, fileRequest{target: t})
 	}
 	if err := a.authorizeWrite(r, t.remote.writeToken); err != nil {
 		return err

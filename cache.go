@@ -479,14 +479,12 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		if file.remote.local || file.remote.sealed {
 			return nil, storeErr
 		}
-		inOutage := false
 		if cp == nil {
-			inOutage = c.upstream.isInOutage(file.remote.name)
 			if err := file.recallMissing(ctx, c, rng, storeErr); err != nil {
 				return nil, err
 			}
 		}
-		reply, again, err := c.fillOrStale(ctx, key, file, rng, cp, ended)
+		reply, again, err := c.fillOrStale(ctx, key, file, rng, cp, ended, first)
 		if again && err != nil {
 			continue // another way to the file was refused: ask in our own way
 		}
@@ -499,7 +497,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		if reply != nil && (errors.Is(storeErr, errStoreDown) || c.copies.refusesWrites()) {
 			reply.willBeStored = false // it may be, if the store is back by then
 		}
-		if inOutage && failedByNetwork(err) { // the probe; who finds an outage says so
+		if failedByNetwork(err) { // the remote may be down since then
 			if missing := file.recallMissing(ctx, c, rng, storeErr); missing != nil {
 				return nil, missing
 			}
@@ -523,8 +521,9 @@ func withStoreError(err, storeErr error) error {
 
 // fillOrStale answers when the store has no fresh copy; cp is the expired one or
 // nil. again says that findOrFetch must look again: the store has the file by now,
-// or (with an error) the answer was to another way to the file.
-func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, rng byteRange, cp *storedCopy, ended int64) (reply *fileReply, again bool, err error) {
+// or (with an error) the answer was to another way to the file. first says that it has
+// not looked again yet.
+func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, rng byteRange, cp *storedCopy, ended int64, first bool) (reply *fileReply, again bool, err error) {
 	if cp == nil {
 		if rng.head && !file.needsWholeBody && !c.fills.isFilling(key) {
 			if file.knownSize > 0 {
@@ -539,6 +538,14 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 		return file.staleReply(c, cp, "agreeing"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)
+	if ttl, forever := file.remote.ttlOf(file.class); first && ttl == 0 && !forever && !leads && f.hasAll() {
+		// Upstream was asked before this request came, and is to be asked for each.
+		if cp != nil {
+			cp.body.Close()
+		}
+		_, err := f.awaitEnd(ctx)
+		return nil, err == nil, err
+	}
 	if cp == nil && f.file.wire != file.wire { // upstream is asked in another way than ours
 		if err := file.behaves().permit(ctx, nil); err != nil {
 			f.leave()

@@ -35,8 +35,7 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 		defer t.Stop()
 		enough = t.C
 	}
-	written, size := f.progress()
-	lateComer := !leads && written == size // the body was all there before this client was
+	lateComer := !leads && f.hasAll()
 	for {
 		f.mu.Lock()
 		ready := f.canAnswer(waits) && (!lateComer || f.phase >= phaseComplete)
@@ -67,6 +66,12 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 			return nil, false, context.Cause(ctx)
 		}
 	}
+}
+
+// hasAll reports whether the body is all there: who comes now has no download to join.
+func (f *fill) hasAll() bool {
+	written, size := f.progress()
+	return written == size
 }
 
 // awaitEnd waits until the fill has ended, and leaves it.

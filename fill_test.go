@@ -223,6 +223,32 @@ func TestHitWhileTheBodyIsBeingStored(t *testing.T) {
 	tt.get("/api/r/a").wantHit().wantBody(text)
 }
 
+// TestEachRequestAsksUpstreamWithoutATTL: a body that is being stored is the answer to
+// those who came before it, and a file whose TTL is 0 is asked for again for all others.
+func TestEachRequestAsksUpstreamWithoutATTL(t *testing.T) {
+	t.Parallel()
+	gated := &heldObjects{gate: make(chan struct{}, 10)}
+	tt := setup{objects: func(o objects) objects { gated.objects = o; return gated }, keys: []string{"mutable_patterns: ['^m']", "cache: {mutable_ttl: 0}"}}.start(t)
+	tt.origin.file("/m", "body")
+	ask := func(method string) *got {
+		s := tt.start(t.Context(), method, "/api/r/m", nil)
+		defer s.leave()
+		return s.rest()
+	}
+	ask("GET").wantMiss().wantBody("body")
+	for n, method := range []string{"GET", "HEAD", "GET"} {
+		next := make(chan *got)
+		go func() { next <- ask(method) }()
+		tt.eventually("the next client to wait for the one before", func() bool { return tt.waiting("m") == 1 })
+		tt.wantRequests("GET /m", n+1)
+		gated.gate <- struct{}{}
+		tt.eventually("upstream to be asked", func() bool { return tt.origin.requests("GET /m") == n+2 })
+		(<-next).wantStatus(200).wantFrom("remote", "fwd=stale; fwd-status=200; stored")
+	}
+	close(gated.gate)
+	tt.settle()
+}
+
 // renamingObjects take the spool's name away, as put may, and give it to
 // another file, as the next spool may.
 type renamingObjects struct {
