@@ -383,6 +383,7 @@ func (b *evictBench) unneeded(names map[string][]string) int {
 // overhead, and inodes for them.
 func smallDisk(t *testing.T, n int64) *tester {
 	tt := setup{yaml: "remotes:\n  r: {base_url: ORIGIN}\n  l: {type: local}\n", env: map[string]string{"API_TOKEN": "t", "MIN_FREE": "1MB"}}.start(t)
+	tt.cache.space.now = tt.clock.now
 	tt.cache.space.diskSpace = func() (diskUsage, error) {
 		u := diskUsage{free: room{1_000_000 + n*20_000, 20 + n*inodesPerFile}, size: room{1 << 40, 1000}}
 		err := tt.disk.walk(context.Background(), func(_ string, rec *record) error {
@@ -420,6 +421,9 @@ func TestAFullDiskMakesRoom(t *testing.T) {
 	tt.origin.file("/huge", noise(1, 150_000)) // more than eviction may free
 	tt.get("/api/r/huge").wantUnstored().wantBody(noise(1, 150_000))
 	tt.wantListed("r", "3", "4", "5", "6", "7")
+	tt.wantHealth("degraded", "full")
+	tt.advance(refusalCounts)
+	tt.wantHealth("healthy", "embedded")
 
 	tt.cache.evictor.limit = 50_000
 	tt.origin.file("/unstored", noise(1, 60_000))

@@ -95,7 +95,7 @@ type task struct {
 func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores, error) {
 	disk := newDiskStore(set.dataDir, now, log)
 	st := &stores{disk: disk, disks: []*diskStore{disk}}
-	st.space = &spoolSpace{createFile: disk.newSpool, diskSpace: disk.freeSpace, minFree: set.minFree}
+	st.space = &spoolSpace{createFile: disk.newSpool, diskSpace: disk.freeSpace, minFree: set.minFree, now: now}
 	st.replicaKey = newReplicaKey(set.s3.secretKey, set.s3.bucket)
 	redis, err := st.openFreshness(set, now, log)
 	if err == nil {

@@ -15,6 +15,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"time"
 )
 
 const (
@@ -63,12 +64,19 @@ type spoolSpace struct {
 	diskSpace  func() (diskUsage, error)
 	minFree    int64     // bytes that stay free; -1: defaultMinFree of the disk
 	reclaimer  reclaimer // nil: there is nothing to reclaim
+	now        func() time.Time
 
 	// mu guards the account. It is held while the disk is asked, or two spools would be
 	// promised the same bytes. No other lock is taken under it.
 	mu sync.Mutex
 	account
+	refused   int64 // bytes that could not be reserved last
+	refusedAt time.Time
 }
+
+// refusalCounts is how long space that could not be had counts as missing, unless it can
+// be had before that: a file that is too large for the disk may never be asked for again.
+const refusalCounts = time.Minute
 
 // account is what the spools that have not ended take.
 type account struct {
@@ -95,6 +103,17 @@ func defaultMinFree(diskSize int64) int64 { return min(1<<30, diskSize/20) }
 // needs them. Each byte is given back when it is written, since the disk accounts for it
 // from then on, or is not needed any more.
 func (s *spoolSpace) reserve(n int64, mayReclaim bool) (short room, err error) {
+	short, err = s.reserveOrReclaim(n, mayReclaim)
+	if errors.Is(err, errNoSpace) && mayReclaim {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.refused, s.refusedAt = n, s.now()
+	}
+	return short, err
+}
+
+// reserveOrReclaim is reserve, whose failure check does not see.
+func (s *spoolSpace) reserveOrReclaim(n int64, mayReclaim bool) (short room, err error) {
 	short, err = s.tryReserve(n, room{})
 	if errors.Is(err, errNoSpace) && mayReclaim && s.reclaimer != nil {
 		short, err = s.tryReserve(n, s.reclaimer.reclaimable()) // asked without the lock: it may take long
@@ -136,11 +155,17 @@ func (s *spoolSpace) reclaim(need room) error {
 	return nil
 }
 
-// check returns errNoSpace if nothing can be stored.
+// check returns errNoSpace if nothing can be stored, or not what could not be lately.
 func (s *spoolSpace) check() error {
-	short, err := s.reserve(1, true)
+	s.mu.Lock()
+	need := int64(1)
+	if s.now().Sub(s.refusedAt) < refusalCounts {
+		need = s.refused
+	}
+	s.mu.Unlock()
+	short, err := s.reserveOrReclaim(need, true)
 	if err == nil {
-		s.add(account{reserved: -1, owed: -short.bytes})
+		s.add(account{reserved: -need, owed: -short.bytes})
 	}
 	return err
 }

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 // usageOf is a disk without a limit on files.
@@ -21,6 +22,7 @@ func usageOf(free, size int64) diskUsage {
 func testSpace(t *testing.T, free int64) *spoolSpace {
 	dir := t.TempDir()
 	return &spoolSpace{
+		now:        func() time.Time { return testDay },
 		createFile: func() (*os.File, error) { return os.CreateTemp(dir, "*") },
 		diskSpace:  func() (diskUsage, error) { return usageOf(free, free), nil },
 	}
@@ -141,7 +143,8 @@ func TestSpaceAccount(t *testing.T) {
 	t.Parallel()
 	const mib = 1 << 20
 	space := testSpace(t, 100*mib)
-	space.minFree = 10 * mib
+	at := testDay
+	space.minFree, space.now = 10*mib, func() time.Time { return at }
 	wantReserved := func(want int64) {
 		t.Helper()
 		if space.reserved != want {
@@ -174,9 +177,17 @@ func TestSpaceAccount(t *testing.T) {
 		s.discard()
 	}
 	wantReserved(0)
+	must(t, space.check()) // what was refused to tooLarge would be there now
 	if _, err := space.reserve(91*mib, true); !errors.Is(err, errNoSpace) {
 		t.Errorf("MIN_FREE is given away: %v", err)
 	}
+	for range 2 { // that it has failed once more is no request for space
+		if err := space.check(); !errors.Is(err, errNoSpace) {
+			t.Errorf("a body found no room, and the disk is not full: %v", err)
+		}
+		at = at.Add(refusalCounts / 2)
+	}
+	must(t, space.check()) // nobody asked for so much since
 	_, err = space.reserve(90*mib, true)
 	must(t, err)
 	if err := space.check(); !errors.Is(err, errNoSpace) {

@@ -500,7 +500,7 @@ func newBundleReader(t *testing.T, o objects, d *diskStore) *bundleReader {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { dir.Close() })
-	space := &spoolSpace{createFile: d.newSpool, diskSpace: d.freeSpace}
+	space := &spoolSpace{createFile: d.newSpool, diskSpace: d.freeSpace, now: time.Now}
 	return &bundleReader{bundleProgress: &bundleProgress{ctx: t.Context()}, dir: dir.Name(), announcer: &announcer{},
 		cacheStores: cacheStores{objects: o, index: newEmbeddedIndex(d.dir, d.log), space: space}, missing: func(*record) {}}
 }

@@ -30,7 +30,7 @@ type hotBench struct {
 
 // spaceOf makes spools on disk, without a bound.
 func spaceOf(disk *diskStore) *spoolSpace {
-	return &spoolSpace{createFile: disk.newSpool, diskSpace: disk.freeSpace}
+	return &spoolSpace{createFile: disk.newSpool, diskSpace: disk.freeSpace, now: time.Now}
 }
 
 // onNewSpool calls f before each spool of a copy is made.
