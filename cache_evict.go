@@ -156,7 +156,7 @@ func (e *evictor) keysInUse() map[string]bool {
 }
 
 // reclaim: see reclaimer.
-func (e *evictor) reclaim(need room) (freed room) {
+func (e *evictor) reclaim(need room, removing func(bytes int64)) (freed room) {
 	e.running.Lock()
 	defer e.running.Unlock()
 	e.cache.flushCounts(e.cache.ctx)
@@ -164,7 +164,7 @@ func (e *evictor) reclaim(need room) (freed room) {
 	for _, t := range e.storedOfRemotes(e.cache.ctx) {
 		all += t.cost()
 	}
-	v := &eviction{evictor: e, reason: "MIN_FREE", need: need, maxUnused: all / unusedShare}
+	v := &eviction{evictor: e, reason: "MIN_FREE", need: need, removing: removing, maxUnused: all / unusedShare}
 	v.evict(e.cache.ctx)
 	return v.freed
 }
@@ -178,7 +178,8 @@ type eviction struct {
 	remote    string // "": of all
 	reason    string // what asks for it, for the log
 	need      room
-	maxUnused int64 // bytes
+	removing  func(bytes int64) // see reclaimer; may be nil
+	maxUnused int64             // bytes
 
 	freed  room
 	files  int64
@@ -257,7 +258,7 @@ func (v *eviction) isMostRecent(ctx context.Context, from, other *agedRows) bool
 
 // remove removes a file, unless it is in use.
 func (v *eviction) remove(ctx context.Context, row indexRow, used bool) {
-	switch err := v.removeUnlessBusy(ctx, row); {
+	switch err := v.removeUnlessBusy(ctx, row, v.removing); {
 	case errors.Is(err, errBusy), err != nil && ctx.Err() != nil:
 		return
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
@@ -275,14 +276,18 @@ func (v *eviction) remove(ctx context.Context, row indexRow, used bool) {
 	v.evictedBytes.Add(row.Size)
 }
 
-// removeUnlessBusy removes a file. errBusy: it is read or filled, and so it is not old.
-func (e *evictor) removeUnlessBusy(ctx context.Context, row indexRow) error {
+// removeUnlessBusy removes a file, and calls removing before, which may be nil. errBusy:
+// it is read or filled, and so it is not old.
+func (e *evictor) removeUnlessBusy(ctx context.Context, row indexRow, removing func(bytes int64)) error {
 	if err := e.cache.changing.lock(ctx, row.Key); err != nil {
 		return err
 	}
 	defer e.cache.changing.unlock(row.Key)
 	if e.cache.fills.isFilling(row.Key) || e.cache.readers.has(row.Key) {
 		return errBusy
+	}
+	if removing != nil {
+		removing(entryCost(row.Size))
 	}
 	return e.cache.removeFile(ctx, row.Remote, row.Key)
 }
@@ -343,7 +348,7 @@ func (e *evictor) trimVariants(ctx context.Context, t target) {
 		if row.Key == t.key() {
 			continue // the most recent one stays
 		}
-		if err := e.removeUnlessBusy(ctx, row); err != nil && !errors.Is(err, errBusy) && !errors.Is(err, fs.ErrNotExist) {
+		if err := e.removeUnlessBusy(ctx, row, nil); err != nil && !errors.Is(err, errBusy) && !errors.Is(err, fs.ErrNotExist) {
 			e.cache.reportStoreError("storage", "evicting", row.Key, err)
 		}
 	}

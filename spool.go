@@ -52,8 +52,9 @@ type diskUsage struct{ free, size room } // size.inodes 0: it has any number
 type reclaimer interface {
 	// reclaimable is how much reclaim could free.
 	reclaimable() room
-	// reclaim frees need, if it can, and returns what it has freed.
-	reclaim(need room) room
+	// reclaim frees need, if it can, and returns what it has freed. Before it removes
+	// something it calls removing with the bytes of that.
+	reclaim(need room, removing func(bytes int64)) room
 }
 
 // spoolSpace makes spools and accounts for the space that they will take, so
@@ -147,8 +148,15 @@ func (s *spoolSpace) tryReserve(n int64, reclaimable room) (short room, err erro
 
 // reclaim has owed bytes and inodes freed. errNoSpace: there is not enough any more.
 func (s *spoolSpace) reclaim(need room) error {
-	freed := s.reclaimer.reclaim(need)
-	s.add(account{owed: -need.bytes})
+	owed := need.bytes
+	settle := func(bytes int64) {
+		bytes = min(bytes, owed)
+		owed -= bytes
+		s.add(account{owed: -bytes})
+	}
+	// Bytes that are free and still owed would be promised to two spools.
+	freed := s.reclaimer.reclaim(need, settle)
+	settle(owed)
 	if freed.bytes < need.bytes || freed.inodes < need.inodes {
 		return fmt.Errorf("%w: %+v was to be reclaimed, and only %+v could be", errNoSpace, need, freed)
 	}

@@ -206,14 +206,23 @@ type fullDisk struct {
 	usage     diskUsage
 	old       room // what is reclaimable
 	reclaimed []int64
+	between   func() // called when something was removed; may be nil
 }
 
 func (d *fullDisk) reclaimable() room { return d.old }
-func (d *fullDisk) reclaim(need room) room {
+func (d *fullDisk) reclaim(need room, removing func(int64)) room {
 	freed := room{min(need.bytes, d.old.bytes), min(need.inodes, d.old.inodes)}
 	d.old.bytes -= freed.bytes
 	d.old.inodes -= freed.inodes
-	d.usage.free.bytes += freed.bytes
+	for left := freed.bytes; left > 0; { // two files
+		piece := min(left, freed.bytes/2+1)
+		left -= piece
+		removing(piece)
+		d.usage.free.bytes += piece
+		if d.between != nil {
+			d.between()
+		}
+	}
 	d.usage.free.inodes += freed.inodes
 	d.reclaimed = append(d.reclaimed, freed.bytes+freed.inodes)
 	return freed
@@ -257,6 +266,25 @@ func TestSpaceIsReclaimedAsTheBodyArrives(t *testing.T) {
 	s.discard()
 	if (space.account != account{}) {
 		t.Errorf("without spools the account is %+v", space.account)
+	}
+}
+
+// TestWhatIsReclaimedIsPromisedOnce: while old files go for one body, what they free is
+// not there for another.
+func TestWhatIsReclaimedIsPromisedOnce(t *testing.T) {
+	t.Parallel()
+	const mib = 1 << 20
+	d, space := newFullDisk(t, room{bytes: 20 * mib})
+	asked := 0
+	d.between = func() {
+		asked++
+		if short, err := space.tryReserve(1, room{}); err == nil {
+			t.Errorf("after %d removals there is room for another body: %+v", asked, short)
+		}
+	}
+	newTestSpool(t, space, "", 20*mib).discard()
+	if asked != 2 {
+		t.Errorf("%d files were removed", asked)
 	}
 }
 

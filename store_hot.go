@@ -212,14 +212,15 @@ func (t *tieredStore) reclaimable() room {
 }
 
 // reclaim implements reclaimer: it removes the copies that were used longest ago.
-func (t *tieredStore) reclaim(need room) (freed room) {
+func (t *tieredStore) reclaim(need room, removing func(bytes int64)) (freed room) {
 	for freed.bytes < need.bytes || freed.inodes < need.inodes {
 		evicted := t.copies.evict(max(1, need.bytes-freed.bytes))
 		if len(evicted) == 0 {
 			break
 		}
-		t.removeCopies(evicted)
 		for _, e := range evicted {
+			removing(e.cost)
+			t.removeCopy(e.key)
 			freed.bytes += e.cost
 			freed.inodes += inodesPerFile
 		}

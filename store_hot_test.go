@@ -318,13 +318,13 @@ func TestEviction(t *testing.T) {
 	b.wantNoCopy("huge")
 	b.wantHot("0", content(0))
 	all := b.tier.reclaimable()
-	if got := b.tier.reclaim(room{inodes: 1}); got.inodes != inodesPerFile {
+	if got := b.tier.reclaim(room{inodes: 1}, func(int64) {}); got.inodes != inodesPerFile {
 		t.Errorf("reclaimed %+v for an inode", got)
 	}
-	if got := b.tier.reclaim(room{bytes: limit}); got.bytes >= all.bytes || got.bytes == 0 || (b.tier.reclaimable() != room{}) {
+	if got := b.tier.reclaim(room{bytes: limit}, func(int64) {}); got.bytes >= all.bytes || got.bytes == 0 || (b.tier.reclaimable() != room{}) {
 		t.Errorf("of %+v was reclaimed %+v, and there is %+v", all, got, b.tier.reclaimable())
 	}
-	if got := b.tier.reclaim(room{bytes: 1}); got != (room{}) {
+	if got := b.tier.reclaim(room{bytes: 1}, func(int64) {}); got != (room{}) {
 		t.Errorf("reclaimed %+v of nothing", got)
 	}
 	b.wantNoCopy("0")
