@@ -331,11 +331,19 @@ func (b *upstreamReader) seekUpstream(off int64) error {
 	}
 	part := b.part
 	part.from = off
-	part.origin = (part.origin + max(0, b.stuck-1)) % len(part.file.remote.origins)
+	part.origin += max(0, b.stuck-1)
 	if part.to < off {
 		part.to = -1
 	}
-	resp, err := part.request(b.ctx, b.c.upstream)
+	var resp *upstreamResponse
+	var err error
+	for range part.file.remote.origins { // one may have another version, and the next one ours
+		part.origin %= len(part.file.remote.origins)
+		if resp, err = part.request(b.ctx, b.c.upstream); !errors.Is(err, errBadUpstream) {
+			break
+		}
+		part.origin++
+	}
 	if err == nil {
 		b.closeResponse()
 		_, _, size, _ := parseContentRange(resp.Header.Get("Content-Range"))

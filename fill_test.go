@@ -784,6 +784,27 @@ func TestMirrorFinishesWhatBaseBegan(t *testing.T) {
 	tt.get("/api/r/a").wantHit().wantBody(text)
 }
 
+// A mirror that has another version is passed over.
+func TestMirrorWithAnotherVersionIsPassedOver(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	other, same := tt.another(), tt.another()
+	tt.moveUpstream(tt.origin.url, "mirrors: ["+other.url+", "+same.url+"]")
+	text := noise(1, 1<<20)
+	other.file("/a", noise(2, 1<<20)).etag(`"2"`)
+	same.file("/a", text).etag(`"1"`)
+	release := tt.origin.file("/a", text).etag(`"1"`).stallAt(600_000)
+	defer release()
+	in := tt.open("/api/r/a")
+	defer in.leave()
+	in.read(600_000)
+	tt.down()
+	in.rest().wantMiss().wantBody(text)
+	if got := same.last("/a").header.Get("Range"); got != "bytes=600000-" {
+		t.Errorf("the mirror was asked for %q", got)
+	}
+}
+
 // To an HTTP/1.0 client the connection's end is a body's end where no length
 // was told: it has to see a broken one.
 func TestCutBodyIsNoCleanEndForHTTP10(t *testing.T) {
