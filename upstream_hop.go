@@ -314,8 +314,10 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		cancel(nil)
 		return nil, explained
 	}
-	if lasted, recovered := u.circuitOf(name).succeed(); recovered {
-		u.log.Info("a remote can be reached again", "remote", name, "after", lasted.Round(time.Second).String())
+	if !x.isChallenge(resp) { // else the token service, which may be away, decides
+		if lasted, recovered := u.circuitOf(name).succeed(); recovered {
+			u.log.Info("a remote can be reached again", "remote", name, "after", lasted.Round(time.Second).String())
+		}
 	}
 	if a := connected.Load(); first && sameServer(at, x.origin) && !proxied && a != nil {
 		x.reach = max(x.reach, u.kindOf(*a)) // a name of the origin's that leads into a private network itself
@@ -323,6 +325,12 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	resp.Request = req
 	resp.Body = &upstreamBody{ReadCloser: resp.Body, u: u, ctx: ctx, cancel: cancel, idle: timer, remote: name, host: at.Host}
 	return resp, nil
+}
+
+// isChallenge reports whether a registry wants a token before it answers.
+func (x *exchange) isChallenge(resp *http.Response) bool {
+	return x.remote.packageType == "docker" && resp.StatusCode == http.StatusUnauthorized &&
+		strings.Contains(strings.ToLower(strings.Join(resp.Header.Values("WWW-Authenticate"), ",")), "bearer")
 }
 
 // newSealedError makes the answer for a file that a sealed remote has not stored.

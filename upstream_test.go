@@ -1758,6 +1758,37 @@ func TestTokenServiceUnreachableCountsForTheRemote(t *testing.T) {
 	})
 }
 
+// TestTokenServiceDownIsOneLine: the registry's challenges do not end the outage.
+func TestTokenServiceDownIsOneLine(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		g := newTokenRegistry(t)
+		do, down := g.do, true
+		g.do = func(n int, r *http.Request) (*http.Response, error) {
+			if down && r.URL.Path == "/token" {
+				return nil, errDial
+			}
+			return do(n, r)
+		}
+		wantLines := func(gone, back int) {
+			t.Helper()
+			if n, m := strings.Count(g.log.String(), "cannot be reached"), strings.Count(g.log.String(), "reached again"); n != gone || m != back {
+				t.Errorf("%d lines say that it is gone and %d that it is back; want %d and %d", n, m, gone, back)
+			}
+		}
+		for range 5 {
+			g.pull().wantErr(errUnreachable)
+		}
+		wantLines(1, 0)
+		down = false
+		time.Sleep(outagePause)
+		if r := g.pull(); r.err != nil {
+			t.Error(r.err)
+		}
+		wantLines(1, 1)
+	})
+}
+
 func TestTokenMayNotTrickle(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
