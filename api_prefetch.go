@@ -156,6 +156,8 @@ func (p *prefetchRun) readRequest(req *prefetchRequest) (err error) {
 		return refuse("give exactly one of pattern (or include_pattern), paths, images and urls")
 	case len(req.URLs) > 0 && req.Remote+req.Prefix != "":
 		return refuse("urls: remote and prefix have no meaning beside it, the URLs say where the files are")
+	case req.Remote == "" && len(req.URLs) == 0:
+		return refuse("remote: name the remote")
 	case p.remote == nil && len(req.URLs) == 0:
 		return newProblem(http.StatusNotFound, "remote: there is no remote %.100q", req.Remote)
 	case p.remote != nil && p.remote.local:

@@ -94,6 +94,7 @@ func TestPrefetchIsRefused(t *testing.T) {
 		detail string
 	}{
 		{`{"remote": "none", "pattern": "."}`, 404, "none"},
+		{`{"paths": ["a"]}`, 400, "remote"},
 		{`{"remote": "own", "pattern": "."}`, 400, "local"},
 		{`{"remote": "r"}`, 400, "exactly one"},
 		{`{"remote": "r", "pattern": ".", "paths": ["a"]}`, 400, "exactly one"},

@@ -159,12 +159,12 @@ func (reply *fileReply) send(w *response, r *http.Request, file fileRequest, now
 		// whether something below it codes them.
 		w.Header()["Content-Length"] = known.length
 	}
+	if known.modified != nil { // ServeContent takes 1970 for a time that is not known
+		w.Header()["Last-Modified"] = known.modified
+	}
 	if !isPlain {
 		http.ServeContent(w, r, "", reply.rec.Modified, reply.body)
 		return
-	}
-	if known.modified != nil {
-		w.Header()["Last-Modified"] = known.modified
 	}
 	w.WriteHeader(http.StatusOK)
 	_, _ = w.sendBody(reply.body, reply.size)
@@ -177,11 +177,10 @@ var conditionHeaders = []string{"Range", "If-Range", "If-Match", "If-None-Match"
 // a stored body share them.
 type recordHeaders struct{ etag, length, modified []string }
 
-// newRecordHeaders makes the values for a body of size bytes. Like ServeContent it says
-// nothing of a time that is not known.
+// newRecordHeaders makes the values for a body of size bytes.
 func newRecordHeaders(rec *record, size int64) *recordHeaders {
 	h := &recordHeaders{etag: []string{`"sha256-` + rec.SHA256 + `"`}, length: []string{strconv.FormatInt(size, 10)}}
-	if !rec.Modified.IsZero() && rec.Modified.Unix() != 0 {
+	if !rec.Modified.IsZero() {
 		h.modified = []string{rec.Modified.UTC().Format(http.TimeFormat)}
 	}
 	return h
@@ -271,7 +270,7 @@ func contentDisposition(name string) string {
 var contentTypes = map[string]string{
 	".7z": "application/x-7z-compressed", ".apk": "application/vnd.android.package-archive",
 	".asc": "application/pgp-signature", ".bz2": "application/x-bzip2", ".crate": "application/gzip",
-	".css": "text/css; charset=utf-8", ".deb": "application/vnd.debian.binary-package",
+	".css": "text/css; charset=utf-8", ".deb": "application/vnd.debian.binary-package", ".drpm": "application/x-rpm", ".nupkg": "application/zip", ".udeb": "application/vnd.debian.binary-package",
 	".dmg": "application/x-apple-diskimage", ".exe": "application/vnd.microsoft.portable-executable",
 	".gem": "application/octet-stream", ".gz": "application/gzip", ".html": "text/html; charset=utf-8",
 	".iso": "application/x-iso9660-image", ".jar": "application/java-archive",
@@ -286,7 +285,7 @@ var contentTypes = map[string]string{
 }
 
 // archiveExtensions are those of archives and packages.
-var archiveExtensions = strings.Fields(".7z .apk .bz2 .crate .deb .dmg .exe .gem .gz .iso .jar .msi .rpm .tar .tbz2 .tgz .txz .war .whl .xz .zip .zst")
+var archiveExtensions = strings.Fields(".7z .apk .bz2 .crate .deb .dmg .drpm .exe .gem .gz .iso .jar .msi .nupkg .rpm .tar .tbz2 .tgz .txz .udeb .war .whl .xz .zip .zst")
 
 // pageBytes is how much of a body tells whether it is a web page (WHATWG "MIME Sniffing"
 // section 7.1 looks at as much at most).

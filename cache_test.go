@@ -894,6 +894,21 @@ func TestRefusedHEADBecomesAConditionalGET(t *testing.T) {
 
 // A 304 that names another version is not believed: a front of upstream's may have
 // answered for an old copy of its own.
+// Builds that can be repeated date their files 1970, which net/http takes for no date.
+func TestDateOfTheEpochIsADate(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	const epoch = "Thu, 01 Jan 1970 00:00:00 GMT"
+	tt.origin.file("/a", "text").acts(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Last-Modified", epoch)
+		_, _ = io.WriteString(w, "text")
+	})
+	tt.get("/api/r/a").wantMiss().wantHeader("Last-Modified", epoch)
+	tt.get("/api/r/a").wantHit().wantHeader("Last-Modified", epoch)
+	tt.get("/api/r/a", "Range: bytes=1-").wantStatus(206).wantHeader("Last-Modified", epoch)
+	tt.head("/api/r/a").wantStatus(200).wantHeader("Last-Modified", epoch)
+}
+
 func TestNotModifiedThatNamesAnotherVersion(t *testing.T) {
 	t.Parallel()
 	date, later := longAgo.Format(http.TimeFormat), longAgo.Add(time.Hour).Format(http.TimeFormat)
@@ -908,6 +923,7 @@ func TestNotModifiedThatNamesAnotherVersion(t *testing.T) {
 		{"the same ETag, another date", http.Header{"Etag": {`"1"`}, "Last-Modified": {date}}, http.Header{"Etag": {`"1"`}, "Last-Modified": {later}}, false},
 		{"no ETag, another date", http.Header{"Etag": {`"1"`}, "Last-Modified": {date}}, http.Header{"Last-Modified": {later}}, true},
 		{"only now an ETag, another date", http.Header{"Last-Modified": {date}}, http.Header{"Etag": {`"2"`}, "Last-Modified": {later}}, true},
+		{"nothing at all, not even asked for", http.Header{}, http.Header{}, true},
 		{"nothing", http.Header{"Etag": {`"1"`}, "Last-Modified": {date}}, http.Header{}, false},
 	} {
 		for _, refusesHEAD := range []bool{false, true} {
@@ -925,7 +941,7 @@ func TestNotModifiedThatNamesAnotherVersion(t *testing.T) {
 						maps.Copy(w.Header(), c.old)
 						_, _ = io.WriteString(w, "old")
 						first = false
-					case conditional:
+					case conditional, r.Method == http.MethodHead:
 						maps.Copy(w.Header(), c.now)
 						w.WriteHeader(http.StatusNotModified)
 					default:
@@ -1204,7 +1220,7 @@ func TestNegativeTTL(t *testing.T) {
 		}
 		tt.wantRequests(path, 1)
 		tt.origin.file(path, "here now")
-		tt.get("/api/r" + path).wantStatus(status)
+		tt.get("/api/r"+path).wantStatus(status).wantFrom("cache", "hit; detail=negative")
 		tt.get("/api/r" + path + "?v=2").wantStatus(404)
 		tt.advance(61 * time.Second)
 		tt.get("/api/r" + path).wantMiss().wantBody("here now")

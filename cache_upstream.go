@@ -170,14 +170,17 @@ func (file fileRequest) wireKey() string { return storageKey(file.remote.name, f
 // no copy: where the store could not be asked, there may be one.
 func (file fileRequest) recallMissing(ctx context.Context, c *cache, rng byteRange, storeErr error) error {
 	missing, found := c.missing.get(file.wireKey())
+	if !found {
+		return nil
+	}
+	p := missing.newProblem(file.remote.name)
+	p.headers = http.Header{"Cache-Status": {"artifactapi; hit; detail=negative"}, "X-Artifact-Source": sourceCache}
 	switch {
-	case !found:
 	case c.now().Sub(missing.at) < file.remote.negativeTTL && (rng.head || !missing.byHEAD):
-		return missing.newProblem(file.remote.name)
+		return p
 	case errors.Is(storeErr, fs.ErrNotExist) && c.upstream.isDown(ctx, file.remote):
-		p := missing.newProblem(file.remote.name)
 		p.status = http.StatusNotFound
-		p.headers = http.Header{"Cache-Status": {"artifactapi; hit; detail=unreachable"}, "X-Artifact-Source": sourceCache}
+		p.headers["Cache-Status"] = []string{"artifactapi; hit; detail=unreachable"}
 		return p
 	}
 	return nil

@@ -69,7 +69,7 @@ func (f *fillRun) revalidateByHEAD() (validators http.Header, unchanged bool, er
 	case f.isUnchanged(resp):
 		return nil, true, nil
 	case code == http.StatusNotModified:
-		return nil, false, nil // it names another version
+		return nil, false, nil // it names another version, or nobody asked for it
 	case code == http.StatusMethodNotAllowed, code == http.StatusNotImplemented:
 		c.headRefused.putFor(name, struct{}{}, headRefusedFor)
 		return validators, false, nil
@@ -85,7 +85,7 @@ func (f *fillRun) revalidateByHEAD() (validators http.Header, unchanged bool, er
 // same bytes.
 func (f *fillRun) isUnchanged(resp *upstreamResponse) bool {
 	if resp.StatusCode == http.StatusNotModified {
-		return f.oldRecord.mayBe(resp.Header)
+		return len(validatorsOf(f.oldRecord)) > 0 && f.oldRecord.mayBe(resp.Header)
 	}
 	if resp.StatusCode != http.StatusOK {
 		return false
