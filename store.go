@@ -187,7 +187,7 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 		return nil, err
 	}
 	e, _ := d.memory.get(key)
-	if e != nil && (off < 0 || e.body != nil) && d.isCurrent(e) {
+	if e != nil && (off < 0 || e.body != nil) && e.isCurrent(d) {
 		return e.newObject(off), nil
 	}
 	f, e, err := d.openMatching(ctx, key, e)
@@ -242,7 +242,7 @@ func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryE
 		}
 	}
 	e.headers = newRecordHeaders(e.rec, e.id.size)
-	d.remember(e)
+	d.memory.put(e.key, e.cost(), e)
 	return f, e, nil
 }
 
@@ -286,7 +286,7 @@ func (d *diskStore) openSmall(f *os.File, e *memoryEntry, off int64) (*object, e
 		}
 		return nil, storeError("reading "+e.key, err)
 	}
-	d.remember(full)
+	d.memory.put(full.key, full.cost(), full)
 	return full.newObject(off), nil
 }
 

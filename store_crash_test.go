@@ -639,7 +639,7 @@ func TestDiskStatsNowAndThen(t *testing.T) {
 	s.wantHit("f", "old") // looked at the file
 	old, _ := s.d.memory.get(testKey("f"))
 	s.mustPut("f", "new")
-	s.d.remember(old) // by a reader who opened the file before
+	s.d.memory.put(old.key, old.cost(), old) // by a reader who opened the file before
 	s.wantHit("f", "new")
 	s.wantHit("f", "new")
 	must(t, os.Rename(s.body("f"), s.body("f")+"-away"))

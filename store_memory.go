@@ -55,11 +55,8 @@ func (e *memoryEntry) newObject(off int64) *object {
 	return &object{rec: e.rec, headers: e.headers, body: body}
 }
 
-// remember keeps an entry in memory in place of an older one of its key. Those that were
-// used longest ago go until all are within the budget.
-func (d *diskStore) remember(e *memoryEntry) {
-	d.memory.put(e.key, memoryEntryCost+int64(len(e.body)), e)
-}
+// cost is what the entry takes of memoryBudget.
+func (e *memoryEntry) cost() int64 { return memoryEntryCost + int64(len(e.body)) }
 
 // forget drops key's entry when its files have changed. Whoever made an entry of the old
 // files meanwhile looks at them again.
@@ -68,10 +65,10 @@ func (d *diskStore) forget(key string) {
 	d.changes.Add(1)
 }
 
-// isCurrent reports whether the file of an entry is still the one that it was made from.
+// isCurrent reports whether the entry's file in d is still the one that it was made from.
 // A stat is a quarter of our own work for a hit from memory: one a tenth of a second
 // will do for a body that is asked for all the time.
-func (d *diskStore) isCurrent(e *memoryEntry) bool {
+func (e *memoryEntry) isCurrent(d *diskStore) bool {
 	now, changes := d.now().UnixNano(), d.changes.Load()
 	if age := now - e.statAt.Load(); age >= 0 && age < int64(d.statEvery) && e.changes.Load() == changes {
 		return true
