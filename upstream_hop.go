@@ -314,11 +314,7 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		cancel(nil)
 		return nil, explained
 	}
-	if !x.isChallenge(resp) { // else the token service, which may be away, decides
-		if lasted, recovered := u.circuitOf(name).succeed(); recovered {
-			u.log.Info("a remote can be reached again", "remote", name, "after", lasted.Round(time.Second).String())
-		}
-	}
+	u.endOutage(x.remote, resp)
 	if a := connected.Load(); first && sameServer(at, x.origin) && !proxied && a != nil {
 		x.reach = max(x.reach, u.kindOf(*a)) // a name of the origin's that leads into a private network itself
 	}
@@ -327,10 +323,16 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	return resp, nil
 }
 
-// isChallenge reports whether a registry wants a token before it answers.
-func (x *exchange) isChallenge(resp *http.Response) bool {
-	return x.remote.packageType == "docker" && resp.StatusCode == http.StatusUnauthorized &&
-		strings.Contains(strings.ToLower(strings.Join(resp.Header.Values("WWW-Authenticate"), ",")), "bearer")
+// endOutage ends a remote's outage, for it has answered. A registry that wants a token
+// has not: its token service, which may be away, decides.
+func (u *upstream) endOutage(r *remote, resp *http.Response) {
+	if r.packageType == "docker" && resp.StatusCode == http.StatusUnauthorized &&
+		strings.Contains(strings.ToLower(strings.Join(resp.Header.Values("WWW-Authenticate"), ",")), "bearer") {
+		return
+	}
+	if lasted, recovered := u.circuitOf(r.name).succeed(); recovered {
+		u.log.Info("a remote can be reached again", "remote", r.name, "after", lasted.Round(time.Second).String())
+	}
 }
 
 // newSealedError makes the answer for a file that a sealed remote has not stored.
