@@ -151,7 +151,7 @@ type pageFile struct {
 
 func (a *api) newPageRemote(o remoteOverview, rem *remote) pageRemote {
 	v := pageRemote{remoteOverview: o, Local: rem.local, Sealed: rem.sealed}
-	if began, cause := a.cache.upstream.outageOf(o.Name); cause != nil && !rem.sealed {
+	if began, cause := a.cache.upstream.circuitOf(o.Name).outage(); cause != nil && !rem.sealed {
 		// What a client would be told: the cause itself may have a host from ${VAR}.
 		_, v.DownCause = statusAndDetail(cause)
 		v.DownFor = formatSpan(a.now().Sub(began))

@@ -249,9 +249,9 @@ func (l *lru[V]) drop(el *list.Element) {
 
 // sharedCalls lets those that ask the same at the same time share one answer. The zero
 // sharedCalls is ready to use.
-type sharedCalls[V any] struct {
+type sharedCalls[K comparable, V any] struct {
 	mu      sync.Mutex // guards running; no other lock is taken under it
-	running map[string]*sharedCall[V]
+	running map[K]*sharedCall[V]
 }
 
 type sharedCall[V any] struct {
@@ -264,7 +264,7 @@ type sharedCall[V any] struct {
 // call returns what ask does, or what that of another caller does, which has the same
 // key and runs already. A caller whose ctx ends leaves the others alone: one of them
 // asks again.
-func (s *sharedCalls[V]) call(ctx context.Context, key string, ask func() (V, error)) (V, error) {
+func (s *sharedCalls[K, V]) call(ctx context.Context, key K, ask func() (V, error)) (V, error) {
 	for {
 		s.mu.Lock()
 		c := s.running[key]
@@ -284,7 +284,7 @@ func (s *sharedCalls[V]) call(ctx context.Context, key string, ask func() (V, er
 	}
 	c := &sharedCall[V]{done: make(chan struct{})}
 	if s.running == nil {
-		s.running = map[string]*sharedCall[V]{}
+		s.running = map[K]*sharedCall[V]{}
 	}
 	s.running[key] = c
 	s.mu.Unlock()

@@ -233,7 +233,7 @@ type cache struct {
 	fills  *fillTable
 
 	missing      *boundedMap[string, missingFile] // what upstream does not have, by fileRequest.wireKey
-	heads        sharedCalls[fileReply]           // HEADs of files that are not stored
+	heads        sharedCalls[string, fileReply]   // HEADs of files that are not stored
 	headRefused  *boundedMap[string, struct{}]    // remotes, and keys of files, that refuse HEAD
 	passOn       *boundedMap[string, struct{}]    // keys whose bodies are not spooled for a while
 	failedLeases *boundedMap[string, struct{}]    // tokens of leases whose holder could not be followed

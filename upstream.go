@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
@@ -111,7 +112,10 @@ type upstream struct {
 	circuits   *boundedMap[string, *circuit]     // by the remote's name
 	failing    *boundedMap[*url.URL, struct{}]   // origins that failed by network a short while ago
 	origins    *boundedMap[originName, *circuit] // of remotes with mirrors, see noteOrigin
-	tokens     tokenCache
+
+	challenges *boundedMap[registryKey, authChallenge] // of registries
+	tokens     *boundedMap[tokenKey, string]           // for them
+	asking     sharedCalls[tokenKey, string]           // one request for a token at a time
 
 	// proxyFor returns the proxy for a request, or nil. It must agree with the Proxy
 	// functions of the transports. kindOf is kindOfAddress. Only tests replace the two.
@@ -132,13 +136,27 @@ type upstreamRequest struct {
 	first       int           // the index in remote.origins that is asked first; the others follow in order
 }
 
-// upstreamResponse is the response of an upstream. The caller closes Body. The context
-// that was given to send ends Body too. Reading Body fails with errTimeout if no byte
-// arrives for bodyIdleTimeout; its bytes and its failure are counted. Request.URL must
-// not be logged: the query of a redirect target may be a signature.
+// upstreamResponse is the response of an upstream. The caller closes Body, or discards
+// it. The context that was given to send ends Body too. Reading Body fails with errTimeout
+// if no byte arrives for bodyIdleTimeout; its bytes and its failure are counted.
+// Request.URL must not be logged: the query of a redirect target may be a signature.
 type upstreamResponse struct {
 	*http.Response
 	origin int // the index in remote.origins of the origin that answered
+}
+
+// discardBody closes the body of resp, which may be nil. If the body is short and arrives
+// at once, it is read before, so that the connection can be used again.
+func (resp *upstreamResponse) discardBody() {
+	if resp == nil {
+		return
+	}
+	if b, ok := resp.Body.(*upstreamBody); ok && resp.ContentLength <= drainBytes {
+		b.idle.Reset(drainTime)
+		io.CopyN(io.Discard, b.ReadCloser, drainBytes)
+		b.idle.Stop()
+	}
+	resp.Body.Close()
 }
 
 // newUpstream makes an upstream. It calls rt for each kind of address; see newTransport.
@@ -152,10 +170,10 @@ func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.T
 		circuits: newBoundedMap[string, *circuit](maxRemembered, now),
 		failing:  newBoundedMap[*url.URL, struct{}](maxRemembered, now),
 		origins:  newBoundedMap[originName, *circuit](maxRemembered, now),
-		tokens: tokenCache{
-			challenges: newBoundedMap[registryKey, authChallenge](maxTokens, now),
-			tokens:     newBoundedMap[tokenKey, string](maxTokens, now),
-		},
+
+		challenges: newBoundedMap[registryKey, authChallenge](maxTokens, now),
+		tokens:     newBoundedMap[tokenKey, string](maxTokens, now),
+
 		proxyFor: http.ProxyFromEnvironment,
 		kindOf:   kindOfAddress,
 	}
@@ -244,9 +262,12 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 	if !reached && u.circuitOf(req.remote.name).fail(baseErr, u.now()) {
 		u.log.Warn("a remote cannot be reached: stored copies answer", "remote", req.remote.name, "error", baseErr)
 	}
+	mayPass := errors.Is(baseErr, errUnreachable)
+	if baseResp != nil { // an answer that says when to come back is passed on
+		mayPass = isGatewayError(baseResp.StatusCode) && parseRetryAfter(baseResp.Header, u.now()) == 0
+	}
 	// After a timeout the client has waited long enough.
-	canRetry = !timedOut && !req.hasCopy && req.method == http.MethodGet && u.isTransient(baseResp, baseErr)
-	return baseResp, canRetry, baseErr
+	return baseResp, mayPass && !timedOut && !req.hasCopy && req.method == http.MethodGet, baseErr
 }
 
 // originName tells origins apart, also after a reload of the configuration.
@@ -326,58 +347,36 @@ func failedByNetwork(err error) bool {
 	return errors.Is(err, errUnreachable) || errors.Is(err, errTimeout)
 }
 
-// isTransient reports whether a failure may be over in a second. resp is nil if there
-// was no answer. An answer that says when to come back is passed on.
-func (u *upstream) isTransient(resp *upstreamResponse, err error) bool {
-	if resp == nil {
-		return errors.Is(err, errUnreachable)
-	}
-	return isGatewayError(resp.StatusCode) && parseRetryAfter(resp.Header, u.now()) == 0
-}
-
 // isGatewayError reports whether status is 502, 503 or 504.
 func isGatewayError(status int) bool {
 	return status >= http.StatusBadGateway && status <= http.StatusGatewayTimeout
 }
 
-// tryOrigin asks origin i and counts a failure. If a copy can be served, everything
-// up to the response header, with redirects and the token, must not take longer than
-// copyTimeout.
+// tryOrigin asks origin i and counts a failure by its kind. If a copy can be served,
+// everything up to the response header, with redirects and the token, must not take
+// longer than copyTimeout.
 func (u *upstream) tryOrigin(ctx context.Context, req upstreamRequest, i int) (*upstreamResponse, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	if req.hasCopy {
-		limit := min(req.remote.timeout, copyTimeout)
-		defer time.AfterFunc(limit, func() { cancel(errTimeout) }).Stop()
+		defer time.AfterFunc(min(req.remote.timeout, copyTimeout), func() { cancel(errTimeout) }).Stop()
 	}
 	resp, err := u.sendAuthorized(ctx, req, i)
-	u.countFailure(req.remote, resp, err)
+	switch name := req.remote.name; {
+	case err == nil && (resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests):
+		u.metrics.countUpstreamError(name, "status")
+	case errors.Is(err, errTimeout):
+		u.metrics.countUpstreamError(name, "timeout")
+	case errors.Is(err, errUnreachable):
+		u.metrics.countUpstreamError(name, "unreachable")
+	case errors.Is(err, errBadUpstream), errors.Is(err, errCredentials):
+		u.metrics.countUpstreamError(name, "refused")
+	}
 	if err != nil {
 		cancel(nil)
 		return nil, err
 	}
 	resp.Body.(*upstreamBody).release = cancel // the body needs the context until it is closed
-	return &upstreamResponse{Response: resp, origin: i}, nil
-}
-
-// countFailure counts by its kind what went wrong at one origin.
-func (u *upstream) countFailure(r *remote, resp *http.Response, err error) {
-	switch {
-	case err == nil && (resp.StatusCode >= 500 || resp.StatusCode == http.StatusTooManyRequests):
-		u.metrics.countUpstreamError(r.name, "status")
-	case errors.Is(err, errTimeout):
-		u.metrics.countUpstreamError(r.name, "timeout")
-	case errors.Is(err, errUnreachable):
-		u.metrics.countUpstreamError(r.name, "unreachable")
-	case errors.Is(err, errBadUpstream), errors.Is(err, errCredentials):
-		u.metrics.countUpstreamError(r.name, "refused")
-	}
-}
-
-// discardBody closes an answer that nobody will read. resp may be nil.
-func (resp *upstreamResponse) discardBody() {
-	if resp != nil {
-		discardResponse(resp.Response)
-	}
+	return resp, nil
 }
 
 // circuitOf is what is known about a remote's outages. It goes by the name, so that it
@@ -393,17 +392,8 @@ func (u *upstream) isDown(ctx context.Context, r *remote) bool {
 	return u.circuitOf(r.name).admit(ctx) != nil
 }
 
-// outageOf is when a remote's outage began, which was logged then, and its cause; nil
-// while there is none.
-func (u *upstream) outageOf(remote string) (began time.Time, cause error) {
-	return u.circuitOf(remote).outage()
-}
-
-// isInOutage reports whether a remote counts as down.
-func (u *upstream) isInOutage(remote string) bool {
-	_, cause := u.outageOf(remote)
-	return cause != nil
-}
+// isInOutage reports whether a remote counts as down, which was logged when it began.
+func (u *upstream) isInOutage(remote string) bool { return u.circuitOf(remote).outageCause() != nil }
 
 // parseRetryAfter reads Retry-After (RFC 9110 section 10.2.3), a number of seconds or
 // a date, and returns how long to wait from now on: 0 without a usable value, and at

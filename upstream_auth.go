@@ -14,6 +14,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"slices"
@@ -25,16 +26,19 @@ import (
 // sendAuthorized sends req to origin i, with the authorization that the origin wants. A
 // registry asks for it in a 401. Its challenge is remembered, and so are the tokens, so
 // that the next request has an Authorization at once. The caller closes the body.
-func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i int) (*http.Response, error) {
-	x, err := u.newExchange(req, i)
+func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i int) (*upstreamResponse, error) {
+	o := req.remote.origins[i].url
+	start, err := joinURL(o, req.wire)
 	if err != nil {
 		return nil, err
 	}
+	addr, _ := netip.ParseAddr(o.Hostname()) // an address is known even if a proxy dials; a name is found out later
+	x := &exchange{upstreamRequest: req, start: start, index: i, origin: o, reach: u.kindOf(addr)}
 	if req.remote.packageType != "docker" {
 		return u.followRedirects(ctx, x)
 	}
 	registry := x.registryKeyOf(req.scope)
-	x.auth = u.tokens.cachedAuthorization(registry)
+	x.auth = u.cachedAuthorization(registry)
 	for last, n := false, 0; ; n++ { // a remembered token may be refused, and so may another request's new one
 		resp, err := u.followRedirects(ctx, x)
 		if err != nil || resp.StatusCode != http.StatusUnauthorized {
@@ -61,7 +65,7 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 			resp.StatusCode, resp.Header = http.StatusTooManyRequests, http.Header{"Retry-After": {busy.retryAfter}}
 			return resp, nil
 		}
-		discardResponse(resp)
+		resp.discardBody()
 		if err != nil {
 			return nil, err
 		}
@@ -80,19 +84,30 @@ func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, registr
 		return "", true, nil
 	case challenge.scheme == "basic":
 		registry.scope = "" // the same for all images
-		u.tokens.challenges.put(registry, challenge)
+		u.challenges.put(registry, challenge)
 		return registry.basic, true, nil
 	}
 	realm, err := x.parseRealm(challenge.params["realm"], registry.basic != "")
 	if err != nil {
 		return "", true, err
 	}
-	value, fresh, err := u.fetchToken(ctx, x, registry.tokenKeyFor(challenge), realm, strings.TrimPrefix(x.auth, "Bearer "))
+	key, refused := registry.tokenKeyFor(challenge), strings.TrimPrefix(x.auth, "Bearer ")
+	token, err := u.asking.call(ctx, key, func() (string, error) {
+		if token, _ := u.tokens.get(key); token != "" && token != refused {
+			return token, nil
+		}
+		fresh = true
+		token, life, err := u.requestToken(ctx, x, key, realm)
+		if err == nil {
+			u.tokens.putFor(key, token, life)
+		}
+		return token, err
+	})
 	if err != nil {
 		return "", true, err
 	}
-	u.tokens.challenges.put(registry, challenge)
-	return "Bearer " + value, fresh, nil
+	u.challenges.put(registry, challenge)
+	return "Bearer " + token, fresh, nil
 }
 
 // chooseChallenge returns a challenge that we can answer. A token is preferred: it
@@ -192,21 +207,14 @@ func sharesDomain(registry, realm string) bool {
 		return false
 	}
 	_, parent, _ := strings.Cut(registry, ".")
-	if !strings.Contains(parent, ".") || isPublicSuffix(parent) {
-		return false
-	}
-	return realm == parent || strings.HasSuffix(realm, "."+parent)
+	second, top, hasTwo := strings.Cut(parent, ".")
+	isPublic := (len(top) == 2 && slices.Contains(countrySuffixes, second)) || slices.Contains(hosterSuffixes, parent)
+	return hasTwo && !isPublic && (realm == parent || strings.HasSuffix(realm, "."+parent))
 }
 
-// isPublicSuffix reports whether host is one of the usual domains of two labels below
-// which anybody can have a name. A domain that is listed by mistake costs its users a
-// line token_realm; one that is missing may cost a password.
-func isPublicSuffix(host string) bool {
-	second, top, _ := strings.Cut(host, ".")
-	return (len(top) == 2 && slices.Contains(countrySuffixes, second)) || slices.Contains(hosterSuffixes, host)
-}
-
-// countrySuffixes are public below the domains of many countries: co.uk, com.au.
+// countrySuffixes are public below the domains of many countries: co.uk, com.au. A domain
+// that is listed by mistake costs its users a line token_realm; one that is missing may
+// cost a password.
 var countrySuffixes = strings.Fields("ac co com edu go gob gov gv id ltd me mil ne net nom or org plc sch")
 
 // hosterSuffixes are domains below which a hoster gives names to its customers.
@@ -214,42 +222,18 @@ var hosterSuffixes = strings.Fields(`appspot.com azurecr.io azurewebsites.net cl
 	duckdns.org fly.dev github.io gitlab.io herokuapp.com hf.space jfrog.io netlify.app
 	ngrok.io onrender.com pages.dev pkg.dev run.app vercel.app web.app workers.dev`)
 
-// tokenCache remembers the challenges of registries and the tokens for them.
-type tokenCache struct {
-	challenges *boundedMap[registryKey, authChallenge]
-	tokens     *boundedMap[tokenKey, string]
-	asking     sharedCalls[string] // one request for a token at a time; its keys are quoted tokenKeys
-}
-
 // cachedAuthorization returns the Authorization header that a registry will probably
 // want, or "" if its challenge must be awaited.
-func (ts *tokenCache) cachedAuthorization(k registryKey) string {
-	c, _ := ts.challenges.get(k)
-	if token, found := ts.tokens.get(k.tokenKeyFor(c)); found {
+func (u *upstream) cachedAuthorization(k registryKey) string {
+	c, _ := u.challenges.get(k)
+	if token, found := u.tokens.get(k.tokenKeyFor(c)); found {
 		return "Bearer " + token
 	}
 	k.scope = ""
-	if c, _ := ts.challenges.get(k); c.scheme == "basic" {
+	if c, _ := u.challenges.get(k); c.scheme == "basic" {
 		return k.basic
 	}
 	return ""
-}
-
-// fetchToken returns a token for k that is not the refused one. fresh is false if it
-// was remembered. Those that want the same token at the same time share one request.
-func (u *upstream) fetchToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL, refused string) (token string, fresh bool, err error) {
-	token, err = u.tokens.asking.call(ctx, fmt.Sprintf("%q", k), func() (string, error) {
-		if token, _ := u.tokens.tokens.get(k); token != "" && token != refused {
-			return token, nil
-		}
-		fresh = true
-		token, life, err := u.requestToken(ctx, x, k, realm)
-		if err == nil {
-			u.tokens.tokens.putFor(k, token, life)
-		}
-		return token, err
-	})
-	return token, fresh, err
 }
 
 // requestToken asks the token service at realm for the token k. It takes at most the
@@ -266,16 +250,21 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, re
 		}
 	}
 	start.RawQuery = query.Encode()
-	service := &exchange{upstreamRequest: x.upstreamRequest, start: &start, auth: k.basic, origin: x.origin, reach: x.reach, redirected: x.redirected}
+	service := *x
+	service.start, service.auth = &start, k.basic
 	service.method, service.header, service.digestKnown = http.MethodGet, http.Header{"Accept": {"application/json"}}, false
 	if k.basic != "" || x.remote.isTokenRealm(realm) {
 		service.reach = anyAddress // it is trusted, or the administrator named it
 	}
-	resp, err := u.followRedirects(ctx, service)
+	resp, err := u.followRedirects(ctx, &service)
 	if err != nil {
 		return "", 0, err
 	}
-	defer discardResponse(resp)
+	defer resp.discardBody()
+	// An answer without a token counts as unreachable, because it says nothing about the file.
+	noToken := func(reason string) error {
+		return x.newExchangeProblem(errUnreachable, realm, "the token service gave no token", &transportError{kind: errUnreachable, reason: reason})
+	}
 	switch resp.StatusCode {
 	case http.StatusOK:
 	case http.StatusTooManyRequests:
@@ -287,24 +276,16 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, re
 		}
 		return "", 0, x.newExchangeProblem(errDenied, realm, text, errCredentials)
 	default:
-		return "", 0, x.newTokenError(realm, "status "+strconv.Itoa(resp.StatusCode))
+		return "", 0, noToken("status " + strconv.Itoa(resp.StatusCode))
 	}
 	text, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenAnswer))
 	if err != nil {
 		return "", 0, err
 	}
-	token, life, err = parseTokenAnswer(text)
-	if err != nil {
-		return "", 0, x.newTokenError(realm, err.Error())
+	if token, life, err = parseTokenAnswer(text); err != nil {
+		return "", 0, noToken(err.Error())
 	}
 	return token, life, nil
-}
-
-// newTokenError makes the error for an answer of the token service without a token. It
-// counts as unreachable, because it says nothing about the file. reason is only logged.
-func (x *exchange) newTokenError(realm *url.URL, reason string) error {
-	e := &transportError{kind: errUnreachable, reason: reason}
-	return x.newExchangeProblem(errUnreachable, realm, "the token service gave no token", e)
 }
 
 // parseTokenAnswer takes the token out of the answer of a token service. life is a

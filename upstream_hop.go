@@ -122,21 +122,11 @@ type exchange struct {
 	upstreamRequest
 	start  *url.URL
 	auth   string      // docker: Authorization, sent to the scheme, host and port of start only
-	origin *url.URL    // the origin it is made for, which may have any address
+	index  int         // of the origin it is made for, in remote.origins
+	origin *url.URL    // of the same, which may have any address
 	reach  addressKind // which other addresses a redirect may lead to: the origin's kind, or any from a trusted token service
 
 	redirected bool // a redirect of the origin led to start: it gets no credentials, and its failures say nothing about the remote
-}
-
-// newExchange makes the exchange that asks origin i of a remote for req.wire.
-func (u *upstream) newExchange(req upstreamRequest, i int) (*exchange, error) {
-	o := req.remote.origins[i].url
-	start, err := joinURL(o, req.wire)
-	if err != nil {
-		return nil, err
-	}
-	addr, _ := netip.ParseAddr(o.Hostname()) // an address is known even if a proxy dials; a name is found out later
-	return &exchange{upstreamRequest: req, start: start, origin: o, reach: u.kindOf(addr)}, nil
 }
 
 // joinURL returns the URL base + "/" + wire. net/http sends exactly these bytes, since
@@ -208,7 +198,7 @@ var redirectStatuses = []int{
 // adds a slash to the path. The caller closes its body. http.Client is not used: it would
 // send Authorization to sub-domains and the URL before as Referer, and its errors hold
 // whole URLs.
-func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Response, error) {
+func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*upstreamResponse, error) {
 	at := x.start
 	for n := 0; ; n++ {
 		resp, err := u.roundTrip(ctx, x, at, n == 0 && !x.redirected)
@@ -219,7 +209,7 @@ func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*http.Resp
 		if reason == "" && x.addsSlash(next) {
 			return resp, nil
 		}
-		discardResponse(resp)
+		resp.discardBody()
 		if reason == "" && at.Scheme == "https" && next.Scheme == "http" && !x.digestKnown {
 			reason = "a redirect from https to http"
 		}
@@ -265,7 +255,7 @@ func resolveLocation(at *url.URL, location string) (next *url.URL, reason string
 // roundTrip sends one request of x to at. first means that at is not the target of a
 // redirect. The remote's timeout covers everything up to the response
 // header; after that the body has its own. The caller closes the body.
-func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, first bool) (*http.Response, error) {
+func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, first bool) (*upstreamResponse, error) {
 	if x.remote.sealed { // all requests are sent here: to a mirror, along a redirect, for a token too
 		return nil, x.remote.newSealedError()
 	}
@@ -320,7 +310,7 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	}
 	resp.Request = req
 	resp.Body = &upstreamBody{ReadCloser: resp.Body, u: u, ctx: ctx, cancel: cancel, idle: timer, remote: name, host: at.Host}
-	return resp, nil
+	return &upstreamResponse{resp, x.index}, nil
 }
 
 // endOutage ends a remote's outage, for it has answered. A registry that wants a token
@@ -478,15 +468,4 @@ func (b *upstreamBody) Close() error {
 		b.release(nil)
 	}
 	return err
-}
-
-// discardResponse closes the body of resp. If the body is short and arrives at once,
-// it is read before, so that the connection can be used again.
-func discardResponse(resp *http.Response) {
-	if b, ok := resp.Body.(*upstreamBody); ok && resp.ContentLength <= drainBytes {
-		b.idle.Reset(drainTime)
-		io.CopyN(io.Discard, b.ReadCloser, drainBytes)
-		b.idle.Stop()
-	}
-	resp.Body.Close()
 }

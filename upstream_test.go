@@ -1560,8 +1560,8 @@ func TestHostileTokensAreBounded(t *testing.T) {
 		g.send(upstreamRequest{wire: "f", scope: strconv.Itoa(i)}).want(200, "manifest")
 	}
 	bytes := 0
-	for _, k := range g.u.tokens.tokens.keys() {
-		token, _ := g.u.tokens.tokens.get(k)
+	for _, k := range g.u.tokens.keys() {
+		token, _ := g.u.tokens.get(k)
 		bytes += len(token)
 	}
 	if bytes > 16<<20 {
@@ -1682,7 +1682,7 @@ func TestRefusedTokenIsRenewedOnce(t *testing.T) {
 
 	// A token that was remembered is not a fresh one.
 	g.accepts = func(auth string) bool { return auth == "Bearer t4" }
-	clear(g.u.tokens.challenges.entries)
+	clear(g.u.challenges.entries)
 	g.pull().want(200, "manifest")
 	g.wantTraffic(13, 4)
 }
@@ -1693,7 +1693,7 @@ func TestRefusedTokensComeToAnEnd(t *testing.T) {
 	g := newTokenRegistry(t)
 	g.accepts = func(string) bool {
 		k := tokenKey{"r", "https://auth.test.test/token", "svc", "repository:i:pull", ""}
-		g.u.tokens.tokens.put(k, fmt.Sprint(len(g.lines)))
+		g.u.tokens.put(k, fmt.Sprint(len(g.lines)))
 		return false
 	}
 	g.pull().want(401, "")
