@@ -39,12 +39,9 @@ func (m *boundedMap[K, V]) get(key K) (value V, found bool) {
 	e, found := m.entries[key]
 	if found && !e.expires.IsZero() && !m.now().Before(e.expires) {
 		delete(m.entries, key)
-		found = false
-	}
-	if !found {
 		return value, false
 	}
-	return e.value, true
+	return e.value, found
 }
 
 // put keeps value until it is replaced, deleted or pushed out.
@@ -317,11 +314,10 @@ func (k *keyedLock) lock(ctx context.Context, key string) error {
 				k.held = map[string]chan struct{}{}
 			}
 			k.held[key] = make(chan struct{})
-		}
-		k.mu.Unlock()
-		if !held {
+			k.mu.Unlock()
 			return nil
 		}
+		k.mu.Unlock()
 		select {
 		case <-busy:
 		case <-ctx.Done():

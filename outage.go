@@ -68,29 +68,24 @@ func (c *circuit) admit(ctx context.Context) error {
 	c.state = circuitHalfOpen
 	c.probes++
 	probe := c.probes
-	context.AfterFunc(ctx, func() { c.endProbe(probe) })
+	context.AfterFunc(ctx, func() { // one that found out nothing gives its place to the next
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.state == circuitHalfOpen && c.probes == probe {
+			c.state = circuitOpen
+		}
+	})
 	return nil
 }
 
-// endProbe gives the place of a probe that found out nothing to the next one.
-func (c *circuit) endProbe(probe int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.state == circuitHalfOpen && c.probes == probe {
-		c.state = circuitOpen
-	}
-}
-
-// outageCause is the error that opened the circuit, or nil while it is closed.
+// outageCause is the error that keeps the circuit open, or nil while it is closed.
 // Unlike admit it never makes its caller the probe.
 func (c *circuit) outageCause() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.cause
+	_, cause := c.outage()
+	return cause
 }
 
-// outage is when the outage began and the error that keeps the circuit open; nil while
-// it is closed.
+// outage is when the outage began and its cause, which is nil while there is none.
 func (c *circuit) outage() (began time.Time, cause error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -102,16 +97,6 @@ func (c *circuit) hasSucceededSince(t time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.succeededAt.After(t)
-}
-
-// outageAge is how long the outage has lasted; 0 while the circuit is closed.
-func (c *circuit) outageAge() time.Duration {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.state == circuitClosed {
-		return 0
-	}
-	return c.now().Sub(c.openedAt)
 }
 
 // succeed closes the circuit. If that ends an outage, recovered is true and
@@ -167,7 +152,14 @@ func (b *backgroundCheck) result(ctx context.Context, check func() error) error 
 	b.mu.Lock()
 	if b.done == nil {
 		b.done = make(chan struct{})
-		b.running.Go(func() { b.finish(check()) })
+		b.running.Go(func() {
+			err := check()
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			b.err = err
+			close(b.done)
+			b.done = nil
+		})
 	}
 	done := b.done
 	b.mu.Unlock()
@@ -179,14 +171,6 @@ func (b *backgroundCheck) result(ctx context.Context, check func() error) error 
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-}
-
-func (b *backgroundCheck) finish(err error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.err = err
-	close(b.done)
-	b.done = nil
 }
 
 // wait waits for the check that runs.

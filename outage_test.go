@@ -91,8 +91,8 @@ func wantAdmit(t *testing.T, c *circuit, want error) {
 
 func wantRecovery(t *testing.T, c *circuit, want bool, after time.Duration) {
 	t.Helper()
-	if age := c.outageAge(); age != after {
-		t.Errorf("the outage is %v old; want %v", age, after)
+	if began, cause := c.outage(); cause != nil && time.Since(began) != after {
+		t.Errorf("the outage is %v old; want %v", time.Since(began), after)
 	}
 	if lasted, recovered := c.succeed(); recovered != want || lasted != after {
 		t.Errorf("succeed says %v, %v; want %v, %v", lasted, recovered, after, want)

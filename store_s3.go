@@ -395,7 +395,7 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os
 	if err != nil {
 		return validity{}, fmt.Errorf("storing %s: %w", key, err)
 	}
-	if cause := s.outage.outageCause(); cause != nil && s.outage.outageAge() > s3WriteThrough {
+	if began, cause := s.outage.outage(); cause != nil && s.client.cfg.now().Sub(began) > s3WriteThrough {
 		return validity{}, cause
 	}
 	v := s.validityNow(key)
