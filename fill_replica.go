@@ -145,8 +145,14 @@ func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 	r := bufio.NewReaderSize(body, largeBufferSize)
 	for {
 		kind, payload, err := stream.readFrame(r)
-		if err != nil {
-			return f.endOfStream(err)
+		if err != nil && f.phase < phaseComplete {
+			return fillOutcome{}, err
+		}
+		if err != nil { // the leader has stored the whole body, as far as it could, or died over that
+			if !errors.Is(err, io.EOF) && f.ctx.Err() == nil {
+				f.store()
+			}
+			return fillOutcome{kind: outcomeBody}, nil
 		}
 		silence.Reset(replicaTimeout)
 		if kind == frameOutcome {
@@ -158,18 +164,6 @@ func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 			return fillOutcome{}, err
 		}
 	}
-}
-
-// endOfStream is the end of a leader's stream without an outcome. Behind the
-// whole body the leader has stored it, as far as it could, or died over that.
-func (f *follower) endOfStream(err error) (fillOutcome, error) {
-	switch {
-	case f.phase < phaseComplete:
-		return fillOutcome{}, err
-	case !errors.Is(err, io.EOF) && f.ctx.Err() == nil:
-		f.store()
-	}
-	return fillOutcome{kind: outcomeBody}, nil
 }
 
 // applyFrame applies a frame that brings the body nearer.
@@ -311,17 +305,12 @@ func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	w.WriteHeader(http.StatusOK)
 	s := &frameStream{f: f, ctx: r.Context(), w: w, replicaStream: stream, heartbeat: time.NewTicker(replicaHeartbeat)}
 	defer s.heartbeat.Stop()
-	rec, err := s.awaitPhase(phaseFilling)
-	if err != nil {
-		return err
-	}
 	whole := false
-	if rec != nil {
-		if whole, err = s.sendBody(rec); err != nil {
-			return err
-		}
+	rec, err := s.awaitPhase(phaseFilling)
+	if err == nil && rec != nil {
+		whole, err = s.sendBody(rec)
 	}
-	if whole {
+	if err == nil && whole {
 		if rec, err = s.awaitPhase(phaseComplete); err == nil {
 			err = s.writeJSONFrame(w, frameEnd, rec)
 		}
@@ -332,7 +321,13 @@ func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	if err != nil || whole {
 		return err
 	}
-	return s.sendOutcome()
+	f.mu.Lock()
+	outcome := newReplicaOutcome(f.outcome)
+	f.mu.Unlock()
+	if f.oldRecord != nil {
+		outcome.Copy = f.oldRecord.SHA256
+	}
+	return s.writeJSONFrame(w, frameOutcome, outcome)
 }
 
 // frameStream is the stream of a fill to one follower.
@@ -412,15 +407,4 @@ func (s *frameStream) sendBody(rec *record) (whole bool, err error) {
 			}
 		}
 	}
-}
-
-// sendOutcome tells how a fill ended that brought no body.
-func (s *frameStream) sendOutcome() error {
-	s.f.mu.Lock()
-	o := newReplicaOutcome(s.f.outcome)
-	s.f.mu.Unlock()
-	if s.f.oldRecord != nil {
-		o.Copy = s.f.oldRecord.SHA256
-	}
-	return s.writeJSONFrame(s.w, frameOutcome, o)
 }
