@@ -304,7 +304,7 @@ func (a *api) serveArtifacts(w *response, r *http.Request, rest string) error {
 	name, escaped, _ := strings.Cut(rest, "/")
 	rem := a.config().remotes[name]
 	if rem == nil { // it may have been one
-		totals, err := a.cache.storedTotals(r.Context())
+		totals, err := a.cache.index.totals(r.Context(), false)
 		if err != nil {
 			return err
 		}
@@ -524,7 +524,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 		}
 		bytes[name], files[name] = 0, 0
 	}
-	totals, err := a.cache.storedTotals(r.Context())
+	totals, err := a.cache.index.totals(r.Context(), false)
 	if err != nil {
 		clear(bytes) // without the index, the other series are still sent
 		clear(files)

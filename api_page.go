@@ -72,7 +72,7 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 
 // listRemotes returns the remotes by name, with what is stored of each.
 func (a *api) listRemotes(ctx context.Context, cfg *config) []remoteOverview {
-	totals, err := a.cache.storedTotals(ctx)
+	totals, err := a.cache.index.totals(ctx, false)
 	list := make([]remoteOverview, 0, len(cfg.names))
 	for _, name := range cfg.names {
 		rem, t := cfg.remotes[name], totals[name]

@@ -53,13 +53,12 @@ type object struct {
 
 // objects keeps bodies with their records, by key.
 type objects interface {
-	// put stores the spool's bytes (complete and verified, rec.Size long) under
-	// key and replaces what was there. On return all is durable (but for what
-	// diskStore.maySkipSync says), or an error says that the old state still holds. The spool's name may be moved away;
-	// its descriptor stays usable and belongs to the caller. With create an
-	// object that is there already stays: errFileExists. Only the S3 stores heed
-	// create, because other replicas put there too; the caller of the disk store
-	// has looked for the object and still has the lock of its key.
+	// put stores the spool's bytes (complete and verified, rec.Size long) under key and
+	// replaces what was there. On return all is durable (but for what
+	// diskStore.maySkipSync says), or an error says that the old state still holds. The
+	// spool's name may be moved away; its descriptor belongs to the caller. With create an
+	// object that is there already stays: errFileExists. Only the S3 stores heed create,
+	// because other replicas put there too; on disk the caller has the lock of the key.
 	put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error
 	// open returns key's object; reading will begin at off. off < 0 asks for
 	// the record alone (body is nil). A miss, damage included, is
@@ -93,7 +92,6 @@ func copiesOf(o objects) cachingObjects {
 	return noCopies{}
 }
 
-// noCopies is the ability of a store that keeps none.
 type noCopies struct{}
 
 func (noCopies) invalidate(string)   {}
@@ -184,13 +182,12 @@ type freshness interface {
 	delete(ctx context.Context, key string) error
 }
 
-// replicas is what the processes of one cache tell each other. nil on a single
-// machine. No failure of it is ever a reason for a client's error.
+// replicas is what the processes of one cache tell each other. No failure of it is ever
+// a reason for a client's error.
 type replicas interface {
 	// acquireLease makes this process the only one that fills key, until release; a
 	// heartbeat keeps it. Others will show token, perhaps before acquireLease returns.
-	// A nil release says that there is no lease to be had; other is the process that
-	// has it, if another one does.
+	// With a nil release there is no lease to be had; other has it, if anyone does.
 	acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error)
 	// announceChange tells the others that key was replaced, or with removedPrefix
 	// before it that it was removed.
@@ -211,21 +208,16 @@ type leaseHolder struct{ addr, token string }
 const maxRememberedFiles = 100_000
 
 // cache serves files of remotes, from the store or by filling it. Its methods may be
-// called concurrently. Close ends its fills.
+// called concurrently.
 type cache struct {
-	objects  objects
-	index    index
-	marks    freshness
-	space    *spoolSpace
+	cacheStores
+	copies   cachingObjects // objects, if it keeps copies of what is elsewhere
 	upstream *upstream
 	now      func() time.Time
 	log      *slog.Logger
 	metrics  *metrics
 	// isInTrouble reports whether the log says already that a store cannot be used. nil: never.
-	isInTrouble func(store string) bool
-
-	replicas      replicas // nil on a single machine
-	replicaKey    replicaKey
+	isInTrouble   func(store string) bool
 	replicaClient *http.Client
 
 	ctx    context.Context // of all fills
@@ -247,24 +239,21 @@ type cache struct {
 	evictor      *evictor
 	announcer    *announcer
 	generations  *generations
-	copies       cachingObjects // objects, if it keeps copies of what is elsewhere
 }
 
-// cacheStores is what a cache keeps its files in and by. replicas is nil on a single
-// machine.
+// cacheStores is what a cache keeps its files in and by.
 type cacheStores struct {
 	objects    objects
 	index      index
-	freshness  freshness
+	marks      freshness
 	space      *spoolSpace
-	replicas   replicas
+	replicas   replicas // nil on a single machine
 	replicaKey replicaKey
 }
 
 // newCache makes a cache over the stores. Its caller closes it before them.
 func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
-	c := &cache{objects: st.objects, copies: copiesOf(st.objects), index: st.index, marks: st.freshness, space: st.space, replicas: st.replicas, replicaKey: st.replicaKey,
-		upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable(),
+	c := &cache{cacheStores: st, copies: copiesOf(st.objects), upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable(),
 		missed: missedFiles{files: map[missedKey]*missedFile{}}}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.announcer = &announcer{replicas: st.replicas, onError: func(announcement string, err error) {
@@ -368,8 +357,8 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 	defer reply.body.Close()
 	if reply.size > briefAnswer {
 		key := file.key()
-		c.readers.add(key, 1)
-		defer c.readers.add(key, -1)
+		c.readers.countReaders(key, 1)
+		defer c.readers.countReaders(key, -1)
 	}
 	w.result, w.mirror = reply.result, reply.mirror
 	if reply.result == "STALE" {
@@ -415,8 +404,8 @@ func matchesAny(patterns []*regexp.Regexp, path string) bool {
 	return slices.ContainsFunc(patterns, func(p *regexp.Regexp) bool { return p.MatchString(path) })
 }
 
-// ttlOf returns how long a file of a class stays fresh. If forever is true, it never
-// expires and d is 0. Nothing newer can come to a sealed remote than what it has.
+// ttlOf returns how long a file of a class stays fresh. Nothing newer can come to a sealed
+// remote than what it has.
 func (r *remote) ttlOf(c class) (d time.Duration, forever bool) {
 	switch {
 	case r.sealed:
@@ -445,8 +434,7 @@ func (s *storedCopy) isFresh() bool { return s.forever || s.ttlLeft > 0 }
 // all, and then not find it there.
 const maxLookAgains = 3
 
-// findOrFetch finds or fetches a file and returns what to send. The caller closes its
-// body.
+// findOrFetch returns what to send for a file. The caller closes its body.
 func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange) (*fileReply, error) {
 	if file.behavior == nil && file.mayHaveRoot() {
 		return c.generations.findOrFetch(ctx, file, rng)
@@ -509,14 +497,10 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 // withStoreError is err, or the error that names both if neither the store nor upstream
 // can be reached: upstream alone is not to blame then.
 func withStoreError(err, storeErr error) error {
-	if err == nil || !errors.Is(storeErr, errStoreDown) {
+	if !failedByNetwork(err) || !errors.Is(storeErr, errStoreDown) {
 		return err
 	}
-	if failedByNetwork(err) {
-		return &problem{status: http.StatusServiceUnavailable, cause: errors.Join(err, storeErr),
-			detail: "neither the store nor the upstream can be reached"}
-	}
-	return err
+	return &problem{status: http.StatusServiceUnavailable, cause: errors.Join(err, storeErr), detail: "neither the store nor the upstream can be reached"}
 }
 
 // fillOrStale answers when the store has no fresh copy; cp is the expired one or
@@ -524,17 +508,16 @@ func withStoreError(err, storeErr error) error {
 // or (with an error) the answer was to another way to the file. first says that it has
 // not looked again yet.
 func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, rng byteRange, cp *storedCopy, ended int64, first bool) (reply *fileReply, again bool, err error) {
-	if cp == nil {
-		if rng.head && !file.needsWholeBody && !c.fills.isFilling(key) {
-			if file.knownSize > 0 {
-				return file.headFromKnownSize(c.now()), false, nil
-			}
-			reply, err := c.headUpstream(ctx, file)
-			return reply, false, err
-		}
-	} else if c.upstream.isDown(ctx, file.remote) {
+	switch asksHEAD := cp == nil && rng.head && !file.needsWholeBody && !c.fills.isFilling(key); {
+	case asksHEAD && file.knownSize > 0:
+		return file.headFromKnownSize(c.now()), false, nil
+	case asksHEAD:
+		reply, err = c.headUpstream(ctx, file)
+		return reply, false, err
+	case cp == nil:
+	case c.upstream.isDown(ctx, file.remote):
 		return file.staleReply(c, cp, "unreachable"), false, nil
-	} else if file.isHeldRoot() {
+	case file.isHeldRoot():
 		return file.staleReply(c, cp, "agreeing"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)
@@ -556,9 +539,8 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 	return reply, again || (f.file.wire != file.wire && isRefusal(err)), err
 }
 
-// isRefusal reports whether upstream refused one way to a file. A request that
-// joined the fill of another way to it (fileRequest.sharedKey) then asks in its
-// own.
+// isRefusal reports whether upstream refused one way to a file. A request that joined the
+// fill of another way to it (fileRequest.sharedKey) then asks in its own.
 func isRefusal(err error) bool {
 	_, status := errors.AsType[*upstreamStatus](err)
 	return status || errors.Is(err, errCredentials)
@@ -572,21 +554,20 @@ func (file *fileRequest) headFromKnownSize(now time.Time) *fileReply {
 	return &fileReply{rec: rec, size: file.knownSize, body: unreadBody(file.knownSize), hashKnown: isSHA256, cacheStatus: "hit; detail=size-known", result: "HIT"}
 }
 
-// findCopy opens the copy of a file and finds out how fresh it is. The caller closes
-// its body. A miss is fs.ErrNotExist, and errStoreDown a store that cannot be asked.
+// findCopy opens the copy of a file, whose body the caller closes, and finds out how fresh
+// it is. Its errors are those of objects.open.
 func (c *cache) findCopy(ctx context.Context, key string, file fileRequest, rng byteRange) (*storedCopy, error) {
 	off := rng.from
 	if rng.head {
 		off = -1
 	}
 	s, err := c.openCopy(ctx, key, file, off)
-	if err == nil && s.outdated {
-		// Not again after that: an old version in the store itself is all there is.
-		s.body.Close()
-		c.copies.invalidate(key)
-		return c.openCopy(ctx, key, file, off)
+	if err != nil || !s.outdated {
+		return s, err
 	}
-	return s, err
+	s.body.Close()
+	c.copies.invalidate(key)
+	return c.openCopy(ctx, key, file, off) // once: an old version in the store itself is all there is
 }
 
 // openCopy opens the copy at off; -1 asks for its record alone.
@@ -605,20 +586,18 @@ func (c *cache) openCopy(ctx context.Context, key string, file fileRequest, off 
 	return c.freshnessOf(ctx, key, file, obj), nil
 }
 
-// freshnessOf finds out how fresh an object is: by the class and the TTL of the file,
-// and by when the object was last found good.
+// freshnessOf judges an object by the TTL of the file and by when it was last found good.
 func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, obj *object) *storedCopy {
-	s := &storedCopy{object: obj, goodAt: obj.rec.Fetched}
-	if rem := file.remote; obj.rec.Links != file.rewrittenLinks().tableID() && !rem.sealed && !rem.local {
+	s, rem := &storedCopy{object: obj, goodAt: obj.rec.Fetched}, file.remote
+	if obj.rec.Links != file.rewrittenLinks().tableID() && !rem.sealed && !rem.local {
 		return s // expired: its links lead by another table, and upstream can be asked for others
 	}
-	ttl, forever := file.remote.ttlOf(file.class)
-	if forever {
-		s.forever = true
+	var ttl time.Duration
+	if ttl, s.forever = rem.ttlOf(file.class); s.forever {
 		return s
 	}
 	if obj.rec.Negative {
-		ttl = file.remote.negativeTTL
+		ttl = rem.negativeTTL
 	}
 	m, err := c.marks.getMark(ctx, key)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -669,7 +648,7 @@ func (file *fileRequest) staleReply(c *cache, s *storedCopy, why string) *fileRe
 }
 
 // reportStoreError logs and counts a failure of a store that the request survives. In an
-// outage, or on a full disk, each request has one, and the log has a line of its own.
+// outage each request has one, and the log has a line of its own.
 func (c *cache) reportStoreError(what, doing, key string, err error) {
 	c.metrics.countStoreError(what)
 	level := slog.LevelWarn

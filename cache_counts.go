@@ -19,9 +19,8 @@ const (
 	// usesBatch is how many uses the index counts in one call: many for one
 	// statement, few for the time that writers of the embedded index wait.
 	usesBatch = 1000
-	// maxHealedRows bounds the records that one flush reads. After the loss of a
-	// database every used file lacks its row, and in S3 each record may be a request. It
-	// bounds what a file costs whose row is always refused, too.
+	// maxHealedRows bounds the records that one flush reads: after the loss of a database
+	// every used file lacks its row, and in S3 each record may be a request.
 	maxHealedRows = usesBatch
 	// healTimeout bounds the same in time: a flush follows every 2 s, and the last one
 	// is a part of the shutdown.
@@ -32,7 +31,7 @@ const (
 )
 
 // countUse counts an answer from the store. flushCounts writes it to the index.
-func (c *cache) countUse(remote, key string) { c.uses.add(fileUse{remote, key, 1, c.now()}) }
+func (c *cache) countUse(remote, key string) { c.uses.addUses(fileUse{remote, key, 1, c.now()}) }
 
 // flushCounts writes the gathered uses to the index.
 func (c *cache) flushCounts(ctx context.Context) {
@@ -43,14 +42,14 @@ func (c *cache) flushCounts(ctx context.Context) {
 	}
 }
 
-// openFiles counts the answers that are being sent of each stored file. The zero
-// openFiles is ready to use. Its methods may be called concurrently.
+// openFiles counts the answers that are being sent of each stored file. The zero value is
+// ready to use. Its methods may be called concurrently.
 type openFiles struct {
 	mu    sync.Mutex // guards byKey; no other lock is taken under it
 	byKey map[string]int
 }
 
-func (o *openFiles) add(key string, n int) {
+func (o *openFiles) countReaders(key string, n int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.byKey == nil {
@@ -61,22 +60,20 @@ func (o *openFiles) add(key string, n int) {
 	}
 }
 
-func (o *openFiles) has(key string) bool {
+func (o *openFiles) isRead(key string) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.byKey[key] > 0
 }
 
-// useCounts gathers how often files were served, so that the index is written every few
-// seconds and not with every hit. The zero useCounts is ready to use. Its methods may be
-// called concurrently.
+// useCounts gathers how often files were served, so that the index is not written with
+// every hit. The zero value is ready to use. Its methods may be called concurrently.
 type useCounts struct {
 	mu     sync.Mutex // guards the fields below; never held across I/O
 	byKey  map[string]fileUse
 	newest fileUse // the last use, or the last file that was stored
 }
 
-// noteNewest remembers a file that was stored.
 func (u *useCounts) noteNewest(key string, at time.Time) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -90,8 +87,8 @@ func newestUse(a, b fileUse) fileUse {
 	return b
 }
 
-// add counts more uses of files.
-func (u *useCounts) add(uses ...fileUse) {
+// addUses counts more uses of files.
+func (u *useCounts) addUses(uses ...fileUse) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.byKey == nil {
@@ -109,7 +106,6 @@ func (u *useCounts) add(uses ...fileUse) {
 	}
 }
 
-// take returns the gathered uses and forgets them.
 func (u *useCounts) take() []fileUse {
 	u.mu.Lock()
 	byKey := u.byKey
@@ -127,10 +123,10 @@ func (u *useCounts) flush(ctx context.Context, to index, from objects) error {
 		batch := rest[:min(len(rest), usesBatch)]
 		found, err := to.countUses(ctx, batch)
 		if errors.Is(err, errStoreDown) {
-			u.add(rest...)
+			u.addUses(rest...)
 		}
 		if err != nil {
-			u.add(unknown...)
+			u.addUses(unknown...)
 			return err
 		}
 		unknown, rest = append(unknown, found...), rest[len(batch):]
@@ -138,7 +134,7 @@ func (u *useCounts) flush(ctx context.Context, to index, from objects) error {
 	healed := u.heal(ctx, unknown, to, from)
 	_, err := to.countUses(ctx, healed) // a row that is missing again was removed meanwhile
 	if errors.Is(err, errStoreDown) {
-		u.add(healed...)
+		u.addUses(healed...)
 	}
 	return err
 }
@@ -152,7 +148,7 @@ func (u *useCounts) heal(ctx context.Context, unknown []fileUse, to index, from 
 	defer cancel()
 	for i, use := range unknown {
 		if i == maxHealedRows || ctx.Err() != nil {
-			u.add(unknown[i:]...)
+			u.addUses(unknown[i:]...)
 			break
 		}
 		obj, err := from.open(ctx, use.key, -1)
@@ -163,7 +159,7 @@ func (u *useCounts) heal(ctx context.Context, unknown []fileUse, to index, from 
 		case err == nil:
 			healed = append(healed, use)
 		case errors.Is(err, errStoreDown) || ctx.Err() != nil:
-			u.add(use)
+			u.addUses(use)
 		}
 	}
 	return healed

@@ -102,7 +102,7 @@ func TestHealingReadsAFewRecordsAtATime(t *testing.T) {
 	for i := range files {
 		spelling := fmt.Sprint("f", i)
 		stored.add(spelling, "x")
-		heard.add(fileUse{"r", testKey(spelling), 3, testDay})
+		heard.addUses(fileUse{"r", testKey(spelling), 3, testDay})
 	}
 	for n := range 3 {
 		must(t, heard.flush(t.Context(), x, &stored))
@@ -130,7 +130,7 @@ func TestHealingKeepsTheUsesOfAStoreThatIsDown(t *testing.T) {
 	var heard useCounts
 	flush := func(at time.Duration) {
 		t.Helper()
-		heard.add(fileUse{"r", testKey("f"), 1, testDay.Add(at)})
+		heard.addUses(fileUse{"r", testKey("f"), 1, testDay.Add(at)})
 		stored.reads.Store(0)
 		must(t, heard.flush(t.Context(), x, &stored))
 	}
@@ -157,9 +157,9 @@ func TestUsesAreBounded(t *testing.T) {
 	t.Parallel()
 	var heard useCounts
 	for i := range maxUses + 10 {
-		heard.add(fileUse{"r", fmt.Sprint(i), 1, testDay})
+		heard.addUses(fileUse{"r", fmt.Sprint(i), 1, testDay})
 	}
-	heard.add(fileUse{"r", "0", 2, testDay.Add(-time.Hour)}, fileUse{"r", "new", 1, testDay})
+	heard.addUses(fileUse{"r", "0", 2, testDay.Add(-time.Hour)}, fileUse{"r", "new", 1, testDay})
 	all := heard.take()
 	if len(all) != maxUses {
 		t.Errorf("%d files are remembered", len(all))

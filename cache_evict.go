@@ -46,7 +46,6 @@ type evictor struct {
 	evictedFiles, evictedBytes atomic.Int64 // since the start
 }
 
-// counters is what /metrics shows of eviction.
 func (e *evictor) counters() []family {
 	return []family{
 		newCounter("artifactapi_evictions_total", "Files removed for space.", float64(e.evictedFiles.Load())),
@@ -54,13 +53,12 @@ func (e *evictor) counters() []family {
 	}
 }
 
-// entryCost is what a stored file takes.
 func entryCost(size int64) int64 { return size + entryOverhead }
 
 func (t remoteTotal) cost() int64 { return t.Bytes + t.Files*entryOverhead }
 
-// evictFiles is the step of a background loop. It keeps the remotes to their
-// cache.max_size and all of them to the limit: above it, files go until 90 % is left.
+// evictFiles keeps the remotes to their cache.max_size and all of them to the limit:
+// above it, files go until 90 % is left.
 func (e *evictor) evictFiles(ctx context.Context) {
 	e.cache.flushCounts(ctx) // the order is by use
 	if len(e.planEvictions(ctx)) == 0 {
@@ -80,7 +78,6 @@ func (e *evictor) evictFiles(ctx context.Context) {
 	}
 }
 
-// planEvictions returns what has to be evicted, first of single remotes.
 func (e *evictor) planEvictions(ctx context.Context) (plan []*eviction) {
 	add := func(remote, reason string, cost, limit int64) int64 {
 		if limit <= 0 || cost <= limit {
@@ -195,21 +192,18 @@ func (v *eviction) evict(ctx context.Context) {
 			v.unused += t.cost()
 		}
 	}
-	for spares := true; err == nil && !v.isDone(ctx); {
+	// What was named by a root that went may go in the next run; what is named by one that
+	// stays goes in the last, when nothing else is left.
+	for spares := true; err == nil && spares && !v.isDone(ctx); {
+		if v.named, err = v.findNamed(ctx); err == nil {
+			before := v.files
+			v.run(ctx)
+			spares = v.files > before
+		}
+	}
+	if err == nil {
 		v.named = nil
-		if spares {
-			if v.named, err = v.findNamed(ctx); err != nil {
-				break
-			}
-		}
-		before := v.files
 		v.run(ctx)
-		if v.files == before { // else what was named by a root that went may go in the next run
-			if !spares {
-				break
-			}
-			spares = false
-		}
 	}
 	if err != nil && !errors.Is(err, errStoreDown) && ctx.Err() == nil {
 		v.cache.reportStoreError("storage", "choosing what to evict", "", err)
@@ -247,7 +241,7 @@ func (v *eviction) run(ctx context.Context) {
 	}
 }
 
-// isMostRecent reports whether no file that may go was used later than from's first.
+// isMostRecent: no file that may go was used later than from's first.
 func (v *eviction) isMostRecent(ctx context.Context, from, other *agedRows) bool {
 	if len(from.rows) > 1 || !from.atEnd {
 		return false
@@ -283,7 +277,7 @@ func (e *evictor) removeUnlessBusy(ctx context.Context, row indexRow, removing f
 		return err
 	}
 	defer e.cache.changing.unlock(row.Key)
-	if e.cache.fills.isFilling(row.Key) || e.cache.readers.has(row.Key) {
+	if e.cache.fills.isFilling(row.Key) || e.cache.readers.isRead(row.Key) {
 		return errBusy
 	}
 	if removing != nil {
@@ -329,7 +323,7 @@ func positionByAge(r indexRow) string {
 // maxVariants are left: first those that were never used again since they were stored.
 func (e *evictor) trimVariants(ctx context.Context, t target) {
 	this, query, _ := strings.Cut(t.spelling, "?")
-	if query == "" || !t.remote.boundsVariants() {
+	if query == "" || t.remote.query == allQueries || t.remote.sealed {
 		return
 	}
 	e.cache.flushCounts(ctx) // the order is by use

@@ -195,7 +195,7 @@ func newEvictBench(t *testing.T, packageType string, limit int64) *evictBench {
 	b := &evictBench{t: t, now: testDay, bodies: map[string]string{}}
 	log := slog.New(slog.DiscardHandler)
 	x := newEmbeddedIndex(t.TempDir(), log)
-	c := newCache(cacheStores{objects: b, index: x, freshness: newLocalFreshness(t.TempDir(), time.Now, log)}, nil, func() time.Time { return b.now }, log, newMetrics())
+	c := newCache(cacheStores{objects: b, index: x, marks: newLocalFreshness(t.TempDir(), time.Now, log)}, nil, func() time.Time { return b.now }, log, newMetrics())
 	b.evictor = c.evictor
 	b.limit, b.config = limit, func() *config {
 		return &config{remotes: map[string]*remote{"r": {name: "r", packageType: packageType}}}
@@ -453,7 +453,7 @@ func TestNothingGoesInVain(t *testing.T) {
 		tt.settle()
 		tt.advance(time.Second)
 		if read {
-			tt.cache.readers.add(tt.key("big"), 1) // such a file would fit the buffers of its connection
+			tt.cache.readers.countReaders(tt.key("big"), 1) // such a file would fit the buffers of its connection
 			tt.get("/api/r/small").wantHit()
 		}
 		tt.origin.file("/body", noise(1, 100_000))

@@ -20,7 +20,7 @@ const maxFreeSearch = 10_000
 // the others get a 429 problem.
 func (c *cache) listFiles(ctx context.Context, q pageQuery) (indexPage, error) {
 	if q.pattern != nil {
-		totals, err := c.storedTotals(ctx)
+		totals, err := c.index.totals(ctx, false)
 		if err == nil && totals[q.remote].Files > maxFreeSearch {
 			if !c.searching.TryLock() {
 				return indexPage{}, &problem{status: http.StatusTooManyRequests, retryAfter: time.Second,
@@ -30,11 +30,6 @@ func (c *cache) listFiles(ctx context.Context, q pageQuery) (indexPage, error) {
 		}
 	}
 	return c.index.listPage(ctx, q)
-}
-
-// storedTotals returns how much is stored, by remote.
-func (c *cache) storedTotals(ctx context.Context) (map[string]remoteTotal, error) {
-	return c.index.totals(ctx, false)
 }
 
 // expiryOf is when a listed file stops being fresh.

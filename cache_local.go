@@ -21,9 +21,8 @@ type upload struct {
 	when http.Header // of the request: its conditions
 }
 
-// errFileExists is for an upload of a file that must not exist and does; another
-// condition that does not hold is errCondition. errChecksum is what the reader of an
-// upload's body returns if it does not have its checksum.
+// errFileExists is for an upload of a file that must not exist and does. errChecksum is
+// what the reader of an upload's body returns if it does not have its checksum.
 var (
 	errFileExists = &problem{status: http.StatusPreconditionFailed, detail: "the file exists already"}
 	errCondition  = &problem{status: http.StatusPreconditionFailed, detail: "the file is not, or no longer, the one that the request's condition names"}
@@ -111,7 +110,7 @@ func (c localFiles) delete(ctx context.Context, file fileRequest, when http.Head
 }
 
 // findForWriting returns the record of the file that a request is about to replace or to
-// remove, nil if there is none, or the condition of the request that does not hold.
+// remove, nil if there is none. Its error may be a condition that does not hold.
 func (c localFiles) findForWriting(ctx context.Context, key string, when http.Header) (*record, error) {
 	old, err := c.objects.open(ctx, key, -1)
 	if errors.Is(err, fs.ErrNotExist) {

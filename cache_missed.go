@@ -19,8 +19,7 @@ import (
 const (
 	// maxMissedFiles bounds the list, since clients can ask for any name.
 	maxMissedFiles = 100_000
-	// maxMissedBytes bounds their paths together: 160 bytes each, which is twice what
-	// usual ones have. The longest would have 100 MB.
+	// maxMissedBytes bounds their paths together: the longest would have 100 MB.
 	maxMissedBytes = 16 << 20
 )
 
@@ -56,15 +55,15 @@ func (m *missedFiles) recordMiss(file fileRequest, storeErr error, now time.Time
 		return storeErr
 	}
 	now = now.UTC()
-	m.add(missedFile{missedKey{r.name, file.path, strings.Contains(file.spelling, "?")}, now, now, 1})
+	m.addMisses(missedFile{missedKey{r.name, file.path, strings.Contains(file.spelling, "?")}, now, now, 1})
 	if r.sealed {
 		return r.newSealedError()
 	}
 	return storeErr
 }
 
-// add adds misses of a file.
-func (m *missedFiles) add(f missedFile) {
+// addMisses adds misses of a file.
+func (m *missedFiles) addMisses(f missedFile) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.changed.Store(true)
@@ -108,7 +107,6 @@ func (m *missedFiles) forget(remote string) {
 	}
 }
 
-// count is the number of files.
 func (m *missedFiles) count() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -331,7 +331,7 @@ func TestMissedFilesAreBounded(t *testing.T) {
 	now := time.Now()
 	add := func(m *missedFiles, path string) {
 		now = now.Add(time.Second)
-		m.add(missedFile{missedKey{"r", path, false}, now, now, 1})
+		m.addMisses(missedFile{missedKey{"r", path, false}, now, now, 1})
 	}
 	m := missedFiles{files: map[missedKey]*missedFile{}}
 	add(&m, "often")

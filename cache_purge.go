@@ -23,8 +23,7 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 	return c.removeFile(ctx, remote, key)
 }
 
-// purgePath removes the file of t, all its query variants and generations, and returns
-// how many files that were.
+// purgePath removes the file of t with all its query variants and generations.
 func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
 	switch err := c.purgeFile(ctx, t.remote.name, t.key()); {
 	case err == nil:
@@ -49,8 +48,7 @@ func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error)
 	return purged + variants, err
 }
 
-// purgeMatching removes the files of a remote in whose decoded path pattern is found,
-// and returns how many that were.
+// purgeMatching removes the files of a remote in whose decoded path pattern is found.
 func (c *cache) purgeMatching(ctx context.Context, remote string, pattern *regexp.Regexp) (purged int, err error) {
 	if err := c.purgeMatchingFills(ctx, remote, pattern); err != nil {
 		return 0, err
@@ -58,8 +56,8 @@ func (c *cache) purgeMatching(ctx context.Context, remote string, pattern *regex
 	return c.purgeRows(ctx, pageQuery{remote: remote, pattern: pattern}, func(indexRow) (match, more bool) { return true, true })
 }
 
-// purgeRows removes the files of the rows that q finds and match accepts, page by page
-// while there may be more, and returns how many that were.
+// purgeRows removes the files of the rows that q finds and match accepts, while there may
+// be more.
 func (c *cache) purgeRows(ctx context.Context, q pageQuery, match func(indexRow) (match, more bool)) (purged int, err error) {
 	q.limit = listPageSize
 	for {
@@ -89,9 +87,8 @@ func (c *cache) purgeRows(ctx context.Context, q pageQuery, match func(indexRow)
 	}
 }
 
-// purgeMatchingFills keeps what is being filled of a remote, here or on another
-// replica, from being stored if pattern is found in its path: it has no index row
-// by which a purge could find it.
+// purgeMatchingFills keeps what is being filled of a remote, here or on another replica,
+// from being stored if pattern is found in its path: it has no index row yet.
 func (c *cache) purgeMatchingFills(ctx context.Context, remote string, pattern *regexp.Regexp) error {
 	for _, key := range c.fills.matching(remote, pattern) {
 		if err := c.fills.stop(ctx, key); err != nil {
@@ -102,18 +99,17 @@ func (c *cache) purgeMatchingFills(ctx context.Context, remote string, pattern *
 	return nil
 }
 
-// removeFile removes key from the store, the index and the freshness marks, and
-// announces that. fs.ErrNotExist: nothing was stored.
+// removeFile removes key everywhere and announces that. fs.ErrNotExist: nothing was stored.
 func (c *cache) removeFile(ctx context.Context, remote, key string) error {
 	err := c.objects.delete(ctx, key)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	c.announcer.announce(ctx, removedPrefix+key)
-	if ierr := c.index.delete(ctx, remote, key); ierr != nil && !errors.Is(ierr, fs.ErrNotExist) {
+	if ierr := c.index.delete(ctx, remote, key); ierr != nil {
 		c.reportStoreError("database", "deleting", key, ierr)
 	}
-	if ferr := c.marks.delete(ctx, key); ferr != nil && !errors.Is(ferr, fs.ErrNotExist) {
+	if ferr := c.marks.delete(ctx, key); ferr != nil {
 		c.reportStoreError("redis", "deleting", key, ferr)
 	}
 	return err

@@ -15,8 +15,7 @@ import (
 // storeBody stores a complete body: the object, then its index row; the caller then
 // sets the freshness mark. A crash behind the object leaves one without a row, which
 // gets it with its next use or by reindex; a crash behind the row leaves a copy whose
-// freshness counts from its fetch. The error says that the object is not stored;
-// create is that of objects.put.
+// freshness counts from its fetch. create is that of objects.put.
 func (c *cache) storeBody(ctx context.Context, key string, rec *record, body *os.File, create bool) error {
 	return c.noteStored(ctx, key, rec, c.objects.put(ctx, key, rec, body, create))
 }
@@ -74,9 +73,8 @@ func warnOfIndex(f *fill, rec *record) {
 	}
 }
 
-// storeUnderSecondKey stores a complete body under a second target too, from a
-// spool of its own, since the store may take the name of the first one's. The
-// second object is for later requests alone: a failure is logged and passed over.
+// storeUnderSecondKey stores a complete body under a second target too, from a spool of
+// its own, since the store may take the first one's name. A failure is only logged.
 func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, body io.ReaderAt) {
 	key := t.key()
 	if old, err := c.objects.open(ctx, key, -1); err == nil && old.rec.Path == t.spelling && old.rec.SHA256 == rec.SHA256 {
@@ -105,8 +103,7 @@ func newIndexRow(key string, rec *record) indexRow {
 		Class: rec.Class, Size: rec.Size, Fetched: rec.Fetched, LastAccess: rec.Fetched}
 }
 
-// refreshMark remembers that the copy of t was just found good. A file that never
-// expires needs no mark.
+// refreshMark remembers that the copy of t was just found good.
 func (c *cache) refreshMark(ctx context.Context, t target, rec *record) {
 	if _, forever := t.remote.ttlOf(t.class); forever {
 		return

@@ -45,8 +45,8 @@ func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply,
 }
 
 // askUnstored sends a request for a file that will not be stored, or instead of one that
-// upstream refuses another. The answer has the file, or the part of it that was asked for
-// and begins at at. The reply still has no body.
+// upstream refuses another. The answer has the file, or its part that was asked for and
+// begins at at. The reply has no body yet.
 func (file fileRequest) askUnstored(ctx context.Context, c *cache, req upstreamRequest, isRefused func(status int) bool, instead upstreamRequest) (reply fileReply, resp *upstreamResponse, at int64, err error) {
 	resp, err = file.behaves().requestBody(ctx, c.upstream, req)
 	if err == nil && isRefused(resp.StatusCode) {
@@ -82,15 +82,8 @@ func takePlace(ctx context.Context, places chan<- struct{}) error {
 
 // refusesHEAD reports whether the status of a HEAD may say that upstream does not take
 // HEAD: presigned URLs and CDNs refuse it in all these ways.
-func refusesHEAD(status int) bool {
-	switch status {
-	case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotImplemented:
-		return true
-	}
-	return false
-}
+func refusesHEAD(status int) bool { return slices.Contains([]int{400, 401, 403, 405, 501}, status) }
 
-// newUpstreamRequest is the request to upstream for the file, with these headers.
 func (file fileRequest) newUpstreamRequest(method string, header http.Header) upstreamRequest {
 	h := http.Header{}
 	maps.Copy(h, header)
@@ -133,7 +126,12 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 	case code == http.StatusLoopDetected:
 		p.detail = fmt.Sprintf("the upstream of remote %q answered 508: its requests come back to where they came from", name)
 	case slices.Contains(redirectStatuses, code): // followRedirects leaves those that only add a slash
-		p.status, p.headers = http.StatusFound, http.Header{"Location": {file.slashLocation()}}
+		path, query, found := strings.Cut(file.spelling, "?")
+		to := path[strings.LastIndexByte(path, '/')+1:] + "/" // relative: clients know this server by addresses of their own
+		if found {
+			to += "?" + query
+		}
+		p.status, p.headers = http.StatusFound, http.Header{"Location": {to}}
 		p.detail = fmt.Sprintf("the upstream of remote %q has a folder there: its path ends in /", name)
 	case code < 400 || code >= 500:
 		p.status = http.StatusBadGateway
@@ -145,8 +143,7 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 }
 
 // maxMissingAge is how long an answer that there is no such file is remembered for an
-// outage. A package manager asks for many files that a repository need not have, and
-// takes 404 for an answer and 502 for a failure.
+// outage: a package manager takes 404 for an answer and 502 for a failure.
 const maxMissingAge = 24 * time.Hour
 
 // missingFile is an answer of upstream's that it does not have a file.
@@ -186,26 +183,13 @@ func (file fileRequest) recallMissing(ctx context.Context, c *cache, rng byteRan
 	return nil
 }
 
-// slashLocation leads from the file's path to the one with a slash behind it. It is
-// relative, because clients know this server by addresses of their own.
-func (file fileRequest) slashLocation() string {
-	path, query, hasQuery := strings.Cut(file.spelling, "?")
-	to := path[strings.LastIndexByte(path, '/')+1:] + "/"
-	if hasQuery {
-		to += "?" + query
-	}
-	return to
-}
-
 // upstreamStatus is the cause of a problem that stands for a status of upstream's.
 type upstreamStatus struct{ code int }
 
 func (e *upstreamStatus) Error() string { return "upstream status " + strconv.Itoa(e.code) }
 
 // Is reports that a 404 or 410 of upstream's means fs.ErrNotExist.
-func (e *upstreamStatus) Is(target error) bool {
-	return target == fs.ErrNotExist && e.isGone()
-}
+func (e *upstreamStatus) Is(target error) bool { return target == fs.ErrNotExist && e.isGone() }
 
 func (e *upstreamStatus) isGone() bool {
 	return e.code == http.StatusNotFound || e.code == http.StatusGone
@@ -215,8 +199,7 @@ func (e *upstreamStatus) isGone() bool {
 // must fit the 2 KB of metadata that an S3 object may have.
 const maxHeaderValue = 128
 
-// newRecord begins the record of a body whose headers are h. Its size and its hash
-// are still missing.
+// newRecord begins the record of a body whose headers are h: without size and hash.
 func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
 	now = now.UTC()
 	rec := &record{

@@ -914,7 +914,7 @@ func TestIndexLoadsBesideWriters(t *testing.T) {
 		must(t, x.saveRow(ctx, newIndexRow(testKey("came"), rec("came"))), x.saveSnapshot())
 		// A use of a file without a row makes it, before the walk comes to the file.
 		var heard useCounts
-		heard.add(fileUse{"r", testKey("used"), 2, testDay})
+		heard.addUses(fileUse{"r", testKey("used"), 2, testDay})
 		must(t, heard.flush(ctx, x, &fakeObjects{recs: map[string]*record{testKey("used"): rec("used")}}))
 		return errors.Join(f(testKey("gone"), rec("gone")), f(testKey("kept"), rec("kept")), f(testKey("used"), rec("used")))
 	}}))

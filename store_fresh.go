@@ -104,7 +104,7 @@ type missedSnapshot struct {
 // newMissedSnapshot adds those of the snapshot in dir, if there is one, to missed.
 func newMissedSnapshot(dir string, missed *missedFiles, log *slog.Logger) *missedSnapshot {
 	s := &missedSnapshot{snapshotFile{fileWriter: newDisk(), name: dir + "/.missed", magic: "artifactapi missed 2"}, missed}
-	if err := loadSnapshot(&s.snapshotFile, missed.add); err != nil {
+	if err := loadSnapshot(&s.snapshotFile, missed.addMisses); err != nil {
 		log.Warn("the snapshot of missed files is damaged: /missed lacks some of them", "error", err)
 	}
 	return s

@@ -532,7 +532,7 @@ func TestChangesAreAnnounced(t *testing.T) {
 	disk, fresh := newTestDisk(t), newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { fresh.Close() })
 	r := &toldReplicas{}
-	c := newCache(cacheStores{objects: disk, index: newTestIndex(t, t.TempDir(), disk), freshness: fresh}, nil, time.Now, slog.New(slog.DiscardHandler), newMetrics())
+	c := newCache(cacheStores{objects: disk, index: newTestIndex(t, t.TempDir(), disk), marks: fresh}, nil, time.Now, slog.New(slog.DiscardHandler), newMetrics())
 	c.joinReplicas(r)
 	change := func(spelling string) {
 		t.Helper()
@@ -568,7 +568,7 @@ func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 	a.putClass("f", "new", mutable)
 	fresh := newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { fresh.Close() })
-	c := newCache(cacheStores{objects: b.tier, freshness: fresh}, nil, time.Now, b.store.log, newMetrics())
+	c := newCache(cacheStores{objects: b.tier, marks: fresh}, nil, time.Now, b.store.log, newMetrics())
 	file := fileRequest{target: target{remote: &remote{name: "r"}, path: "f", spelling: "f", class: mutable}}
 	wantLookup := func(content string) {
 		t.Helper()

@@ -584,7 +584,7 @@ func TestSQLRowsLostInARestartComeBackByUse(t *testing.T) {
 		t.Errorf("the end does not say how many rows are lost:\n%s", s.out)
 	}
 	use := func(spelling string, hits int64) {
-		heard.add(fileUse{"r", testKey(spelling), hits, testDay.Add(time.Hour)})
+		heard.addUses(fileUse{"r", testKey(spelling), hits, testDay.Add(time.Hour)})
 	}
 	use("a", 2)
 	if err := heard.flush(t.Context(), s.sqlIndex, &stored); !errors.Is(err, errStoreDown) {
@@ -733,7 +733,7 @@ func TestSQLPendingChangesAreBounded(t *testing.T) {
 	var stored fakeObjects
 	stored.add("c", "x")
 	var heard useCounts
-	heard.add(fileUse{"r", testKey("c"), 1, testDay})
+	heard.addUses(fileUse{"r", testKey("c"), 1, testDay})
 	s.must(heard.flush(t.Context(), s.sqlIndex, &stored))
 	s.wantRows("c")
 }
