@@ -368,35 +368,32 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 	return nil
 }
 
-// classifyPath decides by the patterns of r which class a decoded path has, and
-// whether a built-in pattern made it mutable. Mutable patterns come first; what they
-// do not match must match an immutable pattern, if r has any, or the error is a
-// problem that wraps errDenied. For docker a mutable pattern allows nothing, because
-// immutable_patterns there say which images may be pulled. A path that ends in a
-// slash is a listing and so mutable. A name that is its own hash is allowed and
-// immutable, whatever the patterns say.
-func (r *remote) classifyPath(path string) (c class, builtin bool, err error) {
-	if _, own := r.digestInName(path); own {
-		return immutable, false, nil
+// classify decides by the patterns of its remote which class a file has, and whether a
+// built-in pattern made it mutable. Mutable patterns come first; what they do not match
+// must match an immutable pattern, if there is any, or the error is a problem that wraps
+// errDenied. For docker a mutable pattern allows nothing, because immutable_patterns there
+// say which images may be pulled. A path that ends in a slash is a listing and so mutable.
+// A name that is its own hash is allowed and immutable, whatever the patterns say.
+func (t *target) classify() error {
+	r := t.remote
+	if _, own := r.digestInName(t.path); own {
+		t.class = immutable
+		return nil
 	}
-	builtin = matchesAny(r.builtin, path)
-	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, path)) // allowed without an immutable pattern
+	builtin := matchesAny(r.builtin, t.path)
+	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, t.path)) // allowed without an immutable pattern
 	switch {
-	case !listed && r.immutable != nil && !matchesAny(r.immutable, path):
-		return "", false, &problem{status: http.StatusForbidden, cause: errDenied,
+	case !listed && r.immutable != nil && !matchesAny(r.immutable, t.path):
+		return &problem{status: http.StatusForbidden, cause: errDenied,
 			detail: fmt.Sprintf("remote %q does not allow this path: none of its patterns matches", r.name)}
 	case r.local:
-		return local, false, nil
-	case builtin || listed || strings.HasSuffix(path, "/"):
-		return mutable, builtin, nil
+		t.class = local
+	case builtin || listed || strings.HasSuffix(t.path, "/"):
+		t.class, t.builtin = mutable, builtin
+	default:
+		t.class = immutable
 	}
-	return immutable, false, nil
-}
-
-// classify sets the class of t's path. Its error is classifyPath's.
-func (t *target) classify() (err error) {
-	t.class, t.builtin, err = t.remote.classifyPath(t.path)
-	return err
+	return nil
 }
 
 // matchesAny reports whether one of the patterns matches somewhere in path.

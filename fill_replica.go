@@ -23,9 +23,8 @@ const (
 	// replicaPath is where a replica is asked for a fill of its own. No remote's
 	// name begins with a dot.
 	replicaPath = "/.fill/"
-	// leaseHeader shows that both sides are replicas that know the lease: token,
-	// nonce and seal there, a seal back. A request that does not is for another
-	// program or another time.
+	// leaseHeader shows that both sides are replicas that know the lease: token, nonce and
+	// seal there, a seal back.
 	leaseHeader = "Artifactapi-Lease"
 	// replicaHeartbeat is how often a filling replica shows that it lives while
 	// it has nothing to send; replicaTimeout is when it is given up.
@@ -75,15 +74,13 @@ func newReplicaClient() *http.Client {
 	}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 }
 
-// acquireLease makes this process the one that fills f's key. leader is the
-// replica that does already. Without Redis there is no lease, and every replica
-// fills for itself.
+// acquireLease makes this process the one that fills f's key. leader is the replica that
+// does already. Without Redis every replica fills for itself.
 func (f *fillRun) acquireLease() (leader *leaseHolder) {
 	if f.c.replicas == nil {
 		return nil
 	}
-	// The token is set first: a replica that reads the lease may be here before
-	// we know that we have it.
+	// First: a replica that reads the lease may be here before we know that we have it.
 	token := rand.Text()
 	f.set(func() { f.leaseToken = token })
 	release, leader, err := f.c.replicas.acquireLease(f.ctx, f.key, token)
@@ -128,9 +125,8 @@ func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, en
 // follower is a fill that gets its body from another replica, its leader.
 type follower struct{ *fillRun }
 
-// follow reads the leader's stream into f's own spool, and keeps the body there
-// until the leader has stored it. An error says that the leader can do no more; what
-// it sent is in the spool.
+// follow reads the leader's stream into f's own spool, and keeps the body there until the
+// leader has stored it. With an error the leader can do no more.
 func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 	ctx, cancel := context.WithCancel(f.ctx)
 	defer cancel()
@@ -221,9 +217,9 @@ func (f *follower) readOutcome(payload []byte) (fillOutcome, error) {
 	return outcome, nil
 }
 
-// takeOver fetches by Range what is missing of a body whose leader is gone. Where
-// upstream has no ranges, or the bytes that came are in doubt, clients that have a
-// part of the body are cut off, and those that have nothing yet begin anew.
+// takeOver fetches by Range what is missing of a body whose leader is gone. Where that
+// cannot be, or the bytes that came are in doubt, clients that have a part of the body are
+// cut off, and those that have nothing yet begin anew.
 func (f *follower) takeOver(cause error) fillOutcome {
 	f.setStorable(true)
 	f.set(func() { f.leader = nil })
@@ -339,8 +335,8 @@ type frameStream struct {
 	heartbeat *time.Ticker
 }
 
-// awaitPhase waits until the fill is in that phase or behind it, and returns the
-// record that it has then; nil if it ended before there was one.
+// awaitPhase waits until the fill is in that phase or behind it, and returns the record
+// that it has then, if any.
 func (s *frameStream) awaitPhase(phase fillPhase) (*record, error) {
 	for {
 		s.f.mu.Lock()
@@ -375,8 +371,7 @@ func (s *frameStream) await(changed <-chan struct{}) error {
 	}
 }
 
-// sendBody sends the head and the body; whole reports whether that came to its
-// end.
+// sendBody sends the head and the body; whole reports whether that came to its end.
 func (s *frameStream) sendBody(rec *record) (whole bool, err error) {
 	body := s.f.spool.newReader(s.ctx, false)
 	defer body.Close()

@@ -16,17 +16,15 @@ import (
 const (
 	// maxFillsPerRemote bounds what one slow upstream can pile up.
 	maxFillsPerRemote = 64
-	// maxQueuedPerRemote bounds the fills that wait for a place: clients of more
-	// had better come back later than pile up here.
+	// maxQueuedPerRemote bounds the fills that wait for a place.
 	maxQueuedPerRemote = 256
-	// maxHeadsPerRemote bounds the HEADs of files that are not stored, as fills are
-	// bounded: a crowd of them on paths that hang must not be a crowd of connections.
+	// maxHeadsPerRemote bounds the HEADs of files that are not stored: a crowd of them on
+	// paths that hang must not be a crowd of connections.
 	maxHeadsPerRemote = 64
-	// maxPassOnsPerRemote bounds the bodies that are passed on without a spool, each for
-	// one client.
+	// maxPassOnsPerRemote bounds the bodies that are passed on without a spool.
 	maxPassOnsPerRemote = 64
-	// maxAbandonedPerRemote is how many fills without a client may go on for a
-	// remote: clients that come and go must not leave an endless queue behind.
+	// maxAbandonedPerRemote is how many fills without a client may go on: clients that come
+	// and go must not leave an endless queue behind.
 	maxAbandonedPerRemote = 8
 )
 
@@ -56,7 +54,6 @@ func newFillTable() *fillTable {
 	return &fillTable{byKey: map[string][]*fill{}, slots: map[string]*fillSlots{}}
 }
 
-// slotsOf returns the places for a remote's fills.
 func (t *fillTable) slotsOf(remote string) *fillSlots {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -94,8 +91,7 @@ func (t *fillTable) find(key, spelling string) *fill {
 	return nil
 }
 
-// joinLeased joins the fill of key that holds the lease with that token; nil if
-// there is none.
+// joinLeased joins the fill of key that holds the lease with that token, if there is one.
 func (t *fillTable) joinLeased(key, token string) *fill {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -111,7 +107,6 @@ func (t *fillTable) joinLeased(key, token string) *fill {
 	return nil
 }
 
-// isFilling reports whether a fill of key may be joined.
 func (t *fillTable) isFilling(key string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -128,8 +123,8 @@ func (t *fillTable) take(key string) []*fill {
 	return taken
 }
 
-// stop keeps what is being filled under key from being stored, and waits for what
-// is being stored right now.
+// stop keeps what is being filled under key from being stored, and waits for what is
+// being stored.
 func (t *fillTable) stop(ctx context.Context, key string) error {
 	for _, f := range t.take(key) {
 		if err := f.preventStoring(ctx); err != nil {
@@ -218,7 +213,6 @@ func (t *fillTable) pickAbandoned(remote string) *fill {
 	return victim
 }
 
-// remove takes a fill that is about to end out of the table.
 func (t *fillTable) remove(f *fill) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -238,7 +232,6 @@ func (t *fillTable) finish(f *fill, outcome fillOutcome) (unused bool) {
 	return f.clients == 0
 }
 
-// hasClients reports whether anyone waits for f or reads its body.
 func (t *fillTable) hasClients(f *fill) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -280,8 +273,7 @@ func (t *fillTable) gauges(remotes []string) []family {
 	}
 }
 
-// waitIdle waits until no fill runs any more, or until ctx ends, and reports
-// whether there is none.
+// waitIdle waits until no fill runs any more, and reports false if ctx ends first.
 func (t *fillTable) waitIdle(ctx context.Context) bool {
 	idle := make(chan struct{})
 	go func() {

@@ -25,10 +25,9 @@ const (
 	// maxList bounds a page of tags or referrers in bytes. Some registries send
 	// all tags of an image in one page.
 	maxList = 32 << 20
-	// maxNextLink bounds the path of a list plus the query of its next page, in
-	// bytes: both are in the record, which must fit the 2 KB of metadata of an S3
-	// object. A list with a longer link is an error, because without the link
-	// clients would take a part of the list for all of it.
+	// maxNextLink bounds the path of a list plus the query of its next page, in bytes:
+	// both are in the record, which must fit the 2 KB of metadata of an S3 object. Without
+	// the link clients would take a part of the list for all of it.
 	maxNextLink = 1024
 )
 
@@ -42,16 +41,14 @@ const (
 	typeJSON       = "application/json"
 )
 
-// acceptManifests is the Accept header for every manifest, whatever the client
-// accepts: a tag has one stored copy, which must not depend on the client that asked
-// for it first.
+// acceptManifests is the Accept header for every manifest: a tag has one stored copy,
+// which must not depend on what the client accepts that asked for it first.
 const acceptManifests = typeIndex + ", " + typeManifest + ", " + typeDockerList + ", " + typeDocker + ", */*;q=0.5"
 
 // emptyIndex is the list of referrers where the upstream has none.
 const emptyIndex = `{"schemaVersion":2,"mediaType":"` + typeIndex + `","manifests":[]}`
 
-// registryRoute says what a registry path asks for. Its value is the path element
-// that names it.
+// registryRoute is the path element that says what a registry path asks for.
 type registryRoute string
 
 const (
@@ -85,7 +82,6 @@ type registry struct {
 	blobs *boundedMap[string, int64]
 }
 
-// newRegistry makes a registry over the cache c.
 func newRegistry(c *cache, config func() *config, s *responder) *registry {
 	return &registry{cache: c, config: config, responder: s, blobs: newBoundedMap[string, int64](maxBlobs, nil)}
 }
@@ -123,8 +119,8 @@ func (g *registry) serveCall(w *response, r *http.Request) error {
 	return c.withErrorCode(err)
 }
 
-// findFile returns the cache's request for the file at u, for fetching it ahead. With
-// an error the request has the remote, if that is known.
+// findFile returns the cache's request for the file at u, for fetching it ahead; with an
+// error one that has the remote, if that is known.
 func (g *registry) findFile(cfg *config, u *url.URL) (fileRequest, error) {
 	c, err := parseCall(cfg, u)
 	if err == nil && c.route == routePing {
@@ -140,8 +136,8 @@ func (g *registry) findFile(cfg *config, u *url.URL) (fileRequest, error) {
 // apiVersion is the value of a header of all answers, which they share.
 var apiVersion = []string{"registry/2.0"}
 
-// newFileRequest returns the cache's request for c. Its error is a problem: the path
-// is too long or not allowed.
+// newFileRequest returns the cache's request for c. Its error: the path is too long or not
+// allowed.
 func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 	file := fileRequest{target: c.newTarget(cmp.Or(c.reference, "list")), scope: "repository:" + c.image + ":pull"}
 	common := registryFile{call: c}
@@ -185,7 +181,6 @@ type registryFile struct {
 	call *registryCall
 }
 
-// setHeaders sets the headers that registry clients expect.
 func (f *registryFile) setHeaders(w *response, _ string, rec *record) {
 	c, mediaType := f.call, rec.ContentType
 	switch c.route {
@@ -217,17 +212,15 @@ type manifestFile struct {
 	g *registry
 }
 
-// keepHeaders keeps the upstream's Docker-Content-Digest in the record, if it is one.
 func (f *manifestFile) keepHeaders(rec *record, h http.Header) {
 	if rec.Digest = h.Get("Docker-Content-Digest"); !isDigest(rec.Digest) {
 		rec.Digest = ""
 	}
 }
 
-// checkBody checks a complete manifest and completes its record. A manifest that
-// was asked for by tag must look like a manifest, since no digest proves it. It is
-// stored under its digest as well, before the tag is answered, because clients ask
-// for the digest next.
+// checkBody completes the record of a manifest. One that was asked for by tag must look
+// like a manifest, since no digest proves it. It is stored under its digest as well,
+// before the tag is answered, because clients ask for the digest next.
 func (f *manifestFile) checkBody(ctx context.Context, rec *record, body io.ReaderAt) error {
 	c, g := f.call, f.g
 	m, err := readManifest(io.NewSectionReader(body, 0, rec.Size))
@@ -264,8 +257,8 @@ type listFile struct {
 	member string
 }
 
-// keepHeaders keeps the headers that belong to a page of a list in its record:
-// the next page, and whether the upstream has filtered referrers.
+// keepHeaders keeps what belongs to a page of a list: the next page, and whether the
+// upstream has filtered referrers.
 func (f *listFile) keepHeaders(rec *record, h http.Header) {
 	rec.Link = nextPageQuery(h.Values("Link"))
 	if h.Get("OCI-Filters-Applied") == "artifactType" {
@@ -273,9 +266,8 @@ func (f *listFile) keepHeaders(rec *record, h http.Header) {
 	}
 }
 
-// checkBody refuses what is not such a list, and a link to the next page that cannot
-// be stored. Without referrers the answer is a negative one: signatures often come
-// after the first look for them.
+// checkBody refuses what is no such list. Without referrers the answer is a negative one:
+// signatures often come after the first look for them.
 func (f *listFile) checkBody(_ context.Context, rec *record, body io.ReaderAt) error {
 	n, err := countList(io.NewSectionReader(body, 0, rec.Size), f.member)
 	if err != nil {
@@ -296,10 +288,9 @@ func (f *referrersFile) servesStale(status int) bool {
 	return status >= 500 || f.listFile.servesStale(status)
 }
 
-// requestBody asks the upstream for referrers. A registry without the referrers API
-// has them under a tag made from the digest (the OCI distribution specification's
-// referrers tag schema). One that has neither has no referrers. A denial, a 429 and a
-// failure do not say that there are none and are returned.
+// requestBody asks for referrers. A registry without the referrers API has them under a
+// tag made from the digest (OCI distribution specification, referrers tag schema). One
+// that has neither has no referrers. A denial, a 429 and a failure do not say that.
 func (f *referrersFile) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
 	algorithm, sum, _ := strings.Cut(f.call.digest, ":")
 	tag := "v2/" + f.call.image + "/manifests/" + algorithm + "-" + sum[:64] // 64: the schema's bound for a hash
@@ -326,9 +317,8 @@ func (f *referrersFile) requestBody(ctx context.Context, up *upstream, req upstr
 var nextLinkPattern = regexp.MustCompile(`(?i)<([^<>]*)>[^<]*;\s*rel\s*=\s*"?[^"<;,]*\bnext\b`)
 
 // nextPageQuery returns the query of the link with rel=next in Link headers, or "" if
-// there is none. It is sorted and without ns, which clients send to mirrors and
-// mirrors do not send upstream. The link's path is not needed: the next page has the
-// path of the list itself.
+// there is none. It is sorted and without ns, which mirrors do not send upstream. The
+// next page has the path of the list itself.
 func nextPageQuery(links []string) string {
 	found := nextLinkPattern.FindStringSubmatch(strings.Join(links, ", "))
 	if found == nil {
@@ -338,14 +328,13 @@ func nextPageQuery(links []string) string {
 	if err != nil {
 		return ""
 	}
-	query, _ := url.ParseQuery(u.RawQuery)
+	query := u.Query()
 	query.Del("ns")
 	return query.Encode()
 }
 
-// nextLink returns the Link header that names a list's next page, with the path that
-// the client used. It has the whole path because some clients (skopeo) do not resolve
-// relative references.
+// nextLink returns the Link header that names a list's next page. It has the whole path
+// that the client used, because some (skopeo) do not resolve relative references.
 func (c *registryCall) nextLink(query string) string {
 	if c.ns != "" {
 		query += "&ns=" + url.QueryEscape(c.ns)
@@ -363,7 +352,6 @@ type registryError struct {
 func (e *registryError) Error() string { return e.err.Error() }
 func (e *registryError) Unwrap() error { return e.err }
 
-// newRegistryError makes an error with a code, a status and a message for the client.
 func newRegistryError(code string, status int, format string, args ...any) *registryError {
 	return &registryError{code, nil, newProblem(status, format, args...)}
 }
@@ -371,13 +359,11 @@ func newRegistryError(code string, status int, format string, args ...any) *regi
 // errNoRoute is the error for a path that is not one of the registry API.
 var errNoRoute = newRegistryError("UNSUPPORTED", http.StatusNotFound, "the registry API has no such path: images are below /v2/REMOTE/")
 
-// errNoCatalog is the error for _catalog: a mirror's would tell what clients have asked
-// for, not what there is.
+// errNoCatalog: a mirror's catalogue would tell what clients have asked for.
 var errNoCatalog = newRegistryError("UNSUPPORTED", http.StatusNotFound, "a mirror has no catalogue (_catalog): ask for an image by its name, /v2/REMOTE/IMAGE/tags/list")
 
 // newUnknownNameError returns the error for a path whose first element is not a docker
-// remote, when ns names none either. For a remote of another package it says where
-// the remote is served.
+// remote, when ns names none either.
 func newUnknownNameError(cfg *config, name, ns string) error {
 	switch r := cfg.remotes[name]; {
 	case r != nil && r.packageType == "docker":
@@ -425,8 +411,7 @@ func (c *registryCall) withErrorCode(err error) error {
 // notFoundCodes are the codes of a 404; "NAME_UNKNOWN" for the other routes.
 var notFoundCodes = map[registryRoute]string{routeManifest: "MANIFEST_UNKNOWN", routeBlob: "BLOB_UNKNOWN"}
 
-// writeRegistryError is the registry's errorWriter: it sends an error in the form of
-// the specification.
+// writeRegistryError is the registry's errorWriter.
 func writeRegistryError(w http.ResponseWriter, status int, message string, err error) {
 	e := &registryError{code: "UNKNOWN"}
 	if coded, ok := errors.AsType[*registryError](err); ok {

@@ -24,8 +24,7 @@ type blobFile struct {
 	granted bool // known without asking
 }
 
-// requestBody asks for the blob through its image. An upstream that has it there grants
-// it. The request may be a HEAD or for a range.
+// requestBody asks for the blob through its image. An upstream that has it there grants it.
 func (f *blobFile) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
 	resp, err := up.send(ctx, req)
 	if err == nil {

@@ -94,9 +94,8 @@ func (m *manifest) mediaType(upstream string) string {
 	return cmp.Or(upstream, typeJSON)
 }
 
-// countList returns how many elements the member of that name has, an array, or null,
-// which some registries send for an empty repository. An error means that there is no
-// such list.
+// countList returns how many elements the member of that name has, an array, or null. An
+// error means that there is no such list.
 func countList(r io.Reader, member string) (n int, err error) {
 	found := false
 	err = readObject(r, func(d *json.Decoder, name string) error {
@@ -139,8 +138,8 @@ func readObject(r io.Reader, member func(d *json.Decoder, name string) error) er
 	return nil
 }
 
-// readArray reads the next value, and returns its first token. If it is an array, element
-// reads each of its elements.
+// readArray reads the next value and returns its first token. Of an array element reads
+// each of its elements.
 func readArray(d *json.Decoder, element func() error) (first json.Token, err error) {
 	first, err = d.Token()
 	switch {

@@ -82,9 +82,8 @@ func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 }
 
 // splitOperation cuts the operation off the end of a path, sets c's route and
-// reference, and returns the name before it. If the path ends in no operation, all of
-// it is the name. It searches from the end because an image's name may have an element
-// like "tags" or "blobs".
+// reference, and returns the name before it, or all of it if there is no operation. An
+// image's name may have an element like "tags" or "blobs" before that.
 func (c *registryCall) splitOperation(rest string) (name string, hasOperation bool) {
 	i := strings.LastIndexByte(rest, '/')
 	j := strings.LastIndexByte(rest[:max(i, 0)], '/')
@@ -102,8 +101,8 @@ func (c *registryCall) splitOperation(rest string) (name string, hasOperation bo
 	return rest[:j], true
 }
 
-// checkNames refuses names, tags and digests that no registry can have, so that no
-// upstream is asked for them. It sets c.digest if the reference is one.
+// checkNames refuses names, tags and digests that no registry can have. It sets c.digest
+// if the reference is one.
 func (c *registryCall) checkNames() error {
 	switch {
 	case !isImageName(c.image):

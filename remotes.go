@@ -24,13 +24,11 @@ const (
 	// maxSpelling bounds an upstream spelling with its query, in bytes. A record
 	// with it fits the 2 KB of metadata that an S3 object may have.
 	maxSpelling = 1024
-	// maxFilename is how many bytes of a file's name a key contains. The name then
-	// stays far below the 255 bytes that file systems allow.
+	// maxFilename is how many bytes of a file's name a key contains: file systems allow 255.
 	maxFilename = 120
 	// maxName bounds the name of a remote, which is also the name of a directory.
 	maxName = 100
-	// maxSeconds is about 100 years. A longer time could overflow when it is added
-	// to a date.
+	// maxSeconds is about 100 years: more could overflow when it is added to a date.
 	maxSeconds = 100 * 366 * 24 * 3600
 	// defaultMutableTTL and defaultTimeout are the defaults of cache.mutable_ttl
 	// and timeout; the table of keys in README.md names them too.
@@ -92,17 +90,12 @@ type absence struct {
 	wouldMiss bool // what a sealed remote would not have is recorded
 }
 
-// The values of query. With keepQuery at most maxVariants files of one path are
-// stored, see boundsVariants.
+// The values of query. With keepQuery at most maxVariants files of one path are stored.
 const (
 	keepQuery  = "keep"
 	dropQuery  = "drop"
 	allQueries = "all"
 )
-
-// boundsVariants reports whether stored query variants of a path go when there are
-// more than maxVariants.
-func (r *remote) boundsVariants() bool { return r.query != allQueries && !r.local && !r.sealed }
 
 // Format prints the name of the remote, whatever the verb is. Without it fmt would
 // print the secrets: it does not call the methods of unexported fields.
@@ -169,25 +162,26 @@ func (c *config) addRegistry(r *remote) {
 	}
 }
 
-// remoteByRegistry returns the docker remote of the registry that a client named in
-// ns, or nil.
+// remoteByRegistry returns the docker remote whose registry a client named in ns, or nil.
 func (c *config) remoteByRegistry(ns string) *remote { return c.registries[strings.ToLower(ns)] }
 
-// isIrreplaceable reports whether the files of a remote may exist nowhere else. It
-// is true for a local repository, and for a name that is not in remotes.yaml any
-// more, which may have been one.
+// isIrreplaceable reports whether the files of a remote may exist nowhere else: it is a
+// local repository, or not in remotes.yaml any more and may have been one.
 func (c *config) isIrreplaceable(name string) bool {
 	r := c.remotes[name]
 	return r == nil || r.local
 }
 
-// compare returns the names of the remotes that old does not have, that only old has, and
-// that differ.
+// compare names the remotes that old does not have, that only old has, and that differ.
 func (c *config) compare(old *config) (added, removed, changed []string) {
 	for _, name := range c.names {
-		if was := old.remotes[name]; was == nil {
+		if old.remotes[name] == nil {
 			added = append(added, name)
-		} else if !was.equals(c.remotes[name]) {
+			continue
+		}
+		is, was := *c.remotes[name], *old.remotes[name]
+		is.config, is.links, was.config, was.links = nil, nil, nil, nil // of the whole file
+		if !reflect.DeepEqual(is, was) {
 			changed = append(changed, name)
 		}
 	}
@@ -197,25 +191,6 @@ func (c *config) compare(old *config) (added, removed, changed []string) {
 		}
 	}
 	return added, removed, changed
-}
-
-// equals reports whether two remotes say the same, whatever else is in their
-// configurations.
-func (r *remote) equals(other *remote) bool {
-	a, b := *r, *other
-	a.config, a.links, b.config, b.links = nil, nil, nil, nil
-	return reflect.DeepEqual(a, b)
-}
-
-// unwatchedRemotes are the names of the remotes whose files are never looked at again
-// once they are stored: generic ones that do not say which of them change.
-func (c *config) unwatchedRemotes() (names []string) {
-	for _, name := range c.names {
-		if r := c.remotes[name]; !r.local && r.packageType == "generic" && r.mutable == nil && r.immutableTTL == 0 {
-			names = append(names, name)
-		}
-	}
-	return names
 }
 
 // urlPath returns the path of r for clients: /api/NAME/, or /v2/NAME/ for docker.
@@ -248,8 +223,7 @@ func (r *remote) shownHost(i int) string {
 // resolveTarget returns the file that a request below /api/ names. escaped is what
 // follows the remote's name in the path, as the client sent it, and query is the raw
 // query. An empty path, which lists the remote, gives a target with the remote alone.
-// The errors are problems: 404 if there is no such remote or it is below /v2/, 400 and
-// 414 from spellPath.
+// The errors are problems.
 func (c *config) resolveTarget(name, escaped, query string) (target, error) {
 	r := c.remotes[name]
 	switch {
@@ -295,9 +269,9 @@ func spellPath(escaped, query string) (path, spelling string, err error) {
 	return path, spelling, nil
 }
 
-// isPlainPath reports whether s is surely equal to its spelling and to its decoded
-// path: nothing must be escaped, and no segment is empty or begins with a dot. Nearly
-// all paths are plain, and spellPath allocates nothing for them.
+// isPlainPath reports whether s is surely its own spelling and decoded path: nothing must
+// be escaped, and no segment is empty or begins with a dot. Nearly all paths are plain,
+// and spellPath allocates nothing for them.
 func isPlainPath(s string) bool {
 	previous := byte('/')
 	for i := range len(s) {
@@ -417,8 +391,7 @@ func keyHash(key string) uint64 {
 
 // appendFilename appends the last element of a spelling, decoded, with every byte
 // replaced by "_" that is not safe in a file name. Of a long name it appends the end,
-// so that the extension stays. The result never begins with a dot, as the names of
-// our own files do, and is never empty.
+// with the extension. It never begins with a dot, as the names of our own files do.
 func appendFilename(to []byte, spelling string) []byte {
 	path := trimSuffixes(spelling)
 	last := path[strings.LastIndexByte(path, '/')+1:]
@@ -431,13 +404,11 @@ func appendFilename(to []byte, spelling string) []byte {
 		}
 		to = append(to, b)
 	}
-	if over := len(to) - start - maxFilename; over > 0 {
-		to = slices.Delete(to, start, start+over)
+	to = slices.Delete(to, start, max(start, len(to)-maxFilename))
+	if len(to) == start {
+		return append(to, '_')
 	}
-	switch {
-	case len(to) == start:
-		to = append(to, '_')
-	case to[start] == '.':
+	if to[start] == '.' {
 		to[start] = '_'
 	}
 	return to
@@ -453,8 +424,7 @@ func trimEmptySegments(path string) string {
 }
 
 // trimSuffixes returns a spelling without its query, and without the hash behind "#"
-// that a file has which a root names (namedSpelling). Neither sign is in a path's
-// spelling as it is.
+// that a file has which a root names. Neither sign is in a path's spelling as it is.
 func trimSuffixes(spelling string) string {
 	if i := strings.IndexAny(spelling, "?#"); i >= 0 {
 		return spelling[:i]

@@ -190,8 +190,7 @@ var ownHeaders = []string{
 	"Trailer", "Transfer-Encoding", "Upgrade",
 }
 
-// setType reads type. With another value the other keys are not checked against the
-// type.
+// setType reads type. With a bad value the other keys are not checked against it.
 func setType(c *configReader, r *remote, n *yaml.Node) {
 	s, ok := c.readString(n)
 	if ok && s != "remote" && s != "local" {
@@ -201,8 +200,6 @@ func setType(c *configReader, r *remote, n *yaml.Node) {
 	r.local, c.typeUnknown = s == "local", c.typeUnknown || !ok
 }
 
-// setPackage reads package. With a bad value the other keys are not checked against
-// the package.
 func setPackage(c *configReader, r *remote, n *yaml.Node) {
 	s, ok := c.readString(n)
 	_, known := builtinPatterns[s]
@@ -229,7 +226,7 @@ func setQuery(c *configReader, r *remote, n *yaml.Node) {
 	}
 }
 
-// setBaseURL reads base_url. It is read before mirrors, so it is the first origin.
+// setBaseURL reads base_url, before mirrors: it is the first origin.
 func setBaseURL(c *configReader, r *remote, n *yaml.Node) {
 	u := c.readURL(n, false)
 	if u != nil && r.packageType == "docker" && strings.HasSuffix(u.Path, "/v2") {
@@ -250,13 +247,14 @@ func setMirrors(c *configReader, r *remote, n *yaml.Node) {
 		if item.Kind == yaml.MappingNode {
 			fields := map[string]yamlField{}
 			c.collectKeys(item, "mirrors.", fields)
-			for _, c.key = range []string{"mirrors.auth", "mirrors.verified"} {
-				if f, ok := fields[c.key]; ok && c.key == "mirrors.auth" {
-					c.readField(f.value, 0, &o.auth)
-				} else if ok {
-					c.readField(f.value, 0, &o.verified)
+			readFlag := func(key string, to *bool) {
+				if f, given := fields[key]; given {
+					c.key = key
+					c.readField(f.value, 0, to)
 				}
 			}
+			readFlag("mirrors.auth", &o.auth)
+			readFlag("mirrors.verified", &o.verified)
 			c.key = "mirrors.url"
 			if urlNode = fields["mirrors.url"].value; urlNode == nil {
 				c.addValueError(item, "is missing: say where the mirror is")
@@ -283,7 +281,7 @@ func setUsername(c *configReader, r *remote, n *yaml.Node) {
 	}
 }
 
-// setPassword reads password. It is read after username.
+// setPassword reads password, after username.
 func setPassword(c *configReader, r *remote, n *yaml.Node) {
 	c.readField(n, 0, &r.password)
 	if r.username == "" {
@@ -316,7 +314,6 @@ func setHeaders(c *configReader, r *remote, n *yaml.Node) {
 	}
 }
 
-// setRegistry reads registry. Two remotes must not have the same one.
 func setRegistry(c *configReader, r *remote, n *yaml.Node) {
 	s, ok := c.readString(n)
 	r.registry = strings.ToLower(s)
@@ -341,7 +338,7 @@ func isCleanSecret(s string) bool {
 // uncleanSecret tells users what isCleanSecret refuses, without showing it.
 const uncleanSecret = "holds a line break, a control character, or white space at one end: remove it (a variable that was set from a file often ends in one)"
 
-// hasBadPort reports whether u has a port, or a colon for one, that is not 1 to 65535.
+// hasBadPort: u has a port, or a colon for one, that is not 1 to 65535.
 func hasBadPort(u *url.URL) bool {
 	port, err := strconv.Atoi(u.Port())
 	return strings.HasSuffix(u.Host, ":") || (u.Port() != "" && (err != nil || port < 1 || port > math.MaxUint16))
@@ -366,9 +363,9 @@ func parseSize(s string) (int64, error) {
 	return 0, errors.New("must be a size below 8388608TiB")
 }
 
-// publicView returns the effective configuration for /config, ready for
-// encoding/json: every key that applies to a remote, with its default if the file
-// does not have it, and "***" instead of secrets and of what came from ${VAR}.
+// publicView returns the effective configuration for /config: every key that applies to a
+// remote, with its default if the file does not have it, and "***" instead of secrets and
+// of what came from ${VAR}.
 func (c *config) publicView() map[string]any {
 	all := map[string]any{}
 	for name, r := range c.remotes {
@@ -398,7 +395,6 @@ func (c *config) publicView() map[string]any {
 	return map[string]any{"remotes": all}
 }
 
-// typeName returns the value of r's key type.
 func (r *remote) typeName() string {
 	if r.local {
 		return "local"

@@ -513,6 +513,12 @@ func TestShippedConfig(t *testing.T) {
 	}
 }
 
+func (r *remote) classifyPath(path string) (class, bool, error) {
+	t := target{remote: r, path: path}
+	err := t.classify()
+	return t.class, t.builtin, err
+}
+
 func TestClassify(t *testing.T) {
 	t.Parallel()
 	c := mustParse(t, `

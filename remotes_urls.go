@@ -70,14 +70,12 @@ func continuesElement(c byte) bool {
 	return unescapedBytes[c] || strings.IndexByte("%:@!$&()*+,;=", c) >= 0
 }
 
-// pathHere returns the path here, with the query, of the file at a URL that b was
-// found for.
+// pathHere returns the path here, with the query, of a URL that b was found for.
 func (b *urlBase) pathHere(u string) string {
 	return b.remote.urlPath() + strings.TrimLeft(u[len(b.url):], "/")
 }
 
-// pathHere returns the escaped path here of a remote's file, which is named by its
-// decoded path.
+// pathHere returns the escaped path here of the file with that decoded path.
 func (r *remote) pathHere(path string) string {
 	return r.urlPath() + strings.TrimLeft((&url.URL{Path: "/" + path}).EscapedPath(), "/")
 }

@@ -40,7 +40,6 @@ func (l configErrors) Error() string {
 	return strings.Join(s, "\n")
 }
 
-// What values of remotes.yaml look like.
 var (
 	namePattern     = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
 	dollarPattern   = regexp.MustCompile(`\$\$|\$\{[^}]*\}`)
@@ -77,17 +76,17 @@ func parseConfig(name string, data []byte, env func(string) (string, bool)) (*co
 	cfg.urls = newURLTable(cfg)
 	publicURL, _ := env("PUBLIC_URL")
 	cfg.useLinks(publicURL)
-	for _, name := range cfg.unwatchedRemotes() {
-		cfg.warnings = append(cfg.warnings, fmt.Sprintf("remote %q: it has no mutable_patterns, so what is stored is never looked at again: list its index files there", name))
-	}
-	for _, r := range cfg.remotes {
+	for _, name := range cfg.names {
+		r := cfg.remotes[name]
 		r.config = cfg
+		if !r.local && r.packageType == "generic" && r.mutable == nil && r.immutableTTL == 0 {
+			cfg.warnings = append(cfg.warnings, fmt.Sprintf("remote %q: it has no mutable_patterns, so what is stored is never looked at again: list its index files there", name))
+		}
 	}
 	return cfg, nil
 }
 
-// configReader walks the nodes of one file and collects its mistakes. One goroutine
-// uses it.
+// configReader walks the nodes of one file and collects its mistakes.
 type configReader struct {
 	file string
 	env  func(string) (string, bool)
@@ -106,7 +105,6 @@ type configReader struct {
 // yamlField is one key of a mapping with its value.
 type yamlField struct{ key, value *yaml.Node }
 
-// addError reports a mistake.
 func (c *configReader) addError(line int, format string, args ...any) {
 	line = max(line, 1)
 	c.errs = append(c.errs, configError{line, c.locate(line) + fmt.Sprintf(format, args...)})
@@ -127,15 +125,14 @@ func (c *configReader) locate(line int) string {
 	return where
 }
 
-// addValueError reports a mistake in the value n of the current key. It does not
-// report an alias, which rejectReferences has reported.
+// addValueError reports a mistake in the value n of the current key. An alias is reported
+// by rejectReferences.
 func (c *configReader) addValueError(n *yaml.Node, format string, args ...any) {
 	if n.Kind != yaml.AliasNode {
 		c.addError(n.Line, "%s %s", c.key, fmt.Sprintf(format, args...))
 	}
 }
 
-// readDocument reads the document of a file and refuses a second one.
 func (c *configReader) readDocument(data []byte, cfg *config) {
 	// yaml.v3 would refuse these bytes (YAML 1.2 section 5.1) without naming the line.
 	isForbidden := func(r rune) bool { return unicode.IsControl(r) && !strings.ContainsRune("\t\r\u0085", r) }
@@ -184,9 +181,8 @@ func (c *configReader) readDocument(data []byte, cfg *config) {
 	}
 }
 
-// addSyntaxError reports an error of yaml.v3. The texts of yaml.v3 do not quote the
-// file, except for the name of an unknown anchor, which may be a password that begins
-// with an asterisk and is left out here.
+// addSyntaxError reports an error of yaml.v3. Its texts do not quote the file, except for
+// the name of an unknown anchor, which may be a password that begins with an asterisk.
 func (c *configReader) addSyntaxError(data []byte, err error) {
 	m := yamlErrorPattern.FindStringSubmatch(err.Error()) // it matches every text
 	line, _ := strconv.Atoi(m[1])                         // 0, which addError makes 1, if yaml.v3 names no line
@@ -233,8 +229,7 @@ func (c *configReader) readRemotes(n *yaml.Node, cfg *config) {
 	}
 }
 
-// readRemote reads the remote named k. The result can be used only if no mistake was
-// reported.
+// readRemote reads the remote named k, which can be used only if no mistake was reported.
 func (c *configReader) readRemote(k, v *yaml.Node) *remote {
 	c.remote, c.typeUnknown = k.Value, false
 	r := &remote{name: k.Value, packageType: "generic", query: keepQuery, mutableTTL: defaultMutableTTL, timeout: defaultTimeout, masked: map[string]string{}}
@@ -308,7 +303,7 @@ func (c *configReader) rejectReferences(n *yaml.Node) {
 }
 
 // collectKeys puts the keys of the mapping n into a map by their full names, which
-// begin with prefix. It refuses unknown and repeated keys.
+// begin with prefix. It reports unknown and repeated keys.
 func (c *configReader) collectKeys(n *yaml.Node, prefix string, into map[string]yamlField) {
 	for k, v := range mappingPairs(n) {
 		name := prefix + k.Value
@@ -336,7 +331,6 @@ func (c *configReader) collectKeys(n *yaml.Node, prefix string, into map[string]
 	}
 }
 
-// hasKey reports whether there is a key with that full name.
 func (c *configReader) hasKey(name string) bool {
 	return slices.ContainsFunc(c.keys, func(k remoteKey) bool { return k.name == name })
 }
@@ -345,8 +339,7 @@ func (c *configReader) hasKey(name string) bool {
 var otherNames = map[string]string{"url": "base_url", "upstream": "base_url", "user": "username", "pass": "password", "token": "password",
 	"ttl": "mutable_ttl", "patterns": "immutable_patterns", "include_patterns": "immutable_patterns", "allow": "immutable_patterns"}
 
-// addUnknownKey reports that the key k below prefix is unknown, and names the key that
-// is most like it.
+// addUnknownKey reports an unknown key k below prefix, and names the one most like it.
 func (c *configReader) addUnknownKey(k *yaml.Node, prefix string) {
 	hint := "remove it"
 	for distance := 2; distance > 0; distance-- { // a word with more typing errors is another word
@@ -387,8 +380,8 @@ func (c *configReader) readScalar(n *yaml.Node) (string, bool) {
 	return "", false
 }
 
-// readString returns the text of n with its variables expanded. ok is false if the
-// text cannot be used, which is reported as a mistake.
+// readString returns the text of n with its variables expanded; ok is false if a mistake
+// was reported.
 func (c *configReader) readString(n *yaml.Node) (s string, ok bool) {
 	raw, ok := c.readScalar(n)
 	s, complaint := expandVariables(raw, c.env)
@@ -410,7 +403,7 @@ func (c *configReader) readString(n *yaml.Node) (s string, ok bool) {
 }
 
 // readField reads n into the field of a remote that field points to, by the field's
-// type. minimum is that of a number of seconds. A mistake is reported.
+// type. minimum is that of a number of seconds.
 func (c *configReader) readField(n *yaml.Node, minimum int64, field any) {
 	switch f := field.(type) {
 	case *string:
@@ -448,8 +441,8 @@ func (c *configReader) readField(n *yaml.Node, minimum int64, field any) {
 	}
 }
 
-// readPatterns reads a list of regular expressions into dst. Variables are not
-// expanded, since $ has a meaning in a pattern.
+// readPatterns reads a list of regular expressions. Variables are not expanded, since $
+// has a meaning in a pattern.
 func (c *configReader) readPatterns(n *yaml.Node, dst *[]*regexp.Regexp) {
 	switch {
 	case n.ShortTag() == "!!null" || (n.Kind == yaml.SequenceNode && len(n.Content) == 0):
@@ -471,9 +464,9 @@ func (c *configReader) readPatterns(n *yaml.Node, dst *[]*regexp.Regexp) {
 	}
 }
 
-// readURL reads an absolute http or https URL, or returns nil after reporting a
-// mistake. The report never quotes the URL, which may hold a password. Without a query
-// the URL has no slash at its end, so that joinURL can append one and a spelling.
+// readURL reads an absolute http or https URL, or returns nil after reporting a mistake,
+// which never quotes the URL: it may hold a password. Without a query the URL has no
+// slash at its end, so that joinURL can append one and a spelling.
 func (c *configReader) readURL(n *yaml.Node, withQuery bool) *url.URL {
 	s, ok := c.readString(n)
 	scheme, _, _ := strings.Cut(strings.ToLower(s), "://")
@@ -506,8 +499,7 @@ func (c *configReader) readURL(n *yaml.Node, withQuery bool) *url.URL {
 	return nil
 }
 
-// mappingPairs yields the keys and values of a mapping. For another node it yields
-// nothing.
+// mappingPairs yields the keys and values of a mapping, and nothing of another node.
 func mappingPairs(n *yaml.Node) iter.Seq2[*yaml.Node, *yaml.Node] {
 	return func(yield func(k, v *yaml.Node) bool) {
 		for i := 0; n.Kind == yaml.MappingNode && i+1 < len(n.Content); i += 2 {
@@ -519,9 +511,8 @@ func mappingPairs(n *yaml.Node) iter.Seq2[*yaml.Node, *yaml.Node] {
 }
 
 // expandVariables replaces ${VAR} by the value of the environment variable and $$ by a
-// dollar sign. Any other $ stays. An empty variable counts as unset, as it does for
-// the settings of the program. complaint is "", or says what is wrong; it quotes only
-// names of variables, because the rest of s may be a secret.
+// dollar sign. An empty variable counts as unset, as it does for the settings. complaint
+// is "", or says what is wrong and quotes only names: the rest of s may be a secret.
 func expandVariables(s string, env func(string) (string, bool)) (expanded, complaint string) {
 	var missing []string
 	expanded = dollarPattern.ReplaceAllStringFunc(s, func(match string) string {

@@ -23,14 +23,12 @@ import (
 )
 
 const (
-	// maxRedirects is half of what curl and browsers allow. Real chains have two or
-	// three redirects.
+	// maxRedirects: real chains have two or three.
 	maxRedirects = 10
 	// maxRetries is small because clients retry too, and the two multiply.
 	maxRetries = 2
-	// firstRetryDelay is the pause before the first retry; each later pause is four
-	// times as long (200 ms, 800 ms). That is enough for a load balancer to drop a
-	// dead backend, and not too much for a client that waits.
+	// firstRetryDelay is the first pause; the next is four times as long. A load balancer
+	// drops a dead backend meanwhile, and no client is kept waiting for long.
 	firstRetryDelay = 200 * time.Millisecond
 	// copyTimeout bounds an attempt if a stored copy can be served instead. Package
 	// managers give up after 30 s of silence.
@@ -38,30 +36,25 @@ const (
 	// bodyIdleTimeout is how long a body may send nothing. The whole body has no
 	// limit: a 50 GB file over a slow line must work.
 	bodyIdleTimeout = 60 * time.Second
-	// drainBytes and drainTime bound the reading of a body that nobody needs. It is
-	// read so that its HTTP/1 connection can be used again. Reading more would take
-	// longer than a new connection.
+	// drainBytes and drainTime bound the reading of a body that nobody needs, for the sake
+	// of its HTTP/1 connection. Reading more would take longer than a new one.
 	drainBytes = 64 << 10
 	drainTime  = 250 * time.Millisecond
 	// outagePause is how long a remote that could not be reached is left alone where
-	// a copy can answer: long enough that clients are not kept waiting by it, short
-	// enough that new versions are soon seen again. It is also how long an origin that
-	// failed by network is asked last, and how long an answer proves that silence or a
-	// reset is not an outage.
+	// a copy can answer, so that new versions are soon seen again. It is also how long an
+	// origin that failed by network is asked last, and how long an answer proves that
+	// silence or a reset is not an outage.
 	outagePause = 10 * time.Second
-	// outageDialTime bounds a dial while the remote is down: there is little hope, and a
-	// client has better things to do than to wait.
+	// outageDialTime bounds a dial while the remote is down: there is little hope.
 	outageDialTime = 3 * time.Second
-	// maxDialTime ends a dial whose request has ended long before: http.Transport
-	// lets such a dial go on. It is longer than any sensible timeout of a remote,
-	// which ends the request.
+	// maxDialTime ends a dial whose request has ended long before, by the timeout of its
+	// remote: http.Transport lets such a dial go on.
 	maxDialTime = 5 * time.Minute
-	// maxToken bounds a token in bytes. Those with many claims have about 10 KiB. The
-	// answer of a token service may have it twice, beside some others.
+	// maxToken bounds a token in bytes. Those with many claims have about 10 KiB, and the
+	// answer of a token service may have it twice.
 	maxToken       = 16 << 10
 	maxTokenAnswer = 4 * maxToken
-	// maxTokens bounds the tokens, and so their memory to 16 MiB, and the challenges that
-	// are remembered. A lost one costs a request or two.
+	// maxTokens bounds the tokens and the challenges. A lost one costs a request or two.
 	maxTokens = 1 << 10
 	// maxChallenge bounds a header with challenges in bytes: it is remembered.
 	maxChallenge = 4 << 10
@@ -70,14 +63,11 @@ const (
 	defaultTokenLife = 60 * time.Second
 	// maxTokenLife keeps an absurd expires_in from overflowing a time.Duration.
 	maxTokenLife = 24 * time.Hour
-	// maxRemembered bounds each table about upstreams. An entry has a few KiB at
-	// most, and a lost one costs one request.
+	// maxRemembered bounds each table about upstreams. A lost entry costs one request.
 	maxRemembered = 10_000
-	// maxRetryAfter bounds the Retry-After that is passed on. Few clients would wait
-	// longer, and upstreams are usually back much sooner.
+	// maxRetryAfter bounds the Retry-After that is passed on: few clients would wait longer.
 	maxRetryAfter = time.Hour
-	// maxViaEntries bounds the entries of a client's Via that are passed on. A longer way
-	// through caches is a loop, or nonsense.
+	// maxViaEntries bounds the entries of a client's Via that are passed on.
 	maxViaEntries = 16
 	// maxErrorText bounds how much of the text of a library's error, which may quote
 	// the upstream, gets into a log line.
@@ -183,8 +173,7 @@ func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.T
 	return u
 }
 
-// Close closes idle connections. It is called at the end of the shutdown, when no
-// request runs any more.
+// Close closes idle connections, when no request runs any more.
 func (u *upstream) Close() {
 	for _, rt := range u.transports {
 		if c, ok := rt.(interface{ CloseIdleConnections() }); ok {
@@ -275,9 +264,8 @@ type originName struct{ remote, url string }
 
 func (r *remote) nameOrigin(i int) originName { return originName{r.name, r.origins[i].url.String()} }
 
-// noteOrigin makes it known when an origin begins to fail and when it works again: where
-// others stand in for it, no client ever notices. One failure among answers does not
-// count: it may be one of a single file.
+// noteOrigin makes it known when an origin begins to fail and when it works again, since
+// no client notices where others stand in. One failure among answers may be of one file.
 func (u *upstream) noteOrigin(r *remote, i int, resp *upstreamResponse, err error) {
 	if len(r.origins) == 1 { // then the remote is in an outage, or no other origin stands in
 		return
@@ -337,8 +325,7 @@ func (u *upstream) originOrder(req upstreamRequest) []int {
 	return append(order, last...)
 }
 
-// needsMirror reports whether the outcome at base_url is one for which mirrors are
-// asked.
+// needsMirror reports whether mirrors are asked after that outcome at base_url.
 func needsMirror(resp *upstreamResponse, err error) bool {
 	return failedByNetwork(err) || (err == nil && resp.StatusCode >= 500)
 }
@@ -347,7 +334,7 @@ func failedByNetwork(err error) bool {
 	return errors.Is(err, errUnreachable) || errors.Is(err, errTimeout)
 }
 
-// isGatewayError reports whether status is 502, 503 or 504.
+// isGatewayError: 502, 503 or 504.
 func isGatewayError(status int) bool {
 	return status >= http.StatusBadGateway && status <= http.StatusGatewayTimeout
 }
@@ -379,8 +366,7 @@ func (u *upstream) tryOrigin(ctx context.Context, req upstreamRequest, i int) (*
 	return resp, nil
 }
 
-// circuitOf is what is known about a remote's outages. It goes by the name, so that it
-// survives a reload of the configuration.
+// circuitOf is what is known about a remote's outages, by its name: it survives a reload.
 func (u *upstream) circuitOf(remote string) *circuit {
 	return u.circuits.getOrPut(remote, func() *circuit { return newCircuit(u.now, outagePause, outagePause) })
 }

@@ -73,10 +73,9 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 	}
 }
 
-// chooseAuthorization returns the Authorization header for the challenges of a 401. It
-// is "" if there is none except the one that was just refused. fresh reports whether it
-// was made for this request. A token that is not fresh may be refused although a new
-// one would be accepted.
+// chooseAuthorization returns the Authorization header for the challenges of a 401, or ""
+// if there is none but the one that was just refused. A token that is not fresh, which
+// means made for this request, may be refused although a new one would be accepted.
 func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, registry registryKey, challenges []string) (auth string, fresh bool, err error) {
 	challenge, ok := chooseChallenge(parseChallenges(challenges))
 	switch {
@@ -151,8 +150,7 @@ func (x *exchange) registryKeyOf(scope string) registryKey {
 // names another image in it than the one that was asked for.
 var pullScope = regexp.MustCompile(`^repository:[^ ,]+:pull$`)
 
-// tokenKeyFor returns the key of the token that a challenge asks for. Of its scope only
-// what we need is believed.
+// tokenKeyFor returns the key of the token that a challenge asks for.
 func (k registryKey) tokenKeyFor(c authChallenge) tokenKey {
 	if scope := c.params["scope"]; pullScope.MatchString(scope) {
 		k.scope = scope
@@ -160,8 +158,8 @@ func (k registryKey) tokenKeyFor(c authChallenge) tokenKey {
 	return tokenKey{k.remote, c.params["realm"], c.params["service"], k.scope, k.basic}
 }
 
-// parseRealm parses the URL of a token service. If there are credentials to send, it
-// refuses a token service that must not get them.
+// parseRealm parses the URL of a token service. It refuses one that must not get the
+// credentials, if there are any.
 func (x *exchange) parseRealm(s string, hasCredentials bool) (*url.URL, error) {
 	realm, err := url.Parse(s)
 	if err != nil || realm.Host == "" || (realm.Scheme != "https" && realm.Scheme != "http") {
@@ -288,8 +286,8 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, re
 	return token, life, nil
 }
 
-// parseTokenAnswer takes the token out of the answer of a token service. life is a
-// tenth less than expires_in, so that the token does not expire on its way.
+// parseTokenAnswer takes the token out of an answer. life is a tenth less than expires_in,
+// so that the token does not expire on its way.
 func parseTokenAnswer(text []byte) (token string, life time.Duration, err error) {
 	var answer struct {
 		Token       string      `json:"token"`
@@ -310,8 +308,7 @@ func parseTokenAnswer(text []byte) (token string, life time.Duration, err error)
 	return token, life - life/10, nil
 }
 
-// tokenServiceBusy is the error for a 429 of the token service. retryAfter is its
-// Retry-After header.
+// tokenServiceBusy is the error for a 429 of the token service, with its Retry-After.
 type tokenServiceBusy struct{ retryAfter string }
 
 func (b *tokenServiceBusy) Error() string { return "the token service limits its requests (429)" }

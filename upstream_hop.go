@@ -26,9 +26,8 @@ import (
 )
 
 // newTransport makes a transport for upstreams that dials public addresses and those of
-// the kind reach. Its timeouts are longer than those of any remote, which roundTrip
-// applies. The number of connections is not limited here, because the cache limits
-// how many requests it sends at once.
+// the kind reach. roundTrip applies the timeouts of the remote, and the cache limits how
+// many requests it sends at once.
 func newTransport(reach addressKind) *http.Transport {
 	d := &net.Dialer{Timeout: maxDialTime, KeepAlive: 30 * time.Second, ControlContext: reach.refuseOthers}
 	return &http.Transport{
@@ -106,8 +105,8 @@ func kindOfAddress(a netip.Addr) addressKind {
 }
 
 // refuseOthers refuses to dial an address that is neither public nor of the kind reach.
-// net.Dialer calls it with the address after the lookup of the name, so a name whose
-// address changes between a check and the dial does not get around it.
+// net.Dialer calls it after the lookup, so a name whose address changes between a check
+// and the dial does not get around it.
 func (reach addressKind) refuseOthers(_ context.Context, _, address string, _ syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
 	if kind := kindOfAddress(ap.Addr()); err != nil || (kind != publicAddress && kind != reach && reach != anyAddress) {
@@ -129,8 +128,7 @@ type exchange struct {
 	redirected bool // a redirect of the origin led to start: it gets no credentials, and its failures say nothing about the remote
 }
 
-// joinURL returns the URL base + "/" + wire. net/http sends exactly these bytes, since
-// RawPath is set.
+// joinURL returns the URL base + "/" + wire, whose RawPath net/http sends as it is.
 func joinURL(base *url.URL, wire string) (*url.URL, error) {
 	path, query, hasQuery := strings.Cut(wire, "?")
 	raw := base.EscapedPath() + "/" + path
@@ -146,8 +144,7 @@ func joinURL(base *url.URL, wire string) (*url.URL, error) {
 }
 
 // sendsCredentialsTo reports whether the credentials and headers of r are sent to the
-// server of at: only to the servers of base_url and of mirrors with auth, whatever a
-// redirect says.
+// server of at: one of base_url and the mirrors with auth, whatever a redirect says.
 func (r *remote) sendsCredentialsTo(at *url.URL) bool {
 	return slices.ContainsFunc(r.origins, func(o origin) bool { return o.auth && sameServer(o.url, at) })
 }
@@ -252,9 +249,9 @@ func resolveLocation(at *url.URL, location string) (next *url.URL, reason string
 	return next, ""
 }
 
-// roundTrip sends one request of x to at. first means that at is not the target of a
-// redirect. The remote's timeout covers everything up to the response
-// header; after that the body has its own. The caller closes the body.
+// roundTrip sends one request of x to at. first: at is not the target of a redirect. The
+// remote's timeout covers everything up to the response header; the body has its own. The
+// caller closes it.
 func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, first bool) (*upstreamResponse, error) {
 	if x.remote.sealed { // all requests are sent here: to a mirror, along a redirect, for a token too
 		return nil, x.remote.newSealedError()
@@ -331,9 +328,8 @@ func (r *remote) newSealedError() error {
 		detail: fmt.Sprintf("remote %q is sealed and has no copy of this: it asks no upstream, and lists what is missing at /missed", r.name)}
 }
 
-// newRequest makes the request to at. Of a client's request it has only what the cache
-// put into x.header. Our own headers replace configured ones of the same name, since
-// the answer could not be used otherwise.
+// newRequest makes the request to at. Our own headers replace configured ones of the same
+// name, since the answer could not be used otherwise.
 func (x *exchange) newRequest(ctx context.Context, at *url.URL, u *upstream) *http.Request {
 	h := http.Header{"User-Agent": {"artifactapi/" + u.version}}
 	req := &http.Request{
@@ -359,8 +355,8 @@ func (x *exchange) newRequest(ctx context.Context, at *url.URL, u *upstream) *ht
 	return req.WithContext(ctx)
 }
 
-// transportError says how a request failed. It wraps one of the error kinds. Its text
-// is net/http's, which may name hosts and addresses but holds no URL.
+// transportError says how a request failed. Its text is net/http's, which may name hosts
+// and addresses but holds no URL.
 type transportError struct {
 	kind         error
 	reason       string
@@ -408,8 +404,7 @@ func (x *exchange) newUnusableError(at *url.URL, reason string) error {
 	return x.newExchangeProblem(errBadUpstream, at, reason, errBadUpstream)
 }
 
-// newExchangeProblem makes a problem with the status of kind. Its text names the remote
-// and the host that was asked. cause is only logged.
+// newExchangeProblem makes a problem with the status of kind. cause is only logged.
 func (x *exchange) newExchangeProblem(kind error, at *url.URL, text string, cause error) error {
 	host := at.Host
 	if i := slices.IndexFunc(x.remote.origins, func(o origin) bool { return sameServer(o.url, at) }); i >= 0 {
@@ -428,9 +423,8 @@ func clipText(s string) string {
 	return s
 }
 
-// upstreamBody is a response body that ends its request if no byte arrives for
-// bodyIdleTimeout. The timer runs during Read only: a slow reader does not make a
-// silent upstream. One goroutine uses it.
+// upstreamBody ends its request if no byte arrives for bodyIdleTimeout. The timer runs
+// during Read only: a slow reader does not make a silent upstream. One goroutine uses it.
 type upstreamBody struct {
 	io.ReadCloser
 	u            *upstream
@@ -459,7 +453,6 @@ func (b *upstreamBody) Read(p []byte) (int, error) {
 	return n, fmt.Errorf("remote %q: reading from %s: %w", b.remote, b.host, failure)
 }
 
-// Close ends the request and releases what it held.
 func (b *upstreamBody) Close() error {
 	err := b.ReadCloser.Close()
 	b.idle.Stop()
