@@ -12,13 +12,9 @@ import (
 	"strings"
 )
 
-const (
-	// maxNamedBlobs bounds how many blobs of a manifest are known to belong to its image.
-	// Docker's images have 127 layers at most. The upstream is asked about others.
-	maxNamedBlobs = 1000
-	// maxNesting bounds the arrays and objects inside each other.
-	maxNesting = 1000
-)
+// maxNamedBlobs bounds how many blobs of a manifest are known to belong to its image.
+// Docker's images have 127 layers at most. The upstream is asked about others.
+const maxNamedBlobs = 1000
 
 // manifest is what the registry reads of a manifest or an index.
 type manifest struct {
@@ -53,7 +49,7 @@ func readManifest(r io.Reader) (*manifest, error) {
 		case "manifests":
 			m.hasManifests = true
 		}
-		return skipRest(d, 0)
+		return skipNext(d)
 	})
 	switch {
 	case err != nil:
@@ -67,7 +63,7 @@ func readManifest(r io.Reader) (*manifest, error) {
 // readBlob reads the descriptor of a blob that m names.
 func (m *manifest) readBlob(d *json.Decoder) error {
 	if len(m.blobs) == maxNamedBlobs {
-		return skipRest(d, 0)
+		return skipNext(d)
 	}
 	var b descriptor
 	err := decodeNext(d, &b)
@@ -100,9 +96,9 @@ func countList(r io.Reader, member string) (n int, err error) {
 	found := false
 	err = readObject(r, func(d *json.Decoder, name string) error {
 		if name != member {
-			return skipRest(d, 0)
+			return skipNext(d)
 		}
-		first, err := readArray(d, func() error { n++; return skipRest(d, 0) })
+		first, err := readArray(d, func() error { n++; return skipNext(d) })
 		found = first == json.Delim('[') || first == nil
 		return err
 	})
@@ -117,25 +113,31 @@ func countList(r io.Reader, member string) (n int, err error) {
 func readObject(r io.Reader, member func(d *json.Decoder, name string) error) error {
 	d := json.NewDecoder(r)
 	d.UseNumber() // not all numbers of JSON are float64
-	t, err := d.Token()
-	if err == nil && t != json.Delim('{') {
-		err = errors.New("no object")
+	if t, err := d.Token(); err != nil || t != json.Delim('{') {
+		return cmp.Or(err, errors.New("no object"))
 	}
-	for err == nil && d.More() {
-		if t, err = d.Token(); err == nil {
-			err = member(d, t.(string))
-		}
-	}
-	if err == nil {
-		_, err = d.Token() // the closing brace
-	}
-	if err != nil {
+	if err := readMembers(d, member); err != nil {
 		return err
 	}
 	if _, err := d.Token(); err != io.EOF {
 		return errors.New("more than an object")
 	}
 	return nil
+}
+
+// readMembers reads an object behind its opening brace.
+func readMembers(d *json.Decoder, member func(d *json.Decoder, name string) error) error {
+	for d.More() {
+		t, err := d.Token()
+		if err == nil {
+			err = member(d, t.(string))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	_, err := d.Token() // the closing brace
+	return err
 }
 
 // readArray reads the next value and returns its first token. Of an array element reads
@@ -145,7 +147,7 @@ func readArray(d *json.Decoder, element func() error) (first json.Token, err err
 	switch {
 	case err != nil:
 	case first == json.Delim('{'):
-		err = skipRest(d, 1)
+		err = readMembers(d, func(d *json.Decoder, _ string) error { return skipNext(d) })
 	case first == json.Delim('['):
 		for err == nil && d.More() {
 			err = element()
@@ -157,27 +159,8 @@ func readArray(d *json.Decoder, element func() error) (first json.Token, err err
 	return first, err
 }
 
-// skipRest reads past the end of that many open arrays and objects, or past the next
-// value if there is none.
-func skipRest(d *json.Decoder, open int) error {
-	for {
-		t, err := d.Token()
-		if err != nil {
-			return err
-		}
-		switch t {
-		case json.Delim('['), json.Delim('{'):
-			if open++; open > maxNesting {
-				return errors.New("nested too deep")
-			}
-		case json.Delim(']'), json.Delim('}'):
-			open--
-		}
-		if open == 0 {
-			return nil
-		}
-	}
-}
+// skipNext reads past the next value. encoding/json bounds its nesting.
+func skipNext(d *json.Decoder) error { return decodeNext(d, &struct{}{}) }
 
 // decodeNext reads the next value into v, as far as it is of v's type.
 func decodeNext(d *json.Decoder, v any) error {

@@ -24,7 +24,7 @@ func TestReadManifest(t *testing.T) {
 		`{"schemaVersion":2}{}`:                                                                                                                    "[] more than an object",
 		`{"schemaVersion":2,"config":{"digest":"` + d + `"}`:                                                                                       "[] EOF",
 		`["schemaVersion"]`: "[] no object",
-		`{"schemaVersion":2,"x":` + strings.Repeat("[", 2000) + strings.Repeat("]", 2000) + `}`: "[] nested too deep",
+		`{"schemaVersion":2,"x":` + strings.Repeat("[", 20_000) + strings.Repeat("]", 20_000) + `}`: "[] invalid character '[' exceeded max depth",
 	} {
 		m, err := readManifest(strings.NewReader(text))
 		got := fmt.Sprint(m.blobs)
@@ -97,9 +97,9 @@ func FuzzReadObject(f *testing.F) {
 			if _, found := whole[name]; valid && !found {
 				t.Errorf("%q: there is no member %q", text, name)
 			}
-			return skipRest(d, 0)
+			return skipNext(d)
 		})
-		if (err == nil) != valid && len(text) < maxNesting {
+		if (err == nil) != valid {
 			t.Errorf("%q: %v, but valid is %v", text, err, valid)
 		}
 	})
