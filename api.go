@@ -15,6 +15,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"hash"
 	"io"
 	"maps"
@@ -222,6 +223,9 @@ func (b *uploadBody) Read(p []byte) (int, error) {
 		if err == io.EOF && !bytes.Equal(s.Sum(nil), s.want) {
 			return n, errChecksum
 		}
+	}
+	if err != nil && err != io.EOF {
+		err = fmt.Errorf("%w: reading the upload: %w", errBadRequest, err)
 	}
 	return n, err
 }

@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"net/http"
@@ -67,14 +66,20 @@ type sharedObjects interface {
 type localFiles struct{ *cache }
 
 // put stores an upload; created reports that there was no such file. When it returns
-// nil the file is durable; otherwise the old one is still there.
+// nil the file is durable; otherwise the old one is still there. errNoSpace: it does not fit.
 func (c localFiles) put(ctx context.Context, file fileRequest, u upload) (created bool, err error) {
 	spool, err := c.space.newSpool("")
 	if err != nil {
 		return false, err
 	}
 	defer spool.discard()
-	if err := receiveUpload(spool, u); err != nil {
+	if err := spool.setSize(u.size); err != nil {
+		return false, err
+	}
+	buf := copyBuffers.Get().(*[copyBufferSize]byte)
+	_, err = io.CopyBuffer(spool, u.body, buf[:])
+	copyBuffers.Put(buf)
+	if err != nil {
 		return false, err
 	}
 	rec := file.newRecord(http.Header{}, c.now())
@@ -120,27 +125,4 @@ func (c localFiles) findForWriting(ctx context.Context, key string, when http.He
 		return nil, err
 	}
 	return old.rec, checkConditions(when, old.rec)
-}
-
-// receiveUpload spools an upload. errNoSpace: there is not enough for it.
-func receiveUpload(spool *spool, u upload) error {
-	if err := spool.setSize(u.size); err != nil {
-		return err
-	}
-	buf := copyBuffers.Get().(*[copyBufferSize]byte)
-	defer copyBuffers.Put(buf)
-	for {
-		n, err := u.body.Read(buf[:])
-		if n > 0 {
-			if _, err := spool.Write(buf[:n]); err != nil {
-				return err
-			}
-		}
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("%w: reading the upload: %w", errBadRequest, err)
-		}
-	}
 }
