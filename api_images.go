@@ -83,7 +83,7 @@ func (p *prefetchFinder) readManifest(j job) {
 // addPart adds a manifest or a blob.
 func (p *prefetchFinder) addPart(r *remote, folder string, part imagePart) {
 	path := folder + part.Digest
-	p.add(wantedFile{r.name, path, r.urlPath() + path, nil}, part.Size)
+	p.addFound(wantedFile{r.name, path, r.urlPath() + path, nil}, part.Size)
 }
 
 // wantsPlatform reports whether the run is about the platform of a manifest. Where an

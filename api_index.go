@@ -46,7 +46,7 @@ type prefetchFinder struct {
 // fetched.
 func (p *prefetchFinder) find() {
 	for _, f := range p.named {
-		p.add(f, 0)
+		p.addFound(f, 0)
 	}
 	if p.pattern != nil {
 		p.findMatching()
@@ -58,8 +58,8 @@ func (p *prefetchFinder) find() {
 	}
 }
 
-// add adds a file, once, or tells why it cannot be had.
-func (p *prefetchFinder) add(f wantedFile, size int64) {
+// addFound adds a file, once, or tells why it cannot be had.
+func (p *prefetchFinder) addFound(f wantedFile, size int64) {
 	file, err := fileRequest{}, f.err
 	if err == nil {
 		file, err = p.findFile(f.way)
@@ -123,7 +123,7 @@ func (p *prefetchFinder) addMatching(way, size string) {
 		p.refused++
 	default:
 		n, _ := strconv.ParseInt(size, 10, 64)
-		p.add(wantedFile{p.remote.name, name, way, nil}, n)
+		p.addFound(wantedFile{p.remote.name, name, way, nil}, n)
 	}
 }
 

@@ -56,7 +56,7 @@ func (a *api) servePrefetch(w *response, r *http.Request) error {
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	p := &prefetchRun{api: a, cfg: a.config(), ctx: ctx, cancel: cancel, started: a.now()}
-	if err := a.runs.add(p); err != nil {
+	if err := a.runs.addRun(p); err != nil {
 		return err
 	}
 	defer a.runs.remove(p)

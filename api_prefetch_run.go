@@ -92,9 +92,9 @@ func (s *prefetchRuns) stop() {
 	}
 }
 
-// add adds a run whose request is still to be read. Its error is a problem: there are
+// addRun adds a run whose request is still to be read. Its error is a problem: there are
 // enough, or the server stops.
-func (s *prefetchRuns) add(p *prefetchRun) error {
+func (s *prefetchRuns) addRun(p *prefetchRun) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {

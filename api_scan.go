@@ -70,12 +70,12 @@ func (s *textScanner) addLine(line string) error {
 		if listed.Query {
 			f.err = errQueryLost
 		}
-		return s.add(f)
+		return s.addFile(f)
 	}
 	line = strings.ReplaceAll(line, `\/`, "/") // as some write a slash in JSON
 	for token := range strings.FieldsFuncSeq(line, endsToken) {
 		if f, ok := s.readToken(token); ok {
-			if err := s.add(f); err != nil {
+			if err := s.addFile(f); err != nil {
 				return err
 			}
 		}
@@ -124,8 +124,8 @@ func (s *textScanner) readURL(u string) wantedFile {
 	return f
 }
 
-// add adds a file, once.
-func (s *textScanner) add(f wantedFile) error {
+// addFile adds a file, once.
+func (s *textScanner) addFile(f wantedFile) error {
 	if _, twice := s.seen[f]; twice {
 		return nil
 	}

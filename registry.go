@@ -140,14 +140,14 @@ var apiVersion = []string{"registry/2.0"}
 // allowed.
 func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 	file := fileRequest{target: c.newTarget(cmp.Or(c.reference, "list")), scope: "repository:" + c.image + ":pull"}
-	common := registryFile{call: c}
+	common := registryFile{call: c, g: g}
 	switch c.route {
 	case routeManifest:
-		file.behavior, file.digest = &manifestFile{common, g}, c.digest
+		file.behavior, file.digest = &manifestFile{common}, c.digest
 		file.accept, file.maxBytes, file.needsWholeBody = acceptManifests, maxManifest, true
 	case routeBlob:
 		size, granted := g.blobs.get(c.blobKey(c.digest))
-		file.behavior, file.digest, file.knownSize = &blobFile{common, g, granted}, c.digest, size
+		file.behavior, file.digest, file.knownSize = &blobFile{common, granted}, c.digest, size
 		file.spelling, file.sharedKey = "blobs/"+c.reference, true // all images of a remote share one stored copy
 	case routeTags:
 		file.behavior = &listFile{common, "tags"}
@@ -179,6 +179,7 @@ func (c *registryCall) newTarget(reference string) target {
 type registryFile struct {
 	download
 	call *registryCall
+	g    *registry
 }
 
 func (f *registryFile) setHeaders(w *response, _ string, rec *record) {
@@ -207,10 +208,7 @@ func (f *registryFile) setHeaders(w *response, _ string, rec *record) {
 func (f *registryFile) servesStale(status int) bool { return status == http.StatusTooManyRequests }
 
 // manifestFile is the behavior of a manifest.
-type manifestFile struct {
-	registryFile
-	g *registry
-}
+type manifestFile struct{ registryFile }
 
 func (f *manifestFile) keepHeaders(rec *record, h http.Header) {
 	if rec.Digest = h.Get("Docker-Content-Digest"); !isDigest(rec.Digest) {

@@ -20,7 +20,6 @@ const maxBlobs = 20_000
 // blobFile is the behavior of a blob.
 type blobFile struct {
 	registryFile
-	g       *registry
 	granted bool // known without asking
 }
 

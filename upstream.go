@@ -99,9 +99,8 @@ type upstream struct {
 	now        func() time.Time
 	log        *slog.Logger
 	metrics    *metrics
-	circuits   *boundedMap[string, *circuit]     // by the remote's name
-	failing    *boundedMap[*url.URL, struct{}]   // origins that failed by network a short while ago
-	origins    *boundedMap[originName, *circuit] // of remotes with mirrors, see noteOrigin
+	circuits   *boundedMap[string, *circuit]   // of remotes and, where there are mirrors, of their origins
+	failing    *boundedMap[*url.URL, struct{}] // origins that failed by network a short while ago
 
 	challenges *boundedMap[registryKey, authChallenge] // of registries
 	tokens     *boundedMap[tokenKey, string]           // for them
@@ -159,7 +158,6 @@ func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.T
 		metrics:  m,
 		circuits: newBoundedMap[string, *circuit](maxRemembered, now),
 		failing:  newBoundedMap[*url.URL, struct{}](maxRemembered, now),
-		origins:  newBoundedMap[originName, *circuit](maxRemembered, now),
 
 		challenges: newBoundedMap[registryKey, authChallenge](maxTokens, now),
 		tokens:     newBoundedMap[tokenKey, string](maxTokens, now),
@@ -259,19 +257,13 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 	return baseResp, mayPass && !timedOut && !req.hasCopy && req.method == http.MethodGet, baseErr
 }
 
-// originName tells origins apart, also after a reload of the configuration.
-type originName struct{ remote, url string }
-
-func (r *remote) nameOrigin(i int) originName { return originName{r.name, r.origins[i].url.String()} }
-
 // noteOrigin makes it known when an origin begins to fail and when it works again, since
 // no client notices where others stand in. One failure among answers may be of one file.
 func (u *upstream) noteOrigin(r *remote, i int, resp *upstreamResponse, err error) {
 	if len(r.origins) == 1 { // then the remote is in an outage, or no other origin stands in
 		return
 	}
-	c := u.origins.getOrPut(r.nameOrigin(i), func() *circuit { return newCircuit(u.now, outagePause, outagePause) })
-	switch {
+	switch c := u.circuitOfOrigin(r, i); {
 	case needsMirror(resp, err):
 		if err == nil {
 			err = newProblem(http.StatusBadGateway, "it answers %d", resp.StatusCode)
@@ -296,10 +288,8 @@ type failingOrigin struct {
 // failingOrigins are those of a remote with mirrors, in the order of the configuration.
 func (u *upstream) failingOrigins(r *remote) (all []failingOrigin) {
 	for i := range r.origins {
-		if c, found := u.origins.get(r.nameOrigin(i)); found {
-			if began, cause := c.outage(); cause != nil {
-				all = append(all, failingOrigin{r.shownURL(i), began, cause})
-			}
+		if began, cause := u.circuitOfOrigin(r, i).outage(); cause != nil {
+			all = append(all, failingOrigin{r.shownURL(i), began, cause})
 		}
 	}
 	return all
@@ -369,6 +359,11 @@ func (u *upstream) tryOrigin(ctx context.Context, req upstreamRequest, i int) (*
 // circuitOf is what is known about a remote's outages, by its name: it survives a reload.
 func (u *upstream) circuitOf(remote string) *circuit {
 	return u.circuits.getOrPut(remote, func() *circuit { return newCircuit(u.now, outagePause, outagePause) })
+}
+
+// circuitOfOrigin is the same about one origin; no remote's name has a blank.
+func (u *upstream) circuitOfOrigin(r *remote, i int) *circuit {
+	return u.circuitOf(r.name + " " + r.origins[i].url.String())
 }
 
 // isDown reports whether a remote counts as down. Once a pause is over, one caller gets

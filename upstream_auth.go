@@ -150,7 +150,8 @@ func (x *exchange) registryKeyOf(scope string) registryKey {
 // names another image in it than the one that was asked for.
 var pullScope = regexp.MustCompile(`^repository:[^ ,]+:pull$`)
 
-// tokenKeyFor returns the key of the token that a challenge asks for.
+// tokenKeyFor returns the key of the token that a challenge asks for. Of its scope only
+// what we need is believed.
 func (k registryKey) tokenKeyFor(c authChallenge) tokenKey {
 	if scope := c.params["scope"]; pullScope.MatchString(scope) {
 		k.scope = scope
