@@ -573,7 +573,7 @@ func (a *api) serveMissed(w *response, r *http.Request) error {
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	lines := json.NewEncoder(w)
-	for f := range a.cache.missed.list(name) {
+	for _, f := range a.cache.missed.list(name) {
 		if lines.Encode(f) != nil {
 			break // the client has left, which w remembers
 		}

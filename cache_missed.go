@@ -7,7 +7,6 @@ import (
 	"cmp"
 	"errors"
 	"io/fs"
-	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -113,29 +112,19 @@ func (m *missedFiles) count() int {
 	return len(m.files)
 }
 
-// list yields the files of a remote ("": of all) by remote and path, under no lock.
-func (m *missedFiles) list(remote string) iter.Seq[missedFile] {
-	return func(yield func(missedFile) bool) {
-		var files []*missedFile
-		m.mu.Lock()
-		for key, f := range m.files {
-			if remote == "" || key.Remote == remote {
-				files = append(files, f)
-			}
-		}
-		m.mu.Unlock()
-		slices.SortFunc(files, func(a, b *missedFile) int { // by what does not change
-			return cmp.Or(cmp.Compare(a.Remote, b.Remote), cmp.Compare(a.Path, b.Path))
-		})
-		for _, f := range files {
-			m.mu.Lock()
-			file := *f
-			m.mu.Unlock()
-			if !yield(file) {
-				return
-			}
+// list returns the files of a remote ("": of all) by remote and path.
+func (m *missedFiles) list(remote string) (files []missedFile) {
+	m.mu.Lock()
+	for key, f := range m.files {
+		if remote == "" || key.Remote == remote {
+			files = append(files, *f)
 		}
 	}
+	m.mu.Unlock()
+	slices.SortFunc(files, func(a, b missedFile) int {
+		return cmp.Or(cmp.Compare(a.Remote, b.Remote), cmp.Compare(a.Path, b.Path))
+	})
+	return files
 }
 
 // hitDetail is what a hit's Cache-Status has behind it.

@@ -161,7 +161,7 @@ func TestSealedRegistry(t *testing.T) {
 	}
 	h.wantAsked(0, "", "")
 	var missed []string
-	for f := range m.cache.missed.list("reg") {
+	for _, f := range m.cache.missed.list("reg") {
 		missed = append(missed, fmt.Sprintf("%s %v %d", f.Path, f.Query, f.Count))
 	}
 	want := []string{"team/app/manifests/v3 false 2", "team/app/manifests/" + sha256Of(nil) + " false 2", "team/app/blobs/" + other.order[1] + " false 2",
@@ -352,7 +352,7 @@ func TestMissedFilesAreBounded(t *testing.T) {
 		add(&m, fmt.Sprint(long, i))
 	}
 	kept := 0
-	for f := range m.list("") {
+	for _, f := range m.list("") {
 		kept += len(f.Path)
 	}
 	if kept != m.bytes || kept > maxMissedBytes {

@@ -119,7 +119,7 @@ func (s *missedSnapshot) saveSnapshot() error {
 		s.changed.Store(true)
 	}
 	return s.save(func(add func(v any)) {
-		for f := range s.missed.list("") {
+		for _, f := range s.missed.list("") {
 			add(f)
 		}
 	})
