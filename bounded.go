@@ -97,13 +97,6 @@ func (m *boundedMap[K, V]) keys() []K {
 	return slices.Collect(maps.Keys(m.entries))
 }
 
-// length is the number of entries, expired ones included.
-func (m *boundedMap[K, V]) length() int {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return len(m.entries)
-}
-
 // lru keeps the entries used last within a budget. Its methods may be called
 // concurrently. What has to go is returned to the caller, which removes what the
 // entry stood for outside of the lock.

@@ -31,7 +31,7 @@ func TestBoundedMapForgets(t *testing.T) {
 		want("kept", 1, true)
 		m.delete("kept")
 		want("kept", 0, false)
-		if n := m.length(); n != 0 {
+		if n := len(m.keys()); n != 0 {
 			t.Errorf("%d entries are left", n)
 		}
 	})
@@ -47,15 +47,15 @@ func TestBoundedMapIsBounded(t *testing.T) {
 		}
 	}
 	m.put(99, 0) // replaced: nothing has to go
-	if n := m.length(); n != 10 {
+	if n := len(m.keys()); n != 10 {
 		t.Errorf("%d entries; want 10", n)
 	}
 	made := 0
 	for range 2 {
 		m.getOrPut(1000, func() int { made++; return 7 })
 	}
-	if v, _ := m.get(1000); v != 7 || made != 1 || m.length() != 10 {
-		t.Errorf("getOrPut left %d, made %d, %d entries", v, made, m.length())
+	if v, _ := m.get(1000); v != 7 || made != 1 || len(m.keys()) != 10 {
+		t.Errorf("getOrPut left %d, made %d, %d entries", v, made, len(m.keys()))
 	}
 }
 

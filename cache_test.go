@@ -1255,7 +1255,7 @@ func TestNegativeTTLIsBounded(t *testing.T) {
 		missing.putFor(strconv.Itoa(i), missingFile{status: 404}, time.Hour)
 	}
 	_, last := missing.get(strconv.Itoa(maxRememberedFiles + 9))
-	if n := missing.length(); n != maxRememberedFiles || maxRememberedFiles != 100_000 || !last {
+	if n := len(missing.keys()); n != maxRememberedFiles || maxRememberedFiles != 100_000 || !last {
 		t.Errorf("%d missing files are remembered, the last one: %v", n, last)
 	}
 }

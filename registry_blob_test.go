@@ -179,7 +179,7 @@ func TestRegistryGrantsOfAManifestAreBounded(t *testing.T) {
 	h.manifest("app", "", typeManifest, []byte(`{"schemaVersion":2,"layers":[`+strings.Join(layers, ",")+`]}`), "v1")
 	m := newMirror(t, h.url())
 	m.get("/v2/reg/app/manifests/v1").want(http.StatusOK)
-	if n := m.cache.marks.(*localFreshness).marks.length(); n < maxNamedBlobs || n > maxNamedBlobs+2 {
+	if n := len(m.cache.marks.(*localFreshness).marks.keys()); n < maxNamedBlobs || n > maxNamedBlobs+2 {
 		t.Errorf("%d marks, want %d and that of the tag", n, maxNamedBlobs)
 	}
 }

@@ -106,7 +106,7 @@ func TestRegistrySizesAreBounded(t *testing.T) {
 	for i := range 2 * maxBlobs {
 		sizes.put(strconv.Itoa(i), int64(i))
 	}
-	if n := sizes.length(); n != maxBlobs {
+	if n := len(sizes.keys()); n != maxBlobs {
 		t.Errorf("%d sizes are kept", n)
 	}
 	if size, _ := sizes.get(strconv.Itoa(2*maxBlobs - 1)); size != 2*maxBlobs-1 {

@@ -979,13 +979,13 @@ func TestFreshnessIgnoresDamagedSnapshot(t *testing.T) {
 	must(t, f.setMark(t.Context(), "a", m), f.setMark(t.Context(), "b", m), f.Close())
 	tamper(t, f.name, func(data []byte) []byte { return data[:len(data)-3] })
 	f = start()
-	if n := f.marks.length(); n != 1 || strings.Count(log.String(), "is damaged") != 1 {
+	if n := len(f.marks.keys()); n != 1 || strings.Count(log.String(), "is damaged") != 1 {
 		t.Errorf("%d marks are left of two; log: %s", n, log)
 	}
 	must(t, f.setMark(t.Context(), "d", m), f.Close())
 	f = start()
 	wantMark(t, f, "d", m)
-	if n := f.marks.length(); n != 2 || strings.Count(log.String(), "\n") != 1 {
+	if n := len(f.marks.keys()); n != 2 || strings.Count(log.String(), "\n") != 1 {
 		t.Errorf("%d marks; log: %s", n, log)
 	}
 }
@@ -1005,7 +1005,7 @@ func TestFreshnessIsBounded(t *testing.T) {
 		must(t, f.setMark(t.Context(), key, m))
 		wantMark(t, f, key, m)
 	}
-	if n := f.marks.length(); n != 1000 {
+	if n := len(f.marks.keys()); n != 1000 {
 		t.Errorf("%d marks, want 1000", n)
 	}
 }
