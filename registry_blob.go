@@ -11,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"strings"
 )
 
 // maxBlobs bounds the table of blobs. An entry has some 250 bytes; 20,000 are the layers
@@ -36,29 +37,43 @@ func (f *blobFile) requestBody(ctx context.Context, up *upstream, req upstreamRe
 }
 
 // permit refuses what was stored, or is fetched, for another image, unless this one has
-// the blob too. A registry that cannot be asked leaves a remote open that nothing
-// restricts.
+// the blob too. While the registry cannot be asked, a stored manifest may say so, and a
+// remote that nothing restricts is open.
 func (f *blobFile) permit(ctx context.Context, _ *record) error {
 	c, g := f.call, f.g
 	if f.granted || g.isGranted(ctx, c.blobKey(c.digest)) {
 		return nil
 	}
-	isOpen := c.remote.immutable == nil && c.remote.username == "" && len(c.remote.headers) == 0
+	var err error
 	if g.cache.upstream.isDown(ctx, c.remote) {
-		if isOpen {
-			return nil
-		}
-		return &problem{status: http.StatusBadGateway, cause: errUnreachable,
+		err = &problem{status: http.StatusBadGateway, cause: errUnreachable,
 			detail: fmt.Sprintf("remote %q cannot be reached, and nothing stored says that image %q has this blob", c.remote.name, c.image)}
+	} else {
+		var file fileRequest
+		if file, err = g.newFileRequest(c); err == nil {
+			_, err = g.cache.headUpstream(ctx, file) // which comes to requestBody
+		}
 	}
-	file, err := g.newFileRequest(c)
-	if err == nil {
-		_, err = g.cache.headUpstream(ctx, file) // which comes to requestBody
-	}
-	if isOpen && isUnreachable(err) {
+	isOpen := c.remote.immutable == nil && c.remote.username == "" && len(c.remote.headers) == 0
+	if isUnreachable(err) && (isOpen || g.isNamedByStored(ctx, c)) {
 		return nil
 	}
 	return err
+}
+
+// isNamedByStored reports whether a stored manifest of c's image names its blob. A crash
+// may have lost the grants of those that this process has not read.
+func (g *registry) isNamedByStored(ctx context.Context, c *registryCall) bool {
+	manifests := c.image + "/" + string(routeManifest) + "/"
+	p, err := g.cache.index.listPage(ctx, pageQuery{remote: c.remote.name, prefix: manifests, limit: listPageSize})
+	if err != nil && !errors.Is(err, errStoreDown) {
+		g.cache.reportStoreError("database", "listing manifests of", c.image, err)
+	}
+	for _, row := range p.rows {
+		call := registryCall{remote: c.remote, image: c.image, route: routeManifest, reference: strings.TrimPrefix(row.Path, manifests)}
+		_ = (&manifestFile{registryFile{call: &call, g: g}}).permit(ctx, &record{SHA256: row.SHA256}) // reads it once, and refuses nothing
+	}
+	return g.isGranted(ctx, c.blobKey(c.digest))
 }
 
 // blobKey names a blob as one of c's image, in the table of blobs and among the freshness
