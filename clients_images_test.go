@@ -49,6 +49,10 @@ func imageClients(t *testing.T) []realClient {
 			d.run("crane", "pull", "--insecure", "--format=oci", d.host+"/r/"+image, d.home+"/image")
 			return versionOfImage(d)
 		}),
+		image("oras", false, func(d *desk, image string) string {
+			d.run("oras", "copy", "--no-tty", "--from-plain-http", d.host+"/r/"+image, "--to-oci-layout", d.home+"/image:latest")
+			return versionOfImage(d)
+		}),
 		image("ctr", true, fetchByContainerd),
 		image("podman", true, fetchByPodman),
 	}
