@@ -49,6 +49,10 @@ func TestConfigWarnings(t *testing.T) {
 	if len(cfg.warnings) != len(want) || !strings.HasPrefix(cfg.warnings[0], want[0]) || !strings.HasPrefix(cfg.warnings[1], want[1]) {
 		t.Errorf("warnings %q, want %q", cfg.warnings, want)
 	}
+	glob := mustParse(t, one("    mutable_patterns:\n      - (/a)*\n      - pool/*.gz\n")).warnings
+	if len(glob) != 1 || !strings.HasPrefix(glob[0], `remotes.yaml:6: remote "x": mutable_patterns has "pool/*.gz", in which * repeats the slash`) {
+		t.Errorf("warnings %q for a glob", glob)
+	}
 	if cfg := mustParse(t, one("    mutable_patterns: [a]\n    description: $NONE costs 5$\n    username: ${TOKEN}\n    password: p$$TOKEN\n")); len(cfg.warnings) > 0 {
 		t.Errorf("warnings %q for nothing", cfg.warnings)
 	}
@@ -71,6 +75,7 @@ func TestConfigMistakes(t *testing.T) {
 		{"ttl below cache", one("    cache: {ttl: 5} # HERE\n"), "did you mean mutable_ttl below cache?"},
 		{"patterns without a class", one("    patterns: [a] # HERE\n"), "did you mean immutable_patterns?"},
 		{"manifest of Kubernetes", "apiVersion: v1 # HERE\nkind: ConfigMap\ndata:\n  remotes.yaml: |\n    remotes:\n", "this is a Kubernetes manifest"},
+		{"manifest that begins with its kind", "kind: ConfigMap # HERE\ndata:\n  remotes.yaml: x\napiVersion: v1\n", "this is a Kubernetes manifest"},
 		{"unknown key at the top", "remotes:\n  x:\n" + wellFormed + "others: 1 # HERE\n", `unknown key "others"`},
 		{"key that is a list", one("    ? [a] # HERE\n    : b\n"), `unknown key ""`},
 		{"duplicate key", one("    timeout: 5\n    timeout: 6 # HERE\n"), "timeout is there twice (first in line 4)"},
@@ -100,6 +105,13 @@ func TestConfigMistakes(t *testing.T) {
 		{"remote that is text", "remotes:\n  x: http://a # HERE\n", "needs keys below its name"},
 		{"bad flow", "remotes:\n  x:\n   - : [ # HERE\n", "not readable as YAML"},
 		{"tabs", "remotes:\n\tx: 1 # HERE\n", "not with tabs"},
+		{"line that is indented too little", "remotes:\n  x:\n    base_url: http://a\n    description: >\n      'one\n      two\n   package: rpm # HERE\n", "not readable as YAML"},
+		{"name that is indented too little", one("    description: b\n y: # HERE\n" + wellFormed), "not readable as YAML"},
+		{"colon and blank in a value", one("    description: a: b # HERE\n"), "put a value that holds a colon and a blank in quotes"},
+		{"quote that is not closed", one("    description: \"a # HERE\n    timeout: 5\n"), "it begins here and is not closed"},
+		{"quote that ends early", one("    description: 'it's' # HERE\n    timeout: 5\n"), "in single quotes"},
+		{"list that is not closed", one("    mutable_patterns: [a,\n    timeout: 5 # HERE\n"), "close a bracket that is open"},
+		{"glob without quotes", one("    mutable_patterns:\n      - *.gz # HERE\n"), "begins with * in quotes"},
 		{"not UTF-8", "remotes:\n  x: \"\xff\" # HERE\n", "not UTF-8"},
 		{"control character", "remotes:\n  x: \"\x01\" # HERE\n", "control character"},
 
@@ -159,6 +171,7 @@ func TestConfigMistakes(t *testing.T) {
 		{"two unset variables", one("    username: \"${NONE}${OTHER}${NONE}\" # HERE\n"), "variable NONE and OTHER,"},
 		{"glob and its cure", one("    mutable_patterns: ['*.gz'] # HERE\n"), `write .*\.gz$ for *.gz`},
 		{"glob instead of a regex", one("    mutable_patterns: ['*.gz'] # HERE\n"), "missing argument to repetition"},
+		{"glob of folders", one("    mutable_patterns: ['pool/**/a'] # HERE\n"), "patterns are regular expressions, not globs"},
 		{"empty immutable_patterns", one("    immutable_patterns: [] # HERE\n"), "immutable_patterns is empty: list at least one pattern, or remove the key (without immutable_patterns everything is allowed)"},
 		{"immutable_patterns without a value", one("    immutable_patterns: # HERE\n    #  - a\n"), "immutable_patterns is empty"},
 		{"mutable_patterns without a value", one("    mutable_patterns: # HERE\n"), "mutable_patterns is empty"},

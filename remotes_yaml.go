@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"time"
@@ -47,13 +48,8 @@ var (
 	headerPattern   = regexp.MustCompile("^[A-Za-z0-9!#$%&'*+.^_`|~-]+$")
 	bareVariable    = regexp.MustCompile(`\$([A-Za-z_][A-Za-z0-9_]*)`)
 	registryPattern = regexp.MustCompile(`^[A-Za-z0-9._-]+(:[0-9]+)?$|^\[[0-9A-Fa-f:.]+\](:[0-9]+)?$`)
+	yamlErrorStart  = regexp.MustCompile(`^(?:yaml: )?(?:line [0-9]+: )?`)
 	sizePattern     = regexp.MustCompile(`(?i)^([0-9]+(?:\.[0-9]+)?) ?(?:([KMGT])(i?)B?|B)?$`)
-
-	// yamlErrorPattern splits a syntax error of yaml.v3 into its line and its text.
-	// The scanner of yaml.v3 counts lines from 1 and the parser from 0;
-	// parserErrorPattern matches the texts of the parser.
-	yamlErrorPattern   = regexp.MustCompile(`^(?:yaml: )?(?:line ([0-9]+): )?((?s).*)$`)
-	parserErrorPattern = regexp.MustCompile(`^did not find expected (?:<|node|'-'|key|',')|^found (?:undefined tag handle|duplicate %|incompatible)`)
 
 	// Features of other engines that Go's does not have, as regexp.Compile quotes them.
 	lookAroundPattern    = regexp.MustCompile("`(\\(\\?<?[=!])")
@@ -155,7 +151,7 @@ func (c *configReader) readDocument(data []byte, cfg *config) {
 	seen := 0
 	for k, v := range mappingPairs(doc.Content[0]) {
 		switch {
-		case k.Value == "apiVersion":
+		case k.Value == "apiVersion" || k.Value == "kind":
 			c.addError(k.Line, "this is a Kubernetes manifest: CONFIG_PATH must name a file with what stands in it below data, as a mounted config map is")
 			return
 		case k.Value != "remotes":
@@ -182,31 +178,42 @@ func (c *configReader) readDocument(data []byte, cfg *config) {
 }
 
 // addSyntaxError reports an error of yaml.v3. Its texts do not quote the file, except for
-// the name of an unknown anchor, which may be a password that begins with an asterisk.
+// the name of an unknown anchor, which may be a password that begins with an asterisk and
+// is left out here.
 func (c *configReader) addSyntaxError(data []byte, err error) {
-	m := yamlErrorPattern.FindStringSubmatch(err.Error()) // it matches every text
-	line, _ := strconv.Atoi(m[1])                         // 0, which addError makes 1, if yaml.v3 names no line
-	text := m[2]
-	if parserErrorPattern.MatchString(text) {
-		line++
-	}
-	if anchor, ok := strings.CutPrefix(text, "unknown anchor '"); ok {
-		anchor = "*" + strings.TrimSuffix(anchor, "' referenced")
-		before, _, _ := strings.Cut(string(data), anchor)
-		line = strings.Count(before, "\n") + 1
-		text = "an alias of an anchor that does not exist: put a value that begins with * in quotes"
-	}
+	text := yamlErrorStart.ReplaceAllString(err.Error(), "")
 	switch {
+	case strings.HasPrefix(text, "unknown anchor"):
+		text = "an alias of an anchor that does not exist: put a value that begins with * in quotes"
+	case text == "did not find expected alphabetic or numeric character":
+		text += " (put a value that begins with * in quotes; a pattern is a regular expression: write '\\.gz$' for *.gz)"
 	case text == "found unknown escape character":
 		text += ` (in double quotes a backslash is written \\; put a pattern in single quotes)`
+	case text == "found unexpected end of stream":
+		text += " (it begins here and is not closed: put a quote or a bracket at its end)"
+	case strings.HasPrefix(text, "mapping values are not allowed"):
+		text += " (put a value that holds a colon and a blank in quotes)"
 	case strings.HasPrefix(text, "did not find expected"):
-		text += " (put a value that begins with [, { or a quote in single quotes, all of it)"
+		text += " (indent it as the keys above; close a bracket that is open; put a value that begins with [, { or a quote in single quotes, all of it)"
 	case strings.HasSuffix(text, "cannot start any token"):
 		text += " (indent with spaces, not with tabs; put a value that begins with @, % or ` in quotes)"
 	}
-	// yaml.v3 may name a line behind the end of the file.
-	last := bytes.Count(bytes.TrimRight(data, "\r\n"), []byte("\n")) + 1
-	c.addError(min(line, last), "not readable as YAML: %s", text)
+	c.addError(lineOfSyntaxError(data, err), "not readable as YAML: %s", text)
+}
+
+// lineOfSyntaxError returns the first line with which the error is there. yaml.v3 often
+// names the line where the block begins, or one too many.
+func lineOfSyntaxError(data []byte, err error) int {
+	lines := bytes.SplitAfter(data, []byte("\n"))
+	return 1 + sort.Search(len(lines)-1, func(i int) bool {
+		var doc yaml.Node
+		dec := yaml.NewDecoder(bytes.NewReader(bytes.Join(lines[:i+1], nil)))
+		for {
+			if e := dec.Decode(&doc); e != nil {
+				return e.Error() == err.Error()
+			}
+		}
+	})
 }
 
 // readRemotes reads the mapping from names to remotes into cfg.
@@ -460,6 +467,9 @@ func (c *configReader) readPatterns(n *yaml.Node, dst *[]*regexp.Regexp) {
 			c.addValueError(item, "has %q: %s", s, explainPatternError(err))
 		default:
 			*dst = append(*dst, p)
+			if strings.Contains(s, "/*") {
+				c.addWarning(item, "has %q, in which * repeats the slash before it: write .* for any text", s)
+			}
 		}
 	}
 }
@@ -544,7 +554,7 @@ func explainPatternError(err error) string {
 	if m := backReferencePattern.FindStringSubmatch(text); m != nil {
 		return "back-references (" + m[1] + ") do not exist in Go's regular expressions (RE2): write the text out"
 	}
-	if strings.Contains(text, "missing argument to repetition operator") {
+	if strings.Contains(text, "repetition operator") {
 		return text + ": patterns are regular expressions, not globs: write .*\\.gz$ for *.gz"
 	}
 	return text + ": Go's regular expressions are RE2, see https://github.com/google/re2/wiki/Syntax"
