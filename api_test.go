@@ -1036,6 +1036,23 @@ func TestHealth(t *testing.T) {
 	tt.get("/health").wantDetail(503, "draining")
 }
 
+// From the first failure on it is one outage: what single requests notice of it before
+// the next check of S3, and after it, is no warning.
+func TestAnOutageOfS3IsToldOnce(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	c := f.config()
+	tt := setup{keys: []string{"mutable_patterns: [b]"}, env: map[string]string{"MINIO_ENDPOINT": c.host, "MINIO_ACCESS_KEY": c.accessKey, "MINIO_SECRET_KEY": c.secretKey, "MINIO_BUCKET": c.bucket}}.start(t)
+	tt.origin.file("/a", "body")
+	tt.server.stores.hot.outage.fail(errors.New("connection refused"), time.Now())
+	for range 3 {
+		tt.get("/api/r/a").wantStatus(200).wantBody("body")
+	}
+	if lines := tt.logs.lines(`"level":"WARN"`); len(lines) > 0 {
+		t.Errorf("%d lines about an outage that the next check tells of: %q", len(lines), lines)
+	}
+}
+
 func TestHEADOfTheEndpoints(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)

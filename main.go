@@ -451,8 +451,8 @@ func (s *server) openData() {
 	locked, err := s.stores.disk.lockData()
 	switch {
 	case s.hasTriedDataDir && !locked: // the log says so
-	case err != nil:
-		s.log.Error("DATA_DIR cannot be used: files are served but not stored", "dir", s.set.dataDir, "error", err)
+	case err != nil: // a disk that cannot be used at all is told of by checkBackend
+		s.log.Debug("DATA_DIR cannot be locked", "dir", s.set.dataDir, "error", err)
 	case !locked:
 		s.log.Warn("another process uses DATA_DIR: its temporary files are left alone", "dir", s.set.dataDir)
 	default:
@@ -585,7 +585,16 @@ func (s *server) reloadConfig() {
 	} else {
 		added, removed, changed := cfg.compare(s.config.Load())
 		s.useConfig(cfg)
-		s.log.Info("configuration loaded", "remotes", len(cfg.names), "added", added, "removed", removed, "changed", changed)
+		attrs := []any{"remotes", len(cfg.names)}
+		for _, difference := range []struct {
+			what  string
+			names []string
+		}{{"added", added}, {"removed", removed}, {"changed", changed}} {
+			if len(difference.names) > 0 {
+				attrs = append(attrs, difference.what, difference.names)
+			}
+		}
+		s.log.Info("configuration loaded", attrs...)
 	}
 	certErr := s.loadCertificate()
 	if certErr != nil {

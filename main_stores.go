@@ -50,6 +50,7 @@ type backend struct {
 	okWord       string                      // what /health calls it while it works: ok or embedded
 	ping         func(context.Context) error // nil: it cannot be down
 	outage       *circuit                    // that logs when it goes and when it is back; nil: checkBackend does
+	seenDown     func() error                // why requests find it down, before a ping may; nil: outage knows
 	tasks        []task                      // that run as long as the server
 	saveSnapshot func() error                // writes what is in memory alone
 	close        func() error
@@ -76,7 +77,7 @@ func (st *stores) isInTrouble(store string) bool {
 	}
 	for _, b := range st.backends {
 		if b.name == store {
-			return b.state() != b.okWord || (b.outage != nil && b.outage.outageCause() != nil)
+			return b.state() != b.okWord || (b.outage != nil && b.outage.outageCause() != nil) || (b.seenDown != nil && b.seenDown() != nil)
 		}
 	}
 	return false
@@ -169,7 +170,7 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	st.space.reclaimer = hot
 	st.objects, st.hot = hot, hot
 	st.disks = append(st.disks, copies)
-	st.backends = append(st.backends, &backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok",
+	st.backends = append(st.backends, &backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok", seenDown: s3.outage.outageCause,
 		ping: func(ctx context.Context) error {
 			return errors.Join(st.pingDisk(ctx), s3.ping(ctx)) // spools are in DATA_DIR
 		},

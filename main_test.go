@@ -158,6 +158,8 @@ func TestEnvironment(t *testing.T) {
 		{"DBHOST=db DBUSER=u DBNAME=n DBPORT=x", "DBPORT"},
 		{"DBHOST=db DBUSER=u DBNAME=n DBPORT=0", "DBPORT"},
 		{"DBHOST=db DBUSER=u DBNAME=n DBSSLMODE=maybe", "DBSSLMODE"},
+		{"REDIS_URL=redis://redis:6379/cache", "REDIS_URL"},
+		{"REDIS_URL=redis://redis:6379/-1", "REDIS_URL"},
 		{"MINIO_ENDPOINT=s3:9000", "MINIO_ACCESS_KEY"},
 		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a", "MINIO_SECRET_KEY"},
 		{"MINIO_ENDPOINT=s3:9000 MINIO_ACCESS_KEY=a MINIO_SECRET_KEY=b", "MINIO_BUCKET"},
@@ -680,6 +682,7 @@ func TestHalfWrittenConfigurationIsNotLoaded(t *testing.T) {
 	if s.config.Load() == before {
 		t.Error("SIGHUP loads nothing")
 	}
+	tt.wantLog(`"configuration loaded","remotes":2}`) // and nothing of what is another
 }
 
 // A SIGHUP while the server starts does not end it.
@@ -942,14 +945,14 @@ func TestUnwritableDataDirIsDegradedAndServes(t *testing.T) {
 	tt.get("/api/r/a").wantStatus(200).wantBody(text)
 	tt.get("/api/r/a", "Range: bytes=5-9").wantStatus(206).wantBody(text[5:10])
 	awaitThat(t, "/health to say so", func() bool { return tt.get("/health").has(`"degraded"`) })
-	c.wantLog("DATA_DIR cannot be used")
+	c.wantLog("backend is down")
 	if err := os.Remove(dir + "/data"); err != nil {
 		t.Fatal(err)
 	}
 	awaitThat(t, "it to recover without a restart", func() bool { return tt.get("/health").has(`"healthy"`) })
 	tt.get("/api/r/a").wantMiss().wantBody(text)
 	awaitThat(t, "a hit", func() bool { return tt.get("/api/r/a").header.Get("X-Artifact-Source") == "cache" })
-	if n := strings.Count(c.logs(), "DATA_DIR cannot be used"); n != 1 {
+	if n := strings.Count(c.logs(), `"ERROR"`); n != 1 {
 		t.Errorf("the log tells of DATA_DIR %d times:\n%s", n, c.logs())
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path"
 	"slices"
@@ -601,7 +602,11 @@ func (x *embeddedIndex) followStore(ctx context.Context, from objects) error {
 	x.importSeen = at
 	err := x.reconcile(ctx, from)
 	if err != nil && ctx.Err() == nil {
-		x.log.Warn("the index cannot be compared with what is stored, listings are not complete", "error", err)
+		level := slog.LevelWarn
+		if errors.Is(err, errStoreDown) { // the check of the backend tells of it
+			level = slog.LevelDebug
+		}
+		x.log.Log(ctx, level, "the index cannot be compared with what is stored, listings are not complete", "error", err)
 	}
 	return err
 }

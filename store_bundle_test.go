@@ -552,6 +552,21 @@ func TestImportThatCannotStore(t *testing.T) {
 	}
 }
 
+// unlistable is a store that is down.
+type unlistable struct{ objects }
+
+func (unlistable) walk(context.Context, func(string, *record) error) error { return errStoreDown }
+
+// It is tried every few seconds, and the log has a line about the store already.
+func TestIndexIsNotComparedWithAStoreThatIsDown(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	x := newEmbeddedIndex(t.TempDir(), slog.New(slog.NewTextHandler(&out, nil)))
+	if err := x.followStore(t.Context(), unlistable{}); !errors.Is(err, errStoreDown) || out.Len() > 0 {
+		t.Errorf("got %v and the log says %s", err, out.String())
+	}
+}
+
 func TestImportBesideARunningServerIsSeen(t *testing.T) {
 	t.Parallel()
 	from := newBundleSite(t)

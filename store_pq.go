@@ -198,7 +198,7 @@ func (x *sqlIndex) withConn(ctx context.Context, timeout time.Duration, f func(c
 		return fmt.Errorf("%w: database: %v", errStoreDown, err)
 	}
 	if lasted, recovered := x.outage.succeed(); recovered {
-		x.log.Info("database is up again", "lasted", lasted.Round(time.Second).String())
+		x.log.Info("database is up again", "after", lasted.Round(time.Second).String())
 	}
 	if err != nil {
 		err = fmt.Errorf("database: %w", err)

@@ -398,7 +398,7 @@ func (r *redisStore) withConn(ctx context.Context, f func(context.Context, redis
 		// Of what began before an outage nothing is learned: a replica answers reads.
 		if isProbe || r.outage.outageCause() == nil {
 			if lasted, recovered := r.outage.succeed(); recovered {
-				r.log.Info("Redis is up again", "redis", r.address, "outage", lasted.Round(time.Second).String())
+				r.log.Info("Redis is up again", "redis", r.address, "after", lasted.Round(time.Second).String())
 			}
 		}
 		return err

@@ -549,7 +549,7 @@ func TestRedisDown(t *testing.T) {
 	if _, err := r.getMark(t.Context(), "k"); errors.Is(err, errStoreDown) {
 		t.Errorf("get: %v", err)
 	}
-	r.wantLine("Redis is up again", "redis="+f.name, "outage=1s")
+	r.wantLine("Redis is up again", "redis="+f.name, "after=1s")
 	if strings.Contains(r.out.String(), "hunter2") {
 		t.Error("the password is in the log")
 	}

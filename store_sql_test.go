@@ -477,8 +477,24 @@ func TestSQLKnownDownAsksNothing(t *testing.T) {
 	}
 	s.back()
 	s.wantRows("a", "b")
-	if !strings.Contains(s.out.String(), `msg="database is up again" lasted=15s`) {
+	if !strings.Contains(s.out.String(), `msg="database is up again" after=15s`) {
 		t.Errorf("the end of the outage is not told:\n%s", s.out)
+	}
+}
+
+func TestDatabaseThatIsDownIsNamed(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	x, err := newSQLIndex(sqlSettings{host: "127.0.0.1", port: "1", user: "u", name: "n", sslmode: "disable"}, time.Now, slog.New(slog.NewTextHandler(&out, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer x.Close()
+	if err := x.ping(t.Context()); !errors.Is(err, errStoreDown) {
+		t.Errorf("nobody listens on port 1, and the database is %v", err)
+	}
+	if s := out.String(); strings.Count(s, "level=ERROR") != 1 || !strings.Contains(s, " database=127.0.0.1:1 ") {
+		t.Errorf("the log does not say once which database is down:\n%s", s)
 	}
 }
 
