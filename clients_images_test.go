@@ -28,17 +28,32 @@ func imageClients(t *testing.T) []realClient {
 		writeFile(t, dir+"/config.yml", fmt.Sprintf("version: 0.1\nlog: {level: error}\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %q}\n", dir+"/store", registry))
 		startService(t, registry, "docker-registry", "serve", dir+"/config.yml")
 	}
-	image := func(name string, mounts bool, fetch func(d *desk, image string) string) realClient {
+	client := func(name string, push func(d *desk, repo, version string), fetch func(d *desk, repo string) string) realClient {
 		return realClient{
-			name: name, needs: []string{name, "docker-registry"}, mounts: mounts, keys: "    package: docker\n    registry: registry.test\n",
+			name: name, needs: []string{name, "docker-registry"}, keys: "    package: docker\n    registry: registry.test\n",
 			publish: func(d *desk, version string) {
-				repo := name + "/hello"
 				d.up.passOn(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: registry}))
-				pushImage(d, "http://"+registry+"/v2/"+repo, version)
+				push(d, "http://"+registry+"/v2/"+name+"/hello", version)
 			},
-			fetch: func(d *desk) string { return fetch(d, name+"/hello:latest") },
+			fetch: func(d *desk) string { return fetch(d, name+"/hello") },
 		}
 	}
+	image := func(name string, mounts bool, fetch func(d *desk, image string) string) realClient {
+		c := client(name, pushImage, func(d *desk, repo string) string { return fetch(d, repo+":latest") })
+		c.mounts = mounts
+		return c
+	}
+	helm := client("helm", pushChart, func(d *desk, repo string) string {
+		d.run("helm", "pull", "oci://"+d.host+"/r/"+repo, "--version", "1.0.0", "--plain-http")
+		switch d.read("hello-1.0.0.tgz") {
+		case chartOf("one"):
+			return "one"
+		case chartOf("two"):
+			return "two"
+		}
+		return "a chart that is no version"
+	})
+	helm.name = "helm, from a registry"
 	return []realClient{
 		image("skopeo", false, func(d *desk, image string) string {
 			writeFile(d, d.home+"/policy.json", `{"default":[{"type":"insecureAcceptAnything"}]}`)
@@ -55,6 +70,7 @@ func imageClients(t *testing.T) []realClient {
 		}),
 		image("ctr", true, fetchByContainerd),
 		image("podman", true, fetchByPodman),
+		helm,
 	}
 }
 
@@ -123,8 +139,25 @@ func digestOf(text string) string { return fmt.Sprintf("sha256:%x", sha256.Sum25
 // pushImage gives the repository the tag latest.
 func pushImage(d *desk, repo, version string) {
 	d.Helper()
-	layer := imageLayer(version)
 	config := fmt.Sprintf(`{"architecture":"amd64","os":"linux","config":{},"rootfs":{"type":"layers","diff_ids":[%q]}}`, digestOf(imageTree(version)))
+	const oci = "application/vnd.oci.image."
+	pushArtifact(d, repo, "latest", oci+"config.v1+json", config, oci+"layer.v1.tar+gzip", imageLayer(version))
+}
+
+// chartOf is the package of helm's that is a version.
+func chartOf(version string) string {
+	return gz(tarOf("hello/Chart.yaml", "apiVersion: v2\nname: hello\nversion: 1.0.0\ndescription: "+version+"\n") + strings.Repeat("\x00", 1024))
+}
+
+// pushChart gives the repository the tag 1.0.0.
+func pushChart(d *desk, repo, version string) {
+	d.Helper()
+	const helm = "application/vnd.cncf.helm."
+	pushArtifact(d, repo, "1.0.0", helm+"config.v1+json", `{"name":"hello","version":"1.0.0","apiVersion":"v2"}`, helm+"chart.content.v1.tar+gzip", chartOf(version))
+}
+
+func pushArtifact(d *desk, repo, tag, configType, config, layerType, layer string) {
+	d.Helper()
 	part := func(mediaType, text string) string {
 		return fmt.Sprintf(`{"mediaType":%q,"size":%d,"digest":%q}`, mediaType, len(text), digestOf(text))
 	}
@@ -139,9 +172,9 @@ func pushImage(d *desk, repo, version string) {
 		at.RawQuery = q.Encode()
 		pushPart(d, http.MethodPut, at.String(), "application/octet-stream", blob)
 	}
-	const oci = "application/vnd.oci.image."
-	manifest := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"config":%s,"layers":[%s]}`, oci+"manifest.v1+json", part(oci+"config.v1+json", config), part(oci+"layer.v1.tar+gzip", layer))
-	pushPart(d, http.MethodPut, repo+"/manifests/latest", oci+"manifest.v1+json", manifest)
+	const manifestType = "application/vnd.oci.image.manifest.v1+json"
+	manifest := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"config":%s,"layers":[%s]}`, manifestType, part(configType, config), part(layerType, layer))
+	pushPart(d, http.MethodPut, repo+"/manifests/"+tag, manifestType, manifest)
 }
 
 func pushPart(d *desk, method, url, contentType, text string) *http.Response {
