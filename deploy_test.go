@@ -2,11 +2,14 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
 	"maps"
+	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -244,4 +247,117 @@ func TestMonitoringNamesMetricsThatExist(t *testing.T) {
 	if docs := deployDocuments(t, "monitoring/scrape.yaml"); at(docs[0], "scrape_configs", 0, "job_name") != "artifactapi" {
 		t.Errorf("the rules count on the job artifactapi: %v", docs)
 	}
+}
+
+// shownCommands has a shell read the sh blocks of a document as a person's would, with
+// other programs in place of those that it names, and returns what was called with which
+// arguments.
+func shownCommands(t *testing.T, document string) (calls [][]string) {
+	t.Helper()
+	text, err := os.ReadFile(document)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	const stub = "#!/bin/sh\nfor a in \"${0##*/}\" \"$@\"; do printf '%s\\n' \"$a\"; done >../called/$$\n"
+	for _, name := range []string{"artifactapi", "curl", "go", "docker", "crane", "skopeo", "zstd", "apt-get", "dnf", "helm"} {
+		writeFile(t, dir+"/bin/"+name, stub)
+		if err := os.Chmod(dir+"/bin/"+name, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeFile(t, dir+"/here/rke2-images.txt", "")
+	writeFile(t, dir+"/called/none", "")
+	for _, block := range regexp.MustCompile("(?s)\n```sh\n(.*?)```").FindAllStringSubmatch(string(text), -1) {
+		cmd := exec.Command("/bin/sh", "-euc", block[1])
+		cmd.Dir = dir + "/here"
+		cmd.Env = []string{"PATH=" + dir + "/bin:/usr/bin:/bin", "API_TOKEN=" + deskToken, "PWD=" + cmd.Dir}
+		// A block may end in a grep, which finds nothing in what such a program prints.
+		if out, err := cmd.CombinedOutput(); err != nil && (len(out) > 0 || !strings.Contains(block[1], "| grep")) {
+			t.Errorf("%s: %v\n%s\n%s", document, err, block[1], out)
+		}
+	}
+	files, err := filepath.Glob(dir + "/called/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range files {
+		called, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		calls = append(calls, strings.Split(strings.TrimSuffix(string(called), "\n"), "\n"))
+	}
+	return calls
+}
+
+// TestShownCommandsWork does what the documents tell people to type, as far as that is
+// about artifactapi: its commands know their arguments, and a server with the shipped
+// remotes.yaml answers curl well.
+func TestShownCommandsWork(t *testing.T) {
+	t.Parallel()
+	needCommands(t, "/bin/sh", "grep", "env")
+	shipped, err := os.ReadFile("remotes.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	yaml := regexp.MustCompile(`https://([^/"\s]+)`).ReplaceAllString(string(shipped), "ORIGIN/$1")
+	open := setup{yaml: yaml}.start(t)
+	guarded := setup{yaml: yaml, env: map[string]string{"API_TOKEN": deskToken}}.start(t)
+	open.origin.file("/github.com/gruntwork-io/terragrunt/releases/download/v0.96.1/terragrunt_linux_amd64.tar.gz", "body")
+	did := map[string]int{}
+	for _, call := range shownCommands(t, "README.md") {
+		did[call[0]]++
+		switch {
+		case call[0] == "artifactapi" && len(call) > 1:
+			env := envOf(map[string]string{"DATA_DIR": t.TempDir(), "LISTEN_ADDR": refusingAddress(t)})
+			var out bytes.Buffer
+			ended, end := context.WithCancel(t.Context())
+			end()
+			if code := run(ended, call[1:], env, io.Discard, &out); code == 2 {
+				t.Errorf("%q is not understood: %s", call, out.String())
+			}
+		case call[0] == "curl":
+			server := open
+			if strings.Contains(strings.Join(call, " "), "Bearer "+deskToken) {
+				server = guarded
+			}
+			if got := sendAsCurl(server, call[1:]); got.status/100 != 2 {
+				t.Errorf("%q is answered with %d: %s", call, got.status, got.text)
+			}
+		}
+	}
+	if did["artifactapi"] < 15 || did["curl"] < 8 {
+		t.Errorf("only these were found: %v", did)
+	}
+}
+
+// sendAsCurl sends the request that curl sends with these arguments.
+func sendAsCurl(tt *tester, args []string) *got {
+	method, path, body := http.MethodGet, "", ""
+	var headers []string
+	for i := 0; i < len(args); i++ {
+		next := ""
+		if i+1 < len(args) {
+			next = args[i+1]
+		}
+		switch args[i] {
+		case "-s", "-sD-":
+			continue
+		case "-o":
+		case "-X":
+			method = next
+		case "-T":
+			method, body = http.MethodPut, next
+		case "-d", "--data-binary":
+			method, body = http.MethodPost, next
+		case "-H":
+			headers = append(headers, next)
+		default:
+			path = strings.TrimPrefix(args[i], "localhost:8000")
+			continue
+		}
+		i++
+	}
+	return tt.send(method, path, strings.NewReader(body), headers...)
 }
