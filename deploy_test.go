@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net/http"
@@ -360,4 +361,75 @@ func sendAsCurl(tt *tester, args []string) *got {
 		i++
 	}
 	return tt.send(method, path, strings.NewReader(body), headers...)
+}
+
+// names are those in a list of objects that have one.
+func names(list any) (all []string) {
+	items, _ := list.([]any)
+	for _, item := range items {
+		if name, ok := at(item, "name").(string); ok {
+			all = append(all, name)
+		}
+	}
+	return all
+}
+
+// What manifests name in others is there: a selector finds a pod, a mount its volume, a
+// probe and a service their port, the environment its services.
+func TestKubernetesManifestsFindEachOther(t *testing.T) {
+	t.Parallel()
+	want := func(has bool, what, where string) {
+		t.Helper()
+		if !has {
+			t.Errorf("%s names %s, which is not there", where, what)
+		}
+	}
+	for kind, pods := range map[string][]string{"Deployment": {"artifactapi", "redis"}, "StatefulSet": {"minio", "postgresql"}} {
+		for _, name := range pods {
+			spec := at(deployed(t, kind, name), "spec")
+			pod, container := at(spec, "template", "spec"), at(spec, "template", "spec", "containers", 0)
+			ports := names(at(container, "ports"))
+			service := deployed(t, "Service", name)
+			for _, selector := range []any{at(spec, "selector", "matchLabels"), at(service, "spec", "selector")} {
+				for label, value := range selector.(map[string]any) {
+					want(at(spec, "template", "metadata", "labels", label) == value, label, name)
+				}
+			}
+			if port, ok := at(service, "spec", "ports", 0, "targetPort").(string); ok {
+				want(slices.Contains(ports, port), port, "the service "+name)
+			}
+			for _, probe := range []string{"readinessProbe", "livenessProbe"} {
+				for _, way := range []string{"httpGet", "tcpSocket"} {
+					if port, ok := at(container, probe, way, "port").(string); ok {
+						want(slices.Contains(ports, port), port, name+"'s "+probe)
+					}
+				}
+				want(at(container, probe) != nil, probe, name)
+			}
+			volumes := names(at(pod, "volumes"))
+			claims, _ := at(spec, "volumeClaimTemplates").([]any)
+			for _, claim := range claims {
+				volumes = append(volumes, at(claim, "metadata", "name").(string))
+			}
+			for _, mount := range names(at(container, "volumeMounts")) {
+				want(slices.Contains(volumes, mount), mount, name)
+			}
+			env, _ := at(container, "env").([]any)
+			for _, e := range env {
+				if ref := at(e, "valueFrom", "secretKeyRef"); ref != nil {
+					key := at(ref, "key").(string)
+					want(at(deployed(t, "Secret", at(ref, "name").(string)), "stringData", key) != nil, key, name)
+				}
+			}
+		}
+	}
+	env := podEnvironment(t)
+	redis := parseHostURL(env["REDIS_URL"], "redis")
+	for _, address := range []string{env["MINIO_ENDPOINT"], env["DBHOST"] + ":5432", redis.Host} {
+		host, port, _ := strings.Cut(address, ":")
+		want(fmt.Sprint(at(deployed(t, "Service", host), "spec", "ports", 0, "port")) == port, address, "the environment")
+	}
+	backend := at(deployed(t, "Ingress", "artifactapi"), "spec", "rules", 0, "http", "paths", 0, "backend", "service")
+	service := deployed(t, "Service", at(backend, "name").(string))
+	want(slices.Contains(names(at(service, "spec", "ports")), at(backend, "port", "name").(string)), "a port", "the ingress")
 }
