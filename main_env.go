@@ -241,11 +241,8 @@ func (p *envReader) readOtherBackends(set *settings) {
 		p.addError("DBHOST", "is not the name or address of a host: put everything else into DBPORT, DBUSER, DBPASS and DBNAME")
 	}
 	set.redisURL = secret(p.readString("REDIS_URL", ""))
-	if v := string(set.redisURL); v != "" {
-		u := parseHostURL(v, "redis", "rediss")
-		if u == nil || !redisPathPattern.MatchString(u.Path) {
-			p.addError("REDIS_URL", "is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS; 0 is the number of the database)")
-		}
+	if v := string(set.redisURL); v != "" && parseHostURL(v, "redis", "rediss") == nil {
+		p.addError("REDIS_URL", "is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS)")
 	}
 	if v := p.readString("PUBLIC_URL", ""); v != "" {
 		if u := parseHostURL(v, "http", "https"); u == nil || u.User != nil || u.RawQuery != "" {
@@ -257,9 +254,6 @@ func (p *envReader) readOtherBackends(set *settings) {
 		p.addError("ADVERTISE_URL", "is not a URL like http://10.0.0.7:8000, without a path")
 	}
 }
-
-// redisPathPattern matches a path that is the number of a database, or none.
-var redisPathPattern = regexp.MustCompile(`^/?[0-9]*/?$`)
 
 // hostPattern matches the name of a host. The names of containers may have
 // underscores, which DNS does not allow.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -141,6 +142,7 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 		return nil
 	}
 	_ = os.Remove(filepath.Join(set.dataDir, ".journal")) // earlier versions kept rows there in an outage
+	log = log.With("database", net.JoinHostPort(set.db.host, set.db.port))
 	if st.sql, err = newSQLIndex(set.db, now, log); err != nil {
 		return err
 	}

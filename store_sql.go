@@ -12,7 +12,6 @@ import (
 	"hash/maphash"
 	"io/fs"
 	"log/slog"
-	"net"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -136,7 +135,7 @@ func newSQLIndex(set sqlSettings, now func() time.Time, log *slog.Logger) (*sqlI
 	if _, err := pq.NewConnector(set.dsn()); err != nil {
 		return nil, fmt.Errorf("configuring the database: %s", redact(err, set.password))
 	}
-	return newSQLIndexOn(&sqlConnector{set.dsn()}, set.password, now, log.With("database", net.JoinHostPort(set.host, set.port))), nil
+	return newSQLIndexOn(&sqlConnector{set.dsn()}, set.password, now, log), nil
 }
 
 func newSQLIndexOn(c driver.Connector, password secret, now func() time.Time, log *slog.Logger) *sqlIndex {

@@ -484,18 +484,8 @@ func TestSQLKnownDownAsksNothing(t *testing.T) {
 
 func TestDatabaseThatIsDownIsNamed(t *testing.T) {
 	t.Parallel()
-	var out bytes.Buffer
-	x, err := newSQLIndex(sqlSettings{host: "127.0.0.1", port: "1", user: "u", name: "n", sslmode: "disable"}, time.Now, slog.New(slog.NewTextHandler(&out, nil)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer x.Close()
-	if err := x.ping(t.Context()); !errors.Is(err, errStoreDown) {
-		t.Errorf("nobody listens on port 1, and the database is %v", err)
-	}
-	if s := out.String(); strings.Count(s, "level=ERROR") != 1 || !strings.Contains(s, " database=127.0.0.1:1 ") {
-		t.Errorf("the log does not say once which database is down:\n%s", s)
-	}
+	c := childSetup{yaml: "remotes: {here: {type: local}}\n", env: []string{"DBHOST=127.0.0.1", "DBPORT=1", "DBUSER=u", "DBNAME=n"}}.start(t)
+	c.wantLog(`"msg":"database is down: files are stored and served, their index rows wait","database":"127.0.0.1:1"`)
 }
 
 // A probe that ends without an answer, as at the end of the process, leaves its place
