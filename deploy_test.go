@@ -199,7 +199,7 @@ func TestMonitoringNamesMetricsThatExist(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
 	text := tt.get("/metrics").wantStatus(200).text
-	for _, name := range []string{"hot_bytes"} { // with S3 only
+	for _, name := range []string{"hot_bytes", "held_generations"} { // with S3, with packages rpm and deb
 		text += "artifactapi_" + name + " 0\n"
 	}
 	series := map[string]bool{}
