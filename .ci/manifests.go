@@ -1,19 +1,23 @@
 //go:build ignore
 
-// Manifests reads the Kubernetes manifests of a directory as an API server does that
-// validates strictly: each object is of a known apiVersion and kind, each field is known,
-// there once and of its type. Then it builds the kustomization of the directory, as
-// "kubectl apply -k" does, and reads what comes out. .ci/run compiles it in a module of
-// its own: what it imports is nothing of the program's.
+// Manifests reads what is in a directory like deploy/. The manifests in kubernetes/ it
+// reads as an API server does that validates strictly: each object is of a known
+// apiVersion and kind, each field is known, there once and of its type. Then it builds
+// their kustomization, as "kubectl apply -k" does, and reads what comes out. compose.yaml
+// it reads as "docker compose" does. .ci/run compiles it in a module of its own: what it
+// imports is nothing of the program's.
 package main
 
 import (
+	"context"
 	"fmt"
 	"log"
 	"os"
 	"path/filepath"
 	"strings"
 
+	"github.com/compose-spec/compose-go/v2/loader"
+	"github.com/compose-spec/compose-go/v2/types"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -29,7 +33,11 @@ func main() {
 	if len(os.Args) != 2 {
 		log.Fatal("usage: manifests DIR")
 	}
-	dir := os.Args[1]
+	readKubernetes(filepath.Join(os.Args[1], "kubernetes"))
+	readCompose(filepath.Join(os.Args[1], "compose.yaml"))
+}
+
+func readKubernetes(dir string) {
 	files, err := filepath.Glob(filepath.Join(dir, "*.yaml"))
 	if err != nil {
 		log.Fatal(err)
@@ -55,7 +63,18 @@ func main() {
 	if m := readObjects("what kustomize builds", string(text)); m != n || n == 0 {
 		log.Fatalf("%d objects are in files, and kustomize builds %d", n, m)
 	}
-	fmt.Println(n, "objects")
+	fmt.Println(n, "objects of Kubernetes")
+}
+
+func readCompose(name string) {
+	project, err := loader.LoadWithContext(context.Background(), types.ConfigDetails{
+		WorkingDir:  filepath.Dir(name),
+		ConfigFiles: []types.ConfigFile{{Filename: name}},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(len(project.Services), "services of compose")
 }
 
 // readObjects reads the documents of a text and returns how many there are.
