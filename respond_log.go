@@ -77,9 +77,11 @@ func (s *responder) logAndCount(w *response, r *http.Request, err error, began t
 }
 
 // levelOf is the level of a request's log line. A failure of ours is a warning, unless
-// it comes from an outage that was logged when it began.
+// it comes from an outage, or from the end of the server, that was logged when it began.
 func (s *responder) levelOf(w *response, err error) slog.Level {
 	switch {
+	case w.quiet && w.status == http.StatusServiceUnavailable: // /health while draining
+		return slog.LevelDebug
 	case w.status >= 500 && !errors.Is(err, errStoreDown) && (s.isDown == nil || !s.isDown(w.remote)):
 		return slog.LevelWarn
 	case w.result == "" && w.quiet:

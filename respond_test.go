@@ -249,6 +249,8 @@ func TestHealthChecksAreQuietInTheLog(t *testing.T) {
 	tt := setup{env: map[string]string{"LOG_LEVEL": "info"}}.start(t)
 	tt.get("/health").wantStatus(200)
 	tt.get("/metrics").wantStatus(200)
+	tt.server.draining.Store(true) // which is announced when it begins
+	tt.get("/health").wantStatus(503)
 	tt.get("/")
 	if v := tt.wantLine(0); v.Path != "/" {
 		t.Errorf("a probe is logged: %+v", v)
