@@ -180,6 +180,7 @@ type eviction struct {
 
 	freed  room
 	files  int64
+	from   map[string]bool // the remotes that had these files
 	unused int64           // what files take that were never used again
 	named  map[fileID]bool // what stored roots name
 	failed bool            // a store failed
@@ -209,11 +210,7 @@ func (v *eviction) evict(ctx context.Context) {
 		v.cache.reportStoreError("storage", "choosing what to evict", "", err)
 	}
 	if v.files > 0 {
-		attrs := []any{"reason", v.reason, "files", v.files, "bytes", v.freed.bytes}
-		if v.remote != "" {
-			attrs = append(attrs, "remote", v.remote)
-		}
-		v.cache.log.Info("evicted files", attrs...)
+		v.cache.log.Info("evicted files", "reason", v.reason, "remotes", sortedKeys(v.from), "files", v.files, "bytes", v.freed.bytes)
 	}
 }
 
@@ -261,6 +258,10 @@ func (v *eviction) remove(ctx context.Context, row indexRow, used bool) {
 		return
 	}
 	v.files++
+	if v.from == nil {
+		v.from = map[string]bool{}
+	}
+	v.from[row.Remote] = true
 	v.freed.bytes += entryCost(row.Size)
 	v.freed.inodes += inodesPerFile
 	if !used {
