@@ -11,6 +11,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -61,9 +62,6 @@ const (
 	// s3CleanupTimeout bounds aborting an upload and confirming a put, which are
 	// done even after the caller's context has ended.
 	s3CleanupTimeout = 30 * time.Second
-	// s3ClockTolerance: a refusal without a code is put down to the clocks if they
-	// differ by more than this. Servers accept 15 minutes.
-	s3ClockTolerance = 5 * time.Minute
 	// s3XMLLimit bounds an answer in XML. The largest page of a listing, with 1,000
 	// keys of 1,024 bytes, each byte spelled %XX, has about 4 MiB.
 	s3XMLLimit = 8 << 20
@@ -149,14 +147,10 @@ func newS3Client(cfg s3Config) (*s3Client, error) {
 	if cfg.accessKey == "" || cfg.secretKey == "" {
 		return nil, errors.New("s3: the access key or the secret key is missing")
 	}
-	if cfg.partSize == 0 {
-		cfg.partSize = s3PartSize
-	}
+	cfg.partSize = cmp.Or(cfg.partSize, s3PartSize)
+	cfg.log = cmp.Or(cfg.log, slog.New(slog.DiscardHandler))
 	if cfg.sleep == nil {
 		cfg.sleep = sleepFor
-	}
-	if cfg.log == nil {
-		cfg.log = slog.New(slog.DiscardHandler)
 	}
 	if cfg.transport == nil {
 		cfg.transport = newS3Transport()
@@ -430,9 +424,8 @@ func (c *s3Client) abortOldUploads(ctx context.Context, prefix string, age time.
 
 // s3ListedEntry is an object or an unfinished upload in a listing.
 type s3ListedEntry struct {
-	Key, ETag, UploadId     string
-	Size                    int64
-	LastModified, Initiated time.Time
+	Key, UploadId string
+	Initiated     time.Time // of an upload
 }
 
 // listPages calls f with each entry of a listing, page by page: of ListObjectsV2
@@ -483,17 +476,7 @@ func (c *s3Client) listPages(ctx context.Context, doing string, query url.Values
 	}
 }
 
-// listOneObject shows whether the bucket can be used. It takes the place of
-// HeadBucket, because the refusal of a HEAD has no body that would name the right
-// region.
-func (c *s3Client) listOneObject(ctx context.Context) error {
-	query := url.Values{"list-type": {"2"}, "encoding-type": {"url"}, "max-keys": {"1"}}
-	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "listing", method: "GET", query: query, decodeInto: &struct{}{}})
-	return err
-}
-
-// createBucket creates the bucket. Another replica may do the same at the same
-// time, so a 409 (Conflict) is no error if the bucket can be listed then.
+// createBucket creates the bucket, unless another replica has just done so.
 func (c *s3Client) createBucket(ctx context.Context) error {
 	var body []byte
 	if region := c.endpoint.Load().region; region != "us-east-1" { // S3 refuses us-east-1 as a LocationConstraint
@@ -501,8 +484,7 @@ func (c *s3Client) createBucket(ctx context.Context) error {
 	}
 	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "creating bucket", method: "PUT", body: bytes.NewReader(body), size: int64(len(body)),
 		sum: sha256Hex(body)})
-	refused, ok := errors.AsType[*s3Error](err)
-	if ok && refused.status == http.StatusConflict && c.listOneObject(ctx) == nil {
+	if refused, ok := errors.AsType[*s3Error](err); ok && refused.code == "BucketAlreadyOwnedByYou" {
 		return nil
 	}
 	if err == nil {

@@ -72,21 +72,17 @@ func (c *s3Client) sendWithRetries(ctx context.Context, op *s3Operation) (*http.
 
 // removeCause reports whether the cause of a refusal of op is gone, so that the
 // next attempt may succeed at once: a write's missing bucket was created, or the
-// right region is known. For a HEAD, whose refusal has no body that would name the
-// region, it learns that from the refusal of a listing.
+// right region is known.
 func (c *s3Client) removeCause(ctx context.Context, op *s3Operation, err error) bool {
 	refused, ok := errors.AsType[*s3Error](err)
 	if !ok {
 		return false
 	}
-	used, region := refused.endpoint, refused.region
-	switch {
-	case op.write && errors.Is(err, errS3NoBucket):
+	if op.write && errors.Is(err, errS3NoBucket) {
 		return c.createBucket(ctx) == nil
-	case op.method == http.MethodHead && refused.status == http.StatusBadRequest && region == "":
-		_ = c.listOneObject(ctx)
-		return c.endpoint.Load().region != used.region
-	case region == "" || region == used.region: // used, not c.endpoint: others learn at the same time
+	}
+	used, region := refused.endpoint, refused.region
+	if region == "" || region == used.region { // used, not c.endpoint: others learn at the same time
 		return false
 	}
 	host := used.host
@@ -254,11 +250,8 @@ func (e *s3Error) Error() string {
 	if e.requestID != "" {
 		text += " (request " + e.requestID + ")"
 	}
-	if !e.isClockRefusal() {
+	if e.code != s3ClockCode || e.date.IsZero() {
 		return text
-	}
-	if e.date.IsZero() {
-		return text + ": the clock of this machine differs from the server's: set it"
 	}
 	order, difference := "ahead of", e.sent.Sub(e.date).Round(time.Second)
 	if difference < 0 {
@@ -267,16 +260,8 @@ func (e *s3Error) Error() string {
 	return fmt.Sprintf("%s: the clock of this machine is %v %s the server's: set it", text, difference, order)
 }
 
-// isClockRefusal reports whether the request was refused because its signing
-// time was too far from the server's clock. The refusal of a HEAD has no body
-// and so no code; there the two clocks decide.
-func (e *s3Error) isClockRefusal() bool {
-	if e.code == "RequestTimeTooSkewed" {
-		return true
-	}
-	withoutCode := e.code == "" && e.status == http.StatusForbidden && !e.date.IsZero()
-	return withoutCode && e.date.Sub(e.sent).Abs() > s3ClockTolerance
-}
+// s3ClockCode refuses a request whose signing time is too far from the server's clock.
+const s3ClockCode = "RequestTimeTooSkewed"
 
 // s3CodeErrors says what the codes of refusals mean.
 var s3CodeErrors = map[string]error{
@@ -286,6 +271,7 @@ var s3CodeErrors = map[string]error{
 	"NoSuchBucket":               errS3NoBucket,
 	"PreconditionFailed":         errS3PreconditionFailed,
 	"ConditionalRequestConflict": errS3PreconditionFailed,
+	s3ClockCode:                  errS3Clock, // the credentials may be right
 }
 
 // Is decides by the code and not by the status. A 404 without a code comes from
@@ -294,9 +280,6 @@ var s3CodeErrors = map[string]error{
 func (e *s3Error) Is(target error) bool {
 	if known := s3CodeErrors[e.code]; known != nil {
 		return target == known
-	}
-	if e.isClockRefusal() { // the credentials may be right
-		return target == errS3Clock
 	}
 	return target == fs.ErrPermission && (e.status == http.StatusForbidden || e.code == "AccessDenied")
 }

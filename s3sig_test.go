@@ -247,7 +247,7 @@ func testS3Bucket(t *testing.T, c *s3Client) {
 	var wg sync.WaitGroup
 	for range 4 { // replicas that start together
 		wg.Go(func() {
-			err := c.listOneObject(t.Context())
+			err := listNothing(t, c)
 			if errors.Is(err, errS3NoBucket) {
 				err = c.createBucket(t.Context())
 			}
@@ -260,6 +260,11 @@ func testS3Bucket(t *testing.T, c *s3Client) {
 	if err := c.createBucket(t.Context()); err != nil {
 		t.Errorf("creating it again: %v", err)
 	}
+}
+
+// listNothing lists no object, which shows that the bucket can be used.
+func listNothing(t *testing.T, c *s3Client) error {
+	return c.listObjects(t.Context(), "nobody/", func(i s3ListedEntry) error { return errors.New("there is " + i.Key) })
 }
 
 // oddKeys returns keys that servers and clients escape in different ways.
@@ -275,9 +280,6 @@ func testS3Keys(t *testing.T, c *s3Client) {
 	}
 	var listed []string
 	err := c.listObjects(t.Context(), "k/", func(i s3ListedEntry) error {
-		if i.Size != int64(len(i.Key)) || i.ETag == "" || i.LastModified.IsZero() {
-			t.Errorf("listed as %+v", i)
-		}
 		listed = append(listed, i.Key)
 		return nil
 	})
@@ -424,8 +426,8 @@ func testS3Cancelled(t *testing.T, c *s3Client) {
 	}
 }
 
-// testS3Corrected: each operation, as the first of a client, succeeds with a
-// wrong region and names a wrong clock.
+// testS3Corrected: each operation whose refusal has a body, as the first of a client,
+// succeeds with a wrong region and names a wrong clock.
 func testS3Corrected(t *testing.T, c *s3Client) {
 	for name, tt := range map[string]struct {
 		spoil func(*s3Config)
@@ -443,8 +445,7 @@ func testS3Corrected(t *testing.T, c *s3Client) {
 				_, err := c.createMultipartUpload(t.Context(), "fix", s3PutInput{})
 				return err
 			},
-			"ready": func(c *s3Client) error { return c.listOneObject(t.Context()) },
-			"head":  func(c *s3Client) error { _, err := c.headObject(t.Context(), "fix"); return notMissing(err) },
+			"list": func(c *s3Client) error { return listNothing(t, c) },
 			"get": func(c *s3Client) error {
 				_, err := c.getObject(t.Context(), "nobody/here", s3GetInput{})
 				return notMissing(err)
@@ -511,7 +512,7 @@ func TestS3Real(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := wrong.listOneObject(t.Context()); !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), cfg.secretKey) {
+	if err := listNothing(t, wrong); !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), cfg.secretKey) {
 		t.Errorf("wrong credentials: %v", err)
 	}
 	if os.Getenv("TEST_S3_CONDITIONS") != "" {
@@ -843,21 +844,12 @@ func TestS3NamesAWrongClock(t *testing.T) {
 			c := timedClient(t, func(r *http.Request) (*http.Response, error) {
 				attempts++
 				body := "<Error><Code>RequestTimeTooSkewed</Code><Message>too large</Message></Error>"
-				if r.Method == http.MethodHead { // its refusal says no more than 403
-					body = ""
-				}
 				return &http.Response{StatusCode: 403, Request: r, Body: io.NopCloser(strings.NewReader(body)),
 					Header: http.Header{"Date": {time.Now().Add(ahead).UTC().Format(http.TimeFormat)}}}, nil
 			})
-			_, headErr := c.headObject(t.Context(), "k")
-			putErr := c.putObject(t.Context(), "k", putOf(pattern(10)))
-			for _, err := range []error{headErr, putErr} {
-				if !errors.Is(err, errS3Clock) || errors.Is(err, fs.ErrPermission) || !strings.HasSuffix(err.Error(), want) {
-					t.Errorf("%v, want %s", err, want)
-				}
-			}
-			if attempts != 2 {
-				t.Errorf("%d attempts, want one for each operation", attempts)
+			err := c.putObject(t.Context(), "k", putOf(pattern(10)))
+			if !errors.Is(err, errS3Clock) || errors.Is(err, fs.ErrPermission) || !strings.HasSuffix(err.Error(), want) || attempts != 1 {
+				t.Errorf("%v after %d attempts, want %s after one", err, attempts, want)
 			}
 		}
 	})
