@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync/atomic"
@@ -141,17 +140,13 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 				step: func(ctx context.Context) error { return st.embedded.followStore(ctx, st.objects) }}}})
 		return nil
 	}
-	_ = os.Remove(filepath.Join(set.dataDir, ".journal")) // earlier versions kept rows there in an outage
 	log = log.With("database", net.JoinHostPort(set.db.host, set.db.port))
 	if st.sql, err = newSQLIndex(set.db, now, log); err != nil {
 		return err
 	}
 	st.index = st.sql
 	st.backends = append(st.backends, &backend{name: "database", kind: "PostgreSQL " + set.db.host, okWord: "ok", ping: st.sql.ping, outage: st.sql.outage, close: st.sql.Close,
-		tasks: []task{
-			{doing: "writing index rows that wait", every: time.Second, step: st.sql.writePending},
-			{doing: "making indexes", every: time.Minute, atStart: true, step: st.sql.buildIndexes},
-		}})
+		tasks: []task{{doing: "writing index rows that wait", every: time.Second, step: st.sql.writePending}}})
 	return nil
 }
 

@@ -27,46 +27,8 @@ var sqlSchema string
 // previous version work beside new ones: a migration may add something and must not
 // remove anything, and one that was released is never changed. One that takes long
 // on many rows (an index) needs a step of its own outside of the transaction, which
-// sqlReadTimeout bounds. The table artifactapi_journals is of earlier versions only.
+// sqlReadTimeout bounds.
 var sqlMigrations = []string{sqlSchema}
-
-// sqlIndexes are made by buildIndexes and not by a migration: that takes long on many
-// rows, and no statement needs them. The index artifactapi_files_by_age was for a
-// statement of earlier versions.
-var sqlIndexes = map[string]string{
-	"artifactapi_files_unused": "(last_access, key) WHERE " + sqlIsUnused,
-	"artifactapi_files_used":   "(last_access, key) WHERE " + sqlIsUsed,
-}
-
-// buildIndexes is the step of a background loop. It makes the indexes that are missing,
-// beside writers and on one replica at a time of all schemas: two statements that make a
-// partial index wait for each other. What a replica did not finish is an invalid index:
-// it is dropped and made again.
-func (x *sqlIndex) buildIndexes(ctx context.Context) error {
-	return x.withConn(ctx, time.Hour, func(ctx context.Context, conn *sql.Conn) (err error) {
-		var alone bool
-		err = conn.QueryRowContext(ctx, `SELECT pg_try_advisory_lock($1::integer, 0)`, sqlBuildKey).Scan(&alone)
-		if err != nil || !alone {
-			return err
-		}
-		statements := []string{`SET statement_timeout = 0`}
-		for name, on := range sqlIndexes {
-			var valid sql.NullBool
-			err = errors.Join(err, conn.QueryRowContext(ctx, `SELECT (SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass($1::text))`, name).Scan(&valid))
-			if valid.Bool {
-				continue
-			}
-			statements = append(statements, `DROP INDEX CONCURRENTLY IF EXISTS `+name, `CREATE INDEX CONCURRENTLY `+name+` ON artifactapi_files `+on)
-		}
-		statements = append(statements, `DROP INDEX CONCURRENTLY IF EXISTS artifactapi_files_by_age`, sqlSession, `SELECT pg_advisory_unlock_all()`)
-		for _, s := range statements {
-			if err == nil {
-				_, err = conn.ExecContext(ctx, s)
-			}
-		}
-		return err
-	})
-}
 
 // sqlSettings say where the database is.
 type sqlSettings struct {

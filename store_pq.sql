@@ -15,8 +15,10 @@ CREATE TABLE artifactapi_files (
 );
 COMMENT ON COLUMN artifactapi_files.path IS 'decoded: what listings sort and choose by, in byte order';
 CREATE INDEX artifactapi_files_by_path ON artifactapi_files (remote, path, key);
-CREATE INDEX artifactapi_files_by_age ON artifactapi_files (last_access, key);
 CREATE INDEX artifactapi_files_by_remote_age ON artifactapi_files (remote, last_access, key);
+-- The conditions are sqlIsUnused and sqlIsUsed in store_sql.go.
+CREATE INDEX artifactapi_files_unused ON artifactapi_files (last_access, key) WHERE hits = 0 AND class <> 'local';
+CREATE INDEX artifactapi_files_used ON artifactapi_files (last_access, key) WHERE hits > 0 AND class <> 'local';
 
 CREATE TABLE artifactapi_totals (
 	remote text COLLATE "C" NOT NULL,
@@ -43,10 +45,3 @@ BEGIN
 END $$;
 CREATE TRIGGER artifactapi_count AFTER INSERT OR DELETE OR UPDATE OF size
 ON artifactapi_files FOR EACH ROW EXECUTE FUNCTION artifactapi_count();
-
-CREATE TABLE artifactapi_journals (
-	id text PRIMARY KEY,
-	done bigint NOT NULL,
-	at timestamptz NOT NULL
-);
-COMMENT ON TABLE artifactapi_journals IS 'how far the journal of a replica has been written, in the transaction that wrote it';

@@ -47,10 +47,9 @@ const (
 	// reindexBatch is how many rows reindex reads and writes at a time: a transaction of
 	// them ends within sqlReadTimeout on a slow database.
 	reindexBatch = 500
-	// These are the first halves of advisory locks: of migrations, of making indexes and
-	// of evicting. The second half is made of the schema's name.
+	// These are the first halves of advisory locks: of migrations and of evicting. The
+	// second half is made of the schema's name.
 	sqlLockKey  = 0x61727466
-	sqlBuildKey = sqlLockKey + 1
 	sqlEvictKey = sqlLockKey + 2
 	// sqlAloneTimeout bounds what a replica does while the others may not: its
 	// transaction must end before idle_in_transaction_session_timeout.

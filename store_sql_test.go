@@ -16,7 +16,6 @@ import (
 	"net"
 	"net/url"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -744,20 +743,6 @@ func TestSQLPendingChangesAreBounded(t *testing.T) {
 	s.wantRows("c")
 }
 
-func TestJournalOfEarlierVersionsIsRemoved(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	must(t, os.WriteFile(filepath.Join(dir, ".journal"), []byte("{}\n"), 0o600))
-	env := map[string]string{"DATA_DIR": dir, "DBHOST": "127.0.0.1", "DBUSER": "u", "DBNAME": "n"}
-	set, err := parseSettings(func(name string) (string, bool) { v, ok := env[name]; return v, ok })
-	must(t, err)
-	st, err := openStores(set, time.Now, slog.New(slog.DiscardHandler))
-	must(t, err, st.Close())
-	if _, err := os.Stat(filepath.Join(dir, ".journal")); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("the journal is still there: %v", err)
-	}
-}
-
 func TestSQLCallerThatLeaves(t *testing.T) {
 	t.Parallel()
 	s := newSQLTester(t)
@@ -1109,64 +1094,6 @@ func TestPostgresMigratesStepByStep(t *testing.T) {
 	}
 }
 
-// indexes says which indexes of files there are, and whether they can be used.
-func indexes(t *testing.T, set sqlSettings, db *sql.DB) (valid map[string]bool) {
-	t.Helper()
-	rows, err := db.Query(`SELECT c.relname, i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = $1::regclass`, set.schema+".artifactapi_files")
-	must(t, err)
-	defer rows.Close()
-	valid = map[string]bool{}
-	for rows.Next() {
-		var name string
-		var ok bool
-		must(t, rows.Scan(&name, &ok))
-		valid[name] = ok
-	}
-	return valid
-}
-
-// awaitIndexes makes the indexes, as soon as no other test makes its own.
-func (x *sqlIndex) awaitIndexes(t *testing.T, set sqlSettings, db *sql.DB) {
-	t.Helper()
-	awaitThat(t, "indexes", func() bool {
-		must(t, x.buildIndexes(t.Context()))
-		valid := indexes(t, set, db)
-		return valid["artifactapi_files_used"] && valid["artifactapi_files_unused"]
-	})
-}
-
-func TestPostgresIndexesAreMadeBesideWriters(t *testing.T) {
-	t.Parallel()
-	set, _, db := realPG(t)
-	x := startSQL(t, set)
-	want := map[string]bool{"artifactapi_files_pkey": true, "artifactapi_files_by_path": true, "artifactapi_files_by_remote_age": true,
-		"artifactapi_files_unused": true, "artifactapi_files_used": true}
-	for range 2 { // the second time, one is as an interrupted replica leaves it
-		var wg sync.WaitGroup
-		for _, y := range []*sqlIndex{x, startSQL(t, set)} {
-			wg.Go(func() {
-				if err := y.buildIndexes(t.Context()); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		wg.Wait()
-		x.awaitIndexes(t, set, db)
-		if got := indexes(t, set, db); !maps.Equal(got, want) {
-			t.Errorf("indexes %v", got)
-		}
-		_, err := db.Exec(`UPDATE pg_index SET indisvalid = false WHERE indexrelid = $1::regclass`, set.schema+".artifactapi_files_used")
-		must(t, err)
-	}
-	var timeout string
-	must(t, x.withConn(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
-		return conn.QueryRowContext(ctx, "SHOW statement_timeout").Scan(&timeout)
-	}))
-	if timeout != "5s" {
-		t.Errorf("the connection is left with a timeout of %s", timeout)
-	}
-}
-
 func TestPostgresOneReplicaEvicts(t *testing.T) {
 	t.Parallel()
 	set, _, _ := realPG(t)
@@ -1185,7 +1112,7 @@ func TestPostgresOneReplicaEvicts(t *testing.T) {
 // TestPostgresPlans: with many rows no statement may read them all.
 func TestPostgresPlans(t *testing.T) {
 	t.Parallel()
-	set, _, db := realPG(t)
+	set, _, _ := realPG(t)
 	x := startSQL(t, set)
 	err := x.withConn(t.Context(), time.Minute, func(ctx context.Context, conn *sql.Conn) error {
 		_, err := conn.ExecContext(ctx, `SET statement_timeout = 0; INSERT INTO artifactapi_files
@@ -1197,7 +1124,6 @@ func TestPostgresPlans(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	x.awaitIndexes(t, set, db)
 	keys := pq.StringArray{"a/0000000000000001/f", "b/0000000000000002/f"}
 	for _, q := range []struct {
 		query, index string
@@ -1390,7 +1316,7 @@ func TestPostgresMadeAnew(t *testing.T) {
 	ix := &indexTester{t, x}
 	ix.save(testRow("r", "a"))
 	tables := ""
-	for _, name := range []string{"files", "totals", "journals", "schema"} {
+	for _, name := range []string{"files", "totals", "schema"} {
 		tables += ", " + set.schema + ".artifactapi_" + name
 	}
 	for name, statements := range map[string]string{
@@ -1446,7 +1372,7 @@ func BenchmarkIndexPage(b *testing.B) {
 				SELECT 'r/' || lpad(to_hex(i), 16, '0') || '/f', 'r', 'dir' || i %% 100 || '/file' || i, 'dir' || i %% 100 || '/file' || i, '', '', 'immutable', 1, i %% 2,
 					to_timestamp(%[1]d), to_timestamp(%[1]d + i) FROM generate_series(1, %[2]d) i; ANALYZE artifactapi_files; SET statement_timeout = '5s'`, testDay.Unix(), rows))
 			return err
-		}), x.buildIndexes(b.Context()))
+		}))
 		benchPages(b, x)
 	})
 }
