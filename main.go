@@ -252,7 +252,7 @@ func (s *server) newHandler() http.Handler {
 	up := newUpstream(func(reach addressKind) http.RoundTripper { return newTransport(reach) }, time.Now, s.log, metrics)
 	up.version = buildVersion()
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas, st.replicaKey}, up, time.Now, s.log, metrics)
-	st.missed = newMissedSnapshot(s.set.dataDir, &s.cache.missed, s.log)
+	st.snapshots = append(st.snapshots, newMissedSnapshot(s.set.dataDir, &s.cache.missed, s.log).saveSnapshot)
 	s.cache.evictor.config, s.cache.evictor.limit = s.config.Load, s.set.maxSize
 	st.useEvictor(s.cache.evictor)
 	s.cache.isInTrouble = st.isInTrouble

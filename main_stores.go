@@ -29,8 +29,7 @@ type stores struct {
 	hot        *tieredStore   // hot copies; nil without S3
 	disks      []*diskStore   // disk, and with S3 that of the hot copies
 	backends   []*backend     // in the order in which they were opened
-
-	missed *missedSnapshot // of the cache over them; nil: there is none
+	snapshots  []func() error // each writes what is in memory alone
 }
 
 // verifiableObjects is a store of objects that can hash everything in it.
@@ -45,17 +44,16 @@ type verifiableObjects interface {
 // backend is one of the three backends that /health shows: what main needs to know of
 // it. Functions that a backend does not need are nil.
 type backend struct {
-	name         string                      // storage, database or redis
-	kind         string                      // what it is, for the log
-	okWord       string                      // what /health calls it while it works: ok or embedded
-	ping         func(context.Context) error // nil: it cannot be down
-	outage       *circuit                    // that logs when it goes and when it is back; nil: checkBackend does
-	seenDown     func() error                // why requests find it down, before a ping may; nil: outage knows
-	tasks        []task                      // that run as long as the server
-	saveSnapshot func() error                // writes what is in memory alone
-	close        func() error
-	up, full     atomic.Bool // the last ping succeeded; it found no space left
-	changedAt    time.Time   // when a ping found another state than the one before; the checks alone use it
+	name      string                      // storage, database or redis
+	kind      string                      // what it is, for the log
+	okWord    string                      // what /health calls it while it works: ok or embedded
+	ping      func(context.Context) error // nil: it cannot be down
+	outage    *circuit                    // that logs when it goes and when it is back; nil: checkBackend does
+	seenDown  func() error                // why requests find it down, before a ping may; nil: outage knows
+	tasks     []task                      // that run as long as the server
+	close     func() error                // nil: it has nothing open
+	up, full  atomic.Bool                 // the last ping succeeded; it found no space left
+	changedAt time.Time                   // when a ping found another state than the one before; the checks alone use it
 }
 
 // state is what the last ping says of the backend.
@@ -116,7 +114,8 @@ func (st *stores) openFreshness(set *settings, now func() time.Time, log *slog.L
 	if set.redisURL == "" {
 		local := newLocalFreshness(set.dataDir, now, log)
 		st.freshness = local
-		st.backends = append(st.backends, &backend{name: "redis", kind: "embedded", okWord: "embedded", saveSnapshot: local.saveSnapshot, close: local.Close})
+		st.snapshots = append(st.snapshots, local.saveSnapshot)
+		st.backends = append(st.backends, &backend{name: "redis", kind: "embedded", okWord: "embedded"})
 		return nil, nil
 	}
 	redis, err := newRedisStore(string(set.redisURL), set.redisPrefix(), st.replicaKey, set.advertisedURL, now, log)
@@ -134,8 +133,8 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 	if set.db.host == "" {
 		st.embedded = newEmbeddedIndex(set.dataDir, log)
 		st.index = st.embedded
+		st.snapshots = append(st.snapshots, st.embedded.saveSnapshot)
 		st.backends = append(st.backends, &backend{name: "database", kind: "embedded", okWord: "embedded",
-			saveSnapshot: st.embedded.saveSnapshot, close: st.embedded.Close,
 			tasks: []task{{doing: "loading the index", every: 5 * time.Second, atStart: true,
 				step: func(ctx context.Context) error { return st.embedded.followStore(ctx, st.objects) }}}})
 		return nil
@@ -235,20 +234,20 @@ func (st *stores) pingDisk(ctx context.Context) error {
 // saveSnapshots writes what the stores keep in memory alone, so that a crash loses
 // less of it.
 func (st *stores) saveSnapshots(context.Context) error {
-	errs := []error{st.missed.saveSnapshot()}
-	for _, b := range st.backends {
-		if b.saveSnapshot != nil {
-			errs = append(errs, b.saveSnapshot())
-		}
+	var errs []error
+	for _, save := range st.snapshots {
+		errs = append(errs, save())
 	}
 	return errors.Join(errs...)
 }
 
-// Close closes all stores and returns the errors of all of them.
+// Close saves the snapshots, closes all stores and returns the errors of all of them.
 func (st *stores) Close() error {
-	errs := []error{st.missed.saveSnapshot()}
+	errs := []error{st.saveSnapshots(context.Background())}
 	for _, b := range slices.Backward(st.backends) {
-		errs = append(errs, b.close())
+		if b.close != nil {
+			errs = append(errs, b.close())
+		}
 	}
 	return errors.Join(errs...)
 }

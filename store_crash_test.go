@@ -848,7 +848,7 @@ func TestIndexSurvivesRestart(t *testing.T) {
 		must(t, second(x.countUses(t.Context(), []fileUse{{"r", testKey(spelling), 3, testDay.Add(time.Hour)}})))
 	}
 	before, err := x.listPage(t.Context(), pageQuery{remote: "r", limit: 3})
-	must(t, err, x.Close(), s.delete(t.Context(), testKey("lost")))
+	must(t, err, x.saveSnapshot(), s.delete(t.Context(), testKey("lost")))
 	s.mustPut("unknown", "12345")
 
 	it := &indexTester{t, newTestIndex(t, s.d.dir, s.d)}
@@ -868,7 +868,7 @@ func TestIndexIgnoresDamagedSnapshot(t *testing.T) {
 		s.mustPut(spelling, "x")
 		must(t, x.saveRow(t.Context(), newIndexRow(testKey(spelling), testRecord(spelling, "x"))))
 	}
-	must(t, x.Close())
+	must(t, x.saveSnapshot())
 	name := x.name
 	sound := readFile(t, name)
 	for _, damaged := range [][]byte{
@@ -897,7 +897,7 @@ func TestIndexLoadsBesideWriters(t *testing.T) {
 	x := newTestIndex(t, dir, walker{f: func(f func(string, *record) error) error {
 		return errors.Join(f(testKey("kept"), rec("kept")), f(testKey("gone"), rec("gone")), f(testKey("vanished"), rec("vanished")))
 	}})
-	must(t, second(x.countUses(t.Context(), []fileUse{{"r", testKey("kept"), 4, testDay}})), x.Close())
+	must(t, second(x.countUses(t.Context(), []fileUse{{"r", testKey("kept"), 4, testDay}})), x.saveSnapshot())
 
 	x = newEmbeddedIndex(dir, slog.New(slog.DiscardHandler))
 	ctx := t.Context()
@@ -955,7 +955,7 @@ func TestFreshnessSurvivesOrderlyRestart(t *testing.T) {
 	f := newLocalFreshness(dir, time.Now, log)
 	a, b := freshnessMark{testDay, "aa"}, freshnessMark{testDay.Add(time.Hour), "bb"}
 	must(t, f.setMark(t.Context(), "a", b), f.setMark(t.Context(), "a", a), f.setMark(t.Context(), "b", b),
-		f.setMark(t.Context(), "c", b), f.delete(t.Context(), "c"), f.Close())
+		f.setMark(t.Context(), "c", b), f.delete(t.Context(), "c"), f.saveSnapshot())
 	f = newLocalFreshness(dir, time.Now, log)
 	wantMark(t, f, "a", a)
 	wantMark(t, f, "b", b)
@@ -976,13 +976,13 @@ func TestFreshnessIgnoresDamagedSnapshot(t *testing.T) {
 		return newLocalFreshness(dir, time.Now, slog.New(slog.NewTextHandler(log, nil)))
 	}
 	f, m := start(), freshnessMark{testDay, "s"}
-	must(t, f.setMark(t.Context(), "a", m), f.setMark(t.Context(), "b", m), f.Close())
+	must(t, f.setMark(t.Context(), "a", m), f.setMark(t.Context(), "b", m), f.saveSnapshot())
 	tamper(t, f.name, func(data []byte) []byte { return data[:len(data)-3] })
 	f = start()
 	if n := len(f.marks.keys()); n != 1 || strings.Count(log.String(), "is damaged") != 1 {
 		t.Errorf("%d marks are left of two; log: %s", n, log)
 	}
-	must(t, f.setMark(t.Context(), "d", m), f.Close())
+	must(t, f.setMark(t.Context(), "d", m), f.saveSnapshot())
 	f = start()
 	wantMark(t, f, "d", m)
 	if n := len(f.marks.keys()); n != 2 || strings.Count(log.String(), "\n") != 1 {
@@ -1039,7 +1039,7 @@ func TestSnapshotsAreWrittenForChangesOnly(t *testing.T) {
 	f, x := open()
 	must(t, f.setMark(t.Context(), "k", freshnessMark{testDay, "s"}), f.saveSnapshot(), x.saveSnapshot())
 	again, xAgain := open()
-	must(t, os.Remove(f.name), os.Remove(x.name), f.Close(), x.Close(), again.Close(), xAgain.Close())
+	must(t, os.Remove(f.name), os.Remove(x.name), f.saveSnapshot(), x.saveSnapshot(), again.saveSnapshot(), xAgain.saveSnapshot())
 	for _, name := range []string{f.name, x.name} {
 		if _, err := os.Stat(name); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("%s was written without a change: %v", name, err)

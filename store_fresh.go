@@ -41,15 +41,15 @@ type savedMark struct {
 // set since the last snapshot; their files are revalidated. Its methods may be
 // called concurrently.
 type localFreshness struct {
-	snapshotFile
+	*snapshotFile
 	marks *boundedMap[string, freshnessMark]
 }
 
 // newLocalFreshness reads the snapshot in dir, if there is one.
 func newLocalFreshness(dir string, now func() time.Time, log *slog.Logger) *localFreshness {
-	l := &localFreshness{marks: newBoundedMap[string, freshnessMark](maxMarks, now),
-		snapshotFile: snapshotFile{fileWriter: newDisk(), name: dir + "/" + freshFile, magic: freshMagic}}
-	err := loadSnapshot(&l.snapshotFile, func(m savedMark) { l.marks.put(m.Key, m.freshnessMark) })
+	l := &localFreshness{marks: newBoundedMap[string, freshnessMark](maxMarks, now)}
+	l.snapshotFile = newSnapshotFile(dir+"/"+freshFile, freshMagic, new(atomic.Bool), l.eachMark)
+	err := loadSnapshot(l.snapshotFile, func(m savedMark) { l.marks.put(m.Key, m.freshnessMark) })
 	if err != nil {
 		log.Warn("the freshness snapshot is damaged: some files are revalidated early", "error", err)
 	}
@@ -80,64 +80,47 @@ func (l *localFreshness) delete(ctx context.Context, key string) error {
 	return nil
 }
 
-// saveSnapshot writes the snapshot if a mark has changed since the last one.
-func (l *localFreshness) saveSnapshot() error {
-	return l.save(func(add func(v any)) {
-		for _, key := range l.marks.keys() {
-			if m, found := l.marks.get(key); found {
-				add(savedMark{key, m})
-			}
+// eachMark calls add with every mark.
+func (l *localFreshness) eachMark(add func(v any)) {
+	for _, key := range l.marks.keys() {
+		if m, found := l.marks.get(key); found {
+			add(savedMark{key, m})
 		}
-	})
+	}
 }
 
-// Close saves the snapshot.
-func (l *localFreshness) Close() error { return l.saveSnapshot() }
-
-// missedSnapshot keeps the missed files of a cache: those of a sealed site may be
-// collected for weeks. nil keeps nothing.
-type missedSnapshot struct {
-	snapshotFile
-	missed *missedFiles
-}
-
-// newMissedSnapshot adds those of the snapshot in dir, if there is one, to missed.
-func newMissedSnapshot(dir string, missed *missedFiles, log *slog.Logger) *missedSnapshot {
-	s := &missedSnapshot{snapshotFile{fileWriter: newDisk(), name: dir + "/.missed", magic: "artifactapi missed 2"}, missed}
-	if err := loadSnapshot(&s.snapshotFile, missed.addMisses); err != nil {
-		log.Warn("the snapshot of missed files is damaged: /missed lacks some of them", "error", err)
-	}
-	return s
-}
-
-// saveSnapshot writes the snapshot if the list has changed since the last one.
-func (s *missedSnapshot) saveSnapshot() error {
-	if s == nil {
-		return nil
-	}
-	if s.missed.changed.Swap(false) {
-		s.changed.Store(true)
-	}
-	return s.save(func(add func(v any)) {
-		for _, f := range s.missed.list("") {
+// newMissedSnapshot adds the missed files of the snapshot in dir, if there is one, to
+// missed: those of a sealed site may be collected for weeks.
+func newMissedSnapshot(dir string, missed *missedFiles, log *slog.Logger) *snapshotFile {
+	s := newSnapshotFile(dir+"/.missed", "artifactapi missed 2", &missed.changed, func(add func(v any)) {
+		for _, f := range missed.list("") {
 			add(f)
 		}
 	})
+	if err := loadSnapshot(s, missed.addMisses); err != nil {
+		log.Warn("the snapshot of missed files is damaged: /missed lacks some of them", "error", err)
+	}
+	return s
 }
 
 // snapshotFile is a snapshot of data that its owner keeps in memory. Its first line
 // names the format, each further line is the CRC-32C and the JSON of one value.
 type snapshotFile struct {
 	*fileWriter
-	name, magic string      // magic is the first line
-	changed     atomic.Bool // the data differs from the file; set by the owner after each change
+	name, magic string                // magic is the first line
+	changed     *atomic.Bool          // the data differs from the file; set by the owner after each change
+	each        func(add func(v any)) // calls add with every value
 
 	saving sync.Mutex // one save at a time; taken before the lock of the owner's data
 }
 
-// save replaces the file if the data has changed. each calls add with every value. The
-// error is errStoreDown or errNoSpace, and then the old file is still there.
-func (s *snapshotFile) save(each func(add func(v any))) error {
+func newSnapshotFile(name, magic string, changed *atomic.Bool, each func(add func(v any))) *snapshotFile {
+	return &snapshotFile{fileWriter: newDisk(), name: name, magic: magic, changed: changed, each: each}
+}
+
+// saveSnapshot replaces the file if the data has changed since the last time. The error
+// is errStoreDown or errNoSpace, and then the old file is still there.
+func (s *snapshotFile) saveSnapshot() error {
 	s.saving.Lock()
 	defer s.saving.Unlock()
 	if !s.changed.Swap(false) {
@@ -146,7 +129,7 @@ func (s *snapshotFile) save(each func(add func(v any))) error {
 	err := s.replaceFile(s.name, func(w io.Writer) error {
 		b := bufio.NewWriter(w) // keeps its first error until Flush
 		fmt.Fprintln(b, s.magic)
-		each(func(v any) {
+		s.each(func(v any) {
 			text, _ := json.Marshal(v) // strings, numbers and times always encode
 			fmt.Fprintf(b, "%08x %s\n", crc32.Checksum(text, castagnoli), text)
 		})

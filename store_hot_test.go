@@ -530,7 +530,6 @@ func (r *toldReplicas) announceChange(_ context.Context, key string) error {
 func TestChangesAreAnnounced(t *testing.T) {
 	t.Parallel()
 	disk, fresh := newTestDisk(t), newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { fresh.Close() })
 	r := &toldReplicas{}
 	c := newCache(cacheStores{objects: disk, index: newTestIndex(t, t.TempDir(), disk), marks: fresh}, nil, time.Now, slog.New(slog.DiscardHandler), newMetrics())
 	c.joinReplicas(r)
@@ -567,7 +566,6 @@ func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 	b.read("f", "old")
 	a.putClass("f", "new", mutable)
 	fresh := newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { fresh.Close() })
 	c := newCache(cacheStores{objects: b.tier, marks: fresh}, nil, time.Now, b.store.log, newMetrics())
 	file := fileRequest{target: target{remote: &remote{name: "r"}, path: "f", spelling: "f", class: mutable}}
 	wantLookup := func(content string) {

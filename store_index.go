@@ -169,7 +169,7 @@ func (s *remoteRows) removeEntry(e *indexEntry) {
 // complete once reconcile has compared it with what is stored. Rows of objects that
 // other processes store in the same DATA_DIR come with their first use here.
 type embeddedIndex struct {
-	snapshotFile
+	*snapshotFile
 	log *slog.Logger
 
 	complete atomic.Bool // changed under mu
@@ -183,8 +183,9 @@ type embeddedIndex struct {
 }
 
 func newEmbeddedIndex(dir string, log *slog.Logger) *embeddedIndex {
-	return &embeddedIndex{log: log, rows: map[string]*remoteRows{}, deletedKeys: map[string]bool{},
-		snapshotFile: snapshotFile{fileWriter: newDisk(), name: dir + "/" + indexFile, magic: indexMagic}}
+	x := &embeddedIndex{log: log, rows: map[string]*remoteRows{}, deletedKeys: map[string]bool{}}
+	x.snapshotFile = newSnapshotFile(dir+"/"+indexFile, indexMagic, new(atomic.Bool), x.eachSavedRow)
+	return x
 }
 
 // saveRow: see index.
@@ -431,7 +432,7 @@ func (x *embeddedIndex) reconcile(ctx context.Context, from objects) error {
 	x.complete.Store(false)
 	x.mu.Unlock()
 	if x.generation == 1 { // only this function changes it
-		if err := loadSnapshot(&x.snapshotFile, x.restoreRow); err != nil {
+		if err := loadSnapshot(x.snapshotFile, x.restoreRow); err != nil {
 			x.log.Warn("the index snapshot is damaged: rows are made again, but some hits and times of use are lost", "error", err)
 		}
 	}
@@ -473,27 +474,26 @@ func (x *embeddedIndex) addFound(key string, rec *record) {
 	}
 }
 
-// saveSnapshot writes the snapshot if a row has changed since the last one. It does
-// nothing before reconcile has ended: uses that are only in the old snapshot would
-// be lost.
+// saveSnapshot does nothing before reconcile has ended: uses that are only in the old
+// snapshot would be lost.
 func (x *embeddedIndex) saveSnapshot() error {
 	if !x.complete.Load() {
 		return nil
 	}
-	return x.save(func(add func(v any)) {
-		for name := range x.allTotals() {
-			_ = x.eachEntry(context.Background(), name, sortKey{}, func(e *indexEntry) bool {
-				r := e.toRow(name)
-				r.Key = "" // it follows from remote and path
-				add(r)
-				return true
-			})
-		}
-	})
+	return x.snapshotFile.saveSnapshot()
 }
 
-// Close saves the snapshot.
-func (x *embeddedIndex) Close() error { return x.saveSnapshot() }
+// eachSavedRow calls add with every row as the snapshot has it.
+func (x *embeddedIndex) eachSavedRow(add func(v any)) {
+	for name := range x.allTotals() {
+		_ = x.eachEntry(context.Background(), name, sortKey{}, func(e *indexEntry) bool {
+			r := e.toRow(name)
+			r.Key = "" // it follows from remote and path
+			add(r)
+			return true
+		})
+	}
+}
 
 // restoreRow takes a row of the snapshot into the index. A row that was saved since the
 // start stays, and the hits of both are added up.

@@ -874,8 +874,6 @@ func TestEmbeddedIndex(t *testing.T) {
 func TestLocalFreshness(t *testing.T) {
 	t.Parallel()
 	testFreshness(t, func(t *testing.T) freshness {
-		f := newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
-		t.Cleanup(func() { f.Close() })
-		return f
+		return newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
 	})
 }
