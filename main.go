@@ -483,7 +483,7 @@ const (
 )
 
 // checkBackend pings a backend and keeps the result for /health. It logs a change of
-// state, unless the backend does that itself.
+// state or of advice, unless the backend does that itself.
 func (s *server) checkBackend(b *backend) {
 	if b.ping == nil {
 		b.up.Store(true)
@@ -498,11 +498,14 @@ func (s *server) checkBackend(b *backend) {
 	was, isFirst, lasted := b.state(), b.changedAt.IsZero(), began.Sub(b.changedAt).Round(time.Second).String()
 	b.full.Store(full)
 	b.up.Store(err == nil || full)
-	if b.state() == was && !isFirst {
-		return
+	hasChanged := isFirst || b.state() != was
+	if hasChanged {
+		b.changedAt = began
 	}
-	b.changedAt = began
+	said := b.advice
+	b.advice, _ = errors.AsType[advice](err)
 	switch {
+	case !hasChanged && b.advice == said:
 	case full:
 		s.log.Error("backend is full: files are served and not stored", "backend", b.name, "kind", b.kind, "error", err)
 	case was == "full" && err == nil:

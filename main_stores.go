@@ -44,16 +44,19 @@ type verifiableObjects interface {
 // backend is one of the three backends that /health shows: what main needs to know of
 // it. Functions that a backend does not need are nil.
 type backend struct {
-	name      string                      // storage, database or redis
-	kind      string                      // what it is, for the log
-	okWord    string                      // what /health calls it while it works: ok or embedded
-	ping      func(context.Context) error // nil: it cannot be down
-	outage    *circuit                    // that logs when it goes and when it is back; nil: checkBackend does
-	seenDown  func() error                // why requests find it down, before a ping may; nil: outage knows
-	tasks     []task                      // that run as long as the server
-	close     func() error                // nil: it has nothing open
-	up, full  atomic.Bool                 // the last ping succeeded; it found no space left
-	changedAt time.Time                   // when a ping found another state than the one before; the checks alone use it
+	name     string                      // storage, database or redis
+	kind     string                      // what it is, for the log
+	okWord   string                      // what /health calls it while it works: ok or embedded
+	ping     func(context.Context) error // nil: it cannot be down
+	outage   *circuit                    // that logs when it goes and when it is back; nil: checkBackend does
+	seenDown func() error                // why requests find it down, before a ping may; nil: outage knows
+	tasks    []task                      // that run as long as the server
+	close    func() error                // nil: it has nothing open
+	up, full atomic.Bool                 // the last ping succeeded; it found no space left
+
+	// The checks alone use these.
+	changedAt time.Time // when a ping found another state than the one before
+	advice    advice    // of the last ping
 }
 
 // state is what the last ping says of the backend.

@@ -100,10 +100,8 @@ type s3Store struct {
 	invalidations
 	records *lru[cachedRecord] // of immutable files
 
-	outage   *circuit
-	check    backgroundCheck
-	logged   string    // the state of S3 that was logged last; the check's alone
-	loggedAt time.Time // likewise
+	outage *circuit
+	check  backgroundCheck
 	// lastWrite is the last write that was accepted or refused. An outage of S3 resets
 	// it to nil: the bucket may come back with other permissions.
 	lastWrite atomic.Pointer[s3Write]

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 	"strings"
 	"time"
 )
@@ -37,12 +36,12 @@ func (s *s3Store) refusesWrites() bool {
 	return last != nil && last.refusal != nil
 }
 
-// ping reports whether S3 can be used: errStoreDown if not. A change of that is
-// logged. ping ends with ctx even if S3 hangs.
+// ping reports whether S3 can be used: errStoreDown with advice if not. It ends with ctx
+// even if S3 hangs.
 func (s *s3Store) ping(ctx context.Context) error {
 	err := s.check.result(ctx, s.checkNow)
 	if err != nil {
-		return fmt.Errorf("%w: %w", errStoreDown, err)
+		return fmt.Errorf("%w: %w: %w", errStoreDown, adviceOn(err), err)
 	}
 	return nil
 }
@@ -58,7 +57,9 @@ func (s *s3Store) checkNow() error {
 	if err == nil {
 		err = s.checkWrite(ctx)
 	}
-	s.logState(err)
+	if err != nil && !errors.Is(err, errS3ReadOnly) {
+		s.lastWrite.Store(nil)
+	}
 	return err
 }
 
@@ -94,35 +95,22 @@ func (s *s3Store) checkWrite(ctx context.Context) error {
 	return s.noteWrite(err)
 }
 
-// logState logs the state of S3 that err, of a check, shows and what to do about it,
-// if it is not the state that was logged last.
-func (s *s3Store) logState(err error) {
-	// Each text names what the operator has to look at.
-	text, level := "S3 cannot be reached: files are passed on and not stored", slog.LevelError
+// advice is the part of an error that says what the operator has to look at.
+type advice string
+
+func (a advice) Error() string { return string(a) }
+
+// adviceOn returns the advice on err, of a check.
+func adviceOn(err error) advice {
 	switch {
-	case err == nil:
-		text, level = "S3 can be used", slog.LevelInfo
 	case errors.Is(err, errS3ReadOnly):
-		text = "S3 refuses writes to the bucket: new files are passed on and not stored; allow s3:PutObject and s3:DeleteObject"
+		return "S3 refuses writes to the bucket: new files are passed on and not stored; allow s3:PutObject and s3:DeleteObject"
 	case errors.Is(err, errS3NoBucket):
-		text = "the bucket does not exist and cannot be created: check MINIO_BUCKET"
+		return "the bucket does not exist and cannot be created: check MINIO_BUCKET"
 	case errors.Is(err, errS3Clock):
-		text = "S3 refuses all requests because the clocks differ: set the clock of this machine"
+		return "S3 refuses all requests because the clocks differ: set the clock of this machine"
 	case errors.Is(err, fs.ErrPermission):
-		text = "S3 refuses the credentials: check MINIO_ACCESS_KEY and MINIO_SECRET_KEY, and that they may read and list the bucket"
+		return "S3 refuses the credentials: check MINIO_ACCESS_KEY and MINIO_SECRET_KEY, and that they may read and list the bucket"
 	}
-	if err != nil && !errors.Is(err, errS3ReadOnly) {
-		s.lastWrite.Store(nil)
-	}
-	if text == s.logged {
-		return
-	}
-	attrs := []any{"endpoint", s.client.cfg.host, "bucket", s.client.cfg.bucket}
-	if err != nil {
-		attrs = append(attrs, "error", err)
-	} else if s.logged != "" {
-		attrs = append(attrs, "after", s.now().Sub(s.loggedAt).Round(time.Second).String())
-	}
-	s.logged, s.loggedAt = text, s.now()
-	s.log.Log(context.Background(), level, text, attrs...)
+	return "S3 cannot be reached: files are passed on and not stored"
 }

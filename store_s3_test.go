@@ -664,23 +664,26 @@ func TestS3PingLogsOnce(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := newS3Bench(t)
+			s := &server{log: b.store.log, cache: &cache{metrics: newMetrics()}}
+			storage := &backend{name: "storage", okWord: "ok", ping: b.store.ping}
+			check := func(want string) {
+				t.Helper()
+				for range 3 {
+					s.checkBackend(storage)
+					if storage.state() != want {
+						t.Errorf("the state is %s, want %s", storage.state(), want)
+					}
+				}
+			}
 			c.spoil(b)
-			for range 3 {
-				if err := b.store.ping(t.Context()); !errors.Is(err, errStoreDown) {
-					t.Errorf("ping: %v", err)
-				}
-			}
+			check("down")
 			c.heal(b)
-			for range 3 {
-				if err := b.store.ping(t.Context()); err != nil {
-					t.Errorf("ping: %v", err)
-				}
-			}
+			check("ok")
 			if n := b.log.count(c.want); n != 1 {
 				t.Errorf("%d lines say %q, want one: %s", n, c.want, b.log.b.String())
 			}
-			if n := b.log.count("S3 can be used"); n != 1 {
-				t.Errorf("%d lines say that it is well again", n)
+			if n := b.log.count("backend is "); n != 2 {
+				t.Errorf("%d lines say that it is down or well again, want one each", n)
 			}
 			if b.log.count(b.fake.secret) > 0 {
 				t.Error("the secret is in the log")
