@@ -273,7 +273,7 @@ func (a *api) chooseRemote(p *page, r *http.Request, cfg *config, name string) e
 
 // requestOrigin is the scheme and host that a client asked us by, through a proxy or
 // not.
-func requestOrigin(r *http.Request) (origin *url.URL) {
+func requestOrigin(r *http.Request) *url.URL {
 	scheme := "http"
 	if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
 		scheme = "https"
@@ -344,8 +344,6 @@ func integer(v any) (n int64, known bool) {
 	switch v := v.(type) {
 	case int64:
 		return v, true
-	case uint64:
-		return int64(v), true
 	case int:
 		return int64(v), true
 	case *int64:

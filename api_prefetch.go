@@ -1,5 +1,7 @@
 // api_prefetch.go: POST /cache-artifact, which fetches files before clients ask for
-// them: what may be asked for, and how it is read.
+// them: what may be asked for, and the run that does it. One goroutine finds files,
+// others fetch them, and the goroutine of the request writes the events that tell of
+// them.
 
 package main
 
@@ -7,11 +9,19 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
+	"math"
 	"mime"
 	"net/http"
+	"net/url"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
 )
 
 const (
@@ -19,6 +29,14 @@ const (
 	// memory as a whole, text is not.
 	maxPrefetchJSON = 16 << 20
 	maxPrefetchText = 64 << 20
+	// maxPrefetchRuns bounds the runs at once: a long one and another beside it.
+	maxPrefetchRuns = 2
+	// prefetchWorkers is how many files a run fetches at once: a fraction of the
+	// places that a remote has for all its clients. Who finds them is one of these.
+	prefetchWorkers = 8
+	// maxPrefetchFiles bounds the files of a run, which take some 300 bytes of memory
+	// each. Large repositories have a quarter of it for one architecture.
+	maxPrefetchFiles = 250_000
 )
 
 // prefetchRequest says what to fetch: what pattern finds, or paths, or images, of one
@@ -63,7 +81,7 @@ func (a *api) servePrefetch(w *response, r *http.Request) error {
 	if err := p.readBody(w, r, mediaType == "application/json"); err != nil {
 		return newBodyError(err)
 	}
-	a.runs.begin(p)
+	p.begun.Store(true)
 	return p.run(w, !strings.Contains(r.Header.Get("Accept"), "application/json"))
 }
 
@@ -179,4 +197,295 @@ func (p *prefetchRun) readRequest(req *prefetchRequest) (err error) {
 		}
 	}
 	return nil
+}
+
+// The events of a run. Their JSON is part of the API.
+type (
+	fileEvent struct {
+		Event  string `json:"event"`
+		Remote string `json:"remote"` // "": the path is a URL of no remote
+		Path   string `json:"path"`
+	}
+	foundEvent struct {
+		fileEvent
+		Size   *int64 `json:"size"` // null: not known
+		Stored bool   `json:"stored"`
+	}
+	doneEvent struct {
+		fileEvent
+		Bytes  int64  `json:"bytes"`
+		Source string `json:"source"` // remote or cache
+	}
+	failedEvent struct {
+		fileEvent
+		Status int    `json:"status"`
+		Detail string `json:"detail"`
+	}
+	progressEvent struct {
+		Event          string `json:"event"`
+		Found          int64  `json:"found"`
+		Done           int64  `json:"done"`
+		Failed         int64  `json:"failed"`
+		Bytes          int64  `json:"bytes"`
+		BytesPerSecond int64  `json:"bytes_per_second"` // from upstream, in the last second
+	}
+	summaryEvent struct {
+		Event   string  `json:"event"`
+		Found   int64   `json:"found"`
+		Fetched int64   `json:"fetched"`
+		Cached  int64   `json:"cached"`
+		Failed  int64   `json:"failed"`
+		Bytes   int64   `json:"bytes"` // of a dry run: of what was found, as far as known
+		Seconds float64 `json:"seconds"`
+		DryRun  bool    `json:"dry_run"`
+	}
+)
+
+// prefetchRuns are the runs that go on. Its methods may be called concurrently.
+type prefetchRuns struct {
+	mu      sync.Mutex // guards the fields below
+	runs    []*prefetchRun
+	stopped bool
+}
+
+// errStopped ends the runs when the server stops.
+var errStopped = newProblem(http.StatusServiceUnavailable, "the server stops: what is missing is fetched by another run")
+
+// stop ends all runs: they could take hours, and clients can repeat them.
+func (s *prefetchRuns) stop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stopped = true
+	for _, p := range s.runs {
+		p.cancel(errStopped)
+	}
+}
+
+// addRun adds a run whose request is still to be read. Its error is a problem: there are
+// enough, or the server stops.
+func (s *prefetchRuns) addRun(p *prefetchRun) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.stopped:
+		return errStopped
+	case len(s.runs) >= maxPrefetchRuns:
+		return &problem{status: http.StatusTooManyRequests, retryAfter: 10 * time.Second, detail: "two prefetch runs go on already: try again when one has ended"}
+	}
+	s.runs = append(s.runs, p)
+	return nil
+}
+
+func (s *prefetchRuns) remove(p *prefetchRun) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.runs = slices.DeleteFunc(s.runs, func(other *prefetchRun) bool { return other == p })
+}
+
+// list returns the runs that have begun, the oldest first. Of each remote, dryRun,
+// started and progress may be used.
+func (s *prefetchRuns) list() []*prefetchRun {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(s.runs), func(p *prefetchRun) bool { return !p.begun.Load() })
+}
+
+// prefetchRun is one run.
+type prefetchRun struct {
+	api     *api
+	cfg     *config // of the whole run
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+	started time.Time
+	begun   atomic.Bool // its request was read, and does not change any more
+
+	// What is asked for: files that are named, or what pattern finds in a remote.
+	named     []wantedFile
+	remote    *remote        // nil: several
+	pattern   *regexp.Regexp // nil: the files are named
+	prefix    string         // of decoded paths; "", or with a slash at its end
+	platforms []string
+	dryRun    bool
+
+	jobs   chan job     // it has room for all: sending never blocks
+	events chan any     // it ends when all other goroutines have ended
+	read   byteCounter  // from upstream in this second
+	rate   atomic.Int64 // bytes, in the last second
+
+	mu  sync.Mutex // guards sum
+	sum summaryEvent
+}
+
+// job is a file of a run: its path here, and its size, or 0 if that is not known.
+type job struct {
+	way  string
+	size int64
+}
+
+// byteCounter is an io.Writer that counts.
+type byteCounter struct{ atomic.Int64 }
+
+func (c *byteCounter) Write(p []byte) (int, error) {
+	c.Add(int64(len(p)))
+	return len(p), nil
+}
+
+// run fetches what is asked for, and answers.
+func (p *prefetchRun) run(w *response, withEvents bool) error {
+	p.jobs, p.events = make(chan job, maxPrefetchFiles), make(chan any, 64)
+	var running sync.WaitGroup
+	fetchFound := func() {
+		for j := range p.jobs {
+			p.fetch(j, &p.read, false)
+		}
+	}
+	running.Go(func() {
+		(&prefetchFinder{prefetchRun: p, seen: map[string]struct{}{}}).find()
+		close(p.jobs)
+		fetchFound()
+	})
+	for range prefetchWorkers - 1 {
+		running.Go(fetchFound)
+	}
+	go func() {
+		running.Wait()
+		close(p.events)
+	}()
+	err := p.answer(w, withEvents)
+	p.cancel(nil)
+	for range p.events { // until all have ended
+	}
+	return err
+}
+
+// answer writes the events as they come; without them, the summary at the end.
+func (p *prefetchRun) answer(w *response, withEvents bool) error {
+	write := func(any) error { return nil }
+	if withEvents {
+		w.Header().Set("Content-Type", "application/x-ndjson")
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		lines := json.NewEncoder(w)
+		write = func(e any) error {
+			if err := lines.Encode(e); err != nil || len(p.events) > 0 {
+				return err
+			}
+			return w.controller.Flush()
+		}
+	}
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	for {
+		var e any // nil: there are no more
+		select {
+		case e = <-p.events:
+		case <-ticker.C:
+			p.rate.Store(p.read.Swap(0))
+			e = p.progress()
+		}
+		switch {
+		case e != nil:
+			if err := write(e); err != nil {
+				return fmt.Errorf("%w: %w", errClientGone, err)
+			}
+		case p.ctx.Err() != nil:
+			return context.Cause(p.ctx)
+		case withEvents:
+			return write(p.summary())
+		default:
+			return writeJSON(w, p.summary())
+		}
+	}
+}
+
+// tell counts by count, and hands the event to the goroutine that writes it.
+func (p *prefetchRun) tell(event any, count func(sum *summaryEvent)) {
+	p.mu.Lock()
+	count(&p.sum)
+	p.mu.Unlock()
+	p.events <- event
+}
+
+// fail tells of a file that cannot be had.
+func (p *prefetchRun) fail(remote, path string, err error) {
+	status, detail := statusAndDetail(err)
+	p.tell(failedEvent{fileEvent{"failed", remote, path}, status, detail}, func(sum *summaryEvent) { sum.Failed++ })
+}
+
+// summary says what the run has done so far.
+func (p *prefetchRun) summary() summaryEvent {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	s := p.sum
+	s.Event, s.DryRun = "summary", p.dryRun
+	s.Seconds = math.Round(p.api.now().Sub(p.started).Seconds()*1000) / 1000
+	return s
+}
+
+// progress says how far the run is.
+func (p *prefetchRun) progress() progressEvent {
+	s := p.summary()
+	return progressEvent{"progress", s.Found, s.Fetched + s.Cached, s.Failed, s.Bytes, p.rate.Load()}
+}
+
+// findFile returns the file at a path here, which is escaped and may have a query. Its
+// errors are those that a GET would get; with an error the file has what is known.
+func (p *prefetchRun) findFile(way string) (fileRequest, error) {
+	escaped, query, _ := strings.Cut(way, "?")
+	first, rest, _ := strings.Cut(trimEmptySegments(escaped), "/")
+	if first != "api" {
+		u, err := url.Parse(way)
+		if err != nil {
+			return fileRequest{}, newProblem(http.StatusBadRequest, "this is not the path of a URL")
+		}
+		return p.api.registry.findFile(p.cfg, u)
+	}
+	name, escaped, _ := strings.Cut(trimEmptySegments(strings.TrimPrefix(rest, "v1/remote/")), "/")
+	t, err := p.cfg.resolveTarget(name, escaped, query)
+	switch {
+	case err != nil:
+	case t.path == "":
+		err = newProblem(http.StatusBadRequest, "this names no file of remote %q", name)
+	default:
+		err = t.classify()
+	}
+	return fileRequest{target: t}, err
+}
+
+// fetch fetches a file that was found, and returns its record, or nil. What comes from
+// upstream is written to w. A manifest is written whole wherever it is, in a dry run too.
+func (p *prefetchRun) fetch(j job, w io.Writer, isManifest bool) *record {
+	file, err := p.findFile(j.way)
+	if err != nil || p.ctx.Err() != nil { // err was nil when the job was added
+		return nil
+	}
+	name := file.remote.name
+	found := foundEvent{fileEvent{"found", name, file.path}, nil, false}
+	if rec := storedRecord(p.ctx, p.api.cache, file); rec != nil {
+		found.Size, found.Stored = &rec.Size, true
+	} else if j.size > 0 {
+		found.Size = &j.size
+	}
+	p.tell(found, func(sum *summaryEvent) {
+		if p.dryRun && found.Size != nil {
+			sum.Bytes += *found.Size
+		}
+	})
+	if p.dryRun && !isManifest {
+		return nil
+	}
+	rec, source, err := prefetch(p.ctx, p.api.cache, file, w, isManifest)
+	switch {
+	case err != nil:
+		p.fail(name, file.path, err)
+	case !p.dryRun:
+		p.tell(doneEvent{fileEvent{"done", name, file.path}, rec.Size, source}, func(sum *summaryEvent) {
+			sum.Bytes += rec.Size
+			if source == "cache" {
+				sum.Cached++
+			} else {
+				sum.Fetched++
+			}
+		})
+	}
+	return rec
 }

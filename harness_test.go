@@ -192,7 +192,7 @@ func (tt *tester) begin() {
 	if err := s.stores.embedded.reconcile(context.Background(), s.stores.disk); err != nil {
 		tt.Fatal(err)
 	}
-	if !s.ownsDataDir {
+	if s.stores.disk.owner == nil {
 		tt.Fatal("DATA_DIR is still held by another server")
 	}
 	if tt.setup.unserved {

@@ -199,9 +199,6 @@ type server struct {
 	// loadedContents as they were last loaded. The start writes both, then watchFiles
 	// alone.
 	seenContents, loadedContents [sha256.Size]byte
-	// ownsDataDir reports whether this process has the lock on DATA_DIR, hasTriedDataDir
-	// whether it has asked for it. The start writes them, then the sweeping loop alone.
-	ownsDataDir, hasTriedDataDir bool
 }
 
 // runServer runs the server until ctx ends or listening fails.
@@ -248,13 +245,18 @@ func (s *server) newHandler() http.Handler {
 		d.statEvery = 100 * time.Millisecond
 	}
 	st.disk.isIrreplaceable = func(remote string) bool { return s.config.Load().isIrreplaceable(remote) }
-	s.openData()
+	s.openData(true)
 	up := newUpstream(func(reach addressKind) http.RoundTripper { return newTransport(reach) }, time.Now, s.log, metrics)
 	up.version = buildVersion()
 	s.cache = newCache(cacheStores{st.objects, st.index, st.freshness, st.space, st.replicas, st.replicaKey}, up, time.Now, s.log, metrics)
 	st.snapshots = append(st.snapshots, newMissedSnapshot(s.set.dataDir, &s.cache.missed, s.log).saveSnapshot)
 	s.cache.evictor.config, s.cache.evictor.limit = s.config.Load, s.set.maxSize
-	st.useEvictor(s.cache.evictor)
+	if st.sql != nil { // one replica at a time evicts
+		s.cache.evictor.alone = st.sql.whileAlone
+	}
+	if st.hot == nil { // else hot copies make room
+		st.space.reclaimer = s.cache.evictor
+	}
 	s.cache.isInTrouble = st.isInTrouble
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	s.runs = &prefetchRuns{}
@@ -281,7 +283,12 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 		IdleTimeout:       2 * time.Minute,  // longer than the pauses between a client's requests
 		MaxHeaderBytes:    60 << 10,         // net/http adds 4 KiB: more than 64 KiB is answered 431
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
-		TLSConfig:         s.tlsConfig(),
+	}
+	if s.set.tlsCert != "" {
+		srv.TLSConfig = &tls.Config{
+			MinVersion:     tls.VersionTLS12,
+			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.cert.Load(), nil }, // each handshake takes the one in force
+		}
 	}
 	serveFailed := make(chan error, 1)
 	loops.Go(func() {
@@ -444,13 +451,13 @@ func (s *server) runTask(ctx context.Context, t task) {
 // openData locks DATA_DIR unless this process has the lock already. The owner of
 // the lock may remove the temporary files that an earlier process left. Another
 // process that uses DATA_DIR is unusual but harmless.
-func (s *server) openData() {
-	if s.ownsDataDir {
+func (s *server) openData(isStart bool) {
+	if s.stores.disk.owner != nil {
 		return
 	}
 	locked, err := s.stores.disk.lockData()
 	switch {
-	case s.hasTriedDataDir && !locked: // the log says so
+	case !isStart && !locked: // the log says so
 	case err != nil: // a disk that cannot be used at all is told of by checkBackend
 		s.log.Debug("DATA_DIR cannot be locked", "dir", s.set.dataDir, "error", err)
 	case !locked:
@@ -462,12 +469,11 @@ func (s *server) openData() {
 			}
 		}
 	}
-	s.ownsDataDir, s.hasTriedDataDir = locked, true
 }
 
 // sweepDisks removes the files that crashes left in DATA_DIR.
 func (s *server) sweepDisks(ctx context.Context) error {
-	s.openData()
+	s.openData(false)
 	var errs []error
 	for _, d := range s.stores.disks {
 		errs = append(errs, d.sweep(ctx))
@@ -632,18 +638,6 @@ func (s *server) loadCertificate() error {
 		s.log.Info("certificate loaded", "subject", cert.Leaf.Subject.String(), "until", cert.Leaf.NotAfter)
 	}
 	return nil
-}
-
-// tlsConfig returns the listener's TLS settings, or nil for plain HTTP. Each
-// handshake takes the certificate in force.
-func (s *server) tlsConfig() *tls.Config {
-	if s.set.tlsCert == "" {
-		return nil
-	}
-	return &tls.Config{
-		MinVersion:     tls.VersionTLS12,
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.cert.Load(), nil },
-	}
 }
 
 // newGatheringLogger returns the logger of newLogger, whose lines are written many at

@@ -1,4 +1,4 @@
-// main_commands.go: the commands beside serve: check, verify, reindex.
+// main_commands.go: the commands beside serve: check, healthcheck, verify, reindex.
 
 package main
 
@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
+	"net/http"
 	"os"
 	"time"
 )
@@ -44,6 +46,46 @@ func loadConfig(name string, env lookupEnv) (*config, error) {
 		return nil, fmt.Errorf("reading the configuration: %w (CONFIG_PATH names the file)", err)
 	}
 	return parseConfig(name, data, env)
+}
+
+// askHealth asks /health of the server on this machine and returns nil for 200.
+// It is HEALTHCHECK's command, because the image has no shell and no curl.
+func askHealth(ctx context.Context, set *settings) error {
+	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, localURL(set)+"/health", nil)
+	if err != nil {
+		return fmt.Errorf("LISTEN_ADDR: %w", err)
+	}
+	res, err := newLocalClient().Do(req)
+	if err != nil {
+		return fmt.Errorf("asking /health: %w", err)
+	}
+	res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("/health answered %s", res.Status)
+	}
+	return nil
+}
+
+// healthTimeout bounds healthcheck. /health answers within 100 ms, and Docker
+// itself waits 30 s by default.
+const healthTimeout = 3 * time.Second
+
+// localURL returns the URL of the server on this machine.
+func localURL(set *settings) string {
+	host, _, _ := net.SplitHostPort(set.listen)
+	if ip := net.ParseIP(host); host == "" || (ip != nil && ip.IsUnspecified()) {
+		host = "localhost"
+	}
+	return set.urlAt(host)
+}
+
+// newLocalClient returns a client for the server on this machine. Its certificate is not
+// verified: it holds the server's public name, not localhost. No proxy is used:
+// HTTP_PROXY and the like are for upstreams.
+func newLocalClient() *http.Client {
+	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
 }
 
 // verifyStored hashes everything stored and drops what does not match its record.

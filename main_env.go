@@ -73,9 +73,8 @@ func parseSettings(env lookupEnv) (*settings, error) {
 		tlsCert:    p.readString("TLS_CERT_FILE", ""),
 		tlsKey:     p.readString("TLS_KEY_FILE", ""),
 		logFormat:  p.readOneOf("LOG_FORMAT", "", "text", "json"),
+		sealed:     p.readBool("SEALED", "false"),
 	}
-	sealed := p.readOneOf("SEALED", "false", "true", "false", "1", "0")
-	set.sealed = sealed == "true" || sealed == "1"
 	level := p.readOneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error")
 	_ = set.logLevel.UnmarshalText([]byte(level)) // readOneOf has reported another word
 	_, port, err := net.SplitHostPort(set.listen)
@@ -190,18 +189,22 @@ func (p *envReader) readOneOf(name, defaultValue string, values ...string) strin
 	return v
 }
 
+// readBool reads true or false, which may be written as 1 or 0.
+func (p *envReader) readBool(name, defaultValue string) bool {
+	v := p.readOneOf(name, defaultValue, "true", "false", "1", "0")
+	return v == "true" || v == "1"
+}
+
 // readS3 reads the variables of S3 into c. MINIO_ENDPOINT is host:port or a URL, whose
 // scheme must not contradict MINIO_SECURE.
 func (p *envReader) readS3(c *s3Config) {
 	endpoint := p.readString("MINIO_ENDPOINT", "")
-	secure := p.readOneOf("MINIO_SECURE", "", "true", "false", "1", "0")
-	region := p.readString("MINIO_REGION", "us-east-1")
-	virtual := p.readOneOf("MINIO_VIRTUAL_HOST", "false", "true", "false", "1", "0")
+	given := s3Config{bucket: p.readString("MINIO_BUCKET", ""), accessKey: p.readString("MINIO_ACCESS_KEY", ""), secretKey: p.readString("MINIO_SECRET_KEY", ""),
+		region: p.readString("MINIO_REGION", "us-east-1"), secure: p.readBool("MINIO_SECURE", ""), virtualHost: p.readBool("MINIO_VIRTUAL_HOST", "false")}
 	if endpoint == "" {
 		return
 	}
-	*c = s3Config{bucket: p.readString("MINIO_BUCKET", ""), accessKey: p.readString("MINIO_ACCESS_KEY", ""), secretKey: p.readString("MINIO_SECRET_KEY", ""),
-		region: region, virtualHost: virtual == "true" || virtual == "1"}
+	*c = given
 	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
 		if v[1] != "" && !namePattern.MatchString(v[1]) {
 			p.addError(v[0], "%q is not a valid name: use letters, digits, '.', '_' and '-'", v[1])
@@ -210,8 +213,8 @@ func (p *envReader) readS3(c *s3Config) {
 	if n := len(c.bucket); n > 0 && (n < 3 || n > 63) {
 		p.addError("MINIO_BUCKET", "%q is not the name of a bucket: those have 3 to 63 characters", c.bucket)
 	}
-	scheme := "http"
-	if secure == "true" || secure == "1" {
+	scheme, secure := "http", p.readString("MINIO_SECURE", "")
+	if c.secure {
 		scheme = "https"
 	}
 	if !strings.Contains(endpoint, "://") {
@@ -290,13 +293,15 @@ func (set *settings) redisPrefix() string {
 // ADVERTISE_URL, or the scheme and port that it listens on at localIP, which is the
 // local address of its connection to Redis.
 func (set *settings) advertisedURL(localIP string) string {
-	if set.advertise != "" {
-		return set.advertise
-	}
+	return cmp.Or(set.advertise, set.urlAt(localIP))
+}
+
+// urlAt returns the URL of this server, which is reached at host.
+func (set *settings) urlAt(host string) string {
 	scheme := "http"
 	if set.tlsCert != "" {
 		scheme = "https"
 	}
 	_, port, _ := net.SplitHostPort(set.listen) // parseSettings has checked it
-	return scheme + "://" + net.JoinHostPort(localIP, port)
+	return scheme + "://" + net.JoinHostPort(host, port)
 }

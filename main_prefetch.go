@@ -36,11 +36,7 @@ func runPrefetch(ctx context.Context, set *settings, args []string, stdin io.Rea
 	}
 	client, url := &http.Client{Transport: &http.Transport{}}, strings.TrimRight(*server, "/")
 	if url == "" {
-		var err error
-		if url, err = localURL(set); err != nil {
-			return err
-		}
-		client = newLocalClient()
+		client, url = newLocalClient(), localURL(set)
 	}
 	defer client.CloseIdleConnections()
 	name, prefix, _ := strings.Cut(flags.Arg(0), "/") // no remote has a slash in its name

@@ -175,10 +175,7 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 		},
 		tasks: []task{
 			{doing: "finding hot copies", step: hot.findCopies},
-			{doing: "looking for an earlier store", step: func(ctx context.Context) error {
-				st.reportEarlierStore(ctx, log)
-				return nil
-			}},
+			{doing: "looking for an earlier store", step: st.reportEarlierStore},
 			{doing: "sweeping unfinished uploads", every: time.Hour, atStart: true, step: s3.sweep},
 		},
 		close: func() error {
@@ -203,27 +200,17 @@ func (st *stores) gauges() (all []family) {
 }
 
 // reportEarlierStore logs an error if DATA_DIR holds files although they are in S3 now.
-func (st *stores) reportEarlierStore(ctx context.Context, log *slog.Logger) {
+func (st *stores) reportEarlierStore(ctx context.Context) error {
 	n := 0
 	_ = st.disk.walk(ctx, func(string, *record) error { // where nothing can be read there is nothing to say
 		n++
 		return nil
 	})
 	if n > 0 {
-		log.Error("DATA_DIR holds files of an earlier store on disk, which are not served: bring them to S3 with artifactapi export (without MINIO_ENDPOINT) and artifactapi import",
+		st.disk.log.Error("DATA_DIR holds files of an earlier store on disk, which are not served: bring them to S3 with artifactapi export (without MINIO_ENDPOINT) and artifactapi import",
 			"files", n, "dir", st.disk.dir)
 	}
-}
-
-// useEvictor has ev evict beside the other replicas, and make room on the disk if the
-// files are there.
-func (st *stores) useEvictor(ev *evictor) {
-	if st.sql != nil {
-		ev.alone = st.sql.whileAlone
-	}
-	if st.hot == nil {
-		st.space.reclaimer = ev
-	}
+	return nil
 }
 
 // pingDisk returns nil if files can be stored in DATA_DIR, and errNoSpace if it is full.

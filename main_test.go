@@ -304,7 +304,7 @@ func TestSettingsAreShownWithoutTheirSecrets(t *testing.T) {
 // that are strings.
 func environmentOf(t *testing.T) (names []string, defaults map[string]string) {
 	p := readProgram(t)
-	reads := map[string]bool{"readString": true, "readSize": true, "readOneOf": true}
+	reads := map[string]bool{"readString": true, "readSize": true, "readOneOf": true, "readBool": true}
 	defaults = map[string]string{}
 	p.each(func(file string, n goast.Node) {
 		call, ok := n.(*goast.CallExpr)

@@ -47,7 +47,10 @@ func (m *metrics) writeExposition(w io.Writer, remoteNames []string, known []fam
 	}
 	e, remotes := &exposition{}, *m.remotes.Load()
 	for _, f := range slices.Concat(known, m.families(remotes), processFamilies()) {
-		e.writeFamily(f)
+		e.beginFamily(f.name, f.kind, f.help)
+		for _, v := range sortedKeys(f.values) {
+			e.writeSample(f.name, f.values[v], f.label, v)
+		}
 	}
 	e.writeRequests(remotes)
 	e.writeUpstreamErrors(remotes)
@@ -133,14 +136,6 @@ func (e *exposition) writeHistograms(name, help, label string, values []string, 
 		}
 		e.writeSample(name+"_sum", float64(h.sum.Load())/1e6, label, value)
 		e.writeSample(name+"_count", float64(n), label, value)
-	}
-}
-
-// writeFamily writes a family and a sample for each of its values.
-func (e *exposition) writeFamily(f family) {
-	e.beginFamily(f.name, f.kind, f.help)
-	for _, v := range sortedKeys(f.values) {
-		e.writeSample(f.name, f.values[v], f.label, v)
 	}
 }
 

@@ -306,14 +306,13 @@ func (x *sqlIndex) writeChanges(ctx context.Context, changes []rowChange) error 
 
 // Close ends all connections. Changes that wait have one more attempt.
 func (x *sqlIndex) Close() error {
-	if waiting, _ := x.pending.state(); waiting == 0 {
-		return x.db.Close()
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), sqlWriteTimeout)
 	defer cancel()
-	if err := x.writePending(ctx); err != nil {
-		waiting, _ := x.pending.state()
-		x.log.Warn("index rows are lost: they come back with the next use of their file or with reindex", "rows", waiting, "error", err)
+	if waiting, _ := x.pending.state(); waiting > 0 {
+		if err := x.writePending(ctx); err != nil {
+			waiting, _ = x.pending.state()
+			x.log.Warn("index rows are lost: they come back with the next use of their file or with reindex", "rows", waiting, "error", err)
+		}
 	}
 	return x.db.Close()
 }
