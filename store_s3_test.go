@@ -748,8 +748,8 @@ func TestS3ClockOfAnHourAgo(t *testing.T) {
 	if !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "behind the server's: set it") {
 		t.Errorf("ping: %v", err)
 	}
-	if b.log.count("set the clock of this machine") != 1 || b.log.count("cannot be reached") > 0 {
-		t.Errorf("the log does not name the clock: %s", b.log.b.String())
+	if s := err.Error(); !strings.Contains(s, "set the clock of this machine") || strings.Contains(s, "cannot be reached") {
+		t.Errorf("the error does not name the clock: %s", s)
 	}
 }
 
@@ -870,7 +870,7 @@ func BenchmarkS3Hit(b *testing.B) {
 				b.Fatal(err)
 			}
 			benchReads(b, "direct", size, func() (io.ReadCloser, error) {
-				o, err := s.client.getObject(b.Context(), testKey("bench"), s3GetInput{})
+				o, err := s.client.getObject(b.Context(), testKey("bench"), 0, "")
 				if err != nil {
 					return nil, err
 				}
