@@ -393,9 +393,8 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 			s.cache.evictor.evictFiles(ctx)
 			return nil
 		}},
-		// A sweep reads all directories. It runs in the background from the start on,
-		// so that the first request does not wait for it.
-		{doing: "sweeping temporary files", every: time.Hour, atStart: true, step: s.sweepDisks},
+		// A sweep reads all directories: the first request does not wait for it.
+		{doing: "sweeping temporary files", every: time.Hour, step: s.sweepDisks},
 		{doing: "sampling for the page", every: trendStep, step: func(context.Context) error {
 			s.cache.metrics.sampleTrend()
 			return nil
@@ -403,7 +402,7 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 		{doing: "saving snapshots", every: 5 * time.Minute, step: s.stores.saveSnapshots},
 	}
 	for _, b := range s.stores.backends {
-		tasks = append(tasks, task{doing: "checking a backend", every: checkEvery, atStart: true, step: func(context.Context) error {
+		tasks = append(tasks, task{doing: "checking a backend", every: checkEvery, step: func(context.Context) error {
 			s.checkBackend(b)
 			return nil
 		}})
@@ -422,23 +421,21 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 // a backend that is down needs some time.
 const taskRetryPause = 10 * time.Second
 
-// runTask runs a task until ctx ends, or until it has succeeded where that is enough.
-// What fails is tried again at the next tick.
+// runTask runs a task from the start on until ctx ends, or until it has succeeded where
+// that is enough. What fails is tried again at the next tick.
 func (s *server) runTask(ctx context.Context, t task) {
 	once, level := t.every == 0, slog.LevelDebug
 	if once {
-		t.every, t.atStart, level = taskRetryPause, true, slog.LevelWarn
+		t.every, level = taskRetryPause, slog.LevelWarn
 	}
 	ticker := time.NewTicker(t.every)
 	defer ticker.Stop()
-	for first := true; ; first = false {
-		if t.atStart || !first {
-			err := t.step(ctx)
-			if err != nil && ctx.Err() == nil {
-				s.log.Log(ctx, level, "a background task failed and will be tried again", "task", t.doing, "after", t.every.String(), "error", err)
-			} else if once {
-				return
-			}
+	for {
+		err := t.step(ctx)
+		if err != nil && ctx.Err() == nil {
+			s.log.Log(ctx, level, "a background task failed and will be tried again", "task", t.doing, "after", t.every.String(), "error", err)
+		} else if once {
+			return
 		}
 		select {
 		case <-ticker.C:

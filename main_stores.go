@@ -86,10 +86,9 @@ func (st *stores) isInTrouble(store string) bool {
 
 // task is a step that runs in the background, again and again.
 type task struct {
-	doing   string        // for the log: "saving snapshots"
-	every   time.Duration // 0: once, and again after a while until it succeeds
-	atStart bool          // not only after the first pause
-	step    func(context.Context) error
+	doing string        // for the log: "saving snapshots"
+	every time.Duration // 0: once, and again after a while until it succeeds
+	step  func(context.Context) error
 }
 
 // openStores makes the stores without connecting to any of them, so that a backend
@@ -138,7 +137,7 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 		st.index = st.embedded
 		st.snapshots = append(st.snapshots, st.embedded.saveSnapshot)
 		st.backends = append(st.backends, &backend{name: "database", kind: "embedded", okWord: "embedded",
-			tasks: []task{{doing: "loading the index", every: 5 * time.Second, atStart: true,
+			tasks: []task{{doing: "loading the index", every: 5 * time.Second,
 				step: func(ctx context.Context) error { return st.embedded.followStore(ctx, st.objects) }}}})
 		return nil
 	}
@@ -176,7 +175,7 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 		tasks: []task{
 			{doing: "finding hot copies", step: hot.findCopies},
 			{doing: "looking for an earlier store", step: st.reportEarlierStore},
-			{doing: "sweeping unfinished uploads", every: time.Hour, atStart: true, step: s3.sweep},
+			{doing: "sweeping unfinished uploads", every: time.Hour, step: s3.sweep},
 		},
 		close: func() error {
 			hot.Close()

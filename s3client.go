@@ -121,12 +121,6 @@ type s3Object struct {
 	body io.ReadCloser     // nil from headObject
 }
 
-// s3GetInput says which part of an object is wanted, and on which condition.
-type s3GetInput struct {
-	off     int64  // from there to the end
-	ifMatch string // an ETag; another one is errS3PreconditionFailed
-}
-
 // s3PutInput is an object to store.
 type s3PutInput struct {
 	body        io.ReaderAt // read several times: parts are hashed first, and sent again after a fault
@@ -184,13 +178,14 @@ func newS3Transport() *http.Transport {
 	}
 }
 
-// getObject opens an object: its metadata, its whole size and its body from g.off
-// come with one request. The caller closes the body. An answer with other bytes
-// than those that were asked for is refused (RFC 9110 section 14.4).
-func (c *s3Client) getObject(ctx context.Context, key string, g s3GetInput) (*s3Object, error) {
-	header := map[string]string{"If-Match": g.ifMatch}
-	if g.off > 0 { // of an empty object a server would refuse even bytes=0-
-		header["Range"] = fmt.Sprintf("bytes=%d-", g.off)
+// getObject opens an object: its metadata, its whole size and its body from off come
+// with one request. The caller closes the body. An object that does not have the ETag
+// ifMatch, if there is one, is errS3PreconditionFailed. An answer with other bytes than
+// those that were asked for is refused (RFC 9110 section 14.4).
+func (c *s3Client) getObject(ctx context.Context, key string, off int64, ifMatch string) (*s3Object, error) {
+	header := map[string]string{"If-Match": ifMatch}
+	if off > 0 { // of an empty object a server would refuse even bytes=0-
+		header["Range"] = fmt.Sprintf("bytes=%d-", off)
 	}
 	resp, err := c.sendWithRetries(ctx, &s3Operation{doing: "getting", method: "GET", key: key, header: header,
 		timeout: s3ReadTimeout, keepBody: true})
@@ -198,11 +193,11 @@ func (c *s3Client) getObject(ctx context.Context, key string, g s3GetInput) (*s3
 		return nil, err
 	}
 	o := objectFromResponse(resp)
-	o.size += g.off
+	o.size += off
 	o.body = resp.Body
 	valid, contentRange := resp.StatusCode == http.StatusOK, resp.Header.Get("Content-Range")
-	if g.off > 0 {
-		valid = resp.StatusCode == http.StatusPartialContent && contentRange == fmt.Sprintf("bytes %d-%d/%d", g.off, o.size-1, o.size)
+	if off > 0 {
+		valid = resp.StatusCode == http.StatusPartialContent && contentRange == fmt.Sprintf("bytes %d-%d/%d", off, o.size-1, o.size)
 	}
 	if !valid || resp.ContentLength < 0 {
 		resp.Body.Close()

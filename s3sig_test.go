@@ -208,7 +208,7 @@ func pattern(n int) []byte {
 
 func wantObject(t *testing.T, c *s3Client, key string, data []byte) *s3Object {
 	t.Helper()
-	o, err := c.getObject(t.Context(), key, s3GetInput{})
+	o, err := c.getObject(t.Context(), key, 0, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -305,18 +305,18 @@ func testS3Keys(t *testing.T, c *s3Client) {
 func testS3Ranges(t *testing.T, c *s3Client) {
 	data := pattern(1000)
 	mustPut(t, c, "range", putOf(data))
-	for _, g := range []s3GetInput{{}, {off: 1}, {off: 990}, {off: 999}} {
-		o, err := c.getObject(t.Context(), "range", g)
+	for _, off := range []int64{0, 1, 990, 999} {
+		o, err := c.getObject(t.Context(), "range", off, "")
 		if err != nil {
-			t.Fatalf("%+v: %v", g, err)
+			t.Fatalf("%d: %v", off, err)
 		}
 		got, err := io.ReadAll(o.body)
 		o.body.Close()
-		if err != nil || !bytes.Equal(got, data[g.off:]) || o.size != 1000 || o.meta["record"] == "" {
-			t.Errorf("%+v: %d bytes, size %d, meta %v, error %v", g, len(got), o.size, o.meta, err)
+		if err != nil || !bytes.Equal(got, data[off:]) || o.size != 1000 || o.meta["record"] == "" {
+			t.Errorf("%d: %d bytes, size %d, meta %v, error %v", off, len(got), o.size, o.meta, err)
 		}
 	}
-	_, err := c.getObject(t.Context(), "range", s3GetInput{off: 1000})
+	_, err := c.getObject(t.Context(), "range", 1000, "")
 	if refused, ok := errors.AsType[*s3Error](err); !ok || refused.status != 416 {
 		t.Errorf("beyond the end: %v", err)
 	}
@@ -330,10 +330,10 @@ func testS3Conditions(t *testing.T, c *s3Client) {
 		t.Errorf("put said ETag %s, get %s", old, o.etag)
 	}
 	news := mustPut(t, c, "cond", putOf([]byte("new!")))
-	if _, err := c.getObject(t.Context(), "cond", s3GetInput{off: 1, ifMatch: old}); !errors.Is(err, errS3PreconditionFailed) {
+	if _, err := c.getObject(t.Context(), "cond", 1, old); !errors.Is(err, errS3PreconditionFailed) {
 		t.Errorf("If-Match with the old: %v", err)
 	}
-	o, err := c.getObject(t.Context(), "cond", s3GetInput{off: 1, ifMatch: news})
+	o, err := c.getObject(t.Context(), "cond", 1, news)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -404,7 +404,7 @@ func testS3Sweep(t *testing.T, c *s3Client) {
 }
 
 func testS3Missing(t *testing.T, c *s3Client) {
-	if _, err := c.getObject(t.Context(), "nobody/here", s3GetInput{off: 5}); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := c.getObject(t.Context(), "nobody/here", 5, ""); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("get: %v", err)
 	}
 	if _, err := c.headObject(t.Context(), "nobody/here"); !errors.Is(err, fs.ErrNotExist) {
@@ -418,7 +418,7 @@ func testS3Missing(t *testing.T, c *s3Client) {
 func testS3Cancelled(t *testing.T, c *s3Client) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := c.getObject(ctx, "x", s3GetInput{}); !errors.Is(err, context.Canceled) {
+	if _, err := c.getObject(ctx, "x", 0, ""); !errors.Is(err, context.Canceled) {
 		t.Errorf("get: %v", err)
 	}
 	if err := c.putObject(ctx, "x", putOf([]byte("x"))); !errors.Is(err, context.Canceled) {
@@ -447,7 +447,7 @@ func testS3Corrected(t *testing.T, c *s3Client) {
 			},
 			"list": func(c *s3Client) error { return listNothing(t, c) },
 			"get": func(c *s3Client) error {
-				_, err := c.getObject(t.Context(), "nobody/here", s3GetInput{})
+				_, err := c.getObject(t.Context(), "nobody/here", 0, "")
 				return notMissing(err)
 			},
 		} {
@@ -785,7 +785,7 @@ func TestS3CutBodyIsNoCleanEnd(t *testing.T) {
 	c := f.client()
 	mustPut(t, c, "k", putOf(pattern(1000)))
 	f.failOnce("GetObject", 1, true, fakeFault{cut: 500})
-	o, err := c.getObject(t.Context(), "k", s3GetInput{})
+	o, err := c.getObject(t.Context(), "k", 0, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -813,7 +813,7 @@ func TestS3LearnsTheRegion(t *testing.T) {
 	g.region = "eu-test-2"
 	c = g.client()
 	g.failOnce("GetObject", 1, false, fakeFault{status: 301, code: "PermanentRedirect", region: "eu-test-2"})
-	if _, err := c.getObject(t.Context(), "k", s3GetInput{}); !errors.Is(err, fs.ErrNotExist) || g.count("GetObject") != 2 {
+	if _, err := c.getObject(t.Context(), "k", 0, ""); !errors.Is(err, fs.ErrNotExist) || g.count("GetObject") != 2 {
 		t.Errorf("after a redirect: %v", err)
 	}
 }
@@ -860,7 +860,7 @@ func TestS3Bucket(t *testing.T) {
 	f := newFakeS3(t)
 	c := f.client()
 	f.drop("")
-	if _, err := c.getObject(t.Context(), "k", s3GetInput{}); !errors.Is(err, errS3NoBucket) || errors.Is(err, fs.ErrNotExist) {
+	if _, err := c.getObject(t.Context(), "k", 0, ""); !errors.Is(err, errS3NoBucket) || errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("get without a bucket: %v", err)
 	}
 	mustPut(t, c, "k", putOf(pattern(10)))
@@ -898,7 +898,7 @@ func TestS3WrongCredentials(t *testing.T) {
 	for _, change := range []func(*s3Config){
 		func(c *s3Config) { c.accessKey = "nobody" }, func(c *s3Config) { c.secretKey = "wrong-secret" },
 	} {
-		_, err := f.client(change).getObject(t.Context(), "k", s3GetInput{})
+		_, err := f.client(change).getObject(t.Context(), "k", 0, "")
 		if !errors.Is(err, fs.ErrPermission) || f.count("") != 1 {
 			t.Errorf("get: %v", err)
 		}
@@ -923,7 +923,7 @@ func TestS3AnswersThatMakeNoSense(t *testing.T) {
 			return answer, nil
 		})}}
 		c.endpoint.Store(&s3Endpoint{"h", "r"})
-		if _, err := c.getObject(t.Context(), "k", s3GetInput{off: 5}); !errors.Is(err, errS3BadAnswer) {
+		if _, err := c.getObject(t.Context(), "k", 5, ""); !errors.Is(err, errS3BadAnswer) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -952,7 +952,7 @@ func TestS3HangIsGivenUp(t *testing.T) {
 			return nil, r.Context().Err()
 		})
 		begin := time.Now()
-		_, err := c.getObject(t.Context(), "k", s3GetInput{})
+		_, err := c.getObject(t.Context(), "k", 0, "")
 		if took := time.Since(begin); !errors.Is(err, errS3Timeout) || n != 2 || took > 3*s3ReadTimeout {
 			t.Errorf("%d attempts in %v: %v", n, took, err)
 		}
@@ -969,7 +969,7 @@ func TestS3SlowIsNotHung(t *testing.T) {
 			body.ctx = r.Context()
 			return &http.Response{StatusCode: 200, ContentLength: 101, Body: body}, nil
 		})
-		o, err := c.getObject(t.Context(), "k", s3GetInput{})
+		o, err := c.getObject(t.Context(), "k", 0, "")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -187,9 +187,9 @@ func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, err
 	v := s.validityNow(key)
 	r := &s3Reader{s: s, key: key, off: off, bodyOff: off}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
-	o, err := s.askS3(r.ctx, key, &s3GetInput{off: off})
+	o, err := s.askS3(r.ctx, key, off, "")
 	if isBehindEnd(err) { // there is no body to get
-		o, err = s.askS3(r.ctx, key, nil)
+		o, err = s.askS3(r.ctx, key, -1, "")
 	}
 	var rec *record
 	if err == nil {
@@ -206,7 +206,7 @@ func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, err
 // openRecord asks S3 for key's record. The object has no body.
 func (s *s3Store) openRecord(ctx context.Context, key string) (*object, error) {
 	v := s.validityNow(key)
-	o, err := s.askS3(ctx, key, nil)
+	o, err := s.askS3(ctx, key, -1, "")
 	if err != nil {
 		return nil, err
 	}
@@ -217,10 +217,10 @@ func (s *s3Store) openRecord(ctx context.Context, key string) (*object, error) {
 	return &object{rec: rec}, nil
 }
 
-// askS3 asks for a part of an object, or with nil for its header alone. It bounds how
-// long a client waits for the header of an answer, all attempts together, and fails at
-// once while S3 is known to be down. What the answer holds is released when ctx ends.
-func (s *s3Store) askS3(ctx context.Context, key string, part *s3GetInput) (o *s3Object, err error) {
+// askS3 is getObject, or headObject if off is negative. It bounds how long a client waits
+// for the header of an answer, all attempts together, and fails at once while S3 is known
+// to be down. What the answer holds is released when ctx ends.
+func (s *s3Store) askS3(ctx context.Context, key string, off int64, ifMatch string) (o *s3Object, err error) {
 	began := s.now()
 	inner, cancel := context.WithCancelCause(ctx)
 	if err := s.outage.admit(inner); err != nil {
@@ -228,10 +228,10 @@ func (s *s3Store) askS3(ctx context.Context, key string, part *s3GetInput) (o *s
 		return nil, err
 	}
 	timer := time.AfterFunc(s.openTimeout, func() { cancel(errS3Timeout) })
-	if part == nil {
+	if off < 0 {
 		o, err = s.client.headObject(inner, key)
 	} else {
-		o, err = s.client.getObject(inner, key, *part)
+		o, err = s.client.getObject(inner, key, off, ifMatch)
 	}
 	timer.Stop()
 	err = s.classifyError(ctx, began, err)
@@ -383,8 +383,8 @@ func (s *s3Store) replace(ctx context.Context, key string, rec *record, spool *o
 	return err
 }
 
-// upload is put, or with old what sharedObjects calls replace. The validity that it returns holds as long as no other replica
-// announces a change after the upload began.
+// upload is put, or with old replace. The validity that it returns holds as long as no
+// other replica announces a change after the upload began.
 func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os.File, create bool, old *record) (validity, error) {
 	if err := checkPut(key, rec, spool); err != nil {
 		return validity{}, err
@@ -424,7 +424,7 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os
 
 // etagOf returns the ETag of key's object if that is still old's, else errCondition.
 func (s *s3Store) etagOf(ctx context.Context, key string, old *record) (string, error) {
-	o, err := s.askS3(ctx, key, nil)
+	o, err := s.askS3(ctx, key, -1, "")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", err
 	}
@@ -444,7 +444,7 @@ func (s *s3Store) delete(ctx context.Context, key string) error {
 	if !validKey(key) {
 		return fmt.Errorf("deleting %q: %w", key, fs.ErrNotExist)
 	}
-	if _, err := s.askS3(ctx, key, nil); err != nil {
+	if _, err := s.askS3(ctx, key, -1, ""); err != nil {
 		return err
 	}
 	began := s.now()
@@ -526,7 +526,7 @@ func (s *s3Store) verify(ctx context.Context, report func(key string, err error)
 func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	o, err := s.askS3(ctx, key, &s3GetInput{})
+	o, err := s.askS3(ctx, key, 0, "")
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // deleted meanwhile
 	}
@@ -548,7 +548,7 @@ func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	if !errors.Is(damage, errDamaged) {
 		return damage
 	}
-	if now, err := s.askS3(ctx, key, nil); err != nil || now.etag != o.etag {
+	if now, err := s.askS3(ctx, key, -1, ""); err != nil || now.etag != o.etag {
 		return nil
 	}
 	if err := s.delete(ctx, key); err != nil {
@@ -623,7 +623,7 @@ func (r *s3Reader) seekBody() error {
 		return nil
 	}
 	r.closeBody()
-	o, err := r.s.askS3(r.ctx, r.key, &s3GetInput{off: r.off, ifMatch: r.etag})
+	o, err := r.s.askS3(r.ctx, r.key, r.off, r.etag)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("%w: it is gone", errS3PreconditionFailed)

@@ -66,7 +66,7 @@ func (s *s3Store) checkNow() error {
 // checkRead asks for an object that does not exist: of the requests that show
 // credentials and bucket to be right, it costs the least. A missing bucket is made.
 func (s *s3Store) checkRead(ctx context.Context) error {
-	o, err := s.client.getObject(ctx, s3ProbeKey, s3GetInput{})
+	o, err := s.client.getObject(ctx, s3ProbeKey, 0, "")
 	switch {
 	case err == nil:
 		o.body.Close()
