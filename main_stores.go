@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"path/filepath"
@@ -102,8 +101,9 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 	if err == nil {
 		err = st.openIndex(set, now, log)
 	}
-	if err == nil && set.s3.bucket != "" {
-		return st, st.openS3(set, redis, now, log)
+	if set.s3.bucket != "" {
+		st.openS3(set, redis, now, log)
+		return st, err
 	}
 	st.objects = disk
 	st.backends = append(st.backends, &backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: st.pingDisk, close: disk.Close})
@@ -152,17 +152,13 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 }
 
 // openS3 makes the objects in S3, with hot copies on the disk in front of them.
-func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time, log *slog.Logger) error {
+func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time, log *slog.Logger) {
 	set.s3.now, set.s3.log = now, log
-	client, err := newS3Client(set.s3)
-	if err != nil {
-		return fmt.Errorf("configuring S3: %w", err)
-	}
 	var hearsChanges func() bool
 	if redis != nil {
 		hearsChanges, st.replicas = redis.hearsChanges, redis
 	}
-	s3 := newS3Store(client, hearsChanges)
+	s3 := newS3Store(newS3Client(set.s3), hearsChanges)
 	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
 	hot := newTiered(s3, copies, set.hotSize, st.space)
 	st.space.reclaimer = hot
@@ -182,7 +178,6 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 			s3.Close()
 			return errors.Join(copies.Close(), st.disk.Close())
 		}})
-	return nil
 }
 
 // gauges is what /metrics shows of disk and hot copies.

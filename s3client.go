@@ -81,8 +81,9 @@ var (
 	errS3BadAnswer          = errors.New("unexpected answer")       // not what the S3 API says
 )
 
-// s3Config says where objects are stored. All fields are needed, but for those
-// with a default.
+// s3Config says where objects are stored. Who makes it has checked it: a host is HOST or
+// HOST:PORT, a bucket has no character that is escaped. All fields are needed, but for
+// those with a default.
 type s3Config struct {
 	host        string // of the endpoint, with a port if it is not the scheme's
 	secure      bool   // https
@@ -132,15 +133,8 @@ type s3PutInput struct {
 	ifNoneMatch string // "*" means: only if there is no object
 }
 
-// newS3Client checks cfg, sets its defaults and makes a client. It sends nothing.
-func newS3Client(cfg s3Config) (*s3Client, error) {
-	isName := cfg.bucket != "" && uriEncode(cfg.bucket, false) == cfg.bucket
-	if cfg.host == "" || strings.ContainsAny(cfg.host, "/?#@ ") || !isName {
-		return nil, fmt.Errorf("s3: the endpoint must be HOST or HOST:PORT, not %q, and the bucket a name, not %q", cfg.host, cfg.bucket)
-	}
-	if cfg.accessKey == "" || cfg.secretKey == "" {
-		return nil, errors.New("s3: the access key or the secret key is missing")
-	}
+// newS3Client sets the defaults of cfg and makes a client. It sends nothing.
+func newS3Client(cfg s3Config) *s3Client {
 	cfg.partSize = cmp.Or(cfg.partSize, s3PartSize)
 	cfg.log = cmp.Or(cfg.log, slog.New(slog.DiscardHandler))
 	if cfg.sleep == nil {
@@ -157,7 +151,7 @@ func newS3Client(cfg s3Config) (*s3Client, error) {
 	}
 	c := &s3Client{cfg: cfg}
 	c.endpoint.Store(&s3Endpoint{host: strings.TrimSuffix(cfg.host, port), region: cfg.region})
-	return c, nil
+	return c
 }
 
 // newS3Transport makes the transport of a client. It speaks HTTP/1 only, because

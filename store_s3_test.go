@@ -125,13 +125,8 @@ func TestS3Objects(t *testing.T) {
 func realBucket(t *testing.T) *s3Client {
 	cfg := realS3(t, 5<<20).cfg
 	cfg.bucket = fmt.Sprintf("%s-%x", cfg.bucket, rand.Uint64())
-	c, err := newS3Client(cfg)
-	if err == nil {
-		err = c.createBucket(t.Context())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := newS3Client(cfg)
+	must(t, c.createBucket(t.Context()))
 	return c
 }
 
@@ -845,11 +840,8 @@ func TestS3RefusedConnections(t *testing.T) {
 	t.Parallel()
 	dead := httptest.NewServer(nil)
 	dead.Close()
-	c, err := newS3Client(s3Config{host: dead.Listener.Addr().String(), bucket: "b", accessKey: "a", secretKey: "s", now: time.Now,
+	c := newS3Client(s3Config{host: dead.Listener.Addr().String(), bucket: "b", accessKey: "a", secretKey: "s", now: time.Now,
 		sleep: func(ctx context.Context, _ time.Duration) error { return ctx.Err() }})
-	if err != nil {
-		t.Fatal(err)
-	}
 	s := newS3Store(c, nil)
 	b := &s3Bench{storeTester: &storeTester{t, s, t.TempDir()}}
 	b.wantDown("f")
@@ -889,11 +881,7 @@ func benchS3(b *testing.B) *s3Client {
 	}
 	cfg := newFakeS3(b).config()
 	cfg.partSize = 0
-	c, err := newS3Client(cfg)
-	if err != nil {
-		b.Fatal(err)
-	}
-	return c
+	return newS3Client(cfg)
 }
 
 // benchObjects reads the object "bench" from o, and through a server over o.
