@@ -32,7 +32,7 @@ type settings struct {
 	s3                 s3Config    // bucket "": files are on the local disk
 	hotSize            int64       // HOT_CACHE_SIZE in bytes; 0: no hot copies
 	db                 sqlSettings // host "": the embedded index is used
-	redisURL           secret      // "": freshness is kept in this process
+	redis              *url.URL    // nil: freshness is kept in this process
 	advertise          string      // ADVERTISE_URL without trailing slash; "": see advertisedURL
 	sealed             bool        // all remotes are
 	apiToken           secret      // "": writing is off, except with a write_token
@@ -243,9 +243,13 @@ func (p *envReader) readOtherBackends(set *settings) {
 	if h := set.db.host; h != "" && h[0] != '/' && !hostPattern.MatchString(h) && net.ParseIP(h) == nil {
 		p.addError("DBHOST", "is not the name or address of a host: put everything else into DBPORT, DBUSER, DBPASS and DBNAME")
 	}
-	set.redisURL = secret(p.readString("REDIS_URL", ""))
-	if v := string(set.redisURL); v != "" && parseHostURL(v, "redis", "rediss") == nil {
-		p.addError("REDIS_URL", "is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS)")
+	if v := p.readString("REDIS_URL", ""); v != "" {
+		set.redis = parseHostURL(v, "redis", "rediss")
+		if set.redis == nil {
+			p.addError("REDIS_URL", "is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS)")
+		} else if db, err := strconv.Atoi(cmp.Or(strings.Trim(set.redis.Path, "/"), "0")); err != nil || db < 0 {
+			p.addError("REDIS_URL", "has a path that is not the number of a database") // and is not shown: it may be a part of a password
+		}
 	}
 	if v := p.readString("PUBLIC_URL", ""); v != "" {
 		if u := parseHostURL(v, "http", "https"); u == nil || u.User != nil || u.RawQuery != "" {

@@ -97,10 +97,8 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 	st := &stores{disk: disk, disks: []*diskStore{disk}}
 	st.space = &spoolSpace{createFile: disk.newSpool, diskSpace: disk.freeSpace, minFree: set.minFree, now: now}
 	st.replicaKey = newReplicaKey(set.s3.secretKey, set.s3.bucket)
-	redis, err := st.openFreshness(set, now, log)
-	if err == nil {
-		err = st.openIndex(set, now, log)
-	}
+	redis := st.openFreshness(set, now, log)
+	err := st.openIndex(set, now, log)
 	if set.s3.bucket != "" {
 		st.openS3(set, redis, now, log)
 		return st, err
@@ -112,22 +110,19 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores,
 
 // openFreshness makes what keeps freshness marks: Redis if REDIS_URL is set, which is
 // returned too, else this process.
-func (st *stores) openFreshness(set *settings, now func() time.Time, log *slog.Logger) (*redisStore, error) {
-	if set.redisURL == "" {
+func (st *stores) openFreshness(set *settings, now func() time.Time, log *slog.Logger) *redisStore {
+	if set.redis == nil {
 		local := newLocalFreshness(set.dataDir, now, log)
 		st.freshness = local
 		st.snapshots = append(st.snapshots, local.saveSnapshot)
 		st.backends = append(st.backends, &backend{name: "redis", kind: "embedded", okWord: "embedded"})
-		return nil, nil
+		return nil
 	}
-	redis, err := newRedisStore(string(set.redisURL), set.redisPrefix(), st.replicaKey, set.advertisedURL, now, log)
-	if err != nil {
-		return nil, err
-	}
+	redis := newRedisStore(set.redis, set.redisPrefix(), st.replicaKey, set.advertisedURL, now, log)
 	st.freshness = redis
 	st.backends = append(st.backends, &backend{name: "redis", kind: "Redis", okWord: "ok", ping: redis.ping, outage: redis.outage, close: redis.Close,
 		tasks: []task{{doing: "keeping leases", every: leaseInterval, step: redis.renewLeases}}})
-	return redis, nil
+	return redis
 }
 
 // openIndex makes the index: in PostgreSQL if DBHOST is set, else embedded.

@@ -12,7 +12,6 @@ import (
 	goparser "go/parser"
 	gotoken "go/token"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -256,10 +255,7 @@ func TestTokenThatNobodyCouldSend(t *testing.T) {
 		}
 	}
 	for _, v := range []string{"redis://:hunter2@h:6379/0\n", "redis://:hunter2@h:6379/0 ", "redis://:hunter2@h:6379 "} {
-		set, err := parseSettings(envOf(map[string]string{"REDIS_URL": v, "DATA_DIR": t.TempDir()}))
-		if err == nil {
-			_, err = openStores(set, time.Now, slog.New(slog.DiscardHandler))
-		}
+		_, err := parseSettings(envOf(map[string]string{"REDIS_URL": v}))
 		if err == nil || !strings.Contains(err.Error(), "REDIS_URL") || strings.Contains(err.Error(), "hun") {
 			t.Errorf("%q: %v, want an error that names REDIS_URL and does not show it", v, err)
 		}

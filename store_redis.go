@@ -95,20 +95,12 @@ type redisStore struct {
 	leases     sync.Map     // that we hold: value by key of Redis, both strings
 }
 
-// newRedisStore does not connect yet. prefix separates caches that share a Redis, key
-// authenticates leases.
+// newRedisStore does not connect yet. u is what parseSettings has checked. prefix separates
+// caches that share a Redis, key authenticates leases.
 // advertise returns the address at which other replicas reach this one, given the
 // local IP of its connection to Redis; it is called for each lease.
-func newRedisStore(rawURL, prefix string, key replicaKey, advertise func(localIP string) string, now func() time.Time, log *slog.Logger) (*redisStore, error) {
-	u, err := url.Parse(rawURL)
-	if err != nil || u.Hostname() == "" || (u.Scheme != "redis" && u.Scheme != "rediss") {
-		// The error of url.Parse shows the password.
-		return nil, errors.New("REDIS_URL is not a URL like redis://:PASSWORD@HOST:6379/0 or rediss:// for TLS")
-	}
-	db, err := strconv.Atoi(cmp.Or(strings.Trim(u.Path, "/"), "0"))
-	if err != nil || db < 0 {
-		return nil, errors.New("REDIS_URL: the path is not a database number") // and not shown: it may be a part of a password
-	}
+func newRedisStore(u *url.URL, prefix string, key replicaKey, advertise func(localIP string) string, now func() time.Time, log *slog.Logger) *redisStore {
+	db, _ := strconv.Atoi(strings.Trim(u.Path, "/")) // 0 without a path
 	password, _ := u.User.Password()
 	r := &redisStore{
 		address: net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "6379")), prefix: "artifactapi:" + prefix + ":", self: rand.Text(),
@@ -129,7 +121,7 @@ func newRedisStore(rawURL, prefix string, key replicaKey, advertise func(localIP
 		}),
 	}
 	r.pool.Store(r.newPool())
-	return r, nil
+	return r
 }
 
 func (r *redisStore) newPool() *redis.Pool {

@@ -296,10 +296,9 @@ func startRedis(t *testing.T, rawURL, prefix, port string) *redisTester {
 func startRedisAt(t *testing.T, rawURL, prefix, port string, now func() time.Time) *redisTester {
 	t.Helper()
 	out := new(lockedBuffer)
-	r, err := newRedisStore(rawURL, prefix, replicaKey(prefix), func(ip string) string { return "http://" + net.JoinHostPort(ip, port) }, now, slog.New(slog.NewTextHandler(out, nil)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	u, err := url.Parse(rawURL)
+	must(t, err)
+	r := newRedisStore(u, prefix, replicaKey(prefix), func(ip string) string { return "http://" + net.JoinHostPort(ip, port) }, now, slog.New(slog.NewTextHandler(out, nil)))
 	t.Cleanup(func() { r.Close() })
 	return &redisTester{t, r, out}
 }
@@ -723,8 +722,9 @@ func TestRedisRefusesOneCommand(t *testing.T) {
 
 func TestRedisURL(t *testing.T) {
 	t.Parallel()
-	for _, bad := range []string{"", "127.0.0.1:6379", "http://:hunter2@h", "redis://", "redis://:hunter2@h:port", "redis://:hunter2@h/name", "redis://:hunter2@h/-1", "redis://:hunter2%zz@h"} {
-		if _, err := newRedisStore(bad, "", nil, nil, time.Now, slog.Default()); err == nil || strings.Contains(err.Error(), "hunter2") {
+	for _, bad := range []string{"127.0.0.1:6379", "http://:hunter2@h", "redis://", "redis://:hunter2@h:port", "redis://:hunter2@h/name", "redis://:hunter2@h/-1", "redis://:hunter2%zz@h"} {
+		_, err := parseSettings(envOf(map[string]string{"REDIS_URL": bad}))
+		if err == nil || !strings.Contains(err.Error(), "REDIS_URL") || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%s: %v", bad, err)
 		}
 	}
