@@ -67,9 +67,7 @@ func serveUntilStep(ctx context.Context, step string) error {
 	if err != nil {
 		return err
 	}
-	if s.stores, err = openStores(set, time.Now, s.log); err != nil {
-		return err
-	}
+	s.stores = openStores(set, time.Now, s.log)
 	handler := s.newHandler()
 	count, _ := strconv.Atoi(os.Getenv(childCount))
 	var mu sync.Mutex // guards count

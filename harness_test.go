@@ -172,9 +172,7 @@ func (tt *tester) begin() {
 	}
 	s := &server{set: set, env: lookup, log: newLogger(set, tt.logs)}
 	s.useConfig(tt.parse(tt.yaml()))
-	if s.stores, err = openStores(set, time.Now, s.log); err != nil {
-		tt.Fatal(err)
-	}
+	s.stores = openStores(set, time.Now, s.log)
 	tt.server, tt.api = s, s.newHandler().(*api)
 	tt.cache, tt.disk = s.cache, s.stores.disk
 	tt.useClock()

@@ -224,9 +224,7 @@ func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writ
 	if err != nil {
 		return fmt.Errorf("listening on LISTEN_ADDR %s: %w", set.listen, err)
 	}
-	if s.stores, err = openStores(set, time.Now, log); err != nil {
-		return err
-	}
+	s.stores = openStores(set, time.Now, log)
 	attrs := []any{"version", buildVersion(), "address", listener.Addr().String(), "remotes", len(cfg.names), "config", set.configPath}
 	for _, b := range s.stores.backends {
 		attrs = append(attrs, b.name, b.kind)

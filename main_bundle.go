@@ -29,19 +29,16 @@ type bundleCommand struct {
 
 // open opens the stores, and the configuration, which is empty if it is not valid: what
 // is stored can be carried all the same.
-func (c *bundleCommand) open() (*stores, *config, error) {
+func (c *bundleCommand) open() (*stores, *config) {
 	c.set.hotSize = 0 // hot copies are the server's
-	st, err := openStores(c.set, c.now, slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
-	if err != nil {
-		return nil, nil, err
-	}
+	st := openStores(c.set, c.now, slog.New(slog.NewTextHandler(c.stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
 	cfg, err := loadConfig(c.set.configPath, c.env)
 	if err != nil {
 		cfg = new(config)
 	}
 	st.disk.isIrreplaceable = cfg.isIrreplaceable
 	st.disk.memory = newLRU[*memoryEntry](0, 0) // each object is used once
-	return st, cfg, nil
+	return st, cfg
 }
 
 // exportStored writes a bundle to stdout. args name remotes (none: all), and behind
@@ -64,10 +61,7 @@ func (c *bundleCommand) exportStored(ctx context.Context, args []string) error {
 	if isTerminal(c.stdout) {
 		return errors.New("export writes a tar, which is not for a terminal: artifactapi export > bundle.tar")
 	}
-	st, cfg, err := c.open()
-	if err != nil {
-		return err
-	}
+	st, cfg := c.open()
 	defer st.Close()
 	b.objects, b.createFile, b.config = st.objects, st.disk.newSpool, cfg
 	defer c.showProgress(b.bundleProgress)()
@@ -93,14 +87,11 @@ func readSums(name string, sums map[bodySum]bool) error {
 
 // listSums prints the SHA-256 of each stored body once.
 func (c *bundleCommand) listSums(ctx context.Context) error {
-	st, _, err := c.open()
-	if err != nil {
-		return err
-	}
+	st, _ := c.open()
 	defer st.Close()
 	printed := map[bodySum]bool{}
 	out := bufio.NewWriter(c.stdout)
-	err = st.objects.walk(ctx, func(_ string, rec *record) error {
+	err := st.objects.walk(ctx, func(_ string, rec *record) error {
 		if sum := sumOf(rec.SHA256); !printed[sum] {
 			printed[sum] = true
 			fmt.Fprintln(out, rec.SHA256)
@@ -115,10 +106,7 @@ func (c *bundleCommand) importStored(ctx context.Context) error {
 	if isTerminal(c.stdin) {
 		return errors.New("import reads a bundle, and its input is a terminal: artifactapi import < bundle.tar")
 	}
-	st, _, err := c.open()
-	if err != nil {
-		return err
-	}
+	st, _ := c.open()
 	defer st.Close()
 	if c.set.s3.bucket != "" { // a missing bucket is made
 		if err := st.backends[len(st.backends)-1].ping(ctx); err != nil {

@@ -92,10 +92,7 @@ func newLocalClient() *http.Client {
 // It may run beside a server. Its error says that something was dropped or could
 // not be read.
 func verifyStored(ctx context.Context, set *settings, env lookupEnv, now func() time.Time, stdout io.Writer) error {
-	st, err := openStores(set, now, slog.New(slog.DiscardHandler))
-	if err != nil {
-		return err
-	}
+	st := openStores(set, now, slog.New(slog.DiscardHandler))
 	defer st.Close()
 	// Without a valid configuration no remote is known to have an upstream, so
 	// nothing damaged is removed.
@@ -125,10 +122,7 @@ func verifyStored(ctx context.Context, set *settings, env lookupEnv, now func() 
 // replicas. The embedded index is in the memory of the server that owns DATA_DIR,
 // so no server may run.
 func reindexStored(ctx context.Context, set *settings, now func() time.Time, stdout io.Writer) error {
-	st, err := openStores(set, now, slog.New(slog.DiscardHandler))
-	if err != nil {
-		return err
-	}
+	st := openStores(set, now, slog.New(slog.DiscardHandler))
 	defer st.Close()
 	if st.sql != nil {
 		changed := 0

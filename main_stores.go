@@ -92,20 +92,20 @@ type task struct {
 
 // openStores makes the stores without connecting to any of them, so that a backend
 // that is down does not stop the start. Its caller closes them.
-func openStores(set *settings, now func() time.Time, log *slog.Logger) (*stores, error) {
+func openStores(set *settings, now func() time.Time, log *slog.Logger) *stores {
 	disk := newDiskStore(set.dataDir, now, log)
 	st := &stores{disk: disk, disks: []*diskStore{disk}}
 	st.space = &spoolSpace{createFile: disk.newSpool, diskSpace: disk.freeSpace, minFree: set.minFree, now: now}
 	st.replicaKey = newReplicaKey(set.s3.secretKey, set.s3.bucket)
 	redis := st.openFreshness(set, now, log)
-	err := st.openIndex(set, now, log)
+	st.openIndex(set, now, log)
 	if set.s3.bucket != "" {
 		st.openS3(set, redis, now, log)
-		return st, err
+		return st
 	}
 	st.objects = disk
 	st.backends = append(st.backends, &backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: st.pingDisk, close: disk.Close})
-	return st, err
+	return st
 }
 
 // openFreshness makes what keeps freshness marks: Redis if REDIS_URL is set, which is
@@ -126,7 +126,7 @@ func (st *stores) openFreshness(set *settings, now func() time.Time, log *slog.L
 }
 
 // openIndex makes the index: in PostgreSQL if DBHOST is set, else embedded.
-func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logger) (err error) {
+func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logger) {
 	if set.db.host == "" {
 		st.embedded = newEmbeddedIndex(set.dataDir, log)
 		st.index = st.embedded
@@ -134,16 +134,13 @@ func (st *stores) openIndex(set *settings, now func() time.Time, log *slog.Logge
 		st.backends = append(st.backends, &backend{name: "database", kind: "embedded", okWord: "embedded",
 			tasks: []task{{doing: "loading the index", every: 5 * time.Second,
 				step: func(ctx context.Context) error { return st.embedded.followStore(ctx, st.objects) }}}})
-		return nil
+		return
 	}
 	log = log.With("database", net.JoinHostPort(set.db.host, set.db.port))
-	if st.sql, err = newSQLIndex(set.db, now, log); err != nil {
-		return err
-	}
+	st.sql = newSQLIndex(&sqlConnector{set.db.dsn()}, set.db.password, now, log)
 	st.index = st.sql
 	st.backends = append(st.backends, &backend{name: "database", kind: "PostgreSQL " + set.db.host, okWord: "ok", ping: st.sql.ping, outage: st.sql.outage, close: st.sql.Close,
 		tasks: []task{{doing: "writing index rows that wait", every: time.Second, step: st.sql.writePending}}})
-	return nil
 }
 
 // openS3 makes the objects in S3, with hot copies on the disk in front of them.

@@ -964,8 +964,7 @@ func TestEarlierDiskStoreIsReported(t *testing.T) {
 		logs := &testLogs{}
 		set, err := parseSettings(envOf(map[string]string{"DATA_DIR": dir, "MINIO_ENDPOINT": "127.0.0.1:9", "MINIO_ACCESS_KEY": "a", "MINIO_SECRET_KEY": "b", "MINIO_BUCKET": "ccc"}))
 		must(t, err)
-		st, err := openStores(set, time.Now, newLogger(set, logs))
-		must(t, err)
+		st := openStores(set, time.Now, newLogger(set, logs))
 		for _, b := range st.backends {
 			for _, task := range b.tasks {
 				if task.doing == "looking for an earlier store" {

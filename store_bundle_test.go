@@ -83,10 +83,7 @@ func (s *bundleSite) wantDone(stdin []byte, args ...string) []byte {
 // objects calls f with the site's store.
 func (s *bundleSite) objects(f func(objects)) {
 	s.Helper()
-	st, err := openStores(s.settings(), time.Now, slog.New(slog.DiscardHandler))
-	if err != nil {
-		s.Fatal(err)
-	}
+	st := openStores(s.settings(), time.Now, slog.New(slog.DiscardHandler))
 	f(st.objects)
 	if err := st.Close(); err != nil {
 		s.Fatal(err)

@@ -130,14 +130,7 @@ type sqlIndex struct {
 
 // newSQLIndex makes the index without connecting, so that a database that is down
 // does not stop the start.
-func newSQLIndex(set sqlSettings, now func() time.Time, log *slog.Logger) (*sqlIndex, error) {
-	if _, err := pq.NewConnector(set.dsn()); err != nil {
-		return nil, fmt.Errorf("configuring the database: %s", redact(err, set.password))
-	}
-	return newSQLIndexOn(&sqlConnector{set.dsn()}, set.password, now, log), nil
-}
-
-func newSQLIndexOn(c driver.Connector, password secret, now func() time.Time, log *slog.Logger) *sqlIndex {
+func newSQLIndex(c driver.Connector, password secret, now func() time.Time, log *slog.Logger) *sqlIndex {
 	db := sql.OpenDB(c)
 	db.SetMaxOpenConns(sqlConns)
 	db.SetMaxIdleConns(sqlConns)

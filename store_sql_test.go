@@ -300,7 +300,7 @@ func newSQLTester(t *testing.T) *sqlTester {
 
 func (s *sqlTester) start() {
 	now := func() time.Time { return testDay.Add(time.Duration(s.at.Load()) * time.Second) }
-	s.sqlIndex = newSQLIndexOn(s.db, "hunter2", now, slog.New(slog.NewTextHandler(s.out, nil)))
+	s.sqlIndex = newSQLIndex(s.db, "hunter2", now, slog.New(slog.NewTextHandler(s.out, nil)))
 	x := s.sqlIndex
 	s.Cleanup(func() { x.Close() })
 }
@@ -768,7 +768,8 @@ func TestSQLSecretsStaySecret(t *testing.T) {
 		t.Errorf("the password is told: %v\n%s", err, s.out)
 	}
 	set := sqlSettings{host: "h", port: "1", user: "u", name: "n", sslmode: "nonsense", password: `p'w\d x`}
-	if _, err := newSQLIndex(set, time.Now, slog.Default()); err == nil || strings.Contains(err.Error(), "p'w") {
+	x := newSQLIndex(&sqlConnector{set.dsn()}, set.password, time.Now, slog.New(slog.DiscardHandler))
+	if err := x.ping(t.Context()); err == nil || strings.Contains(err.Error(), "p'w") {
 		t.Errorf("bad sslmode: %v", err)
 	}
 	set.sslmode = "disable"
@@ -907,10 +908,7 @@ func realPG(t testing.TB) (set sqlSettings, w *wire, db *sql.DB) {
 
 func startSQL(t testing.TB, set sqlSettings) *sqlIndex {
 	t.Helper()
-	x, err := newSQLIndex(set, time.Now, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	x := newSQLIndex(&sqlConnector{set.dsn()}, set.password, time.Now, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { x.Close() })
 	return x
 }
