@@ -769,6 +769,7 @@ func TestSQLSecretsStaySecret(t *testing.T) {
 	}
 	set := sqlSettings{host: "h", port: "1", user: "u", name: "n", sslmode: "nonsense", password: `p'w\d x`}
 	x := newSQLIndex(&sqlConnector{set.dsn()}, set.password, time.Now, slog.New(slog.DiscardHandler))
+	defer x.Close()
 	if err := x.ping(t.Context()); err == nil || strings.Contains(err.Error(), "p'w") {
 		t.Errorf("bad sslmode: %v", err)
 	}
