@@ -73,12 +73,11 @@ func runPrefetch(ctx context.Context, set *settings, args []string, stdin io.Rea
 // prefetchEvent is any event of a run.
 type prefetchEvent struct {
 	progressEvent
-	Remote, Path, Source, Detail string
-	Size                         *int64
-	Stored                       bool
-	Status                       int
-	Fetched, Cached              int64
-	Seconds                      float64
+	Remote, Path, Detail string
+	Stored               bool
+	Status               int
+	Fetched, Cached      int64
+	Seconds              float64
 }
 
 // showRun shows the events of a run until it ends, with a progress bar on a terminal.

@@ -13,9 +13,6 @@ import (
 )
 
 const (
-	// hotCopyOverhead is charged for each copy beside its bytes: the blocks of its
-	// directory, its record and the end of its body.
-	hotCopyOverhead = entryOverhead
 	// maxHotCopies bounds the copies, at some 300 bytes of memory each.
 	maxHotCopies = 100_000
 	// maxHotShare is the part of the tier that one file may take, as a divisor: one
@@ -71,13 +68,13 @@ func (t *tieredStore) Close() {
 // is used.
 func (t *tieredStore) findCopies(ctx context.Context) error {
 	return t.disk.walk(ctx, func(key string, rec *record) error {
-		t.removeCopies(t.copies.putOldest(key, rec.Size+hotCopyOverhead, validity{}))
+		t.removeCopies(t.copies.putOldest(key, entryCost(rec.Size), validity{}))
 		return nil
 	})
 }
 
 func (t *tieredStore) mayCopy(size int64) bool {
-	return size+hotCopyOverhead <= t.copies.budget/maxHotShare
+	return entryCost(size) <= t.copies.budget/maxHotShare
 }
 
 // open implements objects.
@@ -173,7 +170,7 @@ func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, 
 	isValid := func() bool { return t.isCurrent(key, v) }
 	if isValid() { // else there may be a newer copy
 		if err = t.disk.put(ctx, key, rec, spool, false); err == nil {
-			added, evicted = t.copies.putIf(key, rec.Size+hotCopyOverhead, v, isValid)
+			added, evicted = t.copies.putIf(key, entryCost(rec.Size), v, isValid)
 		}
 		if !added {
 			t.copies.remove(key)

@@ -37,11 +37,18 @@ const (
 // path: so people can write tokens by hand. No path has a line break. By age, it is
 // the last access in ns and the key.
 
-// newPage makes a page of rows, which are one more than q.limit if another page
-// follows.
-func newPage(q pageQuery, rows []indexRow, complete bool) indexPage {
+// rowFinder finds the first n rows that a query asks for, by path or by age.
+type rowFinder = func(ctx context.Context, q pageQuery, n int) ([]indexRow, error)
+
+// findPage finds the page that q asks for.
+func findPage(ctx context.Context, q pageQuery, complete bool, byPath, byAge rowFinder) (indexPage, error) {
+	find := byPath
+	if q.oldest {
+		find = byAge
+	}
+	rows, err := find(ctx, q, q.limit+1) // one more if another page follows
 	if len(rows) <= q.limit {
-		return indexPage{rows: rows, complete: complete}
+		return indexPage{rows: rows, complete: complete}, err
 	}
 	last, following := rows[q.limit-1], rows[q.limit]
 	next := decodePath(last.Path)
@@ -50,7 +57,7 @@ func newPage(q pageQuery, rows []indexRow, complete bool) indexPage {
 	} else if next == decodePath(following.Path) {
 		next += "\n" + last.Key
 	}
-	return indexPage{rows[:q.limit], next, complete}
+	return indexPage{rows[:q.limit], next, complete}, err
 }
 
 // start returns the position behind which a page by path begins.
@@ -300,13 +307,7 @@ func (e *indexEntry) mayGo(used bool) bool {
 
 // listPage: see index.
 func (x *embeddedIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error) {
-	complete := x.complete.Load()
-	find := x.findByPath
-	if q.oldest {
-		find = x.findByAge
-	}
-	rows, err := find(ctx, q, q.limit+1)
-	return newPage(q, rows, complete), err
+	return findPage(ctx, q, x.complete.Load(), x.findByPath, x.findByAge)
 }
 
 // findByPath returns the first n rows of q.

@@ -351,12 +351,7 @@ func toSQLText(s string) string {
 // first row on that was dropped.
 func (x *sqlIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error) {
 	_, complete := x.pending.state()
-	find := x.findByPath
-	if q.oldest {
-		find = x.findByAge
-	}
-	rows, err := find(ctx, q, q.limit+1)
-	return newPage(q, rows, complete), err
+	return findPage(ctx, q, complete, x.findByPath, x.findByAge)
 }
 
 // findByPath returns the first n rows of q. Each of its statements reads sqlMaxRows at
