@@ -689,6 +689,26 @@ func TestS3PingLogsOnce(t *testing.T) {
 	}
 }
 
+// An S3 that starts after us, and with other credentials, is down for another reason
+// than before.
+func TestS3PingLogsAnotherReason(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	s := &server{log: b.store.log, cache: &cache{metrics: newMetrics()}}
+	storage := &backend{name: "storage", okWord: "ok", ping: b.store.ping}
+	b.fake.fail(always("", fakeFault{}))
+	s.checkBackend(storage)
+	b.fake.fail(nil)
+	b.store.client.cfg.accessKey = "nobody"
+	s.checkBackend(storage)
+	s.checkBackend(storage)
+	for _, reason := range []string{"S3 cannot be reached", "S3 refuses the credentials"} {
+		if n := b.log.count(reason); n != 1 {
+			t.Errorf("%d lines say %q, want one: %s", n, reason, b.log.b.String())
+		}
+	}
+}
+
 func TestS3ReadOnlyBucketIsRead(t *testing.T) {
 	t.Parallel()
 	b := newS3Bench(t)
