@@ -422,6 +422,61 @@ func TestByHashOutlivesUpstreamsPruning(t *testing.T) {
 	}
 }
 
+// Clients that hold the root of a generation that was replaced may still ask for its
+// files, however long nobody had used them before.
+func TestReplacedGenerationsStayForThreeDays(t *testing.T) {
+	t.Parallel()
+	for name, quick := range map[string]time.Duration{"soon": 2 * 24 * time.Hour, "at last": 4 * 24 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := rpmArchive(t)
+			flip := func(version string) {
+				t.Helper()
+				a.publish(rpmHashed(version))
+				a.advance(61 * time.Second)
+				a.wantGeneration(a.release(a), a.files)
+				a.awaitAhead()
+			}
+			flip("one")
+			one := a.files
+			a.cache.flushCounts(t.Context())
+			a.advance(30 * 24 * time.Hour)
+			flip("two")
+			two := a.files
+			flip("three")
+			for name, text := range one {
+				a.get(a.in(name)).wantHit().wantBody(text)
+			}
+			a.advance(quick)
+			flip("four")
+			for name := range one {
+				a.wantStored("os/"+name, quick < oldGenerationLife)
+			}
+			for name := range two {
+				a.wantStored("os/"+name, quick < oldGenerationLife)
+			}
+		})
+	}
+}
+
+// The root is fetched again and again while upstream has nothing new.
+func TestGenerationBeforeIsKept(t *testing.T) {
+	t.Parallel()
+	a := rpmArchive(t)
+	a.publish(rpmHashed("one"))
+	a.wantGeneration(a.release(a), a.files)
+	one := a.files
+	a.publish(rpmHashed("two"))
+	for range 3 {
+		a.advance(4 * 24 * time.Hour)
+		a.getRoot().wantBody(a.release(a))
+		a.awaitAhead()
+	}
+	for name, text := range one {
+		a.get(a.in(name)).wantHit().wantBody(text)
+	}
+}
+
 func TestSignatureBelongsToItsRoot(t *testing.T) {
 	t.Parallel()
 	a := rpmArchive(t)

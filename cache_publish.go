@@ -20,8 +20,8 @@ import (
 const (
 	// maxSuccessorFetches is how many files of a new generation are fetched at once.
 	maxSuccessorFetches = 8
-	// oldGenerationLife is how long a file stays, after its last use, that neither the
-	// root nor the one before names.
+	// oldGenerationLife is how long a file stays that neither the root nor the one before
+	// names, after it was replaced or last used: clients may still hold its root.
 	oldGenerationLife = 3 * 24 * time.Hour
 )
 
@@ -29,7 +29,7 @@ const (
 type publication struct {
 	g        *generations
 	next     *storedRoot     // to be stored by its fill
-	kept     []*storedRoot   // the roots of both generations
+	old      []*storedRoot   // the stored roots of its folder, the one that rules first
 	siblings []siblingRoot   // the new roots that are published with next
 	seen     map[string]bool // paths of old files whose successors were looked for
 
@@ -58,7 +58,15 @@ func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.Reade
 	defer g.locks.unlock(t.folderID())
 	var old []*storedRoot
 	for _, at := range t.remote.rootsIn(rootFolder(t.spelling)) {
-		if root, err := g.openRoot(ctx, at); err == nil {
+		root, err := g.openRoot(ctx, at)
+		switch {
+		case err != nil:
+		case root.sum == rec.SHA256: // upstream has the stored generation, or has gone back to it
+			if h, _ := g.held.get(t.folderID()); h.key == t.key() {
+				g.endHold(t)
+			}
+			return nil
+		default:
 			old = append(old, root)
 		}
 	}
@@ -70,21 +78,20 @@ func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.Reade
 		return &problem{status: http.StatusBadGateway, cause: errBadUpstream,
 			detail: fmt.Sprintf("the upstream of remote %q answers something that names no files instead of %s", t.remote.name, path.Base(t.path))}
 	}
-	p := &publication{g: g, next: next, kept: append(old, next), seen: map[string]bool{}}
-	return p.publish(ctx, old)
+	p := &publication{g: g, next: next, old: old, seen: map[string]bool{}}
+	return p.publish(ctx)
 }
 
-// publish returns nil when next may be stored. old are the stored roots of the folder,
-// the one that rules first.
-func (p *publication) publish(ctx context.Context, old []*storedRoot) error {
-	for _, root := range old {
+// publish returns nil when next may be stored.
+func (p *publication) publish(ctx context.Context) error {
+	for _, root := range p.old {
 		p.fetchSuccessors(ctx, root, p.nextOf(ctx, root))
 	}
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
 	if len(p.missing) > 0 {
-		if err := p.g.hold(ctx, old[0], p.next, p.missing); err != nil {
+		if err := p.g.hold(ctx, p.old[0], p.next, p.missing); err != nil {
 			return err
 		}
 	}
@@ -116,7 +123,7 @@ func (p *publication) nextOf(ctx context.Context, old *storedRoot) *storedRoot {
 	case !sibling.agreesWith(p.next.rootNames):
 		p.needs(old.path, errAgreeing)
 	default:
-		p.siblings, p.kept = append(p.siblings, sibling), append(p.kept, sibling.storedRoot)
+		p.siblings = append(p.siblings, sibling)
 		return sibling.storedRoot
 	}
 	return p.next // which names the same files
@@ -208,23 +215,39 @@ func (d *signatureDownload) checkBody(ctx context.Context, rec *record, _ io.Rea
 }
 
 // dropOld removes what neither generation names any more and nobody has used for long.
+// What p replaces counts as used now.
 func (p *publication) dropOld(ctx context.Context) {
-	keep, folders := map[string]bool{}, map[string]bool{}
-	for _, root := range p.kept {
+	named, replaced, folders := map[string]bool{}, map[string]bool{}, map[string]bool{}
+	note := func(root *storedRoot, sums map[string]bool) {
 		for _, f := range root.files {
-			keep[f.sha256], keep[f.sha512], folders[path.Dir(f.path)] = true, true, true
+			sums[f.sha256], sums[f.sha512], folders[path.Dir(f.path)] = true, true, true
 		}
 	}
-	r, now := p.next.remote, p.g.c.now()
-	_, err := p.g.c.purgeRows(ctx, pageQuery{remote: r.name, prefix: p.next.path[:strings.LastIndexByte(p.next.path, '/')+1]}, func(row indexRow) (match, more bool) {
+	note(p.next, named)
+	for _, s := range p.siblings {
+		note(s.storedRoot, named)
+	}
+	for _, root := range p.old {
+		note(root, replaced)
+	}
+	c, r, now := p.g.c, p.next.remote, p.g.c.now()
+	c.flushCounts(ctx) // what was used just now stays
+	_, err := c.purgeRows(ctx, pageQuery{remote: r.name, prefix: p.next.path[:strings.LastIndexByte(p.next.path, '/')+1]}, func(row indexRow) (match, more bool) {
 		name := decodePath(row.Path)
 		_, sum, _ := strings.Cut(row.Path, "#")
 		if digest, _ := r.digestInName(name); digest != "" {
 			_, sum, _ = strings.Cut(digest, ":")
 		}
-		return sum != "" && !keep[sum] && folders[metadataFolder(name)] && now.Sub(row.LastAccess) > oldGenerationLife, true
+		switch {
+		case sum == "", named[sum], !folders[metadataFolder(name)]:
+			return false, true
+		case replaced[sum]:
+			c.uses.addUses(fileUse{remote: r.name, key: row.Key, last: now})
+			return false, true
+		}
+		return now.Sub(row.LastAccess) > oldGenerationLife, true
 	})
 	if err != nil && !errors.Is(err, errStoreDown) && ctx.Err() == nil {
-		p.g.c.reportStoreError("database", "listing old metadata of", r.name, err)
+		c.reportStoreError("database", "listing old metadata of", r.name, err)
 	}
 }
