@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -285,14 +286,17 @@ func (c *child) wantNoLeftovers() {
 // --- kill -9 at each step of storing ---
 
 // killScene is an operation of a server on its store, and what may be stored if the
-// server is killed during it.
+// server is killed during it. All is about one file.
 type killScene struct {
 	name    string
 	prepare func(tt *tester, o *testOrigin) // before the operation
 	act     func(tt *tester, o *testOrigin)
-	old     string // content before the operation; "": none
-	new     string // content after it; "": none
-	point   string // the first step after which the new content is stored
+	old     string            // content before the operation; "": none
+	new     string            // content after it; "": none
+	point   string            // from its last time on the new content is stored
+	remote  string            // of the file
+	file    string            // its path
+	names   map[string]string // by content, what the file at killNamed then is; nil: none
 }
 
 const killYAML = `
@@ -302,7 +306,15 @@ remotes:
     mutable_patterns: ["."]
     stale_if_error: true
     cache: {mutable_ttl: 0}
+  deb:
+    base_url: ORIGIN
+    package: deb
+    stale_if_error: true
+    cache: {mutable_ttl: 0}
 `
+
+// killNamed is a file that a root names.
+const killNamed = "dists/t/main/binary-amd64/Packages.gz"
 
 func killScenes() []killScene {
 	old, next := noise(1, 300_000), noise(2, 200_000)
@@ -315,17 +327,46 @@ func killScenes() []killScene {
 		{"commit", func(*tester, *testOrigin) {}, func(tt *tester, o *testOrigin) {
 			o.file("/a", next)
 			tt.get("/api/r/a")
-		}, "", next, "body moved"},
+		}, "", next, "body moved", "r", "a", nil},
 		{"replacement", first, func(tt *tester, o *testOrigin) {
 			o.file("/a", next)
 			for n := o.requests("/a"); o.requests("/a") == n; { // the first fill may not be stored yet
 				tt.get("/api/r/a")
 			}
-		}, old, next, "body moved"},
+		}, old, next, "body moved", "r", "a", nil},
 		{"purge", first, func(tt *tester, _ *testOrigin) {
 			tt.delete("/artifacts/r/a", "Authorization: Bearer t")
-		}, old, "", "removed .record"},
+		}, old, "", "removed .record", "r", "a", nil},
+		flipScene(),
 	}
+}
+
+// flipScene is the step of a repository from one generation to the next: a file that
+// the root names is stored, then the root.
+func flipScene() killScene {
+	const root = "dists/t/InRelease"
+	publish := func(o *testOrigin, packages string) {
+		o.file("/"+killNamed, packages)
+		o.file("/"+root, releaseNaming(packages)).etag(`"` + packages + `"`)
+	}
+	return killScene{name: "flip", remote: "deb", file: root, old: releaseNaming("one"), new: releaseNaming("two"), point: "body moved",
+		names: map[string]string{releaseNaming("one"): "one", releaseNaming("two"): "two"},
+		prepare: func(tt *tester, o *testOrigin) {
+			publish(o, "one")
+			tt.get("/api/deb/" + root).wantStatus(200)
+			tt.get("/api/deb/" + killNamed).wantStatus(200).wantBody("one")
+			awaitThat(tt, "the copy to be stored", func() bool { return tt.get("/artifacts/deb").has(`"path": "` + killNamed) })
+		},
+		act: func(tt *tester, o *testOrigin) {
+			publish(o, "two")
+			tt.get("/api/deb/" + root)
+		},
+	}
+}
+
+// releaseNaming is a root that names a file with that text.
+func releaseNaming(packages string) string {
+	return fmt.Sprintf("Origin: test\nSHA256:\n %s %d %s\n", sha256Hex([]byte(packages)), len(packages), strings.TrimPrefix(killNamed, "dists/t/"))
 }
 
 func (g *got) has(text string) bool { return strings.Contains(g.text, text) }
@@ -336,19 +377,17 @@ func TestKilledAtEachStep(t *testing.T) {
 		t.Run(scene.name, func(t *testing.T) {
 			t.Parallel()
 			before, steps := scene.steps(t)
-			reached := false
+			point := lastIndex(steps, scene.point)
 			for i, step := range steps {
-				reached = reached || step == scene.point
 				count := 1
 				for _, s := range append(before, steps[:i]...) {
 					if s == step {
 						count++
 					}
 				}
-				done := reached
-				t.Run(strings.ReplaceAll(step, " ", "-"), func(t *testing.T) { scene.kill(t, step, count, done) })
+				t.Run(strings.ReplaceAll(step, " ", "-"), func(t *testing.T) { scene.kill(t, step, count, i >= point) })
 			}
-			if !reached {
+			if point < 0 {
 				t.Errorf("there is no step %q among %q", scene.point, steps)
 			}
 		})
@@ -393,22 +432,46 @@ func (s *killScene) kill(t *testing.T, step string, count int, done bool) {
 	o.troubled(answers(500)) // from now on every answer comes from the store
 	c = c.again("API_TOKEN=t")
 	c.wantNoLeftovers()
-	g := c.tester().get("/api/r/a")
+	at := "/api/" + s.remote + "/" + s.file
+	g := c.tester().get(at)
 	switch want := s.expected(done); {
 	case want == "":
 		g.wantStatus(502)
 	default:
 		g.wantStatus(200).wantBody(want)
 	}
+	wantNamed := func(g *got) {
+		t.Helper()
+		if named, found := s.names[g.text]; found {
+			c.tester().get("/api/" + s.remote + "/" + killNamed).wantStatus(200).wantBody(named)
+		}
+	}
+	wantNamed(g)
 	c.wantVerified()
-	if again := c.tester().get("/api/r/a"); again.status != g.status || again.text != g.text {
+	if again := c.tester().get(at); again.status != g.status || again.text != g.text {
 		t.Errorf("verify dropped what was good: status %d", again.status)
 	}
 	o.troubled(nil)
-	o.file("/a", "healthy again")
-	c.tester().get("/api/r/a").wantStatus(200).wantBody("healthy again")
-	awaitThat(t, "it to be stored", func() bool { return c.tester().get("/artifacts/r").has(`"size": 13,`) })
+	healthy := s.new
+	if s.names == nil {
+		healthy = "healthy again"
+		o.file("/"+s.file, healthy)
+	}
+	wantNamed(c.tester().get(at).wantStatus(200).wantBody(healthy))
+	awaitThat(t, "it to be stored", func() bool {
+		return c.tester().get("/artifacts/" + s.remote).has(fmt.Sprintf(`"size": %d,`, len(healthy)))
+	})
 	c.wantNoLeftovers()
+}
+
+// lastIndex is where x is last among all; -1: nowhere.
+func lastIndex(all []string, x string) int {
+	for i, one := range slices.Backward(all) {
+		if one == x {
+			return i
+		}
+	}
+	return -1
 }
 
 func (s *killScene) expected(done bool) string {
