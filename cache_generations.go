@@ -275,8 +275,8 @@ func (g *generations) heldRoots(cfg *config) map[string]float64 {
 	return counts
 }
 
-// isHeldRoot reports whether the file is a root that is not asked for at the moment,
-// because the last try to publish one of its folder has failed just now.
+// isHeldRoot reports whether the file is a root that is not to be published at the
+// moment, because the last try to publish one of its folder has failed just now.
 func (file *fileRequest) isHeldRoot() bool {
 	d, isRoot := file.behavior.(*rootDownload)
 	return isRoot && d.isHeld()
@@ -286,15 +286,6 @@ func (d *rootDownload) isHeld() bool {
 	_, held := d.g.held.get(d.root.folderID())
 	_, asked := d.g.asked.get(d.root.folderID())
 	return held && asked
-}
-
-// requestBody asks for the root, unless it is held: then there is no copy, which would
-// have been the answer.
-func (d *rootDownload) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
-	if d.isHeld() {
-		return nil, newAgreeingError(d.root)
-	}
-	return up.send(ctx, req)
 }
 
 func newAgreeingError(root target) *problem {

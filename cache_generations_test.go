@@ -574,7 +574,7 @@ func TestFirstReleaseDuringAHold(t *testing.T) {
 	for range 2 {
 		a.get(a.in(other)).wantDetail(503, "is changing its metadata")
 	}
-	if asked := a.origin.all(); len(asked) != 0 {
+	if asked := a.origin.all(); len(asked) != a.origin.requests(other) {
 		t.Errorf("within the minute after a try upstream was asked for %v", asked)
 	}
 	if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != 1 {
@@ -584,6 +584,38 @@ func TestFirstReleaseDuringAHold(t *testing.T) {
 	a.advance(61 * time.Second)
 	a.get(a.in(other)).wantMiss().wantBody(a.release(a))
 	a.wantGeneration(a.release(a), a.files)
+}
+
+// apt asks for InRelease first, and where there is none for Release.
+func TestRootThatUpstreamDoesNotHaveIsNotHeld(t *testing.T) {
+	t.Parallel()
+	a := debArchive(t, "")
+	a.root = "/dists/t/Release"
+	a.publish(debFiles("one"))
+	a.wantGeneration(a.release(a), a.files)
+	a.publish(debFiles("two"), packagesGz)
+	a.advance(61 * time.Second)
+	a.getRoot().wantFrom("cache", agreeing)
+	a.get(a.in("InRelease")).wantStatus(404)
+	a.advance(61 * time.Second)
+	a.getRoot().wantFrom("cache", agreeing)
+	a.get(a.in("InRelease")).wantStatus(404)
+}
+
+// Who purges a root wants what the upstream has.
+func TestPurgedRootIsNotHeld(t *testing.T) {
+	archives(t, func(t *testing.T, a *testArchive, one, two map[string]string) {
+		a.publish(two, slices.Collect(maps.Keys(two))...)
+		a.advance(61 * time.Second)
+		a.getRoot().wantFrom("cache", agreeing)
+		if err := a.cache.purgeFile(t.Context(), "r", a.key(strings.TrimPrefix(a.root, "/"))); err != nil {
+			t.Fatal(err)
+		}
+		a.getRoot().wantMiss().wantBody(a.release(a))
+		if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != 0 {
+			t.Errorf("%v generations are held, want none", n)
+		}
+	})
 }
 
 // Some archives have stronger hashes too, and apt asks by the strongest.

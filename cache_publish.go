@@ -73,10 +73,13 @@ func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.Reade
 	next := &storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}
 	switch {
 	case len(old) == 0:
+		g.endHold(t) // the stored root was purged
 		return nil
 	case len(next.files) == 0:
 		return &problem{status: http.StatusBadGateway, cause: errBadUpstream,
 			detail: fmt.Sprintf("the upstream of remote %q answers something that names no files instead of %s", t.remote.name, path.Base(t.path))}
+	case d.isHeld():
+		return newAgreeingError(t)
 	}
 	p := &publication{g: g, next: next, old: old, seen: map[string]bool{}}
 	return p.publish(ctx)
