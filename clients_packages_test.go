@@ -155,18 +155,25 @@ func (a aptRepository) publishIndexes(d *desk, files map[string]string) {
 		d.write(top+"/Release", release)
 		return
 	}
+	writeFile(d, d.home+"/Release", release)
+	d.gpg("--clearsign", "-o", filepath.Join(d.up.dir, top, "InRelease"), d.home+"/Release")
+}
+
+// gpg runs gpg with the upstream's key, which is made with its first use. Its public
+// part is .key.gpg there.
+func (d *desk) gpg(args ...string) {
+	d.Helper()
 	ring := filepath.Join(d.up.dir, ".gnupg")
 	gpg := []string{"--homedir", ring, "--batch", "-q", "--yes"}
 	if _, err := os.Stat(ring); err != nil {
 		if err := os.Mkdir(ring, 0o700); err != nil {
 			d.Fatal(err)
 		}
+		d.Cleanup(func() { _ = exec.Command("gpgconf", "--homedir", ring, "--kill", "all").Run() })
 		d.run("gpg", append(gpg, "--passphrase", "", "--quick-generate-key", "test", "ed25519")...)
 		d.run("gpg", append(gpg, "-o", d.up.dir+"/.key.gpg", "--export")...)
-		d.Cleanup(func() { _ = exec.Command("gpgconf", "--homedir", ring, "--kill", "all").Run() })
 	}
-	writeFile(d, d.home+"/Release", release)
-	d.run("gpg", append(gpg, "--clearsign", "-o", filepath.Join(d.up.dir, top, "InRelease"), d.home+"/Release")...)
+	d.run("gpg", append(gpg, args...)...)
 }
 
 func (a aptRepository) fetch(d *desk) string {
