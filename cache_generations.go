@@ -259,17 +259,19 @@ func (g *generations) fetchFile(ctx context.Context, file fileRequest) error {
 }
 
 // heldRoots counts the folders whose new roots are held, for each remote that may have
-// any.
+// any. A hold that nobody's request has ended for too long is none.
 func (g *generations) heldRoots(cfg *config) map[string]float64 {
 	counts := map[string]float64{}
 	for name, r := range cfg.remotes {
 		if !r.local && (r.packageType == "rpm" || r.packageType == "deb") {
 			counts[name] = 0
-			for _, folder := range g.held.keys() {
-				if strings.HasPrefix(folder, name+"/") {
-					counts[name]++
-				}
-			}
+		}
+	}
+	for _, folder := range g.held.keys() {
+		name, _, _ := strings.Cut(folder, "/")
+		h, held := g.held.get(folder)
+		if _, counted := counts[name]; counted && held && g.c.now().Sub(h.since) < maxHold {
+			counts[name]++
 		}
 	}
 	return counts

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"slices"
 	"strconv"
@@ -232,6 +233,30 @@ func TestHoldEnds(t *testing.T) {
 		a.getRoot().wantFrom("cache", agreeing)
 		a.advance(11 * time.Minute)
 		a.getRoot().wantBody(a.release(a))
+	})
+	t.Run("at a Valid-Until that is over", func(t *testing.T) {
+		t.Parallel()
+		a := debArchive(t, "Valid-Until: "+longAgo.Format(time.RFC1123)+"\n")
+		a.publish(debFiles("one"))
+		a.wantGeneration(a.release(a), a.files)
+		a.publish(debFiles("two"), packagesGz)
+		a.advance(61 * time.Second)
+		a.getRoot().wantBody(a.release(a))
+	})
+	t.Run("for the metric, where nobody asks any more", func(t *testing.T) {
+		t.Parallel()
+		a := rpmArchive(t)
+		a.publish(rpmFiles("one"))
+		a.wantGeneration(a.release(a), a.files)
+		a.publish(rpmFiles("two"), "repodata/primary.xml.gz")
+		a.advance(61 * time.Second)
+		a.getRoot().wantFrom("cache", agreeing)
+		for _, want := range []float64{1, 0} {
+			if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != want {
+				t.Errorf("%v generations are held, want %v", n, want)
+			}
+			a.advance(maxHold)
+		}
 	})
 	t.Run("for a file without successor", func(t *testing.T) {
 		t.Parallel()
@@ -506,6 +531,22 @@ func TestSignatureOfTheNextRootBringsThatRoot(t *testing.T) {
 	a.origin.file(a.root+".gpg", "signature of two")
 	a.get(a.in(a.root + ".gpg")).wantStatus(200).wantBody("signature of two")
 	a.getRoot().wantHit().wantBody(a.release(a))
+}
+
+// A long TTL begins with the new generation.
+func TestHoldIsNotAsLongAsTheTTL(t *testing.T) {
+	archives(t, func(t *testing.T, a *testArchive, one, two map[string]string) {
+		a.configure(remoteYAML(a.origin.url, "package: "+a.server.config.Load().remotes["r"].packageType, "cache: {mutable_ttl: 36000}"))
+		old, late := a.release(a), slices.Sorted(maps.Keys(two))[0]
+		a.publish(two, late)
+		a.advance(11 * time.Hour)
+		a.getRoot().wantFrom("cache", agreeing).wantBody(old)
+		a.arrive(late)
+		a.advance(30 * time.Second)
+		a.getRoot().wantFrom("cache", agreeing).wantBody(old)
+		a.advance(31 * time.Second)
+		a.wantGeneration(a.release(a), two)
+	})
 }
 
 // Whatever else is asked for meanwhile, a held root is tried again after a minute.
@@ -902,6 +943,16 @@ func TestRootsAreRead(t *testing.T) {
 	}
 }
 
+func TestValidUntilIsRead(t *testing.T) {
+	t.Parallel()
+	want := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for _, date := range []string{"Fri, 02 Jan 2026 03:04:05 UTC", "Fri, 2 Jan 2026 03:04:05 GMT", "Fri, 02 Jan 2026 05:04:05 +0200"} {
+		if n := parseRoot("Release", []byte("Valid-Until: "+date+"\n"), ""); !n.validUntil.Equal(want) {
+			t.Errorf("%s: %v", date, n.validUntil)
+		}
+	}
+}
+
 func TestSlowPublicationKeepsNobodyWaiting(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		a := &testArchive{tester: newBubbleTester(t, "package: rpm", "cache: {mutable_ttl: 60}"), root: "/os/repodata/repomd.xml", folder: "/os/", release: repomdOf}
@@ -924,4 +975,40 @@ func TestSlowPublicationKeepsNobodyWaiting(t *testing.T) {
 		a.advance(20 * time.Second)
 		a.getRoot().wantHit().wantBody(a.release(a)) // the try has gone on
 	})
+}
+
+// BenchmarkHitBesideRoots is BenchmarkHitSmall for a file elsewhere in a repository
+// whose metadata agrees, and for one that its root names.
+func BenchmarkHitBesideRoots(b *testing.B) {
+	const elsewhere = "pool/main/a/app_1.2.3-4_amd64.deb"
+	for _, c := range []struct{ name, keys, root, file string }{
+		{"generic", "package: generic", "dists/t/InRelease", elsewhere},
+		{"deb", "package: deb", "dists/t/InRelease", elsewhere},
+		{"rpm", "package: rpm", "repodata/repomd.xml", elsewhere},
+		{"deb, named", "package: deb", "dists/t/InRelease", "dists/t/" + packagesGz},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			tt := newBenchTester(b, c.keys)
+			text := noise(1, 1<<10)
+			a := &testArchive{tester: tt, files: map[string]string{packagesGz: text}}
+			root := releaseOf("")(a)
+			if strings.HasSuffix(c.root, "xml") {
+				root = repomdOf(a)
+			}
+			tt.origin.file("/"+c.root, root)
+			tt.origin.file("/"+c.file, text)
+			tt.get("/api/r/" + c.root).wantMiss()
+			tt.get("/api/r/" + c.file).wantMiss()
+			r := httptest.NewRequest("GET", "/api/r/"+c.file, nil)
+			w := &nowhere{header: http.Header{}}
+			b.ReportAllocs()
+			for b.Loop() {
+				clear(w.header)
+				tt.api.ServeHTTP(w, r)
+			}
+			if w.status != 200 {
+				b.Fatalf("status %d", w.status)
+			}
+		})
+	}
 }

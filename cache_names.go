@@ -12,6 +12,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net/mail"
 	"path"
 	"slices"
 	"strconv"
@@ -105,7 +106,7 @@ func (n *rootNames) readRelease(folder, text string) {
 			case "acquire-by-hash":
 				n.byHash = strings.TrimSpace(value) == "yes"
 			case "valid-until":
-				n.validUntil, _ = time.Parse(time.RFC1123, strings.TrimSpace(value))
+				n.validUntil, _ = mail.ParseDate(strings.TrimSpace(value)) // zones are written in several ways
 			}
 			continue
 		}
