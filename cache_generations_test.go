@@ -943,6 +943,25 @@ func TestRootsAreRead(t *testing.T) {
 	}
 }
 
+// FuzzRoots: whatever an upstream calls a root names files below its folder, by hashes.
+func FuzzRoots(f *testing.F) {
+	sum := strings.Repeat("a", 64)
+	f.Add("dists/t/InRelease", "Acquire-By-Hash: yes\nValid-Until: Fri, 2 Jan 2026 03:04:05 GMT\nSHA256:\n "+sum+" 12 main/Packages\n")
+	f.Add("os/repodata/repomd.xml", `<repomd><data type="primary"><checksum type="sha256">`+sum+`</checksum><location href="repodata/p"/></data></repomd>`)
+	f.Fuzz(func(t *testing.T, at, text string) {
+		_, spelling, err := spellPath(at, "")
+		if err != nil || spelling == "" {
+			return
+		}
+		folder := decodePath(rootFolder(spelling))
+		for name, named := range parseRoot(spelling, []byte(text), sum).files {
+			if !strings.HasPrefix(name, folder) || named.path != name || decodePath(named.spelling) != name || !isHex(named.sha256, 64) {
+				t.Errorf("%q names %+v", spelling, named)
+			}
+		}
+	})
+}
+
 func TestValidUntilIsRead(t *testing.T) {
 	t.Parallel()
 	want := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
