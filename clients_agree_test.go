@@ -99,15 +99,13 @@ func (r *realRepository) make(t *testing.T) {
 	r.upstream, r.versions = &realUpstream{TB: t, dir: shortDir(t)}, map[string]map[string]string{}
 	d := &desk{TB: t, up: r.upstream, home: shortDir(t)}
 	for _, version := range []string{"one", "two"} {
-		before := r.read(t)
-		r.realClient.publish(d, version)
+		must(t, os.RemoveAll(r.upstream.dir+"/dists"), os.RemoveAll(r.upstream.dir+"/repodata"))
+		r.publish(d, version)
 		r.versions[version] = r.read(t)
-		maps.DeleteFunc(r.versions[version], func(name, text string) bool { // what is of the other version alone
-			return before[name] == text && isMetadata(name)
-		})
 	}
 }
 
+// isMetadata tells metadata from packages.
 func isMetadata(name string) bool {
 	return strings.HasPrefix(name, "/repodata/") || strings.HasPrefix(name, "/dists/")
 }
@@ -162,11 +160,14 @@ func (s *shelf) has(version string, missing ...string) {
 // needed are the files of a version, by name and by hash, that clients cannot do without.
 func (s *shelf) needed(version string) (names []string) {
 	files := s.repo.versions[version]
+	var texts []string
 	for name, text := range files {
-		if isNeeded := func(other string) bool {
-			return strings.Contains(path.Base(other), s.repo.needed) && files[other] == text
-		}; isMetadata(name) &&
-			slices.ContainsFunc(slices.Collect(maps.Keys(files)), isNeeded) {
+		if strings.Contains(path.Base(name), s.repo.needed) {
+			texts = append(texts, text)
+		}
+	}
+	for name, text := range files {
+		if slices.Contains(texts, text) {
 			names = append(names, name)
 		}
 	}
@@ -239,13 +240,13 @@ func TestRealMetadata(t *testing.T) {
 				"end of a hold":           playEndOfHold,
 				"outage and purge":        playOutageAndPurge,
 				"a mirror of its own":     playOtherBytes,
-				"two replicas":            playReplicas,
 			}
 			switch {
 			case repo.signature != "":
 				stories = map[string]func(*testing.T, *realRepository){"signature": playSignature}
 			case strings.Contains(repo.name, "by hash"):
-				stories["a crowd"], stories["pruned"], stories["names alone"] = playCrowd, playPruning, playNamesAlone
+				stories["a crowd"], stories["pruned"] = playCrowd, playPruning
+				stories["names alone"], stories["two replicas"] = playNamesAlone, playReplicas
 			}
 			for name, story := range stories {
 				t.Run(name, func(t *testing.T) {
@@ -414,12 +415,22 @@ func playSignature(t *testing.T, repo *realRepository) {
 	s.wantClient("two")
 }
 
+// Two replicas share S3, the real one if there is one, and have hot copies.
 func playReplicas(t *testing.T, repo *realRepository) {
+	var bucket *s3Client
+	if os.Getenv("TEST_S3") != "" {
+		bucket = realBucket(t)
+	} else {
+		bucket = newFakeS3(t).client()
+	}
 	f := newFleet(t, 2, repo.keys, "cache: {mutable_ttl: 60}")
-	s3 := newFakeS3(t)
 	var replicas []*shelf
 	for _, tt := range f.all {
-		tt.cache.useObjects(newHotBenchAt(t, s3, hotTestLimit).tier)
+		store, disk := newS3Store(bucket, func() bool { return true }), newTestDisk(t)
+		t.Cleanup(store.Close)
+		tier := newTiered(store, disk, hotTestLimit, spaceOf(disk))
+		t.Cleanup(tier.Close)
+		tt.cache.useObjects(tier)
 		replicas = append(replicas, repo.newShelf(tt))
 	}
 	a, b := replicas[0], replicas[1]
