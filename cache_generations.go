@@ -309,7 +309,7 @@ func (g *generations) hold(ctx context.Context, old, next *storedRoot, missing [
 	log := func(message string) {
 		g.c.log.Warn(message, "remote", next.remote.name, "path", next.path, "missing", missing)
 	}
-	if !old.validUntil.IsZero() && !now.Before(old.validUntil) || now.Sub(h.since) >= maxHold {
+	if (!old.validUntil.IsZero() && !now.Before(old.validUntil)) || now.Sub(h.since) >= maxHold {
 		log("new metadata is published without some of its files, because clients cannot use the old one any more")
 		return nil
 	}
@@ -329,7 +329,7 @@ func (g *generations) noteReply(file *fileRequest, reply *fileReply) {
 		return
 	}
 	h, held := g.held.get(d.root.folderID())
-	if held && h.key == file.key() && (reply.result == "REVALIDATED" || reply.hashKnown && reply.rec.SHA256 != h.sum) {
+	if held && h.key == file.key() && (reply.result == "REVALIDATED" || (reply.hashKnown && reply.rec.SHA256 != h.sum)) {
 		g.endHold(d.root)
 	}
 }

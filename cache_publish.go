@@ -160,7 +160,7 @@ func (p *publication) fetchSuccessors(ctx context.Context, old, next *storedRoot
 	places := make(chan struct{}, maxSuccessorFetches)
 	for _, was := range old.files {
 		now, found := next.successorOf(was)
-		if !found || p.seen[was.path] || now.path == was.path && now.sha256 == was.sha256 {
+		if !found || p.seen[was.path] || (now.path == was.path && now.sha256 == was.sha256) {
 			continue
 		}
 		p.seen[was.path] = true // the other root of the folder names it too
