@@ -434,10 +434,11 @@ func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.
 	}
 	defer l.unlock()
 	d.stepDone("directory made")
-	if err = d.commitBody(ctx, key, rec, spool, w); err == nil && w == d.fileWriter {
-		err = d.syncParents(key)
-	} else {
+	switch err = d.commitBody(ctx, key, rec, spool, w); {
+	case err != nil:
 		l.removeEmpty()
+	case w == d.fileWriter:
+		err = d.syncParents(key)
 	}
 	return storeError("storing "+key, err)
 }

@@ -50,7 +50,11 @@ func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (*
 // process apart.
 func openAndLock(ctx context.Context, path string, create bool) (*os.File, error) {
 	if create {
-		if err := os.MkdirAll(path, 0o755); err != nil {
+		err := os.Mkdir(path, 0o755) // the directory above is there, but for the first time
+		if errors.Is(err, fs.ErrNotExist) {
+			err = os.MkdirAll(path, 0o755)
+		}
+		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return nil, err
 		}
 	}
