@@ -464,7 +464,9 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		if file.remote.local || file.remote.sealed {
 			return nil, storeErr
 		}
+		inOutage := false
 		if cp == nil {
+			inOutage = c.upstream.isInOutage(file.remote.name)
 			if err := file.recallMissing(ctx, c, rng, storeErr); err != nil {
 				return nil, err
 			}
@@ -482,7 +484,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		if reply != nil && (errors.Is(storeErr, errStoreDown) || c.copies.refusesWrites()) {
 			reply.willBeStored = false // it may be, if the store is back by then
 		}
-		if failedByNetwork(err) { // the remote may be down since then
+		if inOutage && failedByNetwork(err) { // the probe; who finds an outage says so
 			if missing := file.recallMissing(ctx, c, rng, storeErr); missing != nil {
 				return nil, missing
 			}

@@ -1285,7 +1285,8 @@ func TestMissingFilesAreMissingInAnOutage(t *testing.T) {
 	tt.head("/api/r/back").wantStatus(200)
 	tt.origin.forget()
 	tt.down()
-	for range 3 { // the first of all finds the outage
+	tt.get("/api/r/a").wantStatus(502) // this one has found out
+	for range 3 {
 		wantRecalled(tt.get("/api/r/a"))
 		wantRecalled(tt.get("/api/r/b"))
 		wantRecalled(tt.head("/api/r/gone"))
