@@ -6,6 +6,7 @@ package main
 import (
 	"archive/zip"
 	"bytes"
+	"cmp"
 	"crypto/sha1"
 	"crypto/sha256"
 	"encoding/base64"
@@ -34,23 +35,45 @@ func versionNamed(text string) string {
 }
 
 func packageClients() []realClient {
-	return slices.Concat([]realClient{dnfClient(), goClient(), npmClient(), pipClient()}, aptClients())
+	return slices.Concat([]realClient{dnfClient(), goClient(), pipClient(), helmClient(), mavenClient(), cargoClient(), terraformClient()}, aptClients(), npmClients())
 }
 
-// onlyFile is the one file below the home that has this suffix.
-func (d *desk) onlyFile(suffix string) string {
+// only is the one file of this pattern below the home.
+func (d *desk) only(pattern string) string {
 	d.Helper()
-	var found []string
-	_ = filepath.WalkDir(d.home, func(path string, e os.DirEntry, err error) error {
-		if err == nil && e.Type().IsRegular() && strings.HasSuffix(path, suffix) {
-			found = append(found, path)
-		}
-		return nil
-	})
-	if len(found) != 1 {
-		d.Fatalf("the client has left %q, want one file %s", found, suffix)
+	found, err := filepath.Glob(filepath.Join(d.home, pattern))
+	if err != nil || len(found) != 1 {
+		d.Fatalf("the client has left %q, want one file %s (%v)", found, pattern, err)
 	}
 	return found[0]
+}
+
+// keyring has the key that upstream signs with.
+func (d *desk) keyring() string {
+	d.Helper()
+	ring := filepath.Join(d.up.dir, ".gnupg")
+	if _, err := os.Stat(ring); err == nil {
+		return ring
+	}
+	if err := os.Mkdir(ring, 0o700); err != nil {
+		d.Fatal(err)
+	}
+	d.Cleanup(func() { _ = exec.Command("gpgconf", "--homedir", ring, "--kill", "all").Run() })
+	d.run("gpg", "--homedir", ring, "--batch", "-q", "--passphrase", "", "--quick-generate-key", "test", "ed25519")
+	return ring
+}
+
+// gpg runs gpg with upstream's key.
+func (d *desk) gpg(args ...string) string {
+	d.Helper()
+	return d.run("gpg", append([]string{"--homedir", d.keyring(), "--batch", "-q", "--yes"}, args...)...)
+}
+
+// sign signs a text in this way.
+func (d *desk) sign(text, way string) string {
+	d.Helper()
+	writeFile(d, d.home+"/unsigned", text)
+	return d.gpg("-o", "-", way, d.home+"/unsigned")
 }
 
 // ---- rpm
@@ -84,7 +107,7 @@ func dnfClient() realClient {
 			d.run("dnf", "-q", "-y", "--installroot="+d.home+"/root", "--releasever=1", "--repofrompath=r,"+d.url(""), "--repo=r",
 				"--setopt=reposdir=/nonexistent", "--setopt=varsdir=/nonexistent", "--setopt=cachedir="+d.home+"/cache", "--setopt=logdir="+d.home,
 				"--setopt=zchunk=0", "--nogpgcheck", "--noplugins", "install", "--downloadonly", "--downloaddir="+d.home+"/got", "hello")
-			return versionNamed(filepath.Base(d.onlyFile(".rpm")))
+			return versionNamed(d.only("got/*.rpm"))
 		},
 	}
 }
@@ -155,18 +178,8 @@ func (a aptRepository) publishIndexes(d *desk, files map[string]string) {
 		d.write(top+"/Release", release)
 		return
 	}
-	ring := filepath.Join(d.up.dir, ".gnupg")
-	gpg := []string{"--homedir", ring, "--batch", "-q", "--yes"}
-	if _, err := os.Stat(ring); err != nil {
-		if err := os.Mkdir(ring, 0o700); err != nil {
-			d.Fatal(err)
-		}
-		d.run("gpg", append(gpg, "--passphrase", "", "--quick-generate-key", "test", "ed25519")...)
-		d.run("gpg", append(gpg, "-o", d.up.dir+"/.key.gpg", "--export")...)
-		d.Cleanup(func() { _ = exec.Command("gpgconf", "--homedir", ring, "--kill", "all").Run() })
-	}
-	writeFile(d, d.home+"/Release", release)
-	d.run("gpg", append(gpg, "--clearsign", "-o", filepath.Join(d.up.dir, top, "InRelease"), d.home+"/Release")...)
+	writeFile(d, d.up.dir+"/.key.gpg", d.gpg("--export"))
+	d.write(top+"/InRelease", d.sign(release, "--clearsign"))
 }
 
 func (a aptRepository) fetch(d *desk) string {
@@ -191,7 +204,7 @@ func (a aptRepository) fetch(d *desk) string {
 	d.run("apt-get", append(apt, "update")...)
 	d.run("apt-get", append(apt, "download", "hello")...)
 	tree := shortDir(d)
-	d.run("dpkg-deb", "-x", d.onlyFile(".deb"), tree)
+	d.run("dpkg-deb", "-x", d.only("*.deb"), tree)
 	return d.read(tree + "/usr/share/hello/version")
 }
 
@@ -251,24 +264,52 @@ func zipOf(pairs ...string) string {
 	return out.String()
 }
 
-// ---- npm
+// ---- npm, yarn, pnpm
 
-func npmClient() realClient {
-	return realClient{
-		name: "npm", needs: []string{"npm"}, keys: "    package: npm\n",
-		publish: func(d *desk, version string) {
-			number := packageVersions[version]
-			tarball := gz(tarOf("package/package.json", `{"name":"hello","version":"`+number+`"}`) + tarOf("package/version", version) + strings.Repeat("\x00", 1024))
-			d.write("hello/-/hello-"+number+".tgz", tarball)
-			d.write("hello/index.html", fmt.Sprintf(`{"name":"hello","dist-tags":{"latest":%q},"versions":{%q:{"name":"hello","version":%q,"dist":{"tarball":"%s/hello/-/hello-%s.tgz","shasum":"%x"}}}}`,
-				number, number, number, d.up.url, number, sha1.Sum([]byte(tarball))))
-		},
-		fetch: func(d *desk) string {
-			writeFile(d, d.home+"/package.json", `{"name":"test","version":"1.0.0"}`)
-			d.run("npm", "install", "--silent", "--no-audit", "--no-fund", "--no-update-notifier", "--registry", d.url(""), "--cache", d.home+"/cache", "hello")
-			return d.read("node_modules/hello/version")
-		},
+// npmClients are those of one packument, whose tarball they fetch where it says.
+func npmClients() []realClient {
+	client := func(name string, fetch func(d *desk)) realClient {
+		return realClient{
+			name: name, needs: []string{name}, keys: "    package: npm\n", publish: publishPackument,
+			fetch: func(d *desk) string {
+				writeFile(d, d.home+"/package.json", `{"name":"test","version":"1.0.0"}`)
+				fetch(d)
+				return d.read("node_modules/hello/version")
+			},
+		}
 	}
+	return []realClient{
+		client("npm", func(d *desk) {
+			d.run("npm", "install", "--silent", "--no-audit", "--no-fund", "--no-update-notifier", "--registry", d.url(""), "--cache", d.home+"/cache", "hello")
+		}),
+		client("yarn", func(d *desk) {
+			d.run("yarn", "add", "hello", "--silent", "--non-interactive", "--no-default-rc", "--registry", d.url(""), "--cache-folder", d.home+"/cache")
+		}),
+		client("yarn4", func(d *desk) {
+			writeFile(d, d.home+"/.yarnrc.yml", "npmRegistryServer: "+d.url("")+"\nunsafeHttpWhitelist: [127.0.0.1]\nnodeLinker: node-modules\nenableTelemetry: false\nenableGlobalCache: false\n")
+			d.run("yarn4", "add", "hello")
+		}),
+		client("pnpm", func(d *desk) {
+			d.run("pnpm", "add", "hello", "--silent", "--registry", d.url(""), "--store-dir", d.home+"/store", "--cache-dir", d.home+"/cache", "--state-dir", d.home+"/state")
+		}),
+	}
+}
+
+func publishPackument(d *desk, version string) {
+	number := packageVersions[version]
+	tarball := tgzOf("package/package.json", `{"name":"hello","version":"`+number+`"}`, "package/version", version)
+	d.write("hello/-/hello-"+number+".tgz", tarball)
+	d.write("hello/index.html", fmt.Sprintf(`{"name":"hello","dist-tags":{"latest":%q},"versions":{%q:{"name":"hello","version":%q,"dist":{"tarball":"%s/hello/-/hello-%s.tgz","shasum":"%x"}}},"time":{%q:"2020-01-01T00:00:00.000Z"}}`,
+		number, number, number, d.up.url, number, sha1.Sum([]byte(tarball)), number))
+}
+
+// tgzOf makes a tar in gzip of names and texts.
+func tgzOf(pairs ...string) string {
+	var out strings.Builder
+	for i := 0; i < len(pairs); i += 2 {
+		out.WriteString(tarOf(pairs[i], pairs[i+1]))
+	}
+	return gz(out.String() + strings.Repeat("\x00", 1024))
 }
 
 // ---- pip
@@ -293,7 +334,130 @@ func pipClient() realClient {
 		},
 		fetch: func(d *desk) string {
 			d.run("pip3", "--isolated", "download", "-q", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "-d", "got", "-i", d.url("simple/"), "hello")
-			return versionNamed(filepath.Base(d.onlyFile(".whl")))
+			return versionNamed(d.only("got/*.whl"))
+		},
+	}
+}
+
+// ---- helm
+
+func helmClient() realClient {
+	return realClient{
+		name: "helm", needs: []string{"helm"}, keys: "    package: helm\n",
+		publish: func(d *desk, version string) {
+			number := packageVersions[version]
+			chart := "apiVersion: v2\nname: hello\nversion: " + number + "\n"
+			text := tgzOf("hello/Chart.yaml", chart)
+			d.write("charts/hello-"+number+".tgz", text)
+			d.write("index.yaml", fmt.Sprintf("apiVersion: v1\nentries:\n  hello:\n  - apiVersion: v2\n    name: hello\n    version: %s\n    digest: %x\n    urls:\n    - %s/charts/hello-%s.tgz\n",
+				number, sha256.Sum256([]byte(text)), d.up.url, number))
+		},
+		fetch: func(d *desk) string {
+			d.run("helm", "repo", "add", "r", d.url(""))
+			d.run("helm", "repo", "update")
+			d.run("helm", "pull", "r/hello")
+			return versionNamed(d.only("hello-*.tgz"))
+		},
+	}
+}
+
+// ---- maven
+
+const (
+	mavenParent = `<project><modelVersion>4.0.0</modelVersion>
+<groupId>test</groupId><artifactId>parent</artifactId><version>%s</version><packaging>pom</packaging>
+<build><extensions><extension><groupId>test</groupId><artifactId>hello</artifactId><version>%[1]s</version></extension></extensions></build>
+</project>`
+	mavenProject = `<project><modelVersion>4.0.0</modelVersion>
+<parent><groupId>test</groupId><artifactId>parent</artifactId><version>[1,2)</version><relativePath/></parent>
+<artifactId>app</artifactId><version>1</version><packaging>pom</packaging>
+</project>`
+	mavenSettings = `<settings><localRepository>%s/repository</localRepository>
+<mirrors><mirror><id>cache</id><mirrorOf>*</mirrorOf><url>%s</url></mirror></mirrors>
+</settings>`
+)
+
+// mavenClient is maven without any of its plugins, which are not on loopback: a
+// project has the newest parent, which has the jar as an extension of the build.
+// Upstream has no checksums, which maven asks for with each file.
+func mavenClient() realClient {
+	return realClient{
+		name: "maven", needs: []string{"mvn"}, keys: "    package: maven\n    negative_ttl: 3600\n",
+		publish: func(d *desk, version string) {
+			number := packageVersions[version]
+			d.write("test/parent/maven-metadata.xml", "<metadata><groupId>test</groupId><artifactId>parent</artifactId><versioning><versions><version>"+number+"</version></versions></versioning></metadata>")
+			d.write("test/parent/"+number+"/parent-"+number+".pom", fmt.Sprintf(mavenParent, number))
+			d.write("test/hello/"+number+"/hello-"+number+".pom", "<project><modelVersion>4.0.0</modelVersion><groupId>test</groupId><artifactId>hello</artifactId><version>"+number+"</version></project>")
+			d.write("test/hello/"+number+"/hello-"+number+".jar", zipOf("version", version))
+			d.write("org/codehaus/plexus/plexus-utils/1.1/plexus-utils-1.1.jar", zipOf("empty", "")) // of every extension
+		},
+		fetch: func(d *desk) string {
+			writeFile(d, d.home+"/pom.xml", mavenProject)
+			writeFile(d, d.home+"/settings.xml", fmt.Sprintf(mavenSettings, d.home, d.url("")))
+			d.runWith([]string{"MAVEN_OPTS=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}, "mvn", "-q", "-B", "-s", "settings.xml", "validate")
+			return versionNamed(d.only("repository/test/hello/*/hello-*.jar"))
+		},
+	}
+}
+
+// ---- cargo
+
+func cargoClient() realClient {
+	return realClient{
+		name: "cargo", needs: []string{"cargo"}, keys: "    package: cargo\n",
+		publish: func(d *desk, version string) {
+			number := packageVersions[version]
+			top := "hello-" + number + "/"
+			crate := tgzOf(top+"Cargo.toml", "[package]\nname = \"hello\"\nversion = \""+number+"\"\n", top+"src/lib.rs", "// "+version+"\n")
+			d.write("files/hello/"+number, crate)
+			d.write("config.json", `{"dl":"`+d.up.url+`/files/{crate}/{version}"}`)
+			d.write("he/ll/hello", fmt.Sprintf(`{"name":"hello","vers":%q,"deps":[],"cksum":"%x","features":{},"yanked":false}`+"\n", number, sha256.Sum256([]byte(crate))))
+		},
+		fetch: func(d *desk) string {
+			writeFile(d, d.home+"/Cargo.toml", "[package]\nname = \"app\"\nversion = \"1.0.0\"\n[dependencies]\nhello = \"1\"\n")
+			writeFile(d, d.home+"/src/lib.rs", "")
+			writeFile(d, d.home+"/.cargo/config.toml", "[source.crates-io]\nreplace-with = \"cache\"\n[source.cache]\nregistry = \"sparse+"+d.url("")+"\"\n")
+			d.runWith([]string{"RUSTUP_HOME=" + cmp.Or(os.Getenv("RUSTUP_HOME"), os.Getenv("HOME")+"/.rustup")}, "cargo", "fetch", "-q")
+			return strings.Trim(d.read(d.only(".cargo/registry/src/*/hello-*/src/lib.rs")), "/ \n")
+		},
+	}
+}
+
+// ---- terraform
+
+// terraformClient installs a provider by the protocol of registries, which names its
+// file, the checksums and their signature by full URLs.
+func terraformClient() realClient {
+	return realClient{
+		name: "terraform", needs: []string{"terraform", "gpg"}, keys: "    package: terraform\n",
+		publish: func(d *desk, version string) {
+			number := packageVersions[version]
+			at, platform := "v1/providers/test/hello/", runtime.GOOS+"_"+runtime.GOARCH
+			name := "terraform-provider-hello_" + number
+			file := zipOf("terraform-provider-hello_v"+number, version)
+			sum := fmt.Sprintf("%x", sha256.Sum256([]byte(file)))
+			sums := sum + "  " + name + "_" + platform + ".zip\n"
+			d.write("files/"+name+"_"+platform+".zip", file)
+			d.write("files/"+name+"_SHA256SUMS", sums)
+			d.write("files/"+name+"_SHA256SUMS.sig", d.sign(sums, "--detach-sign"))
+			d.write(at+"versions/index.html", `{"versions":[{"version":"`+number+`","protocols":["5.0"],"platforms":[{"os":"`+runtime.GOOS+`","arch":"`+runtime.GOARCH+`"}]}]}`)
+			download := map[string]any{
+				"protocols": []string{"5.0"}, "os": runtime.GOOS, "arch": runtime.GOARCH, "filename": name + "_" + platform + ".zip", "shasum": sum,
+				"download_url": d.up.url + "/files/" + name + "_" + platform + ".zip",
+				"shasums_url":  d.up.url + "/files/" + name + "_SHA256SUMS", "shasums_signature_url": d.up.url + "/files/" + name + "_SHA256SUMS.sig",
+				"signing_keys": map[string]any{"gpg_public_keys": []any{map[string]string{"key_id": "test", "ascii_armor": d.gpg("--armor", "--export")}}},
+			}
+			text, err := json.Marshal(download)
+			if err != nil {
+				d.Fatal(err)
+			}
+			d.write(at+number+"/download/"+runtime.GOOS+"/"+runtime.GOARCH+"/index.html", string(text))
+		},
+		fetch: func(d *desk) string {
+			writeFile(d, d.home+"/main.tf", "terraform {\n  required_providers {\n    hello = { source = \"test/hello\" }\n  }\n}\n")
+			writeFile(d, d.home+"/rc", `host "registry.terraform.io" { services = { "providers.v1" = "`+d.url("v1/providers/")+`" } }`)
+			d.runWith([]string{"TF_CLI_CONFIG_FILE=" + d.home + "/rc", "CHECKPOINT_DISABLE=1"}, "terraform", "init", "-no-color")
+			return d.read(d.only(".terraform/providers/registry.terraform.io/test/hello/*/*/terraform-provider-hello_*"))
 		},
 	}
 }
