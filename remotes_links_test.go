@@ -15,7 +15,7 @@ import (
 const linkConfig = `remotes:
   npm: {base_url: "https://registry.example.org", package: npm}
   pypi: {base_url: "https://pypi.example.org", package: pypi}
-  files: {base_url: "https://files.example.org/"}
+  files: {base_url: "https://files.example.org/", mirrors: ["https://mirror.example.org/pub"]}
   deep: {base_url: "https://files.example.org/deep/er"}
   own: {type: local}
   hub: {base_url: "https://hub.example.org", package: docker}
@@ -47,16 +47,20 @@ func TestLinksAreLedHere(t *testing.T) {
 		{"HTML without quotes", `<a href=https://files.example.org/a>`, `<a href=../files/a>`},
 		{"YAML", "urls:\n  - https://files.example.org/a\nhome: https://files.example.org/b\n", "urls:\n  - ../files/a\nhome: ../files/b\n"},
 		{"YAML in quotes", "urls:\n  - \"https://files.example.org/a\"\n  - 'https://files.example.org/b'\n", "urls:\n  - \"../files/a\"\n  - '../files/b'\n"},
+		{"YAML in lists and keys", "\n- - https://files.example.org/a\n-  x.y/z_1-:  https://files.example.org/b\n", "\n- - ../files/a\n-  x.y/z_1-:  ../files/b\n"},
 		{"the longest base", `["https://files.example.org/deep/er/a","https://files.example.org/deep/erx"]`, `["../deep/a","../files/deep/erx"]`},
 		{"the base alone", `["https://files.example.org", "https://files.example.org/"]`, `["../files/", "../files/"]`},
 		{"a host in capitals", `["HTTPS://files.example.org/a","https://FILES.example.org/a"]`, `["HTTPS://files.example.org/a","../files/a"]`},
 		{"a template", `{"dl":"https://files.example.org/{crate}/{version}"}`, `{"dl":"../files/{crate}/{version}"}`},
+
+		{"a mirror", `["https://mirror.example.org/pub/a","https://mirror.example.org/public"]`, `["../files/a","https://mirror.example.org/public"]`},
 
 		{"another port", `["https://files.example.org:8443/a"]`, ""},
 		{"another scheme", `["http://files.example.org/a"]`, ""},
 		{"a longer host", `["https://files.example.org.evil/a","https://xfiles.example.org/a"]`, ""},
 		{"user info", `["https://files.example.org@evil/a"]`, ""},
 		{"a URL in a text", `{"readme":"see https://files.example.org/a or \"https://files.example.org/b\" 'https://files.example.org/c'"}`, ""},
+		{"a URL in a text of YAML", "a: see https://files.example.org/a\n see https://files.example.org/a\n : https://files.example.org/a\n - a:https://files.example.org/a\n--- https://files.example.org/a\na:b: https://files.example.org/a\n", ""},
 		{"a URL in a URL", `["https://other.example/?u=https://files.example.org/a"]`, ""},
 		{"git's URL", `["git+https://files.example.org/a"]`, ""},
 		{"a registry", `["https://hub.example.org/v2/a"]`, ""},
@@ -77,8 +81,8 @@ func TestLinksAreLedHere(t *testing.T) {
 
 func TestLeavingLinksAreCounted(t *testing.T) {
 	t.Parallel()
-	_, leaving := rewriteText(t, `["https://a.example/1","https://a.example/2","https://b.example:80","https://files.example.org/x","x https://c.example"]`, "../", whole)
-	if len(leaving) != 2 || leaving["a.example"] != 2 || leaving["b.example:80"] != 1 {
+	_, leaving := rewriteText(t, `["https://a.example/1","https://a.example/2","https://b.example:80","https://files.example.org/x","x https://c.example","https://hub.example.org/v2/a"]`, "../", whole)
+	if len(leaving) != 3 || leaving["a.example"] != 2 || leaving["b.example:80"] != 1 || leaving["hub.example.org"] != 1 {
 		t.Errorf("counted %v", leaving)
 	}
 }
@@ -86,7 +90,7 @@ func TestLeavingLinksAreCounted(t *testing.T) {
 // What is no link to a remote is the same, byte for byte, and how the document arrives
 // makes no difference.
 func FuzzLinks(f *testing.F) {
-	for _, s := range []string{`{"a":"https://files.example.org/b"}`, "- https://files.example.org\n", `"https:\/\/files.example.org\/\/a`, strings.Repeat(" ", 300) + `="https://pypi.example.org`, `<a href=https://other/>`} {
+	for _, s := range []string{`{"a":"https://files.example.org/b"}`, "- https://files.example.org\n", `"https:\/\/files.example.org\/\/a`, strings.Repeat(" ", 300) + `="https://pypi.example.org`, `<a href=https://other/>`, `"https://files.example.org` + strings.Repeat("/", 2000)} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
@@ -112,31 +116,32 @@ func FuzzLinks(f *testing.F) {
 	})
 }
 
-// npmDocument is a packument of about that size.
-func npmDocument(size int) []byte {
-	var b bytes.Buffer
-	b.WriteString(`{"name":"x","versions":{`)
-	for b.Len() < size {
-		b.WriteString(`"1.0.0":{"name":"x","description":"some text that is here and there","dist":{"integrity":"sha512-0123456789abcdef","tarball":"https://registry.example.org/x/-/x-1.0.0.tgz"},"repository":{"url":"git+https://other.example/x"}},`)
-	}
-	b.WriteString(`"z":{}}}`)
-	return b.Bytes()
+// documentOf repeats an entry of a document until it has about that size.
+func documentOf(size int, begin, entry, end string) []byte {
+	return []byte(begin + strings.Repeat(entry, size/len(entry)) + end)
 }
 
+// BenchmarkRewriteLinks has more links than real documents have, where each is looked at.
 func BenchmarkRewriteLinks(b *testing.B) {
-	text := npmDocument(50 << 20)
 	cfg := mustParse(b, linkConfig)
 	links := &documentLinks{newLinkTable(cfg, ""), "https://artifacts.example/api/", cfg.remotes["npm"]}
 	buf := make([]byte, 256<<10)
-	b.SetBytes(int64(len(text)))
-	b.ReportAllocs()
-	for b.Loop() {
-		r := newLinkRewriter(bytes.NewReader(text), links)
-		for {
-			if _, err := r.Read(buf); err != nil {
-				break
+	for name, text := range map[string][]byte{
+		"npm":  documentOf(50<<20, `{"name":"x","versions":{`, `"1.0.0":{"name":"x","description":"some text that is here and there","dist":{"integrity":"sha512-0123456789abcdef","tarball":"https://registry.example.org/x/-/x-1.0.0.tgz"},"repository":{"url":"git+https://other.example/x"}},`, `"z":{}}}`),
+		"helm": documentOf(50<<20, "entries:\n  x:\n", "  - apiVersion: v2\n    description: some text that is at http://here.example and there\n    home: https://other.example/\n    urls:\n    - https://files.example.org/x-1.0.0.tgz\n    version: 1.0.0\n", ""),
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(int64(len(text)))
+			b.ReportAllocs()
+			for b.Loop() {
+				r := newLinkRewriter(bytes.NewReader(text), links)
+				for {
+					if _, err := r.Read(buf); err != nil {
+						break
+					}
+				}
 			}
-		}
+		})
 	}
 }
 

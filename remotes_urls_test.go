@@ -37,7 +37,7 @@ func TestURLsFindTheirRemote(t *testing.T) {
 		{"", ""},
 	} {
 		got := ""
-		if b := cfg.urls.find(c.url); b != nil {
+		if b := cfg.urls.find([]byte(c.url)); b != nil {
 			got = b.pathHere(c.url)
 		}
 		if got != c.want {
