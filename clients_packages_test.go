@@ -9,9 +9,13 @@ import (
 	"cmp"
 	"crypto/sha1"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -35,7 +39,7 @@ func versionNamed(text string) string {
 }
 
 func packageClients() []realClient {
-	return slices.Concat([]realClient{dnfClient(), goClient(), pipClient(), helmClient(), mavenClient(), cargoClient(), terraformClient()}, aptClients(), npmClients())
+	return slices.Concat([]realClient{dnfClient(), goClient(), pipClient(), helmClient(), mavenClient(), cargoClient(), terraformClient(), terraformMirrorClient()}, aptClients(), npmClients())
 }
 
 // only is the one file of this pattern below the home.
@@ -454,10 +458,41 @@ func terraformClient() realClient {
 			d.write(at+number+"/download/"+runtime.GOOS+"/"+runtime.GOARCH+"/index.html", string(text))
 		},
 		fetch: func(d *desk) string {
-			writeFile(d, d.home+"/main.tf", "terraform {\n  required_providers {\n    hello = { source = \"test/hello\" }\n  }\n}\n")
-			writeFile(d, d.home+"/rc", `host "registry.terraform.io" { services = { "providers.v1" = "`+d.url("v1/providers/")+`" } }`)
-			d.runWith([]string{"TF_CLI_CONFIG_FILE=" + d.home + "/rc", "CHECKPOINT_DISABLE=1"}, "terraform", "init", "-no-color")
-			return d.read(d.only(".terraform/providers/registry.terraform.io/test/hello/*/*/terraform-provider-hello_*"))
+			return initTerraform(d, `host "registry.terraform.io" { services = { "providers.v1" = "`+d.url("v1/providers/")+`" } }`)
+		},
+	}
+}
+
+// initTerraform installs the provider by terraform's configuration rc, and returns what
+// it is.
+func initTerraform(d *desk, rc string, env ...string) string {
+	d.Helper()
+	writeFile(d, d.home+"/main.tf", "terraform {\n  required_providers {\n    hello = { source = \"test/hello\" }\n  }\n}\n")
+	writeFile(d, d.home+"/rc", rc)
+	d.runWith(append(env, "TF_CLI_CONFIG_FILE="+d.home+"/rc", "CHECKPOINT_DISABLE=1"), "terraform", "init", "-no-color")
+	return d.read(d.only(".terraform/providers/registry.terraform.io/test/hello/*/*/terraform-provider-hello_*"))
+}
+
+// terraformMirrorClient installs a provider by the protocol of mirrors, which terraform
+// speaks over HTTPS alone.
+func terraformMirrorClient() realClient {
+	return realClient{
+		name: "terraform, a mirror", needs: []string{"terraform"}, keys: "    package: terraform\n",
+		publish: func(d *desk, version string) {
+			number := packageVersions[version]
+			at, platform := "registry.terraform.io/test/hello/", runtime.GOOS+"_"+runtime.GOARCH
+			d.write("files/"+number+".zip", zipOf("terraform-provider-hello_v"+number, version))
+			d.write(at+"index.json", `{"versions":{"`+number+`":{}}}`)
+			d.write(at+number+".json", `{"archives":{"`+platform+`":{"url":"`+d.up.url+`/files/`+number+`.zip"}}}`)
+		},
+		fetch: func(d *desk) string {
+			pair := newTLSPair(d)
+			front := httptest.NewUnstartedServer(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: d.host}))
+			front.TLS = &tls.Config{Certificates: []tls.Certificate{pair.cert}}
+			front.StartTLS()
+			defer front.Close()
+			writeFile(d, d.home+"/ca.pem", string(pair.certPEM))
+			return initTerraform(d, `provider_installation { network_mirror { url = "`+front.URL+`/api/r/" } }`, "SSL_CERT_FILE="+d.home+"/ca.pem")
 		},
 	}
 }

@@ -77,6 +77,8 @@ var linkedHosts = []struct{ host, linked string }{
 	{"pypi.org", "https://files.pythonhosted.org"},
 	{"index.crates.io", "https://static.crates.io"},
 	{"registry.terraform.io", "https://releases.hashicorp.com"},
+	{"registry.terraform.io", "https://github.com"},
+	{"registry.opentofu.org", "https://github.com"},
 }
 
 // documentLinks says how the links of one document are rewritten.

@@ -259,6 +259,30 @@ func TestDocumentsThatStay(t *testing.T) {
 	}
 }
 
+// What is known to lead to another host is told before clients go there.
+func TestKnownLinksThatLeaveAreTold(t *testing.T) {
+	t.Parallel()
+	const remotes = `remotes:
+  pypi: {base_url: "https://pypi.org", package: pypi}
+  crates: {base_url: "https://index.crates.io", package: cargo}
+  tf: {base_url: "https://registry.terraform.io", package: terraform}
+  tofu: {base_url: "https://registry.opentofu.org", package: terraform}
+`
+	hosts := []string{"https://files.pythonhosted.org", "https://static.crates.io", "https://releases.hashicorp.com", "https://github.com"}
+	all, others := mustParse(t, remotes), remotes
+	for i, host := range hosts {
+		if !strings.Contains(strings.Join(all.warnings, "\n"), "at "+host+", which clients will fetch past the cache: add a remote with that base_url") {
+			t.Errorf("nobody is told of %s: %q", host, all.warnings)
+		}
+		others += fmt.Sprintf("  x%d: {base_url: %q, mutable_patterns: [latest]}\n", i, host+"/")
+	}
+	for _, w := range mustParse(t, others).warnings {
+		if strings.Contains(w, "which clients") {
+			t.Errorf("with a remote for each: %s", w)
+		}
+	}
+}
+
 // What each package takes for mutable is what its clients need.
 func TestPackagesKnowWhatChanges(t *testing.T) {
 	t.Parallel()
@@ -276,7 +300,7 @@ func TestPackagesKnowWhatChanges(t *testing.T) {
 		"pypi":      {"simple/ simple/requests/", "packages/a/b/x.whl"},
 		"npm":       {"lodash @types/node -/v1/search pnpm/latest pnpm/10.1.0-rc.1 @types/node/latest", "lodash/-/lodash-1.tgz @types/node/-/node-1.tgz lodash/lodash-1.0.0.tgz download/@types/node/1.0.0/abc"},
 		"cargo":     {"config.json index/se/rd/serde se/rd/serde 1/a 3/a/abc", "crates/serde/1.0.0/download serde/serde-1.0.0.crate"},
-		"terraform": {"v1/providers/hashicorp/aws/versions v1/providers/hashicorp/aws/5.0.0/download/linux/amd64 registry.terraform.io/a/b/index.json", "terraform-provider-aws_5.0.0_linux_amd64.zip terraform-provider-aws_5.0.0_SHA256SUMS"},
+		"terraform": {"v1/providers/hashicorp/aws/versions v1/providers/hashicorp/aws/5.0.0/download/linux/amd64 registry.terraform.io/a/b/index.json registry.terraform.io/a/b/5.0.0.json registry.terraform.io/a/b/5.0.0-rc1.json", "a/5.0.0_manifest.json terraform-provider-aws_5.0.0_linux_amd64.zip terraform-provider-aws_5.0.0_SHA256SUMS"},
 	} {
 		r := mustParse(t, one("    package: "+name+"\n")).remotes["x"]
 		if revalidates := name != "rpm" && name != "alpine"; !revalidates {
