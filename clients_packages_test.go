@@ -22,6 +22,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"testing"
 )
 
 // packageVersions are the versions of the package hello that are published as "one"
@@ -305,6 +306,47 @@ func publishPackument(d *desk, version string) {
 	d.write("hello/-/hello-"+number+".tgz", tarball)
 	d.write("hello/index.html", fmt.Sprintf(`{"name":"hello","dist-tags":{"latest":%q},"versions":{%q:{"name":"hello","version":%q,"dist":{"tarball":"%s/hello/-/hello-%s.tgz","shasum":"%x"}}},"time":{%q:"2020-01-01T00:00:00.000Z"}}`,
 		number, number, number, d.up.url, number, sha1.Sum([]byte(tarball)), number))
+}
+
+// TestRealLinksFollowTheTable has npm's files on another host, whose remote is there,
+// removed, and there by another name: each time npm's index leads there at once.
+func TestRealLinksFollowTheTable(t *testing.T) {
+	t.Parallel()
+	if os.Getenv("TEST_CLIENTS") == "" {
+		t.Skip("TEST_CLIENTS is not set")
+	}
+	needCommands(t, "npm")
+	d, files := newDesk(t, "    package: npm\n"), newRealUpstream(t)
+	files.dir = d.up.dir
+	publishPackument(d, "one")
+	d.write("hello/index.html", strings.ReplaceAll(d.read(d.up.dir+"/hello/index.html"), d.up.url, files.url))
+	npm := npmClients()[0]
+	for _, act := range []struct {
+		remote        string // of files
+		asksUp, asked bool   // upstream for the index, and the host of the files
+	}{
+		{"files", true, true},
+		{"files", false, false},
+		{"", true, true}, // by npm itself: no remote could
+		{"archive", true, true},
+		{"archive", false, false},
+	} {
+		d.keys = "    package: npm\n"
+		if act.remote != "" {
+			d.keys += "  " + act.remote + ":\n    base_url: " + files.url + "\n    mutable_patterns: [latest]\n"
+		}
+		d.setTTL(3600)
+		d.up.forget()
+		files.forget()
+		d.home = shortDir(d)
+		if got := npm.fetch(d); got != "one" {
+			t.Fatalf("remote %q: npm got %q", act.remote, got)
+		}
+		if up, at := d.up.asked(), files.asked(); len(up) > 0 != act.asksUp || len(at) > 0 != act.asked {
+			t.Errorf("remote %q: upstream was asked for %q, the host of the files for %q", act.remote, up, at)
+		}
+		d.settle()
+	}
 }
 
 // tgzOf makes a tar in gzip of names and texts.

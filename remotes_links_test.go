@@ -176,6 +176,7 @@ func TestDocumentsLeadHere(t *testing.T) {
 	tt.down()
 	tt.configure(strings.ReplaceAll(yaml, "ORIGIN", tt.origin.url))
 	tt.get("/api/r/simple/x/").wantStale().wantBody(other)
+	tt.get("/api/archive/x-1.whl").wantDetail(404, "archive") // where it leads is no remote any more
 }
 
 // A document that nobody can fetch anew answers as it is, whatever its links lead by.
