@@ -319,3 +319,36 @@ func TestPackagesKnowWhatChanges(t *testing.T) {
 		}
 	}
 }
+
+// Whoever keeps an index forever without wanting to is told of it: when its remote is
+// read, and once when it is stored, with the pattern that is missing.
+func TestIndexesThatAreKeptForEverAreTold(t *testing.T) {
+	t.Parallel()
+	for path, pattern := range map[string]string{
+		"dists/a/InRelease": "InRelease", "dists/a/main/binary-amd64/Packages.xz": "Packages", "9/repodata/repomd.xml": "repomd", "a/APKINDEX.tar.gz": "APKINDEX",
+		"stable/index.yaml": "index", "org/a/maven-metadata.xml": "maven-metadata", "x.y/z/@v/list": "@v/list", "simple/requests": "^simple/", "core/os/x86_64/core.db": "db|files", "@types/node": "@[^/]+",
+	} {
+		tt := newTester(t)
+		if w := tt.server.config.Load().warnings; len(w) != 1 || !strings.Contains(w[0], "no mutable_patterns") {
+			t.Errorf("warnings %q", w)
+		}
+		for _, p := range []string{"a/b-1.tar.gz", "b", path, path} { // b is no JSON
+			file := tt.origin.file("/"+strings.Replace(p, "@", "%40", 1), "text of "+p)
+			if p == "@types/node" {
+				file.says("Content-Type", "application/json")
+			}
+			tt.get("/api/r/" + p).wantStatus(200)
+		}
+		tt.settle()
+		tt.wantLog("stored as immutable")
+		told := tt.logs.lines("stored as immutable")
+		if len(told) != 1 || !strings.Contains(told[0], pattern) || !strings.Contains(told[0], path) {
+			t.Errorf("%s: told %q, want a line with %s", path, told, pattern)
+		}
+	}
+	for _, keys := range []string{"package: npm", "mutable_patterns: ['b$']", "cache: {immutable_ttl: 5}"} {
+		if w := newTester(t, keys).server.config.Load().unwatchedRemotes(); len(w) > 0 {
+			t.Errorf("%s: %q are said to be never looked at", keys, w)
+		}
+	}
+}
