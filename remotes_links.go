@@ -41,9 +41,13 @@ func newLinkTable(cfg *config, publicURL string) *linkTable {
 	h := sha256.New()
 	io.WriteString(h, publicURL)
 	for _, host := range slices.Sorted(maps.Keys(t.urls)) {
-		for _, b := range t.urls[host] {
+		for i, b := range t.urls[host] {
 			t.longest = max(t.longest, len(b.url))
 			io.WriteString(h, "\n"+b.remote.name+" "+b.url)
+			if i > 0 && t.urls[host][i-1].url == b.url { // patterns choose between them
+				other := t.urls[host][i-1].remote
+				fmt.Fprint(h, other.immutable, other.mutable, b.remote.immutable, b.remote.mutable)
+			}
 		}
 	}
 	t.id = hex.EncodeToString(h.Sum(nil)[:8])
@@ -101,7 +105,6 @@ func (d *documentLinks) tableID() string {
 type linkRewriter struct {
 	src     io.Reader
 	links   *documentLinks
-	own     string                       // URL of the document's remote; "": not known
 	leaving map[string]int               // links that stay, by host
 	atEnd   func(leaving map[string]int) // called once, if it is not nil
 
@@ -113,11 +116,7 @@ type linkRewriter struct {
 }
 
 func newLinkRewriter(src io.Reader, links *documentLinks) *linkRewriter {
-	r := &linkRewriter{src: src, links: links, leaving: map[string]int{}, in: make([]byte, 0, 2*rewriteBufferSize)}
-	if links.from != nil {
-		r.own = links.from.origins[0].url.String()
-	}
-	return r
+	return &linkRewriter{src: src, links: links, leaving: map[string]int{}, in: make([]byte, 0, 2*rewriteBufferSize)}
 }
 
 func (r *linkRewriter) Read(p []byte) (int, error) {
@@ -197,7 +196,7 @@ func (r *linkRewriter) findLink(s []byte) (name string, length int) {
 	if bytes.IndexByte(s[:min(len(s), len(`https:\`))], '\\') > 0 {
 		u = bytes.ReplaceAll(s, []byte(`\/`), []byte("/")) // as JSON may have it
 	}
-	b := r.links.table.urls.find(u)
+	b := r.links.table.urls.find(u, r.links.from)
 	if b == nil || b.remote.packageType == "docker" {
 		r.countLeaving(u)
 		return "", 0
@@ -214,9 +213,6 @@ func (r *linkRewriter) findLink(s []byte) (name string, length int) {
 			break
 		}
 		length = len(s) - len(rest)
-	}
-	if b.url == r.own {
-		return r.links.from.name, length // of remotes with one URL its own has the right patterns and credentials
 	}
 	return b.remote.name, length
 }

@@ -79,6 +79,24 @@ func TestLinksAreLedHere(t *testing.T) {
 	}
 }
 
+func TestTablesThatLeadElsewhereHaveOtherNames(t *testing.T) {
+	t.Parallel()
+	id := func(remotes string) string { return newLinkTable(mustParse(t, "remotes:\n"+remotes), "").id }
+	const a, b = "  a: {base_url: \"https://x.example\", immutable_patterns: [%s]}\n", "  b: {base_url: \"https://x.example\"}\n"
+	one := id(fmt.Sprintf(a, "one"))
+	if id(fmt.Sprintf(a, "two")) != one {
+		t.Error("patterns of one remote count")
+	}
+	seen := map[string]bool{one: true}
+	for _, remotes := range []string{fmt.Sprintf(a, "one") + b, fmt.Sprintf(a, "two") + b, b, strings.ReplaceAll(b, "x.ex", "y.ex")} {
+		if n := id(remotes); n == "" || seen[n] {
+			t.Errorf("%s: has the name of another", remotes)
+		} else {
+			seen[n] = true
+		}
+	}
+}
+
 func TestLeavingLinksAreCounted(t *testing.T) {
 	t.Parallel()
 	_, leaving := rewriteText(t, `["https://a.example/1","https://a.example/2","https://b.example:80","https://files.example.org/x","x https://c.example","https://hub.example.org/v2/a"]`, "../", whole)

@@ -8,12 +8,14 @@ import (
 	"cmp"
 	"maps"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
+	"unicode"
 )
 
 // urlTable finds the remote that a URL lies in: the bases by their host. The longest
-// base comes first, since one remote may lie in another; of two of one length base_url
+// base comes first, since one remote may lie in another; of two with one URL base_url
 // comes before a mirror.
 type urlTable map[string][]urlBase
 
@@ -47,24 +49,57 @@ func newURLTable(cfg *config) urlTable {
 		add(cfg.registries[registry], "https://"+registry)
 	}
 	for _, bases := range t {
-		slices.SortStableFunc(bases, func(a, b urlBase) int { return len(b.url) - len(a.url) })
+		slices.SortStableFunc(bases, func(a, b urlBase) int {
+			return cmp.Or(len(b.url)-len(a.url), strings.Compare(a.url, b.url))
+		})
 	}
 	return t
 }
 
 // find returns the base that s begins with, or nil. Behind the base s ends, or goes on
 // with a slash or with what cannot continue a URL's path element: s may be a text that
-// a URL is only the begin of.
-func (t urlTable) find(s []byte) *urlBase {
+// a URL is only the begin of. Of remotes with one URL it is one that allows the path,
+// rather own than another, rather the first than the second.
+func (t urlTable) find(s []byte, own *remote) (found *urlBase) {
 	var buf [maxHostBytes]byte
-	bases := t[string(appendHost(buf[:0], s))]
+	bases, best := t[string(appendHost(buf[:0], s))], 0
 	for i := range bases {
 		b := &bases[i]
-		if bytes.HasPrefix(s[b.host:], []byte(b.url[b.host:])) && (len(s) == len(b.url) || s[len(b.url)] == '/' || !continuesElement(s[len(b.url)])) {
-			return b
+		if found != nil && found.url != b.url {
+			break
+		}
+		if !bytes.HasPrefix(s[b.host:], []byte(b.url[b.host:])) || (len(s) > len(b.url) && s[len(b.url)] != '/' && continuesElement(s[len(b.url)])) {
+			continue
+		}
+		rank := 1
+		if b.allows(s[len(b.url):]) {
+			rank += 2
+		}
+		if b.remote == own {
+			rank++
+		}
+		if rank > best {
+			found, best = b, rank
 		}
 	}
-	return nil
+	return found
+}
+
+// allows reports whether a pattern of b's remote allows the path that s begins with. It
+// chooses among remotes; whether a file may be had is decided when it is asked for.
+func (b *urlBase) allows(s []byte) bool {
+	r := b.remote
+	if r.immutable == nil {
+		return true
+	}
+	end := bytes.IndexFunc(s, func(r rune) bool { return r > unicode.MaxASCII || !continuesElement(byte(r)) })
+	if end < 0 {
+		end = len(s)
+	}
+	path := decodePath(strings.TrimLeft(string(s[:end]), "/"))
+	matches := func(p *regexp.Regexp) bool { return p.MatchString(path) }
+	isIndex := r.packageType != "docker" && (slices.ContainsFunc(r.mutable, matches) || slices.ContainsFunc(r.builtin, matches))
+	return isIndex || slices.ContainsFunc(r.immutable, matches)
 }
 
 // maxHostBytes bounds scheme and host of a URL, with its port (RFC 1035 section 2.3.4).
