@@ -278,6 +278,7 @@ func npmClients() []realClient {
 			name: name, needs: []string{name}, keys: "    package: npm\n", publish: publishPackument,
 			fetch: func(d *desk) string {
 				writeFile(d, d.home+"/package.json", `{"name":"test","version":"1.0.0"}`)
+				writeFile(d, d.home+"/.npmrc", "registry="+d.url("")+"\n")
 				fetch(d)
 				return d.read("node_modules/hello/version")
 			},
@@ -285,17 +286,17 @@ func npmClients() []realClient {
 	}
 	return []realClient{
 		client("npm", func(d *desk) {
-			d.run("npm", "install", "--silent", "--no-audit", "--no-fund", "--no-update-notifier", "--registry", d.url(""), "--cache", d.home+"/cache", "hello")
+			d.run("npm", "install", "--silent", "--no-audit", "--no-fund", "--no-update-notifier", "--cache", d.home+"/cache", "hello")
 		}),
 		client("yarn", func(d *desk) {
-			d.run("yarn", "add", "hello", "--silent", "--non-interactive", "--no-default-rc", "--registry", d.url(""), "--cache-folder", d.home+"/cache")
+			d.run("yarn", "add", "hello", "--silent", "--non-interactive", "--cache-folder", d.home+"/cache")
 		}),
 		client("yarn4", func(d *desk) {
 			writeFile(d, d.home+"/.yarnrc.yml", "npmRegistryServer: "+d.url("")+"\nunsafeHttpWhitelist: [127.0.0.1]\nnodeLinker: node-modules\nenableTelemetry: false\nenableGlobalCache: false\n")
 			d.run("yarn4", "add", "hello")
 		}),
 		client("pnpm", func(d *desk) {
-			d.run("pnpm", "add", "hello", "--silent", "--registry", d.url(""), "--store-dir", d.home+"/store", "--cache-dir", d.home+"/cache", "--state-dir", d.home+"/state")
+			d.run("pnpm", "add", "hello", "--silent", "--store-dir", d.home+"/store", "--cache-dir", d.home+"/cache", "--state-dir", d.home+"/state")
 		}),
 	}
 }
