@@ -219,7 +219,8 @@ func (r *linkRewriter) findLink(s []byte) (name string, length int) {
 
 // countLeaving counts a link that stays.
 func (r *linkRewriter) countLeaving(u []byte) {
-	_, host, _ := strings.Cut(string(appendHost(nil, u)), "://")
+	var buf [maxHostBytes]byte
+	_, host, _ := strings.Cut(string(appendHost(buf[:0], u)), "://")
 	if host != "" && (len(r.leaving) < maxLeavingHosts || r.leaving[host] > 0) {
 		r.leaving[host]++
 	}

@@ -110,14 +110,15 @@ const maxHostBytes = len("https://") + 255 + len(":65535")
 func appendHost(to, s []byte) []byte {
 	s = s[:min(len(s), maxHostBytes)]
 	scheme := bytes.Index(s[:min(len(s), len("https://"))], []byte("://")) + len("://")
-	for i, c := range s {
-		if i >= scheme && (c == '/' || (!unescapedBytes[c] && strings.IndexByte(":[]", c) < 0)) {
-			break
-		}
+	end := 0
+	for end < len(s) && (end < scheme || (s[end] != '/' && (unescapedBytes[s[end]] || strings.IndexByte(":[]", s[end]) >= 0))) {
+		end++
+	}
+	to = append(to, s[:end]...)
+	for i, c := range to {
 		if 'A' <= c && c <= 'Z' {
-			c += 'a' - 'A'
+			to[i] += 'a' - 'A'
 		}
-		to = append(to, c)
 	}
 	return to
 }
