@@ -53,34 +53,6 @@ func (d *desk) only(pattern string) string {
 	return found[0]
 }
 
-// keyring has the key that upstream signs with.
-func (d *desk) keyring() string {
-	d.Helper()
-	ring := filepath.Join(d.up.dir, ".gnupg")
-	if _, err := os.Stat(ring); err == nil {
-		return ring
-	}
-	if err := os.Mkdir(ring, 0o700); err != nil {
-		d.Fatal(err)
-	}
-	d.Cleanup(func() { _ = exec.Command("gpgconf", "--homedir", ring, "--kill", "all").Run() })
-	d.run("gpg", "--homedir", ring, "--batch", "-q", "--passphrase", "", "--quick-generate-key", "test", "ed25519")
-	return ring
-}
-
-// gpg runs gpg with upstream's key.
-func (d *desk) gpg(args ...string) string {
-	d.Helper()
-	return d.run("gpg", append([]string{"--homedir", d.keyring(), "--batch", "-q", "--yes"}, args...)...)
-}
-
-// sign signs a text in this way.
-func (d *desk) sign(text, way string) string {
-	d.Helper()
-	writeFile(d, d.home+"/unsigned", text)
-	return d.gpg("-o", "-", way, d.home+"/unsigned")
-}
-
 // ---- rpm
 
 const helloSpec = `Name: hello
@@ -183,8 +155,25 @@ func (a aptRepository) publishIndexes(d *desk, files map[string]string) {
 		d.write(top+"/Release", release)
 		return
 	}
-	writeFile(d, d.up.dir+"/.key.gpg", d.gpg("--export"))
-	d.write(top+"/InRelease", d.sign(release, "--clearsign"))
+	writeFile(d, d.home+"/Release", release)
+	d.gpg("--clearsign", "-o", filepath.Join(d.up.dir, top, "InRelease"), d.home+"/Release")
+}
+
+// gpg runs gpg with the upstream's key, which is made with its first use. Its public
+// part is .key.gpg there.
+func (d *desk) gpg(args ...string) string {
+	d.Helper()
+	ring := filepath.Join(d.up.dir, ".gnupg")
+	gpg := []string{"--homedir", ring, "--batch", "-q", "--yes"}
+	if _, err := os.Stat(ring); err != nil {
+		if err := os.Mkdir(ring, 0o700); err != nil {
+			d.Fatal(err)
+		}
+		d.Cleanup(func() { _ = exec.Command("gpgconf", "--homedir", ring, "--kill", "all").Run() })
+		d.run("gpg", append(gpg, "--passphrase", "", "--quick-generate-key", "test", "ed25519")...)
+		d.run("gpg", append(gpg, "-o", d.up.dir+"/.key.gpg", "--export")...)
+	}
+	return d.run("gpg", append(gpg, args...)...)
 }
 
 func (a aptRepository) fetch(d *desk) string {
@@ -486,7 +475,7 @@ func terraformClient() realClient {
 			sums := sum + "  " + name + "_" + platform + ".zip\n"
 			d.write("files/"+name+"_"+platform+".zip", file)
 			d.write("files/"+name+"_SHA256SUMS", sums)
-			d.write("files/"+name+"_SHA256SUMS.sig", d.sign(sums, "--detach-sign"))
+			d.gpg("-o", d.up.dir+"/files/"+name+"_SHA256SUMS.sig", "--detach-sign", d.up.dir+"/files/"+name+"_SHA256SUMS")
 			d.write(at+"versions/index.html", `{"versions":[{"version":"`+number+`","protocols":["5.0"],"platforms":[{"os":"`+runtime.GOOS+`","arch":"`+runtime.GOARCH+`"}]}]}`)
 			download := map[string]any{
 				"protocols": []string{"5.0"}, "os": runtime.GOOS, "arch": runtime.GOARCH, "filename": name + "_" + platform + ".zip", "shasum": sum,
