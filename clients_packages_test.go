@@ -43,12 +43,18 @@ func packageClients() []realClient {
 	return slices.Concat([]realClient{dnfClient(), goClient(), pipClient(), helmClient(), mavenClient(), cargoClient(), terraformClient(), terraformMirrorClient()}, aptClients(), npmClients())
 }
 
-// only is the one file of this pattern below the home.
-func (d *desk) only(pattern string) string {
+// onlyFile is the one file below the home that has this suffix.
+func (d *desk) onlyFile(suffix string) string {
 	d.Helper()
-	found, err := filepath.Glob(filepath.Join(d.home, pattern))
-	if err != nil || len(found) != 1 {
-		d.Fatalf("the client has left %q, want one file %s (%v)", found, pattern, err)
+	var found []string
+	_ = filepath.WalkDir(d.home, func(path string, e os.DirEntry, err error) error {
+		if err == nil && e.Type().IsRegular() && strings.HasSuffix(path, suffix) {
+			found = append(found, path)
+		}
+		return nil
+	})
+	if len(found) != 1 {
+		d.Fatalf("the client has left %q, want one file %s", found, suffix)
 	}
 	return found[0]
 }
@@ -84,7 +90,7 @@ func dnfClient() realClient {
 			d.run("dnf", "-q", "-y", "--installroot="+d.home+"/root", "--releasever=1", "--repofrompath=r,"+d.url(""), "--repo=r",
 				"--setopt=reposdir=/nonexistent", "--setopt=varsdir=/nonexistent", "--setopt=cachedir="+d.home+"/cache", "--setopt=logdir="+d.home,
 				"--setopt=zchunk=0", "--nogpgcheck", "--noplugins", "install", "--downloadonly", "--downloaddir="+d.home+"/got", "hello")
-			return versionNamed(d.only("got/*.rpm"))
+			return versionNamed(filepath.Base(d.onlyFile(".rpm")))
 		},
 	}
 }
@@ -161,7 +167,7 @@ func (a aptRepository) publishIndexes(d *desk, files map[string]string) {
 
 // gpg runs gpg with the upstream's key, which is made with its first use. Its public
 // part is .key.gpg there.
-func (d *desk) gpg(args ...string) string {
+func (d *desk) gpg(args ...string) {
 	d.Helper()
 	ring := filepath.Join(d.up.dir, ".gnupg")
 	gpg := []string{"--homedir", ring, "--batch", "-q", "--yes"}
@@ -173,7 +179,7 @@ func (d *desk) gpg(args ...string) string {
 		d.run("gpg", append(gpg, "--passphrase", "", "--quick-generate-key", "test", "ed25519")...)
 		d.run("gpg", append(gpg, "-o", d.up.dir+"/.key.gpg", "--export")...)
 	}
-	return d.run("gpg", append(gpg, args...)...)
+	d.run("gpg", append(gpg, args...)...)
 }
 
 func (a aptRepository) fetch(d *desk) string {
@@ -198,7 +204,7 @@ func (a aptRepository) fetch(d *desk) string {
 	d.run("apt-get", append(apt, "update")...)
 	d.run("apt-get", append(apt, "download", "hello")...)
 	tree := shortDir(d)
-	d.run("dpkg-deb", "-x", d.only("*.deb"), tree)
+	d.run("dpkg-deb", "-x", d.onlyFile(".deb"), tree)
 	return d.read(tree + "/usr/share/hello/version")
 }
 
@@ -370,7 +376,7 @@ func pipClient() realClient {
 		},
 		fetch: func(d *desk) string {
 			d.run("pip3", "--isolated", "download", "-q", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "-d", "got", "-i", d.url("simple/"), "hello")
-			return versionNamed(d.only("got/*.whl"))
+			return versionNamed(filepath.Base(d.onlyFile(".whl")))
 		},
 	}
 }
@@ -392,7 +398,7 @@ func helmClient() realClient {
 			d.run("helm", "repo", "add", "r", d.url(""))
 			d.run("helm", "repo", "update")
 			d.run("helm", "pull", "r/hello")
-			return versionNamed(d.only("hello-*.tgz"))
+			return versionNamed(filepath.Base(d.onlyFile(".tgz")))
 		},
 	}
 }
@@ -431,7 +437,7 @@ func mavenClient() realClient {
 			writeFile(d, d.home+"/pom.xml", mavenProject)
 			writeFile(d, d.home+"/settings.xml", fmt.Sprintf(mavenSettings, d.home, d.url("")))
 			d.runWith([]string{"MAVEN_OPTS=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}, "mvn", "-q", "-B", "-s", "settings.xml", "validate")
-			return versionNamed(d.only("repository/test/hello/*/hello-*.jar"))
+			return versionNamed(filepath.Base(d.onlyFile(".0.jar")))
 		},
 	}
 }
@@ -451,10 +457,10 @@ func cargoClient() realClient {
 		},
 		fetch: func(d *desk) string {
 			writeFile(d, d.home+"/Cargo.toml", "[package]\nname = \"app\"\nversion = \"1.0.0\"\n[dependencies]\nhello = \"1\"\n")
-			writeFile(d, d.home+"/src/lib.rs", "")
+			writeFile(d, d.home+"/src/main.rs", "")
 			writeFile(d, d.home+"/.cargo/config.toml", "[source.crates-io]\nreplace-with = \"cache\"\n[source.cache]\nregistry = \"sparse+"+d.url("")+"\"\n")
 			d.runWith([]string{"RUSTUP_HOME=" + cmp.Or(os.Getenv("RUSTUP_HOME"), os.Getenv("HOME")+"/.rustup")}, "cargo", "fetch", "-q")
-			return strings.Trim(d.read(d.only(".cargo/registry/src/*/hello-*/src/lib.rs")), "/ \n")
+			return strings.Trim(d.read(d.onlyFile("/lib.rs")), "/ \n")
 		},
 	}
 }
@@ -475,13 +481,14 @@ func terraformClient() realClient {
 			sums := sum + "  " + name + "_" + platform + ".zip\n"
 			d.write("files/"+name+"_"+platform+".zip", file)
 			d.write("files/"+name+"_SHA256SUMS", sums)
+			d.gpg("--armor", "-o", d.home+"/key.asc", "--export")
 			d.gpg("-o", d.up.dir+"/files/"+name+"_SHA256SUMS.sig", "--detach-sign", d.up.dir+"/files/"+name+"_SHA256SUMS")
 			d.write(at+"versions/index.html", `{"versions":[{"version":"`+number+`","protocols":["5.0"],"platforms":[{"os":"`+runtime.GOOS+`","arch":"`+runtime.GOARCH+`"}]}]}`)
 			download := map[string]any{
 				"protocols": []string{"5.0"}, "os": runtime.GOOS, "arch": runtime.GOARCH, "filename": name + "_" + platform + ".zip", "shasum": sum,
 				"download_url": d.up.url + "/files/" + name + "_" + platform + ".zip",
 				"shasums_url":  d.up.url + "/files/" + name + "_SHA256SUMS", "shasums_signature_url": d.up.url + "/files/" + name + "_SHA256SUMS.sig",
-				"signing_keys": map[string]any{"gpg_public_keys": []any{map[string]string{"key_id": "test", "ascii_armor": d.gpg("--armor", "--export")}}},
+				"signing_keys": map[string]any{"gpg_public_keys": []any{map[string]string{"key_id": "test", "ascii_armor": d.read("key.asc")}}},
 			}
 			text, err := json.Marshal(download)
 			if err != nil {
@@ -502,7 +509,7 @@ func initTerraform(d *desk, rc string, env ...string) string {
 	writeFile(d, d.home+"/main.tf", "terraform {\n  required_providers {\n    hello = { source = \"test/hello\" }\n  }\n}\n")
 	writeFile(d, d.home+"/rc", rc)
 	d.runWith(append(env, "TF_CLI_CONFIG_FILE="+d.home+"/rc", "CHECKPOINT_DISABLE=1"), "terraform", "init", "-no-color")
-	return d.read(d.only(".terraform/providers/registry.terraform.io/test/hello/*/*/terraform-provider-hello_*"))
+	return d.read(d.onlyFile(".0"))
 }
 
 // terraformMirrorClient installs a provider by the protocol of mirrors, which terraform
