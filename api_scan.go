@@ -110,7 +110,7 @@ func (s *textScanner) readToken(token string) (f wantedFile, ok bool) {
 func (s *textScanner) readURL(u string) wantedFile {
 	u, _, _ = strings.Cut(u, "#")
 	shown, _, _ := strings.Cut(u, "?")
-	if base := s.cfg.urls.find(u); base != nil {
+	if base := s.cfg.urls.find([]byte(u), nil); base != nil {
 		return wantedFile{base.remote.name, decodePath(strings.TrimLeft(shown[len(base.url):], "/")), base.pathHere(u), nil}
 	}
 	f := wantedFile{path: userPattern.ReplaceAllString(shown, "$1"), err: errNoRemote}

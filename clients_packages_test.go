@@ -6,17 +6,23 @@ package main
 import (
 	"archive/zip"
 	"bytes"
+	"cmp"
 	"crypto/sha1"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"testing"
 )
 
 // packageVersions are the versions of the package hello that are published as "one"
@@ -34,7 +40,7 @@ func versionNamed(text string) string {
 }
 
 func packageClients() []realClient {
-	return slices.Concat([]realClient{dnfClient(), goClient(), npmClient(), pipClient()}, aptClients())
+	return slices.Concat([]realClient{dnfClient(), goClient(), pipClient(), helmClient(), mavenClient(), cargoClient(), terraformClient(), terraformMirrorClient()}, aptClients(), npmClients())
 }
 
 // onlyFile is the one file below the home that has this suffix.
@@ -258,24 +264,94 @@ func zipOf(pairs ...string) string {
 	return out.String()
 }
 
-// ---- npm
+// ---- npm, yarn, pnpm
 
-func npmClient() realClient {
-	return realClient{
-		name: "npm", needs: []string{"npm"}, keys: "    package: npm\n",
-		publish: func(d *desk, version string) {
-			number := packageVersions[version]
-			tarball := gz(tarOf("package/package.json", `{"name":"hello","version":"`+number+`"}`) + tarOf("package/version", version) + strings.Repeat("\x00", 1024))
-			d.write("hello/-/hello-"+number+".tgz", tarball)
-			d.write("hello/index.html", fmt.Sprintf(`{"name":"hello","dist-tags":{"latest":%q},"versions":{%q:{"name":"hello","version":%q,"dist":{"tarball":"%s/hello/-/hello-%s.tgz","shasum":"%x"}}}}`,
-				number, number, number, d.up.url, number, sha1.Sum([]byte(tarball))))
-		},
-		fetch: func(d *desk) string {
-			writeFile(d, d.home+"/package.json", `{"name":"test","version":"1.0.0"}`)
-			d.run("npm", "install", "--silent", "--no-audit", "--no-fund", "--no-update-notifier", "--registry", d.url(""), "--cache", d.home+"/cache", "hello")
-			return d.read("node_modules/hello/version")
-		},
+// npmClients are those of one packument, whose tarball they fetch where it says.
+func npmClients() []realClient {
+	client := func(name string, fetch func(d *desk)) realClient {
+		return realClient{
+			name: name, needs: []string{name}, keys: "    package: npm\n", publish: publishPackument,
+			fetch: func(d *desk) string {
+				writeFile(d, d.home+"/package.json", `{"name":"test","version":"1.0.0"}`)
+				writeFile(d, d.home+"/.npmrc", "registry="+d.url("")+"\n")
+				fetch(d)
+				return d.read("node_modules/hello/version")
+			},
+		}
 	}
+	return []realClient{
+		client("npm", func(d *desk) {
+			d.run("npm", "install", "--silent", "--no-audit", "--no-fund", "--no-update-notifier", "--cache", d.home+"/cache", "hello")
+		}),
+		client("yarn", func(d *desk) {
+			d.run("yarn", "add", "hello", "--silent", "--non-interactive", "--cache-folder", d.home+"/cache")
+		}),
+		client("yarn4", func(d *desk) {
+			writeFile(d, d.home+"/.yarnrc.yml", "npmRegistryServer: "+d.url("")+"\nunsafeHttpWhitelist: [127.0.0.1]\nnodeLinker: node-modules\nenableTelemetry: false\nenableGlobalCache: false\n")
+			d.run("yarn4", "add", "hello")
+		}),
+		client("pnpm", func(d *desk) {
+			d.run("pnpm", "add", "hello", "--silent", "--store-dir", d.home+"/store", "--cache-dir", d.home+"/cache", "--state-dir", d.home+"/state")
+		}),
+	}
+}
+
+func publishPackument(d *desk, version string) {
+	number := packageVersions[version]
+	tarball := tgzOf("package/package.json", `{"name":"hello","version":"`+number+`"}`, "package/version", version)
+	d.write("hello/-/hello-"+number+".tgz", tarball)
+	d.write("hello/index.html", fmt.Sprintf(`{"name":"hello","dist-tags":{"latest":%q},"versions":{%q:{"name":"hello","version":%q,"dist":{"tarball":"%s/hello/-/hello-%s.tgz","shasum":"%x"}}},"time":{%q:"2020-01-01T00:00:00.000Z"}}`,
+		number, number, number, d.up.url, number, sha1.Sum([]byte(tarball)), number))
+}
+
+// TestRealLinksFollowTheTable has npm's files on another host, whose remote is there,
+// removed, and there by another name: each time npm's index leads there at once.
+func TestRealLinksFollowTheTable(t *testing.T) {
+	t.Parallel()
+	if os.Getenv("TEST_CLIENTS") == "" {
+		t.Skip("TEST_CLIENTS is not set")
+	}
+	needCommands(t, "npm")
+	d, files := newDesk(t, "    package: npm\n"), newRealUpstream(t)
+	files.dir = d.up.dir
+	publishPackument(d, "one")
+	d.write("hello/index.html", strings.ReplaceAll(d.read(d.up.dir+"/hello/index.html"), d.up.url, files.url))
+	npm := npmClients()[0]
+	for _, act := range []struct {
+		remote        string // of files
+		asksUp, asked bool   // upstream for the index, and the host of the files
+	}{
+		{"files", true, true},
+		{"files", false, false},
+		{"", true, true}, // by npm itself: no remote could
+		{"archive", true, true},
+		{"archive", false, false},
+	} {
+		d.keys = "    package: npm\n"
+		if act.remote != "" {
+			d.keys += "  " + act.remote + ":\n    base_url: " + files.url + "\n    mutable_patterns: [latest]\n"
+		}
+		d.setTTL(3600)
+		d.up.forget()
+		files.forget()
+		d.home = shortDir(d)
+		if got := npm.fetch(d); got != "one" {
+			t.Fatalf("remote %q: npm got %q", act.remote, got)
+		}
+		if up, at := d.up.asked(), files.asked(); len(up) > 0 != act.asksUp || len(at) > 0 != act.asked {
+			t.Errorf("remote %q: upstream was asked for %q, the host of the files for %q", act.remote, up, at)
+		}
+		d.settle()
+	}
+}
+
+// tgzOf makes a tar in gzip of names and texts.
+func tgzOf(pairs ...string) string {
+	var out strings.Builder
+	for i := 0; i < len(pairs); i += 2 {
+		out.WriteString(tarOf(pairs[i], pairs[i+1]))
+	}
+	return gz(out.String() + strings.Repeat("\x00", 1024))
 }
 
 // ---- pip
@@ -301,6 +377,161 @@ func pipClient() realClient {
 		fetch: func(d *desk) string {
 			d.run("pip3", "--isolated", "download", "-q", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "-d", "got", "-i", d.url("simple/"), "hello")
 			return versionNamed(filepath.Base(d.onlyFile(".whl")))
+		},
+	}
+}
+
+// ---- helm
+
+func helmClient() realClient {
+	return realClient{
+		name: "helm", needs: []string{"helm"}, keys: "    package: helm\n",
+		publish: func(d *desk, version string) {
+			number := packageVersions[version]
+			chart := "apiVersion: v2\nname: hello\nversion: " + number + "\n"
+			text := tgzOf("hello/Chart.yaml", chart)
+			d.write("charts/hello-"+number+".tgz", text)
+			d.write("index.yaml", fmt.Sprintf("apiVersion: v1\nentries:\n  hello:\n  - apiVersion: v2\n    name: hello\n    version: %s\n    digest: %x\n    urls:\n    - %s/charts/hello-%s.tgz\n",
+				number, sha256.Sum256([]byte(text)), d.up.url, number))
+		},
+		fetch: func(d *desk) string {
+			d.run("helm", "repo", "add", "r", d.url(""))
+			d.run("helm", "repo", "update")
+			d.run("helm", "pull", "r/hello")
+			return versionNamed(filepath.Base(d.onlyFile(".tgz")))
+		},
+	}
+}
+
+// ---- maven
+
+const (
+	mavenParent = `<project><modelVersion>4.0.0</modelVersion>
+<groupId>test</groupId><artifactId>parent</artifactId><version>%s</version><packaging>pom</packaging>
+<build><extensions><extension><groupId>test</groupId><artifactId>hello</artifactId><version>%[1]s</version></extension></extensions></build>
+</project>`
+	mavenProject = `<project><modelVersion>4.0.0</modelVersion>
+<parent><groupId>test</groupId><artifactId>parent</artifactId><version>[1,2)</version><relativePath/></parent>
+<artifactId>app</artifactId><version>1</version><packaging>pom</packaging>
+</project>`
+	mavenSettings = `<settings><localRepository>%s/repository</localRepository>
+<mirrors><mirror><id>cache</id><mirrorOf>*</mirrorOf><url>%s</url></mirror></mirrors>
+</settings>`
+)
+
+// mavenClient is maven without any of its plugins, which are not on loopback: a
+// project has the newest parent, which has the jar as an extension of the build.
+// Upstream has no checksums, which maven asks for with each file.
+func mavenClient() realClient {
+	return realClient{
+		name: "maven", needs: []string{"mvn"}, keys: "    package: maven\n    negative_ttl: 3600\n",
+		publish: func(d *desk, version string) {
+			number := packageVersions[version]
+			d.write("test/parent/maven-metadata.xml", "<metadata><groupId>test</groupId><artifactId>parent</artifactId><versioning><versions><version>"+number+"</version></versions></versioning></metadata>")
+			d.write("test/parent/"+number+"/parent-"+number+".pom", fmt.Sprintf(mavenParent, number))
+			d.write("test/hello/"+number+"/hello-"+number+".pom", "<project><modelVersion>4.0.0</modelVersion><groupId>test</groupId><artifactId>hello</artifactId><version>"+number+"</version></project>")
+			d.write("test/hello/"+number+"/hello-"+number+".jar", zipOf("version", version))
+			d.write("org/codehaus/plexus/plexus-utils/1.1/plexus-utils-1.1.jar", zipOf("empty", "")) // of every extension
+		},
+		fetch: func(d *desk) string {
+			writeFile(d, d.home+"/pom.xml", mavenProject)
+			writeFile(d, d.home+"/settings.xml", fmt.Sprintf(mavenSettings, d.home, d.url("")))
+			d.runWith([]string{"MAVEN_OPTS=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}, "mvn", "-q", "-B", "-s", "settings.xml", "validate")
+			return versionNamed(filepath.Base(d.onlyFile(".0.jar")))
+		},
+	}
+}
+
+// ---- cargo
+
+func cargoClient() realClient {
+	return realClient{
+		name: "cargo", needs: []string{"cargo"}, keys: "    package: cargo\n",
+		publish: func(d *desk, version string) {
+			number := packageVersions[version]
+			top := "hello-" + number + "/"
+			crate := tgzOf(top+"Cargo.toml", "[package]\nname = \"hello\"\nversion = \""+number+"\"\n", top+"src/lib.rs", "// "+version+"\n")
+			d.write("files/hello/"+number, crate)
+			d.write("config.json", `{"dl":"`+d.up.url+`/files/{crate}/{version}"}`)
+			d.write("he/ll/hello", fmt.Sprintf(`{"name":"hello","vers":%q,"deps":[],"cksum":"%x","features":{},"yanked":false}`+"\n", number, sha256.Sum256([]byte(crate))))
+		},
+		fetch: func(d *desk) string {
+			writeFile(d, d.home+"/Cargo.toml", "[package]\nname = \"app\"\nversion = \"1.0.0\"\n[dependencies]\nhello = \"1\"\n")
+			writeFile(d, d.home+"/src/main.rs", "")
+			writeFile(d, d.home+"/.cargo/config.toml", "[source.crates-io]\nreplace-with = \"cache\"\n[source.cache]\nregistry = \"sparse+"+d.url("")+"\"\n")
+			d.runWith([]string{"RUSTUP_HOME=" + cmp.Or(os.Getenv("RUSTUP_HOME"), os.Getenv("HOME")+"/.rustup")}, "cargo", "fetch", "-q")
+			return strings.Trim(d.read(d.onlyFile("/lib.rs")), "/ \n")
+		},
+	}
+}
+
+// ---- terraform
+
+// terraformClient installs a provider by the protocol of registries, which names its
+// file, the checksums and their signature by full URLs.
+func terraformClient() realClient {
+	return realClient{
+		name: "terraform", needs: []string{"terraform", "gpg"}, keys: "    package: terraform\n",
+		publish: func(d *desk, version string) {
+			number := packageVersions[version]
+			at, platform := "v1/providers/test/hello/", runtime.GOOS+"_"+runtime.GOARCH
+			name := "terraform-provider-hello_" + number
+			file := zipOf("terraform-provider-hello_v"+number, version)
+			sum := fmt.Sprintf("%x", sha256.Sum256([]byte(file)))
+			sums := sum + "  " + name + "_" + platform + ".zip\n"
+			d.write("files/"+name+"_"+platform+".zip", file)
+			d.write("files/"+name+"_SHA256SUMS", sums)
+			d.gpg("--armor", "-o", d.home+"/key.asc", "--export")
+			d.gpg("-o", d.up.dir+"/files/"+name+"_SHA256SUMS.sig", "--detach-sign", d.up.dir+"/files/"+name+"_SHA256SUMS")
+			d.write(at+"versions/index.html", `{"versions":[{"version":"`+number+`","protocols":["5.0"],"platforms":[{"os":"`+runtime.GOOS+`","arch":"`+runtime.GOARCH+`"}]}]}`)
+			download := map[string]any{
+				"protocols": []string{"5.0"}, "os": runtime.GOOS, "arch": runtime.GOARCH, "filename": name + "_" + platform + ".zip", "shasum": sum,
+				"download_url": d.up.url + "/files/" + name + "_" + platform + ".zip",
+				"shasums_url":  d.up.url + "/files/" + name + "_SHA256SUMS", "shasums_signature_url": d.up.url + "/files/" + name + "_SHA256SUMS.sig",
+				"signing_keys": map[string]any{"gpg_public_keys": []any{map[string]string{"key_id": "test", "ascii_armor": d.read("key.asc")}}},
+			}
+			text, err := json.Marshal(download)
+			if err != nil {
+				d.Fatal(err)
+			}
+			d.write(at+number+"/download/"+runtime.GOOS+"/"+runtime.GOARCH+"/index.html", string(text))
+		},
+		fetch: func(d *desk) string {
+			return initTerraform(d, `host "registry.terraform.io" { services = { "providers.v1" = "`+d.url("v1/providers/")+`" } }`)
+		},
+	}
+}
+
+// initTerraform installs the provider by terraform's configuration rc, and returns what
+// it is.
+func initTerraform(d *desk, rc string, env ...string) string {
+	d.Helper()
+	writeFile(d, d.home+"/main.tf", "terraform {\n  required_providers {\n    hello = { source = \"test/hello\" }\n  }\n}\n")
+	writeFile(d, d.home+"/rc", rc)
+	d.runWith(append(env, "TF_CLI_CONFIG_FILE="+d.home+"/rc", "CHECKPOINT_DISABLE=1"), "terraform", "init", "-no-color")
+	return d.read(d.onlyFile(".0"))
+}
+
+// terraformMirrorClient installs a provider by the protocol of mirrors, which terraform
+// speaks over HTTPS alone.
+func terraformMirrorClient() realClient {
+	return realClient{
+		name: "terraform, a mirror", needs: []string{"terraform"}, keys: "    package: terraform\n",
+		publish: func(d *desk, version string) {
+			number := packageVersions[version]
+			at, platform := "registry.terraform.io/test/hello/", runtime.GOOS+"_"+runtime.GOARCH
+			d.write("files/"+number+".zip", zipOf("terraform-provider-hello_v"+number, version))
+			d.write(at+"index.json", `{"versions":{"`+number+`":{}}}`)
+			d.write(at+number+".json", `{"archives":{"`+platform+`":{"url":"`+d.up.url+`/files/`+number+`.zip"}}}`)
+		},
+		fetch: func(d *desk) string {
+			pair := newTLSPair(d)
+			front := httptest.NewUnstartedServer(httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: d.host}))
+			front.TLS = &tls.Config{Certificates: []tls.Certificate{pair.cert}}
+			front.StartTLS()
+			defer front.Close()
+			writeFile(d, d.home+"/ca.pem", string(pair.certPEM))
+			return initTerraform(d, `provider_installation { network_mirror { url = "`+front.URL+`/api/r/" } }`, "SSL_CERT_FILE="+d.home+"/ca.pem")
 		},
 	}
 }

@@ -125,6 +125,7 @@ var builtinPatterns = map[string][]*regexp.Regexp{
 		regexp.MustCompile(`/versions$`),
 		regexp.MustCompile(`/download(?:/[^/]+/[^/]+)?$`),
 		regexp.MustCompile(`index\.json$`),
+		regexp.MustCompile(`/\d+\.\d+\.\d+(?:-[^/_]*)?\.json$`), // of a mirror: it gains platforms
 		regexp.MustCompile(`^\.well-known/`),
 	},
 	// A reference with a colon is a digest and immutable; a tag has no colon (OCI

@@ -6,11 +6,11 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"io"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -24,39 +24,31 @@ const (
 	rewriteBufferSize = 64 << 10
 	// linkLookBack bytes before a URL decide whether it begins a value.
 	linkLookBack = 256
-	// maxHostBytes bounds the host of a URL, with its port (RFC 1035 section 2.3.4).
-	maxHostBytes = 262
 	// maxLeavingHosts bounds the hosts of which links are counted in one document.
 	maxLeavingHosts = 100
 )
 
 // linkTable leads links to the remotes of one configuration.
 type linkTable struct {
-	bases     map[string][]urlBase // by scheme and host in lower case; the longest URL first
-	longest   int                  // URL in bases
-	publicURL string               // without a slash at its end; "": not known
-	id        string               // names the table in records
+	urls      urlTable
+	longest   int    // URL in urls
+	publicURL string // without a slash at its end; "": not known
+	id        string // names the table in records
 }
 
-// newLinkTable makes the table of all remotes of cfg that files are fetched from below
-// /api/.
 func newLinkTable(cfg *config, publicURL string) *linkTable {
-	t := &linkTable{bases: map[string][]urlBase{}, publicURL: publicURL}
+	t := &linkTable{urls: cfg.urls, publicURL: publicURL}
 	h := sha256.New()
 	io.WriteString(h, publicURL)
-	for _, name := range cfg.names {
-		r := cfg.remotes[name]
-		if r.local || r.packageType == "docker" {
-			continue
+	for _, host := range slices.Sorted(maps.Keys(t.urls)) {
+		for i, b := range t.urls[host] {
+			t.longest = max(t.longest, len(b.url))
+			io.WriteString(h, "\n"+b.remote.name+" "+b.url)
+			if i > 0 && t.urls[host][i-1].url == b.url { // patterns choose between them
+				other := t.urls[host][i-1].remote
+				fmt.Fprint(h, other.immutable, other.mutable, b.remote.immutable, b.remote.mutable)
+			}
 		}
-		u := r.origins[0].url
-		host := u.Scheme + "://" + u.Host // in lower case
-		t.bases[host] = append(t.bases[host], urlBase{u.String(), len(host), r})
-		t.longest = max(t.longest, len(u.String()))
-		io.WriteString(h, "\n"+name+" "+u.String())
-	}
-	for _, bases := range t.bases {
-		slices.SortStableFunc(bases, func(a, b urlBase) int { return cmp.Compare(len(b.url), len(a.url)) })
 	}
 	t.id = hex.EncodeToString(h.Sum(nil)[:8])
 	return t
@@ -77,7 +69,7 @@ func (cfg *config) useLinks(publicURL string) {
 			cfg.warnings = append(cfg.warnings, fmt.Sprintf("remote %q: PUBLIC_URL is not set, and clients of %s take absolute links only: what its documents link to is fetched past the cache", name, r.packageType))
 		}
 		for _, l := range linkedHosts {
-			if u := r.origins[0].url; u.Hostname() == l.host && t.bases[l.linked] == nil {
+			if u := r.origins[0].url; u.Hostname() == l.host && t.urls[l.linked] == nil {
 				cfg.warnings = append(cfg.warnings, fmt.Sprintf("remote %q: its documents link to files at %s, which clients will fetch past the cache: add a remote with that base_url", name, l.linked))
 			}
 		}
@@ -89,6 +81,8 @@ var linkedHosts = []struct{ host, linked string }{
 	{"pypi.org", "https://files.pythonhosted.org"},
 	{"index.crates.io", "https://static.crates.io"},
 	{"registry.terraform.io", "https://releases.hashicorp.com"},
+	{"registry.terraform.io", "https://github.com"},
+	{"registry.opentofu.org", "https://github.com"},
 }
 
 // documentLinks says how the links of one document are rewritten.
@@ -111,7 +105,6 @@ func (d *documentLinks) tableID() string {
 type linkRewriter struct {
 	src     io.Reader
 	links   *documentLinks
-	own     string                       // URL of the document's remote; "": not known
 	leaving map[string]int               // links that stay, by host
 	atEnd   func(leaving map[string]int) // called once, if it is not nil
 
@@ -123,11 +116,7 @@ type linkRewriter struct {
 }
 
 func newLinkRewriter(src io.Reader, links *documentLinks) *linkRewriter {
-	r := &linkRewriter{src: src, links: links, leaving: map[string]int{}, in: make([]byte, 0, 2*rewriteBufferSize)}
-	if links.from != nil {
-		r.own = links.from.origins[0].url.String()
-	}
-	return r
+	return &linkRewriter{src: src, links: links, leaving: map[string]int{}, in: make([]byte, 0, 2*rewriteBufferSize)}
 }
 
 func (r *linkRewriter) Read(p []byte) (int, error) {
@@ -168,7 +157,7 @@ func (r *linkRewriter) readMore() {
 func (r *linkRewriter) rewrite() {
 	end := len(r.in)
 	if r.err == nil {
-		end -= 2*r.links.table.longest + maxHostBytes + len("https://")
+		end -= r.lookAhead()
 	}
 	for r.done < end {
 		i := bytes.Index(r.in[r.done:], []byte("http"))
@@ -190,106 +179,80 @@ func (r *linkRewriter) rewrite() {
 	}
 }
 
+// lookAhead is how many bytes decide where a URL leads: its host, or the longest base and
+// one more, with a backslash before each slash.
+func (r *linkRewriter) lookAhead() int {
+	return 2 * (max(r.links.table.longest, maxHostBytes) + 1)
+}
+
 // findLink returns the name of the remote that a URL at the begin of s leads to, and how
 // many bytes of s are replaced by the way there; 0 if the URL stays.
 func (r *linkRewriter) findLink(s []byte) (name string, length int) {
-	i := len("http")
-	if i < len(s) && s[i] == 's' {
-		i++
-	}
-	if i == len(s) || s[i] != ':' || !r.beginsValue() {
+	if !(bytes.HasPrefix(s, []byte("http:")) || bytes.HasPrefix(s, []byte("https:"))) || !r.beginsValue() {
 		return "", 0
 	}
-	host := append(make([]byte, 0, maxHostBytes), s[:i+1]...)
-	for i++; i < len(s) && len(host) < len("https://") && (s[i] == '/' || s[i] == '\\'); i++ {
-		if s[i] == '/' {
-			host = append(host, '/')
-		}
+	s = s[:min(len(s), r.lookAhead())]
+	u := s
+	if bytes.IndexByte(s[:min(len(s), len(`https:\`))], '\\') > 0 {
+		u = bytes.ReplaceAll(s, []byte(`\/`), []byte("/")) // as JSON may have it
 	}
-	if !bytes.HasSuffix(host, []byte("://")) {
+	b := r.links.table.urls.find(u, r.links.from)
+	if b == nil || b.remote.packageType == "docker" {
+		r.countLeaving(u)
 		return "", 0
 	}
-	scheme := len(host)
-	for ; i < len(s) && len(host) < maxHostBytes && isHostByte(s[i]); i++ {
-		c := s[i]
-		if 'A' <= c && c <= 'Z' {
-			c += 'a' - 'A'
-		}
-		host = append(host, c)
-	}
-	bases := r.links.table.bases[string(host)]
-	for _, b := range bases {
-		if n, found := skipBase(s, b); found {
-			if b.url == r.own {
-				return r.links.from.name, n // of remotes with one URL its own has the right patterns and credentials
-			}
-			return b.remote.name, n
-		}
-	}
-	if h := string(host[scheme:]); h != "" && bases == nil && (len(r.leaving) < maxLeavingHosts || r.leaving[h] > 0) {
-		r.leaving[h]++
-	}
-	return "", 0
-}
-
-// isHostByte reports whether c may be in a host with a port.
-func isHostByte(c byte) bool {
-	return 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || strings.IndexByte("-._:[]", c) >= 0
-}
-
-// skipBase reports whether s begins with b's URL, as urlTable.find has it, and the length
-// of that with the slashes behind it. A slash may be written as JSON's \/.
-func skipBase(s []byte, b urlBase) (length int, found bool) {
-	for k := range len(b.url) {
-		if length+1 < len(s) && s[length] == '\\' && s[length+1] == '/' {
+	for range len(b.url) {
+		if s[length] == '\\' {
 			length++
-		}
-		if length == len(s) || (s[length] != b.url[k] && (k >= b.host || s[length]|0x20 != b.url[k])) {
-			return 0, false
 		}
 		length++
 	}
-	isSlash := func() int {
-		switch rest := s[length:]; {
-		case bytes.HasPrefix(rest, []byte("/")):
-			return 1
-		case bytes.HasPrefix(rest, []byte(`\/`)):
-			return 2
+	for {
+		rest, isSlash := bytes.CutPrefix(bytes.TrimPrefix(s[length:], []byte(`\`)), []byte("/"))
+		if !isSlash {
+			break
 		}
-		return 0
+		length = len(s) - len(rest)
 	}
-	if length < len(s) && isSlash() == 0 && continuesElement(s[length]) {
-		return 0, false
-	}
-	for n := isSlash(); n > 0; n = isSlash() {
-		length += n
-	}
-	return length, true
+	return b.remote.name, length
 }
 
-// What may stand before a value that is not in double quotes: an attribute of HTML, and
-// the key or the dash of YAML.
-var (
-	attributePattern = regexp.MustCompile(`\s[A-Za-z-]+=$`)
-	yamlValuePattern = regexp.MustCompile(`\n *(?:(?:- +)+(?:[\w.-]+: +)?|[\w.-]+: +)$`)
-)
+// countLeaving counts a link that stays.
+func (r *linkRewriter) countLeaving(u []byte) {
+	var buf [maxHostBytes]byte
+	_, host, _ := strings.Cut(string(appendHost(buf[:0], u)), "://")
+	if host != "" && (len(r.leaving) < maxLeavingHosts || r.leaving[host] > 0) {
+		r.leaving[host]++
+	}
+}
 
-// beginsValue reports whether a string, an attribute or a YAML value begins at r.done. A
-// URL within a text is not a link that a client follows.
+// beginsValue reports whether a string, an attribute of HTML or a YAML value begins at
+// r.done. A URL within a text is not a link that a client follows.
 func (r *linkRewriter) beginsValue() bool {
 	before := r.in[max(0, r.done-linkLookBack):r.done]
-	if len(before) == 0 {
-		return false
-	}
-	switch last := before[len(before)-1]; last {
-	case '"':
-		outside := bytes.TrimRight(before[:len(before)-1], " \t\r\n")
+	if outside, isString := bytes.CutSuffix(before, []byte(`"`)); isString {
+		outside = bytes.TrimSpace(outside)
 		return len(outside) > 0 && strings.IndexByte(":[,{=-", outside[len(outside)-1]) >= 0
-	case '\'':
-		before = before[:len(before)-1]
-	case '=', ' ':
-	default:
-		return false
 	}
-	return attributePattern.Match(before) || yamlValuePattern.Match(before)
+	before = bytes.TrimSuffix(before, []byte("'"))
+	if bytes.HasSuffix(before, []byte("=")) {
+		return attributePattern.Match(before[max(0, bytes.LastIndexAny(before, " \t\r\n\f")):])
+	}
+	newLine := bytes.LastIndexByte(before, '\n')
+	return newLine >= 0 && bytes.HasSuffix(before, []byte(" ")) && leadsToYAMLValue(before[newLine+1:])
+}
+
+var attributePattern = regexp.MustCompile(`^\s[A-Za-z-]+=$`)
+
+// leadsToYAMLValue reports whether the begin of a line is dashes, a key, or both.
+func leadsToYAMLValue(line []byte) bool {
+	line = bytes.TrimLeft(line, " ")
+	for bytes.HasPrefix(line, []byte("- ")) {
+		if line = bytes.TrimLeft(line[1:], " "); len(line) == 0 {
+			return true
+		}
+	}
+	key, blanks, _ := bytes.Cut(line, []byte(":"))
+	isOther := func(r rune) bool { return r > 0x7f || !unescapedBytes[r] }
+	return len(key) > 0 && !bytes.ContainsFunc(key, isOther) && len(blanks) > 0 && len(bytes.TrimLeft(blanks, " ")) == 0
 }

@@ -15,7 +15,7 @@ import (
 const linkConfig = `remotes:
   npm: {base_url: "https://registry.example.org", package: npm}
   pypi: {base_url: "https://pypi.example.org", package: pypi}
-  files: {base_url: "https://files.example.org/"}
+  files: {base_url: "https://files.example.org/", mirrors: ["https://mirror.example.org/pub"]}
   deep: {base_url: "https://files.example.org/deep/er"}
   own: {type: local}
   hub: {base_url: "https://hub.example.org", package: docker}
@@ -47,16 +47,20 @@ func TestLinksAreLedHere(t *testing.T) {
 		{"HTML without quotes", `<a href=https://files.example.org/a>`, `<a href=../files/a>`},
 		{"YAML", "urls:\n  - https://files.example.org/a\nhome: https://files.example.org/b\n", "urls:\n  - ../files/a\nhome: ../files/b\n"},
 		{"YAML in quotes", "urls:\n  - \"https://files.example.org/a\"\n  - 'https://files.example.org/b'\n", "urls:\n  - \"../files/a\"\n  - '../files/b'\n"},
+		{"YAML in lists and keys", "\n- - https://files.example.org/a\n-  x.y/z_1-:  https://files.example.org/b\n", "\n- - ../files/a\n-  x.y/z_1-:  ../files/b\n"},
 		{"the longest base", `["https://files.example.org/deep/er/a","https://files.example.org/deep/erx"]`, `["../deep/a","../files/deep/erx"]`},
 		{"the base alone", `["https://files.example.org", "https://files.example.org/"]`, `["../files/", "../files/"]`},
 		{"a host in capitals", `["HTTPS://files.example.org/a","https://FILES.example.org/a"]`, `["HTTPS://files.example.org/a","../files/a"]`},
 		{"a template", `{"dl":"https://files.example.org/{crate}/{version}"}`, `{"dl":"../files/{crate}/{version}"}`},
+
+		{"a mirror", `["https://mirror.example.org/pub/a","https://mirror.example.org/public"]`, `["../files/a","https://mirror.example.org/public"]`},
 
 		{"another port", `["https://files.example.org:8443/a"]`, ""},
 		{"another scheme", `["http://files.example.org/a"]`, ""},
 		{"a longer host", `["https://files.example.org.evil/a","https://xfiles.example.org/a"]`, ""},
 		{"user info", `["https://files.example.org@evil/a"]`, ""},
 		{"a URL in a text", `{"readme":"see https://files.example.org/a or \"https://files.example.org/b\" 'https://files.example.org/c'"}`, ""},
+		{"a URL in a text of YAML", "a: see https://files.example.org/a\n see https://files.example.org/a\n : https://files.example.org/a\n - a:https://files.example.org/a\n--- https://files.example.org/a\na:b: https://files.example.org/a\n", ""},
 		{"a URL in a URL", `["https://other.example/?u=https://files.example.org/a"]`, ""},
 		{"git's URL", `["git+https://files.example.org/a"]`, ""},
 		{"a registry", `["https://hub.example.org/v2/a"]`, ""},
@@ -75,10 +79,28 @@ func TestLinksAreLedHere(t *testing.T) {
 	}
 }
 
+func TestTablesThatLeadElsewhereHaveOtherNames(t *testing.T) {
+	t.Parallel()
+	id := func(remotes string) string { return newLinkTable(mustParse(t, "remotes:\n"+remotes), "").id }
+	const a, b = "  a: {base_url: \"https://x.example\", immutable_patterns: [%s]}\n", "  b: {base_url: \"https://x.example\"}\n"
+	one := id(fmt.Sprintf(a, "one"))
+	if id(fmt.Sprintf(a, "two")) != one {
+		t.Error("patterns of one remote count")
+	}
+	seen := map[string]bool{one: true}
+	for _, remotes := range []string{fmt.Sprintf(a, "one") + b, fmt.Sprintf(a, "two") + b, b, strings.ReplaceAll(b, "x.ex", "y.ex")} {
+		if n := id(remotes); n == "" || seen[n] {
+			t.Errorf("%s: has the name of another", remotes)
+		} else {
+			seen[n] = true
+		}
+	}
+}
+
 func TestLeavingLinksAreCounted(t *testing.T) {
 	t.Parallel()
-	_, leaving := rewriteText(t, `["https://a.example/1","https://a.example/2","https://b.example:80","https://files.example.org/x","x https://c.example"]`, "../", whole)
-	if len(leaving) != 2 || leaving["a.example"] != 2 || leaving["b.example:80"] != 1 {
+	_, leaving := rewriteText(t, `["https://a.example/1","https://a.example/2","https://b.example:80","https://files.example.org/x","x https://c.example","https://hub.example.org/v2/a"]`, "../", whole)
+	if len(leaving) != 3 || leaving["a.example"] != 2 || leaving["b.example:80"] != 1 || leaving["hub.example.org"] != 1 {
 		t.Errorf("counted %v", leaving)
 	}
 }
@@ -86,7 +108,7 @@ func TestLeavingLinksAreCounted(t *testing.T) {
 // What is no link to a remote is the same, byte for byte, and how the document arrives
 // makes no difference.
 func FuzzLinks(f *testing.F) {
-	for _, s := range []string{`{"a":"https://files.example.org/b"}`, "- https://files.example.org\n", `"https:\/\/files.example.org\/\/a`, strings.Repeat(" ", 300) + `="https://pypi.example.org`, `<a href=https://other/>`} {
+	for _, s := range []string{`{"a":"https://files.example.org/b"}`, "- https://files.example.org\n", `"https:\/\/files.example.org\/\/a`, strings.Repeat(" ", 300) + `="https://pypi.example.org`, `<a href=https://other/>`, `"https://files.example.org` + strings.Repeat("/", 2000)} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
@@ -112,31 +134,32 @@ func FuzzLinks(f *testing.F) {
 	})
 }
 
-// npmDocument is a packument of about that size.
-func npmDocument(size int) []byte {
-	var b bytes.Buffer
-	b.WriteString(`{"name":"x","versions":{`)
-	for b.Len() < size {
-		b.WriteString(`"1.0.0":{"name":"x","description":"some text that is here and there","dist":{"integrity":"sha512-0123456789abcdef","tarball":"https://registry.example.org/x/-/x-1.0.0.tgz"},"repository":{"url":"git+https://other.example/x"}},`)
-	}
-	b.WriteString(`"z":{}}}`)
-	return b.Bytes()
+// documentOf repeats an entry of a document until it has about that size.
+func documentOf(size int, begin, entry, end string) []byte {
+	return []byte(begin + strings.Repeat(entry, size/len(entry)) + end)
 }
 
+// BenchmarkRewriteLinks has more links than real documents have, where each is looked at.
 func BenchmarkRewriteLinks(b *testing.B) {
-	text := npmDocument(50 << 20)
 	cfg := mustParse(b, linkConfig)
 	links := &documentLinks{newLinkTable(cfg, ""), "https://artifacts.example/api/", cfg.remotes["npm"]}
 	buf := make([]byte, 256<<10)
-	b.SetBytes(int64(len(text)))
-	b.ReportAllocs()
-	for b.Loop() {
-		r := newLinkRewriter(bytes.NewReader(text), links)
-		for {
-			if _, err := r.Read(buf); err != nil {
-				break
+	for name, text := range map[string][]byte{
+		"npm":  documentOf(50<<20, `{"name":"x","versions":{`, `"1.0.0":{"name":"x","description":"some text that is here and there","dist":{"integrity":"sha512-0123456789abcdef","tarball":"https://registry.example.org/x/-/x-1.0.0.tgz"},"repository":{"url":"git+https://other.example/x"}},`, `"z":{}}}`),
+		"helm": documentOf(50<<20, "entries:\n  x:\n", "  - apiVersion: v2\n    description: some text that is at http://here.example and there\n    home: https://other.example/\n    urls:\n    - https://files.example.org/x-1.0.0.tgz\n    version: 1.0.0\n", ""),
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(int64(len(text)))
+			b.ReportAllocs()
+			for b.Loop() {
+				r := newLinkRewriter(bytes.NewReader(text), links)
+				for {
+					if _, err := r.Read(buf); err != nil {
+						break
+					}
+				}
 			}
-		}
+		})
 	}
 }
 
@@ -171,6 +194,7 @@ func TestDocumentsLeadHere(t *testing.T) {
 	tt.down()
 	tt.configure(strings.ReplaceAll(yaml, "ORIGIN", tt.origin.url))
 	tt.get("/api/r/simple/x/").wantStale().wantBody(other)
+	tt.get("/api/archive/x-1.whl").wantDetail(404, "archive") // where it leads is no remote any more
 }
 
 // A document that nobody can fetch anew answers as it is, whatever its links lead by.
@@ -254,6 +278,30 @@ func TestDocumentsThatStay(t *testing.T) {
 	}
 }
 
+// What is known to lead to another host is told before clients go there.
+func TestKnownLinksThatLeaveAreTold(t *testing.T) {
+	t.Parallel()
+	const remotes = `remotes:
+  pypi: {base_url: "https://pypi.org", package: pypi}
+  crates: {base_url: "https://index.crates.io", package: cargo}
+  tf: {base_url: "https://registry.terraform.io", package: terraform}
+  tofu: {base_url: "https://registry.opentofu.org", package: terraform}
+`
+	hosts := []string{"https://files.pythonhosted.org", "https://static.crates.io", "https://releases.hashicorp.com", "https://github.com"}
+	all, others := mustParse(t, remotes), remotes
+	for i, host := range hosts {
+		if !strings.Contains(strings.Join(all.warnings, "\n"), "at "+host+", which clients will fetch past the cache: add a remote with that base_url") {
+			t.Errorf("nobody is told of %s: %q", host, all.warnings)
+		}
+		others += fmt.Sprintf("  x%d: {base_url: %q, mutable_patterns: [latest]}\n", i, host+"/")
+	}
+	for _, w := range mustParse(t, others).warnings {
+		if strings.Contains(w, "which clients") {
+			t.Errorf("with a remote for each: %s", w)
+		}
+	}
+}
+
 // What each package takes for mutable is what its clients need.
 func TestPackagesKnowWhatChanges(t *testing.T) {
 	t.Parallel()
@@ -271,7 +319,7 @@ func TestPackagesKnowWhatChanges(t *testing.T) {
 		"pypi":      {"simple/ simple/requests/", "packages/a/b/x.whl"},
 		"npm":       {"lodash @types/node -/v1/search pnpm/latest pnpm/10.1.0-rc.1 @types/node/latest", "lodash/-/lodash-1.tgz @types/node/-/node-1.tgz lodash/lodash-1.0.0.tgz download/@types/node/1.0.0/abc"},
 		"cargo":     {"config.json index/se/rd/serde se/rd/serde 1/a 3/a/abc", "crates/serde/1.0.0/download serde/serde-1.0.0.crate"},
-		"terraform": {"v1/providers/hashicorp/aws/versions v1/providers/hashicorp/aws/5.0.0/download/linux/amd64 registry.terraform.io/a/b/index.json", "terraform-provider-aws_5.0.0_linux_amd64.zip terraform-provider-aws_5.0.0_SHA256SUMS"},
+		"terraform": {"v1/providers/hashicorp/aws/versions v1/providers/hashicorp/aws/5.0.0/download/linux/amd64 registry.terraform.io/a/b/index.json registry.terraform.io/a/b/5.0.0.json registry.terraform.io/a/b/5.0.0-rc1.json", "a/5.0.0_manifest.json terraform-provider-aws_5.0.0_linux_amd64.zip terraform-provider-aws_5.0.0_SHA256SUMS"},
 	} {
 		r := mustParse(t, one("    package: "+name+"\n")).remotes["x"]
 		if revalidates := name != "rpm" && name != "alpine"; !revalidates {
@@ -286,6 +334,39 @@ func TestPackagesKnowWhatChanges(t *testing.T) {
 					t.Errorf("%s: %s is %s, want %s (%v)", name, p, got, want, err)
 				}
 			}
+		}
+	}
+}
+
+// Whoever keeps an index forever without wanting to is told of it: when its remote is
+// read, and once when it is stored, with the pattern that is missing.
+func TestIndexesThatAreKeptForEverAreTold(t *testing.T) {
+	t.Parallel()
+	for path, pattern := range map[string]string{
+		"dists/a/InRelease": "InRelease", "dists/a/main/binary-amd64/Packages.xz": "Packages", "9/repodata/repomd.xml": "repomd", "a/APKINDEX.tar.gz": "APKINDEX",
+		"stable/index.yaml": "index", "org/a/maven-metadata.xml": "maven-metadata", "x.y/z/@v/list": "@v/list", "simple/requests": "^simple/", "core/os/x86_64/core.db": "db|files", "@types/node": "@[^/]+",
+	} {
+		tt := newTester(t)
+		if w := tt.server.config.Load().warnings; len(w) != 1 || !strings.Contains(w[0], "no mutable_patterns") {
+			t.Errorf("warnings %q", w)
+		}
+		for _, p := range []string{"a/b-1.tar.gz", "b", path, path} { // b is no JSON
+			file := tt.origin.file("/"+strings.Replace(p, "@", "%40", 1), "text of "+p)
+			if p == "@types/node" {
+				file.says("Content-Type", "application/json")
+			}
+			tt.get("/api/r/" + p).wantStatus(200)
+		}
+		tt.settle()
+		tt.wantLog("stored as immutable")
+		told := tt.logs.lines("stored as immutable")
+		if len(told) != 1 || !strings.Contains(told[0], pattern) || !strings.Contains(told[0], path) {
+			t.Errorf("%s: told %q, want a line with %s", path, told, pattern)
+		}
+	}
+	for _, keys := range []string{"package: npm", "mutable_patterns: ['b$']", "cache: {immutable_ttl: 5}"} {
+		if w := strings.Join(newTester(t, keys).server.config.Load().warnings, ""); strings.Contains(w, "never looked at") {
+			t.Errorf("%s: %s", keys, w)
 		}
 	}
 }

@@ -4,16 +4,20 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"maps"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
+	"unicode"
 )
 
-// urlTable finds the remote that a URL lies in. The longest base comes first, since
-// one remote may lie in another; of two of one length base_url comes before a mirror.
-type urlTable []urlBase
+// urlTable finds the remote that a URL lies in: the bases by their host. The longest
+// base comes first, since one remote may lie in another; of two with one URL base_url
+// comes before a mirror.
+type urlTable map[string][]urlBase
 
 // urlBase is a URL below which a remote has its files.
 type urlBase struct {
@@ -23,14 +27,14 @@ type urlBase struct {
 }
 
 // newURLTable makes the table of all remotes in cfg that have an upstream.
-func newURLTable(cfg *config) (t urlTable) {
+func newURLTable(cfg *config) urlTable {
+	t := urlTable{}
 	add := func(r *remote, base string) {
 		if r.packageType == "docker" {
 			base += "/v2" // what follows it follows urlPath here
 		}
-		_, rest, _ := strings.Cut(base, "://")
-		host, _, _ := strings.Cut(rest, "/")
-		t = append(t, urlBase{base, len(base) - len(rest) + len(host), r})
+		host := string(appendHost(nil, []byte(base)))
+		t[host] = append(t[host], urlBase{base, len(host), r})
 	}
 	for _, mirrors := range []bool{false, true} {
 		for _, name := range cfg.names {
@@ -44,24 +48,79 @@ func newURLTable(cfg *config) (t urlTable) {
 	for _, registry := range slices.Sorted(maps.Keys(cfg.registries)) {
 		add(cfg.registries[registry], "https://"+registry)
 	}
-	slices.SortStableFunc(t, func(a, b urlBase) int { return len(b.url) - len(a.url) })
+	for _, bases := range t {
+		slices.SortStableFunc(bases, func(a, b urlBase) int {
+			return cmp.Or(len(b.url)-len(a.url), strings.Compare(a.url, b.url))
+		})
+	}
 	return t
 }
 
 // find returns the base that s begins with, or nil. Behind the base s ends, or goes on
 // with a slash or with what cannot continue a URL's path element: s may be a text that
-// a URL is only the begin of.
-func (t urlTable) find(s string) *urlBase {
-	for i := range t {
-		b := &t[i]
-		if len(s) < len(b.url) || !strings.EqualFold(s[:b.host], b.url[:b.host]) || s[b.host:len(b.url)] != b.url[b.host:] {
+// a URL is only the begin of. Of remotes with one URL it is one that allows the path,
+// rather own than another, rather the first than the second.
+func (t urlTable) find(s []byte, own *remote) (found *urlBase) {
+	var buf [maxHostBytes]byte
+	bases, best := t[string(appendHost(buf[:0], s))], 0
+	for i := range bases {
+		b := &bases[i]
+		if found != nil && found.url != b.url {
+			break
+		}
+		if !bytes.HasPrefix(s[b.host:], []byte(b.url[b.host:])) || (len(s) > len(b.url) && s[len(b.url)] != '/' && continuesElement(s[len(b.url)])) {
 			continue
 		}
-		if len(s) == len(b.url) || s[len(b.url)] == '/' || !continuesElement(s[len(b.url)]) {
-			return b
+		rank := 1
+		if b.allows(s[len(b.url):]) {
+			rank += 2
+		}
+		if b.remote == own {
+			rank++
+		}
+		if rank > best {
+			found, best = b, rank
 		}
 	}
-	return nil
+	return found
+}
+
+// allows reports whether a pattern of b's remote allows the path that s begins with. It
+// chooses among remotes; whether a file may be had is decided when it is asked for.
+func (b *urlBase) allows(s []byte) bool {
+	r := b.remote
+	if r.immutable == nil {
+		return true
+	}
+	end := bytes.IndexFunc(s, func(r rune) bool { return r > unicode.MaxASCII || !continuesElement(byte(r)) })
+	if end < 0 {
+		end = len(s)
+	}
+	path := decodePath(strings.TrimLeft(string(s[:end]), "/"))
+	matches := func(p *regexp.Regexp) bool { return p.MatchString(path) }
+	isIndex := r.packageType != "docker" && (slices.ContainsFunc(r.mutable, matches) || slices.ContainsFunc(r.builtin, matches))
+	return isIndex || slices.ContainsFunc(r.immutable, matches)
+}
+
+// maxHostBytes bounds scheme and host of a URL, with its port (RFC 1035 section 2.3.4).
+const maxHostBytes = len("https://") + 255 + len(":65535")
+
+// appendHost appends scheme and host of the URL that s begins with, in lower case; of
+// another text it appends no host that a remote has.
+func appendHost(to, s []byte) []byte {
+	s = s[:min(len(s), maxHostBytes)]
+	scheme := bytes.Index(s[:min(len(s), len("https://"))], []byte("://")) + len("://")
+	end := 0
+	for end < len(s) && (end < scheme || (s[end] != '/' && (unescapedBytes[s[end]] || strings.IndexByte(":[]", s[end]) >= 0))) {
+		end++
+	}
+	to = append(to, s[:end]...)
+	for i, c := range to {
+		if 'A' <= c && c <= 'Z' {
+			to[i] += 'a' - 'A'
+		}
+	}
+	return to
 }
 
 // continuesElement reports whether c may stand within a path element or a host with

@@ -1,6 +1,9 @@
 package main
 
-import "testing"
+import (
+	"os"
+	"testing"
+)
 
 func TestURLsFindTheirRemote(t *testing.T) {
 	t.Parallel()
@@ -10,6 +13,9 @@ func TestURLsFindTheirRemote(t *testing.T) {
   root: {base_url: "https://root.example"}
   twin: {base_url: "http://mirror.example:8080/copy"}
   own: {type: local}
+  tags: {base_url: "https://git.example", immutable_patterns: ["/releases/"]}
+  other: {base_url: "https://git.example/0"}
+  trees: {base_url: "https://git.example", immutable_patterns: ["/archive/"], mutable_patterns: ["/latest/"]}
   hub: {base_url: "https://registry-1.docker.io", package: docker}
   quay: {base_url: "https://quay.example/base", package: docker, registry: "quay.io"}
 `)
@@ -34,10 +40,15 @@ func TestURLsFindTheirRemote(t *testing.T) {
 		{"https://quay.example/base/v2/a/blobs/b", "/v2/quay/a/blobs/b"},
 		{"https://quay.io/v2/a/blobs/b", "/v2/quay/a/blobs/b"},
 		{"https://quay.io/repository/a", ""},
+		{"https://git.example/a/releases/b", "/api/tags/a/releases/b"}, // of remotes with one URL, one that allows the path
+		{"https://git.example/a/archive/b.tar.gz", "/api/trees/a/archive/b.tar.gz"},
+		{"https://git.example/a/latest/b?c#d", "/api/trees/a/latest/b?c#d"},
+		{"https://git.example/a", "/api/tags/a"},
+		{"https://git.example/a\" /archive/", "/api/tags/a\" /archive/"},
 		{"", ""},
 	} {
 		got := ""
-		if b := cfg.urls.find(c.url); b != nil {
+		if b := cfg.urls.find([]byte(c.url), nil); b != nil {
 			got = b.pathHere(c.url)
 		}
 		if got != c.want {
@@ -66,6 +77,25 @@ func TestImageReferences(t *testing.T) {
 	} {
 		if got := manifestPath(ref); got != want {
 			t.Errorf("%s: %s, want %s", ref, got, want)
+		}
+	}
+}
+
+// The shipped remotes.yaml has two remotes for one host: a URL leads to the one that has
+// the file.
+func TestURLsOfTheShippedRemotes(t *testing.T) {
+	t.Parallel()
+	data, err := os.ReadFile("remotes.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := mustParse(t, string(data))
+	for u, want := range map[string]string{
+		"https://github.com/o/r/archive/refs/tags/v1.tar.gz": "github-archive", "https://github.com/o/r/releases/download/v1/r.tar.gz": "github",
+		"https://github.com/o/r/releases/latest/download/r.tar.gz": "github", "https://github.com/o/r": "github",
+	} {
+		if b := cfg.urls.find([]byte(u), nil); b == nil || b.remote.name != want {
+			t.Errorf("%s leads to %v, want %s", u, b, want)
 		}
 	}
 }
