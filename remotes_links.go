@@ -109,6 +109,7 @@ type linkRewriter struct {
 	atEnd   func(leaving map[string]int) // called once, if it is not nil
 
 	in     []byte // of src; in[:done] was handled and is kept to look back
+	isCut  bool   // in does not begin where the document does
 	done   int
 	out    []byte // what in[:done] has become
 	unread []byte // of out
@@ -143,6 +144,7 @@ func (r *linkRewriter) readMore() {
 	if unused := r.done - linkLookBack; unused > 0 {
 		r.in = append(r.in[:0], r.in[unused:]...)
 		r.done -= unused
+		r.isCut = true
 	}
 	if r.err != nil {
 		return
@@ -239,7 +241,8 @@ func (r *linkRewriter) beginsValue() bool {
 		return attributePattern.Match(before[max(0, bytes.LastIndexAny(before, " \t\r\n\f")):])
 	}
 	newLine := bytes.LastIndexByte(before, '\n')
-	return newLine >= 0 && bytes.HasSuffix(before, []byte(" ")) && leadsToYAMLValue(before[newLine+1:])
+	isLine := newLine >= 0 || (!r.isCut && len(before) == r.done)
+	return isLine && bytes.HasSuffix(before, []byte(" ")) && leadsToYAMLValue(before[newLine+1:])
 }
 
 var attributePattern = regexp.MustCompile(`^\s[A-Za-z-]+=$`)
@@ -253,6 +256,9 @@ func leadsToYAMLValue(line []byte) bool {
 		}
 	}
 	key, blanks, _ := bytes.Cut(line, []byte(":"))
+	if n := len(key); n > 2 && (key[0] == '"' || key[0] == '\'') && key[n-1] == key[0] {
+		key = key[1 : n-1]
+	}
 	isOther := func(r rune) bool { return r > 0x7f || !unescapedBytes[r] }
 	return len(key) > 0 && !bytes.ContainsFunc(key, isOther) && len(blanks) > 0 && len(bytes.TrimLeft(blanks, " ")) == 0
 }

@@ -57,6 +57,8 @@ func TestLinksAreLedHere(t *testing.T) {
 
 		{"another port", `["https://files.example.org:8443/a"]`, ""},
 		{"another scheme", `["http://files.example.org/a"]`, ""},
+		{"YAML from the first line on", "url: https://files.example.org/a\n", "url: ../files/a\n"},
+		{"keys of YAML in quotes", "x:\n\"a\": https://files.example.org/a\n'artifacthub.io/b': https://files.example.org/b\n", "x:\n\"a\": ../files/a\n'artifacthub.io/b': ../files/b\n"},
 		{"a longer host", `["https://files.example.org.evil/a","https://xfiles.example.org/a"]`, ""},
 		{"user info", `["https://files.example.org@evil/a"]`, ""},
 		{"a URL in a text", `{"readme":"see https://files.example.org/a or \"https://files.example.org/b\" 'https://files.example.org/c'"}`, ""},
