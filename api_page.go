@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -20,8 +21,12 @@ import (
 	"time"
 )
 
-// filesOnPage is how many files the page of a remote shows at once: some 50 KB.
-const filesOnPage = 80
+const (
+	// rowsOnPage is how many remotes or files the page shows at once, if they are short.
+	rowsOnPage = 80
+	// maxPageBytes bounds the page in bytes: it has fewer rows where they are long.
+	maxPageBytes = 59_000
+)
 
 // overview is the answer of /.
 type overview struct {
@@ -51,23 +56,47 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 	if !strings.Contains(r.Header.Get("Accept"), "text/html") {
 		return writeJSON(w, v)
 	}
-	p := &page{Version: v.Version, Uptime: formatSpan(a.now().Sub(a.started)), Health: a.health(), Missed: a.cache.missed.count()}
-	name := r.URL.Query().Get("remote")
+	q := r.URL.Query()
+	p := &page{Version: v.Version, Uptime: formatSpan(a.now().Sub(a.started)), Health: a.health(), Missed: a.cache.missed.count(),
+		Search: q.Get("search"), Prefix: q.Get("prefix"), after: q.Get("after")}
+	name := q.Get("remote")
 	for _, o := range v.Remotes {
 		if name == "" || name == o.Name {
 			p.Remotes = append(p.Remotes, a.newPageRemote(o, cfg.remotes[o.Name]))
 		}
 	}
+	addRows := p.addRemotes
 	if name != "" {
-		if err := a.chooseRemote(p, r, cfg, name); err != nil {
-			return err
+		rem := cfg.remotes[name]
+		if rem == nil {
+			return newProblem(http.StatusNotFound, "there is no remote %.100q in remotes.yaml", name)
 		}
+		a.chooseRemote(p, r, rem)
+		addRows = func(most int) { a.addFiles(p, r, rem, most) }
 	} else {
 		a.addTotals(p)
 	}
+	text, err := p.render(addRows)
+	if err != nil {
+		return err
+	}
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("Content-Security-Policy", pagePolicy)
-	return pageTemplate.Execute(w, p)
+	_, err = w.Write(text)
+	return err
+}
+
+// render writes the page with as many rows as there is room for. addRows gives it some,
+// at most so many.
+func (p *page) render(addRows func(most int)) ([]byte, error) {
+	var text bytes.Buffer
+	for rows := rowsOnPage; ; rows = min(rows-1, max(1, rows*maxPageBytes/text.Len()*3/4)) { // the rest of the page has to fit too
+		text.Reset()
+		addRows(rows)
+		if err := pageTemplate.Execute(&text, p); err != nil || text.Len() <= maxPageBytes || rows == 1 {
+			return text.Bytes(), err
+		}
+	}
 }
 
 // listRemotes returns the remotes by name, with what is stored of each.
@@ -94,8 +123,13 @@ type page struct {
 	Uptime  string
 	Health  healthReport
 	Remotes []pageRemote
+	Search  string       // searched in the rows
+	Prefix  string       // of the files' paths
+	Next    template.URL // the query of the next rows; "" at the end
+	after   string       // where the rows begin; "" is the first
 
 	// Of the overview.
+	Shown  []pageRemote // the rows
 	Total  pageRemote
 	Disk   *pageDisk // nil: not known
 	Missed int       // files that /missed lists
@@ -105,11 +139,8 @@ type page struct {
 	Remote     *pageRemote
 	Settings   []clientSetting
 	Leaving    []leavingLinks
-	Files      []pageFile
+	Files      []pageFile // the rows
 	FilesError string
-	Search     string       // searched in the paths
-	Prefix     string       // of the paths
-	Next       template.URL // the query of the next files; "" at the end
 }
 
 // pageRemote is a remote on the page.
@@ -163,6 +194,21 @@ func (a *api) newPageRemote(o remoteOverview, rem *remote) pageRemote {
 	v.setUsage(a.metrics.usageOf(o.Name))
 	v.setPlot(a.metrics.trendOf(o.Name))
 	return v
+}
+
+// State says in a few words whether the upstream can be used.
+func (v pageRemote) State() string {
+	switch {
+	case v.Local:
+		return "local"
+	case v.Sealed:
+		return "sealed"
+	case v.DownCause != "":
+		return "down for " + v.DownFor
+	case len(v.Failing) > 0:
+		return "up in part"
+	}
+	return "up"
 }
 
 // setUsage sets what is known of the requests since the start.
@@ -228,20 +274,47 @@ func (a *api) addTotals(p *page) {
 	}
 }
 
-// chooseRemote makes p the page of one remote, with its client settings and some of its
-// files. Its error is a 404 problem.
-func (a *api) chooseRemote(p *page, r *http.Request, cfg *config, name string) error {
-	rem := cfg.remotes[name]
-	if rem == nil {
-		return newProblem(http.StatusNotFound, "there is no remote %.100q in remotes.yaml", name)
+// addRemotes makes the remotes that are searched for the rows of the overview.
+func (p *page) addRemotes(most int) {
+	p.Shown, p.Next = nil, ""
+	word := strings.ToLower(p.Search)
+	for _, r := range p.Remotes {
+		if r.Name <= p.after || !strings.Contains(strings.ToLower(strings.Join([]string{r.Name, r.Package, r.Description, r.State()}, "\n")), word) {
+			continue
+		}
+		if len(p.Shown) == most {
+			p.Next = p.queryOfNext(p.Shown[most-1].Name)
+			return
+		}
+		p.Shown = append(p.Shown, r)
 	}
+}
+
+// queryOfNext is the query of the page whose rows begin after that one.
+func (p *page) queryOfNext(after string) template.URL {
+	q := url.Values{"after": {after}}
+	if p.Search != "" {
+		q.Set("search", p.Search)
+	}
+	if p.Remote != nil {
+		q.Set("remote", p.Remote.Name)
+		q.Set("prefix", p.Prefix)
+	}
+	return template.URL(q.Encode())
+}
+
+// chooseRemote makes p, which has that remote only, its page.
+func (a *api) chooseRemote(p *page, r *http.Request, rem *remote) {
 	p.Remote = &p.Remotes[0]
 	p.Settings = clientSettingsOf(rem, requestOrigin(r))
-	p.Leaving = a.cache.leaving.list(name)
+	p.Leaving = a.cache.leaving.list(rem.name)
 	p.Leaving = p.Leaving[:min(len(p.Leaving), 5)]
-	v := r.URL.Query()
-	p.Search, p.Prefix = v.Get("search"), v.Get("prefix")
-	q := pageQuery{remote: name, prefix: p.Prefix, after: v.Get("after"), limit: filesOnPage}
+}
+
+// addFiles makes the files that are searched for the rows of a remote's page.
+func (a *api) addFiles(p *page, r *http.Request, rem *remote, most int) {
+	p.Files, p.Next = nil, ""
+	q := pageQuery{remote: rem.name, prefix: p.Prefix, after: p.after, limit: most}
 	var err error
 	if p.Search != "" {
 		q.pattern, err = compilePattern("(?i)" + regexp.QuoteMeta(p.Search))
@@ -252,7 +325,7 @@ func (a *api) chooseRemote(p *page, r *http.Request, cfg *config, name string) e
 	}
 	if err != nil {
 		_, p.FilesError = statusAndDetail(err)
-		return nil
+		return
 	}
 	for _, row := range found.rows {
 		f := pageFile{listedArtifact: a.newListedArtifact(r, rem, row)}
@@ -266,9 +339,8 @@ func (a *api) chooseRemote(p *page, r *http.Request, cfg *config, name string) e
 		p.Files = append(p.Files, f)
 	}
 	if found.next != "" {
-		p.Next = template.URL(url.Values{"remote": {name}, "search": {p.Search}, "prefix": {p.Prefix}, "after": {found.next}}.Encode())
+		p.Next = p.queryOfNext(found.next)
 	}
-	return nil
 }
 
 // requestOrigin is the scheme and host that a client asked us by, through a proxy or

@@ -53,7 +53,7 @@ func TestPageRunsItsOwnScriptOnly(t *testing.T) {
 func TestPageOfARemote(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t, "package: rpm", `mutable_patterns: ['\.idx$']`)
-	for i := range filesOnPage + 1 {
+	for i := range rowsOnPage + 1 {
 		tt.origin.file(fmt.Sprintf("/pool/f%03d.rpm", i), "body")
 		tt.get(fmt.Sprintf("/api/r/pool/f%03d.rpm", i)).wantStatus(200)
 	}
@@ -73,7 +73,7 @@ func TestPageOfARemote(t *testing.T) {
 	g := wantText(tt.get("/?remote=r", browser, "X-Forwarded-Proto: https"),
 		"82 files of", "baseurl=https://127.0.0.1:", "a.idx", "expired 30 min ago", "for ever", "f078.rpm", "1 h ago", ">1 %<")
 	if strings.Contains(g.text, "f079.rpm") {
-		t.Errorf("there are more than %d files", filesOnPage)
+		t.Errorf("there are more than %d files", rowsOnPage)
 	}
 	next := regexp.MustCompile(`<a href="(\?[^"]*after=[^"]*)">More`).FindStringSubmatch(g.text)
 	if next == nil {
@@ -89,6 +89,69 @@ func TestPageOfARemote(t *testing.T) {
 	tt.down()
 	tt.get("/api/r/new").wantStatus(502)
 	wantText(tt.get("/", browser), "down for", "upstream unreachable")
+}
+
+// However many remotes and files there are and however long their names, a page stays
+// short, and its links lead to all of them.
+func TestPageStaysShort(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "package: docker")
+	digest := strings.Repeat("0123456789abcdef", 4)
+	wordy := "remotes:\n"
+	for i := range 300 {
+		wordy += fmt.Sprintf("  r%03d: {base_url: '%s/%d', description: '%s'}\n", i, tt.origin.url, i, strings.Repeat("d", 60))
+	}
+	for name, path := range map[string]func(int) string{
+		"r": func(i int) string {
+			return fmt.Sprintf("rancher/mirrored-cluster-api-controller/manifests/sha256:%s%04d", digest[4:], i)
+		},
+		"r007": func(i int) string { return fmt.Sprintf("%s/%04d", strings.Repeat("%C3%A4", 160), i) },
+	} {
+		for i := range 10_000 {
+			row := indexRow{Key: fmt.Sprintf("%s/%016x/f", name, i), Remote: name, Path: path(i), Class: immutable, Size: 1234, SHA256: digest, Fetched: tt.clock.now()}
+			if err := tt.cache.index.saveRow(t.Context(), row); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	walk := func(at, row string, most int) (rows int) {
+		for pages := 1; ; pages++ {
+			g := tt.get("/?"+at, browser).wantStatus(200)
+			if len(g.text) >= 60_000 || pages > 500 {
+				t.Fatalf("page %d, ?%s, has %d bytes", pages, at, len(g.text))
+			}
+			rows += strings.Count(g.text, row)
+			next := regexp.MustCompile(`<a href="\?([^"]*)">More`).FindStringSubmatch(g.text)
+			if next == nil || rows >= most {
+				return rows
+			}
+			at = strings.ReplaceAll(next[1], "&amp;", "&")
+		}
+	}
+	if rows := walk("remote=r", `<th scope="row"`, 10_000); rows != 10_000 {
+		t.Errorf("%d files", rows)
+	}
+	tt.configure(wordy)
+	if rows := walk("remote=r007", `<th scope="row"`, 200); rows < 200 {
+		t.Errorf("%d files with long names", rows)
+	}
+	for step := range trendLength { // a plot is the largest part of a row
+		for i := range 300 {
+			for range 1 + step%7 {
+				tt.api.metrics.countRequest(fmt.Sprintf("r%03d", i), "miss", 200, 1, 0, 0)
+			}
+		}
+		tt.api.metrics.sampleTrend()
+	}
+	if rows := walk("", `<th scope="row"`, 1000); rows != 300 {
+		t.Errorf("%d remotes", rows)
+	}
+	if rows := walk("search=R29", `<th scope="row"`, 1000); rows != 10 {
+		t.Errorf("%d remotes found", rows)
+	}
+	if g := tt.get("/?search=%3Cnone%3E", browser).wantStatus(200); !g.has("There is no remote that has “&lt;none&gt;” in its name") {
+		t.Errorf("an overview without remotes: %s", g.text)
+	}
 }
 
 // A running prefetch is on the page, with how far it is.

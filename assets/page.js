@@ -24,14 +24,17 @@
     box.append(b);
   }
 
-  const filter = byId("filter");
-  const applyFilter = () => {
-    if (!filter) return;
-    const word = filter.value.toLowerCase();
-    for (const row of document.querySelectorAll("#remote-list tbody tr"))
-      row.hidden = !row.textContent.toLowerCase().includes(word);
+  // A file's path is in its row once: its button takes name and address from there.
+  const addPurgeButtons = () => {
+    for (const path of document.querySelectorAll("#list .path")) {
+      const b = document.createElement("button");
+      b.className = "purge";
+      b.textContent = "Purge";
+      b.setAttribute("aria-label", "Purge " + path.textContent);
+      path.parentNode.insertCell().append(b);
+    }
   };
-  if (filter) filter.oninput = applyFilter;
+  addPurgeButtons();
 
   const search = byId("search");
   let searching;
@@ -40,13 +43,14 @@
     const mine = searching = new AbortController();
     setTimeout(async () => {
       if (mine.signal.aborted) return;
-      const url = new URL(location.href);
-      url.search = new URLSearchParams({remote: byId("file-list").dataset.remote, search: search.value});
+      const url = new URL(location.href), {remote} = byId("list").dataset;
+      url.search = new URLSearchParams(remote ? {remote, search: search.value} : {search: search.value});
       try {
-        const found = (await fetchPage(url, mine.signal)).getElementById("file-list");
-        byId("file-list").innerHTML = found.innerHTML;
+        const found = (await fetchPage(url, mine.signal)).getElementById("list");
+        byId("list").innerHTML = found.innerHTML;
+        addPurgeButtons();
         history.replaceState(null, "", url);
-        say(found.querySelectorAll("tbody tr").length + " files shown");
+        say(found.querySelectorAll("tbody tr").length + " shown");
       } catch (e) {
         if (e.name !== "AbortError") say("The search failed: " + e.message);
       }
@@ -58,11 +62,12 @@
     if (!b) return;
     let token = sessionStorage.getItem("token") || prompt("API_TOKEN, which allows purging:");
     if (!token) return;
-    const answer = await fetch("artifacts/" + byId("file-list").dataset.remote + "/" + b.dataset.path,
+    const row = b.closest("tr"), path = row.querySelector(".path");
+    const answer = await fetch("artifacts/" + byId("list").dataset.remote + "/" + (path.dataset.path || path.textContent),
       {method: "DELETE", headers: {Authorization: "Bearer " + token}});
     if (answer.ok || answer.status === 404) {
       sessionStorage.setItem("token", token);
-      b.closest("tr").remove();
+      row.remove();
       say("Purged.");
       return;
     }
@@ -79,7 +84,6 @@
         const now = fresh.getElementById(old.id);
         if (now && !old.contains(document.activeElement)) old.innerHTML = now.innerHTML;
       }
-      applyFilter();
     } catch { /* the next time */ }
   }, 10000);
 })();
