@@ -18,7 +18,7 @@ import (
 
 const (
 	// rootPause is how long the roots of a folder are left alone after a try that failed,
-	// or after one was asked out of turn.
+	// at most, or after one was asked out of turn.
 	rootPause = time.Minute
 	// maxHold ends a hold: what is missing for so long does not come any more.
 	maxHold = 24 * time.Hour
@@ -236,7 +236,7 @@ func (g *generations) askAgain(ctx context.Context, root *storedRoot, must bool)
 		if reply, err := g.c.findOrFetch(ctx, file, byteRange{head: true}); err == nil {
 			reply.body.Close()
 		}
-		if !asked { // else a held folder would never be tried again
+		if _, paused := g.asked.get(folder); !asked && !paused { // else a held folder would be tried too late, or never
 			g.asked.putFor(folder, struct{}{}, rootPause)
 		}
 	}
@@ -317,7 +317,11 @@ func (g *generations) hold(ctx context.Context, old, next *storedRoot, missing [
 		g.held.put(folder, h)
 		log("new metadata is held back until the upstream has all of its files: clients get the old generation")
 	}
-	g.asked.putFor(folder, struct{}{}, rootPause)
+	pause := rootPause
+	if !old.validUntil.IsZero() { // the next try ends the hold in time
+		pause = min(pause, old.validUntil.Sub(now))
+	}
+	g.asked.putFor(folder, struct{}{}, pause)
 	return newAgreeingError(next.target)
 }
 
