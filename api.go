@@ -536,7 +536,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	for name, t := range totals {
 		bytes[name], files[name] = float64(t.Bytes), float64(t.Files)
 	}
-	known := slices.Concat(a.gauges(), a.cache.fills.gauges(cfg.names), a.cache.evictor.counters())
+	known := slices.Concat(a.gauges(), a.cache.fills.gauges(cfg.names), a.cache.generations.families(cfg), a.cache.evictor.counters())
 	known = append(known,
 		newGauge("artifactapi_missed_files", "Files that /missed lists: what sealed remotes, and those with would_miss, do not have.", float64(a.cache.missed.count())),
 		family{"artifactapi_build_info", "gauge", "What is running; always 1.", "version", map[string]float64{a.version: 1}},
@@ -546,7 +546,6 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 		family{"artifactapi_backend_up", "gauge", "1 if the backend can be used, else 0.", "backend", up},
 		family{"artifactapi_remote_up", "gauge", "1 unless the remote counts as unreachable.", "remote", remoteUp},
 		family{"artifactapi_failing_origins", "gauge", "Of base_url and mirrors, those that fail while others stand in.", "remote", failing},
-		family{"artifactapi_held_generations", "gauge", "New metadata that is held back until the upstream has all of its files.", "remote", a.cache.generations.heldRoots(cfg)},
 		family{"artifactapi_stored_bytes", "gauge", "Bytes stored.", "remote", bytes},
 		family{"artifactapi_stored_files", "gauge", "Files stored.", "remote", files})
 	w.Header().Set("Content-Type", metricsType)

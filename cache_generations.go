@@ -258,6 +258,18 @@ func (g *generations) fetchFile(ctx context.Context, file fileRequest) error {
 	return errors.Join(err, outcome.err)
 }
 
+// families is what /metrics shows of generations.
+func (g *generations) families(cfg *config) []family {
+	held, incomplete := g.heldRoots(cfg), map[string]float64{}
+	for name := range held {
+		incomplete[name] = float64(g.c.metrics.countsOf(name).incomplete.Load())
+	}
+	return []family{
+		{"artifactapi_held_generations", "gauge", "New metadata that is held back until the upstream has all of its files.", "remote", held},
+		{"artifactapi_incomplete_generations_total", "counter", "New metadata that was published without some of its files.", "remote", incomplete},
+	}
+}
+
 // heldRoots counts the folders whose new roots are held, for each remote that may have
 // any. A hold that nobody's request has ended for too long is none.
 func (g *generations) heldRoots(cfg *config) map[string]float64 {
@@ -310,6 +322,7 @@ func (g *generations) hold(ctx context.Context, old, next *storedRoot, missing [
 		g.c.log.Warn(message, "remote", next.remote.name, "path", next.path, "missing", missing)
 	}
 	if (!old.validUntil.IsZero() && !now.Before(old.validUntil)) || now.Sub(h.since) >= maxHold {
+		g.c.metrics.countIncompleteGeneration(next.remote.name)
 		log("new metadata is published without some of its files, because clients cannot use the old one any more")
 		return nil
 	}

@@ -214,14 +214,23 @@ func TestHoldEnds(t *testing.T) {
 	t.Run("after a day", func(t *testing.T) {
 		t.Parallel()
 		a := rpmArchive(t)
+		wantIncomplete := func(n int) {
+			t.Helper()
+			if g := a.get("/metrics"); !g.has(fmt.Sprintf("artifactapi_incomplete_generations_total{remote=\"r\"} %d\n", n)) {
+				t.Errorf("the metric does not say that %d generations were incomplete", n)
+			}
+		}
+		wantIncomplete(0)
 		a.publish(rpmFiles("one"))
 		a.wantGeneration(a.release(a), a.files)
 		a.publish(rpmFiles("two"), "repodata/primary.xml.gz")
 		a.advance(61 * time.Second)
 		a.getRoot().wantFrom("cache", agreeing)
+		wantIncomplete(0)
 		a.advance(24*time.Hour + time.Minute)
 		a.getRoot().wantBody(a.release(a))
 		a.wantLog("without some of its files")
+		wantIncomplete(1)
 	})
 	t.Run("at Valid-Until", func(t *testing.T) {
 		t.Parallel()

@@ -65,6 +65,8 @@ type remoteCounts struct {
 	saved    atomic.Int64 // body bytes sent from the store
 	fetched  atomic.Int64 // body bytes received from the upstream
 	asked    atomic.Int64 // requests sent to the upstream
+	// incomplete counts generations that were published although files were missing.
+	incomplete atomic.Int64
 }
 
 // histogram counts durations. Each duration is counted in one bucket only; the
@@ -120,6 +122,10 @@ func (m *metrics) countFetchedBytes(remote string, n int64) { m.countsOf(remote)
 
 // countPeerBytes counts body bytes that came from another replica.
 func (m *metrics) countPeerBytes(n int) { m.peers.Add(int64(n)) }
+
+// countIncompleteGeneration counts a generation of a remote's metadata that was published
+// although files were missing.
+func (m *metrics) countIncompleteGeneration(remote string) { m.countsOf(remote).incomplete.Add(1) }
 
 // countUpstreamError counts a failed request to an upstream by its kind, one of
 // kindLabels.
