@@ -441,12 +441,9 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 	// store has the file after all, and the next fill looks again.
 	for n, first := 0, true; ; first = false {
 		ended := c.fills.ended.Load()
-		cp, storeErr := c.findCopy(ctx, key, file, rng)
+		storedAs, cp, storeErr := c.findCopyAnywhere(ctx, key, file, rng)
 		if err := context.Cause(ctx); err != nil && storeErr != nil {
 			return nil, err
-		}
-		if storeErr != nil && !errors.Is(storeErr, fs.ErrNotExist) {
-			c.reportStoreError("storage", "opening", key, storeErr)
 		}
 		if cp != nil {
 			if err := file.behaves().permit(ctx, cp.rec); err != nil {
@@ -455,7 +452,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			}
 		}
 		if cp != nil && cp.isFresh() {
-			c.countUse(file.remote.name, key)
+			c.countUse(file.remote.name, storedAs)
 			return cp.hitReply(file.remote.hitDetail()), nil
 		}
 		if first && (file.remote.sealed || !rng.ahead) {
@@ -567,6 +564,21 @@ func (c *cache) findCopy(ctx context.Context, key string, file fileRequest, rng 
 	s.body.Close()
 	c.copies.invalidate(key)
 	return c.openCopy(ctx, key, file, off) // once: an old version in the store itself is all there is
+}
+
+// findCopyAnywhere finds the copy at its key or, of a file that a root names, one that
+// another way to it has stored. It returns the key of the copy.
+func (c *cache) findCopyAnywhere(ctx context.Context, key string, file fileRequest, rng byteRange) (string, *storedCopy, error) {
+	cp, err := c.findCopy(ctx, key, file, rng)
+	if named, isNamed := file.behavior.(*namedDownload); isNamed && errors.Is(err, fs.ErrNotExist) {
+		if otherKey, other := named.findOtherCopy(ctx, key, rng); other != nil {
+			return otherKey, other, nil
+		}
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && ctx.Err() == nil {
+		c.reportStoreError("storage", "opening", key, err)
+	}
+	return key, cp, err
 }
 
 // openCopy opens the copy at off; -1 asks for its record alone.

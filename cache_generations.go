@@ -199,6 +199,41 @@ func (n *namedDownload) findRoot(ctx context.Context) (*storedRoot, namedFile) {
 	return n.g.findRoot(ctx, &n.file)
 }
 
+// findOtherCopy returns a fresh copy of the same bytes that another way to the file has
+// stored: by name where it was asked for by hash, or the other way round. What an older
+// root named is found by the index, since no root says any more what its name was.
+func (n *namedDownload) findOtherCopy(ctx context.Context, key string, rng byteRange) (string, *storedCopy) {
+	root, f := n.findRoot(ctx)
+	sum, others := f.sha256, []fileRequest(nil)
+	folder := metadataFolder(n.file.path)
+	switch digest, _ := n.file.remote.digestInName(n.file.path); {
+	case sum != "":
+		others = n.g.requestsFor(root, f)
+	case strings.HasPrefix(digest, "sha256:") && folder != path.Dir(n.file.path):
+		sum = strings.TrimPrefix(digest, "sha256:")
+		found, _ := n.g.c.index.listPage(ctx, pageQuery{remote: n.file.remote.name, prefix: strings.TrimPrefix(folder+"/", "./"), limit: listPageSize})
+		for _, row := range found.rows {
+			if row.SHA256 == sum {
+				t := target{remote: n.file.remote.keepingImmutable(), path: decodePath(row.Path), spelling: row.Path, class: immutable}
+				others = append(others, fileRequest{target: t})
+			}
+		}
+	}
+	for _, other := range others {
+		if other.key() == key {
+			continue
+		}
+		cp, err := n.g.c.findCopy(ctx, other.key(), other, rng)
+		if err == nil && cp.rec.SHA256 == sum && cp.isFresh() {
+			return other.key(), cp
+		}
+		if err == nil {
+			cp.body.Close()
+		}
+	}
+	return "", nil
+}
+
 // askAfter asks for the root of a file whose request ended with err, if that says that
 // upstream is in another generation, and reports whether another root rules now.
 func (g *generations) askAfter(ctx context.Context, file *fileRequest, err error) (changed bool) {

@@ -411,6 +411,58 @@ func TestRootThatNamesNothingIsNotPublished(t *testing.T) {
 	})
 }
 
+// The bytes that a root names answer however they were stored, when upstream has lost the
+// files but not the root: by name, by hash, those of this generation and of the last.
+func TestMetadataAnswersByItsOtherName(t *testing.T) {
+	t.Parallel()
+	inSHA256 := func(text string) string { return "main/binary-amd64/by-hash/SHA256/" + sha256Hex([]byte(text)) }
+	inSHA512 := func(text string) string {
+		return "main/binary-amd64/by-hash/SHA512/" + fmt.Sprintf("%x", sha512.Sum512([]byte(text)))
+	}
+	for name, c := range map[string]struct{ stored, asked func(string) string }{
+		"by name, then by hash":       {func(string) string { return packagesGz }, inSHA256},
+		"by hash, then by name":       {inSHA256, func(string) string { return packagesGz }},
+		"by name, then by SHA-512":    {func(string) string { return packagesGz }, inSHA512},
+		"by SHA-512, then by SHA-256": {inSHA512, inSHA256},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := debArchive(t, "Acquire-By-Hash: yes\n")
+			sha256Only := a.release
+			a.release = func(a *testArchive) string {
+				text := sha256Only(a) + "SHA512:\n"
+				for name, body := range a.files {
+					text += fmt.Sprintf(" %x %d %s\n", sha512.Sum512([]byte(body)), len(body), name)
+				}
+				return text
+			}
+			publish := func(version string) {
+				a.publish(map[string]string{packagesGz: "packages " + version})
+				a.origin.file(a.folder+inSHA256("packages "+version), "packages "+version)
+				a.origin.file(a.folder+inSHA512("packages "+version), "packages "+version)
+			}
+			lose := func(version string) {
+				for _, file := range []string{packagesGz, inSHA256("packages " + version), inSHA512("packages " + version)} {
+					a.origin.remove(a.folder + file)
+				}
+			}
+			publish("one")
+			a.getRoot().wantMiss()
+			a.get(a.in(c.stored("packages one"))).wantMiss()
+			lose("one")
+			a.get(a.in(c.asked("packages one"))).wantHit().wantBody("packages one")
+			publish("two")
+			a.advance(61 * time.Second)
+			a.getRoot().wantStatus(200).wantBody(a.release(a))
+			a.awaitAhead()
+			lose("two")
+			a.get(a.in(c.asked("packages two"))).wantHit().wantBody("packages two")
+			a.get(a.in(inSHA256("packages one"))).wantHit().wantBody("packages one")
+			a.get(a.in("main/binary-amd64/by-hash/SHA256/" + sha256Hex([]byte("none")))).wantStatus(404)
+		})
+	}
+}
+
 func TestMetadataByHash(t *testing.T) {
 	t.Parallel()
 	hashed := func(text string) string { return "main/binary-amd64/by-hash/SHA256/" + sha256Hex([]byte(text)) }
