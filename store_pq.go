@@ -224,14 +224,17 @@ func migrate(ctx context.Context, conn *sql.Conn, steps []string) error {
 		if encoding != "UTF8" && encoding != "SQL_ASCII" {
 			return fmt.Errorf("the encoding of the database is %s: create it with ENCODING 'UTF8'", encoding)
 		}
-		if !has {
-			if _, err := tx.ExecContext(ctx, sqlMakeSchema); err != nil {
+		var version int
+		if has {
+			err := tx.QueryRowContext(ctx, sqlVersion).Scan(&version)
+			if has = err == nil; err != nil && !errors.Is(err, sql.ErrNoRows) {
 				return err
 			}
 		}
-		var version int
-		if err := tx.QueryRowContext(ctx, sqlVersion).Scan(&version); err != nil {
-			return err
+		if !has { // or all tables were emptied
+			if _, err := tx.ExecContext(ctx, sqlMakeSchema); err != nil {
+				return err
+			}
 		}
 		if version > len(steps) {
 			return fmt.Errorf("its version is %d, and this artifactapi knows %d: run the newer artifactapi that made it", version, len(steps))

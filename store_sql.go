@@ -106,7 +106,8 @@ const (
 	sqlLock         = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlTryLock      = `SELECT pg_try_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlHasSchema    = `SELECT to_regclass('artifactapi_schema') IS NOT NULL, current_setting('server_encoding')`
-	sqlMakeSchema   = `DROP FUNCTION IF EXISTS artifactapi_count(); -- stays when somebody drops the tables
+	sqlMakeSchema   = `DROP TABLE IF EXISTS artifactapi_schema, artifactapi_files, artifactapi_totals; -- somebody may have emptied or dropped some
+		DROP FUNCTION IF EXISTS artifactapi_count();
 		CREATE TABLE artifactapi_schema (version integer NOT NULL); INSERT INTO artifactapi_schema VALUES (0)`
 	sqlVersion    = `SELECT version FROM artifactapi_schema`
 	sqlSetVersion = `UPDATE artifactapi_schema SET version = $1`

@@ -37,6 +37,7 @@ type fakePG struct {
 	mu      sync.Mutex
 	rows    map[string]indexRow
 	version int
+	emptied bool // the tables are there without rows
 	calls   int
 	standby bool
 	refuse  func(query string, args []driver.Value) error // asked before each statement
@@ -186,8 +187,11 @@ func (f *fakePG) keep(query string, args []driver.Value) ([][]driver.Value, erro
 	case sqlHasSchema:
 		return [][]driver.Value{{f.version >= 0, "UTF8"}}, nil
 	case sqlMakeSchema:
-		f.version = 0
+		f.version, f.emptied = 0, false
 	case sqlVersion:
+		if f.emptied {
+			return nil, nil
+		}
 		return [][]driver.Value{{int64(f.version)}}, nil
 	case sqlSetVersion:
 		f.version = int(args[0].(int64))
@@ -1327,6 +1331,25 @@ func TestPostgresMadeAnew(t *testing.T) {
 		}
 		ix.save(testRow("r", name))
 		ix.wantPaths(pageQuery{remote: "r", limit: 9}, name)
+	}
+	if _, err := db.Exec("TRUNCATE " + tables[2:]); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []*sqlIndex{startSQL(t, set), x} {
+		ix := &indexTester{t, x}
+		ix.save(testRow("r", "d"))
+		ix.wantPaths(pageQuery{remote: "r", limit: 9}, "d")
+	}
+}
+
+// A schema whose tables were emptied does not say its version: it is made anew.
+func TestEmptiedSchemaIsMadeAnew(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.db.version, s.db.emptied = len(sqlMigrations), true
+	s.save("a")
+	if err := s.ping(t.Context()); err != nil || s.waiting() > 0 || s.db.version != len(sqlMigrations) || s.db.emptied {
+		t.Errorf("version %d, %d rows wait, %v", s.db.version, s.waiting(), err)
 	}
 }
 
