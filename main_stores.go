@@ -177,12 +177,12 @@ func (st *stores) gauges() (all []family) {
 	if disk, err := st.disk.freeSpace(); err == nil {
 		all = append(all, newGauge("artifactapi_disk_free_bytes", "Free bytes of the disk that has DATA_DIR.", float64(disk.free.bytes)))
 	}
+	files, bytes := 0, int64(0) // there are none without S3
 	if st.hot != nil {
-		files, bytes := st.hot.copies.size()
-		all = append(all, newGauge("artifactapi_hot_files", "Hot copies of objects in S3.", float64(files)),
-			newGauge("artifactapi_hot_bytes", "Bytes of hot copies.", float64(bytes)))
+		files, bytes = st.hot.copies.size()
 	}
-	return all
+	return append(all, newGauge("artifactapi_hot_files", "Hot copies of objects in S3.", float64(files)),
+		newGauge("artifactapi_hot_bytes", "Bytes of hot copies.", float64(bytes)))
 }
 
 // reportEarlierStore logs an error if DATA_DIR holds files although they are in S3 now.

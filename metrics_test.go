@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -126,10 +127,17 @@ func TestMetricsCount(t *testing.T) {
 		`artifactapi_request_duration_seconds_bucket{result="none",le="600"}`:   0,
 		`artifactapi_request_duration_seconds_bucket{result="none",le="+Inf"}`:  1,
 	})
-	for _, name := range []string{"go_goroutines", "go_threads", "go_memstats_heap_alloc_bytes", "process_resident_memory_bytes",
-		"process_virtual_memory_bytes", "process_open_fds", "process_max_fds"} {
+	for _, name := range []string{"go_goroutines", "go_threads", "go_memstats_heap_alloc_bytes", "go_memstats_alloc_bytes",
+		"process_resident_memory_bytes", "process_virtual_memory_bytes", "process_virtual_memory_max_bytes", "process_open_fds", "process_max_fds"} {
 		if got[name] < 1 {
 			t.Errorf("%s is %v", name, got[name])
+		}
+	}
+	runtime.GC()
+	got = scrape(t, m)
+	for _, name := range []string{"_count", "_sum", `{quantile="0"}`, `{quantile="0.5"}`, `{quantile="1"}`} {
+		if got["go_gc_duration_seconds"+name] <= 0 {
+			t.Errorf("go_gc_duration_seconds%s is %v after a collection", name, got["go_gc_duration_seconds"+name])
 		}
 	}
 	if v := got["process_resident_memory_bytes"]; v > got["process_virtual_memory_bytes"] {

@@ -11,12 +11,14 @@ import (
 	"math"
 	"os"
 	"runtime"
+	"runtime/debug"
 	runtimemetrics "runtime/metrics"
 	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // metricsType is the Content-Type of the text that writeExposition writes.
@@ -58,6 +60,7 @@ func (m *metrics) writeExposition(w io.Writer, remoteNames []string, known []fam
 	e.writeHistograms("artifactapi_first_byte_seconds", "Time from the arrival of a request to the headers of its answer.", "result", resultLabels[:], m.firstBytes[:])
 	e.writeHistograms("artifactapi_upstream_request_duration_seconds", "Time from a request to an upstream to the headers of its answer.", "", []string{""}, m.upstream[:])
 	e.writeHistograms("artifactapi_backend_duration_seconds", "Length of the checks of a backend.", "backend", backendLabels, m.checks[:])
+	e.writeCollections()
 	_, err := w.Write(e.text.Bytes())
 	return err
 }
@@ -139,7 +142,7 @@ func (e *exposition) writeHistograms(name, help, label string, values []string, 
 	}
 }
 
-// beginFamily begins a metric family. kind is counter, gauge or histogram. help
+// beginFamily begins a metric family. kind is counter, gauge, histogram or summary. help
 // must not contain a backslash or a line feed, since it is not escaped.
 func (e *exposition) beginFamily(name, kind, help string) {
 	fmt.Fprintf(&e.text, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
@@ -168,6 +171,7 @@ func (e *exposition) writeSample(name string, v float64, labels ...string) {
 var runtimeFamilies = []struct{ name, kind, help, sample string }{
 	{"go_goroutines", "gauge", "Goroutines that exist.", "/sched/goroutines:goroutines"},
 	{"go_sched_gomaxprocs_threads", "gauge", "GOMAXPROCS.", "/sched/gomaxprocs:threads"},
+	{"go_memstats_alloc_bytes", "gauge", "Bytes of objects on the heap, under its older name.", "/memory/classes/heap/objects:bytes"},
 	{"go_memstats_heap_alloc_bytes", "gauge", "Bytes of objects on the heap.", "/memory/classes/heap/objects:bytes"},
 	{"go_memstats_next_gc_bytes", "gauge", "Heap size at which the next collection ends.", "/gc/heap/goal:bytes"},
 	{"go_memstats_sys_bytes", "gauge", "Memory that the runtime has from the system.", "/memory/classes/total:bytes"},
@@ -195,10 +199,28 @@ func processFamilies() []family {
 	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files) == nil {
 		all = append(all, newGauge("process_max_fds", "File descriptors that may be open.", float64(files.Cur)))
 	}
+	var memory syscall.Rlimit // the largest number: no limit
+	if syscall.Getrlimit(syscall.RLIMIT_AS, &memory) == nil {
+		all = append(all, newGauge("process_virtual_memory_max_bytes", "Virtual memory that may be used.", float64(memory.Cur)))
+	}
 	if open, err := os.ReadDir("/proc/self/fd"); err == nil {
 		all = append(all, newGauge("process_open_fds", "File descriptors that are open.", float64(len(open))))
 	}
 	return append(all, statFamilies()...)
+}
+
+// writeCollections writes the pauses of the garbage collector as Prometheus' own client
+// does: a summary with five quantiles of the last collections.
+func (e *exposition) writeCollections() {
+	const name = "go_gc_duration_seconds"
+	stats := debug.GCStats{PauseQuantiles: make([]time.Duration, 5)}
+	debug.ReadGCStats(&stats)
+	e.beginFamily(name, "summary", "Pauses of the garbage collector.")
+	for i, pause := range stats.PauseQuantiles {
+		e.writeSample(name, pause.Seconds(), "quantile", formatNumber(float64(i)/4))
+	}
+	e.writeSample(name+"_sum", stats.PauseTotal.Seconds())
+	e.writeSample(name+"_count", float64(stats.NumGC))
 }
 
 // statFamilies reads /proc/self/stat (proc_pid_stat(5)). Its numbered fields begin
