@@ -174,8 +174,13 @@ func sameServer(a, b *url.URL) bool {
 	return a.Scheme == b.Scheme && sameHost(a, b) && effectivePort(a) == effectivePort(b)
 }
 
-// sameHost reports whether a and b have the same host, whatever their ports are.
-func sameHost(a, b *url.URL) bool { return strings.EqualFold(a.Hostname(), b.Hostname()) }
+// sameHost reports whether a and b have the same host, whatever their ports are. An IPv6
+// address has many spellings (RFC 5952 section 2).
+func sameHost(a, b *url.URL) bool {
+	one, err := netip.ParseAddr(a.Hostname())
+	other, err2 := netip.ParseAddr(b.Hostname())
+	return strings.EqualFold(a.Hostname(), b.Hostname()) || (err == nil && err2 == nil && one == other)
+}
 
 // effectivePort returns the port of u, or that of its scheme.
 func effectivePort(u *url.URL) string {

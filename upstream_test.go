@@ -2144,3 +2144,21 @@ func FuzzContentRange(f *testing.F) {
 		}
 	})
 }
+
+// An IPv6 address has many spellings: whichever remotes.yaml has, its server is known.
+func TestConfiguredServerIsKnownByItsAddress(t *testing.T) {
+	t.Parallel()
+	cfg := mustParse(t, "remotes:\n  a: {base_url: 'http://[FD00:0::2]/x'}\n  b: {base_url: 'https://Files.Example:443', mirrors: ['http://10.0.0.1:81']}\n")
+	for at, want := range map[string]bool{
+		"http://[fd00::2]/y": true, "http://[fd00:0:0:0:0:0:0:2]:80/": true, "http://[fd00::3]/": false, "http://[fd00::2]:81/": false,
+		"https://[fd00::2]/": false, "http://[fd00::2%25eth0]/": false, "https://files.example/z": true, "http://10.0.0.1:81/": true, "http://10.0.0.1/": false,
+	} {
+		u, err := url.Parse(at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if cfg.hasServer(u) != want {
+			t.Errorf("%s is the server of a remote: want %t", at, want)
+		}
+	}
+}
