@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"net/url"
 	"slices"
 	"strings"
@@ -87,7 +88,7 @@ insecure = true HTTP-ONLY
 // clientSettingsOf returns the settings for a remote, for clients that reach us at
 // origin.
 func clientSettingsOf(rem *remote, origin *url.URL) (list []clientSetting) {
-	fill := strings.NewReplacer("ORIGIN", origin.String(), "HOST", origin.Host, "REMOTE", rem.name, "REGISTRY", rem.registry)
+	fill := strings.NewReplacer("ORIGIN", origin.String(), "HOST", origin.Host, "REMOTE", rem.name, "REGISTRY", cmp.Or(rem.masked["registry"], rem.registry))
 	for _, s := range clientSettings {
 		if !slices.Contains(s.packages, rem.packageType) && (s.packages != nil || rem.packageType == "docker") {
 			continue

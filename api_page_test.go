@@ -267,6 +267,12 @@ func TestClientSettings(t *testing.T) {
 	if strings.Contains(secure, "insecure") || strings.Contains(plain+secure, "HTTP-ONLY") || strings.Contains(plain, "curl") {
 		t.Errorf("over TLS:\n%s", secure)
 	}
+	cfg, err := parseConfig("remotes.yaml", []byte("remotes:\n  hub: {base_url: 'https://x', package: docker, registry: '${REG}:5000'}\n"), func(string) (string, bool) { return "inside.example", true })
+	must(t, err)
+	if text := clientSettingsOf(cfg.remotes["hub"], &url.URL{Scheme: "https", Host: "cache"})[0]; strings.Contains(fmt.Sprint(text), "inside.example") || !strings.Contains(text.File, "/***:5000/") {
+		t.Errorf("what came from the environment is shown: %v", text)
+	}
+	cfg = mustParse(t, "remotes:\n  a: {base_url: 'http://x', package: alpine}\n")
 	if text := all("a", "http://cache:8000"); !strings.Contains(text, "http://cache:8000/api/a/v3") || !strings.Contains(text, "curl -fLO http://cache:8000/api/a/PATH") {
 		t.Errorf("alpine:\n%s", text)
 	}

@@ -223,7 +223,7 @@ func setQuery(c *configReader, r *remote, n *yaml.Node) {
 	case r.packageType == "docker" && !c.typeUnknown:
 		c.addValueError(n, "has no meaning for package \"docker\": remove it")
 	case ok && !slices.Contains([]string{keepQuery, dropQuery, allQueries}, r.query):
-		c.addValueError(n, "must be keep, drop or all, not %.40q", r.query)
+		c.addValueError(n, "must be keep, drop or all, not %.40q", n.Value)
 	}
 }
 

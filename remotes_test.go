@@ -939,3 +939,27 @@ func TestNamesThatAreTheirHash(t *testing.T) {
 		}
 	}
 }
+
+// A mistake in a value from the environment is told without that value.
+func TestMistakesDoNotQuoteVariables(t *testing.T) {
+	t.Parallel()
+	env := func(string) (string, bool) { return "hunter2:\n/\x00#", true }
+	for _, key := range []string{"type", "package", "query", "base_url", "registry", "token_realm", "username", "password", "description",
+		"timeout", "negative_ttl", "sealed", "mirrors", "headers", "immutable_patterns", "rewrite", "cache"} {
+		for _, kind := range []string{"generic", "docker"} {
+			for _, value := range []string{`"a${V}"`, `["a${V}"]`, `{url: "${V}", X-A: "${V}", max_size: "${V}", mutable_ttl: "${V}"}`, `[{url: "${V}", auth: "${V}"}]`} {
+				text := "remotes:\n  r:\n    " + key + ": " + value + "\n"
+				if key != "base_url" {
+					text += "    base_url: https://x\n"
+				}
+				if key != "package" {
+					text += "    package: " + kind + "\n"
+				}
+				cfg, err := parseConfig("remotes.yaml", []byte(text), env)
+				if said := fmt.Sprint(err); strings.Contains(said, "hunter2") || (err == nil && strings.Contains(fmt.Sprint(cfg.warnings), "hunter2")) {
+					t.Errorf("%s: %s", text, said)
+				}
+			}
+		}
+	}
+}
