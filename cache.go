@@ -517,13 +517,15 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 		return file.staleReply(c, cp, "agreeing"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)
-	if ttl, forever := file.remote.ttlOf(file.class); first && ttl == 0 && !forever && !leads && f.hasAll() {
+	if ttl, forever := file.remote.ttlOf(file.class); first && ttl == 0 && !forever && !leads && !file.rulesOthers() && f.hasAll() {
 		// Upstream was asked before this request came, and is to be asked for each.
 		if cp != nil {
 			cp.body.Close()
 		}
-		_, err := f.awaitEnd(ctx)
-		return nil, err == nil, err
+		enough, cancel := context.WithTimeout(ctx, maxWholeBodyWait)
+		defer cancel()
+		_, _ = f.awaitEnd(enough) // if it takes longer, its body is what the next look finds
+		return nil, ctx.Err() == nil, context.Cause(ctx)
 	}
 	if cp == nil && f.file.wire != file.wire { // upstream is asked in another way than ours
 		if err := file.behaves().permit(ctx, nil); err != nil {

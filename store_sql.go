@@ -106,7 +106,15 @@ const (
 	sqlLock         = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlTryLock      = `SELECT pg_try_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlHasSchema    = `SELECT to_regclass('artifactapi_schema') IS NOT NULL, current_setting('server_encoding')`
-	sqlMakeSchema   = `DROP TABLE IF EXISTS artifactapi_schema, artifactapi_files, artifactapi_totals; -- somebody may have emptied or dropped some
+	sqlMakeSchema   = `DO $$ BEGIN -- somebody may have emptied or dropped some tables
+			IF to_regclass('artifactapi_files') IS NOT NULL THEN
+				LOCK TABLE artifactapi_files NOWAIT; -- a restore that is filling it has it
+				IF EXISTS (SELECT FROM artifactapi_files) THEN
+					RAISE EXCEPTION 'artifactapi_files has rows, and artifactapi_schema does not say of which version: wait for the end of a restore, or drop both and run artifactapi reindex';
+				END IF;
+			END IF;
+		END $$;
+		DROP TABLE IF EXISTS artifactapi_schema, artifactapi_files, artifactapi_totals;
 		DROP FUNCTION IF EXISTS artifactapi_count();
 		CREATE TABLE artifactapi_schema (version integer NOT NULL); INSERT INTO artifactapi_schema VALUES (0)`
 	sqlVersion    = `SELECT version FROM artifactapi_schema`
