@@ -73,7 +73,8 @@ func (g *registry) isNamedByStored(ctx context.Context, c *registryCall) bool {
 		call := registryCall{remote: c.remote, image: c.image, route: routeManifest, reference: strings.TrimPrefix(row.Path, manifests)}
 		_ = (&manifestFile{registryFile{call: &call, g: g}}).permit(ctx, &record{SHA256: row.SHA256}) // reads it once, and refuses nothing
 	}
-	return g.isGranted(ctx, c.blobKey(c.digest))
+	_, granted := g.blobs.get(c.blobKey(c.digest))
+	return granted || g.isGranted(ctx, c.blobKey(c.digest))
 }
 
 // blobKey names a blob as one of c's image, in the table of blobs and among the freshness
