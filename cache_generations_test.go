@@ -1052,7 +1052,7 @@ func FuzzRoots(f *testing.F) {
 func TestValidUntilIsRead(t *testing.T) {
 	t.Parallel()
 	want := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	for _, date := range []string{"Fri, 02 Jan 2026 03:04:05 UTC", "Fri, 2 Jan 2026 03:04:05 GMT", "Fri, 02 Jan 2026 05:04:05 +0200"} {
+	for _, date := range []string{"Fri, 02 Jan 2026 03:04:05 UTC", "Fri, 2 Jan 2026 03:04:05 GMT", "Fri, 02 Jan 2026 05:04:05 +0200", "Fri, 02 Jan 2026 03:04:05 Z"} {
 		if n := parseRoot("Release", []byte("Valid-Until: "+date+"\n"), ""); !n.validUntil.Equal(want) {
 			t.Errorf("%s: %v", date, n.validUntil)
 		}

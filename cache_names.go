@@ -106,7 +106,11 @@ func (n *rootNames) readRelease(folder, text string) {
 			case "acquire-by-hash":
 				n.byHash = strings.TrimSpace(value) == "yes"
 			case "valid-until":
-				n.validUntil, _ = mail.ParseDate(strings.TrimSpace(value)) // zones are written in several ways
+				value = strings.TrimSpace(value)
+				if inUTC, found := strings.CutSuffix(value, " Z"); found {
+					value = inUTC + " UTC"
+				}
+				n.validUntil, _ = mail.ParseDate(value) // zones are written in several ways
 			}
 			continue
 		}

@@ -37,7 +37,7 @@ type linkTable struct {
 }
 
 func newLinkTable(cfg *config, publicURL string) *linkTable {
-	t := &linkTable{urls: cfg.urls, publicURL: publicURL}
+	t := &linkTable{urls: cfg.urls.forLinks(), publicURL: publicURL}
 	h := sha256.New()
 	io.WriteString(h, publicURL)
 	for _, host := range slices.Sorted(maps.Keys(t.urls)) {
@@ -199,7 +199,7 @@ func (r *linkRewriter) findLink(s []byte) (name string, length int) {
 		u = bytes.ReplaceAll(s, []byte(`\/`), []byte("/")) // as JSON may have it
 	}
 	b := r.links.table.urls.find(u, r.links.from)
-	if b == nil || b.remote.packageType == "docker" {
+	if b == nil {
 		r.countLeaving(u)
 		return "", 0
 	}

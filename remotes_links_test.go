@@ -19,6 +19,7 @@ const linkConfig = `remotes:
   deep: {base_url: "https://files.example.org/deep/er"}
   own: {type: local}
   hub: {base_url: "https://hub.example.org", package: docker}
+  mirrored: {base_url: "https://mirrored.example.org", mirrors: ["https://files.example.org/pub"]}
 `
 
 // rewriteText rewrites the links of a document whose way to /api/ is that.
@@ -53,12 +54,13 @@ func TestLinksAreLedHere(t *testing.T) {
 		{"a host in capitals", `["HTTPS://files.example.org/a","https://FILES.example.org/a"]`, `["HTTPS://files.example.org/a","../files/a"]`},
 		{"a template", `{"dl":"https://files.example.org/{crate}/{version}"}`, `{"dl":"../files/{crate}/{version}"}`},
 
-		{"a mirror", `["https://mirror.example.org/pub/a","https://mirror.example.org/public"]`, `["../files/a","https://mirror.example.org/public"]`},
+		{"a mirror", `["https://mirror.example.org/pub/a","https://mirror.example.org/public"]`, ""},
 
 		{"another port", `["https://files.example.org:8443/a"]`, ""},
 		{"another scheme", `["http://files.example.org/a"]`, ""},
 		{"YAML from the first line on", "url: https://files.example.org/a\n", "url: ../files/a\n"},
 		{"keys of YAML in quotes", "x:\n\"a\": https://files.example.org/a\n'artifacthub.io/b': https://files.example.org/b\n", "x:\n\"a\": ../files/a\n'artifacthub.io/b': ../files/b\n"},
+		{"a mirror's folder", `["https://files.example.org/pub/a"]`, `["../files/pub/a"]`},
 		{"a longer host", `["https://files.example.org.evil/a","https://xfiles.example.org/a"]`, ""},
 		{"user info", `["https://files.example.org@evil/a"]`, ""},
 		{"a URL in a text", `{"readme":"see https://files.example.org/a or \"https://files.example.org/b\" 'https://files.example.org/c'"}`, ""},
