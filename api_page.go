@@ -313,7 +313,7 @@ func (a *api) chooseRemote(p *page, r *http.Request, rem *remote) {
 
 // addFiles makes the files that are searched for the rows of a remote's page.
 func (a *api) addFiles(p *page, r *http.Request, rem *remote, most int) {
-	p.Files, p.Next = nil, ""
+	p.Files, p.Next, p.FilesError = nil, "", ""
 	q := pageQuery{remote: rem.name, prefix: p.Prefix, after: p.after, limit: most}
 	var err error
 	if p.Search != "" {

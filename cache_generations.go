@@ -234,6 +234,19 @@ func (n *namedDownload) findOtherCopy(ctx context.Context, key string, rng byteR
 	return "", nil
 }
 
+// otherNames are the requests for the file of t under the names that the stored root gives
+// it beside its own.
+func (g *generations) otherNames(ctx context.Context, t target) []fileRequest {
+	if !t.mayHaveRoot() {
+		return nil
+	}
+	root, f := g.findRoot(ctx, &t)
+	if root == nil || root.spelling == t.spelling {
+		return nil
+	}
+	return slices.DeleteFunc(g.requestsFor(root, f), func(other fileRequest) bool { return other.spelling == t.spelling })
+}
+
 // askAfter asks for the root of a file whose request ended with err, if that says that
 // upstream is in another generation, and reports whether another root rules now.
 func (g *generations) askAfter(ctx context.Context, file *fileRequest, err error) (changed bool) {

@@ -1049,6 +1049,24 @@ func FuzzRoots(f *testing.F) {
 	})
 }
 
+// Who purges a file by its name does not want to get its bytes by their hash.
+func TestPurgingByNamePurgesByHash(t *testing.T) {
+	t.Parallel()
+	a := debArchive(t, "Acquire-By-Hash: yes\n")
+	a.publish(debFiles("one"))
+	a.getRoot().wantStatus(200)
+	byHash := "main/binary-amd64/by-hash/SHA256/" + sha256Hex([]byte(a.files[packagesGz]))
+	a.origin.file(a.folder+byHash, a.files[packagesGz])
+	a.get(a.in(byHash)).wantMiss()
+	a.get(a.in(packagesGz)).wantHit()
+	name := a.folder[1:] + packagesGz
+	n, err := a.cache.purgePath(t.Context(), target{remote: a.server.config.Load().remotes["r"], path: name, spelling: name, wire: name})
+	if n != 1 || err != nil {
+		t.Errorf("%d files were purged, %v", n, err)
+	}
+	a.get(a.in(packagesGz)).wantMiss()
+}
+
 func TestValidUntilIsRead(t *testing.T) {
 	t.Parallel()
 	want := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)

@@ -23,13 +23,22 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 	return c.removeFile(ctx, remote, key)
 }
 
-// purgePath removes the file of t with all its query variants and generations.
+// purgePath removes the file of t with all its query variants and generations, and by
+// which other names the same bytes are stored.
 func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
 	switch err := c.purgeFile(ctx, t.remote.name, t.key()); {
 	case err == nil:
 		purged++
 	case !errors.Is(err, fs.ErrNotExist):
 		return 0, err
+	}
+	for _, other := range c.generations.otherNames(ctx, t) {
+		switch err := c.purgeFile(ctx, t.remote.name, other.key()); {
+		case err == nil:
+			purged++
+		case !errors.Is(err, fs.ErrNotExist):
+			return purged, err
+		}
 	}
 	this := regexp.MustCompile("^" + regexp.QuoteMeta(t.path) + "$")
 	if err := c.purgeMatchingFills(ctx, t.remote.name, this); err != nil {

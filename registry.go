@@ -80,10 +80,14 @@ type registry struct {
 	// blobs holds the blobs that images have, by blobKey, and their sizes in bytes as
 	// manifests declared them; 0 is not known. What it has lost the freshness marks know.
 	blobs *boundedMap[string, int64]
+	// searches look through the stored manifests of an image, searched are those that were
+	// lately.
+	searches sharedCalls[string, struct{}]
+	searched *boundedMap[string, struct{}]
 }
 
 func newRegistry(c *cache, config func() *config, s *responder) *registry {
-	return &registry{cache: c, config: config, responder: s, blobs: newBoundedMap[string, int64](maxBlobs, nil)}
+	return &registry{cache: c, config: config, responder: s, blobs: newBoundedMap[string, int64](maxBlobs, nil), searched: newBoundedMap[string, struct{}](maxBlobs, c.now)}
 }
 
 func (g *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {

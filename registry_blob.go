@@ -62,19 +62,38 @@ func (f *blobFile) permit(ctx context.Context, _ *record) error {
 }
 
 // isNamedByStored reports whether a stored manifest of c's image names its blob. A crash
-// may have lost the grants of those that this process has not read.
+// may have lost the grants of those that this process has not read. They are looked
+// through once in outagePause: anybody may ask for what no image has.
 func (g *registry) isNamedByStored(ctx context.Context, c *registryCall) bool {
-	manifests := c.image + "/" + string(routeManifest) + "/"
-	p, err := g.cache.index.listPage(ctx, pageQuery{remote: c.remote.name, prefix: manifests, limit: listPageSize})
-	if err != nil && !errors.Is(err, errStoreDown) {
-		g.cache.reportStoreError("database", "listing manifests of", c.image, err)
-	}
-	for _, row := range p.rows {
-		call := registryCall{remote: c.remote, image: c.image, route: routeManifest, reference: strings.TrimPrefix(row.Path, manifests)}
-		_ = (&manifestFile{registryFile{call: &call, g: g}}).permit(ctx, &record{SHA256: row.SHA256}) // reads it once, and refuses nothing
-	}
+	image := c.remote.name + "/" + c.image
+	_, _ = g.searches.call(ctx, image, func() (searched struct{}, err error) {
+		if _, found := g.searched.get(image); !found {
+			g.readStoredManifests(ctx, c)
+			g.searched.putFor(image, searched, outagePause)
+		}
+		return searched, nil
+	})
 	_, granted := g.blobs.get(c.blobKey(c.digest))
 	return granted || g.isGranted(ctx, c.blobKey(c.digest))
+}
+
+// readStoredManifests grants c's image what its stored manifests name.
+func (g *registry) readStoredManifests(ctx context.Context, c *registryCall) {
+	q := pageQuery{remote: c.remote.name, prefix: c.image + "/" + string(routeManifest) + "/", limit: listPageSize}
+	for {
+		p, err := g.cache.index.listPage(ctx, q)
+		if err != nil && !errors.Is(err, errStoreDown) {
+			g.cache.reportStoreError("database", "listing manifests of", c.image, err)
+		}
+		for _, row := range p.rows {
+			call := registryCall{remote: c.remote, image: c.image, route: routeManifest, reference: strings.TrimPrefix(row.Path, q.prefix)}
+			_ = (&manifestFile{registryFile{call: &call, g: g}}).permit(ctx, &record{SHA256: row.SHA256}) // refuses nothing
+		}
+		if p.next == "" || err != nil || ctx.Err() != nil {
+			return
+		}
+		q.after = p.next
+	}
 }
 
 // blobKey names a blob as one of c's image, in the table of blobs and among the freshness

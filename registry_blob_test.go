@@ -75,6 +75,9 @@ func TestRegistryManifestsGrantTheirBlobs(t *testing.T) {
 	must(t, m.cache.index.(*embeddedIndex).reconcile(t.Context(), m.disk))
 	m.get(path("three")).wantBody(im.blobs[im.order[1]]) // its manifest is read for that
 	m.get(path("four")).wantError(http.StatusBadGateway, "UNAVAILABLE")
+	if _, found := m.reg.searched.get("reg/four"); !found {
+		t.Error("each request for a blob that no manifest names looks through all of them")
+	}
 	m.restart()
 	must(t, m.cache.index.(*embeddedIndex).reconcile(t.Context(), m.disk))
 	m.get(path("three")).wantBody(im.blobs[im.order[1]]) // by the request that finds the outage, too

@@ -102,7 +102,7 @@ func TestRegistryLinks(t *testing.T) {
 
 func TestRegistrySizesAreBounded(t *testing.T) {
 	t.Parallel()
-	sizes := newRegistry(nil, nil, nil).blobs
+	sizes := newRegistry(&cache{}, nil, nil).blobs
 	for i := range 2 * maxBlobs {
 		sizes.put(strconv.Itoa(i), int64(i))
 	}
@@ -121,7 +121,7 @@ func FuzzRegistryPath(f *testing.F) {
 		f.Add(s)
 	}
 	cfg := registryConfig(f)
-	g := newRegistry(nil, func() *config { return cfg }, nil)
+	g := newRegistry(&cache{}, func() *config { return cfg }, nil)
 	f.Fuzz(func(t *testing.T, s string) {
 		u, err := url.ParseRequestURI(s)
 		if err != nil || !strings.HasPrefix(u.Path, "/") {

@@ -104,20 +104,17 @@ func defaultMinFree(diskSize int64) int64 { return min(1<<30, diskSize/20) }
 // needs them. Each byte is given back when it is written, since the disk accounts for it
 // from then on, or is not needed any more.
 func (s *spoolSpace) reserve(n int64, mayReclaim bool) (short room, err error) {
-	short, err = s.reserveOrReclaim(n, mayReclaim)
-	if errors.Is(err, errNoSpace) && mayReclaim {
+	short, err = s.tryReserve(n, room{})
+	if !errors.Is(err, errNoSpace) || !mayReclaim {
+		return short, err
+	}
+	if s.reclaimer != nil {
+		short, err = s.tryReserve(n, s.reclaimer.reclaimable()) // asked without the lock: it may take long
+	}
+	if errors.Is(err, errNoSpace) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.refused, s.refusedAt = n, s.now()
-	}
-	return short, err
-}
-
-// reserveOrReclaim is reserve, whose failure check does not see.
-func (s *spoolSpace) reserveOrReclaim(n int64, mayReclaim bool) (short room, err error) {
-	short, err = s.tryReserve(n, room{})
-	if errors.Is(err, errNoSpace) && mayReclaim && s.reclaimer != nil {
-		short, err = s.tryReserve(n, s.reclaimer.reclaimable()) // asked without the lock: it may take long
 	}
 	return short, err
 }
@@ -126,6 +123,16 @@ func (s *spoolSpace) reserveOrReclaim(n int64, mayReclaim bool) (short room, err
 func (s *spoolSpace) tryReserve(n int64, reclaimable room) (short room, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if short, err = s.shortOf(n, reclaimable); err == nil {
+		s.reserved += n
+		s.owed += short.bytes
+	}
+	return short, err
+}
+
+// shortOf returns what would have to be reclaimed for n bytes more; errNoSpace: that is
+// not reclaimable. mu is held.
+func (s *spoolSpace) shortOf(n int64, reclaimable room) (short room, err error) {
 	disk, err := s.diskSpace()
 	if err != nil {
 		return room{}, err
@@ -141,8 +148,6 @@ func (s *spoolSpace) tryReserve(n int64, reclaimable room) (short room, err erro
 	if (short.bytes > 0 && s.owed+short.bytes > reclaimable.bytes) || short.inodes > reclaimable.inodes {
 		return room{}, fmt.Errorf("%w: %d bytes and %d inodes are free, of which %d bytes are reserved and MIN_FREE keeps %d; %d more are needed", errNoSpace, disk.free.bytes, disk.free.inodes, s.reserved, keep, n)
 	}
-	s.reserved += n
-	s.owed += short.bytes
 	return short, nil
 }
 
@@ -165,15 +170,19 @@ func (s *spoolSpace) reclaim(need room) error {
 
 // check returns errNoSpace if nothing can be stored, or not what could not be lately.
 func (s *spoolSpace) check() error {
-	s.mu.Lock()
-	need := int64(1)
-	if s.now().Sub(s.refusedAt) < refusalCounts {
-		need = s.refused
+	isThere := func(reclaimable room) error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		need := int64(1)
+		if s.now().Sub(s.refusedAt) < refusalCounts {
+			need = s.refused
+		}
+		_, err := s.shortOf(need, reclaimable)
+		return err
 	}
-	s.mu.Unlock()
-	short, err := s.reserveOrReclaim(need, true)
-	if err == nil {
-		s.add(account{reserved: -need, owed: -short.bytes})
+	err := isThere(room{})
+	if errors.Is(err, errNoSpace) && s.reclaimer != nil {
+		err = isThere(s.reclaimer.reclaimable())
 	}
 	return err
 }

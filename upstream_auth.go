@@ -87,7 +87,8 @@ func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, registr
 		return registry.basic, true, nil
 	}
 	realm, err := x.parseRealm(challenge.params["realm"], registry.basic != "")
-	if err != nil {
+	if err != nil { // nobody will be asked any more
+		u.endOutage(x.remote)
 		return "", true, err
 	}
 	key, refused := registry.tokenKeyFor(challenge), strings.TrimPrefix(x.auth, "Bearer ")

@@ -306,7 +306,9 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		cancel(nil)
 		return nil, explained
 	}
-	u.endOutage(x.remote, resp)
+	if !x.isChallenge(resp) {
+		u.endOutage(x.remote)
+	}
 	if a := connected.Load(); first && sameServer(at, x.origin) && !proxied && a != nil {
 		x.reach = max(x.reach, u.kindOf(*a)) // a name of the origin's that leads into a private network itself
 	}
@@ -315,13 +317,15 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	return &upstreamResponse{resp, x.index}, nil
 }
 
-// endOutage ends a remote's outage, for it has answered. A registry that wants a token
-// has not: its token service, which may be away, decides.
-func (u *upstream) endOutage(r *remote, resp *http.Response) {
-	if r.packageType == "docker" && resp.StatusCode == http.StatusUnauthorized &&
-		strings.Contains(strings.ToLower(strings.Join(resp.Header.Values("WWW-Authenticate"), ",")), "bearer") {
-		return
-	}
+// isChallenge reports whether a registry wants a token. That does not end an outage: the
+// token service, which may be away, has to answer too.
+func (x *exchange) isChallenge(resp *http.Response) bool {
+	return x.remote.packageType == "docker" && resp.StatusCode == http.StatusUnauthorized &&
+		strings.Contains(strings.ToLower(strings.Join(resp.Header.Values("WWW-Authenticate"), ",")), "bearer")
+}
+
+// endOutage ends a remote's outage, if there is one: it has answered.
+func (u *upstream) endOutage(r *remote) {
 	if lasted, recovered := u.circuitOf(r.name).succeed(); recovered {
 		u.log.Info("a remote can be reached again", "remote", r.name, "after", lasted.Round(time.Second).String())
 	}

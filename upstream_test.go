@@ -1848,6 +1848,14 @@ func TestForeignRealmIsNotAsked(t *testing.T) {
 		t.Errorf("status %d; want 502", statusOf(r.err))
 	}
 	g.wantTraffic(1, 0)
+	g.u.circuitOf("r").fail(errDial, time.Now())
+	if !g.u.isInOutage("r") {
+		t.Fatal("there is no outage to end")
+	}
+	g.pull().wantErr(errBadUpstream, "token_realm")
+	if g.u.isInOutage("r") {
+		t.Error("the registry answers, and counts as down")
+	}
 
 	g.r.tokenRealm = mustURL(t, "https://evil.example/token")
 	g.pull().want(200, "manifest")
