@@ -233,28 +233,22 @@ func TestHoldEnds(t *testing.T) {
 		a.wantLog("without some of its files")
 		wantIncomplete(1)
 	})
-	t.Run("at Valid-Until", func(t *testing.T) {
-		t.Parallel()
-		a := debArchive(t, "Valid-Until: "+time.Now().Add(time.Hour).UTC().Format(time.RFC1123)+"\n")
-		a.publish(debFiles("one"))
-		a.wantGeneration(a.release(a), a.files)
-		a.publish(debFiles("two"), packagesGz)
-		a.advance(50 * time.Minute)
-		a.getRoot().wantFrom("cache", agreeing)
-		a.advance(11 * time.Minute)
-		a.getRoot().wantBody(a.release(a))
-	})
-	t.Run("at Valid-Until, however soon after a try", func(t *testing.T) {
-		t.Parallel()
-		a := debArchive(t, "Valid-Until: "+time.Now().Add(80*time.Second).UTC().Format(time.RFC1123)+"\n")
-		a.publish(debFiles("one"))
-		a.wantGeneration(a.release(a), a.files)
-		a.publish(debFiles("two"), packagesGz)
-		a.advance(61 * time.Second)
-		a.getRoot().wantFrom("cache", agreeing)
-		a.advance(20 * time.Second)
-		a.getRoot().wantBody(a.release(a))
-	})
+	for name, c := range map[string]struct{ validFor, held, more time.Duration }{ // held when a root is asked for, and over when one is that much later
+		"at Valid-Until": {time.Hour, 50 * time.Minute, 11 * time.Minute},
+		"at Valid-Until, however soon after a try": {80 * time.Second, 61 * time.Second, 20 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := debArchive(t, "Valid-Until: "+time.Now().Add(c.validFor).UTC().Format(time.RFC1123)+"\n")
+			a.publish(debFiles("one"))
+			a.wantGeneration(a.release(a), a.files)
+			a.publish(debFiles("two"), packagesGz)
+			a.advance(c.held)
+			a.getRoot().wantFrom("cache", agreeing)
+			a.advance(c.more)
+			a.getRoot().wantBody(a.release(a))
+		})
+	}
 	t.Run("at Valid-Until, where a file made the root be asked", func(t *testing.T) {
 		t.Parallel()
 		a := debArchive(t, "Valid-Until: "+time.Now().Add(70*time.Second).UTC().Format(time.RFC1123)+"\n")

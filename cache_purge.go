@@ -23,17 +23,15 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 	return c.removeFile(ctx, remote, key)
 }
 
-// purgePath removes the file of t with all its query variants and generations, and by
-// which other names the same bytes are stored.
+// purgePath removes the file of t under all its names, with all its query variants and
+// generations.
 func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
-	switch err := c.purgeFile(ctx, t.remote.name, t.key()); {
-	case err == nil:
-		purged++
-	case !errors.Is(err, fs.ErrNotExist):
-		return 0, err
-	}
+	keys := []string{t.key()}
 	for _, other := range c.generations.otherNames(ctx, t) {
-		switch err := c.purgeFile(ctx, t.remote.name, other.key()); {
+		keys = append(keys, other.key())
+	}
+	for _, key := range keys {
+		switch err := c.purgeFile(ctx, t.remote.name, key); {
 		case err == nil:
 			purged++
 		case !errors.Is(err, fs.ErrNotExist):

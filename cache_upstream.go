@@ -163,8 +163,8 @@ func (m missingFile) newProblem(remote string) *problem {
 func (file fileRequest) wireKey() string { return storageKey(file.remote.name, file.wire) }
 
 // recallMissing returns the 404 or 410 that upstream gave for a file that is not stored,
-// or nil: within negative_ttl and, always as 404, while the remote is down. storeErr says why there is
-// no copy: where the store could not be asked, there may be one.
+// or nil: within negative_ttl and, always as 404, while the remote is down. storeErr says
+// why there is no copy: where the store could not be asked, there may be one.
 func (file fileRequest) recallMissing(ctx context.Context, c *cache, rng byteRange, storeErr error) error {
 	missing, found := c.missing.get(file.wireKey())
 	if !found {

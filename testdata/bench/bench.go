@@ -101,6 +101,11 @@ func (b *bench) run() error {
 	if err != nil {
 		return err
 	}
+	return b.compareAll(up, originURL, us, nginx, bare)
+}
+
+// compareAll makes the rows and prints the table.
+func (b *bench) compareAll(up *upstream, originURL string, us, nginx, bare entrant) error {
 	fmt.Fprintf(&b.table, "%s, %d processors, %s, rounds %d of %d s; medians (CPU a request in brackets)\n\n", time.Now().Format(time.DateOnly), runtime.NumCPU(), runtime.Version(), b.rounds, b.seconds)
 	b.table.WriteString("| work | artifactapi | peer | ratio |\n|---|---|---|---|\n")
 	for _, row := range []struct {
