@@ -240,9 +240,12 @@ func (r *linkRewriter) beginsValue() bool {
 	if bytes.HasSuffix(before, []byte("=")) {
 		return attributePattern.Match(before[max(0, bytes.LastIndexAny(before, " \t\r\n\f")):])
 	}
+	if !bytes.HasSuffix(before, []byte(" ")) {
+		return false
+	}
 	newLine := bytes.LastIndexByte(before, '\n')
 	isLine := newLine >= 0 || (!r.isCut && len(before) == r.done)
-	return isLine && bytes.HasSuffix(before, []byte(" ")) && leadsToYAMLValue(before[newLine+1:])
+	return isLine && leadsToYAMLValue(before[newLine+1:])
 }
 
 var attributePattern = regexp.MustCompile(`^\s[A-Za-z-]+=$`)
