@@ -68,7 +68,7 @@ func onlyLoopback(d *net.Dialer) func(ctx context.Context, network, address stri
 // that are just ending have had their time.
 func leftGoroutines() string {
 	var left []string
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		buf := make([]byte, 4<<20)
 		buf = buf[:runtime.Stack(buf, true)]
 		left = left[:0]

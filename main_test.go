@@ -1017,7 +1017,7 @@ func TestSecondServerOnTheSameDataDir(t *testing.T) {
 	})
 }
 
-func TestHealthIsQuickWhateverHangs(t *testing.T) {
+func TestHealthWaitsForNothingThatHangs(t *testing.T) {
 	t.Parallel()
 	o := newTestOrigin(t, setup{})
 	o.troubled(o.stalls)
@@ -1029,15 +1029,7 @@ func TestHealthIsQuickWhateverHangs(t *testing.T) {
 		hanging.Go(func() { tt.start(ctx, "GET", fmt.Sprintf("/api/r/f%d", i), nil).leave() })
 	}
 	awaitThat(t, "every place to be taken", func() bool { return len(o.all()) == maxFillsPerRemote })
-	best := time.Hour
-	for range 5 {
-		began := time.Now()
-		tt.get("/health").wantStatus(200)
-		best = min(best, time.Since(began))
-	}
-	if best > 100*time.Millisecond {
-		t.Errorf("/health took %v", best)
-	}
+	mustEnd(t, func() { tt.get("/health").wantStatus(200) })
 	leave()
 	hanging.Wait()
 }

@@ -1235,7 +1235,7 @@ func TestPostgresThatNeverAnswers(t *testing.T) {
 		if name != "the middle of a transaction" {
 			w.hush()
 		}
-		within(t, 700*time.Millisecond, func() {
+		mustEnd(t, func() {
 			ctx, cancel := context.WithTimeout(t.Context(), 400*time.Millisecond)
 			defer cancel()
 			if err := ask(ctx); !errors.Is(err, errStoreDown) || x.outage.outageCause() != nil {
@@ -1248,11 +1248,13 @@ func TestPostgresThatNeverAnswers(t *testing.T) {
 		}
 	}
 	w.hush()
-	within(t, sqlWriteTimeout+time.Second, func() { ix.save(testRow("r", "b")) })
-	within(t, 100*time.Millisecond, func() {
-		ix.save(testRow("r", "c"))
-		if _, err := x.totals(t.Context(), false); !errors.Is(err, errStoreDown) {
-			t.Errorf("totals: %v", err)
+	mustEnd(t, func() { ix.save(testRow("r", "b")) })
+	mustEnd(t, func() { // as they would not, did each wait for sqlWriteTimeout
+		for range 100 {
+			ix.save(testRow("r", "c"))
+			if _, err := x.totals(t.Context(), false); !errors.Is(err, errStoreDown) {
+				t.Errorf("totals: %v", err)
+			}
 		}
 	})
 	w.speak()
@@ -1260,12 +1262,14 @@ func TestPostgresThatNeverAnswers(t *testing.T) {
 	ix.wantPaths(pageQuery{remote: "r", limit: 9}, "a", "b", "c")
 }
 
-func within(t *testing.T, d time.Duration, f func()) {
+// mustEnd fails where f hangs, or waits for a timeout again and again: its limit
+// is far from what the slowest machine needs and from what a hundred timeouts last.
+func mustEnd(t *testing.T, f func()) {
 	t.Helper()
 	began := time.Now()
 	f()
-	if took := time.Since(began); took > d {
-		t.Errorf("took %v, want at most %v", took, d)
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("took %v", took)
 	}
 }
 
