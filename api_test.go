@@ -98,7 +98,7 @@ type slowObjects struct {
 	wait time.Duration
 }
 
-func (s *slowObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+func (s *slowObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
 	select {
 	case <-time.After(s.wait):
 		return s.objects.put(ctx, key, rec, spool, create)
@@ -120,7 +120,7 @@ func TestUploadThatIsStoredSlowly(t *testing.T) {
 // hangingObjects is a store whose puts do not end with their context.
 type hangingObjects struct{ slowObjects }
 
-func (s *hangingObjects) put(_ context.Context, key string, rec *record, spool *os.File, create bool) error {
+func (s *hangingObjects) put(_ context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
 	return s.slowObjects.put(context.Background(), key, rec, spool, create)
 }
 
@@ -359,13 +359,14 @@ func TestUploadIsOnlyAcknowledgedWhenItIsStored(t *testing.T) {
 			spools, objects := &brokenSpools{}, &brokenObjects{}
 			tt := setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}, spools: spools.wrap, objects: objects.wrap}.start(t)
 			tt.put("/api/l/a", "old", bearer).wantStatus(201)
+			text := noise(1, maxSmallBody+1)
 			if c.breakIt == nil {
 				tt.disk.fsync = func(*os.File) error { return errors.New("input/output error") }
 			} else {
 				c.breakIt(spools, objects)
 			}
-			tt.put("/api/l/a", "new", bearer).wantDetail(c.status, "")
-			tt.put("/api/l/b", "new", bearer).wantDetail(c.status, "")
+			tt.put("/api/l/a", text, bearer).wantDetail(c.status, "")
+			tt.put("/api/l/b", text, bearer).wantDetail(c.status, "")
 			spools.heal()
 			objects.failPut(nil)
 			objects.failOpen(nil)

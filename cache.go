@@ -12,7 +12,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/http"
-	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -55,11 +54,12 @@ type object struct {
 type objects interface {
 	// put stores the spool's bytes (complete and verified, rec.Size long) under key and
 	// replaces what was there. On return all is durable (but for what
-	// diskStore.maySkipSync says), or an error says that the old state still holds. The
-	// spool's name may be moved away; its descriptor belongs to the caller. With create an
+	// diskStore.maySkipSync says), or an error says that the old state still holds. spool
+	// is a *os.File, whose name may be moved away, or a *bytes.Reader; it belongs to the
+	// caller, who reads it at offsets only. With create an
 	// object that is there already stays: errFileExists. Only the S3 stores heed create,
 	// because other replicas put there too; on disk the caller has the lock of the key.
-	put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error
+	put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error
 	// open returns key's object; reading will begin at off. off < 0 asks for
 	// the record alone (body is nil). A miss, damage included, is
 	// fs.ErrNotExist; a store that cannot be asked is errStoreDown.

@@ -4,10 +4,10 @@ import (
 	"context"
 	"crypto/sha512"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -953,7 +953,7 @@ type refusingObjects struct {
 	key string
 }
 
-func (o *refusingObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+func (o *refusingObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
 	if key == o.key {
 		return errStoreDown
 	}

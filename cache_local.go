@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
-	"os"
 	"strings"
 	"time"
 )
@@ -59,7 +58,7 @@ func checkConditions(when http.Header, rec *record) error {
 // sharedObjects is an optional ability of objects: other processes put there too.
 type sharedObjects interface {
 	// replace is put if the object is still that of the record old, else errCondition.
-	replace(ctx context.Context, key string, rec *record, spool *os.File, old *record) error
+	replace(ctx context.Context, key string, rec *record, spool io.ReaderAt, old *record) error
 }
 
 // localFiles are the files of local repositories, as their clients write them.
@@ -68,10 +67,7 @@ type localFiles struct{ *cache }
 // put stores an upload; created reports that there was no such file. When it returns
 // nil the file is durable; otherwise the old one is still there. errNoSpace: it does not fit.
 func (c localFiles) put(ctx context.Context, file fileRequest, u upload) (created bool, err error) {
-	spool, err := c.space.newSpool("")
-	if err != nil {
-		return false, err
-	}
+	spool := c.space.newSpool("")
 	defer spool.discard()
 	if err := spool.setSize(u.size); err != nil {
 		return false, err
@@ -96,9 +92,9 @@ func (c localFiles) put(ctx context.Context, file fileRequest, u upload) (create
 	}
 	shared, ok := c.objects.(sharedObjects)
 	if ok && old != nil && (u.when["If-Match"] != nil || u.when["If-Unmodified-Since"] != nil) {
-		return false, c.noteStored(ctx, key, rec, shared.replace(ctx, key, rec, spool.file, old))
+		return false, c.noteStored(ctx, key, rec, shared.replace(ctx, key, rec, spool.body(), old))
 	}
-	return old == nil, c.storeBody(ctx, key, rec, spool.file, old == nil && u.when.Get("If-None-Match") == "*")
+	return old == nil, c.storeBody(ctx, key, rec, spool.body(), old == nil && u.when.Get("If-None-Match") == "*")
 }
 
 // delete removes a file; fs.ErrNotExist when there is none.

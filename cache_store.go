@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"os"
 	"regexp"
 	"strings"
 )
@@ -16,7 +15,7 @@ import (
 // sets the freshness mark. A crash behind the object leaves one without a row, which
 // gets it with its next use or by reindex; a crash behind the row leaves a copy whose
 // freshness counts from its fetch. create is that of objects.put.
-func (c *cache) storeBody(ctx context.Context, key string, rec *record, body *os.File, create bool) error {
+func (c *cache) storeBody(ctx context.Context, key string, rec *record, body io.ReaderAt, create bool) error {
 	return c.noteStored(ctx, key, rec, c.objects.put(ctx, key, rec, body, create))
 }
 
@@ -39,23 +38,43 @@ func (c *cache) noteStored(ctx context.Context, key string, rec *record, err err
 	return nil
 }
 
-// wellKnownIndexes match files that change in every repository that has them. Each is
-// also what mutable_patterns should have.
-var wellKnownIndexes = []*regexp.Regexp{
-	regexp.MustCompile(`(^|/)(InRelease|Release(\.gpg)?)$`),
-	regexp.MustCompile(`(^|/)(Packages|Sources)(\.(gz|xz|bz2|lzma|zst))?$`),
-	regexp.MustCompile(`(^|/)repomd\.xml(\.asc)?$`),
-	regexp.MustCompile(`(^|/)APKINDEX\.tar\.gz$`),
-	regexp.MustCompile(`(^|/)index\.yaml$`),
-	regexp.MustCompile(`(^|/)maven-metadata\.xml`),
-	regexp.MustCompile(`/@v/list$`),
-	regexp.MustCompile(`^simple/`),
-	regexp.MustCompile(`\.(db|files)(\.tar\.[a-z]+)?(\.sig)?$`),
-	packumentPattern,
+// wellKnownIndexes match files that change in every repository that has them. Each pattern
+// is also what mutable_patterns should have. It is matched where its word is found in the
+// path, since every stored file is looked at.
+var wellKnownIndexes = []struct {
+	word    string
+	pattern *regexp.Regexp
+}{
+	{"Release", regexp.MustCompile(`(^|/)(InRelease|Release(\.gpg)?)$`)},
+	{"Packages", regexp.MustCompile(`(^|/)Packages(\.(gz|xz|bz2|lzma|zst))?$`)},
+	{"Sources", regexp.MustCompile(`(^|/)Sources(\.(gz|xz|bz2|lzma|zst))?$`)},
+	{"repomd", regexp.MustCompile(`(^|/)repomd\.xml(\.asc)?$`)},
+	{"APKINDEX", regexp.MustCompile(`(^|/)APKINDEX\.tar\.gz$`)},
+	{"index.", regexp.MustCompile(`(^|/)index\.yaml$`)},
+	{"maven-metadata", regexp.MustCompile(`(^|/)maven-metadata\.xml`)},
+	{"/@v/list", regexp.MustCompile(`/@v/list$`)},
+	{"simple/", regexp.MustCompile(`^simple/`)},
+	{".db", pacmanPattern}, {".files", pacmanPattern},
 }
 
-// packumentPattern is npm's index of a package, which its type tells from other files.
-var packumentPattern = regexp.MustCompile(`^(@[^/]+/)?[^/.]+$`)
+var (
+	pacmanPattern = regexp.MustCompile(`\.(db|files)(\.tar\.[a-z]+)?(\.sig)?$`)
+	// packumentPattern is npm's index of a package, which its type tells from other files.
+	packumentPattern = regexp.MustCompile(`^(@[^/]+/)?[^/.]+$`)
+)
+
+// indexPattern returns the pattern of the well-known index that a file is, or nil.
+func indexPattern(path, contentType string) *regexp.Regexp {
+	for _, index := range wellKnownIndexes {
+		if strings.Contains(path, index.word) && index.pattern.MatchString(path) {
+			return index.pattern
+		}
+	}
+	if strings.Contains(contentType, "json") && packumentPattern.MatchString(path) {
+		return packumentPattern
+	}
+	return nil
+}
 
 // warnOfIndex tells once for each remote that an index was stored forever.
 func warnOfIndex(f *fill, rec *record) {
@@ -63,13 +82,10 @@ func warnOfIndex(f *fill, rec *record) {
 	if _, warned := f.c.warnedOf.get(rem.name); warned || rec.Class != immutable || f.file.digest != "" || rem.immutableTTL > 0 {
 		return
 	}
-	for _, p := range wellKnownIndexes {
-		if p.MatchString(f.file.path) && (p != packumentPattern || strings.Contains(rec.ContentType, "json")) {
-			f.c.warnedOf.put(rem.name, struct{}{})
-			f.c.log.Warn("an index is stored as immutable, so its new versions are never seen: add the pattern to mutable_patterns and purge the file",
-				"remote", rem.name, "path", f.file.path, "pattern", p.String())
-			return
-		}
+	if p := indexPattern(f.file.path, rec.ContentType); p != nil {
+		f.c.warnedOf.put(rem.name, struct{}{})
+		f.c.log.Warn("an index is stored as immutable, so its new versions are never seen: add the pattern to mutable_patterns and purge the file",
+			"remote", rem.name, "path", f.file.path, "pattern", p.String())
 	}
 }
 
@@ -80,12 +96,11 @@ func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, 
 	if old, err := c.objects.open(ctx, key, -1); err == nil && old.rec.Path == t.spelling && old.rec.SHA256 == rec.SHA256 {
 		return
 	}
-	spool, err := c.space.newSpool("")
+	spool := c.space.newSpool("")
+	defer spool.discard()
+	err := spool.setSize(rec.Size)
 	if err == nil {
-		defer spool.discard()
-		if err = spool.setSize(rec.Size); err == nil {
-			_, err = io.Copy(spool, io.NewSectionReader(body, 0, rec.Size))
-		}
+		_, err = io.Copy(spool, io.NewSectionReader(body, 0, rec.Size))
 	}
 	if err != nil {
 		c.reportStoreError("spool", "growing", key, err)
@@ -93,7 +108,7 @@ func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, 
 	}
 	second := *rec
 	second.Path, second.Class = t.spelling, t.class
-	if c.storeBody(ctx, key, &second, spool.file, false) == nil { // it has logged its failure
+	if c.storeBody(ctx, key, &second, spool.body(), false) == nil { // it has logged its failure
 		c.refreshMark(ctx, t, &second)
 	}
 }

@@ -12,7 +12,6 @@ import (
 	"mime/multipart"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"reflect"
 	"strconv"
 	"strings"
@@ -1433,7 +1432,7 @@ func (b *brokenObjects) open(ctx context.Context, key string, off int64) (*objec
 	return b.objects.open(ctx, key, off)
 }
 
-func (b *brokenObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+func (b *brokenObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
 	b.mu.Lock()
 	err := b.putting
 	b.mu.Unlock()
@@ -1681,7 +1680,8 @@ func TestHEADsAreBoundedAndShared(t *testing.T) {
 // passed on at once, and the others wait for their turn.
 func TestPassedOnBodiesAreBounded(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		tt := setup{bubble: true, spools: func(s *spoolSpace) { s.createFile = func() (*os.File, error) { return nil, errNoSpace } }}.start(t)
+		tt := setup{bubble: true}.start(t)
+		tt.cache.passOn.putFor(testKey("a"), struct{}{}, time.Hour)
 		release := tt.origin.file("/a", noise(1, 1<<16)).stallAt(1 << 15)
 		var crowd sync.WaitGroup
 		for range 70 {

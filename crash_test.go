@@ -328,6 +328,10 @@ func killScenes() []killScene {
 			o.file("/a", next)
 			tt.get("/api/r/a")
 		}, "", next, "body moved", "r", "a", nil},
+		{"small commit", func(*tester, *testOrigin) {}, func(tt *tester, o *testOrigin) {
+			o.file("/a", "small")
+			tt.get("/api/r/a")
+		}, "", "small", "record beside it written", "r", "a", nil},
 		{"replacement", first, func(tt *tester, o *testOrigin) {
 			o.file("/a", next)
 			for n := o.requests("/a"); o.requests("/a") == n; { // the first fill may not be stored yet

@@ -323,9 +323,7 @@ func (f *fillRun) isStoredByNow() bool {
 
 // fetchBody gets the body from upstream; with validators, if it has changed.
 func (f *fillRun) fetchBody(validators http.Header) fillOutcome {
-	// Without a spool upstream need not be asked on behalf of all. Where a copy
-	// can answer, a slow disk must not delay the news that upstream is gone.
-	if f.oldRecord == nil && !f.openSpool() {
+	if f.oldRecord == nil && !f.openSpool() { // upstream need not be asked on behalf of all
 		return fillOutcome{kind: outcomeNoSpool}
 	}
 	req := f.file.newUpstreamRequest(http.MethodGet, validators)
@@ -380,8 +378,7 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (body 
 	return body, fillOutcome{}
 }
 
-// openSpool makes the file that the body grows in, if there is none yet, and
-// reports whether there is one.
+// openSpool makes the spool, if there is none yet; false: the file is passed on.
 func (f *fillRun) openSpool() bool {
 	if f.spool != nil {
 		return true
@@ -389,11 +386,7 @@ func (f *fillRun) openSpool() bool {
 	if _, found := f.c.passOn.get(f.key); found {
 		return false
 	}
-	spool, err := f.c.space.newSpool(f.file.digest)
-	if err != nil {
-		f.c.reportStoreError("spool", "beginning", f.key, err)
-		return false
-	}
+	spool := f.c.space.newSpool(f.file.digest)
 	f.set(func() { f.spool = spool })
 	return true
 }
@@ -459,7 +452,7 @@ func (f *fillRun) completeFill() fillOutcome {
 	if f.oldRecord != nil && f.oldRecord.SHA256 == rec.SHA256 {
 		rec.Modified = f.oldRecord.Modified // the same bytes keep their date
 	}
-	if err := f.file.behaves().checkBody(f.ctx, &rec, f.spool.file); err != nil {
+	if err := f.file.behaves().checkBody(f.ctx, &rec, f.spool.body()); err != nil {
 		return failedOutcome(err)
 	}
 	if !f.fitsMaxSize(rec.Size) { // its length was not known in the beginning
@@ -492,7 +485,7 @@ func (f *fillRun) store() (ok bool) {
 	if f.phase != phaseStoring {
 		return true
 	}
-	if ok = f.c.storeBody(f.c.ctx, f.key, f.rec, f.spool.file, false) == nil; ok { // else it has logged its failure
+	if ok = f.c.storeBody(f.c.ctx, f.key, f.rec, f.spool.body(), false) == nil; ok { // else it has logged its failure
 		f.c.refreshMark(f.c.ctx, f.file.target, f.rec)
 		f.c.evictor.trimVariants(f.c.ctx, f.file.target)
 		warnOfIndex(&f.fill, f.rec)

@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -793,7 +792,7 @@ type gatedObjects struct {
 	putting chan struct{}
 }
 
-func (g *gatedObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+func (g *gatedObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
 	close(g.putting)
 	return g.heldObjects.put(ctx, key, rec, spool, create)
 }

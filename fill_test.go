@@ -192,7 +192,7 @@ type heldObjects struct {
 	gate chan struct{}
 }
 
-func (g *heldObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+func (g *heldObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
 	<-g.gate
 	return g.objects.put(ctx, key, rec, spool, create)
 }
@@ -256,10 +256,11 @@ type renamingObjects struct {
 	other string
 }
 
-func (o *renamingObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
-	err := errors.Join(os.Rename(spool.Name(), spool.Name()+"~"), os.WriteFile(spool.Name(), []byte(o.other), 0o600))
+func (o *renamingObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
+	name := spool.(*os.File).Name()
+	err := errors.Join(os.Rename(name, name+"~"), os.WriteFile(name, []byte(o.other), 0o600))
 	<-o.gate
-	return errors.Join(err, os.Rename(spool.Name()+"~", spool.Name()), o.objects.put(ctx, key, rec, spool, create))
+	return errors.Join(err, os.Rename(name+"~", name), o.objects.put(ctx, key, rec, spool, create))
 }
 
 // The names of spools are random and come back.
@@ -1480,9 +1481,9 @@ func TestWithoutAStoreErrorsAreStillErrors(t *testing.T) {
 	tt := setup{spools: spools.wrap, keys: []string{"mutable_patterns: ['idx$']"}}.start(t)
 	tt.get("/api/r/none").wantDetail(404, "404")
 	text := noise(1, 200_000)
-	tt.origin.file("/cut", text).noRanges().cut(100_000)
+	tt.origin.file("/cut", text).noRanges().cut(100_000, 100_000) // for the fill, and for its client
 	tt.get("/api/r/cut").wantAborted()
-	tt.origin.file("/resumed", text).etag(`"1"`).cut(100_000)
+	tt.origin.file("/resumed", text).etag(`"1"`).cut(100_000, 100_000)
 	tt.get("/api/r/resumed").wantBody(text)
 	tt.origin.file("/chunked", text).chunked()
 	tt.get("/api/r/chunked").wantBody(text)
@@ -1504,7 +1505,7 @@ func TestExpiredCopyWithoutRoomForTheNewOne(t *testing.T) {
 	tt.origin.file("/a", "old")
 	tt.get("/api/r/a")
 	tt.advance(2 * time.Hour)
-	spools.set(func() { spools.none = errNoSpace })
+	spools.set(func() { spools.noRoom = true })
 	tt.origin.file("/a", "new")
 	tt.get("/api/r/a").wantFrom("remote", "fwd=stale; fwd-status=200").wantBody("new")
 	tt.wantStored("a", true) // the old one

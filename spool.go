@@ -1,9 +1,10 @@
-// spool.go: the temporary file that a body grows in, those that read it while it
-// grows, and the one account of the space that all spools take.
+// spool.go: the temporary file, or the memory, that a body grows in, those that read it
+// while it grows, and the one account of the space that all spools take.
 
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"crypto/sha512"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -26,6 +28,10 @@ const (
 	// heldBackBytes of a body with a known digest are given to a reader only
 	// when all of it has verified, so that nobody completes a wrong body.
 	heldBackBytes = 64 << 10
+	// maxSmallBody is the largest body, in bytes, that grows in memory, and that a store
+	// keeps there. Metadata and manifests are smaller. They are asked for most, and a
+	// file costs more than all else.
+	maxSmallBody = 64 << 10
 	// reclaimAhead is how far ahead of a body others are removed for it: a body that
 	// breaks off has cost no more than that.
 	reclaimAhead = 64 << 20
@@ -190,20 +196,19 @@ func (s *spoolSpace) check() error {
 // newSpool makes an empty spool for a body with that digest ("" is any). Its
 // maker is its only writer; it calls setSize before the first Write, then
 // complete or fail, and release in the end.
-func (s *spoolSpace) newSpool(digest string) (*spool, error) {
-	file, err := s.createFile()
-	if err != nil {
-		return nil, err
-	}
+func (s *spoolSpace) newSpool(digest string) *spool {
 	s.add(account{growing: 1})
-	return &spool{space: s, file: file, hash: newBodyHash(digest), size: -1, users: 1}, nil
+	return &spool{space: s, hash: newBodyHash(digest), size: -1, users: 1}
 }
 
 // spool is a body that is being written by one goroutine and read by any number
 // of readers.
 type spool struct {
 	space *spoolSpace
-	file  *os.File // the writer appends; everyone else reads at offsets of their own
+	// Where the body is, from setSize on: the writer appends, everyone else reads at
+	// offsets of their own.
+	file   *os.File // nil: in memory
+	memory []byte   // of a body of at most maxSmallBody bytes
 
 	// The writer alone uses these.
 	hash     *bodyHash
@@ -230,15 +235,25 @@ const (
 	spoolFailed              // no more will come
 )
 
-// setSize announces the size of the whole body (-1: not known) and reserves what
-// is missing of it, or some space ahead. errNoSpace: there is not enough.
-func (s *spool) setSize(size int64) error {
+// setSize announces the size of the whole body (-1: not known), makes the place that it
+// grows in, and reserves what is missing of it, or some space ahead. errNoSpace: there is
+// not enough.
+func (s *spool) setSize(size int64) (err error) {
 	missing := int64(reserveAhead)
 	if size >= 0 {
 		missing = size - s.written
 	}
 	if err := s.reserveMore(max(0, missing-s.reserved)); err != nil {
 		return err
+	}
+	switch {
+	case s.file != nil:
+	case size >= 0 && size <= maxSmallBody:
+		s.memory = make([]byte, size)
+	default:
+		if s.file, err = s.space.createFile(); err != nil {
+			return err
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -295,7 +310,9 @@ func (s *spool) appendUnhashed(p []byte) error {
 			return err
 		}
 	}
-	if _, err := s.file.Write(p); err != nil {
+	if s.file == nil {
+		copy(s.memory[s.written:], p)
+	} else if _, err := s.file.Write(p); err != nil {
 		return fmt.Errorf("%w: writing the spool: %w", errNoSpace, err)
 	}
 	s.mu.Lock()
@@ -355,8 +372,20 @@ func (s *spool) progress() (written, size int64) {
 	return s.written, s.size
 }
 
+// body is what is written: a file, which a store may take, or a *bytes.Reader.
+func (s *spool) body() io.ReaderAt {
+	if s.file != nil {
+		return s.file
+	}
+	return bytes.NewReader(s.memory[:s.written])
+}
+
 // removeName removes the file's name, unless a store has taken it. Readers go on.
-func (s *spool) removeName() { _ = os.Remove(s.file.Name()) }
+func (s *spool) removeName() {
+	if s.file != nil {
+		_ = os.Remove(s.file.Name())
+	}
+}
 
 // release ends a use of the spool; the last one closes the file.
 func (s *spool) release() {
@@ -364,7 +393,7 @@ func (s *spool) release() {
 	s.users--
 	last := s.users == 0
 	s.mu.Unlock()
-	if last {
+	if last && s.file != nil {
 		_ = s.file.Close()
 	}
 }
@@ -384,16 +413,32 @@ func (s *spool) newReader(ctx context.Context, holdsBack bool) *spoolReader {
 	// A file of its own has an offset of its own, which sendfile needs. Where a
 	// store has taken the name already, another spool may have it by now; then
 	// the shared descriptor is read.
-	if own, err := os.Open(s.file.Name()); err == nil && sameFile(own, s.file) {
-		r.ownFile = own
-	} else if err == nil {
-		_ = own.Close()
+	if s.file != nil {
+		if own, err := openFile(s.file.Name(), os.O_RDONLY, 0); err == nil && sameFile(own, s.file) {
+			r.ownFile = own
+		} else if err == nil {
+			_ = own.Close()
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.users++
 	r.size = s.size
 	return r
+}
+
+// openFile is os.OpenFile for what is never polled, regular files and directories,
+// without the five system calls by which that finds out: they take longer than opening.
+func openFile(name string, flag int, perm uint32) (*os.File, error) {
+	for {
+		fd, err := syscall.Open(name, flag|syscall.O_CLOEXEC, perm)
+		if err == nil {
+			return os.NewFile(uintptr(fd), name), nil
+		}
+		if err != syscall.EINTR {
+			return nil, &os.PathError{Op: "open", Path: name, Err: err}
+		}
+	}
 }
 
 func sameFile(a, b *os.File) bool {
@@ -410,7 +455,7 @@ type spoolReader struct {
 	ctx       context.Context
 	size      int64 // of the whole body when the reader was made; -1: not known
 	holdsBack bool
-	ownFile   *os.File // nil: read the spool's descriptor
+	ownFile   *os.File // nil: read the spool's descriptor or memory
 	offset    int64
 }
 
@@ -462,9 +507,14 @@ func (r *spoolReader) Read(p []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	k, err := r.spool.file.ReadAt(p[:min(int64(len(p)), n)], r.offset)
-	r.offset += int64(k)
-	return k, err
+	p = p[:min(int64(len(p)), n)]
+	if r.spool.file == nil {
+		copy(p, r.spool.memory[r.offset:])
+	} else if _, err := r.spool.file.ReadAt(p, r.offset); err != nil {
+		return 0, err
+	}
+	r.offset += int64(len(p))
+	return len(p), nil
 }
 
 // nextFile: see fileSource.

@@ -30,8 +30,7 @@ func testSpace(t *testing.T, free int64) *spoolSpace {
 
 func newTestSpool(t *testing.T, space *spoolSpace, digest string, size int64) *spool {
 	t.Helper()
-	s, err := space.newSpool(digest)
-	must(t, err)
+	s := space.newSpool(digest)
 	must(t, s.setSize(size))
 	return s
 }
@@ -168,8 +167,7 @@ func TestSpaceAccount(t *testing.T) {
 	must(t, unknown.setSize(10*mib)) // a part that continues it told
 	wantReserved(49*mib + reserveAhead)
 
-	tooLarge, err := space.newSpool("")
-	must(t, err)
+	tooLarge := space.newSpool("")
 	if err := tooLarge.setSize(40 * mib); !errors.Is(err, errNoSpace) {
 		t.Errorf("more than there is was promised: %v", err)
 	}
@@ -314,8 +312,7 @@ func TestWhatIsReclaimable(t *testing.T) {
 			d, space := newFullDisk(t, c.old)
 			d.usage.free.inodes, d.usage.size.inodes = c.inodes.bytes, c.inodes.inodes
 			for i, size := range c.sizes {
-				s, err := space.newSpool("")
-				must(t, err)
+				s := space.newSpool("")
 				defer s.discard()
 				if err := s.setSize(size); errors.Is(err, errNoSpace) != (i == c.fails) {
 					t.Errorf("body %d of %d bytes: %v", i, size, err)
@@ -336,8 +333,7 @@ func TestSpaceOfADiskThatCannotBeAsked(t *testing.T) {
 	t.Parallel()
 	space := testSpace(t, 0)
 	space.diskSpace = func() (diskUsage, error) { return diskUsage{}, fmt.Errorf("%w: gone", errStoreDown) }
-	s, err := space.newSpool("")
-	must(t, err)
+	s := space.newSpool("")
 	if err := s.setSize(1); !errors.Is(err, errStoreDown) {
 		t.Error(err)
 	}

@@ -5,18 +5,15 @@
 package main
 
 import (
+	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
-	"math"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -58,7 +55,7 @@ func newDisk() *fileWriter { return &fileWriter{(*os.File).Sync, func(string) {}
 // writeFile makes the file name with what fill writes, and fsyncs it. When it fails
 // it removes the file. The name itself is not durable yet, see syncDir.
 func (k *fileWriter) writeFile(name string, fill func(io.Writer) error) error {
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := openFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
@@ -70,6 +67,30 @@ func (k *fileWriter) writeFile(name string, fill func(io.Writer) error) error {
 	if err != nil {
 		os.Remove(name)
 	}
+	return err
+}
+
+// writeNew writes a small body, which has the name, and its record where they belong:
+// renames of names that nobody looks for yet cost more than the writing. A crash in
+// between leaves a body without a whole record, which is a miss.
+func (k *fileWriter) writeNew(name string, body *bytes.Reader, rec *record, boot string) error {
+	err := k.writeFile(name, func(to io.Writer) error {
+		body.Seek(0, io.SeekStart) // it does not fail
+		_, err := body.WriteTo(to)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	k.stepDone("body written")
+	fi, err := os.Stat(name)
+	if err == nil {
+		err = k.writeFile(filepath.Dir(name)+"/"+recordFile, writeRecord(rec, identityOf(fi), boot))
+	}
+	if err != nil {
+		os.Remove(name)
+	}
+	k.stepDone("record beside it written")
 	return err
 }
 
@@ -199,7 +220,13 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 		f.Close()
 		return e.newObject(off), nil
 	case e.id.size <= maxSmallBody:
-		return d.openSmall(f, e, off)
+		defer f.Close()
+		full, err := e.withBody(f)
+		if err != nil {
+			return nil, err
+		}
+		d.memory.put(key, full.cost(), full)
+		return full.newObject(off), nil
 	}
 	if off > 0 {
 		f.Seek(min(off, e.id.size), io.SeekStart) // within a regular file it does not fail
@@ -249,7 +276,7 @@ func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryE
 // openBody opens a body and returns the identity of the opened file. A later stat of
 // the name could be of another file. Anything but a regular file is fs.ErrNotExist.
 func openBody(name string) (*os.File, fileIdentity, error) {
-	f, err := os.Open(name)
+	f, err := openFile(name, os.O_RDONLY, 0)
 	if err != nil {
 		return nil, fileIdentity{}, err
 	}
@@ -271,23 +298,6 @@ func openError(key string, err error) error {
 		return fmt.Errorf("opening %s: %w", key, err)
 	}
 	return storeError("opening "+key, err)
-}
-
-// openSmall reads a small body into memory, keeps it there and returns an object
-// that reads from memory. It closes f.
-func (d *diskStore) openSmall(f *os.File, e *memoryEntry, off int64) (*object, error) {
-	defer f.Close()
-	full := &memoryEntry{key: e.key, name: e.name, id: e.id, rec: e.rec, headers: e.headers, isHashed: e.isHashed, body: make([]byte, e.id.size)}
-	if _, err := io.ReadFull(f, full.body); err != nil {
-		if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
-			// Somebody truncated the file after the stat. The next open sees its
-			// new identity.
-			return nil, fmt.Errorf("reading %s: the body was truncated: %w", e.key, fs.ErrNotExist)
-		}
-		return nil, storeError("reading "+e.key, err)
-	}
-	d.memory.put(full.key, full.cost(), full)
-	return full.newObject(off), nil
 }
 
 // readRecords reads the record files beside key's body. matching is the record that
@@ -354,18 +364,6 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 	return f, e, d.repairRecordFile(e)
 }
 
-// matchByHash hashes a body and returns the candidate that describes it, or nil. It
-// goes on when the request that caused it ends: otherwise impatient clients would
-// have a large body hashed again and again.
-func matchByHash(ctx context.Context, f *os.File, candidates []*record) (*record, error) {
-	sum, err := hashFile(context.WithoutCancel(ctx), f)
-	i := slices.IndexFunc(candidates, func(rec *record) bool { return rec.SHA256 == sum })
-	if err != nil || i < 0 {
-		return nil, err
-	}
-	return candidates[i], nil
-}
-
 // repairRecordFile leaves e's record in .record and no .record.next. The old files
 // stay until the new .record is in place, so that a crash leaves a copy that can be
 // repaired. The caller holds the directory's lock.
@@ -384,27 +382,11 @@ func (d *diskStore) repairRecordFile(e *memoryEntry) error {
 	return err
 }
 
-// hashFile returns the SHA-256 of f in hexadecimal. It ends with ctx and does not move
-// f's offset.
-func hashFile(ctx context.Context, f *os.File) (string, error) {
-	h, r := sha256.New(), io.NewSectionReader(f, 0, math.MaxInt64)
-	for {
-		// A cancelled caller waits for one piece at most.
-		_, err := io.CopyN(h, r, 4<<20)
-		if err == io.EOF {
-			return hex.EncodeToString(h.Sum(nil)), nil
-		}
-		if err = errors.Join(err, ctx.Err()); err != nil {
-			return "", err
-		}
-	}
-}
-
 // put implements objects. Its steps, what a crash after each of them leaves, and what
 // cleans that up:
 //
-//	spool synced     a file in .spool; sweep removes it
 //	directory made   an empty directory; the next put uses it or sweep removes it
+//	spool synced     a file in .spool too; sweep removes it
 //	record written   the old copy whole, and a .record.next that describes no
 //	                 body; the next put overwrites it or sweep removes it
 //	body moved       the new body, described by .record.next and not by .record;
@@ -416,29 +398,20 @@ func hashFile(ctx context.Context, f *os.File) (string, error) {
 //
 // An error before "body moved" leaves the old copy, one after it the new copy. Where
 // maySkipSync allows it nothing is synced: after a power failure any of the files may be
-// gone or wrong, and the record, if it is whole, says so (isDurable).
-func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.File, _ bool) error {
+// gone or wrong, and the record, if it is whole, says so (isDurable). Then a small body is
+// written in its place (writeNew).
+func (d *diskStore) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, _ bool) error {
 	if err := checkPut(key, rec, spool); err != nil {
 		return err
 	}
-	w := d.fileWriter
-	if d.maySkipSync(key, rec) {
-		w = &fileWriter{stepDone: d.stepDone}
-	} else if err := d.fsync(spool); err != nil {
-		return storeError("syncing the spool of "+key, err)
-	}
-	d.stepDone("spool synced")
 	l, err := d.lockFolder(ctx, d.folderOf(key), true)
 	if err != nil {
 		return storeError("storing "+key, err)
 	}
 	defer l.unlock()
 	d.stepDone("directory made")
-	switch err = d.commitBody(ctx, key, rec, spool, w); {
-	case err != nil:
+	if err = d.commitBody(ctx, key, rec, spool); err != nil {
 		l.removeEmpty()
-	case w == d.fileWriter:
-		err = d.syncParents(key)
 	}
 	return storeError("storing "+key, err)
 }
@@ -447,17 +420,12 @@ func (d *diskStore) put(ctx context.Context, key string, rec *record, spool *os.
 // fsyncs are most of what storing a small file costs, and little of a larger one.
 const maxUnsynced = 1 << 20
 
-// maySkipSync reports whether a file of a remote may be written without fsync. A process
-// that dies loses nothing with that. After a power failure the file may be wrong or
-// gone, so its record names the boot that it was written in, and in another one it is
-// hashed before it is used. What cannot be fetched again, and the new version of a file
-// that is stored, are always synced.
-func (d *diskStore) maySkipSync(key string, rec *record) bool {
-	if !d.delaysSync || d.boot == "" || rec.Size > maxUnsynced || rec.Class == local || (d.isIrreplaceable != nil && d.isIrreplaceable(rec.Remote)) {
-		return false
-	}
-	_, err := os.Lstat(d.pathOf(key))
-	return errors.Is(err, fs.ErrNotExist)
+// maySkipSync reports whether a file of a remote may be written without fsync where there
+// is none yet. A process that dies loses nothing with that. After a power failure the file
+// may be wrong or gone, so its record names the boot that it was written in, and in another
+// one it is hashed before it is used. What cannot be fetched again is always synced.
+func (d *diskStore) maySkipSync(rec *record) bool {
+	return d.delaysSync && d.boot != "" && rec.Size <= maxUnsynced && rec.Class != local && (d.isIrreplaceable == nil || !d.isIrreplaceable(rec.Remote))
 }
 
 // readBootID returns the kernel's name for the machine's current run, or "".
@@ -468,24 +436,30 @@ func readBootID() string {
 
 // checkPut refuses a record that does not describe key and the spool: open would
 // never find it.
-func checkPut(key string, rec *record, spool *os.File) error {
-	fi, err := spool.Stat()
+func checkPut(key string, rec *record, spool io.ReaderAt) error {
+	var size int64
+	switch body := spool.(type) {
+	case *bytes.Reader:
+		size = body.Size()
+	case *os.File:
+		fi, err := body.Stat()
+		if err != nil {
+			return storeError("storing "+key, err)
+		}
+		size = fi.Size()
+	}
 	switch {
-	case err != nil:
-		return storeError("storing "+key, err)
 	case !validKey(key) || storageKey(rec.Remote, rec.Path) != key:
 		return fmt.Errorf("storing %q: the record describes another file: %s/%s", key, rec.Remote, rec.Path)
-	case !isSHA256(rec.SHA256) || fi.Size() != rec.Size:
-		return fmt.Errorf("storing %s: the spool has %d bytes, the record says %d bytes and sha256 %q", key, fi.Size(), rec.Size, rec.SHA256)
+	case !isSHA256(rec.SHA256) || size != rec.Size:
+		return fmt.Errorf("storing %s: the spool has %d bytes, the record says %d bytes and sha256 %q", key, size, rec.Size, rec.SHA256)
 	}
 	return nil
 }
 
-// commitBody puts spool and record in place, see put. A spool that still has its
-// name is renamed; one without a name or on another file system is copied. The
-// caller holds the directory's lock. w writes the files, without fsync if
-// they need not be durable at once.
-func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spool *os.File, w *fileWriter) error {
+// commitBody puts spool and record in place, see put, without fsync if they need not be
+// durable at once. The caller holds the directory's lock.
+func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spool io.ReaderAt) error {
 	// A crashed commit or a restored backup may have the old copy's record in
 	// .record.next alone, which installBody overwrites: it must be in .record.
 	old, oldEntry, err := d.openRepaired(ctx, key)
@@ -501,19 +475,41 @@ func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spo
 		return err
 	}
 	defer d.forget(key)
-	if isLinked(spool) {
-		err := d.installBody(key, rec, spool.Name(), oldEntry != nil, w)
+	if oldEntry == nil && d.maySkipSync(rec) {
+		w := &fileWriter{stepDone: d.stepDone}
+		if body, ok := spool.(*bytes.Reader); ok {
+			return w.writeNew(d.pathOf(key), body, rec, d.boot)
+		}
+		return d.takeSpool(key, rec, spool, false, w)
+	}
+	if file, ok := spool.(*os.File); ok {
+		if err := d.fsync(file); err != nil {
+			return err
+		}
+	}
+	d.stepDone("spool synced")
+	if err := d.takeSpool(key, rec, spool, oldEntry != nil, d.fileWriter); err != nil {
+		return err
+	}
+	return d.syncParents(key)
+}
+
+// takeSpool makes a spool key's body. One that still has its name is renamed; one without
+// a name, in memory or on another file system is copied. The others are installBody's.
+func (d *diskStore) takeSpool(key string, rec *record, spool io.ReaderAt, hasOldCopy bool, w *fileWriter) error {
+	if file, ok := spool.(*os.File); ok && isLinked(file) {
+		err := d.installBody(key, rec, file.Name(), hasOldCopy, w)
 		if !errors.Is(err, syscall.EXDEV) {
 			return err
 		}
 	}
 	name := d.folderOf(key) + "/" + bodyNext
-	err = w.writeFile(name, func(to io.Writer) error {
+	err := w.writeFile(name, func(to io.Writer) error {
 		_, err := io.Copy(to, io.NewSectionReader(spool, 0, rec.Size))
 		return err
 	})
 	if err == nil {
-		err = d.installBody(key, rec, name, oldEntry != nil, w)
+		err = d.installBody(key, rec, name, hasOldCopy, w)
 	}
 	if err != nil {
 		os.Remove(name)
@@ -531,7 +527,7 @@ func isLinked(f *os.File) bool {
 
 // installBody renames the file name to key's body and writes its record. hasOldCopy
 // says that key has a copy with its record in .record. The caller holds the
-// directory's lock. w is that of commitBody.
+// directory's lock. w writes the files, without fsync if they need not be durable.
 func (d *diskStore) installBody(key string, rec *record, name string, hasOldCopy bool, w *fileWriter) error {
 	fi, err := os.Stat(name)
 	if err != nil {

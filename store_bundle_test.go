@@ -435,7 +435,7 @@ func (c *changingObjects) walk(ctx context.Context, f func(string, *record) erro
 	return err
 }
 
-func (c *changingObjects) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+func (c *changingObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
 	c.mu.Lock()
 	c.puts = append(c.puts, rec.Path)
 	c.mu.Unlock()

@@ -36,7 +36,7 @@ func newDiskTester(t *testing.T) *diskTester {
 	d := newTestDisk(t)
 	log := new(bytes.Buffer)
 	d.log = slog.New(slog.NewTextHandler(log, nil))
-	return &diskTester{&storeTester{t, d, t.TempDir()}, d, log}
+	return &diskTester{&storeTester{t: t, objects: d, dir: t.TempDir()}, d, log}
 }
 
 // reopen replaces the store by one after a restart.
@@ -350,7 +350,7 @@ func TestDiskCopiesWhatItCannotRename(t *testing.T) {
 func TestDiskTwoProcesses(t *testing.T) {
 	t.Parallel()
 	a := newDiskTester(t)
-	b := &storeTester{t, newDiskStore(a.d.dir, time.Now, a.d.log), a.dir}
+	b := &storeTester{t: t, objects: newDiskStore(a.d.dir, time.Now, a.d.log), dir: a.dir}
 	var wg sync.WaitGroup
 	for _, s := range []*storeTester{a.storeTester, b} {
 		for i := range 2 {
@@ -1183,40 +1183,45 @@ func TestSmallFilesAreSyncedLater(t *testing.T) {
 		"the record is empty":       {false, func(s *diskTester) { must(s.t, os.Truncate(s.file("f", recordFile), 0)) }},
 		"the record is not renamed": {true, func(s *diskTester) { must(s.t, os.Rename(s.file("f", recordFile), s.file("f", recordNext))) }},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			s := newDiskTester(t)
-			restart := func(boot string) *int {
-				s.reopen()
-				synced := new(int)
-				s.d.delaysSync, s.d.boot = true, boot
-				s.d.fsync = func(*os.File) error { *synced++; return nil }
-				return synced
-			}
-			synced := restart("one")
-			s.mustPut("f", "content")
-			restart("one") // the process died
-			s.wantHit("f", "content")
-			if *synced > 0 {
-				t.Errorf("%d fsyncs", *synced)
-			}
-			c.lose(s)
-			synced = restart("two")
-			if !c.hit {
-				s.wantMiss("f")
-				s.mustPut("f", "content")
-				return
-			}
-			s.wantHit("f", "content")
-			if *synced < 2 {
-				t.Error("the file was used and not synced")
-			}
-			synced = restart("three")
-			s.wantHit("f", "content")
-			if *synced > 0 {
-				t.Error("the file was checked again")
-			}
-		})
+		for _, where := range []string{"file", "memory"} {
+			t.Run(name+", spool in "+where, func(t *testing.T) { testSyncedLater(t, where == "memory", c.hit, c.lose) })
+		}
+	}
+}
+
+func testSyncedLater(t *testing.T, inMemory, hit bool, lose func(s *diskTester)) {
+	t.Parallel()
+	s := newDiskTester(t)
+	s.inMemory = inMemory
+	restart := func(boot string) *int {
+		s.reopen()
+		synced := new(int)
+		s.d.delaysSync, s.d.boot = true, boot
+		s.d.fsync = func(*os.File) error { *synced++; return nil }
+		return synced
+	}
+	synced := restart("one")
+	s.mustPut("f", "content")
+	restart("one") // the process died
+	s.wantHit("f", "content")
+	if *synced > 0 {
+		t.Errorf("%d fsyncs", *synced)
+	}
+	lose(s)
+	synced = restart("two")
+	if !hit {
+		s.wantMiss("f")
+		s.mustPut("f", "content")
+		return
+	}
+	s.wantHit("f", "content")
+	if *synced < 2 {
+		t.Error("the file was used and not synced")
+	}
+	synced = restart("three")
+	s.wantHit("f", "content")
+	if *synced > 0 {
+		t.Error("the file was checked again")
 	}
 }
 

@@ -7,8 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
-	"os"
 	"sync"
 )
 
@@ -134,19 +134,19 @@ func (t *tieredStore) setValidity(key string, v validity) {
 
 // put implements objects. The spool becomes the copy once S3 has the object. That this
 // fails is no error: there is no copy then.
-func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
 	v, err := t.upload(ctx, key, rec, spool, create, nil)
 	return t.keepCopy(ctx, key, rec, spool, v, err)
 }
 
 // replace implements sharedObjects.
-func (t *tieredStore) replace(ctx context.Context, key string, rec *record, spool *os.File, old *record) error {
+func (t *tieredStore) replace(ctx context.Context, key string, rec *record, spool io.ReaderAt, old *record) error {
 	v, err := t.upload(ctx, key, rec, spool, false, old)
 	return t.keepCopy(ctx, key, rec, spool, v, err)
 }
 
 // keepCopy makes spool the copy of key after an upload that ended with v and err.
-func (t *tieredStore) keepCopy(ctx context.Context, key string, rec *record, spool *os.File, v validity, err error) error {
+func (t *tieredStore) keepCopy(ctx context.Context, key string, rec *record, spool io.ReaderAt, v validity, err error) error {
 	if err != nil {
 		t.setValidity(key, validity{}) // the new version may have arrived
 		return err
@@ -162,7 +162,7 @@ func (t *tieredStore) keepCopy(ctx context.Context, key string, rec *record, spo
 
 // installCopy makes spool, the body of rec, the copy of key, unless key was invalidated
 // since v.
-func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, spool *os.File, v validity) (err error) {
+func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, spool io.ReaderAt, v validity) (err error) {
 	if err := t.copyLocks.lock(ctx, key); err != nil {
 		return err
 	}
@@ -270,11 +270,9 @@ func (t *tieredStore) tryStartCopy(b *copyingBody) bool {
 // runCopy makes the copy of what arrives, if that is the whole body. It is not if the
 // client did not read everything, or was faster than the disk.
 func (t *tieredStore) runCopy(key string, rec *record, v validity, chunks <-chan []byte) {
-	spool, err := t.space.newSpool("")
-	if err == nil {
-		defer spool.discard()
-		err = spool.setSize(rec.Size)
-	}
+	spool := t.space.newSpool("")
+	defer spool.discard()
+	err := spool.setSize(rec.Size)
 	written := int64(0) // and reserved of the tier's budget
 	for chunk := range chunks {
 		if err == nil {
@@ -291,10 +289,10 @@ func (t *tieredStore) runCopy(key string, rec *record, v validity, chunks <-chan
 	t.copies.release(written)
 	if err == nil && written == rec.Size {
 		var sum string // only now: a client in the same network may be faster than SHA-256
-		sum, err = hashFile(t.ctx, spool.file)
+		sum, err = hashBody(t.ctx, spool.body())
 		switch {
 		case err == nil && sum == rec.SHA256:
-			err = t.installCopy(t.ctx, key, rec, spool.file, v)
+			err = t.installCopy(t.ctx, key, rec, spool.body(), v)
 		case err == nil:
 			err = fmt.Errorf("the object in S3 has sha256 %s, its record %s: run verify", sum, rec.SHA256)
 		}

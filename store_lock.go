@@ -58,7 +58,7 @@ func openAndLock(ctx context.Context, path string, create bool) (*os.File, error
 			return nil, err
 		}
 	}
-	f, err := os.Open(path)
+	f, err := openFile(path, os.O_RDONLY, 0)
 	if create && errors.Is(err, fs.ErrNotExist) {
 		return openAndLock(ctx, path, create) // another process removed it after MkdirAll
 	}

@@ -4,16 +4,15 @@ package main
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"sync/atomic"
 )
 
 const (
-	// maxSmallBody is the largest body, in bytes, that is kept in memory. Metadata
-	// and manifests are smaller. They are asked for most, and opening their file
-	// costs more than reading it.
-	maxSmallBody = 64 << 10
 	// memoryBudget bounds the memory of records and small bodies together, in
 	// bytes. It leaves enough of a container of 256 MiB to everything else.
 	memoryBudget = 64 << 20
@@ -53,6 +52,17 @@ func (e *memoryEntry) newObject(off int64) *object {
 	body := &memBody{*bytes.NewReader(e.body)}
 	body.Seek(off, io.SeekStart)
 	return &object{rec: e.rec, headers: e.headers, body: body}
+}
+
+// withBody returns the entry with its body, which is read from f.
+func (e *memoryEntry) withBody(f *os.File) (*memoryEntry, error) {
+	full := &memoryEntry{key: e.key, name: e.name, id: e.id, rec: e.rec, headers: e.headers, isHashed: e.isHashed, body: make([]byte, e.id.size)}
+	_, err := io.ReadFull(f, full.body)
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
+		// Somebody truncated the file after the stat. The next open sees its new identity.
+		return nil, fmt.Errorf("reading %s: the body was truncated: %w", e.key, fs.ErrNotExist)
+	}
+	return full, storeError("reading "+e.key, err)
 }
 
 // cost is what the entry takes of memoryBudget.

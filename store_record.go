@@ -4,13 +4,18 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
 	"io/fs"
+	"math"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 )
@@ -121,7 +126,7 @@ func decodeRecord(data []byte) (*diskRecord, error) {
 // readRecord reads a record file. Its error is fs.ErrNotExist, errDamaged, errVersion
 // or one of I/O.
 func readRecord(name string) (*diskRecord, error) {
-	f, err := os.Open(name)
+	f, err := openFile(name, os.O_RDONLY, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -135,6 +140,33 @@ func readRecord(name string) (*diskRecord, error) {
 		e.key = storageKey(e.Remote, e.Path)
 	}
 	return e, err
+}
+
+// matchByHash hashes a body and returns the candidate that describes it, or nil. It
+// goes on when the request that caused it ends: otherwise impatient clients would
+// have a large body hashed again and again.
+func matchByHash(ctx context.Context, f *os.File, candidates []*record) (*record, error) {
+	sum, err := hashBody(context.WithoutCancel(ctx), f)
+	i := slices.IndexFunc(candidates, func(rec *record) bool { return rec.SHA256 == sum })
+	if err != nil || i < 0 {
+		return nil, err
+	}
+	return candidates[i], nil
+}
+
+// hashBody returns the SHA-256 of a body in hexadecimal. It ends with ctx.
+func hashBody(ctx context.Context, body io.ReaderAt) (string, error) {
+	h, r := sha256.New(), io.NewSectionReader(body, 0, math.MaxInt64)
+	for {
+		// A cancelled caller waits for one piece at most.
+		_, err := io.CopyN(h, r, 4<<20)
+		if err == io.EOF {
+			return hex.EncodeToString(h.Sum(nil)), nil
+		}
+		if err = errors.Join(err, ctx.Err()); err != nil {
+			return "", err
+		}
+	}
 }
 
 // validKey reports whether key is {remote}/{hash}/{filename} and can be used as a

@@ -16,7 +16,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
-	"os"
 	"path"
 	"strconv"
 	"strings"
@@ -372,20 +371,20 @@ func decodeS3Record(key string, o *s3Object) (*record, error) {
 // put implements objects. S3 replaces an object in one step, when it acknowledges
 // it. A crash before that leaves the old one, and at most an unfinished upload that
 // sweep aborts.
-func (s *s3Store) put(ctx context.Context, key string, rec *record, spool *os.File, create bool) error {
+func (s *s3Store) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
 	_, err := s.upload(ctx, key, rec, spool, create, nil)
 	return err
 }
 
 // replace implements sharedObjects.
-func (s *s3Store) replace(ctx context.Context, key string, rec *record, spool *os.File, old *record) error {
+func (s *s3Store) replace(ctx context.Context, key string, rec *record, spool io.ReaderAt, old *record) error {
 	_, err := s.upload(ctx, key, rec, spool, false, old)
 	return err
 }
 
 // upload is put, or with old replace. The validity that it returns holds as long as no
 // other replica announces a change after the upload began.
-func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool *os.File, create bool, old *record) (validity, error) {
+func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool, old *record) (validity, error) {
 	if err := checkPut(key, rec, spool); err != nil {
 		return validity{}, err
 	}

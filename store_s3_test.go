@@ -66,7 +66,7 @@ func newS3BenchAt(t *testing.T, f *fakeS3, change ...func(*s3Config)) *s3Bench {
 	})
 	b.store = newS3Store(f.client(change...), b.online.Load)
 	t.Cleanup(b.store.Close)
-	b.storeTester = &storeTester{t, b.store, t.TempDir()}
+	b.storeTester = &storeTester{t: t, objects: b.store, dir: t.TempDir()}
 	return b
 }
 
@@ -863,7 +863,7 @@ func TestS3RefusedConnections(t *testing.T) {
 	c := newS3Client(s3Config{host: dead.Listener.Addr().String(), bucket: "b", accessKey: "a", secretKey: "s", now: time.Now,
 		sleep: func(ctx context.Context, _ time.Duration) error { return ctx.Err() }})
 	s := newS3Store(c, nil)
-	b := &s3Bench{storeTester: &storeTester{t, s, t.TempDir()}}
+	b := &s3Bench{storeTester: &storeTester{t: t, objects: s, dir: t.TempDir()}}
 	b.wantDown("f")
 	if err := s.ping(t.Context()); !errors.Is(err, errStoreDown) {
 		t.Errorf("ping: %v", err)

@@ -313,7 +313,7 @@ func (c *folderCheck) verifyBody(ctx context.Context, e *memoryEntry) error {
 		return storeError("opening", err)
 	}
 	defer f.Close()
-	sum, err := hashFile(ctx, f)
+	sum, err := hashBody(ctx, f)
 	if err != nil || sum == e.rec.SHA256 {
 		return storeError("reading", err)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -28,7 +29,8 @@ import (
 type storeTester struct {
 	t *testing.T
 	objects
-	dir string // for spools
+	dir      string // for spools
+	inMemory bool   // where small spools are, as those of the cache
 }
 
 // testRecord makes the record of content as the file spelling of remote "r".
@@ -60,7 +62,11 @@ func tempSpool(t testing.TB, dir, content string) *os.File {
 
 func (s *storeTester) put(spelling, content string) error {
 	s.t.Helper()
-	return s.objects.put(s.t.Context(), testKey(spelling), testRecord(spelling, content), tempSpool(s.t, s.dir, content), false)
+	var spool io.ReaderAt = tempSpool(s.t, s.dir, content)
+	if s.inMemory && len(content) <= maxSmallBody {
+		spool = bytes.NewReader([]byte(content))
+	}
+	return s.objects.put(s.t.Context(), testKey(spelling), testRecord(spelling, content), spool, false)
 }
 
 func (s *storeTester) mustPut(spelling, content string) {
@@ -146,10 +152,12 @@ func testObjects(t *testing.T, newStore func(t *testing.T) objects) {
 		"spellings that differ are files that differ":  testSpellings,
 		"a record that is not the key's is not stored": testForeign,
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			f(&storeTester{t, newStore(t), t.TempDir()})
-		})
+		for _, where := range []string{"file", "memory"} {
+			t.Run(name+", spool in "+where, func(t *testing.T) {
+				t.Parallel()
+				f(&storeTester{t: t, objects: newStore(t), dir: t.TempDir(), inMemory: where == "memory"})
+			})
+		}
 	}
 }
 
