@@ -109,7 +109,8 @@ type s3Store struct {
 // cachedRecord is a record in memory.
 type cachedRecord struct {
 	validity
-	rec *record
+	rec  *record
+	text string // the metadata field that rec was read from
 }
 
 // invalidations counts the replacements and removals that were announced or are our
@@ -277,13 +278,18 @@ func isBehindEnd(err error) bool {
 // key is a miss, and so is one whose size is not its record's, as after a write by
 // another program.
 func (s *s3Store) readObjectRecord(key string, o *s3Object, v validity) (*record, error) {
+	text := o.meta[s3RecordField]
+	if known, found := s.records.get(key); found && text != "" && known.text == text && known.rec.Size == o.size {
+		s.cacheRecord(key, cachedRecord{v, known.rec, text})
+		return known.rec, nil
+	}
 	rec, err := decodeS3Record(key, o)
 	if err != nil {
 		s.records.remove(key)
 		s.log.Warn("object in S3 cannot be used: its file counts as missing", "key", key, "error", err)
 		return nil, fmt.Errorf("opening %s: %w: %w", key, err, fs.ErrNotExist)
 	}
-	s.cacheRecord(key, cachedRecord{v, rec})
+	s.cacheRecord(key, cachedRecord{v, rec, text})
 	return rec, nil
 }
 
@@ -416,7 +422,7 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool io.
 		err = refusal
 	}
 	if err == nil {
-		s.cacheRecord(key, cachedRecord{v, rec})
+		s.cacheRecord(key, cachedRecord{v, rec, text})
 	}
 	return v, err
 }

@@ -176,6 +176,23 @@ func TestS3RecordsInMemory(t *testing.T) {
 	b.wantRequests("HeadObject", 1)
 }
 
+// A hit reads the record of its answer, and parses it only where it is another text than
+// the last one's.
+func TestS3RecordsAreParsedOnce(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("f", "content")
+	first := b.mustOpen("f", 0).rec
+	if b.mustOpen("f", 0).rec != first {
+		t.Error("the same text is another record")
+	}
+	meta := b.fake.object(testKey("f")).meta
+	meta.Set("X-Amz-Meta-"+s3RecordField, strings.Replace(meta.Get("X-Amz-Meta-"+s3RecordField), `"n":7`, `"n":8`, 1))
+	b.wantMiss("f") // the object has 7 bytes
+	b.mustPut("f", "another")
+	b.wantHit("f", "another")
+}
+
 func TestS3ServesAsOneGet(t *testing.T) {
 	t.Parallel()
 	content := bigContent(300_000)
