@@ -88,6 +88,7 @@ type redisStore struct {
 	advertise  func(localIP string) string
 	now        func() time.Time
 	log        *slog.Logger
+	timeout    time.Duration // redisTimeout but in tests
 	outage     *circuit
 	subscribed atomic.Bool // announcements arrive, as far as the subscription knows
 	pool       atomic.Pointer[redis.Pool]
@@ -104,16 +105,15 @@ func newRedisStore(u *url.URL, prefix string, key replicaKey, advertise func(loc
 	password, _ := u.User.Password()
 	r := &redisStore{
 		address: net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "6379")), prefix: "artifactapi:" + prefix + ":", self: rand.Text(),
-		password: secret(password), key: key, advertise: advertise, now: now, log: log, outage: newCircuit(now, redisPause, redisPause),
+		password: secret(password), key: key, advertise: advertise, now: now, log: log, timeout: redisTimeout, outage: newCircuit(now, redisPause, redisPause),
 	}
 	// Channels belong to all databases of a server, keys to one.
 	r.channel = r.prefix + strconv.Itoa(db) + ":changed"
 	r.options = []redis.DialOption{
 		redis.DialUsername(u.User.Username()), redis.DialPassword(password), redis.DialDatabase(db),
-		redis.DialUseTLS(u.Scheme == "rediss"), redis.DialTLSHandshakeTimeout(redisTimeout),
-		redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(redisTimeout),
+		redis.DialUseTLS(u.Scheme == "rediss"),
 		redis.DialContextFunc(func(ctx context.Context, network, address string) (net.Conn, error) {
-			c, err := (&net.Dialer{Timeout: redisTimeout}).DialContext(ctx, network, address)
+			c, err := (&net.Dialer{Timeout: r.timeout}).DialContext(ctx, network, address)
 			if err == nil {
 				r.localIP.Store(c.LocalAddr().(*net.TCPAddr).IP.String())
 			}
@@ -130,7 +130,8 @@ func (r *redisStore) newPool() *redis.Pool {
 
 // dialRedis makes a connection and logs in.
 func (r *redisStore) dialRedis(ctx context.Context) (redis.Conn, error) {
-	return redis.DialContext(ctx, "tcp", r.address, r.options...)
+	timeouts := []redis.DialOption{redis.DialReadTimeout(r.timeout), redis.DialWriteTimeout(r.timeout), redis.DialTLSHandshakeTimeout(r.timeout)}
+	return redis.DialContext(ctx, "tcp", r.address, append(timeouts, r.options...)...)
 }
 
 // getMark implements freshness. A mark that cannot be parsed counts as missing.
@@ -361,7 +362,7 @@ func (r *redisStore) runCommand(ctx context.Context, command string, args ...any
 // errStoreDown otherwise.
 func (r *redisStore) withConn(ctx context.Context, f func(context.Context, redis.Conn) error) error {
 	began := r.now()
-	inner, cancel := context.WithTimeout(ctx, redisTimeout)
+	inner, cancel := context.WithTimeout(ctx, r.timeout)
 	defer cancel()
 	isProbe := r.outage.outageCause() != nil // if it is admitted
 	if err := r.outage.admit(inner); err != nil {

@@ -299,6 +299,7 @@ func startRedisAt(t *testing.T, rawURL, prefix, port string, now func() time.Tim
 	u, err := url.Parse(rawURL)
 	must(t, err)
 	r := newRedisStore(u, prefix, replicaKey(prefix), func(ip string) string { return "http://" + net.JoinHostPort(ip, port) }, now, slog.New(slog.NewTextHandler(out, nil)))
+	r.timeout = 20 * time.Second // on a busy machine a fake takes longer than redisTimeout
 	t.Cleanup(func() { r.Close() })
 	return &redisTester{t, r, out}
 }
@@ -609,6 +610,7 @@ func TestRedisThatNeverAnswers(t *testing.T) {
 	if err := r.ping(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	r.timeout = redisTimeout
 	f.with(func() { f.silent = true })
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
@@ -829,6 +831,7 @@ func TestRealRedisThatNeverAnswers(t *testing.T) {
 	t.Parallel()
 	u, prefix, w := realRedis(t)
 	r := startRedis(t, u, prefix, "1")
+	r.timeout = redisTimeout
 	h := r.listenIn()
 	h.want(t, "reset")
 	w.hush()
