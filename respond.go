@@ -298,9 +298,8 @@ type fileSource interface {
 	io.Reader
 	// nextFile waits until there are bytes to read at the current position. It
 	// returns a file that is at that position, and how many of its bytes may be
-	// read, at most limit. The source keeps the file and closes it. A nil file
-	// without an error means that the bytes are not in a file: use Read. io.EOF
-	// is the end of the body.
+	// read, at most limit. The source keeps the file and closes it. Without a file
+	// n bytes are to be read by Read, or all if n is 0. io.EOF is the end of the body.
 	nextFile(limit int64) (f *os.File, n int64, err error)
 	// advanceBy moves the current position by n bytes, which were read from the
 	// file that nextFile returned.
@@ -489,8 +488,14 @@ func (w *response) sendBody(body io.Reader, limit int64) (sent int64, err error)
 		if err != nil {
 			return sent, w.checkBodyEnd(err, sent, limit)
 		}
-		if f == nil { // the bytes are not in a file
-			return w.copyBody(body, sent, limit)
+		if f == nil {
+			if n == 0 {
+				return w.copyBody(body, sent, limit)
+			}
+			if sent, err = w.copyBody(body, sent, sent+n); err != nil {
+				return sent, err
+			}
+			continue
 		}
 		step, err := w.sendFile(f, n)
 		files.advanceBy(step)

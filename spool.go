@@ -35,6 +35,9 @@ const (
 	// reclaimAhead is how far ahead of a body others are removed for it: a body that
 	// breaks off has cost no more than that.
 	reclaimAhead = 64 << 20
+	// minSendfile is how many bytes must be there for a reader to open a file of its own:
+	// the first bytes of a body are not to wait for that.
+	minSendfile = 64 << 10
 	// inodesPerFile is what a stored file takes: a directory, a body, a record.
 	inodesPerFile = 3
 	// minFreeInodes is the part of the inodes that stays free, as a divisor.
@@ -409,22 +412,25 @@ func (s *spool) discard() {
 // bytes until ctx ends. A reader that holdsBack does not get the last
 // heldBackBytes before the body is complete.
 func (s *spool) newReader(ctx context.Context, holdsBack bool) *spoolReader {
-	r := &spoolReader{spool: s, ctx: ctx, holdsBack: holdsBack}
-	// A file of its own has an offset of its own, which sendfile needs. Where a
-	// store has taken the name already, another spool may have it by now; then
-	// the shared descriptor is read.
-	if s.file != nil {
-		if own, err := openFile(s.file.Name(), os.O_RDONLY, 0); err == nil && sameFile(own, s.file) {
-			r.ownFile = own
-		} else if err == nil {
-			_ = own.Close()
-		}
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.users++
-	r.size = s.size
-	return r
+	return &spoolReader{spool: s, ctx: ctx, holdsBack: holdsBack, size: s.size}
+}
+
+// openOwnFile opens a file for the reader alone, if it has none. It has an offset of its
+// own, which sendfile needs. Where a store has taken the name already, another spool may
+// have it by now: then the shared descriptor is read.
+func (r *spoolReader) openOwnFile() {
+	file := r.spool.file
+	if r.ownFile != nil || file == nil {
+		return
+	}
+	if own, err := openFile(file.Name(), os.O_RDONLY, 0); err == nil && sameFile(own, file) {
+		r.ownFile = own
+	} else if err == nil {
+		_ = own.Close()
+	}
 }
 
 // openFile is os.OpenFile for what is never polled, regular files and directories,
@@ -455,7 +461,7 @@ type spoolReader struct {
 	ctx       context.Context
 	size      int64 // of the whole body when the reader was made; -1: not known
 	holdsBack bool
-	ownFile   *os.File // nil: read the spool's descriptor or memory
+	ownFile   *os.File // nil: not opened; read the spool's descriptor or memory
 	offset    int64
 }
 
@@ -519,17 +525,21 @@ func (r *spoolReader) Read(p []byte) (int, error) {
 
 // nextFile: see fileSource.
 func (r *spoolReader) nextFile(limit int64) (*os.File, int64, error) {
-	if r.ownFile == nil {
-		return nil, 0, nil
-	}
 	n, err := r.waitForBytes()
 	if err != nil {
 		return nil, 0, err
 	}
+	n = min(n, limit)
+	if n >= minSendfile {
+		r.openOwnFile()
+	}
+	if r.ownFile == nil {
+		return nil, n, nil
+	}
 	if _, err := r.ownFile.Seek(r.offset, io.SeekStart); err != nil {
 		return nil, 0, err
 	}
-	return r.ownFile, min(n, limit), nil
+	return r.ownFile, n, nil
 }
 
 // advanceBy: see fileSource.

@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -94,11 +95,11 @@ func eachName(dir string, f func(name string) error) error {
 // it is open, so that no process sweeps it. One that was swept before that has no name:
 // put copies it.
 func (d *diskStore) newSpool() (*os.File, error) {
-	dir := d.dir + "/" + spoolDir
-	f, err := os.CreateTemp(dir, "*")
+	name := d.dir + "/" + spoolDir + "/" + rand.Text()
+	f, err := openFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err = os.MkdirAll(dir, 0o755); err == nil {
-			f, err = os.CreateTemp(dir, "*")
+		if err = os.MkdirAll(filepath.Dir(name), 0o755); err == nil {
+			f, err = openFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		}
 	}
 	if err != nil {
