@@ -29,12 +29,13 @@ const maxRanges = 1000
 const maxRangesBack = 16
 
 // limitRanges removes a Range header that is not to be heeded: of a HEAD, since Range is
-// defined for GET alone (RFC 9110 section 14.2), and one whose ranges are too many or
-// not in order.
+// defined for GET alone (RFC 9110 section 14.2), one of another unit than bytes, which
+// must be ignored (ibid.), one of the last 0 bytes, for which ServeContent sends 206, and
+// one whose ranges are too many or not in order.
 func limitRanges(r *http.Request) {
 	spec := r.Header.Get("Range")
 	commas := strings.Count(spec, ",")
-	if r.Method == http.MethodHead || commas >= maxRanges {
+	if r.Method == http.MethodHead || commas >= maxRanges || !strings.HasPrefix(spec, "bytes=") || strings.TrimRight(spec, "0") == "bytes=-" {
 		r.Header.Del("Range")
 		return
 	}

@@ -447,18 +447,13 @@ func TestRangesOnHits(t *testing.T) {
 			tt.get("/api/r"+path, "Range: bytes="+spec).wantStatus(206).wantHit().wantBody(want).
 				wantHeader("Content-Length", strconv.Itoa(len(want)))
 		}
-		for _, spec := range []string{fmt.Sprintf("%d-", size), "999999-", "-0"} {
-			g := tt.get("/api/r"+path, "Range: bytes="+spec)
-			if spec != "-0" {
-				g.wantStatus(416).wantHeader("Content-Range", fmt.Sprintf("bytes */%d", size))
-			}
+		for _, spec := range []string{fmt.Sprintf("%d-", size), "999999-"} {
+			tt.get("/api/r"+path, "Range: bytes="+spec).wantStatus(416).wantHeader("Content-Range", fmt.Sprintf("bytes */%d", size))
 		}
-		for _, spec := range []string{"bytes=x", "bytes", "lines=1-2"} {
-			g := tt.get("/api/r"+path, "Range: "+spec)
-			if g.status != 416 && g.text != whole {
-				t.Errorf("Range: %s: status %d with %d bytes", spec, g.status, len(g.text))
-			}
+		for _, spec := range []string{"bytes", "lines=1-2", "bytes=-0", "bytes=-00"} {
+			tt.get("/api/r"+path, "Range: "+spec).wantStatus(200).wantBody(whole).wantHeader("Content-Range", "")
 		}
+		tt.get("/api/r"+path, "Range: bytes=x").wantStatus(416)
 		parts := tt.get("/api/r"+path, "Range: bytes=1-3,-2,20-29").wantStatus(206).wantHit().multipart()
 		if want := []string{whole[1:4], whole[size-2:], whole[20:30]}; fmt.Sprint(parts) != fmt.Sprint(want) {
 			t.Errorf("parts %q, want %q", parts, want)
