@@ -254,6 +254,8 @@ func (s *server) newHandler() http.Handler {
 	}
 	if st.hot == nil { // else hot copies make room
 		st.space.reclaimer = s.cache.evictor
+	} else {
+		st.hot.isInTrouble = func() bool { return st.isInTrouble("storage") }
 	}
 	s.cache.isInTrouble = st.isInTrouble
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"sync"
 )
 
@@ -41,6 +42,10 @@ type tieredStore struct {
 	copies    *lru[validity] // the copies that may be used
 	copyLocks keyedLock      // for changes of a key's copy on disk; taken before the locks of disk and copies
 
+	// isInTrouble reports whether the log says already that the disk or S3 cannot be used.
+	// It is set before the first use.
+	isInTrouble func() bool
+
 	mu      sync.Mutex      // guards copying; no other lock is taken under it
 	copying map[string]bool // the keys of which a copy is being made
 
@@ -55,7 +60,7 @@ type tieredStore struct {
 func newTiered(s3 *s3Store, disk *diskStore, limit int64, space *spoolSpace) *tieredStore {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &tieredStore{s3Store: s3, disk: disk, space: space, copies: newLRU[validity](limit, maxHotCopies),
-		copying: map[string]bool{}, ctx: ctx, cancel: cancel}
+		isInTrouble: func() bool { return false }, copying: map[string]bool{}, ctx: ctx, cancel: cancel}
 }
 
 // Close ends what runs in the background.
@@ -155,9 +160,18 @@ func (t *tieredStore) keepCopy(ctx context.Context, key string, rec *record, spo
 	if !t.mayCopy(rec.Size) {
 		t.removeCopy(key)
 	} else if err := t.installCopy(ctx, key, rec, spool, v); err != nil && ctx.Err() == nil {
-		t.log.Warn("no hot copy was made", "key", key, "error", err)
+		t.warn("no hot copy was made", key, err)
 	}
 	return nil
+}
+
+// warn logs what failed, as a warning unless the log tells of the cause already.
+func (t *tieredStore) warn(what, key string, err error) {
+	level := slog.LevelWarn
+	if t.isInTrouble() {
+		level = slog.LevelDebug
+	}
+	t.log.Log(t.ctx, level, what, "key", key, "error", err)
 }
 
 // installCopy makes spool, the body of rec, the copy of key, unless key was invalidated
@@ -241,7 +255,7 @@ func (t *tieredStore) removeCopy(key string) {
 		return
 	}
 	if err := t.disk.delete(context.WithoutCancel(t.ctx), key); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		t.log.Warn("a hot copy cannot be removed", "key", key, "error", err)
+		t.warn("a hot copy cannot be removed", key, err)
 	}
 }
 
@@ -298,7 +312,7 @@ func (t *tieredStore) runCopy(key string, rec *record, v validity, chunks <-chan
 		}
 	}
 	if err != nil && t.ctx.Err() == nil {
-		t.log.Warn("no hot copy was made", "key", key, "error", err)
+		t.warn("no hot copy was made", key, err)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()

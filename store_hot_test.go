@@ -681,3 +681,19 @@ func TestManyRangesForAClientThatLeaves(t *testing.T) {
 		})
 	}
 }
+
+// What the log says already of a disk that cannot be used is not a warning for each file.
+func TestHotCopiesOfABrokenDiskWarnOnce(t *testing.T) {
+	t.Parallel()
+	b := newHotBench(t)
+	b.disk.dir = t.TempDir() + "/file/hot"
+	must(t, os.WriteFile(filepath.Dir(b.disk.dir), nil, 0o600))
+	for _, known := range []bool{false, true} {
+		b.tier.isInTrouble = func() bool { return known }
+		b.mustPut("f", "text")
+		b.read("f", "text")
+		if n := b.log.count("level=WARN"); n != 3 {
+			t.Errorf("known %t: %d warnings, want 3 of when it was not known", known, n)
+		}
+	}
+}
