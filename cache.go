@@ -80,8 +80,6 @@ type cachingObjects interface {
 	// invalidateAll has every copy checked before it is used again: an
 	// announcement may have been missed.
 	invalidateAll()
-	// refusesWrites reports whether the last attempt to store anything was refused.
-	refusesWrites() bool
 }
 
 // copiesOf is the ability of a store, or of one that keeps no copies.
@@ -94,9 +92,8 @@ func copiesOf(o objects) cachingObjects {
 
 type noCopies struct{}
 
-func (noCopies) invalidate(string)   {}
-func (noCopies) invalidateAll()      {}
-func (noCopies) refusesWrites() bool { return false }
+func (noCopies) invalidate(string) {}
+func (noCopies) invalidateAll()    {}
 
 // indexRow is what the index knows of one object.
 type indexRow struct {
@@ -216,8 +213,9 @@ type cache struct {
 	now      func() time.Time
 	log      *slog.Logger
 	metrics  *metrics
-	// isInTrouble reports whether the log says already that a store cannot be used. nil: never.
+	// isInTrouble reports whether it is known, and logged, that a store cannot be used.
 	isInTrouble   func(store string) bool
+	storageIsDown func() bool // as far as is known; nothing is said to be stored then
 	replicaClient *http.Client
 
 	ctx    context.Context // of all fills
@@ -254,7 +252,7 @@ type cacheStores struct {
 // newCache makes a cache over the stores. Its caller closes it before them.
 func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
 	c := &cache{cacheStores: st, copies: copiesOf(st.objects), upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable(),
-		missed: missedFiles{files: map[missedKey]*missedFile{}}}
+		missed: missedFiles{files: map[missedKey]*missedFile{}}, isInTrouble: func(string) bool { return false }, storageIsDown: func() bool { return false }}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.announcer = &announcer{replicas: st.replicas, onError: func(announcement string, err error) {
 		c.reportStoreError("redis", "announcing", announcement, err)
@@ -478,7 +476,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			}
 			err = errStoreDown
 		}
-		if reply != nil && (errors.Is(storeErr, errStoreDown) || c.copies.refusesWrites()) {
+		if reply != nil && (errors.Is(storeErr, errStoreDown) || c.storageIsDown()) {
 			reply.willBeStored = false // it may be, if the store is back by then
 		}
 		if inOutage && failedByNetwork(err) { // the probe; who finds an outage says so
@@ -665,7 +663,7 @@ func (file *fileRequest) staleReply(c *cache, s *storedCopy, why string) *fileRe
 func (c *cache) reportStoreError(what, doing, key string, err error) {
 	c.metrics.countStoreError(what)
 	level := slog.LevelWarn
-	if c.isInTrouble != nil && c.isInTrouble(what) {
+	if c.isInTrouble(what) {
 		level = slog.LevelDebug
 	}
 	c.log.Log(c.ctx, level, "a store failed, the request goes on without it", "store", what, "doing", doing, "key", key, "error", err)

@@ -257,7 +257,7 @@ func (s *server) newHandler() http.Handler {
 	} else {
 		st.hot.isInTrouble = func() bool { return st.isInTrouble("storage") }
 	}
-	s.cache.isInTrouble = st.isInTrouble
+	s.cache.isInTrouble, s.cache.storageIsDown = st.isInTrouble, st.storageIsDown
 	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	s.runs = &prefetchRuns{}
 	return &api{cache: s.cache, config: s.config.Load, settings: s.set.shown, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
@@ -501,6 +501,7 @@ func (s *server) checkBackend(b *backend) {
 	was, isFirst, lasted := b.state(), b.changedAt.IsZero(), began.Sub(b.changedAt).Round(time.Second).String()
 	b.full.Store(full)
 	b.up.Store(err == nil || full)
+	b.down.Store(err != nil && !full)
 	hasChanged := isFirst || b.state() != was
 	if hasChanged {
 		b.changedAt = began

@@ -51,7 +51,8 @@ type backend struct {
 	seenDown func() error                // why requests find it down, before a ping may; nil: outage knows
 	tasks    []task                      // that run as long as the server
 	close    func() error                // nil: it has nothing open
-	up, full atomic.Bool                 // the last ping succeeded; it found no space left
+	// What the last ping found: full is up, too; none of them: there was none yet.
+	up, full, down atomic.Bool
 
 	// The checks alone use these.
 	changedAt time.Time // when a ping found another state than the one before
@@ -69,18 +70,23 @@ func (b *backend) state() string {
 	return b.okWord
 }
 
+// isSeenDown reports whether requests find the backend down.
+func (b *backend) isSeenDown() bool {
+	return (b.outage != nil && b.outage.outageCause() != nil) || (b.seenDown != nil && b.seenDown() != nil)
+}
+
 // isInTrouble reports whether the log says already that a store, as metrics call it,
 // cannot be used.
 func (st *stores) isInTrouble(store string) bool {
 	if store == "spool" {
 		store = "storage" // spools are on one disk with it, or are checked with it
 	}
-	for _, b := range st.backends {
-		if b.name == store {
-			return b.state() != b.okWord || (b.outage != nil && b.outage.outageCause() != nil) || (b.seenDown != nil && b.seenDown() != nil)
-		}
-	}
-	return false
+	return slices.ContainsFunc(st.backends, func(b *backend) bool { return b.name == store && (b.state() != b.okWord || b.isSeenDown()) })
+}
+
+// storageIsDown reports whether nothing can be stored. What is full takes what fits.
+func (st *stores) storageIsDown() bool {
+	return slices.ContainsFunc(st.backends, func(b *backend) bool { return b.name == "storage" && (b.down.Load() || b.isSeenDown()) })
 }
 
 // task is a step that runs in the background, again and again.
@@ -156,7 +162,7 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	st.space.reclaimer = hot
 	st.objects, st.hot = hot, hot
 	st.disks = append(st.disks, copies)
-	st.backends = append(st.backends, &backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok", seenDown: s3.outage.outageCause,
+	st.backends = append(st.backends, &backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok", seenDown: s3.whyDown,
 		ping: func(ctx context.Context) error {
 			return errors.Join(st.pingDisk(ctx), s3.ping(ctx)) // spools are in DATA_DIR
 		},

@@ -30,10 +30,12 @@ func (s *s3Store) noteWrite(err error) error {
 	return err
 }
 
-// refusesWrites implements cachingObjects.
-func (s *s3Store) refusesWrites() bool {
-	last := s.lastWrite.Load()
-	return last != nil && last.refusal != nil
+// whyDown returns why requests found S3 of no use last, nil if they did not.
+func (s *s3Store) whyDown() error {
+	if last := s.lastWrite.Load(); last != nil && last.refusal != nil {
+		return last.refusal
+	}
+	return s.outage.outageCause()
 }
 
 // ping reports whether S3 can be used: errStoreDown with advice if not. It ends with ctx

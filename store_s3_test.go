@@ -740,6 +740,7 @@ func TestS3ReadOnlyBucketIsRead(t *testing.T) {
 		t.Errorf("ping after a refused put: %v", err)
 	}
 	tt := setup{objects: func(objects) objects { return b.store }}.start(t)
+	tt.cache.storageIsDown = func() bool { return b.store.whyDown() != nil }
 	tt.origin.file("/h", "x")
 	tt.get("/api/r/h").wantUnstored().wantBody("x")
 	b.fake.readOnly = false
