@@ -383,7 +383,8 @@ func (f *fillRun) openSpool() bool {
 	if f.spool != nil {
 		return true
 	}
-	if _, found := f.c.passOn.get(f.key); found {
+	isBroken := f.c.space.isBroken
+	if _, found := f.c.passOn.get(f.key); found || (isBroken != nil && isBroken()) {
 		return false
 	}
 	spool := f.c.space.newSpool(f.file.digest)

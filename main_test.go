@@ -940,6 +940,11 @@ func TestUnwritableDataDirIsDegradedAndServes(t *testing.T) {
 	tt.get("/api/r/a", "Range: bytes=5-9").wantStatus(206).wantBody(text[5:10])
 	awaitThat(t, "/health to say so", func() bool { return tt.get("/health").has(`"degraded"`) })
 	c.wantLog("backend is down")
+	before := o.requests("/a")
+	tt.get("/api/r/a").wantUnstored().wantBody(text)
+	if n := o.requests("/a") - before; n != 1 {
+		t.Errorf("a file that cannot be stored took %d requests", n)
+	}
 	if err := os.Remove(dir + "/data"); err != nil {
 		t.Fatal(err)
 	}

@@ -173,6 +173,13 @@ func (b *backgroundCheck) result(ctx context.Context, check func() error) error 
 	}
 }
 
+// last returns the error of the last check.
+func (b *backgroundCheck) last() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.err
+}
+
 // wait waits for the check that runs.
 func (b *backgroundCheck) wait() { b.running.Wait() }
 

@@ -71,6 +71,7 @@ type reclaimer interface {
 // called concurrently.
 type spoolSpace struct {
 	createFile func() (*os.File, error) // a new temporary file; errNoSpace or errStoreDown
+	isBroken   func() bool              // createFile is known to fail; nil: never
 	diskSpace  func() (diskUsage, error)
 	minFree    int64     // bytes that stay free; -1: defaultMinFree of the disk
 	reclaimer  reclaimer // nil: there is nothing to reclaim
