@@ -314,7 +314,8 @@ func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, 
 			d.log.Warn("stored file is neither used nor removed", "key", key, "error", err)
 		case errors.Is(err, fs.ErrNotExist):
 		case errors.Is(err, errDamaged):
-			d.log.Warn("damaged record is ignored", "key", key, "file", name, "error", err)
+			// Or half written: who has the lock says what becomes of the body.
+			d.log.Debug("damaged record is ignored", "key", key, "file", name, "error", err)
 		case err != nil:
 			return nil, nil, err
 		case filepath.Dir(e.key) != filepath.Dir(key):

@@ -22,6 +22,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -1258,4 +1259,29 @@ func TestOtherFilesAreSyncedAtOnce(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Who finds the record of a new file half written waits for the rest, and nothing is wrong.
+func TestRecordThatIsBeingWritten(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s := newDiskTester(t)
+		s.mustPut("f", "text")
+		l, err := s.d.lockFolder(t.Context(), s.d.folderOf(testKey("f")), false)
+		must(t, err)
+		whole, err := os.ReadFile(s.file("f", recordFile))
+		must(t, err)
+		must(t, os.Truncate(s.file("f", recordFile), 0))
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			s.wantHit("f", "text")
+		}()
+		synctest.Wait() // for the lock
+		must(t, os.WriteFile(s.file("f", recordFile), whole, 0o600))
+		l.unlock()
+		<-done
+		if s.log.Len() > 0 {
+			t.Errorf("it is told of: %s", s.log)
+		}
+	})
 }
