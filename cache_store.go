@@ -82,7 +82,8 @@ func warnOfIndex(f *fill, rec *record) {
 	if _, warned := f.c.warnedOf.get(rem.name); warned || rec.Class != immutable || f.file.digest != "" || rem.immutableTTL > 0 {
 		return
 	}
-	if p := indexPattern(f.file.path, rec.ContentType); p != nil {
+	// What a built-in pattern matches is immutable as long as a root rules it, as a signature is.
+	if p := indexPattern(f.file.path, rec.ContentType); p != nil && !matchesAny(rem.builtin, f.file.path) {
 		f.c.warnedOf.put(rem.name, struct{}{})
 		f.c.log.Warn("an index is stored as immutable, so its new versions are never seen: add the pattern to mutable_patterns and purge the file",
 			"remote", rem.name, "path", f.file.path, "pattern", p.String())

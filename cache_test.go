@@ -1709,6 +1709,14 @@ func TestAnIndexThatIsStoredForEverIsTold(t *testing.T) {
 			t.Errorf("%s: %d warnings", path, n)
 		}
 	}
+	signed := newTester(t, "package: deb")
+	signed.origin.file("/dists/x/Release", "SHA256:\n "+strings.Repeat("a", 64)+" 1 main/Packages\n")
+	signed.origin.file("/dists/x/Release.gpg", "signature")
+	signed.get("/api/r/dists/x/Release").wantMiss()
+	signed.get("/api/r/dists/x/Release.gpg").wantMiss()
+	if lines := signed.logs.lines("mutable_patterns and purge"); len(lines) > 0 {
+		t.Errorf("the signature belongs to its root: %q", lines)
+	}
 	tt := newTester(t)
 	tt.origin.file("/lodash", "{}").says("Content-Type", "application/json")
 	tt.get("/api/r/lodash").wantMiss()
