@@ -456,7 +456,7 @@ func (f *fillRun) completeFill() fillOutcome {
 	if err := f.file.behaves().checkBody(f.ctx, &rec, f.spool.body()); err != nil {
 		return failedOutcome(err)
 	}
-	if !f.fitsMaxSize(rec.Size) { // its length was not known in the beginning
+	if f.currentFate() == fateKeep && !f.fitsMaxSize(rec.Size) { // a replica that is gone began it
 		f.setStorable(false)
 	}
 	f.publishBody(&rec)

@@ -168,8 +168,7 @@ func (f *fillRun) Write(p []byte) (int, error) {
 	if f.file.maxBytes > 0 && written > f.file.maxBytes {
 		return 0, f.file.newTooLargeError()
 	}
-	if maxSize := f.file.remote.maxSize; size < 0 && maxSize > 0 && written > maxSize && written-int64(len(p)) <= maxSize {
-		f.fitsMaxSize(written) // says so in the log
+	if size < 0 && f.currentFate() == fateKeep && !f.fitsMaxSize(written) {
 		f.setStorable(false)
 		f.endIfOfNoUse()
 	}

@@ -1914,15 +1914,23 @@ func TestBodyThatMayNotBeStoredEndsWithItsLastClient(t *testing.T) {
 	t.Parallel()
 	done := make(chan struct{})
 	t.Cleanup(func() { close(done) })
-	for name, plan := range map[string]func(*testFile) *testFile{
-		"larger than max_size":              func(f *testFile) *testFile { return f },
-		"larger than max_size, in chunks":   (*testFile).chunked,
-		"delimited by the connection's end": stopsAt(200_000, done),
+	whole := func(f *testFile) *testFile { return f }
+	ofRemote, ofAll := []string{"cache: {max_size: 100KiB}"}, map[string]string{"CACHE_MAX_SIZE": "100KiB"}
+	for name, c := range map[string]struct {
+		keys []string
+		env  map[string]string
+		plan func(*testFile) *testFile
+	}{
+		"larger than max_size":                  {ofRemote, nil, whole},
+		"larger than max_size, in chunks":       {ofRemote, nil, (*testFile).chunked},
+		"larger than CACHE_MAX_SIZE":            {nil, ofAll, whole},
+		"larger than CACHE_MAX_SIZE, in chunks": {nil, ofAll, (*testFile).chunked},
+		"delimited by the connection's end":     {nil, nil, stopsAt(200_000, done)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			tt := newTester(t, "cache: {max_size: 100KiB}")
-			release := plan(tt.origin.file("/a", noise(1, 400_000))).stallAt(200_000)
+			tt := setup{keys: c.keys, env: c.env}.start(t)
+			release := c.plan(tt.origin.file("/a", noise(1, 400_000))).stallAt(200_000)
 			defer release()
 			s := tt.open("/api/r/a")
 			s.read(100_000)
