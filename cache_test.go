@@ -574,6 +574,41 @@ func TestHEADOfWhatIsNotStored(t *testing.T) {
 	}
 }
 
+// Where HEAD is refused and there is no first byte to ask for, the file is empty.
+func TestHEADOfAnEmptyFileThatRefusesHEAD(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a.zip", "").acts(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/xml")
+		w.Header().Set("Content-Range", "bytes */0")
+		if r.Method == "HEAD" {
+			w.WriteHeader(http.StatusForbidden)
+		} else if r.Header.Get("Range") != "" {
+			w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
+			_, _ = io.WriteString(w, "<Error/>")
+		}
+	})
+	tt.head("/api/r/a.zip").wantStatus(200).wantUnstored().wantHeader("Content-Length", "0").wantHeader("Content-Type", "application/zip")
+	tt.get("/api/r/a.zip").wantStatus(200).wantBody("")
+}
+
+// net/http answers another unit with 416, and the last byte of nothing with
+// "Content-Range: bytes 0--1/0".
+func TestRangesThatNetHTTPMistakesAreIgnored(t *testing.T) {
+	t.Parallel()
+	tt := setup{env: map[string]string{"API_TOKEN": "t"}}.start(t)
+	tt.origin.file("/a", "")
+	tt.origin.file("/b", "text")
+	tt.get("/api/r/b", "Range: items=0-1").wantStatus(200).wantBody("text")
+	tt.get("/api/r/b", "Range: items=0-1").wantHit().wantStatus(200).wantBody("text")
+	for _, spec := range []string{"bytes=-1", "bytes=0-0", "bytes=5-", "bytes=-1,-2"} {
+		for range 2 {
+			tt.get("/api/r/a", "Range: "+spec).wantStatus(200).wantBody("").wantHeader("Content-Range", "")
+		}
+		tt.delete("/artifacts/r/a", bearer).wantStatus(204)
+	}
+}
+
 func TestUpstreamsErrorsAreTranslated(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {

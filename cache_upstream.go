@@ -57,6 +57,10 @@ func (file fileRequest) askUnstored(ctx context.Context, c *cache, req upstreamR
 	if err != nil {
 		return reply, nil, 0, err
 	}
+	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable && req.header.Get("Range") == "bytes=0-0" {
+		// A file without a first byte is empty. The headers describe the error.
+		resp.StatusCode, resp.ContentLength, resp.Header = http.StatusOK, 0, http.Header{}
+	}
 	at, _, size, isPart := parseContentRange(resp.Header.Get("Content-Range"))
 	isPart = isPart && size >= 0 && resp.StatusCode == http.StatusPartialContent && req.header.Get("Range") != ""
 	if !isPart {
