@@ -142,6 +142,9 @@ func parseByteRange(r *http.Request) byteRange {
 // the body goes out in full.
 func (reply *fileReply) send(w *response, r *http.Request, file fileRequest, now time.Time) {
 	reply.setHeaders(w, r, file, now)
+	if reply.size == 0 {
+		r.Header.Del("Range") // ServeContent says "bytes 0--1/0" of the last byte of nothing
+	}
 	if reply.size < 0 {
 		w.Header().Set("Last-Modified", reply.rec.Modified.Format(http.TimeFormat))
 		w.WriteHeader(http.StatusOK)
