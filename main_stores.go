@@ -102,7 +102,7 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) *stores {
 	disk := newDiskStore(set.dataDir, now, log)
 	st := &stores{disk: disk, disks: []*diskStore{disk}}
 	st.space = &spoolSpace{createFile: disk.newSpool, diskSpace: disk.freeSpace, minFree: set.minFree, now: now,
-		isBroken: func() bool { return disk.probe.last() != nil }}
+		isBroken: func() bool { return errors.Is(disk.probe.last(), errStoreDown) }} // a full one makes room
 	st.replicaKey = newReplicaKey(set.s3.secretKey, set.s3.bucket)
 	redis := st.openFreshness(set, now, log)
 	st.openIndex(set, now, log)
