@@ -106,8 +106,8 @@ func newBodyError(err error) error {
 
 // readBody reads a request, and checks it.
 func (p *prefetchRun) readBody(w http.ResponseWriter, r *http.Request, isJSON bool) (err error) {
-	if s := r.URL.Query().Get("dry_run"); s != "" {
-		if p.dryRun, err = strconv.ParseBool(s); err != nil {
+	if q, queryErr := url.ParseQuery(r.URL.RawQuery); queryErr != nil || q.Has("dry_run") {
+		if p.dryRun, err = strconv.ParseBool(q.Get("dry_run")); err != nil {
 			return newProblem(http.StatusBadRequest, "dry_run must be true or false")
 		}
 	}
@@ -145,6 +145,9 @@ func (p *prefetchRun) readBody(w http.ResponseWriter, r *http.Request, isJSON bo
 	}
 	return nil
 }
+
+// platformPattern matches OS/ARCHITECTURE[/VARIANT].
+var platformPattern = regexp.MustCompile(`^[^/]+(/[^/]+){1,2}$`)
 
 // readRequest checks req and takes it over, but for the files that it names. Its error
 // is a problem that names the field.
@@ -192,7 +195,7 @@ func (p *prefetchRun) readRequest(req *prefetchRequest) (err error) {
 		return refuse("prefix: %v", err)
 	}
 	for _, s := range p.platforms {
-		if n := strings.Count(s, "/"); n != 1 && n != 2 {
+		if !platformPattern.MatchString(s) {
 			return refuse("platforms: %.60q is not OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT, such as linux/amd64", s)
 		}
 	}

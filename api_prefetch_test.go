@@ -108,6 +108,7 @@ func TestPrefetchIsRefused(t *testing.T) {
 		{`{"remote": "r", "images": ["a:1"]}`, 400, "images"},
 		{`{"remote": "r", "pattern": ".", "platforms": ["linux/amd64"]}`, 400, "platforms"},
 		{`{"remote": "hub", "images": ["a:1"], "platforms": ["amd64"]}`, 400, "platforms"},
+		{`{"remote": "hub", "images": ["a:1"], "platforms": ["linux/"]}`, 400, "platforms"},
 		{`{"remote": "hub", "pattern": "."}`, 400, "images"},
 		{`{"remote": "r", "urls": ["http://x/"]}`, 400, "urls"},
 		{`{"remote": "r", "paths": ["a"`, 400, "JSON"},
@@ -115,7 +116,9 @@ func TestPrefetchIsRefused(t *testing.T) {
 	} {
 		tt.prefetch(c.body).wantDetail(c.status, c.detail)
 	}
-	tt.send(http.MethodPost, "/cache-artifact?dry_run=perhaps", strings.NewReader("x"), "Content-Type: text/plain").wantDetail(400, "dry_run")
+	for _, query := range []string{"dry_run=perhaps", "dry_run", "dry_run=true;x"} { // nothing is fetched by mistake
+		tt.send(http.MethodPost, "/cache-artifact?"+query, strings.NewReader("x"), "Content-Type: text/plain").wantDetail(400, "dry_run")
+	}
 	tt.send(http.MethodPost, "/cache-artifact", strings.NewReader(`["a"]`), "Content-Type: application/json").wantDetail(400, "one JSON object")
 	for _, contentType := range []string{"text/html", "application/x-www-form-urlencoded", ";"} {
 		tt.send(http.MethodPost, "/cache-artifact", strings.NewReader("x"), "Content-Type: "+contentType).wantDetail(415, "application/json")

@@ -111,7 +111,7 @@ func showRun(events io.Reader, out io.Writer, hasBar, dryRun bool) error {
 		case e.Event == "summary":
 			printLine("%d found, %d fetched, %d there already, %d failed, %s in %.1f s", e.Found, e.Fetched, e.Cached, e.Failed, formatBytes(e.Bytes), e.Seconds)
 			if failed > 0 {
-				return fmt.Errorf("not fetched: %d of %d files", failed, e.Found)
+				return fmt.Errorf("not fetched: %d files", failed)
 			}
 			return nil
 		}

@@ -40,9 +40,10 @@ func TestPrefetchCommand(t *testing.T) {
 	}{
 		{"", []string{"--dry-run", "r", `a\.bin`}, []string{"r/a.bin\n", "1 found, 0 fetched, 0 there already, 0 failed"}, ""},
 		{"", []string{"--server", tt.url + "/", "r", `a\.bin`, `c\.txt`}, []string{"2 found, 2 fetched, 0 there already, 0 failed, 6 B"}, ""},
-		{"", []string{"r", `\.bin`}, []string{"failed: r/b.bin: 404 not found", "2 found, 0 fetched, 1 there already, 1 failed"}, "not fetched: 1 of 2 files"},
+		{"", []string{"r", `\.bin`}, []string{"failed: r/b.bin: 404 not found", "2 found, 0 fetched, 1 there already, 1 failed"}, "not fetched: 1 files"},
 		{tt.origin.url + "/a.bin http://elsewhere.example/x", []string{"-"}, []string{"skipped: http://elsewhere.example/x:", "1 there already"}, ""},
-		{tt.origin.url + "/gone", []string{"-"}, []string{"failed: r/gone: 404"}, "not fetched: 1 of 1 files"},
+		{tt.origin.url + "/gone", []string{"-"}, []string{"failed: r/gone: 404"}, "not fetched: 1 files"},
+		{`{"remote":"r","path":"a","query":true}` + "\n" + `{"remote":"r","path":"b","query":true}`, []string{"-"}, []string{"0 found"}, "not fetched: 2 files"},
 		{"", []string{"none", "."}, nil, "none"},
 		{"", []string{"r", "a(["}, nil, "pattern"},
 		{"", []string{"r/..", "a"}, nil, "prefix"},
