@@ -313,7 +313,19 @@ func TestDamagedUploadIsSetAside(t *testing.T) {
 					}
 				}
 				tt.wantAside(filepath.Dir(body), left)
+				wantVerify := func(want int) {
+					t.Helper()
+					var reports []string
+					_, _, err := tt.disk.verify(t.Context(), func(key string, err error) { reports = append(reports, key+": "+err.Error()) })
+					if err != nil || len(reports) != want {
+						t.Errorf("verify reports %q, want %d: %v", reports, want, err)
+					}
+				}
+				if finder != "a writer" {
+					wantVerify(1) // until it is uploaded again
+				}
 				tt.put("/api/l/d/a.rpm", "new", bearer)
+				wantVerify(0)
 				tt.get("/api/l/d/a.rpm").wantStatus(200).wantBody("new")
 				tt.delete("/api/l/d/a.rpm", bearer).wantStatus(204)
 				tt.wantAside(filepath.Dir(body), left)

@@ -491,10 +491,8 @@ func (c *child) wantVerified() {
 	c.Helper()
 	var out bytes.Buffer
 	env := func(name string) (string, bool) {
-		if name == "DATA_DIR" {
-			return c.dir + "/data", true
-		}
-		return "", false
+		v, found := map[string]string{"DATA_DIR": c.dir + "/data", "CONFIG_PATH": c.dir + "/remotes.yaml"}[name]
+		return v, found
 	}
 	_ = run(context.Background(), []string{"verify"}, env, &out, &out)
 	out.Reset()

@@ -40,6 +40,8 @@ var (
 	// errStray is a miss: a file beside one that a record describes. It is not ours
 	// and is left alone, and it says nothing about the other.
 	errStray error = missError("a stray file: it is left alone, the record beside it describes another")
+	// errAside is a directory of damaged files in whose place there is no other yet.
+	errAside = errors.New("damaged, cannot be fetched again, and was set aside: upload the file again, or remove this directory")
 )
 
 // fileWriter writes small files so that a crash leaves either the old or the new

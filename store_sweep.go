@@ -261,13 +261,15 @@ func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memo
 		}
 		return nil
 	}
-	isEmpty := true
+	isEmpty, aside := true, ""
 	for _, file := range files {
 		name := file.Name()
 		key := folder + "/" + name
 		isAside, _ := filepath.Match(damagedDir, name)
 		switch {
-		case name == recordFile || name == recordNext || isAside:
+		case isAside:
+			aside = key
+		case name == recordFile || name == recordNext:
 		case name == bodyNext || name == recordFile+tempSuffix:
 			os.Remove(c.pathOf(key))
 		case name[0] == '.':
@@ -289,6 +291,9 @@ func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memo
 	}
 	if !isEmpty {
 		return left
+	}
+	if aside != "" {
+		c.report(aside, errAside)
 	}
 	// A crash during the first put of a key leaves a .record.next. Nothing that was
 	// stored is lost with it, so it is not reported.
