@@ -37,8 +37,9 @@ func (f *blobFile) requestBody(ctx context.Context, up *upstream, req upstreamRe
 }
 
 // permit refuses what was stored, or is fetched, for another image, unless this one has
-// the blob too. While the registry cannot be asked, a stored manifest may say so, and a
-// remote that nothing restricts is open.
+// the blob too. Where the registry does not say so (it cannot be asked, has deleted the
+// image, or may not be asked: sealed), a stored manifest may; and while it cannot be asked,
+// a remote that nothing restricts is open.
 func (f *blobFile) permit(ctx context.Context, _ *record) error {
 	c, g := f.call, f.g
 	if f.granted || g.isGranted(ctx, c.blobKey(c.digest)) {
@@ -55,7 +56,7 @@ func (f *blobFile) permit(ctx context.Context, _ *record) error {
 		}
 	}
 	isOpen := c.remote.immutable == nil && c.remote.username == "" && len(c.remote.headers) == 0
-	if isUnreachable(err) && (isOpen || g.isNamedByStored(ctx, c)) {
+	if err != nil && (isUnreachable(err) && isOpen || g.isNamedByStored(ctx, c)) {
 		return nil
 	}
 	return err

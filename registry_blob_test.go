@@ -87,6 +87,9 @@ func TestRegistryManifestsGrantTheirBlobs(t *testing.T) {
 	m.get(path("one")).wantBody(im.blobs[im.order[1]]).wantFrom("cache")
 	h.wantAsked(1, "HEAD", "")
 	h.wantAsked(1, "", "")
+	must(t, m.cache.index.(*embeddedIndex).reconcile(t.Context(), m.disk))
+	m.get(path("two")).wantBody(im.blobs[im.order[1]]) // whatever the registry says: the store has manifest and blob
+	m.wantUngranted(path("four"))
 }
 
 // Where HEAD is refused, a GET for one byte under the image's scope decides.
