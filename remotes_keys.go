@@ -188,7 +188,7 @@ var reservedNames = []string{"api", "artifacts", "cache-artifact", "config", "he
 var ownHeaders = []string{
 	"Accept-Encoding", "Connection", "Content-Length", "Expect", "Host", "If-Match", "If-Modified-Since",
 	"If-None-Match", "If-Range", "If-Unmodified-Since", "Keep-Alive", "Proxy-Connection", "Range", "Te",
-	"Trailer", "Transfer-Encoding", "Upgrade",
+	"Trailer", "Transfer-Encoding", "Upgrade", "Via",
 }
 
 // setType reads type. With a bad value the other keys are not checked against it.
