@@ -454,12 +454,13 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 		return err
 	}
 	if escaped == "" {
-		re, err := compilePattern(r.URL.Query().Get("pattern"))
+		query, queryErr := url.ParseQuery(r.URL.RawQuery)
+		re, err := compilePattern(query.Get("pattern"))
 		if err != nil {
 			return err
 		}
-		if re == nil {
-			return newProblem(http.StatusBadRequest, "the query must say what to purge: ?pattern=REGEX (\".\" purges everything)")
+		if re == nil || queryErr != nil || len(query) > 1 { // ?prefix= of a listing would be passed over
+			return newProblem(http.StatusBadRequest, "the query must say what to purge, and nothing else: ?pattern=REGEX (\".\" purges everything)")
 		}
 		purged, err := a.cache.purgeMatching(r.Context(), rem.name, re)
 		if err != nil {

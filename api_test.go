@@ -840,6 +840,9 @@ func TestPurging(t *testing.T) {
 	tt.delete("/artifacts/nobody/x", bearer).wantStatus(404)
 	tt.delete("/artifacts/nobody?pattern=.", bearer).wantStatus(404)
 	tt.delete("/artifacts/r/../x", bearer).wantStatus(400)
+	for _, query := range []string{"prefix=d/", "pattern=.&prefix=d/", "pattern=.&limit=1", "pattern=.&a;b"} {
+		tt.delete("/artifacts/r?"+query, bearer).wantDetail(400, "nothing else")
+	}
 	tt.delete("/artifacts/r?pattern=.", bearer).wantStatus(200)
 	left()
 	tt.origin.troubled(nil)
