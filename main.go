@@ -279,6 +279,7 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 
 	srv := &http.Server{
 		Handler:           handler,
+		ConnContext:       addClientConn,
 		ReadHeaderTimeout: 30 * time.Second, // a slower client only holds a connection
 		IdleTimeout:       2 * time.Minute,  // longer than the pauses between a client's requests
 		MaxHeaderBytes:    60 << 10,         // net/http adds 4 KiB: more than 64 KiB is answered 431
@@ -291,6 +292,7 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 		}
 	}
 	serveFailed := make(chan error, 1)
+	listener = clientListener{listener}
 	loops.Go(func() {
 		if srv.TLSConfig != nil {
 			serveFailed <- srv.ServeTLS(listener, "", "")

@@ -15,7 +15,6 @@ import (
 	"log/slog"
 	"maps"
 	"math"
-	"net"
 	"net/http"
 	"os"
 	"runtime/debug"
@@ -146,6 +145,7 @@ type errorWriter func(w http.ResponseWriter, status int, detail string, err erro
 func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handler, writeError errorWriter) {
 	began := s.now()
 	res := &response{ResponseWriter: w, controller: *http.NewResponseController(w), now: s.now, sendfile: r.ProtoMajor == 1 && r.TLS == nil}
+	res.conn, _ = r.Context().Value(clientConnKey{}).(*clientConn)
 	if res.requestID = acceptRequestID(r.Header.Get("X-Request-Id")); res.requestID == "" {
 		res.requestID = newRequestID()
 	}
@@ -359,6 +359,7 @@ const (
 type response struct {
 	http.ResponseWriter
 	controller    http.ResponseController
+	conn          *clientConn // nil: not known
 	now           func() time.Time
 	sendfile      bool      // plain HTTP/1, where net/http lets the kernel send files
 	deadlineSetAt time.Time // when the write deadline was last set
@@ -437,7 +438,7 @@ func (w *response) resetConnection() {
 	if t, ok := conn.(*tls.Conn); ok {
 		conn = t.NetConn() // close_notify would be an orderly end
 	}
-	if t, ok := conn.(*net.TCPConn); ok {
+	if t, ok := conn.(interface{ SetLinger(seconds int) error }); ok {
 		_ = t.SetLinger(0)
 	}
 	conn.Close()
@@ -478,6 +479,11 @@ func (w *response) ReadFrom(src io.Reader) (int64, error) {
 // sendBody is ReadFrom for the next limit bytes of body (math.MaxInt64: all).
 func (w *response) sendBody(body io.Reader, limit int64) (sent int64, err error) {
 	w.noteStatus(http.StatusOK)
+	if m, ok := body.(memorySource); ok {
+		if unread, ok := m.unread(); ok {
+			return w.sendMemory(unread[:min(limit, int64(len(unread)))])
+		}
+	}
 	files, ok := body.(fileSource)
 	if !ok || !w.sendfile {
 		return w.copyBody(body, 0, limit)

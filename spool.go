@@ -546,6 +546,17 @@ func (r *spoolReader) nextFile(limit int64) (*os.File, int64, error) {
 // advanceBy: see fileSource.
 func (r *spoolReader) advanceBy(n int64) { r.offset += n }
 
+// unread: see memorySource.
+func (r *spoolReader) unread() ([]byte, bool) {
+	s := r.spool
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.file != nil || s.state != spoolComplete {
+		return nil, false
+	}
+	return s.memory[min(r.offset, s.written):s.written], true
+}
+
 // readyToRead: see growingBody.
 func (r *spoolReader) readyToRead() bool {
 	n, _, err := r.available()

@@ -22,9 +22,15 @@ const (
 )
 
 // memBody is a small stored body that is read from memory. Closing it does nothing.
-type memBody struct{ bytes.Reader }
+type memBody struct {
+	bytes.Reader
+	text []byte
+}
 
 func (b *memBody) Close() error { return nil }
+
+// unread: see memorySource.
+func (b *memBody) unread() ([]byte, bool) { return b.text[len(b.text)-b.Len():], true }
 
 // memoryEntry is the record, and perhaps the body, of one key in memory. It is used
 // only while the file name still has the identity id, so another process that
@@ -49,7 +55,7 @@ func (e *memoryEntry) newObject(off int64) *object {
 	if off < 0 {
 		return &object{rec: e.rec, headers: e.headers}
 	}
-	body := &memBody{*bytes.NewReader(e.body)}
+	body := &memBody{*bytes.NewReader(e.body), e.body}
 	body.Seek(off, io.SeekStart)
 	return &object{rec: e.rec, headers: e.headers, body: body}
 }
