@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"net"
@@ -58,17 +59,17 @@ func (c *clientConn) Write(p []byte) (int, error) {
 	return c.TCPConn.Write(p)
 }
 
-// ReadFrom sends what is held with the rest of a memoryReader. All else is sent as net/http
-// does it without a clientConn, files by sendfile.
+// ReadFrom sends what is held with the rest of a buffer. All else is sent as net/http does
+// it without a clientConn, files by sendfile.
 func (c *clientConn) ReadFrom(src io.Reader) (int64, error) {
-	m, ok := src.(*memoryReader)
+	body, ok := src.(*bytes.Buffer)
 	if !ok || !c.holds {
 		return c.TCPConn.ReadFrom(src)
 	}
 	header := int64(len(c.held))
-	pieces := net.Buffers{c.held, m.rest}
+	pieces := net.Buffers{c.held, body.Next(body.Len())}
 	sent, err := pieces.WriteTo(c.TCPConn) // by writev(2)
-	c.holds, c.held, m.rest = false, c.held[:0], nil
+	c.holds, c.held = false, c.held[:0]
 	return max(0, sent-header), err
 }
 
@@ -77,18 +78,6 @@ type memorySource interface {
 	// unread returns the bytes behind the current position, which are not changed; false:
 	// they are not in memory, or not all there yet.
 	unread() ([]byte, bool)
-}
-
-// memoryReader reads bytes that are in memory.
-type memoryReader struct{ rest []byte }
-
-func (m *memoryReader) Read(p []byte) (int, error) {
-	if len(m.rest) == 0 {
-		return 0, io.EOF
-	}
-	n := copy(p, m.rest)
-	m.rest = m.rest[n:]
-	return n, nil
 }
 
 // minHeld is the smallest body, in bytes, for which the header is held: net/http writes a
@@ -104,7 +93,7 @@ func (w *response) sendMemory(body []byte) (int64, error) {
 	}
 	w.extendWriteDeadline()
 	w.conn.hold()
-	n, err := to.ReadFrom(&memoryReader{body})
+	n, err := to.ReadFrom(bytes.NewBuffer(body))
 	if released := w.conn.release(); err == nil {
 		err = released
 	}
