@@ -34,6 +34,9 @@ const maxRangesBack = 16
 // one whose ranges are too many or not in order.
 func limitRanges(r *http.Request) {
 	spec := r.Header.Get("Range")
+	if spec == "" {
+		return
+	}
 	commas := strings.Count(spec, ",")
 	if r.Method == http.MethodHead || commas >= maxRanges || !strings.HasPrefix(spec, "bytes=") || strings.TrimRight(spec, "0") == "bytes=-" {
 		r.Header.Del("Range")

@@ -91,9 +91,10 @@ func (k *fileWriter) writeNew(name string, body *bytes.Reader, rec *record, boot
 	}
 	if err != nil {
 		os.Remove(name)
+		return err
 	}
 	k.stepDone("record beside it written")
-	return err
+	return nil
 }
 
 // replaceFile writes a file beside name and renames it to name. When it returns

@@ -279,15 +279,15 @@ func isBehindEnd(err error) bool {
 // another program.
 func (s *s3Store) readObjectRecord(key string, o *s3Object, v validity) (*record, error) {
 	text := o.meta[s3RecordField]
-	if known, found := s.records.get(key); found && text != "" && known.text == text && known.rec.Size == o.size {
-		s.cacheRecord(key, cachedRecord{v, known.rec, text})
-		return known.rec, nil
-	}
-	rec, err := decodeS3Record(key, o)
-	if err != nil {
-		s.records.remove(key)
-		s.log.Warn("object in S3 cannot be used: its file counts as missing", "key", key, "error", err)
-		return nil, fmt.Errorf("opening %s: %w: %w", key, err, fs.ErrNotExist)
+	known, found := s.records.get(key)
+	rec := known.rec
+	if !found || known.text != text || rec.Size != o.size { // else it need not be parsed again
+		var err error
+		if rec, err = decodeS3Record(key, o); err != nil {
+			s.records.remove(key)
+			s.log.Warn("object in S3 cannot be used: its file counts as missing", "key", key, "error", err)
+			return nil, fmt.Errorf("opening %s: %w: %w", key, err, fs.ErrNotExist)
+		}
 	}
 	s.cacheRecord(key, cachedRecord{v, rec, text})
 	return rec, nil
