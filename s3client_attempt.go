@@ -146,8 +146,8 @@ func (c *s3Client) sendOnce(ctx context.Context, op *s3Operation) (*http.Respons
 	ctx, cancel := context.WithCancelCause(ctx)
 	timeout := cmp.Or(op.timeout, s3WriteTimeout)
 	a := &s3Attempt{ctx: ctx, cancel: cancel, timer: time.AfterFunc(timeout, func() { cancel(errS3Timeout) })}
-	endpoint, at := *c.endpoint.Load(), c.cfg.now()
-	req := c.buildRequest(ctx, op, endpoint, at)
+	endpoint := *c.endpoint.Load()
+	req := c.buildRequest(ctx, op, endpoint, c.cfg.now())
 	if op.size > 0 { // net/http would send an empty reader chunked
 		body := io.NewSectionReader(op.body, 0, op.size)
 		req.Body = io.NopCloser(&s3RequestBody{body, a.timer, max(timeout, s3BodyTimeout)})
@@ -161,7 +161,7 @@ func (c *s3Client) sendOnce(ctx context.Context, op *s3Operation) (*http.Respons
 	a.ReadCloser, resp.Body = resp.Body, a
 	err = readAnswer(resp, op.decodeInto)
 	if refused, ok := errors.AsType[*s3Error](err); ok {
-		refused.endpoint, refused.sent = endpoint, at
+		refused.endpoint = endpoint
 	}
 	if err != nil || !op.keepBody {
 		io.CopyN(io.Discard, resp.Body, s3TextLimit) // so that the connection can be used again
@@ -240,9 +240,7 @@ type s3Error struct {
 	code, message, requestID string
 
 	region   string     // the bucket's region, if the server says it
-	date     time.Time  // the server's clock when it answered; may be zero
 	endpoint s3Endpoint // where the request was sent
-	sent     time.Time  // when the request was signed, by our clock
 }
 
 func (e *s3Error) Error() string {
@@ -250,18 +248,8 @@ func (e *s3Error) Error() string {
 	if e.requestID != "" {
 		text += " (request " + e.requestID + ")"
 	}
-	if e.code != s3ClockCode || e.date.IsZero() {
-		return text
-	}
-	order, difference := "ahead of", e.sent.Sub(e.date).Round(time.Second)
-	if difference < 0 {
-		order, difference = "behind", -difference
-	}
-	return fmt.Sprintf("%s: the clock of this machine is %v %s the server's: set it", text, difference, order)
+	return text
 }
-
-// s3ClockCode refuses a request whose signing time is too far from the server's clock.
-const s3ClockCode = "RequestTimeTooSkewed"
 
 // s3CodeErrors says what the codes of refusals mean.
 var s3CodeErrors = map[string]error{
@@ -271,7 +259,7 @@ var s3CodeErrors = map[string]error{
 	"NoSuchBucket":               errS3NoBucket,
 	"PreconditionFailed":         errS3PreconditionFailed,
 	"ConditionalRequestConflict": errS3PreconditionFailed,
-	s3ClockCode:                  errS3Clock, // the credentials may be right
+	"RequestTimeTooSkewed":       errS3Clock, // the credentials may be right
 }
 
 // Is decides by the code and not by the status. A 404 without a code comes from
@@ -310,7 +298,6 @@ func readAnswer(resp *http.Response, into any) error {
 	if uriEncode(e.region, false) != e.region {
 		e.region = "" // it would go into a host name and a header
 	}
-	e.date, _ = http.ParseTime(resp.Header.Get("Date"))
 	if resp.StatusCode == http.StatusNotFound && resp.Request != nil && resp.Request.Method == http.MethodHead {
 		e.code = "NoSuchKey" // this answer has no body
 	}

@@ -778,8 +778,8 @@ func TestS3ClockOfAnHourAgo(t *testing.T) {
 	b := newS3Bench(t)
 	b.advance(-time.Hour)
 	err := b.store.ping(t.Context())
-	if !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "behind the server's: set it") {
-		t.Errorf("ping: %v", err)
+	if !errors.Is(err, errStoreDown) {
+		t.Fatalf("ping: %v", err)
 	}
 	if s := err.Error(); !strings.Contains(s, "set the clock of this machine") || strings.Contains(s, "cannot be reached") {
 		t.Errorf("the error does not name the clock: %s", s)
