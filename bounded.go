@@ -1,5 +1,5 @@
-// bounded.go: what is remembered within bounds: a map whose entries expire, an
-// LRU, and locks by key.
+// bounded.go: what is remembered within bounds: a map whose entries expire, an LRU, locks
+// and calls by key.
 
 package main
 
@@ -51,11 +51,8 @@ func (m *boundedMap[K, V]) put(key K, value V) {
 	m.set(key, boundedEntry[V]{value: value})
 }
 
-// putFor keeps value for that long at most; not at all if that is no time.
+// putFor keeps value for that long at most.
 func (m *boundedMap[K, V]) putFor(key K, value V, life time.Duration) {
-	if life <= 0 {
-		return
-	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.set(key, boundedEntry[V]{value, m.now().Add(life)})
@@ -97,9 +94,9 @@ func (m *boundedMap[K, V]) keys() []K {
 	return slices.Collect(maps.Keys(m.entries))
 }
 
-// lru keeps the entries used last within a budget. Its methods may be called
-// concurrently. What has to go is returned to the caller, which removes what the
-// entry stood for outside of the lock.
+// lru keeps the entries used last within a budget. What has to go is returned to the
+// caller, which removes what the entry stood for outside of the lock. Its methods may be
+// called concurrently.
 type lru[V any] struct {
 	budget     int64 // for the costs of all entries, in the caller's unit
 	maxEntries int   // 0: any number
@@ -139,20 +136,14 @@ func (l *lru[V]) size() (entries int, cost int64) {
 	return l.order.Len(), l.cost
 }
 
-func (l *lru[V]) contains(key string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.byKey[key] != nil
-}
-
 // put adds or replaces an entry and returns those that had to go for it.
 func (l *lru[V]) put(key string, cost int64, value V) (evicted []lruEntry[V]) {
 	_, evicted = l.putIf(key, cost, value, func() bool { return true })
 	return evicted
 }
 
-// putIf is put if valid still says so. valid runs under the lock that remove
-// takes, so that an entry is not added behind the back of a remove.
+// putIf is put if valid still says so under the lock that remove takes: no entry is added
+// behind the back of a remove.
 func (l *lru[V]) putIf(key string, cost int64, value V, valid func() bool) (added bool, evicted []lruEntry[V]) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -165,8 +156,7 @@ func (l *lru[V]) putIf(key string, cost int64, value V, valid func() bool) (adde
 	return true, l.trim(0)
 }
 
-// putOldest adds an entry whose last use is not known, behind all others. An
-// entry that is there already stays as it is.
+// putOldest adds an entry whose last use is not known, unless it is there already.
 func (l *lru[V]) putOldest(key string, cost int64, value V) (evicted []lruEntry[V]) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -195,19 +185,13 @@ func (l *lru[V]) remove(key string) bool {
 	return el != nil
 }
 
-// reserve takes n of the budget for something that is to be added later, and
-// returns what had to go for it. release gives it back.
+// reserve takes n of the budget for something that is to be added later, and returns what
+// had to go for it. A negative n gives it back.
 func (l *lru[V]) reserve(n int64) (evicted []lruEntry[V]) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.cost += n
 	return l.trim(0)
-}
-
-func (l *lru[V]) release(n int64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.cost -= n
 }
 
 // evict lets the entries go that were used longest ago, worth n at least.
@@ -237,12 +221,9 @@ func (l *lru[V]) drop(el *list.Element) {
 	}
 }
 
-// sharedCalls lets those that ask the same at the same time share one answer. The zero
-// sharedCalls is ready to use.
-type sharedCalls[K comparable, V any] struct {
-	mu      sync.Mutex // guards running; no other lock is taken under it
-	running map[K]*sharedCall[V]
-}
+// sharedCalls lets those that ask the same at the same time share one answer. Its zero
+// value is ready to use.
+type sharedCalls[K comparable, V any] struct{ running sync.Map } // of *sharedCall[V], by K
 
 type sharedCall[V any] struct {
 	done  chan struct{} // closed when the rest is set
@@ -251,68 +232,47 @@ type sharedCall[V any] struct {
 	ended bool // ask has returned, and its caller still wanted that
 }
 
-// call returns what ask does, or what that of another caller does, which has the same
-// key and runs already. A caller whose ctx ends leaves the others alone: one of them
-// asks again.
+// call returns what ask does, or that of another caller with the same key that runs
+// already. A caller whose ctx ends leaves the others alone: one of them asks again.
 func (s *sharedCalls[K, V]) call(ctx context.Context, key K, ask func() (V, error)) (V, error) {
+	own := &sharedCall[V]{done: make(chan struct{})}
 	for {
-		s.mu.Lock()
-		c := s.running[key]
-		if c == nil {
+		v, runs := s.running.LoadOrStore(key, own)
+		if !runs {
 			break
 		}
-		s.mu.Unlock()
+		other := v.(*sharedCall[V])
 		select {
-		case <-c.done:
-			if c.ended {
-				return c.value, c.err
+		case <-other.done:
+			if other.ended {
+				return other.value, other.err
 			}
 		case <-ctx.Done():
-			var none V
-			return none, context.Cause(ctx)
+			return own.value, context.Cause(ctx)
 		}
 	}
-	c := &sharedCall[V]{done: make(chan struct{})}
-	if s.running == nil {
-		s.running = map[K]*sharedCall[V]{}
-	}
-	s.running[key] = c
-	s.mu.Unlock()
 	defer func() { // also if ask panics
-		s.mu.Lock()
-		delete(s.running, key)
-		s.mu.Unlock()
-		close(c.done)
+		s.running.Delete(key)
+		close(own.done)
 	}()
-	c.value, c.err = ask()
-	c.ended = ctx.Err() == nil
-	return c.value, c.err
+	own.value, own.err = ask()
+	own.ended = ctx.Err() == nil
+	return own.value, own.err
 }
 
-// keyedLock lets one holder at a time go on for each key. The zero keyedLock is
-// ready to use.
-type keyedLock struct {
-	mu   sync.Mutex // guards held; no other lock is taken under it
-	held map[string]chan struct{}
-}
+// keyedLock lets one holder at a time go on for each key. Its zero value is ready to use.
+type keyedLock struct{ held sync.Map } // of a chan struct{} that unlock closes, by key
 
-// lock waits for key. Its error is ctx's, and then key is not locked. The holder
-// calls unlock.
+// lock waits for key. Its error is ctx's. The holder calls unlock.
 func (k *keyedLock) lock(ctx context.Context, key string) error {
+	own := make(chan struct{})
 	for {
-		k.mu.Lock()
-		busy, held := k.held[key]
+		other, held := k.held.LoadOrStore(key, own)
 		if !held {
-			if k.held == nil {
-				k.held = map[string]chan struct{}{}
-			}
-			k.held[key] = make(chan struct{})
-			k.mu.Unlock()
 			return nil
 		}
-		k.mu.Unlock()
 		select {
-		case <-busy:
+		case <-other.(chan struct{}):
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -320,8 +280,6 @@ func (k *keyedLock) lock(ctx context.Context, key string) error {
 }
 
 func (k *keyedLock) unlock(key string) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	close(k.held[key])
-	delete(k.held, key)
+	own, _ := k.held.LoadAndDelete(key)
+	close(own.(chan struct{}))
 }

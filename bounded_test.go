@@ -87,10 +87,10 @@ func TestLRULetsTheLeastRecentlyUsedGo(t *testing.T) {
 	wantEvicted(l.put("a", 4, 9), "") // the old cost goes with the old value
 	wantEvicted(l.putOldest("e", 1, 0), "e")
 	wantEvicted(l.reserve(2), "c")
-	l.release(2)
+	l.reserve(-2)
 	wantEvicted(l.evict(3), "d")
 	wantEvicted(l.put("f", 11, 0), "af") // what is larger than everything does not stay
-	if l.contains("f") || l.remove("f") {
+	if _, found := l.get("f"); found || l.remove("f") {
 		t.Error("f is still there")
 	}
 }
@@ -101,15 +101,17 @@ func TestLRUCountsEntries(t *testing.T) {
 	for i := range 5 {
 		l.put(strconv.Itoa(i), 1, i)
 	}
-	if !l.contains("3") || !l.contains("4") || l.contains("2") {
-		t.Error("other entries than the last two are there")
+	for key, want := range map[string]bool{"2": false, "3": true, "4": true} {
+		if _, found := l.get(key); found != want {
+			t.Errorf("%s is there: %t", key, found)
+		}
 	}
 	l.update("3", func(v *int) { *v = 30 })
 	l.update("2", func(*int) { t.Error("an entry that is gone is updated") })
 	if v, _ := l.get("3"); v != 30 {
 		t.Errorf("3 is %d", v)
 	}
-	if added, _ := l.putIf("5", 1, 5, func() bool { return false }); added || l.contains("5") {
+	if added, _ := l.putIf("5", 1, 5, func() bool { return false }); added || l.byKey["5"] != nil {
 		t.Error("5 was added although it was not valid any more")
 	}
 }
@@ -153,8 +155,8 @@ func TestKeyedLock(t *testing.T) {
 			t.Errorf("%d held it at once, %d still do", most, inside)
 		}
 		k.unlock("b")
-		if len(k.held) > 0 {
-			t.Errorf("%d keys are remembered though nobody holds them", len(k.held))
+		for key := range k.held.Range {
+			t.Errorf("%s is remembered though nobody holds it", key)
 		}
 	})
 }

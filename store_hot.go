@@ -251,7 +251,7 @@ func (t *tieredStore) removeCopy(key string) {
 		return // the tier is closed: findCopies will find it
 	}
 	defer t.copyLocks.unlock(key)
-	if t.copies.contains(key) {
+	if _, found := t.copies.get(key); found {
 		return
 	}
 	if err := t.disk.delete(context.WithoutCancel(t.ctx), key); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -300,7 +300,7 @@ func (t *tieredStore) runCopy(key string, rec *record, v validity, chunks <-chan
 		}
 		copyBuffers.Put((*[copyBufferSize]byte)(chunk[:copyBufferSize]))
 	}
-	t.copies.release(written)
+	t.copies.reserve(-written)
 	if err == nil && written == rec.Size {
 		var sum string // only now: a client in the same network may be faster than SHA-256
 		sum, err = hashBody(t.ctx, spool.body())

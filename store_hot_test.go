@@ -85,7 +85,7 @@ func (b *hotBench) wantHot(spelling, content string) {
 func (b *hotBench) wantNoCopy(spelling string) {
 	b.t.Helper()
 	b.tier.wg.Wait()
-	if b.tier.copies.contains(testKey(spelling)) {
+	if _, found := b.tier.copies.get(testKey(spelling)); found {
 		b.t.Errorf("there is a copy of %s", spelling)
 	}
 	if o, err := b.disk.open(b.t.Context(), testKey(spelling), -1); !errors.Is(err, fs.ErrNotExist) {
@@ -266,7 +266,7 @@ func TestNewCopiesReplaceOldOnesOnAFullDisk(t *testing.T) {
 	b := newHotBenchAt(t, a.fake, hotTestLimit)
 	b.mustPut("old", "old")
 	b.space.diskSpace = func() (diskUsage, error) {
-		if !b.tier.copies.contains(testKey("old")) {
+		if _, found := b.tier.copies.get(testKey("old")); !found {
 			return usageOf(3, 100), nil
 		}
 		return usageOf(0, 100), nil
