@@ -35,7 +35,6 @@ var ladder = []rung{
 	{"respond.go", 0, "respond"},
 	{"respond_*.go", 0, "respond"},
 	{"metrics.go", 0, "metrics"},
-	{"metrics_*.go", 0, "metrics"},
 	{"outage.go", 0, "outage"},
 	{"bounded.go", 0, "bounded"},
 	{"s3sig.go", 0, "s3"},
