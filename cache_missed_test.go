@@ -221,7 +221,7 @@ func TestNoUpstreamIsAskedForASealedRemote(t *testing.T) {
 			return err
 		}},
 		{"token", func() error {
-			_, _, err := tt.up.requestToken(ctx, registry, tokenKey{}, mustURL(t, "https://127.0.0.1/token"))
+			_, _, err := tt.up.requestToken(ctx, registry, "", mustURL(t, "https://127.0.0.1/token"))
 			return err
 		}},
 		{"redirect", func() error {

@@ -1,6 +1,5 @@
-// upstream.go: requests to upstreams. A request goes to base_url and then to the
-// mirrors of a remote, with retries, redirects, credentials and timeouts. Remotes
-// that cannot be reached are remembered.
+// upstream.go: requests to upstreams: to base_url and then to the mirrors of a remote,
+// with retries. Remotes that cannot be reached are remembered.
 
 package main
 
@@ -27,8 +26,8 @@ const (
 	maxRedirects = 10
 	// maxRetries is small because clients retry too, and the two multiply.
 	maxRetries = 2
-	// firstRetryDelay is the first pause; the next is four times as long. A load balancer
-	// drops a dead backend meanwhile, and no client is kept waiting for long.
+	// firstRetryDelay is the first pause; the next is four times as long. Meanwhile a load
+	// balancer drops a dead backend.
 	firstRetryDelay = 200 * time.Millisecond
 	// copyTimeout bounds an attempt if a stored copy can be served instead. Package
 	// managers give up after 30 s of silence.
@@ -41,26 +40,21 @@ const (
 	drainBytes = 64 << 10
 	drainTime  = 250 * time.Millisecond
 	// outagePause is how long a remote that could not be reached is left alone where
-	// a copy can answer, so that new versions are soon seen again. It is also how long an
-	// origin that failed by network is asked last, and how long an answer proves that
-	// silence or a reset is not an outage.
+	// a copy can answer, how long an origin that failed by network is asked last, and how
+	// long an answer proves that silence or a reset is not an outage.
 	outagePause = 10 * time.Second
 	// outageDialTime bounds a dial while the remote is down: there is little hope.
 	outageDialTime = 3 * time.Second
-	// maxDialTime ends a dial whose request has ended long before, by the timeout of its
-	// remote: http.Transport lets such a dial go on.
+	// maxDialTime ends a dial that http.Transport lets go on after the end of its request.
 	maxDialTime = 5 * time.Minute
-	// maxToken bounds a token in bytes. Those with many claims have about 10 KiB, and the
+	// maxToken bounds a token in bytes: those with many claims have about 10 KiB. The
 	// answer of a token service may have it twice.
 	maxToken       = 16 << 10
 	maxTokenAnswer = 4 * maxToken
-	// maxTokens bounds the tokens and the challenges. A lost one costs a request or two.
+	// maxTokens bounds the tokens that are remembered. A lost one costs two requests.
 	maxTokens = 1 << 10
-	// maxChallenge bounds a header with challenges in bytes: it is remembered.
+	// maxChallenge bounds a header with challenges in bytes: parsing it takes time.
 	maxChallenge = 4 << 10
-	// defaultTokenLife is the life of a token without expires_in (distribution,
-	// "Token Authentication Specification").
-	defaultTokenLife = 60 * time.Second
 	// maxTokenLife keeps an absurd expires_in from overflowing a time.Duration.
 	maxTokenLife = 24 * time.Hour
 	// maxRemembered bounds each table about upstreams. A lost entry costs one request.
@@ -69,14 +63,14 @@ const (
 	maxRetryAfter = time.Hour
 	// maxViaEntries bounds the entries of a client's Via that are passed on.
 	maxViaEntries = 16
-	// maxErrorText bounds how much of the text of a library's error, which may quote
-	// the upstream, gets into a log line.
+	// maxErrorText bounds what a library's error, which may quote the upstream, adds to a
+	// log line, in characters.
 	maxErrorText = 300
 )
 
 var (
-	// errCredentials means that the token service of an upstream refused us. It
-	// comes in a problem with status 403 that names the remote.
+	// errCredentials means that the token service of an upstream refused us. It comes in a
+	// problem that names the remote.
 	errCredentials = errors.New("the upstream's credentials are missing or wrong: check username and password")
 	// errSealed means that the upstream is never asked. See newSealedError.
 	errSealed = fmt.Errorf("the remote is sealed: %w", fs.ErrNotExist)
@@ -84,13 +78,13 @@ var (
 	errPrivateAddress = errors.New("a redirect must not lead to a private address")
 )
 
-// contentRange matches a Content-Range with a range.
-var contentRange = regexp.MustCompile(`^(?i)\s*bytes\s+(\d+)-(\d+)/(\d+|\*)\s*$`)
+// contentRange matches a Content-Range, but for that of a 416, which has no range.
+var contentRange = regexp.MustCompile(`^(?i)\s*bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)\s*$`)
 
 // viaEntry matches the entry of a program like this one in a Via header.
-var viaEntry = regexp.MustCompile(`^1\.1 artifactapi-[0-9a-f]{16}$`)
+var viaEntry = regexp.MustCompile(`\b1\.1 artifactapi-[0-9a-f]{16}\b`)
 
-// upstream sends requests to the origins of all remotes. All methods may be called
+// upstream sends requests to the origins of all remotes. Its methods may be called
 // concurrently.
 type upstream struct {
 	version    string                            // for the User-Agent header; set before the first request
@@ -102,12 +96,11 @@ type upstream struct {
 	circuits   *boundedMap[string, *circuit]   // of remotes and, where there are mirrors, of their origins
 	failing    *boundedMap[*url.URL, struct{}] // origins that failed by network a short while ago
 
-	challenges *boundedMap[registryKey, authChallenge] // of registries
-	tokens     *boundedMap[tokenKey, string]           // for them
-	asking     sharedCalls[tokenKey, string]           // one request for a token at a time
+	authorizations *boundedMap[registryKey, string] // that registries have asked for
+	asking         sharedCalls[registryKey, string] // one request for a token at a time
 
-	// proxyFor returns the proxy for a request, or nil. It must agree with the Proxy
-	// functions of the transports. kindOf is kindOfAddress. Only tests replace the two.
+	// proxyFor must agree with the Proxy functions of the transports. kindOf is
+	// kindOfAddress. Only tests replace the two.
 	proxyFor func(*http.Request) (*url.URL, error)
 	kindOf   func(netip.Addr) addressKind
 }
@@ -126,9 +119,8 @@ type upstreamRequest struct {
 }
 
 // upstreamResponse is the response of an upstream. The caller closes Body, or discards
-// it. The context that was given to send ends Body too. Reading Body fails with errTimeout
-// if no byte arrives for bodyIdleTimeout; its bytes and its failure are counted.
-// Request.URL must not be logged: the query of a redirect target may be a signature.
+// it. The context that was given to send ends Body too. Request.URL must not be logged:
+// the query of a redirect target may be a signature.
 type upstreamResponse struct {
 	*http.Response
 	origin int // the index in remote.origins of the origin that answered
@@ -151,7 +143,6 @@ func (resp *upstreamResponse) discardBody() {
 // newUpstream makes an upstream. It calls rt for each kind of address; see newTransport.
 func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.Time, log *slog.Logger, m *metrics) *upstream {
 	u := &upstream{
-		version:  "dev",
 		via:      fmt.Sprintf("1.1 artifactapi-%016x", rand.Uint64()),
 		now:      now,
 		log:      log,
@@ -159,8 +150,7 @@ func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.T
 		circuits: newBoundedMap[string, *circuit](maxRemembered, now),
 		failing:  newBoundedMap[*url.URL, struct{}](maxRemembered, now),
 
-		challenges: newBoundedMap[registryKey, authChallenge](maxTokens, now),
-		tokens:     newBoundedMap[tokenKey, string](maxTokens, now),
+		authorizations: newBoundedMap[registryKey, string](maxTokens, now),
 
 		proxyFor: http.ProxyFromEnvironment,
 		kindOf:   kindOfAddress,
@@ -174,31 +164,23 @@ func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.T
 // Close closes idle connections, when no request runs any more.
 func (u *upstream) Close() {
 	for _, rt := range u.transports {
-		if c, ok := rt.(interface{ CloseIdleConnections() }); ok {
-			c.CloseIdleConnections()
-		}
+		(&http.Client{Transport: rt}).CloseIdleConnections()
 	}
 }
 
 // passedVia returns what of a client's Via (RFC 9110 section 7.6.3) goes upstream. Its
 // error is a 508 problem if our own entry is there: a base_url leads back to us.
 func (u *upstream) passedVia(h http.Header) (string, error) {
-	var entries []string
-	for entry := range strings.SplitSeq(strings.Join(h["Via"], ","), ",") {
-		if entry = strings.TrimSpace(entry); viaEntry.MatchString(entry) {
-			entries = append(entries, entry)
-		}
-	}
+	entries := viaEntry.FindAllString(strings.Join(h["Via"], ","), -1)
 	if slices.Contains(entries, u.via) {
 		return "", newProblem(http.StatusLoopDetected, "this request comes from this very server: the base_url of a remote leads back to it")
 	}
 	return strings.Join(entries[max(0, len(entries)-maxViaEntries):], ", "), nil
 }
 
-// send sends req and returns a response of any status. All origins are tried before
-// one is tried again, and none is tried again while the remote is down. The error wraps
-// errUnreachable, errTimeout, errBadUpstream or errCredentials, or is the context's. The
-// caller closes the body.
+// send sends req and returns a response of any status, whose body the caller closes. All
+// origins are tried before one is tried again, and none is while the remote is down. The
+// error wraps errUnreachable, errTimeout, errBadUpstream or errCredentials, or is ctx's.
 func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
 	retries := maxRetries
 	if !req.hasCopy && u.isDown(ctx, req.remote) {
@@ -238,7 +220,8 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 		if failedByNetwork(err) {
 			u.failing.putFor(req.remote.origins[i].url, struct{}{}, outagePause)
 		}
-		reached = reached || !countsAsDown(err)
+		failure, isTransport := errors.AsType[*transportError](err)
+		reached = reached || !isTransport || !failure.countsAsDown
 		timedOut = timedOut || errors.Is(err, errTimeout)
 		if i > 0 {
 			resp.discardBody()
@@ -296,8 +279,8 @@ func (u *upstream) failingOrigins(r *remote) (all []failingOrigin) {
 }
 
 // originOrder returns the indexes of the origins in the order in which they are asked:
-// those that failed by network a short while ago are last. first may come from another
-// replica whose configuration has more mirrors.
+// those that failed by network a short while ago are last. first may not exist: another
+// replica's configuration may have more mirrors.
 func (u *upstream) originOrder(req upstreamRequest) []int {
 	var order, last []int
 	for i, o := range req.remote.origins {
@@ -324,7 +307,6 @@ func failedByNetwork(err error) bool {
 	return errors.Is(err, errUnreachable) || errors.Is(err, errTimeout)
 }
 
-// isGatewayError: 502, 503 or 504.
 func isGatewayError(status int) bool {
 	return status >= http.StatusBadGateway && status <= http.StatusGatewayTimeout
 }
@@ -352,7 +334,7 @@ func (u *upstream) tryOrigin(ctx context.Context, req upstreamRequest, i int) (*
 		cancel(nil)
 		return nil, err
 	}
-	resp.Body.(*upstreamBody).release = cancel // the body needs the context until it is closed
+	resp.Body.(*upstreamBody).cancel = cancel // the body needs the context until it is closed
 	return resp, nil
 }
 
@@ -361,14 +343,13 @@ func (u *upstream) circuitOf(remote string) *circuit {
 	return u.circuits.getOrPut(remote, func() *circuit { return newCircuit(u.now, outagePause, outagePause) })
 }
 
-// circuitOfOrigin is the same about one origin; no remote's name has a blank.
+// circuitOfOrigin is the same about one origin. No remote's name has a blank.
 func (u *upstream) circuitOfOrigin(r *remote, i int) *circuit {
 	return u.circuitOf(r.name + " " + r.origins[i].url.String())
 }
 
 // isDown reports whether a remote counts as down. Once a pause is over, one caller gets
-// false and is the probe: it must send a request, and it is the probe until that has a
-// result or ctx ends.
+// false and must send a request: it is the probe, see circuit.admit.
 func (u *upstream) isDown(ctx context.Context, r *remote) bool {
 	return u.circuitOf(r.name).admit(ctx) != nil
 }
@@ -377,8 +358,7 @@ func (u *upstream) isDown(ctx context.Context, r *remote) bool {
 func (u *upstream) isInOutage(remote string) bool { return u.circuitOf(remote).outageCause() != nil }
 
 // parseRetryAfter reads Retry-After (RFC 9110 section 10.2.3), a number of seconds or
-// a date, and returns how long to wait from now on: 0 without a usable value, and at
-// most maxRetryAfter.
+// a date, and returns how long to wait from now on: 0 without a usable value.
 func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	v := strings.TrimSpace(h.Get("Retry-After"))
 	var d time.Duration
@@ -391,18 +371,14 @@ func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 }
 
 // parseContentRange reads the Content-Range of a 206, "bytes FIRST-LAST/SIZE" (RFC 9110
-// section 14.4). size is -1 if it is "*". ok is false for anything else, also for the
-// Content-Range of a 416, which has no range.
+// section 14.4). size is -1 if it is "*".
 func parseContentRange(s string) (first, last, size int64, ok bool) {
 	parts := contentRange.FindStringSubmatch(s)
 	if parts == nil {
 		return 0, 0, 0, false
 	}
-	first, err1 := strconv.ParseInt(parts[1], 10, 64)
-	last, err2 := strconv.ParseInt(parts[2], 10, 64)
-	size, err3 := strconv.ParseInt(strings.Replace(parts[3], "*", "-1", 1), 10, 64)
-	if err1 != nil || err2 != nil || err3 != nil || last < first || (size >= 0 && last >= size) {
-		return 0, 0, 0, false
-	}
-	return first, last, size, true
+	first, _ = strconv.ParseInt(parts[1], 10, 64)
+	last, _ = strconv.ParseInt(parts[2], 10, 64)
+	size, _ = strconv.ParseInt(strings.Replace(parts[3], "*", "-1", 1), 10, 64)
+	return first, last, size, first <= last && (size < 0 || last < size)
 }

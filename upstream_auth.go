@@ -1,7 +1,6 @@
-// upstream_auth.go: authorization at container registries: the challenges of a
-// registry, the requests to its token service, and which token services get the
-// credentials. The protocol is distribution's "Token Authentication Specification"
-// (https://distribution.github.io/distribution/spec/auth/token/).
+// upstream_auth.go: authorization at container registries: challenges, token services, and
+// which of them get the credentials. The protocol is distribution's "Token Authentication
+// Specification" (https://distribution.github.io/distribution/spec/auth/token/).
 
 package main
 
@@ -24,8 +23,8 @@ import (
 )
 
 // sendAuthorized sends req to origin i, with the authorization that the origin wants. A
-// registry asks for it in a 401. Its challenge is remembered, and so are the tokens, so
-// that the next request has an Authorization at once. The caller closes the body.
+// registry asks for it in a 401; it is remembered for the next request. The caller closes
+// the body.
 func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i int) (*upstreamResponse, error) {
 	o := req.remote.origins[i].url
 	start, err := joinURL(o, req.wire)
@@ -37,8 +36,11 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 	if req.remote.packageType != "docker" {
 		return u.followRedirects(ctx, x)
 	}
-	registry := x.registryKeyOf(req.scope)
-	x.auth = u.cachedAuthorization(registry)
+	registry := x.registryKey()
+	token, _ := u.authorizations.get(registry)
+	registry.scope = "" // Basic is the same for all images
+	basic, _ := u.authorizations.get(registry)
+	x.auth = cmp.Or(token, basic)
 	for last, n := false, 0; ; n++ { // a remembered token may be refused, and so may another request's new one
 		resp, err := u.followRedirects(ctx, x)
 		if err != nil || resp.StatusCode != http.StatusUnauthorized {
@@ -52,17 +54,17 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 		case !x.redirected: // by another registry, which is asked itself from now on
 			target := *x
 			target.start, target.auth, target.redirected = at, "", true
-			x, registry, n = &target, target.registryKeyOf(req.scope), 0
+			x, n = &target, 0
 		default:
 			return resp, nil
 		}
-		auth, fresh, err := u.chooseAuthorization(ctx, x, registry, resp.Header.Values("WWW-Authenticate"))
+		auth, fresh, err := u.chooseAuthorization(ctx, x, resp.Header.Values("WWW-Authenticate"))
 		if err == nil && auth == "" {
 			return resp, nil
 		}
-		if busy, ok := errors.AsType[*tokenServiceBusy](err); ok {
+		if p, ok := errors.AsType[*problem](err); ok && p.status == http.StatusTooManyRequests {
 			// Our callers treat it in the same way as a 429 of the registry.
-			resp.StatusCode, resp.Header = http.StatusTooManyRequests, http.Header{"Retry-After": {busy.retryAfter}}
+			resp.StatusCode, resp.Header = p.status, p.headers
 			return resp, nil
 		}
 		resp.discardBody()
@@ -76,38 +78,34 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 // chooseAuthorization returns the Authorization header for the challenges of a 401, or ""
 // if there is none but the one that was just refused. A token that is not fresh, which
 // means made for this request, may be refused although a new one would be accepted.
-func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, registry registryKey, challenges []string) (auth string, fresh bool, err error) {
+func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, challenges []string) (auth string, fresh bool, err error) {
 	challenge, ok := chooseChallenge(parseChallenges(challenges))
+	registry := x.registryKey()
 	switch {
 	case !ok, challenge.scheme == "basic" && x.auth == registry.basic:
 		return "", true, nil
 	case challenge.scheme == "basic":
 		registry.scope = "" // the same for all images
-		u.challenges.put(registry, challenge)
+		u.authorizations.put(registry, registry.basic)
 		return registry.basic, true, nil
 	}
-	realm, err := x.parseRealm(challenge.params["realm"], registry.basic != "")
+	service, err := x.newTokenURL(challenge.params, registry)
 	if err != nil { // nobody will be asked any more
 		u.endOutage(x.remote)
 		return "", true, err
 	}
-	key, refused := registry.tokenKeyFor(challenge), strings.TrimPrefix(x.auth, "Bearer ")
-	token, err := u.asking.call(ctx, key, func() (string, error) {
-		if token, _ := u.tokens.get(key); token != "" && token != refused {
-			return token, nil
+	auth, err = u.asking.call(ctx, registry, func() (string, error) {
+		if known, _ := u.authorizations.get(registry); known != "" && known != x.auth {
+			return known, nil
 		}
 		fresh = true
-		token, life, err := u.requestToken(ctx, x, key, realm)
+		token, life, err := u.requestToken(ctx, x, registry.basic, service)
 		if err == nil {
-			u.tokens.putFor(key, token, life)
+			u.authorizations.putFor(registry, "Bearer "+token, life)
 		}
-		return token, err
+		return "Bearer " + token, err
 	})
-	if err != nil {
-		return "", true, err
-	}
-	u.challenges.put(registry, challenge)
-	return "Bearer " + token, fresh, nil
+	return auth, fresh, err
 }
 
 // chooseChallenge returns a challenge that we can answer. A token is preferred: it
@@ -124,7 +122,8 @@ func chooseChallenge(challenges []authChallenge) (authChallenge, bool) {
 }
 
 // registryKey stands for one image of one registry as one user. With a changed password
-// it is another user.
+// it is another user. No other server is sent its tokens: a mirror without auth may name
+// the token service of base_url.
 type registryKey struct {
 	remote string
 	server string // scheme and host
@@ -132,47 +131,44 @@ type registryKey struct {
 	basic  string // the Basic authorization that the registry may get; "" if none
 }
 
-// tokenKey stands for one token. The credentials are part of it: otherwise a mirror
-// without auth could name the realm of base_url and would be sent a token that was got
-// with the credentials.
-type tokenKey struct{ remote, realm, service, scope, basic string }
-
-// registryKeyOf returns the key of the registry that x asks. One that a redirect leads
-// to gets no credentials, whoever it is.
-func (x *exchange) registryKeyOf(scope string) registryKey {
-	k := registryKey{remote: x.remote.name, server: x.start.Scheme + "://" + x.start.Host, scope: scope}
+// registryKey returns the key of the registry that x asks. One that a redirect leads to
+// gets no credentials, whoever it is.
+func (x *exchange) registryKey() registryKey {
+	k := registryKey{remote: x.remote.name, server: x.start.Scheme + "://" + x.start.Host, scope: x.scope}
 	if !x.redirected && x.remote.sendsCredentialsTo(x.origin) {
 		k.basic = x.remote.basicAuthorization()
 	}
 	return k
 }
 
-// pullScope matches a scope that lets one image be pulled. A registry that maps paths
-// names another image in it than the one that was asked for.
+// pullScope matches a scope that lets one image be pulled: another one than was asked for,
+// where a registry maps paths.
 var pullScope = regexp.MustCompile(`^repository:[^ ,]+:pull$`)
 
-// tokenKeyFor returns the key of the token that a challenge asks for. Of its scope only
-// what we need is believed.
-func (k registryKey) tokenKeyFor(c authChallenge) tokenKey {
-	if scope := c.params["scope"]; pullScope.MatchString(scope) {
-		k.scope = scope
-	}
-	return tokenKey{k.remote, c.params["realm"], c.params["service"], k.scope, k.basic}
-}
-
-// parseRealm parses the URL of a token service. It refuses one that must not get the
-// credentials, if there are any.
-func (x *exchange) parseRealm(s string, hasCredentials bool) (*url.URL, error) {
-	realm, err := url.Parse(s)
+// newTokenURL makes the URL of the token that a challenge asks for. It refuses a service
+// that must not get the credentials, if there are any. Of the challenge's scope only what
+// we need is believed.
+func (x *exchange) newTokenURL(challenge map[string]string, k registryKey) (*url.URL, error) {
+	realm, err := url.Parse(challenge["realm"])
 	if err != nil || realm.Host == "" || (realm.Scheme != "https" && realm.Scheme != "http") {
 		return nil, x.newUnusableError(x.origin, "its token realm is not an http or https URL")
 	}
 	realm.User, realm.Fragment = nil, ""
-	if hasCredentials && !x.remote.trustsRealm(realm) {
+	if k.basic != "" && !x.remote.trustsRealm(realm) {
 		return nil, x.newUnusableError(x.origin, fmt.Sprintf(
 			"its token realm is at another server, which must not get the credentials; if it may, set token_realm: %s://%s%s",
 			realm.Scheme, realm.Host, realm.EscapedPath()))
 	}
+	if scope := challenge["scope"]; pullScope.MatchString(scope) {
+		k.scope = scope
+	}
+	query := realm.Query()
+	for name, value := range map[string]string{"service": challenge["service"], "scope": k.scope} {
+		if value != "" {
+			query.Set(name, value)
+		}
+	}
+	realm.RawQuery = query.Encode()
 	return realm, nil
 }
 
@@ -196,9 +192,8 @@ func (r *remote) isTokenRealm(realm *url.URL) bool {
 func lowerHost(u *url.URL) string { return strings.TrimSuffix(strings.ToLower(u.Hostname()), ".") }
 
 // sharesDomain reports whether the host realm belongs to the host registry: it is the
-// same, or it is the parent domain of registry or below that, as auth.docker.io is for
-// registry-1.docker.io. A parent domain below which anybody can have a name does not
-// count. An IP address has no domain.
+// same, or the parent domain of registry or below that, as auth.docker.io is for
+// registry-1.docker.io. A parent domain below which anybody can have a name does not count.
 func sharesDomain(registry, realm string) bool {
 	if registry == realm {
 		return true
@@ -212,9 +207,8 @@ func sharesDomain(registry, realm string) bool {
 	return hasTwo && !isPublic && (realm == parent || strings.HasSuffix(realm, "."+parent))
 }
 
-// countrySuffixes are public below the domains of many countries: co.uk, com.au. A domain
-// that is listed by mistake costs its users a line token_realm; one that is missing may
-// cost a password.
+// countrySuffixes are public below the domains of many countries: co.uk, com.au. One that
+// is listed by mistake costs a line token_realm; one that is missing may cost a password.
 var countrySuffixes = strings.Fields("ac co com edu go gob gov gv id ltd me mil ne net nom or org plc sch")
 
 // hosterSuffixes are domains below which a hoster gives names to its customers.
@@ -222,38 +216,17 @@ var hosterSuffixes = strings.Fields(`appspot.com azurecr.io azurewebsites.net cl
 	duckdns.org fly.dev github.io gitlab.io herokuapp.com hf.space jfrog.io netlify.app
 	ngrok.io onrender.com pages.dev pkg.dev run.app vercel.app web.app workers.dev`)
 
-// cachedAuthorization returns the Authorization header that a registry will probably
-// want, or "" if its challenge must be awaited.
-func (u *upstream) cachedAuthorization(k registryKey) string {
-	c, _ := u.challenges.get(k)
-	if token, found := u.tokens.get(k.tokenKeyFor(c)); found {
-		return "Bearer " + token
-	}
-	k.scope = ""
-	if c, _ := u.challenges.get(k); c.scheme == "basic" {
-		return k.basic
-	}
-	return ""
-}
-
-// requestToken asks the token service at realm for the token k. It takes at most the
-// remote's timeout, redirects included. life is how long the token may be used. The
-// error is a tokenServiceBusy for a 429, errCredentials for a 401 or 403, or one of
-// send's.
-func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, realm *url.URL) (token string, life time.Duration, err error) {
+// requestToken asks the token service at realm for a token, with the authorization basic.
+// It takes at most the remote's timeout, redirects included. life is how long the token
+// may be used. The error is a problem with status 429, errCredentials for a 401 or 403, or
+// one of send's.
+func (u *upstream) requestToken(ctx context.Context, x *exchange, basic string, realm *url.URL) (token string, life time.Duration, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, x.remote.timeout, errTimeout)
 	defer cancel()
-	start, query := *realm, realm.Query()
-	for name, value := range map[string]string{"service": k.service, "scope": k.scope} {
-		if value != "" {
-			query.Set(name, value)
-		}
-	}
-	start.RawQuery = query.Encode()
 	service := *x
-	service.start, service.auth = &start, k.basic
+	service.start, service.auth = realm, basic
 	service.method, service.header, service.digestKnown = http.MethodGet, http.Header{"Accept": {"application/json"}}, false
-	if k.basic != "" || x.remote.isTokenRealm(realm) {
+	if basic != "" || x.remote.isTokenRealm(realm) {
 		service.reach = anyAddress // it is trusted, or the administrator named it
 	}
 	resp, err := u.followRedirects(ctx, &service)
@@ -268,7 +241,7 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, k tokenKey, re
 	switch resp.StatusCode {
 	case http.StatusOK:
 	case http.StatusTooManyRequests:
-		return "", 0, &tokenServiceBusy{resp.Header.Get("Retry-After")}
+		return "", 0, &problem{status: resp.StatusCode, headers: http.Header{"Retry-After": {resp.Header.Get("Retry-After")}}}
 	case http.StatusUnauthorized, http.StatusForbidden:
 		text := errCredentials.Error()
 		if x.redirected {
@@ -303,17 +276,12 @@ func parseTokenAnswer(text []byte) (token string, life time.Duration, err error)
 	if token == "" || len(token) > maxToken || strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' }) {
 		return "", 0, errors.New("its answer has no usable token")
 	}
-	life = defaultTokenLife
+	life = time.Minute // without expires_in
 	if seconds, err := answer.ExpiresIn.Float64(); err == nil && seconds > 0 {
 		life = time.Duration(min(seconds, maxTokenLife.Seconds()) * float64(time.Second))
 	}
 	return token, life - life/10, nil
 }
-
-// tokenServiceBusy is the error for a 429 of the token service, with its Retry-After.
-type tokenServiceBusy struct{ retryAfter string }
-
-func (b *tokenServiceBusy) Error() string { return "the token service limits its requests (429)" }
 
 // authChallenge is one way to authorize that a WWW-Authenticate header offers.
 type authChallenge struct {
@@ -337,7 +305,7 @@ var quotedPair = regexp.MustCompile(`(?s)\\(.)`)
 // parseChallenges parses WWW-Authenticate headers (RFC 9110 section 11.6.1). A header
 // may have several challenges, which are separated by commas as their parameters are.
 // Of a repeated parameter the first value counts. What follows a syntax error in a
-// header is ignored, and so is a header that is too long to be remembered.
+// header is ignored, and so is a header that is too long.
 func parseChallenges(headers []string) []authChallenge {
 	var challenges []authChallenge
 	for _, rest := range headers {

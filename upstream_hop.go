@@ -1,6 +1,5 @@
-// upstream_hop.go: one exchange with an origin: the requests along its redirects,
-// which addresses may be dialled for them, and the body, which ends when no byte
-// arrives.
+// upstream_hop.go: one exchange with an origin: the requests along its redirects, which
+// addresses may be dialled for them, and the body.
 
 package main
 
@@ -46,8 +45,8 @@ func newTransport(reach addressKind) *http.Transport {
 	}
 }
 
-// addressKind is the purpose of an address (IANA's registries of special-purpose
-// addresses), and what a redirect may lead to beside public addresses.
+// addressKind is the purpose of an address (IANA's registries), and what a redirect may
+// lead to beside public addresses.
 type addressKind int
 
 const (
@@ -67,8 +66,8 @@ var specialNetworks = map[addressKind][]netip.Prefix{
 	reservedAddress:  parsePrefixes("0.0.0.0/8 192.0.0.0/24 198.18.0.0/15 224.0.0.0/4 240.0.0.0/4 ::/128 64:ff9b:1::/48 fec0::/10 ff00::/8"),
 }
 
-// networks of IPv6 addresses that lead to an IPv4 address inside: NAT64 (RFC 6052) and
-// IPv4-compatible, 6to4 (RFC 3056), Teredo (RFC 4380).
+// IPv6 networks with an IPv4 address inside: NAT64 (RFC 6052) and IPv4-compatible, 6to4
+// (RFC 3056), Teredo (RFC 4380).
 var (
 	embeddedLast = parsePrefixes("64:ff9b::/96 ::/96")
 	sixToFour    = netip.MustParsePrefix("2002::/16")
@@ -105,8 +104,7 @@ func kindOfAddress(a netip.Addr) addressKind {
 }
 
 // refuseOthers refuses to dial an address that is neither public nor of the kind reach.
-// net.Dialer calls it after the lookup, so a name whose address changes between a check
-// and the dial does not get around it.
+// net.Dialer calls it after the lookup: no name can change its address behind the check.
 func (reach addressKind) refuseOthers(_ context.Context, _, address string, _ syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
 	if kind := kindOfAddress(ap.Addr()); err != nil || (kind != publicAddress && kind != reach && reach != anyAddress) {
@@ -158,8 +156,8 @@ func (r *remote) basicAuthorization() string {
 	return "Basic " + base64.StdEncoding.EncodeToString([]byte(r.username+":"+string(r.password)))
 }
 
-// hasServer reports whether the server of at has a base_url or a mirror of c. Whoever
-// wrote the configuration trusts it, wherever it is.
+// hasServer reports whether the server of at has a base_url or a mirror of c: whoever wrote
+// the configuration trusts it.
 func (c *config) hasServer(at *url.URL) bool {
 	for _, r := range c.remotes {
 		if slices.ContainsFunc(r.origins, func(o origin) bool { return sameServer(o.url, at) }) {
@@ -169,7 +167,6 @@ func (c *config) hasServer(at *url.URL) bool {
 	return false
 }
 
-// sameServer reports whether a and b have the same scheme, host and port.
 func sameServer(a, b *url.URL) bool {
 	return a.Scheme == b.Scheme && sameHost(a, b) && effectivePort(a) == effectivePort(b)
 }
@@ -191,15 +188,12 @@ func effectivePort(u *url.URL) string {
 }
 
 // redirectStatuses are those of a redirect with a Location (RFC 9110 section 15.4).
-var redirectStatuses = []int{
-	http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther,
-	http.StatusTemporaryRedirect, http.StatusPermanentRedirect,
-}
+var redirectStatuses = []int{301, 302, 303, 307, 308}
 
 // followRedirects sends x and follows redirects to an answer, or to a redirect that only
-// adds a slash to the path. The caller closes its body. http.Client is not used: it would
-// send Authorization to sub-domains and the URL before as Referer, and its errors hold
-// whole URLs.
+// adds a slash to the path. The caller closes its body. http.Client would send
+// Authorization to sub-domains and the URL before as Referer, and its errors hold whole
+// URLs.
 func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*upstreamResponse, error) {
 	at := x.start
 	for n := 0; ; n++ {
@@ -225,17 +219,16 @@ func (u *upstream) followRedirects(ctx context.Context, x *exchange) (*upstreamR
 	}
 }
 
-// addsSlash reports whether a redirect to next says that x.start is a folder. A client
-// must know that, since it resolves the links in a listing. Behind a server that ends
-// TLS such a redirect often has the wrong scheme or port.
+// addsSlash reports whether a redirect to next says that x.start is a folder: clients must
+// know, to resolve the links in a listing. Behind a server that ends TLS such a redirect
+// often has the wrong scheme or port.
 func (x *exchange) addsSlash(next *url.URL) bool {
 	return x.remote.packageType != "docker" && sameHost(next, x.start) && next.Path == x.start.Path+"/" &&
 		!strings.HasSuffix(x.start.Path, "/") && (next.RawQuery == "" || next.RawQuery == x.start.RawQuery)
 }
 
 // resolveLocation returns the URL that a Location header at the URL at leads to. reason
-// is "", or says why the redirect is refused. It does not quote the location, whose
-// query may be a signature.
+// says why the redirect is refused, without the location: its query may be a signature.
 func resolveLocation(at *url.URL, location string) (next *url.URL, reason string) {
 	if location == "" {
 		return nil, "a redirect without Location"
@@ -244,10 +237,8 @@ func resolveLocation(at *url.URL, location string) (next *url.URL, reason string
 	switch {
 	case err != nil:
 		return nil, "a redirect with a malformed Location"
-	case next.Scheme != "http" && next.Scheme != "https":
-		return nil, "a redirect to a URL that is neither http nor https"
-	case next.Host == "":
-		return nil, "a redirect to a URL without a host"
+	case (next.Scheme != "http" && next.Scheme != "https") || next.Host == "":
+		return nil, "a redirect to a URL that is neither http nor https, or without a host"
 	}
 	next.Fragment, next.RawFragment, next.User = "", "", nil
 	next.RawQuery = strings.ReplaceAll(next.RawQuery, " ", "%20") // a blank would end the target in the request line
@@ -255,21 +246,19 @@ func resolveLocation(at *url.URL, location string) (next *url.URL, reason string
 }
 
 // roundTrip sends one request of x to at. first: at is not the target of a redirect. The
-// remote's timeout covers everything up to the response header; the body has its own. The
-// caller closes it.
+// remote's timeout covers everything up to the response header. The caller closes the body.
 func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, first bool) (*upstreamResponse, error) {
 	if x.remote.sealed { // all requests are sent here: to a mirror, along a redirect, for a token too
 		return nil, x.remote.newSealedError()
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	name, began := x.remote.name, u.now()
-	var connected atomic.Pointer[netip.Addr] // where the connection goes; a goroutine of the transport may store it
+	var connected atomic.Pointer[netip.AddrPort] // where the connection goes; a goroutine of the transport may store it
 	dialing := time.AfterFunc(cmp.Or(x.dialTime, x.remote.timeout), func() { cancel(errTimeout) })
 	defer dialing.Stop()
 	trace := &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
 		dialing.Stop()
-		ap, _ := netip.ParseAddrPort(i.Conn.RemoteAddr().String())
-		addr := ap.Addr()
+		addr, _ := netip.ParseAddrPort(i.Conn.RemoteAddr().String())
 		connected.Store(&addr)
 	}}
 	req := x.newRequest(httptrace.WithClientTrace(ctx, trace), at, u)
@@ -310,7 +299,7 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		u.endOutage(x.remote)
 	}
 	if a := connected.Load(); first && sameServer(at, x.origin) && !proxied && a != nil {
-		x.reach = max(x.reach, u.kindOf(*a)) // a name of the origin's that leads into a private network itself
+		x.reach = max(x.reach, u.kindOf(a.Addr())) // a name of the origin's that leads into a private network itself
 	}
 	resp.Request = req
 	resp.Body = &upstreamBody{ReadCloser: resp.Body, u: u, ctx: ctx, cancel: cancel, idle: timer, remote: name, host: at.Host}
@@ -337,8 +326,8 @@ func (r *remote) newSealedError() error {
 		detail: fmt.Sprintf("remote %q is sealed and has no copy of this: it asks no upstream, and lists what is missing at /missed", r.name)}
 }
 
-// newRequest makes the request to at. Our own headers replace configured ones of the same
-// name, since the answer could not be used otherwise.
+// newRequest makes the request to at. Our own headers replace configured ones: the answer
+// could not be used otherwise.
 func (x *exchange) newRequest(ctx context.Context, at *url.URL, u *upstream) *http.Request {
 	h := http.Header{"User-Agent": {"artifactapi/" + u.version}}
 	req := &http.Request{
@@ -364,28 +353,21 @@ func (x *exchange) newRequest(ctx context.Context, at *url.URL, u *upstream) *ht
 	return req.WithContext(ctx)
 }
 
-// transportError says how a request failed. Its text is net/http's, which may name hosts
-// and addresses but holds no URL.
+// transportError says how a request failed. Its text is net/http's, which holds no URL.
 type transportError struct {
 	kind         error
 	reason       string
-	countsAsDown bool // shows that the remote cannot be reached
+	countsAsDown bool // shows that the origin cannot be reached
 }
 
 func (e *transportError) Error() string { return e.reason }
 
 func (e *transportError) Unwrap() error { return e.kind }
 
-// countsAsDown reports whether err shows that an origin cannot be reached.
-func countsAsDown(err error) bool {
-	failure, ok := errors.AsType[*transportError](err)
-	return ok && failure.countsAsDown
-}
-
 // newTransportError makes the error for a request or a body that failed with err. It is
 // nil if ctx, the request's, was ended from outside. An answer that is not HTTP counts
-// as unreachable, because a captive portal or a wrong port says nothing about the file.
-// err itself is not wrapped: a context error in it may not be the client's.
+// as unreachable: a captive portal says nothing about the file. err itself is not wrapped:
+// a context error in it may not be the client's.
 func newTransportError(ctx context.Context, err error) *transportError {
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errTimeout), errors.Is(err, errTimeout):
@@ -396,8 +378,7 @@ func newTransportError(ctx context.Context, err error) *transportError {
 	return &transportError{kind: errUnreachable, reason: clipText(err.Error())}
 }
 
-// explainFailure makes the error for a request to at that failed with err before its
-// response header; ctx is the request's.
+// explainFailure makes the error for a request to at that failed with err; ctx is its own.
 func (x *exchange) explainFailure(ctx context.Context, at *url.URL, err error) error {
 	if errors.Is(err, errPrivateAddress) {
 		return x.newUnusableError(at, fmt.Sprintf("%v; if it may, add a remote with base_url: %s://%s", errPrivateAddress, at.Scheme, at.Host))
@@ -419,33 +400,26 @@ func (x *exchange) newExchangeProblem(kind error, at *url.URL, text string, caus
 	if i := slices.IndexFunc(x.remote.origins, func(o origin) bool { return sameServer(o.url, at) }); i >= 0 {
 		host = x.remote.shownHost(i)
 	}
-	p := newProblem(statusOf(kind), "remote %q: %s: %s", x.remote.name, clipText(host), clipText(text))
-	p.cause = cause
-	return p
+	status, _ := statusAndDetail(kind)
+	return &problem{status: status, cause: cause, detail: fmt.Sprintf("remote %q: %s: %s", x.remote.name, clipText(host), clipText(text))}
 }
 
-// clipText cuts a text of an upstream or a library to maxErrorText bytes.
-func clipText(s string) string {
-	if len(s) > maxErrorText {
-		return strings.ToValidUTF8(s[:maxErrorText], "") + "..."
-	}
-	return s
-}
+// clipText cuts a text of an upstream or a library.
+func clipText(s string) string { return fmt.Sprintf("%.*s", maxErrorText, s) }
 
-// upstreamBody ends its request if no byte arrives for bodyIdleTimeout. The timer runs
-// during Read only: a slow reader does not make a silent upstream. One goroutine uses it.
+// upstreamBody ends its request if no byte arrives for bodyIdleTimeout during Read: a slow
+// reader does not make a silent upstream. One goroutine uses it.
 type upstreamBody struct {
 	io.ReadCloser
 	u            *upstream
 	ctx          context.Context         // of the request
-	cancel       context.CancelCauseFunc // ends ctx
-	release      context.CancelCauseFunc // ends the context of the attempt; may be nil
+	cancel       context.CancelCauseFunc // ends ctx, or that of the attempt, from which ctx comes
 	idle         *time.Timer             // cancels ctx with errTimeout
 	remote, host string                  // for counters and errors
 }
 
-// Read reads and counts bytes. The error of a body that broke off wraps errTimeout or
-// errUnreachable, as if there had been no answer, or is the context's.
+// Read reads and counts bytes. Its error wraps errTimeout or errUnreachable, as if there
+// had been no answer, or is the context's.
 func (b *upstreamBody) Read(p []byte) (int, error) {
 	b.idle.Reset(bodyIdleTimeout)
 	n, err := b.ReadCloser.Read(p)
@@ -463,11 +437,7 @@ func (b *upstreamBody) Read(p []byte) (int, error) {
 }
 
 func (b *upstreamBody) Close() error {
-	err := b.ReadCloser.Close()
+	defer b.cancel(nil)
 	b.idle.Stop()
-	b.cancel(nil)
-	if b.release != nil {
-		b.release(nil)
-	}
-	return err
+	return b.ReadCloser.Close()
 }
