@@ -258,7 +258,7 @@ func (s *server) newHandler() http.Handler {
 		st.hot.isInTrouble = func() bool { return st.isInTrouble("storage") }
 	}
 	s.cache.isInTrouble, s.cache.storageIsDown = st.isInTrouble, st.storageIsDown
-	s.responder = &responder{now: time.Now, log: s.log, metrics: metrics, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
+	s.responder = &responder{now: time.Now, log: s.log, count: metrics.countRequest, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	s.runs = &prefetchRuns{}
 	return &api{cache: s.cache, config: s.config.Load, settings: s.set.shown, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
 		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(), runs: s.runs,

@@ -385,7 +385,7 @@ func (m *mirror) start() {
 	up := newUpstream(func(reach addressKind) http.RoundTripper { return newTransport(reach) }, now, log, met)
 	m.cache = newCache(cacheStores{objects: m.disk, index: newEmbeddedIndex(m.dir, log), marks: newLocalFreshness(m.dir, now, log),
 		space: &spoolSpace{createFile: m.disk.newSpool, diskSpace: m.disk.freeSpace, now: now}}, up, now, log, met)
-	m.reg = newRegistry(m.cache, func() *config { return cfg }, &responder{now: now, log: log, metrics: met})
+	m.reg = newRegistry(m.cache, func() *config { return cfg }, &responder{now: now, log: log, count: met.countRequest})
 	m.srv = httptest.NewServer(&api{cache: m.cache, config: m.reg.config, responder: m.reg.responder, metrics: met, now: now, token: "t",
 		origin: http.NewCrossOriginProtection(), registry: m.reg, runs: &prefetchRuns{}})
 	m.client = &http.Client{Transport: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 100}}

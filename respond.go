@@ -1,6 +1,5 @@
 // respond.go: how a handler's error becomes an answer, and how a body is sent.
-// Handlers return errors; only the responder writes error answers. The log line of a
-// request is in respond_log.go.
+// Handlers return errors; only the responder writes error answers.
 
 package main
 
@@ -24,8 +23,7 @@ import (
 	"time"
 )
 
-// The error kinds that all layers share. An error with more to say wraps one of
-// them. A missing file is fs.ErrNotExist in every layer.
+// The error kinds that all layers share. A missing file is fs.ErrNotExist.
 var (
 	errBadRequest  = errors.New("bad request")
 	errDenied      = errors.New("denied")
@@ -39,18 +37,16 @@ var (
 	errClientGone  = errors.New("the client left")
 )
 
-// statusClientGone is logged for a client that left before the end of its answer.
-// It is never sent. The number is nginx's.
+// statusClientGone is logged, as nginx does, for a client that left before the end.
 const statusClientGone = 499
 
-// problem is an error with everything that its answer needs. detail is sent to the
-// client, so it never holds a secret or a query. cause is only logged.
+// problem is an error with everything that its answer needs.
 type problem struct {
 	status     int
-	detail     string
+	detail     string        // is sent to the client: it never holds a secret or a query
 	retryAfter time.Duration // 0 means no Retry-After header
 	headers    http.Header   // Allow of a 405, WWW-Authenticate of a 401
-	cause      error         // for errors.Is and errors.AsType; may be nil
+	cause      error         // for errors.Is, errors.AsType and the log; may be nil
 }
 
 func (p *problem) Error() string {
@@ -62,14 +58,12 @@ func (p *problem) Error() string {
 
 func (p *problem) Unwrap() error { return p.cause }
 
-// newProblem makes a problem with a status and a text for the client.
 func newProblem(status int, format string, args ...any) *problem {
 	return &problem{status: status, detail: fmt.Sprintf(format, args...)}
 }
 
 // errorStatuses is the only table from an error kind to the status and the text of
-// its answer. The first match counts. An error of another kind is a 500, whose
-// reason is only logged.
+// its answer. The first match counts. The reason of another error is only logged.
 var errorStatuses = []struct {
 	err    error
 	status int
@@ -102,10 +96,9 @@ func statusAndDetail(err error) (status int, detail string) {
 	return http.StatusInternalServerError, "internal error"
 }
 
-// secret is a string that is never printed by fmt, slog or encoding/json.
+// secret is a string that fmt, slog and encoding/json print as "***", or "" if it is empty.
 type secret string
 
-// String returns "***", or "" for an empty secret.
 func (s secret) String() string {
 	if s == "" {
 		return ""
@@ -113,24 +106,20 @@ func (s secret) String() string {
 	return "***"
 }
 
-// GoString and MarshalText hide the secret from %#v, and from encoding/json and slog,
-// which do not use String.
+// GoString is for %#v, MarshalText for encoding/json and slog, which do not use String.
 func (s secret) GoString() string             { return s.String() }
 func (s secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
-// handler serves one request. The responder answers an error that it returns. If
-// the answer has begun by then, the connection is aborted instead, so that the
-// client does not take a part for the whole.
+// handler serves one request. The responder answers an error that it returns, or aborts
+// the connection if the answer has begun: the client must not take a part for the whole.
 type handler func(w *response, r *http.Request) error
 
 // responder serves a request by a handler: it recovers from panics, answers errors,
 // logs one line and counts. Its method may be called concurrently.
 type responder struct {
-	now     func() time.Time
-	log     *slog.Logger
-	metrics interface { // counts answered requests; called concurrently
-		countRequest(remote, result string, status int, bytes int64, firstByte, took time.Duration)
-	}
+	now   func() time.Time
+	log   *slog.Logger
+	count func(remote, result string, status int, bytes int64, firstByte, took time.Duration)
 	// isDown reports an outage of a remote that was logged when it began. It may be nil.
 	isDown func(remote string) bool
 	// cutOff is set when the server closes connections that still have answers on them.
@@ -145,21 +134,18 @@ type errorWriter func(w http.ResponseWriter, status int, detail string, err erro
 func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handler, writeError errorWriter) {
 	began := s.now()
 	res := &response{ResponseWriter: w, controller: *http.NewResponseController(w), now: s.now, sendfile: r.ProtoMajor == 1 && r.TLS == nil}
+	res.values = res.space[:0]
 	res.conn, _ = r.Context().Value(clientConnKey{}).(*clientConn)
-	if res.requestID = acceptRequestID(r.Header.Get("X-Request-Id")); res.requestID == "" {
-		res.requestID = newRequestID()
-	}
-	res.setHeader("X-Request-Id", res.requestID)
-	setCommonHeaders(res.Header())
+	res.requestID = chooseRequestID(r.Header.Get("X-Request-Id"))
+	res.setCommonHeaders()
 	res.extendWriteDeadline() // the deadline of an earlier answer may be over, and net/http may write before we do
 	if r.ContentLength != 0 {
-		// net/http reads a body that no handler reads before it sends the answer.
-		// The deadline leaves time for that answer. net/http removes it at the end
-		// of the body.
+		// net/http reads a body that no handler reads before it sends the answer, for
+		// which this leaves time. It removes the deadline at the end of the body.
 		_ = res.controller.SetReadDeadline(began.Add(clientTimeout / 2))
 	}
-	// A body of a method that has none here may never come, and net/http would read
-	// it before it answers, to keep the connection.
+	// net/http would read a body of a method that has none here before it answers, to
+	// keep the connection, and it may never come.
 	unwanted := r.ContentLength != 0 && r.ProtoMajor == 1 && r.Method != http.MethodPut && r.Method != http.MethodPost
 	if unwanted {
 		res.Header().Set("Connection", "close")
@@ -181,22 +167,17 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 	}
 }
 
-// setCommonHeaders sets the headers of all answers: no browser shall take one for
-// something else, or let another site's page embed it.
-func setCommonHeaders(h http.Header) {
-	h["X-Content-Type-Options"] = noSniff
-	h["Cross-Origin-Resource-Policy"] = sameOrigin
+// setCommonHeaders sets the headers of all answers: no browser takes one for something
+// else, or lets another site's page embed it.
+func (w *response) setCommonHeaders() {
+	w.setHeader("X-Request-Id", w.requestID)
+	w.setHeader("X-Content-Type-Options", "nosniff")
+	w.setHeader("Cross-Origin-Resource-Policy", "same-origin")
 }
 
-// Header values that never change, shared by all answers.
-var (
-	noSniff    = []string{"nosniff"}
-	sameOrigin = []string{"same-origin"}
-)
-
-// readRefusedBody sends the answer and then reads the rest of an upload that was
-// refused. Some clients send the whole body before they read the answer. If the
-// connection were closed before, TCP would reset it and the answer would be lost.
+// readRefusedBody sends the answer and then reads the rest of an upload that was refused.
+// Some clients send all of it before they read the answer, which would be lost if the
+// connection were closed: TCP would reset it.
 func (s *responder) readRefusedBody(w *response, r *http.Request) {
 	if w.controller.Flush() != nil {
 		return
@@ -210,8 +191,8 @@ func (s *responder) readRefusedBody(w *response, r *http.Request) {
 	}
 }
 
-// callHandler calls h and turns a panic into an error. http.ErrAbortHandler becomes
-// an error too, so that an aborted answer is logged like any other.
+// callHandler calls h and turns a panic into an error, that of http.ErrAbortHandler too:
+// an aborted answer is logged like any other.
 func (s *responder) callHandler(w *response, r *http.Request, h handler) (err error) {
 	defer func() {
 		switch p := recover(); {
@@ -232,21 +213,20 @@ func (s *responder) callHandler(w *response, r *http.Request, h handler) (err er
 	return w.clientErr
 }
 
-// answerError answers err. It answers nothing and returns abort if the connection
-// must be aborted, because an answer has begun or the client has left.
+// answerError answers err, unless an answer has begun or the client has left: then the
+// connection must be aborted.
 func (s *responder) answerError(w *response, r *http.Request, err error, writeError errorWriter) (abort bool) {
 	if w.status != 0 {
 		return true
 	}
 	status, detail := statusAndDetail(err)
 	if status == statusClientGone || errors.Is(err, http.ErrAbortHandler) {
-		w.status = status
+		w.noteStatus(status)
 		return true
 	}
 	h := w.Header()
 	clear(h)
-	h.Set("X-Request-Id", w.requestID)
-	setCommonHeaders(h)
+	w.setCommonHeaders()
 	if p, ok := errors.AsType[*problem](err); ok {
 		if p.retryAfter > 0 {
 			h.Set("Retry-After", strconv.Itoa(int(math.Ceil(p.retryAfter.Seconds()))))
@@ -256,8 +236,8 @@ func (s *responder) answerError(w *response, r *http.Request, err error, writeEr
 	switch {
 	case r.ProtoMajor != 1:
 	case r.ContentLength != 0:
-		// To keep the connection, net/http would first read the rest of the body.
-		// The client may be waiting for our answer before it sends that.
+		// net/http would first read the rest of the body, which the client may not
+		// send before our answer.
 		h.Set("Connection", "close")
 	case r.ProtoMinor == 1:
 		h.Set("Connection", "keep-alive")
@@ -275,16 +255,14 @@ func writeJSONError(w http.ResponseWriter, status int, detail string, _ error) {
 // writeJSON answers 200 with v as indented JSON.
 func writeJSON(w http.ResponseWriter, v any) error {
 	b, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return fmt.Errorf("encoding the answer: %w", err)
+	if err == nil {
+		sendJSON(w, http.StatusOK, b)
 	}
-	sendJSON(w, http.StatusOK, b)
-	return nil
+	return err
 }
 
-// sendJSON answers with a status and the JSON text b. It sets the length, so that a
-// client has the whole answer while the responder still reads its request
-// (readRefusedBody).
+// sendJSON answers with a status and the JSON text b. It sets the length: a client has the
+// whole answer while the responder still reads its request (readRefusedBody).
 func sendJSON(w http.ResponseWriter, status int, b []byte) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)+1))
@@ -326,17 +304,15 @@ type growingBody interface {
 }
 
 const (
-	// sendStep is how many bytes are handed to the kernel at once. It is large, so
-	// that setting the deadline for each step costs nothing, and small enough to
-	// notice soon that a client left or a spool grew.
+	// sendStep is how many bytes are handed to the kernel at once: so many that setting
+	// the deadline costs nothing, and so few that a client's leaving is soon noticed.
 	sendStep = 4 << 20
-	// clientTimeout is how long a client may take no byte at all before it counts
-	// as gone. It is long because TCP hides a slow reader: while a client reads a
-	// few bytes a second, none leaves us until its receive window reopens.
+	// clientTimeout is how long a client may take no byte before it counts as gone. It is
+	// long because TCP hides a slow reader: while a client reads a few bytes a second,
+	// none leaves us until its receive window reopens.
 	clientTimeout = 5 * time.Minute
-	// closeDelay is how long a connection stays open after its last answer while
-	// an unwanted body is on its way. If it were closed at once, the answer could
-	// be lost. A second is several round trips.
+	// closeDelay is how long a connection stays open after its last answer while an
+	// unwanted body is on its way: the answer could be lost. It is several round trips.
 	closeDelay = time.Second
 	// maxRefusedBody and maxRefusedBodyTime bound the reading of a refused upload: most
 	// files are smaller, and a slow line takes about so long for one.
@@ -345,17 +321,15 @@ const (
 	// copyBufferSize is the size of the buffers of most bodies. It holds a small
 	// file at once, and TLS sends 16 KiB at a time anyway.
 	copyBufferSize = 64 << 10
-	// largeBufferSize is the buffer size of fills and followers, and of large
-	// bodies that come from another machine and leave without TLS. System calls
-	// are most of their work: 64 MiB from S3 take a tenth less time than with
-	// copyBufferSize.
+	// largeBufferSize is the buffer size of fills and followers, and of large bodies that
+	// come from another machine and leave without TLS. System calls are most of their
+	// work: 64 MiB from S3 take a tenth less time than with copyBufferSize.
 	largeBufferSize = 256 << 10
 )
 
 // response is the http.ResponseWriter of all handlers. It counts, moves the write
-// deadline while the client takes bytes, and sends files by sendfile:
-// http.ServeContent copies into ReadFrom. The goroutine of the request alone uses
-// it.
+// deadline while the client takes bytes, and sends files by sendfile: http.ServeContent
+// copies into ReadFrom. One goroutine uses it.
 type response struct {
 	http.ResponseWriter
 	controller    http.ResponseController
@@ -377,30 +351,24 @@ type response struct {
 	requestID            string
 	quiet                bool // is logged at debug level only
 
-	values     [10]string // of headers, as many as a reply from the store has
-	valueCount int
+	values []string   // of headers, at first in space
+	space  [12]string // as many as a reply from the store has
 }
 
 // setHeader sets a header by its canonical name. The values share one array, since this
-// runs several times for every hit; what is more than that is allocated.
+// runs several times for every hit.
 func (w *response) setHeader(name, value string) {
-	n := w.valueCount
-	if n == len(w.values) {
-		w.Header()[name] = []string{value}
-		return
-	}
-	w.values[n] = value
-	w.valueCount++
-	w.Header()[name] = w.values[n : n+1 : n+1]
+	w.values = append(w.values, value)
+	n := len(w.values)
+	w.Header()[name] = w.values[n-1 : n : n]
 }
 
-// Unwrap lets http.ResponseController reach the connection.
+// Unwrap is for http.ResponseController.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// WriteHeader writes the header and remembers its status. A 1xx status is not yet
-// the answer.
+// WriteHeader writes the header and remembers its status.
 func (w *response) WriteHeader(status int) {
-	if status >= 200 {
+	if status >= 200 { // 1xx is not yet the answer
 		w.noteStatus(status)
 	}
 	w.extendWriteDeadline()
@@ -412,14 +380,12 @@ func (w *response) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// noteStatus remembers the status of the answer that begins, if none has begun.
 func (w *response) noteStatus(status int) {
 	if w.status == 0 {
 		w.status, w.headerAt = status, w.now()
 	}
 }
 
-// Write writes a part of the body.
 func (w *response) Write(p []byte) (int, error) {
 	w.noteStatus(http.StatusOK)
 	w.extendWriteDeadline()
@@ -428,8 +394,8 @@ func (w *response) Write(p []byte) (int, error) {
 	return n, w.noteWriteError(err)
 }
 
-// resetConnection resets the connection of an HTTP/1.0 client. For such a client a
-// connection that is closed in order means the end of a body without a length.
+// resetConnection resets the connection of an HTTP/1.0 client. One that is closed in order
+// would mean the end of a body without a length.
 func (w *response) resetConnection() {
 	conn, _, err := w.controller.Hijack()
 	if err != nil {
@@ -444,7 +410,6 @@ func (w *response) resetConnection() {
 	conn.Close()
 }
 
-// noteWriteError remembers a failed write in clientErr and returns err.
 func (w *response) noteWriteError(err error) error {
 	if err != nil && w.clientErr == nil && !errors.Is(err, http.ErrBodyNotAllowed) {
 		w.clientErr = fmt.Errorf("%w: %w", errClientGone, err)
@@ -452,10 +417,9 @@ func (w *response) noteWriteError(err error) error {
 	return err
 }
 
-// extendWriteDeadline moves the write deadline to clientTimeout from now, if a
-// quarter of it has passed: setting a timer for each small write would cost more
-// than the write. The deadline is never removed, because net/http writes what is
-// buffered after the handler returned, and the client may not take it.
+// extendWriteDeadline moves the write deadline to clientTimeout from now, if a quarter of
+// it has passed: setting it for each small write would cost more than the write. It is
+// never removed, because net/http writes what is buffered after the handler returned.
 func (w *response) extendWriteDeadline() {
 	now := w.now()
 	if now.Sub(w.deadlineSetAt) < clientTimeout/4 {
@@ -591,10 +555,4 @@ func (w *response) checkBodyEnd(err error, sent, limit int64) error {
 	}
 	w.bodyErr = err
 	return err
-}
-
-// statusOf returns the status that a client gets for err.
-func statusOf(err error) int {
-	status, _ := statusAndDetail(err)
-	return status
 }

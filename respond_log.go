@@ -5,8 +5,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/binary"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"io"
@@ -20,20 +18,15 @@ import (
 	"time"
 )
 
-// maxLoggedHeader bounds what a client can write into a log line by one header, in
-// bytes. User agents of package managers and browsers are shorter.
+// maxLoggedHeader bounds what one header of a client adds to a log line, in bytes. User
+// agents are shorter.
 const maxLoggedHeader = 200
 
 // logAndCount writes the one log line of a request and counts it.
 func (s *responder) logAndCount(w *response, r *http.Request, err error, began time.Time) {
+	w.noteStatus(http.StatusOK) // net/http sends this if a handler wrote nothing
 	ended := s.now()
 	took := ended.Sub(began)
-	if w.status == 0 {
-		w.status = http.StatusOK // a handler that wrote nothing: net/http sends this
-	}
-	if w.headerAt.IsZero() {
-		w.headerAt = ended
-	}
 	// context.Canceled: the client left while we waited for its body
 	if errors.Is(err, errClientGone) || errors.Is(err, context.Canceled) {
 		if s.cutOff.Load() {
@@ -42,7 +35,7 @@ func (s *responder) logAndCount(w *response, r *http.Request, err error, began t
 			w.status = statusClientGone
 		}
 	}
-	s.metrics.countRequest(w.remote, strings.ToLower(w.result), w.status, w.bytes, w.headerAt.Sub(began), took)
+	s.count(w.remote, strings.ToLower(w.result), w.status, w.bytes, w.headerAt.Sub(began), took)
 	msg := "Request"
 	if w.result != "" {
 		msg = "Cache " + w.result
@@ -76,8 +69,8 @@ func (s *responder) logAndCount(w *response, r *http.Request, err error, began t
 	_ = s.log.Handler().Handle(r.Context(), line) // slog passes over its error, too
 }
 
-// levelOf is the level of a request's log line. A failure of ours is a warning, unless
-// it comes from an outage, or from the end of the server, that was logged when it began.
+// levelOf is the level of a request's log line. A failure of ours is a warning, unless it
+// comes from an outage that was logged when it began.
 func (s *responder) levelOf(w *response, err error) slog.Level {
 	switch {
 	case w.quiet && w.status == http.StatusServiceUnavailable: // /health while draining
@@ -90,35 +83,26 @@ func (s *responder) levelOf(w *response, err error) slog.Level {
 	return slog.LevelInfo
 }
 
-// acceptRequestID returns an X-Request-Id of a client or a proxy if it is fit for a
-// header and a log line: at most 128 visible ASCII characters. Otherwise it returns "".
-func acceptRequestID(id string) string {
-	if len(id) > 128 || strings.ContainsFunc(id, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return ""
+// chooseRequestID returns the X-Request-Id of a client or a proxy if it is fit for a
+// header and a log line: at most 128 visible ASCII characters. Otherwise it makes 16
+// hex digits.
+func chooseRequestID(id string) string {
+	if id == "" || len(id) > 128 || strings.ContainsFunc(id, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return strconv.FormatUint(rand.Uint64()|1<<63, 16)
 	}
 	return id
 }
 
-// newRequestID makes 16 random hex digits. They tell requests apart, nothing more.
-func newRequestID() string {
-	var b [8]byte
-	binary.BigEndian.PutUint64(b[:], rand.Uint64())
-	return hex.EncodeToString(b[:])
-}
-
 const (
-	// maxHeldLines bounds the log lines that wait to be written, in bytes: some 200
-	// lines for one system call.
+	// maxHeldLines bounds the log lines that wait to be written, in bytes: some 200 lines.
 	maxHeldLines = 64 << 10
-	// maxLineDelay is how long a line waits. Whoever watches a log does not notice it,
-	// and a process that is killed loses no more than that.
+	// maxLineDelay is how long a line waits. A process that is killed loses no more.
 	maxLineDelay = 100 * time.Millisecond
 )
 
 // lineWriter gathers log lines and writes many of them at once: to write one at a time
-// is a tenth of what a hit costs. A line waits for maxLineDelay at most, and while the
-// reader of the log does not read, those who log wait. What cannot be written is lost,
-// as without a lineWriter. Its methods may be called concurrently.
+// is a tenth of what a hit costs. While the reader of the log does not read, those who log
+// wait. What cannot be written is lost. Its methods may be called concurrently.
 type lineWriter struct {
 	to io.Writer
 
@@ -136,11 +120,7 @@ type lineWriter struct {
 func (l *lineWriter) Write(line []byte) (int, error) {
 	l.mu.Lock()
 	if len(l.held) == 0 {
-		if l.timer == nil {
-			l.timer = time.AfterFunc(maxLineDelay, l.flush)
-		} else {
-			l.timer.Reset(maxLineDelay)
-		}
+		l.timer = time.AfterFunc(maxLineDelay, l.flush)
 	}
 	l.held = append(l.held, line...)
 	isFull := len(l.held) >= maxHeldLines
@@ -151,8 +131,7 @@ func (l *lineWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// flush writes the lines that are held. When it returns, all lines are written that
-// were logged before. The maker of l calls it in the end.
+// flush writes all lines that were logged before. The maker of l calls it in the end.
 func (l *lineWriter) flush() {
 	l.writing.Lock()
 	defer l.writing.Unlock()
@@ -193,12 +172,8 @@ func (h lineHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	return lineHandler{Handler: h.Handler.WithAttrs(attrs), lines: h.lines}
 }
 
-func (h lineHandler) WithGroup(name string) slog.Handler {
-	return lineHandler{Handler: h.Handler.WithGroup(name), lines: h.lines}
-}
-
-// writeJSON writes a line as slog's JSONHandler would. The line of a request is half of
-// our own work for a hit from memory if slog makes it, and a sixth this way.
+// writeJSON writes a line as slog's JSONHandler would, for which a request's line is half of
+// our own work for a hit from memory. This way it is a sixth.
 func (h lineHandler) writeJSON(at time.Time, level slog.Level, msg string, attrs []slog.Attr) {
 	var space [1024]byte // on the stack; most lines have 400 bytes
 	b := append(space[:0], `{"time":"`...)

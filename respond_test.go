@@ -23,6 +23,12 @@ import (
 	"time"
 )
 
+// statusOf returns the status that a client gets for err.
+func statusOf(err error) int {
+	status, _ := statusAndDetail(err)
+	return status
+}
+
 func TestErrorsHaveOneStatusEach(t *testing.T) {
 	t.Parallel()
 	want := map[error]int{
@@ -300,7 +306,7 @@ func TestAbortedAnswersAreLoggedOnce(t *testing.T) {
 func TestPanicsAreAnswered(t *testing.T) {
 	t.Parallel()
 	logs := &testLogs{}
-	s := &responder{now: time.Now, log: slog.New(slog.NewJSONHandler(logs, nil)), metrics: newMetrics()}
+	s := &responder{now: time.Now, log: slog.New(slog.NewJSONHandler(logs, nil)), count: newMetrics().countRequest}
 	w := httptest.NewRecorder()
 	s.serveRequest(w, httptest.NewRequest("GET", "/x", nil), func(*response, *http.Request) error { panic("oh") }, writeJSONError)
 	if w.Code != 500 || !strings.Contains(w.Body.String(), "internal error") || strings.Contains(w.Body.String(), "oh") {
@@ -323,7 +329,7 @@ func TestPanicsAreAnswered(t *testing.T) {
 // The answer to an error has none of the headers that a handler set for the file.
 func TestErrorAnswersStartAfresh(t *testing.T) {
 	t.Parallel()
-	s := &responder{now: time.Now, log: slog.New(slog.DiscardHandler), metrics: newMetrics()}
+	s := &responder{now: time.Now, log: slog.New(slog.DiscardHandler), count: newMetrics().countRequest}
 	w := httptest.NewRecorder()
 	s.serveRequest(w, httptest.NewRequest("GET", "/x", nil), func(w *response, _ *http.Request) error {
 		w.Header().Set("Content-Length", "1000")
@@ -500,7 +506,7 @@ func TestLogLinesAreWrittenTogether(t *testing.T) {
 		synctest.Wait()
 		out.want(t, "msg=a\nmsg=b\n")
 		log.Info("c")
-		log.With("x", 1).WithGroup("g").Warn("d") // a warning waits for nothing, and comes behind what was before it
+		log.With("x", 1).Warn("d") // a warning waits for nothing, and comes behind what was before it
 		out.want(t, "msg=c\nmsg=d\n")
 		log.Info("e")
 		lines.flush() // the end of the server
