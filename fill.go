@@ -435,7 +435,7 @@ const passOnTime = time.Minute
 func (f *fillRun) runOutOfSpace(err error) fillOutcome {
 	f.c.reportStoreError("spool", "growing", f.key, err)
 	f.c.passOn.putFor(f.key, struct{}{}, passOnTime)
-	f.spool.fail(err)
+	f.spool.end(err)
 	return fillOutcome{kind: outcomeNoSpool, err: err}
 }
 
@@ -470,7 +470,7 @@ func (f *fillRun) completeFill() fillOutcome {
 // another fill from now on.
 func (f *fillRun) publishBody(rec *record) {
 	f.freeSlot() // of a fill that followed another replica's
-	f.spool.complete()
+	f.spool.end(io.EOF)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.rec = rec
@@ -534,7 +534,7 @@ func (f *fillRun) end(outcome fillOutcome) {
 	}
 	f.c.fills.remove(&f.fill) // first: a client that is cut off may come again at once
 	if f.spool != nil {
-		f.spool.fail(errors.Join(outcome.err, io.ErrUnexpectedEOF)) // unless it is complete
+		f.spool.end(errors.Join(outcome.err, io.ErrUnexpectedEOF)) // unless it is complete
 		f.spool.removeName()
 	}
 	unused := f.c.fills.finish(&f.fill, outcome)

@@ -199,7 +199,7 @@ func (s *spoolSpace) check() error {
 
 // newSpool makes an empty spool for a body with that digest ("" is any). Its
 // maker is its only writer; it calls setSize before the first Write, then
-// complete or fail, and release in the end.
+// end, and release.
 func (s *spoolSpace) newSpool(digest string) *spool {
 	s.add(account{growing: 1})
 	return &spool{space: s, hash: newBodyHash(digest), size: -1, users: 1}
@@ -224,40 +224,25 @@ type spool struct {
 	mu      sync.Mutex // guards the fields below; of the other locks only the account's is taken under it
 	size    int64      // of the whole body; -1: not known
 	written int64
-	state   spoolState
-	err     error // of a spool that failed
+	ended   error // nil: it grows; io.EOF: the body is whole and verified; else: no more will come
 	users   int   // the writer and the readers: the last one closes the file
 	changed broadcast
 }
 
-// spoolState says what is to be expected of a spool.
-type spoolState int
-
-const (
-	spoolGrowing  spoolState = iota
-	spoolComplete            // the body is whole and verified
-	spoolFailed              // no more will come
-)
-
 // setSize announces the size of the whole body (-1: not known), makes the place that it
-// grows in, and reserves what is missing of it, or some space ahead. errNoSpace: there is
-// not enough.
+// grows in, and reserves its space, or some ahead. errNoSpace: there is not enough.
 func (s *spool) setSize(size int64) (err error) {
-	missing := int64(reserveAhead)
-	if size >= 0 {
-		missing = size - s.written
+	needed := size
+	if size < 0 {
+		needed = reserveAhead
 	}
-	if err := s.reserveMore(max(0, missing-s.reserved)); err != nil {
+	if err := s.reserveMore(max(0, needed-s.reserved)); err != nil {
 		return err
 	}
-	switch {
-	case s.file != nil:
-	case size >= 0 && size <= maxSmallBody:
+	if size >= 0 && size <= maxSmallBody {
 		s.memory = make([]byte, size)
-	default:
-		if s.file, err = s.space.createFile(); err != nil {
-			return err
-		}
+	} else if s.file, err = s.space.createFile(); err != nil {
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -347,23 +332,17 @@ func (b *broadcast) wake() {
 	}
 }
 
-// complete gives readers the body to its end. The writer has verified it.
-func (s *spool) complete() { s.end(spoolComplete, nil) }
-
-// fail ends the body, unless it is complete. Readers get err, which is not nil,
-// behind what they may read.
-func (s *spool) fail(err error) { s.end(spoolFailed, err) }
-
-// end writes no more: what was reserved is free at once. The first end counts.
-func (s *spool) end(state spoolState, err error) {
+// end writes no more: what was reserved is free at once. Readers get err, which is not
+// nil, behind what they may read: io.EOF says that the writer has verified the whole body.
+// The first end counts.
+func (s *spool) end(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.state != spoolGrowing {
+	if s.ended != nil {
 		return
 	}
 	s.space.add(account{reserved: -s.reserved, owed: -s.owed, growing: -1})
-	s.state, s.err = state, err
-	if state == spoolComplete {
+	if s.ended = err; err == io.EOF {
 		s.size = s.written
 	}
 	s.changed.wake()
@@ -404,7 +383,7 @@ func (s *spool) release() {
 
 // discard is what a writer without readers does in the end.
 func (s *spool) discard() {
-	s.fail(io.ErrUnexpectedEOF)
+	s.end(io.ErrUnexpectedEOF)
 	s.removeName()
 	s.release()
 }
@@ -427,9 +406,15 @@ func (r *spoolReader) openOwnFile() {
 	if r.ownFile != nil || file == nil {
 		return
 	}
-	if own, err := openFile(file.Name(), os.O_RDONLY, 0); err == nil && sameFile(own, file) {
+	own, err := openFile(file.Name(), os.O_RDONLY, 0)
+	if err != nil {
+		return
+	}
+	mine, _ := own.Stat()
+	shared, _ := file.Stat()
+	if os.SameFile(mine, shared) {
 		r.ownFile = own
-	} else if err == nil {
+	} else {
 		_ = own.Close()
 	}
 }
@@ -446,12 +431,6 @@ func openFile(name string, flag int, perm uint32) (*os.File, error) {
 			return nil, &os.PathError{Op: "open", Path: name, Err: err}
 		}
 	}
-}
-
-func sameFile(a, b *os.File) bool {
-	x, err1 := a.Stat()
-	y, err2 := b.Stat()
-	return err1 == nil && err2 == nil && os.SameFile(x, y)
 }
 
 // spoolReader reads a spool at its own pace. It is a fileSource and a
@@ -472,13 +451,11 @@ func (r *spoolReader) available() (n int64, changed <-chan struct{}, err error) 
 	s := r.spool
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch n := s.readableBytes(r.holdsBack) - r.offset; {
-	case n > 0:
+	if n := s.readableBytes(r.holdsBack) - r.offset; n > 0 {
 		return n, nil, nil
-	case s.state == spoolComplete:
-		return 0, nil, io.EOF
-	case s.state == spoolFailed:
-		return 0, nil, s.err
+	}
+	if s.ended != nil {
+		return 0, nil, s.ended
 	}
 	return 0, s.changed.next(), nil
 }
@@ -486,7 +463,7 @@ func (r *spoolReader) available() (n int64, changed <-chan struct{}, err error) 
 // readableBytes is how far readers may read. mu is held.
 func (s *spool) readableBytes(holdsBack bool) int64 {
 	switch {
-	case s.state == spoolComplete || !holdsBack:
+	case s.ended == io.EOF || !holdsBack:
 		return s.written
 	case s.size >= 0:
 		return max(0, min(s.written, s.size-heldBackBytes))
@@ -551,7 +528,7 @@ func (r *spoolReader) unread() ([]byte, bool) {
 	s := r.spool
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.file != nil || s.state != spoolComplete {
+	if s.file != nil || s.ended != io.EOF {
 		return nil, false
 	}
 	return s.memory[min(r.offset, s.written):s.written], true
@@ -576,24 +553,20 @@ func (r *spoolReader) Close() error {
 	return nil
 }
 
-// bodyHash hashes a body: always with SHA-256, by which the store knows it, and
-// with SHA-512 where its digest is one.
-type bodyHash struct{ sha256, sha512 hash.Hash }
-
-func newBodyHash(digest string) *bodyHash {
-	h := &bodyHash{sha256: sha256.New()}
-	if strings.HasPrefix(digest, "sha512:") {
-		h.sha512 = sha512.New()
-	}
-	return h
+// bodyHash hashes what is written to it: always with SHA-256, by which the store knows a
+// body, and with SHA-512 where the body's digest is one.
+type bodyHash struct {
+	io.Writer
+	sha256, sha512 hash.Hash
 }
 
-func (h *bodyHash) Write(p []byte) (int, error) {
-	h.sha256.Write(p)
-	if h.sha512 != nil {
-		h.sha512.Write(p)
+func newBodyHash(digest string) *bodyHash {
+	h := sha256.New()
+	if !strings.HasPrefix(digest, "sha512:") {
+		return &bodyHash{h, h, nil}
 	}
-	return len(p), nil
+	long := sha512.New()
+	return &bodyHash{io.MultiWriter(h, long), h, long}
 }
 
 // sumHex is the SHA-256 of what was written.
