@@ -71,7 +71,7 @@ func (c *cache) onChange(announced string) {
 	}
 	c.missing.delete(key)
 	c.copies.invalidate(key)
-	for _, f := range c.fills.take(key) {
-		f.purge(fate)
+	if f := c.fills.take(key); f != nil {
+		f.setFate(fate)
 	}
 }

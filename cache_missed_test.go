@@ -211,8 +211,8 @@ func TestNoUpstreamIsAskedForASealedRemote(t *testing.T) {
 		}},
 		{"HEAD", func() error { _, err := c.headUpstream(ctx, file("x")); return err }},
 		{"range", func() error {
-			_, err := bodyPart{file: file("x"), validator: `"x"`, size: 9, from: 5, to: 6}.request(ctx, tt.up)
-			return err
+			b := &upstreamReader{c: c, ctx: ctx, file: file("x"), validator: `"x"`, size: 9, last: 6}
+			return b.seekUpstream(5)
 		}},
 		{"passing on", func() error { _, err := c.passOnReply(ctx, file("x"), byteRange{to: -1}, nil); return err }},
 		{"referrers", func() error {
@@ -237,7 +237,7 @@ func TestNoUpstreamIsAskedForASealedRemote(t *testing.T) {
 			}
 			defer run.spool.release()
 			run.validator = `"x"`
-			return (&follower{run}).takeOver(errReplica).err
+			return run.takeOver(errUnreachable).err
 		}},
 	} {
 		if err := way.ask(); !errors.Is(err, errSealed) || len(asked) > 0 {

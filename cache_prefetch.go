@@ -58,7 +58,7 @@ func prefetch(ctx context.Context, c *cache, file fileRequest, w io.Writer, whol
 // awaitEnd waits until the fill of a file has ended, if there is one.
 func (t *fillTable) awaitEnd(ctx context.Context, file fileRequest) error {
 	t.mu.Lock()
-	f := t.find(file.key(), file.spelling)
+	f := t.byKey[file.key()]
 	if f != nil {
 		f.clients++
 	}

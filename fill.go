@@ -65,7 +65,6 @@ const (
 	outcomeUnchanged outcomeKind = "unchanged" // the expired copy is still good
 	outcomeLookAgain outcomeKind = "again"     // the store has the file by now
 	outcomeNoSpool   outcomeKind = "no spool"  // there is none: each client asks upstream itself
-	outcomeAbandoned outcomeKind = "abandoned" // its last client left before it was of use
 	outcomeFailed    outcomeKind = "failed"    // err says why
 )
 
@@ -138,27 +137,13 @@ func (f *fill) set(change func()) {
 	change()
 }
 
-// setStorable decides whether the body is to be stored, unless a purge has.
-func (f *fill) setStorable(storable bool) {
+// setFate decides what becomes of the body, unless a purge has.
+func (f *fill) setFate(fate bodyFate) {
 	f.set(func() {
-		switch {
-		case f.fate >= fatePurgedHere:
-		case storable:
-			f.fate = fateKeep
-		default:
-			f.fate = fatePassOn
+		if f.fate < fatePurgedHere || fate > f.fate {
+			f.fate = fate
 		}
 	})
-}
-
-// purge keeps the body from being stored.
-func (f *fill) purge(by bodyFate) { f.set(func() { f.fate = max(f.fate, by) }) }
-
-// preventStoring keeps the body from being stored, and waits for one that is
-// being stored right now.
-func (f *fill) preventStoring(ctx context.Context) error {
-	f.purge(fatePurgedHere)
-	return f.await(ctx, func() bool { return f.phase != phaseStoring })
 }
 
 // await waits until the fill is as is says, which is called with mu held.
@@ -214,23 +199,20 @@ func (f *fill) progress() (written, size int64) {
 // record, and so reads them without the lock.
 type fillRun struct {
 	fill
-	endedBefore  int64      // fillTable.ended when the store was looked up
-	slots        *fillSlots // of the remote, while this fill has a place among them
-	releaseLease func()     // nil: it is not held
+	endedBefore  int64  // fillTable.ended when the store was looked up
+	freeSlot     func() // gives the place among the remote's fills back; may be called again
+	releaseLease func() // nil: it is not held
 }
 
 // run is the goroutine.
 func (f *fillRun) run() {
-	outcome := f.waitForSlot()
+	outcome := failedOutcome(f.waitForSlot())
 	if outcome.err == nil {
 		outcome = f.fetch()
 		f.freeSlot()
 	}
 	if cause := context.Cause(f.ctx); cause != nil && outcome.kind != outcomeBody {
 		outcome = failedOutcome(cause)
-	}
-	if errors.Is(outcome.err, errAbandoned) {
-		outcome.kind = outcomeAbandoned
 	}
 	f.applyToOldCopy(outcome)
 	f.end(outcome)
@@ -240,43 +222,30 @@ func (f *fillRun) run() {
 }
 
 // waitForSlot waits for a place among the remote's fills: as long as a client
-// waits for this one, and not for long where a copy can answer. The outcome has
-// an error if there was none.
-func (f *fillRun) waitForSlot() fillOutcome {
-	var enough <-chan time.Time
+// waits for this one, and not for long where a copy can answer.
+func (f *fillRun) waitForSlot() error {
+	ctx := f.ctx
 	if f.oldRecord != nil {
-		t := time.NewTimer(copyTimeout)
-		defer t.Stop()
-		enough = t.C
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, copyTimeout, errFillQueueFull)
+		defer cancel()
 	}
 	slots := f.c.fills.slotsOf(f.file.remote.name)
 	select {
 	case slots.queue <- struct{}{}:
 	default:
-		return failedOutcome(errFillQueueFull)
+		return errFillQueueFull
 	}
-	var err error
-	select {
-	case slots.places <- struct{}{}:
-		f.slots = slots
-		f.set(func() { f.advance(phaseAsking) })
-		return fillOutcome{}
-	case <-enough:
-		err = errFillQueueFull
-	case <-f.ctx.Done():
-		err = context.Cause(f.ctx)
+	if err := takePlace(ctx, slots.places); err != nil {
+		<-slots.queue
+		return err
 	}
-	<-slots.queue
-	return failedOutcome(err)
-}
-
-// freeSlot gives the place among the remote's fills back, if the fill still has it.
-func (f *fillRun) freeSlot() {
-	if f.slots != nil {
-		<-f.slots.places
-		<-f.slots.queue
-		f.slots = nil
-	}
+	f.freeSlot = sync.OnceFunc(func() {
+		<-slots.places
+		<-slots.queue
+	})
+	f.set(func() { f.advance(phaseAsking) })
+	return nil
 }
 
 // fetch brings the body, or finds out that none is needed or to be had.
@@ -332,11 +301,16 @@ func (f *fillRun) fetchBody(validators http.Header) fillOutcome {
 	if err != nil {
 		return failedOutcome(err)
 	}
-	if validators != nil && resp.StatusCode == http.StatusNotModified && !f.isUnchanged(resp) {
+	switch {
+	case validators == nil:
+	case f.isUnchanged(resp):
+		resp.Body.Close()
+		return fillOutcome{kind: outcomeUnchanged}
+	case resp.StatusCode == http.StatusNotModified:
 		resp.discardBody() // it names another version: get that
 		return f.fetchBody(nil)
 	}
-	body, outcome := f.acceptHeaders(resp, validators != nil)
+	body, outcome := f.acceptHeaders(resp)
 	if body == nil {
 		resp.Body.Close()
 		return outcome
@@ -346,10 +320,7 @@ func (f *fillRun) fetchBody(validators http.Header) fillOutcome {
 
 // acceptHeaders looks at the headers of an answer and lets clients know them. The body
 // is nil if it is not wanted: outcome says why.
-func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (body *upstreamReader, outcome fillOutcome) {
-	if conditional && f.isUnchanged(resp) {
-		return nil, fillOutcome{kind: outcomeUnchanged}
-	}
+func (f *fillRun) acceptHeaders(resp *upstreamResponse) (body *upstreamReader, outcome fillOutcome) {
 	if err := f.c.statusError(f.file, resp); err != nil {
 		return nil, failedOutcome(err)
 	}
@@ -363,7 +334,7 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse, conditional bool) (body 
 	rec.isPage = f.file.isPage(resp)
 	storable, validator, size := f.mayBeStored(resp, rec.isPage), rangeValidator(resp), resp.ContentLength
 	f.spool.isTransient = !storable
-	body = bodyPart{f.file, validator, size, 0, -1, resp.origin}.newReader(f.ctx, f.c, resp)
+	body = &upstreamReader{c: f.c, ctx: f.ctx, file: f.file, validator: validator, size: size, last: -1, origin: resp.origin, resp: resp}
 	if body.rewriteLinks() {
 		validator, size = "", -1 // upstream's parts are of another body
 	}
@@ -394,7 +365,9 @@ func (f *fillRun) openSpool() bool {
 
 // publishHeaders makes the headers of the coming body known to all that wait.
 func (f *fillRun) publishHeaders(rec *record, origin int, validator string, storable bool) {
-	f.setStorable(storable)
+	if !storable {
+		f.setFate(fatePassOn)
+	}
 	f.set(func() {
 		f.rec, f.origin, f.validator = rec, origin, validator
 		f.advance(phaseFilling)
@@ -435,7 +408,6 @@ const passOnTime = time.Minute
 func (f *fillRun) runOutOfSpace(err error) fillOutcome {
 	f.c.reportStoreError("spool", "growing", f.key, err)
 	f.c.passOn.putFor(f.key, struct{}{}, passOnTime)
-	f.spool.end(err)
 	return fillOutcome{kind: outcomeNoSpool, err: err}
 }
 
@@ -457,7 +429,7 @@ func (f *fillRun) completeFill() fillOutcome {
 		return failedOutcome(err)
 	}
 	if f.currentFate() == fateKeep && !f.fitsMaxSize(rec.Size) { // a replica that is gone began it
-		f.setStorable(false)
+		f.setFate(fatePassOn)
 	}
 	f.publishBody(&rec)
 	if !f.store() && f.oldRecord != nil && f.file.rulesOthers() {
@@ -532,12 +504,11 @@ func (f *fillRun) end(outcome fillOutcome) {
 	if f.releaseLease != nil {
 		f.releaseLease()
 	}
-	f.c.fills.remove(&f.fill) // first: a client that is cut off may come again at once
+	unused := f.c.fills.finish(&f.fill, outcome) // first: a client that is cut off may come again at once
 	if f.spool != nil {
 		f.spool.end(errors.Join(outcome.err, io.ErrUnexpectedEOF)) // unless it is complete
 		f.spool.removeName()
 	}
-	unused := f.c.fills.finish(&f.fill, outcome)
 	if outcome.err != nil {
 		f.c.log.Debug("a fill has failed", "key", f.key, "error", outcome.err)
 	}

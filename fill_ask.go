@@ -169,89 +169,39 @@ func (f *fillRun) Write(p []byte) (int, error) {
 		return 0, f.file.newTooLargeError()
 	}
 	if size < 0 && f.currentFate() == fateKeep && !f.fitsMaxSize(written) {
-		f.setStorable(false)
+		f.setFate(fatePassOn)
 		f.endIfOfNoUse()
 	}
 	return f.spool.Write(p)
 }
 
-// bodyPart describes the part of a body that is asked for by Range.
-type bodyPart struct {
-	file      fileRequest
-	validator string
-	size      int64 // of the whole body; -1: not known
-	from, to  int64 // to is the last byte; -1: to the end
-	origin    int   // which origin answered before
-}
-
-func (f *fill) partFrom(from, to int64) bodyPart {
-	_, size := f.progress()
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return bodyPart{f.file, f.validator, size, from, to, f.origin}
-}
-
-// request asks upstream for the part, and accepts exactly that part of the very same
-// body. Not every server knows If-Range, so the answer must name the version too (RFC
-// 9110 section 13.1.5), unless the digest of the whole body will tell.
-func (p bodyPart) request(ctx context.Context, up *upstream) (*upstreamResponse, error) {
-	if p.validator == "" && p.file.digest == "" {
-		return nil, errors.New("the upstream gave no strong validator")
-	}
-	h := http.Header{"Range": {"bytes=" + strconv.FormatInt(p.from, 10) + "-"}}
-	if p.to >= 0 {
-		h["Range"][0] += strconv.FormatInt(p.to, 10)
-	}
-	if p.validator != "" {
-		h["If-Range"] = []string{p.validator}
-	}
-	req := p.file.newUpstreamRequest(http.MethodGet, h)
-	req.first = p.origin
-	resp, err := up.send(ctx, req)
-	if err != nil {
-		return nil, err
-	}
-	first, last, size, ok := parseContentRange(resp.Header.Get("Content-Range"))
-	if p.size < 0 && last != size-1 {
-		ok = false // where the whole ends would still not be known
-	}
-	if resp.StatusCode != http.StatusPartialContent || !ok || first != p.from || (p.size >= 0 && size != p.size) {
-		resp.Body.Close()
-		return nil, fmt.Errorf("%w: status %d, Content-Range %q for a part from %d", errBadUpstream, resp.StatusCode, resp.Header.Get("Content-Range"), p.from)
-	}
-	if p.file.digest == "" && !p.isSameVersion(resp.Header) {
-		resp.Body.Close()
-		return nil, fmt.Errorf("%w: the part is of another version of the file", errBadUpstream)
-	}
-	return resp, nil
-}
-
-// isSameVersion reports whether an answer names the version that the part is of.
-func (p bodyPart) isSameVersion(h http.Header) bool {
-	if isStrongETag(p.validator) {
-		return h.Get("ETag") == p.validator
-	}
-	return h.Get("Last-Modified") == p.validator
-}
-
 // upstreamReader reads a body straight from upstream, from wherever it is sought to, and
 // asks again by Range when the body breaks off. It is a growingBody. One goroutine uses it.
 type upstreamReader struct {
-	c       *cache
-	ctx     context.Context
-	part    bodyPart          // from is where resp is
-	resp    *upstreamResponse // nil: asked for when bytes are wanted
-	offset  int64             // of the next byte that is given out
-	through io.Reader         // makes what is given out of what is read, until the reader is sought; nil: the same
-	given   int64             // how much through has given out
-	stuck   int               // times that the body broke off without progress
-	breakAt int64             // where it broke off last
-	places  chan struct{}     // among which its Close, which is called once, frees one; may be nil
+	c         *cache
+	ctx       context.Context
+	file      fileRequest
+	validator string            // of the body, for If-Range; may be ""
+	size      int64             // of the whole body; -1: not known
+	last      int64             // the last byte to ask for by Range; -1: to the end
+	origin    int               // which origin answered first
+	resp      *upstreamResponse // nil: asked for when bytes are wanted
+	at        int64             // where resp is
+	offset    int64             // of the next byte that is given out
+	through   io.Reader         // makes what is given out of what is read, until the reader is sought; nil: the same
+	given     int64             // how much through has given out
+	stuck     int               // times that the body broke off without progress
+	breakAt   int64             // where it broke off last
+	places    chan struct{}     // among which its Close, which is called once, frees one; may be nil
 }
 
-// newReader returns a reader of resp, whose body begins at p.from.
-func (p bodyPart) newReader(ctx context.Context, c *cache, resp *upstreamResponse) *upstreamReader {
-	return &upstreamReader{c: c, ctx: ctx, part: p, resp: resp, offset: p.from, breakAt: p.from}
+// newPartReader returns a reader of the body from an offset to the byte last (-1: to the end).
+func (f *fill) newPartReader(ctx context.Context, from, last int64) *upstreamReader {
+	_, size := f.progress()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &upstreamReader{c: f.c, ctx: ctx, file: f.file, validator: f.validator, size: size, last: last, origin: f.origin,
+		at: from, offset: from, breakAt: from}
 }
 
 func (b *upstreamReader) Read(p []byte) (n int, err error) {
@@ -269,27 +219,27 @@ func (b *upstreamReader) Read(p []byte) (n int, err error) {
 // nextBytes is the body of an upstreamReader as it comes, for what it goes through.
 type nextBytes struct{ *upstreamReader }
 
-func (b nextBytes) Read(p []byte) (int, error) { return b.readAt(p, b.part.from) }
+func (b nextBytes) Read(p []byte) (int, error) { return b.readAt(p, b.at) }
 
 // readAt reads from off, and asks upstream for what resp does not have. There is no bound
 // on breaks with progress: 50 GB over a bad line must arrive.
 func (b *upstreamReader) readAt(p []byte, off int64) (int, error) {
 	for {
-		isEnd := b.part.size >= 0 && off >= b.part.size
-		if isEnd && (b.resp == nil || b.part.from != off) {
+		isEnd := b.size >= 0 && off >= b.size
+		if isEnd && (b.resp == nil || b.at != off) {
 			return 0, io.EOF
 		}
 		if err := b.seekUpstream(off); err != nil {
 			return 0, err
 		}
 		n, err := b.resp.Body.Read(p)
-		b.part.from += int64(n)
+		b.at += int64(n)
 		switch {
-		case b.part.size >= 0 && off+int64(n) > b.part.size:
+		case b.size >= 0 && off+int64(n) > b.size:
 			return 0, errTooMuch
 		case n > 0 || err == nil:
 			return n, nil
-		case isEnd || (err == io.EOF && b.part.size < 0):
+		case isEnd || (err == io.EOF && b.size < 0):
 			return 0, io.EOF
 		case err == io.EOF:
 			err = io.ErrUnexpectedEOF
@@ -311,53 +261,89 @@ func (b *upstreamReader) resume(off int64, cause error) error {
 		b.stuck = 0
 	}
 	b.breakAt = off
-	broken := fmt.Errorf("%w after %d of %d bytes: %w", errBroken, off, b.part.size, cause)
+	broken := fmt.Errorf("%w after %d of %d bytes: %w", errBroken, off, b.size, cause)
 	if b.stuck > maxResumes {
 		return broken
 	}
 	if err := b.seekUpstream(off); err != nil {
 		return fmt.Errorf("%w; it cannot be resumed: %w", broken, err)
 	}
-	b.c.log.Info("resumed a body that broke off", "remote", b.part.file.remote.name, "path", b.part.file.path, "at", off)
+	b.c.log.Info("resumed a body that broke off", "remote", b.file.remote.name, "path", b.file.path, "at", off)
 	return nil
 }
 
 // seekUpstream brings resp to off: by a ranged request, or by reading on where upstream
 // has no ranges. A body that is stuck for the second time is asked of the next origin.
 func (b *upstreamReader) seekUpstream(off int64) error {
-	if b.resp != nil && b.part.from == off {
+	if b.resp != nil && b.at == off {
 		return nil
 	}
-	part := b.part
-	part.from = off
-	part.origin += max(0, b.stuck-1)
-	if part.to < off {
-		part.to = -1
-	}
 	var resp *upstreamResponse
+	var size int64
 	var err error
-	for range part.file.remote.origins { // one may have another version, and the next one ours
-		part.origin %= len(part.file.remote.origins)
-		if resp, err = part.request(b.ctx, b.c.upstream); !errors.Is(err, errBadUpstream) {
+	origin := b.origin + max(0, b.stuck-1)
+	for range b.file.remote.origins { // one may have another version, and the next one ours
+		if resp, size, err = b.requestPart(off, origin%len(b.file.remote.origins)); !errors.Is(err, errBadUpstream) {
 			break
 		}
-		part.origin++
+		origin++
 	}
 	if err == nil {
 		b.closeResponse()
-		_, _, size, _ := parseContentRange(resp.Header.Get("Content-Range"))
-		b.resp, b.part.from, b.part.size = resp, off, size
+		b.resp, b.at, b.size = resp, off, size
 		return nil
 	}
-	if b.resp == nil || off < b.part.from {
+	if b.resp == nil || off < b.at {
 		return err
 	}
-	n, err := io.CopyN(io.Discard, b.resp.Body, off-b.part.from)
-	b.part.from += n
+	n, err := io.CopyN(io.Discard, b.resp.Body, off-b.at)
+	b.at += n
 	if err != nil {
 		return fmt.Errorf("%w: %w", errBroken, err)
 	}
 	return nil
+}
+
+// requestPart asks upstream for the body from off on, and accepts exactly that part of the
+// very same body, of whose whole it returns the size. Not every server knows If-Range, so
+// the answer must name the version too (RFC 9110 section 13.1.5), unless the digest of the
+// whole body will tell.
+func (b *upstreamReader) requestPart(off int64, origin int) (resp *upstreamResponse, size int64, err error) {
+	if b.validator == "" && b.file.digest == "" {
+		return nil, 0, errors.New("the upstream gave no strong validator")
+	}
+	spec := fmt.Sprintf("bytes=%d-", off)
+	if b.last >= off {
+		spec += strconv.FormatInt(b.last, 10)
+	}
+	req := b.file.newUpstreamRequest(http.MethodGet, http.Header{"Range": {spec}})
+	req.first = origin
+	if b.validator != "" {
+		req.header.Set("If-Range", b.validator)
+	}
+	if resp, err = b.c.upstream.send(b.ctx, req); err != nil {
+		return nil, 0, err
+	}
+	first, last, size, ok := parseContentRange(resp.Header.Get("Content-Range"))
+	isRest := b.size >= 0 && size == b.size || b.size < 0 && last == size-1 // else it would not be known where the whole ends
+	switch {
+	case resp.StatusCode != http.StatusPartialContent || !ok || first != off || !isRest:
+		err = fmt.Errorf("%w: status %d, Content-Range %q for a part from %d", errBadUpstream, resp.StatusCode, resp.Header.Get("Content-Range"), off)
+	case b.file.digest == "" && !b.isSameVersion(resp.Header):
+		err = fmt.Errorf("%w: the part is of another version of the file", errBadUpstream)
+	default:
+		return resp, size, nil
+	}
+	resp.Body.Close()
+	return nil, 0, err
+}
+
+// isSameVersion reports whether an answer names the version that the body is of.
+func (b *upstreamReader) isSameVersion(h http.Header) bool {
+	if isStrongETag(b.validator) {
+		return h.Get("ETag") == b.validator
+	}
+	return h.Get("Last-Modified") == b.validator
 }
 
 func (b *upstreamReader) closeResponse() {
@@ -368,13 +354,10 @@ func (b *upstreamReader) closeResponse() {
 }
 
 // readyToRead: see growingBody.
-func (b *upstreamReader) readyToRead() bool {
-	v, ok := b.through.(*verifiedReader)
-	return ok && v.whole
-}
+func (b *upstreamReader) readyToRead() bool { return false }
 
 func (b *upstreamReader) Seek(off int64, whence int) (int64, error) {
-	b.offset = seekOffset(off, whence, b.offset, b.part.size)
+	b.offset = seekOffset(off, whence, b.offset, b.size)
 	return b.offset, nil
 }
 

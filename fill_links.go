@@ -31,15 +31,15 @@ func (file fileRequest) rewrittenLinks() *documentLinks {
 // links, and reports whether it does. A body that breaks off is resumed below the
 // rewriting, where its offsets are those of upstream.
 func (b *upstreamReader) rewriteLinks() bool {
-	file, c := b.part.file, b.c
+	file, c := b.file, b.c
 	links := file.rewrittenLinks()
 	if links == nil {
 		return false
 	}
 	coding := b.resp.Header.Get("Content-Encoding")
-	if b.part.size > maxRewrittenBytes || (coding != "" && coding != "identity") {
+	if b.size > maxRewrittenBytes || (coding != "" && coding != "identity") {
 		c.log.Warn("the links of a document stay as they are, so that clients follow them past the cache: it is coded or too large",
-			"remote", file.remote.name, "path", file.path, "size", b.part.size, "coding", coding)
+			"remote", file.remote.name, "path", file.path, "size", b.size, "coding", coding)
 		return false
 	}
 	rewriter := newLinkRewriter(nextBytes{b}, links)

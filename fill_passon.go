@@ -51,7 +51,8 @@ func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, has
 	if file.needsWholeBody {
 		return reply, reply.readSmallBody(ctx, file, resp)
 	}
-	body := bodyPart{file, rangeValidator(resp), reply.size, at, rng.to, resp.origin}.newReader(ctx, c, resp)
+	body := &upstreamReader{c: c, ctx: ctx, file: file, validator: rangeValidator(resp), size: reply.size, last: rng.to, origin: resp.origin, resp: resp,
+		at: at, offset: at, breakAt: at}
 	if body.rewriteLinks() {
 		reply.size = -1
 	} else if file.digest != "" && rng.isWhole(reply.size) {

@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"os"
 	"strconv"
-	"time"
 )
 
 const (
@@ -29,43 +28,35 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 		}
 	}()
 	waits := cp != nil // for the whole body, because the copy can answer instead
-	var enough <-chan time.Time
-	if waits {
-		t := time.NewTimer(maxWholeBodyWait)
-		defer t.Stop()
-		enough = t.C
-	}
 	lateComer := !leads && f.hasAll()
-	for {
-		f.mu.Lock()
-		ready := f.canAnswer(waits) && (!lateComer || f.phase >= phaseComplete)
-		phase, fate, outcome := f.phase, f.fate, f.outcome
-		var changed <-chan struct{}
-		if !ready && phase != phaseDone {
-			changed = f.changed.next()
-		}
-		f.mu.Unlock()
-		switch {
-		case ready && lateComer && fate == fateKeep:
-			return f.hitFromSpool(ctx, rng), false, nil
-		case ready:
-			return f.replyFromSpool(ctx, leads, rng), false, nil
-		case phase == phaseDone:
-			f.leave()
-			return f.replyWithoutBody(ctx, rng, cp, outcome)
-		}
-		select {
-		case <-changed:
-		case <-enough:
-			if waits = false; f.file.rulesOthers() {
-				f.leave()
-				return f.file.staleReply(f.c, cp, "agreeing"), false, nil
-			}
-		case <-ctx.Done():
-			f.leave()
-			return nil, false, context.Cause(ctx)
-		}
+	ready, fate, outcome := false, fateKeep, fillOutcome{}
+	isDecided := func() bool {
+		ready = f.canAnswer(waits) && (!lateComer || f.phase >= phaseComplete)
+		fate, outcome = f.fate, f.outcome
+		return ready || f.phase == phaseDone
 	}
+	if waits {
+		enough, cancel := context.WithTimeout(ctx, maxWholeBodyWait)
+		err := f.await(enough, isDecided)
+		cancel()
+		if err != nil && ctx.Err() == nil && f.file.rulesOthers() {
+			f.leave()
+			return f.file.staleReply(f.c, cp, "agreeing"), false, nil
+		}
+		waits = false
+	}
+	if err := f.await(ctx, isDecided); err != nil {
+		f.leave()
+		return nil, false, err
+	}
+	switch {
+	case !ready:
+		f.leave()
+		return f.replyWithoutBody(ctx, rng, cp, outcome)
+	case lateComer && fate == fateKeep:
+		return f.hitFromSpool(ctx, rng), false, nil
+	}
+	return f.replyFromSpool(ctx, leads, rng), false, nil
 }
 
 // hasAll reports whether the body is all there: who comes now has no download to join.
@@ -118,13 +109,16 @@ func (f *fill) replyFromSpool(ctx context.Context, leads bool, rng byteRange) *f
 	} else {
 		reply.cacheStatus += "; collapsed"
 	}
+	isPart := rng.from > 0 || rng.suffix > 0
+	mayRequestFar := isPart && f.phase < phaseComplete && (f.validator != "" || f.file.digest != "")
 	f.mu.Unlock()
 	if rng.head {
 		f.leave()
-		reply.body = unreadBody(reply.size)
+		reply.body = unreadBody(size)
 		return reply
 	}
-	reply.body = f.newReader(ctx, rng)
+	r := f.spool.newReader(ctx, f.file.digest != "" && rng.isWhole(size))
+	reply.body = &fillReader{spoolReader: r, f: f, last: rng.to, mayRequestFar: mayRequestFar}
 	return reply
 }
 
@@ -143,21 +137,17 @@ func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 // the store must be looked up once more.
 func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
 	c, file := f.c, f.file
-	switch outcome.kind {
-	case outcomeLookAgain, outcomeAbandoned:
+	switch {
+	case outcome.kind == outcomeLookAgain, errors.Is(outcome.err, errAbandoned), outcome.kind == outcomeUnchanged && cp == nil:
 		return nil, true, nil
-	case outcomeUnchanged:
-		if cp == nil {
-			return nil, true, nil
-		}
+	case outcome.kind == outcomeUnchanged:
 		cp.goodAt = c.now()
 		c.countUse(file.remote.name, file.key())
 		return &fileReply{rec: cp.rec, size: cp.rec.Size, body: cp.body, goodAt: cp.goodAt, hashKnown: true,
 			cacheStatus: "fwd=stale; fwd-status=304", result: "REVALIDATED"}, false, nil
-	case outcomeNoSpool:
-		if cp != nil && file.rulesOthers() { // a new root that is not stored does not rule
-			return file.staleReply(c, cp, "agreeing"), false, nil
-		}
+	case outcome.kind == outcomeNoSpool && cp != nil && file.rulesOthers(): // a new root that is not stored does not rule
+		return file.staleReply(c, cp, "agreeing"), false, nil
+	case outcome.kind == outcomeNoSpool:
 		reply, err = c.passOnReply(ctx, file, rng, cp)
 		return reply, false, err
 	}
@@ -169,34 +159,20 @@ func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCo
 
 // staleReason says why the expired copy may answer for err; "" if it may not.
 func (file fileRequest) staleReason(err error) string {
-	if isUnreachable(err) {
-		return "unreachable"
-	}
-	if errors.Is(err, errFillQueueFull) {
-		return "crowded"
-	}
-	if errors.Is(err, errAgreeing) {
-		return "agreeing"
-	}
 	status, _ := errors.AsType[*upstreamStatus](err)
 	switch {
+	case isUnreachable(err):
+		return "unreachable"
+	case errors.Is(err, errFillQueueFull):
+		return "crowded"
+	case errors.Is(err, errAgreeing):
+		return "agreeing"
 	case status == nil, status.code < 500 && status.code != http.StatusTooManyRequests:
 		return ""
 	case file.remote.staleIfError, file.behaves().servesStale(status.code):
 		return "upstream-" + strconv.Itoa(status.code)
 	}
 	return ""
-}
-
-// newReader returns a client's reader of the body. Closing it leaves the fill.
-func (f *fill) newReader(ctx context.Context, rng byteRange) *fillReader {
-	_, size := f.progress()
-	r := &fillReader{spoolReader: f.spool.newReader(ctx, f.file.digest != "" && rng.isWhole(size)), f: f, last: rng.to}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	single := rng.from > 0 || rng.suffix > 0
-	r.mayRequestFar = single && f.phase < phaseComplete && (f.validator != "" || f.file.digest != "")
-	return r
 }
 
 // fillReader is a client's reader of a growing body. A range far ahead of the
@@ -226,14 +202,10 @@ func (r *fillReader) Read(p []byte) (int, error) {
 // chooseSource decides, before the first read, whether the range that was asked
 // for is worth a request of its own.
 func (r *fillReader) chooseSource() error {
-	if !r.mayRequestFar {
-		return nil
-	}
-	r.mayRequestFar = false
-	for r.isFarAhead() {
+	for r.mayRequestFar && r.isFarAhead() {
 		_, changed, _ := r.available()
 		if changed == nil {
-			return nil
+			break
 		}
 		select {
 		case r.f.farSlots <- struct{}{}:
@@ -243,12 +215,13 @@ func (r *fillReader) chooseSource() error {
 			if r.beyond == nil {
 				<-r.f.farSlots
 			}
-			return nil
+			r.mayRequestFar = false
 		case <-changed:
 		case <-r.ctx.Done():
 			return context.Cause(r.ctx)
 		}
 	}
+	r.mayRequestFar = false
 	return nil
 }
 
@@ -261,7 +234,7 @@ func (r *fillReader) isFarAhead() bool {
 
 // requestFarRange opens the range upstream. If that fails, the fill will come by.
 func (r *fillReader) requestFarRange() {
-	beyond := r.f.partFrom(r.offset, r.last).newReader(r.ctx, r.f.c, nil)
+	beyond := r.f.newPartReader(r.ctx, r.offset, r.last)
 	if err := beyond.seekUpstream(r.offset); err != nil {
 		r.f.mu.Lock()
 		defer r.f.mu.Unlock()

@@ -1,6 +1,7 @@
 // fill_replica.go: one fetch of a file across replicas. The replica that holds
 // the lease fills; the others follow its growing spool over plain HTTP, and take
-// over by Range when it dies. No failure here reaches a client.
+// over by Range when it dies. No failure here reaches a client. What no replica has
+// sealed is neither served nor stored.
 
 package main
 
@@ -9,13 +10,20 @@ import (
 	"context"
 	"crypto/hmac"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
+	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"net"
 	"net/http"
+	"net/url"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -34,9 +42,6 @@ const (
 	// longer than its lease lives without it.
 	failedLeaseTime = time.Minute
 )
-
-// errReplica is a filling replica that cannot be followed any further.
-var errReplica = errors.New("the filling replica is gone")
 
 // replicaHead is what clients of a follower need before the body.
 type replicaHead struct {
@@ -103,31 +108,27 @@ func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, en
 		return fillOutcome{kind: outcomeNoSpool}, true
 	}
 	f.set(func() { f.leader = leader })
-	follower := &follower{f}
-	outcome, err := follower.follow(leader)
+	outcome, err := f.follow(leader)
 	switch {
 	case err == nil:
 		return outcome, true
 	case f.rec == nil && f.isStoredByNow(): // it ended before we asked
 		return fillOutcome{kind: outcomeLookAgain}, true
 	}
-	err = fmt.Errorf("%w: %w", errReplica, err)
+	err = fmt.Errorf("the filling replica is gone: %w", err)
 	f.c.failedLeases.putFor(leader.token, struct{}{}, failedLeaseTime)
 	written, _ := f.spool.progress()
 	f.c.log.Info("fetching what another replica began", "key", f.key, "replica", leader.addr, "at", written, "error", err)
 	if f.rec != nil {
-		return follower.takeOver(err), true
+		return f.takeOver(err), true
 	}
 	f.set(func() { f.leader = nil })
 	return fillOutcome{}, false
 }
 
-// follower is a fill that gets its body from another replica, its leader.
-type follower struct{ *fillRun }
-
 // follow reads the leader's stream into f's own spool, and keeps the body there until the
 // leader has stored it. With an error the leader can do no more.
-func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
+func (f *fillRun) follow(leader *leaseHolder) (fillOutcome, error) {
 	ctx, cancel := context.WithCancel(f.ctx)
 	defer cancel()
 	silence := time.AfterFunc(replicaTimeout, cancel)
@@ -163,7 +164,7 @@ func (f *follower) follow(leader *leaseHolder) (fillOutcome, error) {
 }
 
 // applyFrame applies a frame that brings the body nearer.
-func (f *follower) applyFrame(kind byte, payload []byte) error {
+func (f *fillRun) applyFrame(kind byte, payload []byte) error {
 	switch kind {
 	case frameHead:
 		var h replicaHead
@@ -200,7 +201,7 @@ func (f *follower) applyFrame(kind byte, payload []byte) error {
 
 // readOutcome reads how the leader's fill ended, unless that says nothing about
 // ours.
-func (f *follower) readOutcome(payload []byte) (fillOutcome, error) {
+func (f *fillRun) readOutcome(payload []byte) (fillOutcome, error) {
 	var o replicaOutcome
 	if err := json.Unmarshal(payload, &o); err != nil {
 		return fillOutcome{}, errors.New("its outcome cannot be read")
@@ -220,13 +221,13 @@ func (f *follower) readOutcome(payload []byte) (fillOutcome, error) {
 // takeOver fetches by Range what is missing of a body whose leader is gone. Where that
 // cannot be, or the bytes that came are in doubt, clients that have a part of the body are
 // cut off, and those that have nothing yet begin anew.
-func (f *follower) takeOver(cause error) fillOutcome {
-	f.setStorable(true)
+func (f *fillRun) takeOver(cause error) fillOutcome {
+	f.setFate(fateKeep)
 	f.set(func() { f.leader = nil })
 	err := cause
 	if !errors.Is(cause, errDigest) {
 		written, _ := f.spool.progress()
-		body := f.partFrom(written, -1).newReader(f.ctx, f.c, nil)
+		body := f.newPartReader(f.ctx, written, -1)
 		if err = body.resume(written, cause); err == nil {
 			return f.receiveBody(body)
 		}
@@ -235,7 +236,7 @@ func (f *follower) takeOver(cause error) fillOutcome {
 }
 
 // openStream opens the stream of the leader's fill. The caller closes it.
-func (f *follower) openStream(ctx context.Context, leader *leaseHolder, stream *replicaStream) (io.ReadCloser, error) {
+func (f *fillRun) openStream(ctx context.Context, leader *leaseHolder, stream *replicaStream) (io.ReadCloser, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, leader.addr+replicaPath+f.key, nil)
 	if err != nil {
 		return nil, err
@@ -301,16 +302,7 @@ func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	w.WriteHeader(http.StatusOK)
 	s := &frameStream{f: f, ctx: r.Context(), w: w, replicaStream: stream, heartbeat: time.NewTicker(replicaHeartbeat)}
 	defer s.heartbeat.Stop()
-	whole := false
-	rec, err := s.awaitPhase(phaseFilling)
-	if err == nil && rec != nil {
-		whole, err = s.sendBody(rec)
-	}
-	if err == nil && whole {
-		if rec, err = s.awaitPhase(phaseComplete); err == nil {
-			err = s.writeJSONFrame(w, frameEnd, rec)
-		}
-	}
+	whole, err := s.sendBody()
 	if err == nil {
 		_, err = s.awaitPhase(phaseDone)
 	}
@@ -371,8 +363,13 @@ func (s *frameStream) await(changed <-chan struct{}) error {
 	}
 }
 
-// sendBody sends the head and the body; whole reports whether that came to its end.
-func (s *frameStream) sendBody(rec *record) (whole bool, err error) {
+// sendBody sends the head and the body, if there is one; whole reports whether that came to
+// its end.
+func (s *frameStream) sendBody() (whole bool, err error) {
+	rec, err := s.awaitPhase(phaseFilling)
+	if err != nil || rec == nil {
+		return false, err
+	}
 	body := s.f.spool.newReader(s.ctx, false)
 	defer body.Close()
 	s.f.mu.Lock()
@@ -383,7 +380,7 @@ func (s *frameStream) sendBody(rec *record) (whole bool, err error) {
 	}
 	buf := largeBuffers.Get().(*[largeBufferSize]byte)
 	defer largeBuffers.Put(buf)
-	for {
+	for err == nil {
 		n, changed, end := body.available()
 		switch {
 		case n > 0:
@@ -394,12 +391,131 @@ func (s *frameStream) sendBody(rec *record) (whole bool, err error) {
 			if err := s.writeFrame(s.w, frameData, buf[:k]); err != nil {
 				return false, err
 			}
-		case end != nil:
-			return end == io.EOF, nil
-		default:
-			if err := s.await(changed); err != nil {
-				return false, err
+		case end == io.EOF:
+			if rec, err = s.awaitPhase(phaseComplete); err != nil {
+				return true, err
 			}
+			return true, s.writeJSONFrame(s.w, frameEnd, rec)
+		case end != nil:
+			return false, nil
+		default:
+			err = s.await(changed)
 		}
 	}
+	return false, err
+}
+
+// The frames of a followed fill: one byte of kind, four of length, the seal, the payload.
+const (
+	frameHeartbeat byte = 'b' // nothing, but alive
+	frameHead      byte = 'h' // replicaHead: upstream's headers are there
+	frameData      byte = 'd' // a piece of the body
+	frameEnd       byte = 'e' // record: the body is whole and verified; heartbeats follow until it is stored
+	frameOutcome   byte = 'o' // replicaOutcome: there will be no body
+
+	frameHeadSize = 5 // of kind and length
+	// maxReplicaFrame bounds what is read for one frame.
+	maxReplicaFrame = 1 << 20
+)
+
+// replicaKey authenticates leases and what replicas send each other. All of them can
+// make it, and nobody who can only write to Redis or listen on the wire.
+type replicaKey []byte
+
+func newReplicaKey(secretKey, bucket string) replicaKey {
+	return replicaKey(secretKey).sign("artifactapi replicas", bucket)
+}
+
+// sign returns the HMAC-SHA256 of parts.
+func (k replicaKey) sign(parts ...string) []byte {
+	mac := hmac.New(sha256.New, k)
+	for _, p := range parts {
+		fmt.Fprintf(mac, "%d:%s", len(p), p) // with the length, other parts are other bytes
+	}
+	return mac.Sum(nil)
+}
+
+// isReplicaAddress reports whether s is http://HOST:PORT or https://HOST:PORT, where the
+// port may be missing, and nothing else.
+func isReplicaAddress(s string) bool {
+	u, err := url.Parse(s)
+	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != "" && !hasBadPort(u) && s == u.Scheme+"://"+u.Host
+}
+
+// replicaStream is one stream of a fill, as leader and follower both know it. Its seals
+// hold for the key, the lease's token, the follower's nonce and the place in the stream:
+// what was recorded elsewhere or earlier is worth nothing. One goroutine uses it.
+type replicaStream struct {
+	request, answer string // what follower and leader show in leaseHeader
+	mac             hash.Hash
+	frames          uint64 // sealed so far
+	payload         []byte // of the frame that was read last
+}
+
+func (k replicaKey) newStream(key, token, nonce string) *replicaStream {
+	sign := func(what string) []byte { return k.sign(what, key, token, nonce) }
+	return &replicaStream{
+		request: token + " " + nonce + " " + hex.EncodeToString(sign("request")),
+		answer:  hex.EncodeToString(sign("answer")),
+		mac:     hmac.New(sha256.New, sign("frames")),
+	}
+}
+
+// acceptStream is newStream for the leader, who gets what the follower shows. The stream
+// is nil unless that is a request of a replica for key.
+func (k replicaKey) acceptStream(key, shown string) (s *replicaStream, token string) {
+	token, rest, _ := strings.Cut(shown, " ")
+	nonce, _, _ := strings.Cut(rest, " ")
+	if s = k.newStream(key, token, nonce); !hmac.Equal([]byte(s.request), []byte(shown)) {
+		return nil, ""
+	}
+	return s, token
+}
+
+// seal returns the seal of the stream's next frame.
+func (s *replicaStream) seal(head, payload []byte) []byte {
+	s.mac.Reset()
+	_ = binary.Write(s.mac, binary.BigEndian, s.frames)
+	s.frames++
+	s.mac.Write(head)
+	s.mac.Write(payload)
+	return s.mac.Sum(nil)
+}
+
+func (s *replicaStream) writeFrame(w io.Writer, kind byte, payload []byte) error {
+	head := binary.BigEndian.AppendUint32([]byte{kind}, uint32(len(payload)))
+	if _, err := w.Write(append(head, s.seal(head, payload)...)); err != nil {
+		return err
+	}
+	_, err := w.Write(payload)
+	return err
+}
+
+func (s *replicaStream) writeJSONFrame(w io.Writer, kind byte, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return s.writeFrame(w, kind, b)
+}
+
+// readFrame reads the next frame, whose payload is valid until the one after it is read.
+// io.EOF is an end between two frames.
+func (s *replicaStream) readFrame(r io.Reader) (kind byte, payload []byte, err error) {
+	var head [frameHeadSize + sha256.Size]byte
+	if _, err := io.ReadFull(r, head[:]); err != nil {
+		return 0, nil, err
+	}
+	n := binary.BigEndian.Uint32(head[1:])
+	if n > maxReplicaFrame {
+		return 0, nil, fmt.Errorf("a frame of %d bytes", n)
+	}
+	s.payload = slices.Grow(s.payload[:0], int(n))[:n]
+	if _, err := io.ReadFull(r, s.payload); err != nil {
+		return 0, nil, err
+	}
+	if !hmac.Equal(s.seal(head[:frameHeadSize], s.payload), head[frameHeadSize:]) {
+		return 0, nil, errors.New("a frame that no replica with our secret has sent")
+	}
+	return head[0], s.payload, nil
 }

@@ -5,10 +5,8 @@ package main
 
 import (
 	"context"
-	"crypto/subtle"
 	"math"
 	"regexp"
-	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -28,8 +26,7 @@ const (
 	maxAbandonedPerRemote = 8
 )
 
-// fillTable finds the fill of a file by its key and spelling. Its methods may be
-// called concurrently.
+// fillTable finds the fill of a file. Its methods may be called concurrently.
 type fillTable struct {
 	running sync.WaitGroup // the goroutines of all fills
 	ended   atomic.Int64   // fills that have ended: a lookup in the store before may be out of date
@@ -37,7 +34,7 @@ type fillTable struct {
 	// mu guards the fields below and the clients of every fill. Of the other
 	// locks a fill's may be taken under it, and a spool's under that.
 	mu    sync.Mutex
-	byKey map[string][]*fill    // one a key, but for spellings whose hashes collide
+	byKey map[string]*fill
 	slots map[string]*fillSlots // by remote
 }
 
@@ -51,7 +48,7 @@ type fillSlots struct {
 }
 
 func newFillTable() *fillTable {
-	return &fillTable{byKey: map[string][]*fill{}, slots: map[string]*fillSlots{}}
+	return &fillTable{byKey: map[string]*fill{}, slots: map[string]*fillSlots{}}
 }
 
 func (t *fillTable) slotsOf(remote string) *fillSlots {
@@ -66,78 +63,68 @@ func (t *fillTable) slotsOf(remote string) *fillSlots {
 	return s
 }
 
-// join returns the fill of a file, which create makes if there is none. Each
-// join is paired with a leave.
+// join returns the fill of a file, which create makes if there is none. Each join is
+// paired with a leave.
 func (t *fillTable) join(key, spelling string, create func() *fill) (f *fill, created bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if f := t.find(key, spelling); f != nil {
-		f.clients++
-		return f, false
+	f = t.byKey[key]
+	if created = f == nil || f.file.spelling != spelling; created { // hashes of spellings may collide
+		f = create()
+		t.byKey[key] = f
 	}
-	f = create()
-	f.clients = 1
-	t.byKey[key] = append(t.byKey[key], f)
-	return f, true
+	f.clients++
+	return f, created
 }
 
-// find is the fill of a file, or nil. mu is held.
-func (t *fillTable) find(key, spelling string) *fill {
-	for _, f := range t.byKey[key] {
-		if f.file.spelling == spelling {
-			return f
-		}
-	}
-	return nil
-}
-
-// joinLeased joins the fill of key that holds the lease with that token, if there is one.
+// joinLeased joins the fill of key if it holds the lease with that token, which is
+// authentic; no lease has the token "".
 func (t *fillTable) joinLeased(key, token string) *fill {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, f := range t.byKey[key] {
-		f.mu.Lock()
-		leased := token != "" && subtle.ConstantTimeCompare([]byte(f.leaseToken), []byte(token)) == 1
-		f.mu.Unlock()
-		if leased {
-			f.clients++
-			return f
-		}
+	f := t.byKey[key]
+	if f == nil {
+		return nil
 	}
-	return nil
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if token == "" || f.leaseToken != token {
+		return nil
+	}
+	f.clients++
+	return f
 }
 
 func (t *fillTable) isFilling(key string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return len(t.byKey[key]) > 0
+	return t.byKey[key] != nil
 }
 
-// take takes the fills of key out of the table, so that later requests begin
-// another.
-func (t *fillTable) take(key string) []*fill {
+// take takes the fill of key out of the table, so that later requests begin another. It
+// returns it, or nil.
+func (t *fillTable) take(key string) *fill {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	taken := t.byKey[key]
+	f := t.byKey[key]
 	delete(t.byKey, key)
-	return taken
+	return f
 }
 
 // stop keeps what is being filled under key from being stored, and waits for what is
-// being stored.
+// being stored right now.
 func (t *fillTable) stop(ctx context.Context, key string) error {
-	for _, f := range t.take(key) {
-		if err := f.preventStoring(ctx); err != nil {
-			return err
-		}
+	f := t.take(key)
+	if f == nil {
+		return nil
 	}
-	return nil
+	f.setFate(fatePurgedHere)
+	return f.await(ctx, func() bool { return f.phase != phaseStoring })
 }
 
 // drop takes f out, if it is still there. mu is held.
 func (t *fillTable) drop(f *fill) {
-	t.byKey[f.key] = slices.DeleteFunc(t.byKey[f.key], func(other *fill) bool { return other == f })
-	if len(t.byKey[f.key]) == 0 {
+	if t.byKey[f.key] == f {
 		delete(t.byKey, f.key)
 	}
 }
@@ -146,11 +133,9 @@ func (t *fillTable) drop(f *fill) {
 func (t *fillTable) matching(remote string, pattern *regexp.Regexp) (keys []string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for key, fills := range t.byKey {
-		for _, f := range fills {
-			if f.file.remote.name == remote && pattern.MatchString(decodePath(f.file.spelling)) {
-				keys = append(keys, key)
-			}
+	for key, f := range t.byKey {
+		if f.file.remote.name == remote && pattern.MatchString(decodePath(f.file.spelling)) {
+			keys = append(keys, key)
 		}
 	}
 	return keys
@@ -167,7 +152,7 @@ func (t *fillTable) leave(f *fill) {
 	case f.clients > 0:
 	case f.isOfNoUse():
 		victim = f
-	case t.find(f.key, f.file.spelling) == f:
+	case t.byKey[f.key] == f:
 		victim = t.pickAbandoned(f.file.remote.name)
 	}
 	if victim != nil {
@@ -189,22 +174,17 @@ func (t *fillTable) pickAbandoned(remote string) *fill {
 	var victim *fill
 	var most int64
 	abandoned := 0
-	for _, fills := range t.byKey {
-		for _, f := range fills {
-			if f.clients > 0 || f.file.remote.name != remote {
-				continue
-			}
-			left := int64(math.MaxInt64) // more than of any other, where the length is not known
-			if written, size := f.progress(); size >= 0 {
-				left = size - written
-			}
-			if left == 0 {
-				continue // it asks nothing of upstream any more, and is being stored
-			}
-			abandoned++
-			if victim == nil || left > most {
-				victim, most = f, left
-			}
+	for _, f := range t.byKey {
+		left := int64(math.MaxInt64) // more than of any other, where the length is not known
+		if written, size := f.progress(); size >= 0 {
+			left = size - written
+		}
+		if f.clients > 0 || f.file.remote.name != remote || left == 0 { // 0: it is being stored
+			continue
+		}
+		abandoned++
+		if left > most {
+			victim, most = f, left
 		}
 	}
 	if abandoned <= maxAbandonedPerRemote {
@@ -213,20 +193,16 @@ func (t *fillTable) pickAbandoned(remote string) *fill {
 	return victim
 }
 
-func (t *fillTable) remove(f *fill) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.ended.Add(1)
-	t.drop(f)
-}
-
-// finish ends a fill and reports whether it has no client any more. Both is one
-// step, so that either the fill or its last client releases the spool.
+// finish takes a fill that ends out of the table, lets everyone know how it ended, and
+// reports whether it has no client any more. That is one step, so that either the fill or
+// its last client releases the spool.
 func (t *fillTable) finish(f *fill, outcome fillOutcome) (unused bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	t.ended.Add(1)
+	t.drop(f)
 	f.outcome = outcome
 	f.advance(phaseDone)
 	return f.clients == 0
@@ -252,18 +228,14 @@ func (t *fillTable) gauges(remotes []string) []family {
 		inFlight[remote] = float64(running)
 		waiting += len(s.queue) - running
 	}
-	for _, fills := range t.byKey {
-		for _, f := range fills {
-			f.mu.Lock()
-			if f.phase == phaseStoring {
-				storing++
-			}
-			if f.spool != nil {
-				written, _ := f.spool.progress()
-				spooled += written
-			}
-			f.mu.Unlock()
+	for _, f := range t.byKey {
+		written, _ := f.progress()
+		spooled += written
+		f.mu.Lock()
+		if f.phase == phaseStoring {
+			storing++
 		}
+		f.mu.Unlock()
 	}
 	return []family{
 		{"artifactapi_fills_in_flight", "gauge", "Downloads running now.", "remote", inFlight},

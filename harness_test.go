@@ -482,8 +482,8 @@ func (c *cache) joinReplicas(r replicas) { c.replicas, c.announcer.replicas = r,
 func (t *fillTable) all() (all []*fill) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, fills := range t.byKey {
-		all = append(all, fills...)
+	for _, f := range t.byKey {
+		all = append(all, f)
 	}
 	return all
 }

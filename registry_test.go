@@ -934,7 +934,7 @@ func (m *mirror) waiters(spelling string) int {
 	key := target{remote: m.reg.config().remotes["reg"], spelling: spelling}.key()
 	m.cache.fills.mu.Lock()
 	defer m.cache.fills.mu.Unlock()
-	if f := m.cache.fills.find(key, spelling); f != nil {
+	if f := m.cache.fills.byKey[key]; f != nil {
 		return f.clients
 	}
 	return 0
