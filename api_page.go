@@ -137,7 +137,8 @@ type page struct {
 
 	// Of one remote.
 	Remote     *pageRemote
-	Settings   []clientSetting
+	Registry   string   // that it mirrors
+	Origin     *url.URL // at which the client reached us
 	Leaving    []leavingLinks
 	Files      []pageFile // the rows
 	FilesError string
@@ -306,7 +307,8 @@ func (p *page) queryOfNext(after string) template.URL {
 // chooseRemote makes p, which has that remote only, its page.
 func (a *api) chooseRemote(p *page, r *http.Request, rem *remote) {
 	p.Remote = &p.Remotes[0]
-	p.Settings = clientSettingsOf(rem, requestOrigin(r))
+	p.Registry = cmp.Or(rem.masked["registry"], rem.registry)
+	p.Origin = requestOrigin(r)
 	p.Leaving = a.cache.leaving.list(rem.name)
 	p.Leaving = p.Leaving[:min(len(p.Leaving), 5)]
 }

@@ -5,7 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
-	"net/url"
+	"html"
 	"regexp"
 	"strings"
 	"testing"
@@ -247,33 +247,36 @@ func TestTrendIsByStep(t *testing.T) {
 // there.
 func TestClientSettings(t *testing.T) {
 	t.Parallel()
-	cfg := mustParse(t, "remotes:\n  hub: {base_url: 'https://registry-1.docker.io', package: docker}\n  a: {base_url: 'http://x', package: alpine}\n")
-	all := func(name, origin string) (text string) {
-		u, err := url.Parse(origin)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, s := range clientSettingsOf(cfg.remotes[name], u) {
-			text += s.Client + " " + s.File + "\n" + s.Text + "\n"
-		}
-		return text
+	tt := newTester(t)
+	tt.configure("remotes:\n  hub: {base_url: 'https://registry-1.docker.io', package: docker}\n  a: {base_url: 'http://x', package: alpine}\n")
+	all := func(name, scheme string) string {
+		g := tt.get("/?remote="+name, browser, "X-Forwarded-Proto: "+scheme).wantStatus(200)
+		_, text, _ := strings.Cut(g.text, "Client settings")
+		text, _, _ = strings.Cut(text, "</section>")
+		return strings.ReplaceAll(html.UnescapeString(text), strings.TrimPrefix(tt.url, "http://"), "cache:8000")
 	}
-	plain, secure := all("hub", "http://cache:8000"), all("hub", "https://cache")
-	for _, want := range []string{"certs.d/docker.io/hosts.toml", `[host."http://cache:8000/hub"]`, `"^(.*)$": "hub/$1"`, `"insecure-registries": ["cache:8000"],`, `location = "cache:8000/hub"`, "insecure = true\n"} {
+	plain, secure := all("hub", "http"), all("hub", "https")
+	for _, want := range []string{"certs.d/docker.io/hosts.toml", `[host."http://cache:8000/hub"]`, `"^(.*)$": "hub/$1"`, "{\n  \"insecure-registries\": [\"cache:8000\"],\n", `location = "cache:8000/hub"`, "insecure = true<"} {
 		if !strings.Contains(plain, want) {
 			t.Errorf("no %q in\n%s", want, plain)
 		}
 	}
-	if strings.Contains(secure, "insecure") || strings.Contains(plain+secure, "HTTP-ONLY") || strings.Contains(plain, "curl") {
+	if strings.Contains(secure, "insecure") || strings.Contains(plain, "curl") || !strings.Contains(secure, "{\n  \"registry-mirrors\": [\"https://cache:8000/hub\"]\n}") {
 		t.Errorf("over TLS:\n%s", secure)
+	}
+	if text := all("a", "http"); !strings.Contains(text, "http://cache:8000/api/a/v3") || !strings.Contains(text, "curl -fLO http://cache:8000/api/a/PATH") {
+		t.Errorf("alpine:\n%s", text)
 	}
 	cfg, err := parseConfig("remotes.yaml", []byte("remotes:\n  hub: {base_url: 'https://x', package: docker, registry: '${REG}:5000'}\n"), func(string) (string, bool) { return "inside.example", true })
 	must(t, err)
-	if text := clientSettingsOf(cfg.remotes["hub"], &url.URL{Scheme: "https", Host: "cache"})[0]; strings.Contains(fmt.Sprint(text), "inside.example") || !strings.Contains(text.File, "/***:5000/") {
+	tt.server.useConfig(cfg)
+	if text := all("hub", "https"); strings.Contains(text, "inside.example") || !strings.Contains(text, "/***:5000/") {
 		t.Errorf("what came from the environment is shown: %v", text)
 	}
-	cfg = mustParse(t, "remotes:\n  a: {base_url: 'http://x', package: alpine}\n")
-	if text := all("a", "http://cache:8000"); !strings.Contains(text, "http://cache:8000/api/a/v3") || !strings.Contains(text, "curl -fLO http://cache:8000/api/a/PATH") {
-		t.Errorf("alpine:\n%s", text)
+	for name := range builtinPatterns {
+		tt.configure("remotes:\n  a: {base_url: 'http://x', package: " + name + "}\n")
+		if text := all("a", "https"); strings.Count(text, "<details open>") != 1 {
+			t.Errorf("of %s none is shown, or several:\n%s", name, text)
+		}
 	}
 }
