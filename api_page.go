@@ -57,7 +57,7 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 		return writeJSON(w, v)
 	}
 	q := r.URL.Query()
-	p := &page{Version: v.Version, Uptime: formatSpan(a.now().Sub(a.started)), Health: a.health(), Missed: a.cache.missed.count(),
+	p := &page{Version: v.Version, Uptime: formatSpan(a.now().Sub(a.started)), Health: a.health(), Missed: int64(a.cache.missed.count()),
 		Search: q.Get("search"), Prefix: q.Get("prefix"), after: q.Get("after")}
 	name := q.Get("remote")
 	for _, o := range v.Remotes {
@@ -71,7 +71,14 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 		if rem == nil {
 			return newProblem(http.StatusNotFound, "there is no remote %.100q in remotes.yaml", name)
 		}
-		a.chooseRemote(p, r, rem)
+		p.Remote = &p.Remotes[0]
+		p.Registry = cmp.Or(rem.masked["registry"], rem.registry)
+		p.Origin = &url.URL{Scheme: "http", Host: r.Host}
+		if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
+			p.Origin.Scheme = "https"
+		}
+		p.Leaving = a.cache.leaving.list(rem.name)
+		p.Leaving = p.Leaving[:min(len(p.Leaving), 5)]
 		addRows = func(most int) { a.addFiles(p, r, rem, most) }
 	} else {
 		a.addTotals(p)
@@ -132,13 +139,13 @@ type page struct {
 	Shown  []pageRemote // the rows
 	Total  pageRemote
 	Disk   *pageDisk // nil: not known
-	Missed int       // files that /missed lists
+	Missed int64     // files that /missed lists
 	Runs   []pageRun // of prefetches
 
 	// Of one remote.
 	Remote     *pageRemote
 	Registry   string   // that it mirrors
-	Origin     *url.URL // at which the client reached us
+	Origin     *url.URL // at which the client reached us, through a proxy or not
 	Leaving    []leavingLinks
 	Files      []pageFile // the rows
 	FilesError string
@@ -304,15 +311,6 @@ func (p *page) queryOfNext(after string) template.URL {
 	return template.URL(q.Encode())
 }
 
-// chooseRemote makes p, which has that remote only, its page.
-func (a *api) chooseRemote(p *page, r *http.Request, rem *remote) {
-	p.Remote = &p.Remotes[0]
-	p.Registry = cmp.Or(rem.masked["registry"], rem.registry)
-	p.Origin = requestOrigin(r)
-	p.Leaving = a.cache.leaving.list(rem.name)
-	p.Leaving = p.Leaving[:min(len(p.Leaving), 5)]
-}
-
 // addFiles makes the files that are searched for the rows of a remote's page.
 func (a *api) addFiles(p *page, r *http.Request, rem *remote, most int) {
 	p.Files, p.Next, p.FilesError = nil, "", ""
@@ -321,11 +319,8 @@ func (a *api) addFiles(p *page, r *http.Request, rem *remote, most int) {
 	if p.Search != "" {
 		q.pattern, err = compilePattern("(?i)" + regexp.QuoteMeta(p.Search))
 	}
-	var found indexPage
-	if err == nil {
-		found, err = a.cache.listFiles(r.Context(), q)
-	}
-	if err != nil {
+	found, listErr := a.cache.listFiles(r.Context(), q)
+	if err := cmp.Or(err, listErr); err != nil {
 		_, p.FilesError = statusAndDetail(err)
 		return
 	}
@@ -343,16 +338,6 @@ func (a *api) addFiles(p *page, r *http.Request, rem *remote, most int) {
 	if found.next != "" {
 		p.Next = p.queryOfNext(found.next)
 	}
-}
-
-// requestOrigin is the scheme and host that a client asked us by, through a proxy or
-// not.
-func requestOrigin(r *http.Request) *url.URL {
-	scheme := "http"
-	if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
-		scheme = "https"
-	}
-	return &url.URL{Scheme: scheme, Host: r.Host}
 }
 
 //go:embed assets/page.html
@@ -382,12 +367,8 @@ func policyHash(text string) string {
 	return base64.StdEncoding.EncodeToString(sum[:])
 }
 
-// formatBytes writes a number of bytes, an integer or a pointer to one, for people.
-func formatBytes(v any) string {
-	n, known := integer(v)
-	if !known {
-		return "?"
-	}
+// formatBytes writes a number of bytes for people.
+func formatBytes(n int64) string {
 	if n < 1<<10 {
 		return strconv.FormatInt(n, 10) + " B"
 	}
@@ -398,13 +379,8 @@ func formatBytes(v any) string {
 	return strings.TrimSuffix(fmt.Sprintf("%.1f", f), ".0") + " " + "KMGTP"[unit:unit+1] + "iB"
 }
 
-// formatCount writes an integer, or a pointer to one, with thin spaces between groups
-// of three digits.
-func formatCount(v any) string {
-	n, known := integer(v)
-	if !known {
-		return "?"
-	}
+// formatCount writes a number with thin spaces between groups of three digits.
+func formatCount(n int64) string {
 	s := strconv.FormatInt(n, 10)
 	for i := len(s) - 3; i > 0; i -= 3 {
 		s = s[:i] + "\u2009" + s[i:]
@@ -412,31 +388,16 @@ func formatCount(v any) string {
 	return s
 }
 
-// integer returns the value of an integer or of a pointer to one; a nil pointer is not
-// known.
-func integer(v any) (n int64, known bool) {
-	switch v := v.(type) {
-	case int64:
-		return v, true
-	case int:
-		return int64(v), true
-	case *int64:
-		if v != nil {
-			return *v, true
-		}
-	}
-	return 0, false
-}
-
 // formatSpan writes a length of time for people, in its largest unit.
 func formatSpan(d time.Duration) string {
-	for _, unit := range []struct {
-		length time.Duration
-		name   string
-	}{{24 * time.Hour, "d"}, {time.Hour, "h"}, {time.Minute, "min"}} {
-		if d >= unit.length {
-			return fmt.Sprintf("%d %s", d/unit.length, unit.name)
-		}
+	const day = 24 * time.Hour
+	switch {
+	case d >= day:
+		return fmt.Sprintf("%d d", d/day)
+	case d >= time.Hour:
+		return fmt.Sprintf("%d h", d/time.Hour)
+	case d >= time.Minute:
+		return fmt.Sprintf("%d min", d/time.Minute)
 	}
 	return fmt.Sprintf("%d s", max(0, d/time.Second))
 }

@@ -190,6 +190,9 @@ func TestOverviewWithoutTheIndex(t *testing.T) {
 	if g := tt.get("/").wantStatus(200); !strings.Contains(g.text, `"artifacts": null`) || !strings.Contains(g.text, `"bytes": null`) {
 		t.Errorf("what is not known is not null: %s", g.text)
 	}
+	if g := tt.get("/", browser).wantStatus(200); !g.has(`<p class="big">?</p>`) || !g.has(`data-label="Files">?</td>`) {
+		t.Errorf("what is not known is not ?: %s", g.text)
+	}
 	if g := tt.get("/?remote=r", browser).wantStatus(200); !strings.Contains(g.text, "cannot be used right now") {
 		t.Errorf("the page does not say that the index is away:\n%s", g.text)
 	}
@@ -199,8 +202,8 @@ func TestPageWritesNumbersForPeople(t *testing.T) {
 	t.Parallel()
 	n := int64(1234567)
 	for got, want := range map[string]string{
-		formatBytes(int64(0)): "0 B", formatBytes(int64(1023)): "1023 B", formatBytes(&n): "1.2 MiB", formatBytes(int64(5 << 40)): "5 TiB",
-		formatBytes((*int64)(nil)): "?", formatCount(int64(999)): "999", formatCount(&n): "1\u2009234\u2009567", formatCount(12): "12",
+		formatBytes(0): "0 B", formatBytes(1023): "1023 B", formatBytes(n): "1.2 MiB", formatBytes(5 << 40): "5 TiB",
+		formatCount(999): "999", formatCount(n): "1\u2009234\u2009567", formatCount(12): "12",
 		formatSpan(-time.Second): "0 s", formatSpan(59 * time.Second): "59 s", formatSpan(90 * time.Minute): "1 h", formatSpan(49 * time.Hour): "2 d",
 	} {
 		if got != want {

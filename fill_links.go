@@ -54,7 +54,7 @@ type leavingCounts struct{ *boundedMap[string, int] }
 // leavingLinks are links in a remote's documents that lead past the cache.
 type leavingLinks struct {
 	Host  string
-	Count int // in the documents that were fetched so far
+	Count int64 // in the documents that were fetched so far
 }
 
 func (l leavingCounts) add(remote string, byHost map[string]int) {
@@ -70,7 +70,7 @@ func (l leavingCounts) list(remote string) (list []leavingLinks) {
 	for _, key := range l.keys() {
 		if host, found := strings.CutPrefix(key, remote+" "); found {
 			n, _ := l.get(key)
-			list = append(list, leavingLinks{host, n})
+			list = append(list, leavingLinks{host, int64(n)})
 		}
 	}
 	slices.SortFunc(list, func(a, b leavingLinks) int {
