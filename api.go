@@ -408,18 +408,13 @@ func compilePattern(s string) (*regexp.Regexp, error) {
 		return nil, newProblem(http.StatusBadRequest, "pattern has more than %d bytes", maxPatternBytes)
 	}
 	tree, err := syntax.Parse(s, syntax.Perl)
-	if err == nil {
-		prog, _ := syntax.Compile(tree.Simplify()) // what is parsed can be compiled
-		if len(prog.Inst) > maxPatternSize {
-			return nil, newProblem(http.StatusBadRequest, "pattern is too large: shorten its repetitions ({n,m})")
-		}
-		return regexp.MustCompile(s), nil
+	if e, ok := errors.AsType[*syntax.Error](err); ok { // without the pattern: it is from a query, which must not be in the log
+		return nil, newProblem(http.StatusBadRequest, "pattern is not a valid regular expression (RE2 syntax): %s", e.Code)
 	}
-	reason := "" // without the pattern itself: it is from a query, which must not be in the log
-	if e, ok := errors.AsType[*syntax.Error](err); ok {
-		reason = ": " + string(e.Code)
+	if prog, _ := syntax.Compile(tree.Simplify()); len(prog.Inst) > maxPatternSize { // what is parsed can be compiled
+		return nil, newProblem(http.StatusBadRequest, "pattern is too large: shorten its repetitions ({n,m})")
 	}
-	return nil, newProblem(http.StatusBadRequest, "pattern is not a valid regular expression (RE2 syntax)%s", reason)
+	return regexp.Compile(s)
 }
 
 // newListedArtifact returns an index row as a listing shows it.
