@@ -120,51 +120,41 @@ func main() {
 // the exit status: 0 for success, 1 for an error, 2 for wrong arguments. It ends
 // when the command has ended; serve ends with ctx.
 func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Writer) int {
-	command, rest := "serve", []string(nil)
+	name, rest := "serve", []string(nil)
 	if len(args) > 0 {
-		command, rest = args[0], args[1:]
-	}
-	maxArgs := map[string]int{"serve": 0, "check": 1, "healthcheck": 0, "verify": 0, "reindex": 0,
-		"export": math.MaxInt, "prefetch": math.MaxInt, "have": 0, "import": 0, "version": 0, "--version": 0, "help": 0, "-h": 0, "--help": 0}
-	limit, known := maxArgs[command]
-	if !known {
-		limit = -1 // not even the command
-	}
-	if len(rest) > limit {
-		fmt.Fprintf(stderr, "artifactapi: unknown command or argument %q\n%s", args[limit+1], usage)
-		return 2
-	}
-	switch command {
-	case "version", "--version":
-		fmt.Fprintln(stdout, "artifactapi", buildVersion())
-		return 0
-	case "help", "-h", "--help":
-		fmt.Fprint(stdout, usage)
-		return 0
+		name, rest = args[0], args[1:]
 	}
 	set, err := parseSettings(env)
-	if err == nil {
-		bundle := &bundleCommand{set, env, time.Now, os.Stdin, stdout, stderr}
-		switch command {
-		case "check":
-			err = checkConfig(set, rest, env, stdout)
-		case "healthcheck":
-			err = askHealth(ctx, set)
-		case "verify":
-			err = verifyStored(ctx, set, env, time.Now, stdout)
-		case "reindex":
-			err = reindexStored(ctx, set, time.Now, stdout)
-		case "export":
-			err = bundle.exportStored(ctx, rest)
-		case "have":
-			err = bundle.listSums(ctx)
-		case "import":
-			err = bundle.importStored(ctx)
-		case "prefetch":
-			err = runPrefetch(ctx, set, rest, os.Stdin, stdout)
-		default:
-			err = runServer(ctx, set, env, stderr)
-		}
+	bundle := &bundleCommand{set, env, time.Now, os.Stdin, stdout, stderr}
+	command, known := map[string]struct {
+		maxArgs int
+		run     func() error
+	}{
+		"serve":       {0, func() error { return runServer(ctx, set, env, stderr) }},
+		"check":       {1, func() error { return checkConfig(set, rest, env, stdout) }},
+		"healthcheck": {0, func() error { return askHealth(set) }},
+		"verify":      {0, func() error { return verifyStored(ctx, set, env, time.Now, stdout) }},
+		"reindex":     {0, func() error { return reindexStored(ctx, set, time.Now, stdout) }},
+		"export":      {math.MaxInt, func() error { return bundle.exportStored(ctx, rest) }},
+		"have":        {0, func() error { return bundle.listSums(ctx) }},
+		"import":      {0, func() error { return bundle.importStored(ctx) }},
+		"prefetch":    {math.MaxInt, func() error { return runPrefetch(ctx, set, rest, os.Stdin, stdout) }},
+		"version":     {}, "--version": {}, "help": {}, "-h": {}, "--help": {},
+	}[name]
+	if !known {
+		command.maxArgs = -1 // not even the command
+	}
+	switch {
+	case len(rest) > command.maxArgs:
+		err = fmt.Errorf("%w: %q", errUsage, args[command.maxArgs+1])
+	case name == "version" || name == "--version":
+		fmt.Fprintln(stdout, "artifactapi", buildVersion())
+		return 0
+	case command.run == nil:
+		fmt.Fprint(stdout, usage)
+		return 0
+	case err == nil:
+		err = command.run()
 	}
 	if errors.Is(err, errUsage) {
 		fmt.Fprintf(stderr, "artifactapi: %v\n%s", err, usage)
@@ -368,9 +358,7 @@ func (set *settings) drainTime() time.Duration { return max(drainTimeout-set.dra
 func (s *server) announceEnd() {
 	s.draining.Store(true)
 	s.log.Info("draining: /health answers 503 from now on", "delay", s.set.drainDelay.String())
-	if s.set.drainDelay > 0 {
-		<-time.After(s.set.drainDelay)
-	}
+	<-time.After(s.set.drainDelay)
 }
 
 // drain stops accepting connections, ends prefetches, and waits for the other running
@@ -386,28 +374,22 @@ func (s *server) drain(ctx context.Context, srv *http.Server) {
 
 // startLoops starts the background tasks. They end with ctx; loops counts them.
 func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
+	succeeds := func(step func(context.Context)) func(context.Context) error {
+		return func(ctx context.Context) error {
+			step(ctx)
+			return nil
+		}
+	}
 	tasks := []task{
-		{doing: "counting uses", every: 2 * time.Second, step: func(ctx context.Context) error {
-			s.cache.flushCounts(ctx)
-			return nil
-		}},
-		{doing: "evicting", every: 5 * time.Second, step: func(ctx context.Context) error {
-			s.cache.evictor.evictFiles(ctx)
-			return nil
-		}},
+		{doing: "counting uses", every: 2 * time.Second, step: succeeds(s.cache.flushCounts)},
+		{doing: "evicting", every: 5 * time.Second, step: succeeds(s.cache.evictor.evictFiles)},
 		// A sweep reads all directories: the first request does not wait for it.
 		{doing: "sweeping temporary files", every: time.Hour, step: s.sweepDisks},
-		{doing: "sampling for the page", every: trendStep, step: func(context.Context) error {
-			s.cache.metrics.sampleTrend()
-			return nil
-		}},
+		{doing: "sampling for the page", every: trendStep, step: succeeds(func(context.Context) { s.cache.metrics.sampleTrend() })},
 		{doing: "saving snapshots", every: 5 * time.Minute, step: s.stores.saveSnapshots},
 	}
 	for _, b := range s.stores.backends {
-		tasks = append(tasks, task{doing: "checking a backend", every: checkEvery, step: func(context.Context) error {
-			s.checkBackend(b)
-			return nil
-		}})
+		tasks = append(tasks, task{doing: "checking a backend", every: checkEvery, step: succeeds(func(context.Context) { s.checkBackend(b) })})
 		tasks = append(tasks, b.tasks...)
 	}
 	for _, t := range tasks {
@@ -491,7 +473,7 @@ const (
 // state or of advice, unless the backend does that itself.
 func (s *server) checkBackend(b *backend) {
 	if b.ping == nil {
-		b.up.Store(true)
+		b.found.Store(&b.okWord)
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), checkTimeout)
@@ -499,12 +481,16 @@ func (s *server) checkBackend(b *backend) {
 	began := time.Now()
 	err := b.ping(ctx)
 	s.cache.metrics.countCheck(b.name, time.Since(began))
-	full := errors.Is(err, errNoSpace) && !errors.Is(err, errStoreDown)
-	was, isFirst, lasted := b.state(), b.changedAt.IsZero(), began.Sub(b.changedAt).Round(time.Second).String()
-	b.full.Store(full)
-	b.up.Store(err == nil || full)
-	b.down.Store(err != nil && !full)
-	hasChanged := isFirst || b.state() != was
+	state := b.okWord
+	switch {
+	case errors.Is(err, errNoSpace) && !errors.Is(err, errStoreDown):
+		state = "full"
+	case err != nil:
+		state = "down"
+	}
+	was, isFirst, lasted := b.state(), b.found.Load() == nil, began.Sub(b.changedAt).Round(time.Second).String()
+	b.found.Store(&state)
+	hasChanged := isFirst || state != was
 	if hasChanged {
 		b.changedAt = began
 	}
@@ -512,7 +498,7 @@ func (s *server) checkBackend(b *backend) {
 	b.advice, _ = errors.AsType[advice](err)
 	switch {
 	case !hasChanged && b.advice == said:
-	case full:
+	case state == "full":
 		s.log.Error("backend is full: files are served and not stored", "backend", b.name, "kind", b.kind, "error", err)
 	case was == "full" && err == nil:
 		s.log.Info("backend has space again", "backend", b.name, "kind", b.kind, "after", lasted)

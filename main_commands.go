@@ -50,14 +50,10 @@ func loadConfig(name string, env lookupEnv) (*config, error) {
 
 // askHealth asks /health of the server on this machine and returns nil for 200.
 // It is HEALTHCHECK's command, because the image has no shell and no curl.
-func askHealth(ctx context.Context, set *settings) error {
-	ctx, cancel := context.WithTimeout(ctx, healthTimeout)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, localURL(set)+"/health", nil)
-	if err != nil {
-		return fmt.Errorf("LISTEN_ADDR: %w", err)
-	}
-	res, err := newLocalClient().Do(req)
+func askHealth(set *settings) error {
+	client := newLocalClient()
+	client.Timeout = healthTimeout
+	res, err := client.Get(localURL(set) + "/health")
 	if err != nil {
 		return fmt.Errorf("asking /health: %w", err)
 	}

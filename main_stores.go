@@ -51,23 +51,19 @@ type backend struct {
 	seenDown func() error                // why requests find it down, before a ping may; nil: outage knows
 	tasks    []task                      // that run as long as the server
 	close    func() error                // nil: it has nothing open
-	// What the last ping found: full is up, too; none of them: there was none yet.
-	up, full, down atomic.Bool
+	found    atomic.Pointer[string]      // by the last ping: down, full or okWord; nil: there was none yet
 
 	// The checks alone use these.
 	changedAt time.Time // when a ping found another state than the one before
 	advice    advice    // of the last ping
 }
 
-// state is what the last ping says of the backend.
+// state is what the last ping says of the backend, which is down until there was one.
 func (b *backend) state() string {
-	switch {
-	case !b.up.Load():
-		return "down"
-	case b.full.Load():
-		return "full"
+	if found := b.found.Load(); found != nil {
+		return *found
 	}
-	return b.okWord
+	return "down"
 }
 
 // isSeenDown reports whether requests find the backend down.
@@ -86,7 +82,9 @@ func (st *stores) isInTrouble(store string) bool {
 
 // storageIsDown reports whether nothing can be stored. What is full takes what fits.
 func (st *stores) storageIsDown() bool {
-	return slices.ContainsFunc(st.backends, func(b *backend) bool { return b.name == "storage" && (b.down.Load() || b.isSeenDown()) })
+	return slices.ContainsFunc(st.backends, func(b *backend) bool {
+		return b.name == "storage" && (b.isSeenDown() || (b.found.Load() != nil && b.state() == "down"))
+	})
 }
 
 // task is a step that runs in the background, again and again.
