@@ -44,7 +44,7 @@ func (c *bundleCommand) open() (*stores, *config) {
 // exportStored writes a bundle to stdout. args name remotes (none: all), and behind
 // --have a file of the sums whose bodies stay out.
 func (c *bundleCommand) exportStored(ctx context.Context, args []string) error {
-	b := &bundleWriter{bundleProgress: &bundleProgress{ctx: ctx}, leaveOut: map[bodySum]bool{}, time: c.now()}
+	b := &bundleWriter{bundleProgress: &bundleProgress{ctx: ctx}, leaveOut: map[string]bool{}, time: c.now()}
 	for ; len(args) > 0; args = args[1:] {
 		switch {
 		case args[0] == "--have" && len(args) > 1:
@@ -69,7 +69,7 @@ func (c *bundleCommand) exportStored(ctx context.Context, args []string) error {
 }
 
 // readSums reads what have has printed.
-func readSums(name string, sums map[bodySum]bool) error {
+func readSums(name string, sums map[string]bool) error {
 	f, err := os.Open(name)
 	if err != nil {
 		return err
@@ -80,7 +80,7 @@ func readSums(name string, sums map[bodySum]bool) error {
 		if !isSHA256(lines.Text()) {
 			return fmt.Errorf("%s: %.100q is not a line that artifactapi have prints", name, lines.Text())
 		}
-		sums[sumOf(lines.Text())] = true
+		sums[lines.Text()] = true
 	}
 	return lines.Err()
 }
@@ -89,11 +89,11 @@ func readSums(name string, sums map[bodySum]bool) error {
 func (c *bundleCommand) listSums(ctx context.Context) error {
 	st, _ := c.open()
 	defer st.Close()
-	printed := map[bodySum]bool{}
+	printed := map[string]bool{}
 	out := bufio.NewWriter(c.stdout)
 	err := st.objects.walk(ctx, func(_ string, rec *record) error {
-		if sum := sumOf(rec.SHA256); !printed[sum] {
-			printed[sum] = true
+		if !printed[rec.SHA256] {
+			printed[rec.SHA256] = true
 			fmt.Fprintln(out, rec.SHA256)
 		}
 		return nil
@@ -154,13 +154,13 @@ func (c *bundleCommand) showProgress(p *bundleProgress) (stop func()) {
 		return func() {}
 	}
 	var running sync.WaitGroup
-	began, ended, ticker := c.now(), make(chan struct{}), time.NewTicker(time.Second)
+	ctx, end := context.WithCancel(context.Background())
+	began := c.now()
 	running.Go(func() {
-		for more := true; more; {
+		for ctx.Err() == nil {
 			select {
-			case <-ticker.C:
-			case <-ended:
-				more = false
+			case <-time.After(time.Second):
+			case <-ctx.Done():
 			}
 			mb, seconds := float64(p.done.Load())/1e6, max(c.now().Sub(began).Seconds(), 0.001)
 			fmt.Fprintf(c.stderr, "\r%.0f of %.0f MB, %.0f MB/s\x1b[K", mb, float64(p.total.Load())/1e6, mb/seconds)
@@ -168,8 +168,7 @@ func (c *bundleCommand) showProgress(p *bundleProgress) (stop func()) {
 		fmt.Fprintln(c.stderr)
 	})
 	return func() {
-		ticker.Stop()
-		close(ended)
+		end()
 		running.Wait()
 	}
 }

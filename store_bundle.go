@@ -60,16 +60,6 @@ type bundleHead struct {
 // errDamagedBody is a body that is not the one that its record or its name says.
 var errDamagedBody = errors.New("damaged body")
 
-// bodySum is the SHA-256 of a body. A set of millions takes half of what their digits
-// would.
-type bodySum [sha256.Size]byte
-
-// sumOf returns the sum with these digits, which isSHA256 has found well formed.
-func sumOf(digits string) (sum bodySum) {
-	_, _ = hex.Decode(sum[:], []byte(digits))
-	return sum
-}
-
 // taggedImage returns image and tag of a manifest that is stored by its tag. Records of
 // manifests alone have a digest, and a digest in a path has a colon.
 func taggedImage(rec *record) (image, tag string, ok bool) {
@@ -185,7 +175,7 @@ type bundleWriter struct {
 	createFile func() (*os.File, error) // a temporary file
 	config     *config                  // knows registries; empty: nothing is known
 	remotes    []string                 // that are wanted; nil: all
-	leaveOut   map[bodySum]bool         // bodies that the other side has
+	leaveOut   map[string]bool          // sums of bodies that the other side has
 	time       time.Time
 	tar        *tar.Writer
 }
@@ -216,7 +206,7 @@ func (b *bundleWriter) write(ctx context.Context, to io.Writer) error {
 	if err != nil {
 		return err
 	}
-	changed, written := false, map[bodySum]bool{}
+	changed, written := false, map[string]bool{}
 	err = listed.each(ctx, 1, func(rec *record) error {
 		now, err := b.writeBody(ctx, rec, written)
 		changed = changed || now != rec
@@ -238,14 +228,14 @@ func (b *bundleWriter) write(ctx context.Context, to io.Writer) error {
 func (b *bundleWriter) writeDocuments(ctx context.Context, list *recordList) error {
 	head := bundleHead{Format: bundleFormat, Time: b.time.UTC(), Remotes: []string{}}
 	images := []any{} // descriptors, as the OCI image layout has them
-	counted := map[bodySum]bool{}
+	counted := map[string]bool{}
 	err := list.each(ctx, 1, func(rec *record) error {
 		if i, found := slices.BinarySearch(head.Remotes, rec.Remote); !found {
 			head.Remotes = slices.Insert(head.Remotes, i, rec.Remote)
 		}
 		head.Counts.Records++
-		if sum := sumOf(rec.SHA256); !counted[sum] && !b.leaveOut[sum] {
-			counted[sum] = true
+		if !counted[rec.SHA256] && !b.leaveOut[rec.SHA256] {
+			counted[rec.SHA256] = true
 			head.Counts.Bodies++
 			head.Counts.Bytes += rec.Size
 		}
@@ -295,9 +285,8 @@ func (b *bundleWriter) writeHeader(name string, size int64) error {
 
 // writeBody writes the body of a record, unless it is written already or left out. It
 // returns the record that is stored now: rec, one that has replaced it, or nil.
-func (b *bundleWriter) writeBody(ctx context.Context, rec *record, written map[bodySum]bool) (*record, error) {
-	sum := sumOf(rec.SHA256)
-	if written[sum] || b.leaveOut[sum] {
+func (b *bundleWriter) writeBody(ctx context.Context, rec *record, written map[string]bool) (*record, error) {
+	if written[rec.SHA256] || b.leaveOut[rec.SHA256] {
 		return rec, nil
 	}
 	key := storageKey(rec.Remote, rec.Path)
@@ -309,7 +298,7 @@ func (b *bundleWriter) writeBody(ctx context.Context, rec *record, written map[b
 	if obj.rec.SHA256 != rec.SHA256 {
 		return b.writeBody(ctx, obj.rec, written)
 	}
-	written[sum] = true
+	written[rec.SHA256] = true
 	err = b.writeHeader(bundleBodies+rec.SHA256, rec.Size)
 	if err == nil {
 		err = b.copyBody(b.tar, obj.body, rec.Size, rec.SHA256)
@@ -336,10 +325,10 @@ type bundleReader struct {
 	todo  *recordList // of what the store lacks; nil: not known yet
 	ahead int64       // bytes reserved for bodies that are not staged yet
 
-	stored atomic.Int64    // records
-	mu     sync.Mutex      // guards the fields below while workers run
-	uses   map[bodySum]int // how many records of todo have the body; 0: listed, and nobody lacks it
-	kept   int             // records that need not be stored
+	stored atomic.Int64   // records
+	mu     sync.Mutex     // guards the fields below while workers run
+	uses   map[string]int // by sum, how many records of todo have the body; 0: listed, and nobody lacks it
+	kept   int            // records that need not be stored
 }
 
 // readAndStore reads a bundle and stores it. It is called once.
@@ -419,7 +408,7 @@ func (b *bundleReader) readEntry(ctx context.Context, h *tar.Header, body io.Rea
 	case name == bundleRecordsFile:
 		return b.compare(ctx, body)
 	case isBody && isSHA256(digits):
-		if lacking, listed := b.uses[sumOf(digits)]; listed && lacking == 0 {
+		if lacking, listed := b.uses[digits]; listed && lacking == 0 {
 			return nil
 		}
 		return b.stage(digits, h.Size, body)
@@ -437,7 +426,7 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 		return err
 	}
 	lacking := int64(0)
-	b.uses, b.kept = map[bodySum]int{}, 0
+	b.uses, b.kept = map[string]int{}, 0
 	err = eachRecord(ctx, records, importWorkers, func(rec *record) error {
 		if !isSoundRecord(rec) {
 			return fmt.Errorf("%w of %.100q", errDamaged, rec.Remote+"/"+rec.Path)
@@ -449,11 +438,11 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		if err == nil && (old.rec.SHA256 == rec.SHA256 || !rec.Fetched.After(old.rec.Fetched)) {
-			b.uses[sumOf(rec.SHA256)] += 0
+			b.uses[rec.SHA256] += 0
 			b.kept++
 			return nil
 		}
-		b.uses[sumOf(rec.SHA256)]++
+		b.uses[rec.SHA256]++
 		lacking += rec.Size
 		return b.todo.Encode(rec)
 	})
@@ -503,14 +492,14 @@ func (b *bundleReader) stage(digits string, size int64, from io.Reader) error {
 // findBodies takes bodies that were not in the bundle from what is stored under other
 // keys. A body that is in neither place, or not of its record's size, is an error.
 func (b *bundleReader) findBodies(ctx context.Context) error {
-	wanted := map[bodySum]bool{}
+	wanted := map[string]bool{}
 	for sum, lacking := range b.uses {
-		if _, err := os.Stat(b.dir + "/" + hex.EncodeToString(sum[:])); lacking > 0 && err != nil {
+		if _, err := os.Stat(b.dir + "/" + sum); lacking > 0 && err != nil {
 			wanted[sum] = true
 		}
 	}
 	takeBody := func(key string, rec *record) error {
-		if !wanted[sumOf(rec.SHA256)] {
+		if !wanted[rec.SHA256] {
 			return nil
 		}
 		obj, err := b.objects.open(ctx, key, 0)
@@ -518,7 +507,7 @@ func (b *bundleReader) findBodies(ctx context.Context) error {
 			return ignoreMiss(err)
 		}
 		defer obj.body.Close()
-		delete(wanted, sumOf(obj.rec.SHA256))
+		delete(wanted, obj.rec.SHA256)
 		return b.stage(obj.rec.SHA256, obj.rec.Size, obj.body)
 	}
 	if len(wanted) > 0 {
@@ -545,8 +534,8 @@ func (b *bundleReader) findBodies(ctx context.Context) error {
 func (b *bundleReader) store(ctx context.Context, rec *record) error {
 	key, staged, name := storageKey(rec.Remote, rec.Path), b.dir+"/"+rec.SHA256, ""
 	b.mu.Lock()
-	b.uses[sumOf(rec.SHA256)]--
-	if b.uses[sumOf(rec.SHA256)] == 0 {
+	b.uses[rec.SHA256]--
+	if b.uses[rec.SHA256] == 0 {
 		name = staged
 	}
 	fd, err := syscall.Open(staged, syscall.O_RDONLY|syscall.O_CLOEXEC, 0) // before the last user can move it
