@@ -37,7 +37,7 @@ const (
 // prefetchFinder finds the files of a run, each once. One goroutine uses it.
 type prefetchFinder struct {
 	*prefetchRun
-	seen      map[string]struct{} // keys
+	seen      map[string]struct{} // keys, and remotes and paths of what has none
 	manifests []job               // to be read here, since they name other files
 	refused   int                 // files that match, but the remote's patterns refuse
 }
@@ -64,15 +64,17 @@ func (p *prefetchFinder) addFound(f wantedFile, size int64) {
 	if err == nil {
 		file, err = p.findFile(f.way)
 	}
-	key := ""
+	key := f.remote + " " + f.path
 	if err == nil {
 		key = file.key()
-		if _, twice := p.seen[key]; twice {
-			return
-		}
-		if len(p.seen) == maxPrefetchFiles {
-			err = newProblem(http.StatusRequestEntityTooLarge, "a run has at most %d files: narrow it by prefix or pattern", maxPrefetchFiles)
-		}
+	}
+	if _, twice := p.seen[key]; twice {
+		return
+	}
+	if len(p.seen) < maxPrefetchFiles {
+		p.seen[key] = struct{}{}
+	} else if err == nil {
+		err = newProblem(http.StatusRequestEntityTooLarge, "a run has at most %d files: narrow it by prefix or pattern", maxPrefetchFiles)
 	}
 	if err != nil {
 		if f.remote == "" && file.remote != nil { // it was named by its URL here
@@ -81,7 +83,6 @@ func (p *prefetchFinder) addFound(f wantedFile, size int64) {
 		p.fail(f.remote, f.path, err)
 		return
 	}
-	p.seen[key] = struct{}{}
 	p.mu.Lock()
 	p.sum.Found++
 	p.mu.Unlock()
@@ -307,8 +308,7 @@ func readElements(r io.Reader, name string, f func(*rpmElement)) error {
 // findDebs reads the Packages that the Release of the suite prefix names, which may be
 // named without "dists/", or else the one in the folder prefix.
 func (p *prefetchFinder) findDebs() {
-	suite := p.prefix
-	for _, name := range []string{suite + "InRelease", suite + "Release", "dists/" + suite + "InRelease", "dists/" + suite + "Release"} {
+	for _, name := range []string{p.prefix + "InRelease", p.prefix + "Release", "dists/" + p.prefix + "InRelease", "dists/" + p.prefix + "Release"} {
 		folders := map[string]bool{}
 		err := p.readIndex(p.remote.pathHere(name), func(r io.Reader) error {
 			text, err := readMetadata(r)

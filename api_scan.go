@@ -30,12 +30,11 @@ var (
 	userPattern   = regexp.MustCompile(`^([^:]*://)[^/]*@`)
 )
 
-// textScanner collects the files that a text names, each once.
+// textScanner collects the files that a text names.
 type textScanner struct {
 	cfg     *config
 	ownHost string // at which clients reach this server
 	files   []wantedFile
-	seen    map[wantedFile]struct{}
 }
 
 // maxTextLine bounds a line of a text, in bytes: lock files may be one line as a whole.
@@ -43,7 +42,6 @@ const maxTextLine = 16 << 20
 
 // scan reads a text. Its error is the reader's, or a problem.
 func (s *textScanner) scan(r io.Reader) error {
-	s.seen = map[wantedFile]struct{}{}
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, maxTextLine)
 	for lines.Scan() {
@@ -124,15 +122,10 @@ func (s *textScanner) readURL(u string) wantedFile {
 	return f
 }
 
-// addFile adds a file, once.
 func (s *textScanner) addFile(f wantedFile) error {
-	if _, twice := s.seen[f]; twice {
-		return nil
-	}
-	if len(s.seen) == maxPrefetchFiles {
+	if len(s.files) == maxPrefetchFiles {
 		return newProblem(http.StatusRequestEntityTooLarge, "the text names more than %d files: send it in parts", maxPrefetchFiles)
 	}
-	s.seen[f] = struct{}{}
 	s.files = append(s.files, f)
 	return nil
 }
