@@ -46,14 +46,11 @@ type api struct {
 	started   time.Time
 	token     secret                      // API_TOKEN; "": only a write_token allows writing
 	origin    *http.CrossOriginProtection // refuses writes that browsers make for other sites
-	registry  registryHandler             // of /v2/... and /{remote}/v2/...
-	runs      *prefetchRuns
-}
-
-// registryHandler serves a registry and finds what a URL below it means.
-type registryHandler interface {
-	http.Handler
-	findFile(cfg *config, u *url.URL) (fileRequest, error)
+	registry  interface {                 // of /v2/... and /{remote}/v2/...
+		http.Handler
+		findFile(cfg *config, u *url.URL) (fileRequest, error)
+	}
+	runs *prefetchRuns
 }
 
 // healthReport is the answer of /health.
@@ -356,20 +353,18 @@ type listing struct {
 }
 
 const (
-	defaultPage = 1000  // files on a page: some 400 KB of JSON
-	maxPage     = 10000 // a larger page would be some 4 MB in memory for each client
+	defaultPage = "1000" // files on a page: some 400 KB of JSON
+	maxPage     = 10000  // a larger page would be some 4 MB in memory for each client
 )
 
 // serveList sends a page of the files that are stored of a remote, as the query says
 // with prefix, pattern, limit and after.
 func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	v := r.URL.Query()
-	q := pageQuery{remote: rem.name, prefix: v.Get("prefix"), after: v.Get("after"), limit: defaultPage}
+	q := pageQuery{remote: rem.name, prefix: v.Get("prefix"), after: v.Get("after")}
 	var err error
-	if s := v.Get("limit"); s != "" {
-		if q.limit, err = strconv.Atoi(s); err != nil || q.limit < 1 || q.limit > maxPage {
-			return newProblem(http.StatusBadRequest, "limit must be a number from 1 to %d", maxPage)
-		}
+	if q.limit, err = strconv.Atoi(cmp.Or(v.Get("limit"), defaultPage)); err != nil || q.limit < 1 || q.limit > maxPage {
+		return newProblem(http.StatusBadRequest, "limit must be a number from 1 to %d", maxPage)
 	}
 	if q.pattern, err = compilePattern(v.Get("pattern")); err != nil {
 		return err
@@ -422,9 +417,7 @@ func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) list
 	e := listedArtifact{Path: decodePath(row.Path), Key: row.Key, Size: row.Size, SHA256: row.SHA256,
 		ContentType: contentTypeOf(decodePath(row.Path), row.ContentType), FetchedAt: row.Fetched.UTC(),
 		LastAccess: row.LastAccess.UTC(), Hits: row.Hits, Class: row.Class, Fresh: true}
-	path := trimSuffixes(row.Path)
-	_, query, hasQuery := strings.Cut(row.Path, "?")
-	if hasQuery {
+	if _, query, hasQuery := strings.Cut(row.Path, "?"); hasQuery {
 		sum := sha256.Sum256([]byte(query))
 		e.Variant = hex.EncodeToString(sum[:8])
 	}
@@ -433,7 +426,7 @@ func (a *api) newListedArtifact(r *http.Request, rem *remote, row indexRow) list
 		if rem.packageType == "docker" {
 			base += "v2/"
 		}
-		e.Source = base + path
+		e.Source = base + trimSuffixes(row.Path)
 	}
 	if until, forever := a.cache.expiryOf(r.Context(), rem, row); !forever {
 		e.ExpiresAt, e.Fresh = &until, a.now().Before(until)
@@ -517,17 +510,15 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	for name, state := range health.Backends {
 		up[name] = boolNumber(state != "down")
 	}
+	totals, err := a.cache.index.totals(r.Context(), false)
 	for _, name := range cfg.names {
 		if !cfg.remotes[name].local {
 			remoteUp[name] = boolNumber(cfg.remotes[name].sealed || !a.cache.upstream.isInOutage(name))
 			failing[name] = float64(len(a.cache.upstream.failingOrigins(cfg.remotes[name])))
 		}
-		bytes[name], files[name] = 0, 0
-	}
-	totals, err := a.cache.index.totals(r.Context(), false)
-	if err != nil {
-		clear(bytes) // without the index, the other series are still sent
-		clear(files)
+		if err == nil { // without the index, the other series are still sent
+			bytes[name], files[name] = 0, 0
+		}
 	}
 	for name, t := range totals {
 		bytes[name], files[name] = float64(t.Bytes), float64(t.Files)

@@ -2,20 +2,8 @@
 // machines and the internet, stores every file that it is asked for, and keeps
 // serving stored files while the upstream cannot be reached.
 //
-// Usage:
-//
-//	artifactapi [serve]      serve the remotes of remotes.yaml
-//	artifactapi check [FILE] validate the configuration; exit 0 or 1
-//	artifactapi healthcheck  ask the local server's /health; exit 0 or 1
-//	artifactapi verify       hash everything stored, drop what does not match
-//	artifactapi reindex      rebuild the index from what is stored
-//	artifactapi export [REMOTE...] [--have FILE] > TAR
-//	                         write what is stored as a bundle
-//	artifactapi have > FILE  print the sha256 of each stored body
-//	artifactapi import < TAR store a bundle, all of it or nothing
-//	artifactapi prefetch     have the running server fetch files; exit 0 or 1
-//	artifactapi version      print the version
-//	artifactapi help         print the usage
+// Usage: artifactapi [COMMAND], which is serve (the default), check, healthcheck, verify,
+// reindex, export, have, import, prefetch, version, or help, which describes them all.
 //
 // remotes.yaml names the upstreams; README.md describes its keys. Environment
 // variables give everything else (default in parentheses; empty means unset):
@@ -401,16 +389,12 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 	}
 }
 
-// taskRetryPause is the pause before a task that has to succeed once is tried again:
-// a backend that is down needs some time.
-const taskRetryPause = 10 * time.Second
-
 // runTask runs a task from the start on until ctx ends, or until it has succeeded where
 // that is enough. What fails is tried again at the next tick.
 func (s *server) runTask(ctx context.Context, t task) {
 	once, level := t.every == 0, slog.LevelDebug
 	if once {
-		t.every, level = taskRetryPause, slog.LevelWarn
+		t.every, level = 10*time.Second, slog.LevelWarn // a backend that is down needs some time
 	}
 	ticker := time.NewTicker(t.every)
 	defer ticker.Stop()

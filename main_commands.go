@@ -52,7 +52,7 @@ func loadConfig(name string, env lookupEnv) (*config, error) {
 // It is HEALTHCHECK's command, because the image has no shell and no curl.
 func askHealth(set *settings) error {
 	client := newLocalClient()
-	client.Timeout = healthTimeout
+	client.Timeout = 3 * time.Second // /health answers within 100 ms, and Docker itself waits 30 s
 	res, err := client.Get(localURL(set) + "/health")
 	if err != nil {
 		return fmt.Errorf("asking /health: %w", err)
@@ -63,10 +63,6 @@ func askHealth(set *settings) error {
 	}
 	return nil
 }
-
-// healthTimeout bounds healthcheck. /health answers within 100 ms, and Docker
-// itself waits 30 s by default.
-const healthTimeout = 3 * time.Second
 
 // localURL returns the URL of the server on this machine.
 func localURL(set *settings) string {

@@ -33,7 +33,7 @@ type settings struct {
 	hotSize            int64       // HOT_CACHE_SIZE in bytes; 0: no hot copies
 	db                 sqlSettings // host "": the embedded index is used
 	redis              *url.URL    // nil: freshness is kept in this process
-	advertise          string      // ADVERTISE_URL without trailing slash; "": see advertisedURL
+	advertise          string      // ADVERTISE_URL without trailing slash; "": see openFreshness
 	sealed             bool        // all remotes are
 	apiToken           secret      // "": writing is off, except with a write_token
 	tlsCert, tlsKey    string      // file names; "": plain HTTP
@@ -291,13 +291,6 @@ func (set *settings) redisPrefix() string {
 	_ = os.MkdirAll(set.dataDir, 0o755)
 	_ = os.WriteFile(name, []byte(id), 0o644) // without it the marks are lost at the next start, which costs revalidations
 	return "disk/" + id
-}
-
-// advertisedURL returns the URL at which other replicas reach this one:
-// ADVERTISE_URL, or the scheme and port that it listens on at localIP, which is the
-// local address of its connection to Redis.
-func (set *settings) advertisedURL(localIP string) string {
-	return cmp.Or(set.advertise, set.urlAt(localIP))
 }
 
 // urlAt returns the URL of this server, which is reached at host.

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -123,7 +124,8 @@ func (st *stores) openFreshness(set *settings, now func() time.Time, log *slog.L
 		st.backends = append(st.backends, &backend{name: "redis", kind: "embedded", okWord: "embedded"})
 		return nil
 	}
-	redis := newRedisStore(set.redis, set.redisPrefix(), st.replicaKey, set.advertisedURL, now, log)
+	advertise := func(localIP string) string { return cmp.Or(set.advertise, set.urlAt(localIP)) }
+	redis := newRedisStore(set.redis, set.redisPrefix(), st.replicaKey, advertise, now, log)
 	st.freshness = redis
 	st.backends = append(st.backends, &backend{name: "redis", kind: "Redis", okWord: "ok", ping: redis.ping, outage: redis.outage, close: redis.Close,
 		tasks: []task{{doing: "keeping leases", every: leaseInterval, step: redis.renewLeases}}})
