@@ -130,10 +130,10 @@ type page struct {
 	Uptime  string
 	Health  healthReport
 	Remotes []pageRemote
-	Search  string       // searched in the rows
-	Prefix  string       // of the files' paths
-	Next    template.URL // the query of the next rows; "" at the end
-	after   string       // where the rows begin; "" is the first
+	Search  string // searched in the rows
+	Prefix  string // of the files' paths
+	Next    string // what the next rows follow; "" at the end
+	after   string // where the rows begin; "" is the first
 
 	// Of the overview.
 	Shown  []pageRemote // the rows
@@ -291,24 +291,11 @@ func (p *page) addRemotes(most int) {
 			continue
 		}
 		if len(p.Shown) == most {
-			p.Next = p.queryOfNext(p.Shown[most-1].Name)
+			p.Next = p.Shown[most-1].Name
 			return
 		}
 		p.Shown = append(p.Shown, r)
 	}
-}
-
-// queryOfNext is the query of the page whose rows begin after that one.
-func (p *page) queryOfNext(after string) template.URL {
-	q := url.Values{"after": {after}}
-	if p.Search != "" {
-		q.Set("search", p.Search)
-	}
-	if p.Remote != nil {
-		q.Set("remote", p.Remote.Name)
-		q.Set("prefix", p.Prefix)
-	}
-	return template.URL(q.Encode())
 }
 
 // addFiles makes the files that are searched for the rows of a remote's page.
@@ -324,6 +311,7 @@ func (a *api) addFiles(p *page, r *http.Request, rem *remote, most int) {
 		_, p.FilesError = statusAndDetail(err)
 		return
 	}
+	p.Next = found.next
 	for _, row := range found.rows {
 		f := pageFile{listedArtifact: a.newListedArtifact(r, rem, row)}
 		f.Spelling = trimSuffixes(row.Path)
@@ -334,9 +322,6 @@ func (a *api) addFiles(p *page, r *http.Request, rem *remote, most int) {
 		slash := strings.LastIndexByte(strings.TrimSuffix(f.Path, "/"), '/') + 1
 		f.Folder, f.File = f.Path[:slash], f.Path[slash:]
 		p.Files = append(p.Files, f)
-	}
-	if found.next != "" {
-		p.Next = p.queryOfNext(found.next)
 	}
 }
 
