@@ -73,6 +73,7 @@ func (a *api) servePrefetch(w *response, r *http.Request) error {
 	}
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
+	defer context.AfterFunc(a.runs.stopping, func() { cancel(errStopped) })()
 	p := &prefetchRun{api: a, cfg: a.config(), ctx: ctx, cancel: cancel, started: a.now()}
 	if err := a.runs.addRun(p); err != nil {
 		return err
@@ -246,33 +247,21 @@ type (
 
 // prefetchRuns are the runs that go on. Its methods may be called concurrently.
 type prefetchRuns struct {
-	mu      sync.Mutex // guards the fields below
-	runs    []*prefetchRun
-	stopped bool
+	stopping context.Context // its end is that of all runs: they could take hours, and clients can repeat them
+
+	mu   sync.Mutex // guards runs
+	runs []*prefetchRun
 }
 
 // errStopped ends the runs when the server stops.
 var errStopped = newProblem(http.StatusServiceUnavailable, "the server stops: what is missing is fetched by another run")
 
-// stop ends all runs: they could take hours, and clients can repeat them.
-func (s *prefetchRuns) stop() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.stopped = true
-	for _, p := range s.runs {
-		p.cancel(errStopped)
-	}
-}
-
 // addRun adds a run whose request is still to be read. Its error is a problem: there are
-// enough, or the server stops.
+// enough.
 func (s *prefetchRuns) addRun(p *prefetchRun) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	switch {
-	case s.stopped:
-		return errStopped
-	case len(s.runs) >= maxPrefetchRuns:
+	if len(s.runs) >= maxPrefetchRuns {
 		return &problem{status: http.StatusTooManyRequests, retryAfter: 10 * time.Second, detail: "two prefetch runs go on already: try again when one has ended"}
 	}
 	s.runs = append(s.runs, p)

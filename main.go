@@ -164,7 +164,7 @@ type server struct {
 	stores    *stores
 	cache     *cache
 	responder *responder
-	runs      *prefetchRuns
+	stopRuns  context.CancelFunc              // of prefetches
 	config    atomic.Pointer[config]          // in force; replaced by a reload
 	cert      atomic.Pointer[tls.Certificate] // in force; nil without TLS
 	loaded    atomic.Int64                    // when config was loaded, in seconds since 1970
@@ -237,9 +237,10 @@ func (s *server) newHandler() http.Handler {
 	}
 	s.cache.isInTrouble, s.cache.storageIsDown = st.isInTrouble, st.storageIsDown
 	s.responder = &responder{now: time.Now, log: s.log, count: metrics.countRequest, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
-	s.runs = &prefetchRuns{}
+	var stopping context.Context
+	stopping, s.stopRuns = context.WithCancel(context.Background())
 	return &api{cache: s.cache, config: s.config.Load, settings: s.set.shown, health: s.reportHealth, responder: s.responder, metrics: metrics, gauges: s.stores.gauges, disk: st.disk.freeSpace,
-		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(), runs: s.runs,
+		now: time.Now, version: buildVersion(), started: time.Now(), token: s.set.apiToken, origin: http.NewCrossOriginProtection(), runs: &prefetchRuns{stopping: stopping},
 		registry: newRegistry(s.cache, s.config.Load, s.responder)}
 }
 
@@ -352,7 +353,7 @@ func (s *server) announceEnd() {
 // drain stops accepting connections, ends prefetches, and waits for the other running
 // requests. Those that still run when ctx ends are cut off.
 func (s *server) drain(ctx context.Context, srv *http.Server) {
-	s.runs.stop()
+	s.stopRuns()
 	if err := srv.Shutdown(ctx); err != nil {
 		s.log.Warn("requests that still ran were cut off", "error", err)
 		s.responder.cutOff.Store(true)

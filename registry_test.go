@@ -387,7 +387,7 @@ func (m *mirror) start() {
 		space: &spoolSpace{createFile: m.disk.newSpool, diskSpace: m.disk.freeSpace, now: now}}, up, now, log, met)
 	m.reg = newRegistry(m.cache, func() *config { return cfg }, &responder{now: now, log: log, count: met.countRequest})
 	m.srv = httptest.NewServer(&api{cache: m.cache, config: m.reg.config, responder: m.reg.responder, metrics: met, now: now, token: "t",
-		origin: http.NewCrossOriginProtection(), registry: m.reg, runs: &prefetchRuns{}})
+		origin: http.NewCrossOriginProtection(), registry: m.reg, runs: &prefetchRuns{stopping: context.Background()}})
 	m.client = &http.Client{Transport: &http.Transport{DisableCompression: true, MaxIdleConnsPerHost: 100}}
 	m.ends = append(m.ends, up.Close)
 }
