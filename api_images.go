@@ -16,22 +16,17 @@ import (
 
 // imageDocument holds what a manifest, an index, or a list of tags or referrers names.
 type imageDocument struct {
-	Config    imagePart   `json:"config"`
-	Layers    []imagePart `json:"layers"`
-	Manifests []imagePart `json:"manifests"`
-	Tags      []string    `json:"tags"`
+	Config            imagePart
+	Layers, Manifests []imagePart
+	Tags              []string
 }
 
 // imagePart is a descriptor (OCI image specification).
 type imagePart struct {
-	Digest   string   `json:"digest"`
-	Size     int64    `json:"size"`
-	URLs     []string `json:"urls"` // of a layer that registries do not have themselves
-	Platform *struct {
-		OS           string `json:"os"`
-		Architecture string `json:"architecture"`
-		Variant      string `json:"variant"`
-	} `json:"platform"`
+	Digest   string
+	Size     int64
+	URLs     []string // of a layer that registries do not have themselves
+	Platform *struct{ OS, Architecture, Variant string }
 }
 
 // imageOfManifest returns the image whose manifest a file is, or "" if it is none.

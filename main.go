@@ -264,21 +264,16 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 		MaxHeaderBytes:    60 << 10,         // net/http adds 4 KiB: more than 64 KiB is answered 431
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
+	serve := srv.Serve
 	if s.set.tlsCert != "" {
+		serve = func(l net.Listener) error { return srv.ServeTLS(l, "", "") }
 		srv.TLSConfig = &tls.Config{
 			MinVersion:     tls.VersionTLS12,
 			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.cert.Load(), nil }, // each handshake takes the one in force
 		}
 	}
 	serveFailed := make(chan error, 1)
-	listener = clientListener{listener}
-	loops.Go(func() {
-		if srv.TLSConfig != nil {
-			serveFailed <- srv.ServeTLS(listener, "", "")
-			return
-		}
-		serveFailed <- srv.Serve(listener)
-	})
+	loops.Go(func() { serveFailed <- serve(clientListener{listener}) })
 	var err error
 	select {
 	case err = <-serveFailed:
@@ -288,7 +283,9 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 				s.log.Warn("the snapshots could not be saved", "error", err)
 			}
 		})
-		s.announceEnd()
+		s.draining.Store(true) // load balancers have DRAIN_DELAY to send clients elsewhere
+		s.log.Info("draining: /health answers 503 from now on", "delay", s.set.drainDelay.String())
+		<-time.After(s.set.drainDelay)
 	}
 	drainCtx, cancel := context.WithTimeout(context.Background(), s.set.drainTime())
 	defer cancel()
@@ -341,14 +338,6 @@ const (
 
 // drainTime is how long running requests and fills together may take.
 func (set *settings) drainTime() time.Duration { return max(drainTimeout-set.drainDelay, minDrainTime) }
-
-// announceEnd makes /health answer 503 for DRAIN_DELAY, during which requests are
-// still served: load balancers have that time to send clients elsewhere.
-func (s *server) announceEnd() {
-	s.draining.Store(true)
-	s.log.Info("draining: /health answers 503 from now on", "delay", s.set.drainDelay.String())
-	<-time.After(s.set.drainDelay)
-}
 
 // drain stops accepting connections, ends prefetches, and waits for the other running
 // requests. Those that still run when ctx ends are cut off.
@@ -546,10 +535,7 @@ func (s *server) checkFiles(now bool) {
 func (s *server) hashWatchedFiles() (sum [sha256.Size]byte) {
 	var all bytes.Buffer
 	for _, name := range []string{s.set.configPath, s.set.tlsCert, s.set.tlsKey} {
-		if name == "" {
-			continue
-		}
-		data, err := os.ReadFile(name)
+		data, err := os.ReadFile(name) // a name may be "": its error never changes
 		fmt.Fprintf(&all, "%s %d %v\n", name, len(data), err)
 		all.Write(data)
 	}

@@ -75,8 +75,7 @@ func parseSettings(env lookupEnv) (*settings, error) {
 		logFormat:  p.readOneOf("LOG_FORMAT", "", "text", "json"),
 		sealed:     p.readBool("SEALED", "false"),
 	}
-	level := p.readOneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error")
-	_ = set.logLevel.UnmarshalText([]byte(level)) // readOneOf has reported another word
+	_ = set.logLevel.UnmarshalText([]byte(p.readOneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error"))) // which reports another word
 	_, port, err := net.SplitHostPort(set.listen)
 	if _, portErr := net.LookupPort("tcp", port); err != nil || port == "" || portErr != nil {
 		p.addError("LISTEN_ADDR", "%q is not an address like :8000 or 127.0.0.1:8000", set.listen)
@@ -199,12 +198,11 @@ func (p *envReader) readBool(name, defaultValue string) bool {
 // scheme must not contradict MINIO_SECURE.
 func (p *envReader) readS3(c *s3Config) {
 	endpoint := p.readString("MINIO_ENDPOINT", "")
-	given := s3Config{bucket: p.readString("MINIO_BUCKET", ""), accessKey: p.readString("MINIO_ACCESS_KEY", ""), secretKey: p.readString("MINIO_SECRET_KEY", ""),
+	*c = s3Config{bucket: p.readString("MINIO_BUCKET", ""), accessKey: p.readString("MINIO_ACCESS_KEY", ""), secretKey: p.readString("MINIO_SECRET_KEY", ""),
 		region: p.readString("MINIO_REGION", "us-east-1"), secure: p.readBool("MINIO_SECURE", ""), virtualHost: p.readBool("MINIO_VIRTUAL_HOST", "false")}
 	if endpoint == "" {
 		return
 	}
-	*c = given
 	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
 		if v[1] != "" && !namePattern.MatchString(v[1]) {
 			p.addError(v[0], "%q is not a valid name: use letters, digits, '.', '_' and '-'", v[1])
