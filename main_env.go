@@ -58,9 +58,7 @@ func parseSettings(env lookupEnv) (*settings, error) {
 	for _, group := range groups {
 		given := slices.IndexFunc(group, func(name string) bool { return p.readString(name, "") != "" })
 		for _, name := range group {
-			if given >= 0 && p.readString(name, "") == "" {
-				p.addError(name, "is not set, but must be because %s is set", group[given])
-			}
+			p.require(given < 0 || p.readString(name, "") != "", name, "is not set, but must be because %s is set", group[max(given, 0)])
 		}
 	}
 	set := &settings{
@@ -77,31 +75,25 @@ func parseSettings(env lookupEnv) (*settings, error) {
 	}
 	_ = set.logLevel.UnmarshalText([]byte(p.readOneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error"))) // which reports another word
 	_, port, err := net.SplitHostPort(set.listen)
-	if _, portErr := net.LookupPort("tcp", port); err != nil || port == "" || portErr != nil {
-		p.addError("LISTEN_ADDR", "%q is not an address like :8000 or 127.0.0.1:8000", set.listen)
-	}
+	_, portErr := net.LookupPort("tcp", port)
+	p.require(err == nil && port != "" && portErr == nil, "LISTEN_ADDR", "%q is not an address like :8000 or 127.0.0.1:8000", set.listen)
 	// In Kubernetes, endpoints go on sending requests for a moment.
 	drainDelay := "0s"
 	if p.readString("KUBERNETES_SERVICE_HOST", "") != "" {
 		drainDelay = "5s"
 	}
 	drainDelay = p.readString("DRAIN_DELAY", drainDelay)
-	if set.drainDelay, err = time.ParseDuration(drainDelay); err != nil || set.drainDelay < 0 {
-		p.addError("DRAIN_DELAY", "%q is not a duration like 10s or 1m30s", drainDelay)
-	}
+	set.drainDelay, err = time.ParseDuration(drainDelay)
+	p.require(err == nil && set.drainDelay >= 0, "DRAIN_DELAY", "%q is not a duration like 10s or 1m30s", drainDelay)
 	for _, name := range []string{"API_TOKEN", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "DBUSER", "DBPASS"} {
-		if !isCleanSecret(p.readString(name, "")) {
-			p.addError(name, uncleanSecret)
-		}
+		p.require(isCleanSecret(p.readString(name, "")), name, uncleanSecret)
 	}
 	for _, name := range []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"} {
 		v := p.readString(name, "")
 		if v != "" && !strings.Contains(v, "://") {
 			v = "http://" + v // net/http reads it this way
 		}
-		if v != "" && parseHostURL(v, "http", "https", "socks5", "socks5h") == nil {
-			p.addError(name, "is not a URL like http://proxy.example:3128")
-		}
+		p.require(v == "" || parseHostURL(v, "http", "https", "socks5", "socks5h") != nil, name, "is not a URL like http://proxy.example:3128")
 	}
 	if dir, err := filepath.Abs(set.dataDir); err == nil {
 		set.dataDir = dir
@@ -145,9 +137,11 @@ func (p *envReader) shownSettings(set *settings) map[string]string {
 // missing, if there is user info.
 var userInfoPattern = regexp.MustCompile(`^([a-z0-9]+://)?.*@`)
 
-// addError records a mistake in the variable name.
-func (p *envReader) addError(name, format string, args ...any) {
-	p.errs = append(p.errs, fmt.Errorf("environment: %s: "+format, append([]any{name}, args...)...))
+// require records a mistake in the variable name unless it is as it must be.
+func (p *envReader) require(ok bool, name, format string, args ...any) {
+	if !ok {
+		p.errs = append(p.errs, fmt.Errorf("environment: %s: "+format, append([]any{name}, args...)...))
+	}
 }
 
 // readString returns a variable's value, or the default value when it is unset or
@@ -169,9 +163,7 @@ func (p *envReader) readSize(name string, defaultValue int64) int64 {
 		return defaultValue
 	}
 	n, err := parseSize(v)
-	if err != nil {
-		p.addError(name, "%w", err)
-	}
+	p.require(err == nil, name, "%w", err)
 	return n
 }
 
@@ -179,13 +171,10 @@ func (p *envReader) readSize(name string, defaultValue int64) int64 {
 // written in values.
 func (p *envReader) readOneOf(name, defaultValue string, values ...string) string {
 	v := p.readString(name, defaultValue)
-	for _, x := range append(values, defaultValue) {
-		if strings.EqualFold(v, x) {
-			return x
-		}
-	}
-	p.addError(name, "%q is not one of %s", v, strings.Join(values, ", "))
-	return v
+	all := append(values, defaultValue)
+	i := slices.IndexFunc(all, func(word string) bool { return strings.EqualFold(v, word) })
+	p.require(i >= 0, name, "%q is not one of %s", v, strings.Join(values, ", "))
+	return all[max(i, 0)]
 }
 
 // readBool reads true or false, which may be written as 1 or 0.
@@ -204,13 +193,10 @@ func (p *envReader) readS3(c *s3Config) {
 		return
 	}
 	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
-		if v[1] != "" && !namePattern.MatchString(v[1]) {
-			p.addError(v[0], "%q is not a valid name: use letters, digits, '.', '_' and '-'", v[1])
-		}
+		p.require(v[1] == "" || namePattern.MatchString(v[1]), v[0], "%q is not a valid name: use letters, digits, '.', '_' and '-'", v[1])
 	}
-	if n := len(c.bucket); n > 0 && (n < 3 || n > 63) {
-		p.addError("MINIO_BUCKET", "%q is not the name of a bucket: those have 3 to 63 characters", c.bucket)
-	}
+	n := len(c.bucket)
+	p.require(n == 0 || (n >= 3 && n <= 63), "MINIO_BUCKET", "%q is not the name of a bucket: those have 3 to 63 characters", c.bucket)
 	scheme, secure := "http", p.readString("MINIO_SECURE", "")
 	if c.secure {
 		scheme = "https"
@@ -219,12 +205,10 @@ func (p *envReader) readS3(c *s3Config) {
 		endpoint = scheme + "://" + endpoint
 	}
 	u := parseHostURL(endpoint, "http", "https")
-	switch {
-	case u == nil || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "":
-		p.addError("MINIO_ENDPOINT", "is neither HOST:PORT nor a URL like https://s3.example:9000 (without path, query and user)")
-	case secure != "" && scheme != u.Scheme:
-		p.addError("MINIO_SECURE", "%s contradicts the scheme %s of MINIO_ENDPOINT", secure, u.Scheme)
-	default:
+	isServer := u != nil && u.User == nil && strings.Trim(u.Path, "/") == "" && u.RawQuery == ""
+	p.require(isServer, "MINIO_ENDPOINT", "is neither HOST:PORT nor a URL like https://s3.example:9000 (without path, query and user)")
+	if isServer {
+		p.require(secure == "" || scheme == u.Scheme, "MINIO_SECURE", "%s contradicts the scheme %s of MINIO_ENDPOINT", secure, u.Scheme)
 		c.host, c.secure = u.Host, u.Scheme == "https"
 	}
 }
@@ -235,29 +219,25 @@ func (p *envReader) readOtherBackends(set *settings) {
 	set.hotSize = p.readSize("HOT_CACHE_SIZE", 10<<30)
 	set.db = sqlSettings{host: p.readString("DBHOST", ""), port: p.readString("DBPORT", "5432"), user: p.readString("DBUSER", ""), name: p.readString("DBNAME", ""),
 		password: secret(p.readString("DBPASS", "")), sslmode: p.readOneOf("DBSSLMODE", "disable", "disable", "require", "verify-ca", "verify-full")}
-	if n, err := strconv.Atoi(set.db.port); err != nil || n < 1 || n > 65535 {
-		p.addError("DBPORT", "%q is not a port number", set.db.port)
-	}
-	if h := set.db.host; h != "" && h[0] != '/' && !hostPattern.MatchString(h) && net.ParseIP(h) == nil {
-		p.addError("DBHOST", "is not the name or address of a host: put everything else into DBPORT, DBUSER, DBPASS and DBNAME")
-	}
+	port, err := strconv.Atoi(set.db.port)
+	p.require(err == nil && port >= 1 && port <= 65535, "DBPORT", "%q is not a port number", set.db.port)
+	h := set.db.host
+	p.require(h == "" || h[0] == '/' || hostPattern.MatchString(h) || net.ParseIP(h) != nil, "DBHOST",
+		"is not the name or address of a host: put everything else into DBPORT, DBUSER, DBPASS and DBNAME")
 	if v := p.readString("REDIS_URL", ""); v != "" {
 		set.redis = parseHostURL(v, "redis", "rediss")
-		if set.redis == nil {
-			p.addError("REDIS_URL", "is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS)")
-		} else if db, err := strconv.Atoi(cmp.Or(strings.Trim(set.redis.Path, "/"), "0")); err != nil || db < 0 {
-			p.addError("REDIS_URL", "has a path that is not the number of a database") // and is not shown: it may be a part of a password
-		}
+		p.require(set.redis != nil, "REDIS_URL", "is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS)")
+	}
+	if set.redis != nil {
+		db, err := strconv.Atoi(cmp.Or(strings.Trim(set.redis.Path, "/"), "0"))
+		p.require(err == nil && db >= 0, "REDIS_URL", "has a path that is not the number of a database") // and is not shown: it may be a part of a password
 	}
 	if v := p.readString("PUBLIC_URL", ""); v != "" {
-		if u := parseHostURL(v, "http", "https"); u == nil || u.User != nil || u.RawQuery != "" {
-			p.addError("PUBLIC_URL", "is not a URL like https://artifacts.example, below which clients find /api/")
-		}
+		u := parseHostURL(v, "http", "https")
+		p.require(u != nil && u.User == nil && u.RawQuery == "", "PUBLIC_URL", "is not a URL like https://artifacts.example, below which clients find /api/")
 	}
 	set.advertise = strings.TrimSuffix(p.readString("ADVERTISE_URL", ""), "/")
-	if set.advertise != "" && !isReplicaAddress(set.advertise) {
-		p.addError("ADVERTISE_URL", "is not a URL like http://10.0.0.7:8000, without a path")
-	}
+	p.require(set.advertise == "" || isReplicaAddress(set.advertise), "ADVERTISE_URL", "is not a URL like http://10.0.0.7:8000, without a path")
 }
 
 // hostPattern matches the name of a host. The names of containers may have
