@@ -308,7 +308,8 @@ func readElements(r io.Reader, name string, f func(*rpmElement)) error {
 // findDebs reads the Packages that the Release of the suite prefix names, which may be
 // named without "dists/", or else the one in the folder prefix.
 func (p *prefetchFinder) findDebs() {
-	for _, name := range []string{p.prefix + "InRelease", p.prefix + "Release", "dists/" + p.prefix + "InRelease", "dists/" + p.prefix + "Release"} {
+	suite := p.prefix
+	for _, name := range []string{suite + "InRelease", suite + "Release", "dists/" + suite + "InRelease", "dists/" + suite + "Release"} {
 		folders := map[string]bool{}
 		err := p.readIndex(p.remote.pathHere(name), func(r io.Reader) error {
 			text, err := readMetadata(r)

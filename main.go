@@ -367,7 +367,8 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 		{doing: "saving snapshots", every: 5 * time.Minute, step: s.stores.saveSnapshots},
 	}
 	for _, b := range s.stores.backends {
-		tasks = append(tasks, task{doing: "checking a backend", every: checkEvery, step: succeeds(func(context.Context) { s.checkBackend(b) })})
+		check := succeeds(func(context.Context) { s.checkBackend(b) })
+		tasks = append(tasks, task{doing: "checking a backend", every: checkEvery, step: check})
 		tasks = append(tasks, b.tasks...)
 	}
 	for _, t := range tasks {

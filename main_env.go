@@ -93,7 +93,8 @@ func parseSettings(env lookupEnv) (*settings, error) {
 		if v != "" && !strings.Contains(v, "://") {
 			v = "http://" + v // net/http reads it this way
 		}
-		p.require(v == "" || parseHostURL(v, "http", "https", "socks5", "socks5h") != nil, name, "is not a URL like http://proxy.example:3128")
+		p.require(v == "" || parseHostURL(v, "http", "https", "socks5", "socks5h") != nil, name,
+			"is not a URL like http://proxy.example:3128")
 	}
 	if dir, err := filepath.Abs(set.dataDir); err == nil {
 		set.dataDir = dir
@@ -230,14 +231,17 @@ func (p *envReader) readOtherBackends(set *settings) {
 	}
 	if set.redis != nil {
 		db, err := strconv.Atoi(cmp.Or(strings.Trim(set.redis.Path, "/"), "0"))
-		p.require(err == nil && db >= 0, "REDIS_URL", "has a path that is not the number of a database") // and is not shown: it may be a part of a password
+		// The path is not shown: it may be a part of a password.
+		p.require(err == nil && db >= 0, "REDIS_URL", "has a path that is not the number of a database")
 	}
 	if v := p.readString("PUBLIC_URL", ""); v != "" {
 		u := parseHostURL(v, "http", "https")
-		p.require(u != nil && u.User == nil && u.RawQuery == "", "PUBLIC_URL", "is not a URL like https://artifacts.example, below which clients find /api/")
+		p.require(u != nil && u.User == nil && u.RawQuery == "", "PUBLIC_URL",
+			"is not a URL like https://artifacts.example, below which clients find /api/")
 	}
 	set.advertise = strings.TrimSuffix(p.readString("ADVERTISE_URL", ""), "/")
-	p.require(set.advertise == "" || isReplicaAddress(set.advertise), "ADVERTISE_URL", "is not a URL like http://10.0.0.7:8000, without a path")
+	p.require(set.advertise == "" || isReplicaAddress(set.advertise), "ADVERTISE_URL",
+		"is not a URL like http://10.0.0.7:8000, without a path")
 }
 
 // hostPattern matches the name of a host. The names of containers may have
