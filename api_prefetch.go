@@ -171,36 +171,30 @@ func (p *prefetchRun) readRequest(req *prefetchRequest) (err error) {
 	if p.prefix = strings.Trim(req.Prefix, "/"); p.prefix != "" {
 		p.prefix += "/"
 	}
-	_, _, err = spellPath((&remote{}).pathHere(p.prefix), "")
-	refuse := func(format string, args ...any) error { return newProblem(http.StatusBadRequest, format, args...) }
-	switch {
-	case given != 1:
-		return refuse("give exactly one of pattern (or include_pattern), paths, images and urls")
-	case len(req.URLs) > 0 && req.Remote+req.Prefix != "":
-		return refuse("urls: remote and prefix have no meaning beside it, the URLs say where the files are")
-	case req.Remote == "" && len(req.URLs) == 0:
-		return refuse("remote: name the remote")
-	case p.remote == nil && len(req.URLs) == 0:
-		return newProblem(http.StatusNotFound, "remote: there is no remote %.100q", req.Remote)
-	case p.remote != nil && p.remote.local:
-		return refuse("remote: %q is a local repository, which has nothing to fetch from", req.Remote)
-	case len(req.Images) > 0 && !isDocker:
-		return refuse("images: remote %q is not a container registry: give pattern or paths", req.Remote)
-	case len(req.Platforms) > 0 && !isDocker && len(req.URLs) == 0:
-		return refuse("platforms: remote %q is not a container registry", req.Remote)
-	case isDocker && p.pattern != nil && p.prefix == "":
-		return refuse("pattern: remote %q is a container registry: give images, or as prefix the image whose tags to search", req.Remote)
-	case p.prefix != "" && p.pattern == nil:
-		return refuse("prefix has a meaning with pattern only")
-	case err != nil:
-		return refuse("prefix: %v", err)
-	}
-	for _, s := range p.platforms {
-		if !platformPattern.MatchString(s) {
-			return refuse("platforms: %.60q is not OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT, such as linux/amd64", s)
+	_, _, prefixErr := spellPath((&remote{}).pathHere(p.prefix), "")
+	refuseIf := func(wrong bool, format string, args ...any) { // the first thing that is wrong is the answer
+		if wrong && err == nil {
+			err = newProblem(http.StatusBadRequest, format, args...)
 		}
 	}
-	return nil
+	hasURLs := len(req.URLs) > 0
+	refuseIf(given != 1, "give exactly one of pattern (or include_pattern), paths, images and urls")
+	refuseIf(hasURLs && req.Remote+req.Prefix != "", "urls: remote and prefix have no meaning beside it, the URLs say where the files are")
+	refuseIf(req.Remote == "" && !hasURLs, "remote: name the remote")
+	if err == nil && p.remote == nil && !hasURLs {
+		return newProblem(http.StatusNotFound, "remote: there is no remote %.100q", req.Remote)
+	}
+	refuseIf(p.remote != nil && p.remote.local, "remote: %q is a local repository, which has nothing to fetch from", req.Remote)
+	refuseIf(len(req.Images) > 0 && !isDocker, "images: remote %q is not a container registry: give pattern or paths", req.Remote)
+	refuseIf(len(req.Platforms) > 0 && !isDocker && !hasURLs, "platforms: remote %q is not a container registry", req.Remote)
+	refuseIf(isDocker && p.pattern != nil && p.prefix == "",
+		"pattern: remote %q is a container registry: give images, or as prefix the image whose tags to search", req.Remote)
+	refuseIf(p.prefix != "" && p.pattern == nil, "prefix has a meaning with pattern only")
+	refuseIf(prefixErr != nil, "prefix: %v", prefixErr)
+	for _, s := range p.platforms {
+		refuseIf(!platformPattern.MatchString(s), "platforms: %.60q is not OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT, such as linux/amd64", s)
+	}
+	return err
 }
 
 // The events of a run. Their JSON is part of the API.
