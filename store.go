@@ -16,7 +16,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -176,11 +175,8 @@ type diskStore struct {
 	// before the first use.
 	isIrreplaceable func(remote string) bool
 
-	// changes counts what this process has changed in the store: an entry in memory that
-	// was looked at before the last of it is looked at again. statEvery is how long an
-	// entry is used without a stat, which hides changes by other processes for so long.
-	// It is set before the first use.
-	changes   atomic.Int64
+	// statEvery is how long an entry in memory is used without a stat, which hides changes
+	// by other processes for so long. It is set before the first use.
 	statEvery time.Duration
 
 	// delaysSync: a small file of a remote is not durable at once, see maySkipSync. It is
@@ -241,17 +237,14 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 // known one (which may be nil), one made from the record files or, after a restored
 // backup, a crash or damage, one made by a repair. The caller closes the file.
 func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryEntry) (*os.File, *memoryEntry, error) {
-	if known == nil {
-		if !validKey(key) {
-			return nil, nil, fs.ErrNotExist
-		}
-		known = &memoryEntry{key: key, name: d.pathOf(key)}
+	if known == nil && !validKey(key) {
+		return nil, nil, fs.ErrNotExist
 	}
-	f, id, err := openBody(known.name)
+	f, id, err := openBody(d.pathOf(key))
 	if err != nil {
 		return nil, nil, err
 	}
-	if known.rec != nil && known.id == id {
+	if known != nil && known.id == id {
 		return f, known, nil
 	}
 	rec, _, err := d.readRecords(key, id)
@@ -259,7 +252,7 @@ func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryE
 		f.Close()
 		return nil, nil, err
 	}
-	e := &memoryEntry{key: key, name: known.name, id: id, rec: rec}
+	e := &memoryEntry{key: key, id: id, rec: rec}
 	if rec == nil {
 		f.Close()
 		l, err := d.lockFolder(ctx, d.folderOf(key), false) // one of many callers does the work
@@ -359,7 +352,7 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 	if err != nil {
 		return nil, nil, err
 	}
-	e = &memoryEntry{key: key, name: d.pathOf(key), id: id, rec: rec, isHashed: isHashed}
+	e = &memoryEntry{key: key, id: id, rec: rec, isHashed: isHashed}
 	if isHashed {
 		if err = d.fsync(f); err != nil { // the record that is written now says that the body is durable
 			return nil, e, err
@@ -478,7 +471,7 @@ func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spo
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	defer d.forget(key)
+	defer d.memory.remove(key)
 	if oldEntry == nil && d.maySkipSync(rec) {
 		w := &fileWriter{stepDone: d.stepDone}
 		if body, ok := spool.(*bytes.Reader); ok {
@@ -604,7 +597,7 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	if _, err := os.Lstat(d.pathOf(key)); err != nil {
 		return openError(key, err)
 	}
-	defer d.forget(key)
+	defer d.memory.remove(key)
 	if err := d.removeFiles(key, ""); err != nil {
 		return storeError("deleting "+key, err)
 	}
@@ -640,7 +633,7 @@ func (d *diskStore) removeFiles(key, asideDir string) error {
 // proves it. A crash in between leaves some of the files in their place, and the next
 // open drops them too. The caller holds the directory's lock.
 func (d *diskStore) dropDamaged(key, reason string) error {
-	defer d.forget(key)
+	defer d.memory.remove(key)
 	if name, _, _ := strings.Cut(key, "/"); d.isIrreplaceable == nil || !d.isIrreplaceable(name) {
 		d.log.Warn("damaged file is dropped and will be fetched again", "key", key, "reason", reason)
 		if err := d.removeFiles(key, ""); err != nil {

@@ -33,20 +33,17 @@ func (b *memBody) Close() error { return nil }
 func (b *memBody) unread() ([]byte, bool) { return b.text[len(b.text)-b.Len():], true }
 
 // memoryEntry is the record, and perhaps the body, of one key in memory. It is used
-// only while the file name still has the identity id, so another process that
-// changes the file need not invalidate it. But for the last two fields it is not changed
-// after it was added.
+// only while key's file still has the identity id, so another process that
+// changes the file need not invalidate it. But for statAt it is not changed after it was
+// added.
 type memoryEntry struct {
-	key, name string       // name is the body's file name, kept so that a hit need not make it
-	id        fileIdentity // of the body that the entry was made from
-	rec       *record
-	headers   *recordHeaders // of rec
-	body      []byte         // nil: larger than maxSmallBody, or not read yet
-	isHashed  bool           // to find rec, the whole body was hashed
-
-	// When name last had the identity id, in nanoseconds since 1970, and the store's
-	// changes then.
-	statAt, changes atomic.Int64
+	key      string
+	id       fileIdentity // of the body that the entry was made from
+	rec      *record
+	headers  *recordHeaders // of rec
+	body     []byte         // nil: larger than maxSmallBody, or not read yet
+	isHashed bool           // to find rec, the whole body was hashed
+	statAt   atomic.Int64   // when the file last had the identity id, in nanoseconds since 1970
 }
 
 // newObject returns the entry as an object that reads from off, or without a body if
@@ -62,7 +59,7 @@ func (e *memoryEntry) newObject(off int64) *object {
 
 // withBody returns the entry with its body, which is read from f.
 func (e *memoryEntry) withBody(f *os.File) (*memoryEntry, error) {
-	full := &memoryEntry{key: e.key, name: e.name, id: e.id, rec: e.rec, headers: e.headers, isHashed: e.isHashed, body: make([]byte, e.id.size)}
+	full := &memoryEntry{key: e.key, id: e.id, rec: e.rec, headers: e.headers, body: make([]byte, e.id.size)}
 	_, err := io.ReadFull(f, full.body)
 	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
 		// Somebody truncated the file after the stat. The next open sees its new identity.
@@ -74,26 +71,19 @@ func (e *memoryEntry) withBody(f *os.File) (*memoryEntry, error) {
 // cost is what the entry takes of memoryBudget.
 func (e *memoryEntry) cost() int64 { return memoryEntryCost + int64(len(e.body)) }
 
-// forget drops key's entry when its files have changed. Whoever made an entry of the old
-// files meanwhile looks at them again.
-func (d *diskStore) forget(key string) {
-	d.memory.remove(key)
-	d.changes.Add(1)
-}
-
 // isCurrent reports whether the entry's file in d is still the one that it was made from.
 // A stat is a quarter of our own work for a hit from memory: one a tenth of a second
-// will do for a body that is asked for all the time.
+// will do for a body that is asked for all the time. The first use of an entry always
+// looks: it may have been made of files that were replaced before it was added.
 func (e *memoryEntry) isCurrent(d *diskStore) bool {
-	now, changes := d.now().UnixNano(), d.changes.Load()
-	if age := now - e.statAt.Load(); age >= 0 && age < int64(d.statEvery) && e.changes.Load() == changes {
+	now := d.now().UnixNano()
+	if age := now - e.statAt.Load(); age >= 0 && age < int64(d.statEvery) {
 		return true
 	}
-	fi, err := os.Stat(e.name)
+	fi, err := os.Stat(d.pathOf(e.key))
 	if err != nil || identityOf(fi) != e.id {
 		return false
 	}
 	e.statAt.Store(now)
-	e.changes.Store(changes)
 	return true
 }

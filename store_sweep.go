@@ -312,7 +312,7 @@ func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memo
 // directory's lock only to drop: a put must not wait for the hash of a large body. A
 // body that was replaced meanwhile is not the one that was hashed.
 func (c *folderCheck) verifyBody(ctx context.Context, e *memoryEntry) error {
-	f, err := os.Open(e.name)
+	f, err := os.Open(c.pathOf(e.key))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // it was removed meanwhile
 	} else if err != nil {
@@ -328,7 +328,7 @@ func (c *folderCheck) verifyBody(ctx context.Context, e *memoryEntry) error {
 		return nil // it was removed meanwhile
 	}
 	defer l.unlock()
-	if fi, err := os.Stat(e.name); err != nil || identityOf(fi) != e.id {
+	if fi, err := os.Stat(c.pathOf(e.key)); err != nil || identityOf(fi) != e.id {
 		return nil
 	}
 	defer l.removeEmpty()
