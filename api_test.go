@@ -334,17 +334,17 @@ func TestDamagedUploadIsSetAside(t *testing.T) {
 	}
 }
 
-// wantAside wants one damaged file set aside in a directory, with this content by name.
+// wantAside wants one damaged file set aside in a directory, with these contents by name.
 func (tt *tester) wantAside(dir string, want map[string]string) {
 	tt.Helper()
 	kept := map[string]string{}
-	names, _ := filepath.Glob(dir + "/" + damagedDir + "/*")
+	names, _ := filepath.Glob(dir + "/" + asideMark + "*")
 	for _, name := range names {
 		data, err := os.ReadFile(name)
 		if err != nil {
 			tt.Error(err)
 		}
-		kept[filepath.Base(name)] = string(data)
+		kept[strings.TrimPrefix(filepath.Base(name), asideMark)] = string(data)
 	}
 	if !maps.Equal(kept, want) {
 		tt.Errorf("%d files were set aside, want %d with what was left", len(kept), len(want))

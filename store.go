@@ -24,7 +24,7 @@ const (
 	recordFile = ".record"      // describes the body beside it
 	recordNext = ".record.next" // describes the body that is about to replace the one beside it
 	bodyNext   = ".body.next"   // a body that is being copied from a spool that cannot be renamed
-	damagedDir = ".damaged-*"   // directory of a damaged file that cannot be fetched again
+	asideMark  = ".damaged-"    // begins the names of damaged files that cannot be fetched again
 	spoolDir   = ".spool"       // directory of the spools, in DATA_DIR
 	lockFile   = ".lock"        // locked by the server that owns DATA_DIR
 	tempSuffix = ".tmp"         // ends the name of a small file while it is written
@@ -39,19 +39,20 @@ var (
 	// errStray is a miss: a file beside one that a record describes. It is not ours
 	// and is left alone, and it says nothing about the other.
 	errStray error = missError("a stray file: it is left alone, the record beside it describes another")
-	// errAside is a directory of damaged files in whose place there is no other yet.
-	errAside = errors.New("damaged, cannot be fetched again, and was set aside: upload the file again, or remove this directory")
+	// errAside is a file that was set aside, and in whose place there is no other yet.
+	errAside = errors.New("damaged, cannot be fetched again, and was set aside: upload the file again, or remove this one")
 )
 
 // fileWriter writes small files so that a crash leaves either the old or the new
-// content. No other code renames or fsyncs files.
+// content.
 type fileWriter struct {
-	fsync    func(*os.File) error // (*os.File).Sync, except in tests; nil: what is written need not be durable
-	stepDone func(name string)    // called after each step of a commit: a test may kill the process there
+	fsync      func(*os.File) error // (*os.File).Sync, except in tests; nil: what is written need not be durable
+	stepDone   func(name string)    // called after each step of a commit: a test may kill the process there
+	recordBoot string               // diskRecord.Boot of the records that it writes: "" with fsync
 }
 
 // newDisk returns a fileWriter that fsyncs.
-func newDisk() *fileWriter { return &fileWriter{(*os.File).Sync, func(string) {}} }
+func newDisk() *fileWriter { return &fileWriter{fsync: (*os.File).Sync, stepDone: func(string) {}} }
 
 // writeFile makes the file name with what fill writes, and fsyncs it. When it fails
 // it removes the file. The name itself is not durable yet, see syncDir.
@@ -74,7 +75,7 @@ func (k *fileWriter) writeFile(name string, fill func(io.Writer) error) error {
 // writeNew writes a small body, which has the name, and its record where they belong:
 // renames of names that nobody looks for yet cost more than the writing. A crash in
 // between leaves a body without a whole record, which is a miss.
-func (k *fileWriter) writeNew(name string, body *bytes.Reader, rec *record, boot string) error {
+func (k *fileWriter) writeNew(name string, body *bytes.Reader, rec *record) error {
 	err := k.writeFile(name, func(to io.Writer) error {
 		body.Seek(0, io.SeekStart) // it does not fail
 		_, err := body.WriteTo(to)
@@ -86,7 +87,7 @@ func (k *fileWriter) writeNew(name string, body *bytes.Reader, rec *record, boot
 	k.stepDone("body written")
 	fi, err := os.Stat(name)
 	if err == nil {
-		err = k.writeFile(filepath.Dir(name)+"/"+recordFile, writeRecord(rec, identityOf(fi), boot))
+		err = k.writeFile(filepath.Dir(name)+"/"+recordFile, writeRecord(rec, identityOf(fi), k.recordBoot))
 	}
 	if err != nil {
 		os.Remove(name)
@@ -105,16 +106,13 @@ func (k *fileWriter) replaceFile(name string, fill func(io.Writer) error) error 
 		return err
 	}
 	k.stepDone("temporary file written")
-	if err := k.renameFile(temp, name); err != nil {
+	if err := os.Rename(temp, name); err != nil {
 		os.Remove(temp)
 		return err
 	}
 	k.stepDone("temporary file renamed")
 	return k.syncDir(filepath.Dir(name))
 }
-
-// renameFile replaces the file to by the file from in one step.
-func (k *fileWriter) renameFile(from, to string) error { return os.Rename(from, to) }
 
 // syncDir makes the names in a directory durable. A file system that cannot do
 // that (EINVAL, ENOTSUP) is no error: no program can do better there.
@@ -473,9 +471,9 @@ func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spo
 	}
 	defer d.memory.remove(key)
 	if oldEntry == nil && d.maySkipSync(rec) {
-		w := &fileWriter{stepDone: d.stepDone}
+		w := &fileWriter{stepDone: d.stepDone, recordBoot: d.boot}
 		if body, ok := spool.(*bytes.Reader); ok {
-			return w.writeNew(d.pathOf(key), body, rec, d.boot)
+			return w.writeNew(d.pathOf(key), body, rec)
 		}
 		return d.takeSpool(key, rec, spool, false, w)
 	}
@@ -532,11 +530,7 @@ func (d *diskStore) installBody(key string, rec *record, name string, hasOldCopy
 	}
 	folder := d.folderOf(key)
 	next := folder + "/" + recordNext
-	boot := ""
-	if w.fsync == nil {
-		boot = d.boot
-	}
-	if err := w.writeFile(next, writeRecord(rec, identityOf(fi), boot)); err != nil {
+	if err := w.writeFile(next, writeRecord(rec, identityOf(fi), w.recordBoot)); err != nil {
 		return err
 	}
 	d.stepDone("record written")
@@ -546,14 +540,14 @@ func (d *diskStore) installBody(key string, rec *record, name string, hasOldCopy
 		err = w.syncDir(folder)
 	}
 	if err == nil {
-		err = d.renameFile(name, d.pathOf(key))
+		err = os.Rename(name, d.pathOf(key))
 	}
 	if err != nil {
 		os.Remove(next)
 		return err
 	}
 	d.stepDone("body moved")
-	if err := d.renameFile(next, folder+"/"+recordFile); err != nil {
+	if err := os.Rename(next, folder+"/"+recordFile); err != nil {
 		return err
 	}
 	d.stepDone("record moved")
@@ -598,56 +592,49 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 		return openError(key, err)
 	}
 	defer d.memory.remove(key)
-	if err := d.removeFiles(key, ""); err != nil {
+	if err := d.removeFiles(key, false); err != nil {
 		return storeError("deleting "+key, err)
 	}
 	l.removeEmpty()
 	return nil
 }
 
-// removeFiles durably removes key's records and body, or moves them to asideDir if that
-// is not "". The caller holds the directory's lock.
-func (d *diskStore) removeFiles(key, asideDir string) error {
+// removeFiles durably removes key's records and body, or sets them aside: then
+// asideMark begins their names. The caller holds the directory's lock.
+func (d *diskStore) removeFiles(key string, setAside bool) error {
+	folder := d.folderOf(key) + "/"
 	for _, name := range []string{recordNext, recordFile, filepath.Base(key)} {
-		file := d.folderOf(key) + "/" + name
-		remove := func() error { return os.Remove(file) }
-		if asideDir != "" {
-			remove = func() error { return d.renameFile(file, asideDir+"/"+name) }
+		var err error
+		if setAside {
+			err = os.Rename(folder+name, folder+asideMark+name)
+		} else {
+			err = os.Remove(folder + name)
 		}
-		if err := remove(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		d.stepDone("removed " + name)
 	}
-	if asideDir != "" {
-		if err := d.syncDir(asideDir); err != nil {
-			return err
-		}
-	}
-	return d.syncDir(d.folderOf(key))
+	return d.syncDir(folder)
 }
 
 // dropDamaged removes the damaged files of key and logs it. It returns errDropped,
-// which is a miss, or an error of I/O. What cannot be fetched again is set aside in a
-// directory where a person can look at it: its bytes may still be right, but nothing
-// proves it. A crash in between leaves some of the files in their place, and the next
-// open drops them too. The caller holds the directory's lock.
+// which is a miss, or an error of I/O. What cannot be fetched again is set aside where a
+// person can look at it: its bytes may still be right, but nothing proves it. A crash in
+// between leaves some of the files in their place, and the next open drops them too. The
+// caller holds the directory's lock.
 func (d *diskStore) dropDamaged(key, reason string) error {
 	defer d.memory.remove(key)
-	if name, _, _ := strings.Cut(key, "/"); d.isIrreplaceable == nil || !d.isIrreplaceable(name) {
-		d.log.Warn("damaged file is dropped and will be fetched again", "key", key, "reason", reason)
-		if err := d.removeFiles(key, ""); err != nil {
-			return err
-		}
-		return fmt.Errorf("%w: %s", errDropped, reason)
-	}
-	asideDir, err := os.MkdirTemp(d.folderOf(key), damagedDir)
-	if err == nil {
-		err = d.removeFiles(key, asideDir)
-	}
-	if err != nil {
+	remote, _, _ := strings.Cut(key, "/")
+	setAside := d.isIrreplaceable != nil && d.isIrreplaceable(remote)
+	if err := d.removeFiles(key, setAside); err != nil {
 		return err
 	}
-	d.log.Error("damaged file that cannot be fetched again was set aside: upload it again", "key", key, "reason", reason, "directory", asideDir)
-	return fmt.Errorf("%w: %s (it is kept in %s)", errDropped, reason, asideDir)
+	if setAside {
+		kept := d.folderOf(key) + "/" + asideMark + filepath.Base(key)
+		d.log.Error("damaged file that cannot be fetched again was set aside: upload it again", "key", key, "reason", reason, "file", kept)
+		return fmt.Errorf("%w: %s (it is kept in %s)", errDropped, reason, kept)
+	}
+	d.log.Warn("damaged file is dropped and will be fetched again", "key", key, "reason", reason)
+	return fmt.Errorf("%w: %s", errDropped, reason)
 }

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -265,9 +266,8 @@ func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memo
 	for _, file := range files {
 		name := file.Name()
 		key := folder + "/" + name
-		isAside, _ := filepath.Match(damagedDir, name)
 		switch {
-		case isAside:
+		case strings.HasPrefix(name, asideMark):
 			aside = key
 		case name == recordFile || name == recordNext:
 		case name == bodyNext || name == recordFile+tempSuffix:
