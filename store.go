@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -334,15 +335,21 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 	if err != nil {
 		return nil, nil, err
 	}
-	defer func() {
+	defer func(opened *os.File) {
 		if err != nil {
-			f.Close()
+			opened.Close()
 		}
-	}()
+	}(f)
 	rec, similar, err := d.readRecords(key, id)
 	isHashed := rec == nil && len(similar) > 0
 	if err == nil && isHashed {
-		rec, err = matchByHash(ctx, f, similar)
+		// It goes on when the request that caused it ends: otherwise impatient clients
+		// would have a large body hashed again and again.
+		var sum string
+		sum, err = hashBody(context.WithoutCancel(ctx), f)
+		if i := slices.IndexFunc(similar, func(r *record) bool { return r.SHA256 == sum }); i >= 0 {
+			rec = similar[i]
+		}
 	}
 	if err == nil && rec == nil {
 		err = d.dropDamaged(key, "no record describes the body")
@@ -356,25 +363,16 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 			return nil, e, err
 		}
 	}
-	return f, e, d.repairRecordFile(e)
-}
-
-// repairRecordFile leaves e's record in .record and no .record.next. The old files
-// stay until the new .record is in place, so that a crash leaves a copy that can be
-// repaired. The caller holds the directory's lock.
-func (d *diskStore) repairRecordFile(e *memoryEntry) error {
-	name := d.folderOf(e.key) + "/" + recordFile
-	if old, err := readRecord(name); err != nil || old.key != e.key || old.bodyIdentity() != e.id || !old.isDurable(d.boot) {
-		if err := d.replaceFile(name, writeRecord(e.rec, e.id, "")); err != nil {
-			return err
+	// The old record files stay until the new .record is in place, so that a crash leaves
+	// a copy that can be repaired.
+	folder := d.folderOf(key) + "/"
+	if old, err := readRecord(folder + recordFile); err != nil || old.key != key || old.bodyIdentity() != id || !old.isDurable(d.boot) {
+		if err := d.replaceFile(folder+recordFile, writeRecord(rec, id, "")); err != nil {
+			return nil, e, err
 		}
-		d.log.Info("stored record was repaired", "key", e.key)
+		d.log.Info("stored record was repaired", "key", key)
 	}
-	err := os.Remove(d.folderOf(e.key) + "/" + recordNext)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
+	return f, e, ignoreMiss(os.Remove(folder + recordNext))
 }
 
 // put implements objects. Its steps, what a crash after each of them leaves, and what
@@ -386,7 +384,7 @@ func (d *diskStore) repairRecordFile(e *memoryEntry) error {
 //	                 body; the next put overwrites it or sweep removes it
 //	body moved       the new body, described by .record.next and not by .record;
 //	                 open reads both, the next put or sweep renames .record.next
-//	                 (repairRecordFile)
+//	                 (openRepaired)
 //	record moved     nothing after a crash of the process; after a power failure
 //	                 the names may be those after any earlier step
 //	folder synced    nothing
@@ -443,11 +441,9 @@ func checkPut(key string, rec *record, spool io.ReaderAt) error {
 		}
 		size = fi.Size()
 	}
-	switch {
-	case !validKey(key) || storageKey(rec.Remote, rec.Path) != key:
-		return fmt.Errorf("storing %q: the record describes another file: %s/%s", key, rec.Remote, rec.Path)
-	case !isSHA256(rec.SHA256) || size != rec.Size:
-		return fmt.Errorf("storing %s: the spool has %d bytes, the record says %d bytes and sha256 %q", key, size, rec.Size, rec.SHA256)
+	if !validKey(key) || storageKey(rec.Remote, rec.Path) != key || !isSHA256(rec.SHA256) || size != rec.Size {
+		return fmt.Errorf("storing %q: the spool has %d bytes, the record describes %s/%s with %d bytes and sha256 %q",
+			key, size, rec.Remote, rec.Path, rec.Size, rec.SHA256)
 	}
 	return nil
 }

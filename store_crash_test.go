@@ -672,11 +672,10 @@ func TestDiskVerifyLeavesTheReplaced(t *testing.T) {
 	entryOf := func(spelling string) *memoryEntry {
 		return &memoryEntry{key: testKey(spelling), id: identityOf(fi), rec: testRecord("f", "old")}
 	}
-	c := &folderCheck{diskStore: s.d}
 	s.mustPut("f", "new")
-	must(t, c.verifyBody(t.Context(), entryOf("f")))
+	must(t, s.d.verifyBody(t.Context(), entryOf("f")))
 	s.wantHit("f", "new")
-	must(t, c.verifyBody(t.Context(), entryOf("gone")))
+	must(t, s.d.verifyBody(t.Context(), entryOf("gone")))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, _, err := s.d.verify(ctx, func(string, error) {}); !errors.Is(err, context.Canceled) {

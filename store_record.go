@@ -15,7 +15,6 @@ import (
 	"io/fs"
 	"math"
 	"os"
-	"slices"
 	"strings"
 	"syscall"
 )
@@ -68,7 +67,7 @@ type diskRecord struct {
 	// are durable.
 	Boot string `json:"b,omitempty"`
 
-	key string // that the record describes; readRecord sets it
+	key string // that the record describes
 }
 
 func (e *diskRecord) bodyIdentity() fileIdentity { return fileIdentity{e.Size, e.MTime, e.Inode} }
@@ -120,6 +119,7 @@ func decodeRecord(data []byte) (*diskRecord, error) {
 	if !isSHA256(e.SHA256) || e.Size < 0 {
 		return nil, fmt.Errorf("%w: its size or sha256 is malformed", errDamaged)
 	}
+	e.key = storageKey(e.Remote, e.Path)
 	return e, nil
 }
 
@@ -135,23 +135,7 @@ func readRecord(name string) (*diskRecord, error) {
 	if err != nil {
 		return nil, err
 	}
-	e, err := decodeRecord(data)
-	if err == nil {
-		e.key = storageKey(e.Remote, e.Path)
-	}
-	return e, err
-}
-
-// matchByHash hashes a body and returns the candidate that describes it, or nil. It
-// goes on when the request that caused it ends: otherwise impatient clients would
-// have a large body hashed again and again.
-func matchByHash(ctx context.Context, f *os.File, candidates []*record) (*record, error) {
-	sum, err := hashBody(context.WithoutCancel(ctx), f)
-	i := slices.IndexFunc(candidates, func(rec *record) bool { return rec.SHA256 == sum })
-	if err != nil || i < 0 {
-		return nil, err
-	}
-	return candidates[i], nil
+	return decodeRecord(data)
 }
 
 // hashBody returns the SHA-256 of a body in hexadecimal. It ends with ctx.

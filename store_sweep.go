@@ -70,10 +70,8 @@ func (d *diskStore) eachFolder(ctx context.Context, f func(folder string) error)
 // is returned.
 func eachName(dir string, f func(name string) error) error {
 	h, err := os.Open(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return storeError("listing", err)
+	if err != nil {
+		return ignoreMiss(openError(dir, err))
 	}
 	defer h.Close()
 	for err == nil {
@@ -111,15 +109,12 @@ func (d *diskStore) newSpool() (*os.File, error) {
 }
 
 // freeSpace returns the space that this process may still fill, and the size of the
-// file system. Before DATA_DIR exists, they are those of the file system that it will
-// be made on.
+// file system.
 func (d *diskStore) freeSpace() (diskUsage, error) {
 	var st syscall.Statfs_t
-	dir := d.dir
-	err := syscall.Statfs(dir, &st)
-	for errors.Is(err, fs.ErrNotExist) && dir != filepath.Dir(dir) {
-		dir = filepath.Dir(dir)
-		err = syscall.Statfs(dir, &st)
+	err := syscall.Statfs(d.dir, &st)
+	if errors.Is(err, fs.ErrNotExist) { // it will be made there
+		err = syscall.Statfs(filepath.Dir(d.dir), &st)
 	}
 	if err != nil {
 		return diskUsage{}, storeError("reading the free space", err)
@@ -164,14 +159,14 @@ func (d *diskStore) sweep(ctx context.Context) error {
 		return err
 	}
 	d.swept = d.now()
-	c := &folderCheck{diskStore: d, report: func(key string, err error) {
+	report := func(key string, err error) {
 		d.log.Warn("sweeping found a file that cannot be used", "key", key, "error", err)
-	}}
+	}
 	return errors.Join(err, d.eachFolder(ctx, func(folder string) error {
 		files, err := os.ReadDir(d.pathOf(folder))
 		isTidy := len(files) == 2 && slices.ContainsFunc(files, func(f fs.DirEntry) bool { return f.Name() == recordFile })
 		if err == nil && !isTidy && d.isOld(d.pathOf(folder)) {
-			c.tidyFolder(ctx, folder)
+			d.tidyFolder(ctx, folder, report)
 		}
 		return nil
 	}))
@@ -207,21 +202,23 @@ func (d *diskStore) isOld(name string) bool {
 // verify implements verifiableObjects: it tidies each directory and hashes the body that
 // its record describes.
 func (d *diskStore) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	c := &folderCheck{diskStore: d, report: func(key string, err error) {
+	count := func(key string, err error) {
 		if errors.Is(err, errDropped) {
 			dropped++
 		}
 		report(key, err)
-	}}
+	}
 	err = d.eachFolder(ctx, func(folder string) error {
-		if e := c.tidyFolder(ctx, folder); e != nil && !e.isHashed {
-			if err := c.verifyBody(ctx, e); err != nil && ctx.Err() == nil {
-				c.report(e.key, err)
+		e, found := d.tidyFolder(ctx, folder, count)
+		checked += found
+		if e != nil && !e.isHashed {
+			if err := d.verifyBody(ctx, e); err != nil && ctx.Err() == nil {
+				count(e.key, err)
 			}
 		}
 		return ctx.Err()
 	})
-	return c.checked, dropped, err
+	return checked, dropped, err
 }
 
 // ping returns nil if a file can be made in DATA_DIR. It ends with ctx even if the
@@ -237,30 +234,23 @@ func (d *diskStore) ping(ctx context.Context) error {
 	})
 }
 
-// folderCheck goes through the directories {remote}/{hash} of a store, for verify and
-// for sweep.
-type folderCheck struct {
-	*diskStore
-	report  func(key string, err error) // called for each file that was dropped, cannot be read, or is not ours
-	checked int                         // bodies that tidyFolder has found good or dropped
-}
-
 // tidyFolder repairs or drops the body of a directory, removes what a crash left
-// there, and removes the directory if it is empty then. Strays beside a body are
-// reported and left alone. It returns the entry of the body that is left, or nil. It
-// holds the directory's lock, so no put is between two of its steps.
-func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memoryEntry) {
-	l, err := c.lockFolder(ctx, c.pathOf(folder), false)
+// there, and removes the directory if it is empty then. Strays beside a body are left
+// alone; it calls report for them, and for each file that was dropped or cannot be read.
+// It returns the entry of the body that is left, or nil, and how many bodies it has found
+// good or dropped. It holds the directory's lock, so no put is between two of its steps.
+func (d *diskStore) tidyFolder(ctx context.Context, folder string, report func(key string, err error)) (left *memoryEntry, checked int) {
+	l, err := d.lockFolder(ctx, d.pathOf(folder), false)
 	if err == nil {
 		defer l.unlock()
 	}
-	files, readErr := os.ReadDir(c.pathOf(folder))
+	files, readErr := os.ReadDir(d.pathOf(folder))
 	if err = errors.Join(err, readErr); err != nil {
 		gone := errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)
 		if !gone && ctx.Err() == nil {
-			c.report(folder, storeError("listing", err))
+			report(folder, storeError("listing", err))
 		}
-		return nil
+		return nil, 0
 	}
 	isEmpty, aside := true, ""
 	for _, file := range files {
@@ -271,18 +261,18 @@ func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memo
 			aside = key
 		case name == recordFile || name == recordNext:
 		case name == bodyNext || name == recordFile+tempSuffix:
-			os.Remove(c.pathOf(key))
+			os.Remove(d.pathOf(key))
 		case name[0] == '.':
-			c.report(key, errStray)
+			report(key, errStray)
 		default:
-			f, e, err := c.openRepaired(ctx, key)
+			f, e, err := d.openRepaired(ctx, key)
 			isDropped := errors.Is(err, errDropped)
 			isEmpty = isEmpty && isDropped
 			if err == nil || isDropped {
-				c.checked++
+				checked++
 			}
 			if err != nil {
-				c.report(key, err)
+				report(key, err)
 				continue
 			}
 			f.Close()
@@ -290,47 +280,45 @@ func (c *folderCheck) tidyFolder(ctx context.Context, folder string) (left *memo
 		}
 	}
 	if !isEmpty {
-		return left
+		return left, checked
 	}
 	if aside != "" {
-		c.report(aside, errAside)
+		report(aside, errAside)
 	}
 	// A crash during the first put of a key leaves a .record.next. Nothing that was
 	// stored is lost with it, so it is not reported.
-	os.Remove(c.pathOf(folder) + "/" + recordNext)
-	switch err := os.Remove(c.pathOf(folder) + "/" + recordFile); {
+	os.Remove(d.pathOf(folder) + "/" + recordNext)
+	switch err := os.Remove(d.pathOf(folder) + "/" + recordFile); {
 	case err == nil:
-		c.report(folder, fmt.Errorf("%w: a record without a body", errDropped))
+		report(folder, fmt.Errorf("%w: a record without a body", errDropped))
 	case !errors.Is(err, fs.ErrNotExist):
-		c.report(folder, storeError("removing a record", err))
+		report(folder, storeError("removing a record", err))
 	}
 	l.removeEmpty()
-	return nil
+	return nil, checked
 }
 
 // verifyBody hashes e's body and drops it if the record says otherwise. It takes the
 // directory's lock only to drop: a put must not wait for the hash of a large body. A
 // body that was replaced meanwhile is not the one that was hashed.
-func (c *folderCheck) verifyBody(ctx context.Context, e *memoryEntry) error {
-	f, err := os.Open(c.pathOf(e.key))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it was removed meanwhile
-	} else if err != nil {
-		return storeError("opening", err)
+func (d *diskStore) verifyBody(ctx context.Context, e *memoryEntry) error {
+	f, err := os.Open(d.pathOf(e.key))
+	if err != nil {
+		return ignoreMiss(openError(e.key, err)) // it may have been removed meanwhile
 	}
 	defer f.Close()
 	sum, err := hashBody(ctx, f)
 	if err != nil || sum == e.rec.SHA256 {
 		return storeError("reading", err)
 	}
-	l, err := c.lockFolder(ctx, c.folderOf(e.key), false)
+	l, err := d.lockFolder(ctx, d.folderOf(e.key), false)
 	if err != nil {
 		return nil // it was removed meanwhile
 	}
 	defer l.unlock()
-	if fi, err := os.Stat(c.pathOf(e.key)); err != nil || identityOf(fi) != e.id {
+	if fi, err := os.Stat(d.pathOf(e.key)); err != nil || identityOf(fi) != e.id {
 		return nil
 	}
 	defer l.removeEmpty()
-	return c.dropDamaged(e.key, "the body has sha256 "+sum+", but its record says "+e.rec.SHA256)
+	return d.dropDamaged(e.key, "the body has sha256 "+sum+", but its record says "+e.rec.SHA256)
 }
