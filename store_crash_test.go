@@ -319,6 +319,11 @@ func TestDiskUnusable(t *testing.T) {
 	}
 	must(t, os.Remove(blocker))
 	must(t, s.d.ping(ctx))
+	must(t, os.Symlink(blocker+"/none", s.d.pathOf("r"))) // to a disk that is not mounted
+	if err := s.put("f", "x"); !errors.Is(err, errStoreDown) {
+		t.Errorf("put below a link that leads nowhere: %v", err)
+	}
+	must(t, os.Remove(s.d.pathOf("r")))
 	s.mustPut("f", "x")
 	s.wantHit("f", "x")
 }

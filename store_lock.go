@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"syscall"
 	"time"
 )
@@ -53,8 +52,10 @@ func openAndLock(ctx context.Context, path string, create bool) (*os.File, error
 		err := os.Mkdir(path, 0o755) // the directory above is there, but for the first time
 		if errors.Is(err, fs.ErrNotExist) {
 			err = os.MkdirAll(path, 0o755)
+		} else if errors.Is(err, fs.ErrExist) {
+			err = nil
 		}
-		if err != nil && !errors.Is(err, fs.ErrExist) {
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -96,9 +97,6 @@ func (l *folderLock) unlock() {
 }
 
 // removeEmpty removes the directory if nothing is in it. A caller of lockFolder that
-// waits for this lock then sees that the directory is gone.
-func (l *folderLock) removeEmpty() {
-	if os.Remove(l.path) == nil {
-		l.d.syncDir(filepath.Dir(l.path))
-	}
-}
+// waits for this lock then sees that the directory is gone. It need not be durable: an
+// empty directory is removed by sweep.
+func (l *folderLock) removeEmpty() { os.Remove(l.path) }
