@@ -202,7 +202,7 @@ func TestKilledWhileDrainingKeepsSnapshots(t *testing.T) {
 	c.tester().get("/api/r/a").wantStatus(200).wantBody("body")
 	awaitThat(t, "the file to be stored", func() bool { return c.tester().get("/artifacts/r").has(`"path": "a"`) })
 	must(t, c.cmd.Process.Signal(syscall.SIGTERM))
-	for _, name := range []string{freshFile, indexFile} {
+	for _, name := range []string{".freshness", ".index"} {
 		awaitThat(t, name+" to be written", func() bool {
 			_, err := os.Stat(filepath.Join(c.dir, "data", name))
 			return err == nil

@@ -21,13 +21,9 @@ import (
 	"time"
 )
 
-const (
-	freshFile  = ".freshness"
-	freshMagic = "artifactapi freshness 2"
-	// maxMarks bounds the memory for marks: about 250 MB. When they are that many,
-	// any mark makes room for a new one, at the price of a revalidation.
-	maxMarks = 1 << 20
-)
+// maxMarks bounds the memory for marks: about 250 MB. When they are that many,
+// any mark makes room for a new one, at the price of a revalidation.
+const maxMarks = 1 << 20
 
 var _ freshness = (*localFreshness)(nil)
 
@@ -48,7 +44,8 @@ type localFreshness struct {
 // newLocalFreshness reads the snapshot in dir, if there is one.
 func newLocalFreshness(dir string, now func() time.Time, log *slog.Logger) *localFreshness {
 	l := &localFreshness{marks: newBoundedMap[string, freshnessMark](maxMarks, now)}
-	l.snapshotFile = newSnapshotFile(dir+"/"+freshFile, freshMagic, new(atomic.Bool), l.eachMark)
+	l.snapshotFile = &snapshotFile{fileWriter: newDisk(), name: dir + "/.freshness", magic: "artifactapi freshness 2",
+		changed: new(atomic.Bool), each: l.eachMark}
 	err := loadSnapshot(l.snapshotFile, func(m savedMark) { l.marks.put(m.Key, m.freshnessMark) })
 	if err != nil {
 		log.Warn("the freshness snapshot is damaged: some files are revalidated early", "error", err)
@@ -92,11 +89,12 @@ func (l *localFreshness) eachMark(add func(v any)) {
 // newMissedSnapshot adds the missed files of the snapshot in dir, if there is one, to
 // missed: those of a sealed site may be collected for weeks.
 func newMissedSnapshot(dir string, missed *missedFiles, log *slog.Logger) *snapshotFile {
-	s := newSnapshotFile(dir+"/.missed", "artifactapi missed 2", &missed.changed, func(add func(v any)) {
+	s := &snapshotFile{fileWriter: newDisk(), name: dir + "/.missed", magic: "artifactapi missed 2", changed: &missed.changed}
+	s.each = func(add func(v any)) {
 		for _, f := range missed.list("") {
 			add(f)
 		}
-	})
+	}
 	if err := loadSnapshot(s, missed.addMisses); err != nil {
 		log.Warn("the snapshot of missed files is damaged: /missed lacks some of them", "error", err)
 	}
@@ -112,10 +110,6 @@ type snapshotFile struct {
 	each        func(add func(v any)) // calls add with every value
 
 	saving sync.Mutex // one save at a time; taken before the lock of the owner's data
-}
-
-func newSnapshotFile(name, magic string, changed *atomic.Bool, each func(add func(v any))) *snapshotFile {
-	return &snapshotFile{fileWriter: newDisk(), name: name, magic: magic, changed: changed, each: each}
 }
 
 // saveSnapshot replaces the file if the data has changed since the last time. The error
@@ -151,14 +145,10 @@ func loadSnapshot[T any](s *snapshotFile, restore func(T)) error {
 		return err
 	}
 	defer f.Close()
-	return readSnapshot(f, s.magic, restore)
-}
-
-func readSnapshot[T any](r io.Reader, magic string, restore func(T)) error {
-	lines := bufio.NewScanner(r)
+	lines := bufio.NewScanner(f)
 	lines.Buffer(nil, 1<<20) // far above the size of any row or mark: a longer line is damage
-	if !lines.Scan() || lines.Text() != magic {
-		return fmt.Errorf("%w: it begins with %.40q, not with %q", errDamaged, lines.Text(), magic)
+	if !lines.Scan() || lines.Text() != s.magic {
+		return fmt.Errorf("%w: it begins with %.40q, not with %q", errDamaged, lines.Text(), s.magic)
 	}
 	for n := 2; lines.Scan(); n++ {
 		var v T

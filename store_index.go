@@ -22,14 +22,10 @@ import (
 )
 
 const (
-	indexFile  = ".index"
-	indexMagic = "artifactapi index 2"
 	// chunkRows bounds the pointers that an insertion moves: 4 KiB.
 	chunkRows = 512
 	// batchRows bounds the pointers that a scan copies while writers wait: 8 KiB.
 	batchRows = 1024
-	// afterAllKeys sorts behind all keys: their bytes are smaller.
-	afterAllKeys = "\x7f"
 )
 
 // The tokens of pages, which both indexes share. By path, a token is the path of the
@@ -63,11 +59,11 @@ func findPage(ctx context.Context, q pageQuery, complete bool, byPath, byAge row
 // start returns the position behind which a page by path begins.
 func (q *pageQuery) start() (path, key string) {
 	path, key, hasKey := strings.Cut(q.after, "\n")
-	if q.after == "" || path < q.prefix {
+	switch {
+	case q.after == "" || path < q.prefix:
 		return q.prefix, ""
-	}
-	if !hasKey {
-		key = afterAllKeys
+	case !hasKey:
+		return path + "\x01", "" // behind all keys of that path: no path has such a byte
 	}
 	return path, key
 }
@@ -92,9 +88,6 @@ type indexEntry struct {
 	class            unique.Handle[class]
 	generation       uint32 // the last reconcile that found the object; guarded by embeddedIndex.mu
 }
-
-// localClass is the class of an entry that eviction never removes.
-var localClass = unique.Make(local)
 
 // sortKey is the position of a row within its remote: by decoded path, then by
 // key. The hash is the part in which the keys of equal paths differ.
@@ -191,7 +184,8 @@ type embeddedIndex struct {
 
 func newEmbeddedIndex(dir string, log *slog.Logger) *embeddedIndex {
 	x := &embeddedIndex{log: log, rows: map[string]*remoteRows{}, deletedKeys: map[string]bool{}}
-	x.snapshotFile = newSnapshotFile(dir+"/"+indexFile, indexMagic, new(atomic.Bool), x.eachSavedRow)
+	x.snapshotFile = &snapshotFile{fileWriter: newDisk(), name: dir + "/.index", magic: "artifactapi index 2",
+		changed: new(atomic.Bool), each: x.eachSavedRow}
 	return x
 }
 
@@ -268,10 +262,10 @@ func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) (unknown
 // totals: see index.
 func (x *embeddedIndex) totals(ctx context.Context, unused bool) (map[string]remoteTotal, error) {
 	all := x.allTotals()
+	if !unused {
+		return all, nil
+	}
 	for name := range all {
-		if !unused {
-			break
-		}
 		var t remoteTotal
 		err := x.eachEntry(ctx, name, sortKey{}, func(e *indexEntry) bool {
 			if e.mayGo(false) {
@@ -302,7 +296,7 @@ func (x *embeddedIndex) allTotals() map[string]remoteTotal {
 
 // mayGo reports whether a pageQuery with oldest finds the entry.
 func (e *indexEntry) mayGo(used bool) bool {
-	return (e.hits.Load() > 0) == used && e.class != localClass
+	return (e.hits.Load() > 0) == used && e.class.Value() != local
 }
 
 // listPage: see index.
@@ -313,11 +307,7 @@ func (x *embeddedIndex) listPage(ctx context.Context, q pageQuery) (indexPage, e
 // findByPath returns the first n rows of q.
 func (x *embeddedIndex) findByPath(ctx context.Context, q pageQuery, n int) (rows []indexRow, err error) {
 	path, key := q.start()
-	after := sortKey{path, keyHash(key)}
-	if key == afterAllKeys {
-		after.hash = math.MaxUint64
-	}
-	err = x.eachEntry(ctx, q.remote, after, func(e *indexEntry) bool {
+	err = x.eachEntry(ctx, q.remote, sortKey{path, keyHash(key)}, func(e *indexEntry) bool {
 		if !strings.HasPrefix(e.path, q.prefix) {
 			return false
 		}
