@@ -20,15 +20,12 @@ import (
 	"github.com/lib/pq"
 )
 
+// sqlSchema makes the schema of version 1, the only one that there was. Replicas of two
+// versions work beside each other: the next version may add something and must not
+// remove anything.
+//
 //go:embed store_pq.sql
 var sqlSchema string
-
-// sqlMigrations make the schema, each of them one version of it. Replicas of the
-// previous version work beside new ones: a migration may add something and must not
-// remove anything, and one that was released is never changed. One that takes long
-// on many rows (an index) needs a step of its own outside of the transaction, which
-// sqlReadTimeout bounds.
-var sqlMigrations = []string{sqlSchema}
 
 // sqlSettings say where the database is.
 type sqlSettings struct {
@@ -176,7 +173,7 @@ func (x *sqlIndex) runOnConn(ctx context.Context, f func(context.Context, *sql.C
 		return false, err
 	}
 	if !x.ready.Load() {
-		if err = migrate(ctx, conn, sqlMigrations); err != nil {
+		if err = makeSchema(ctx, conn); err != nil {
 			err = fmt.Errorf("preparing the schema: %w", err)
 		}
 		x.ready.Store(err == nil)
@@ -208,44 +205,28 @@ func isBadData(err error) bool {
 	return ok && slices.Contains([]string{"22", "23", "54"}, string(e.Code.Class()))
 }
 
-// migrate runs the steps that the schema does not have yet. Replicas that start
-// together wait for each other. A schema that is newer than the program is refused: its
-// rows may mean what the program does not know.
-func migrate(ctx context.Context, conn *sql.Conn, steps []string) error {
+// makeSchema makes the schema, unless it is there. Replicas that start together wait for
+// each other. A schema that is newer than the program is refused: its rows may mean what
+// the program does not know.
+func makeSchema(ctx context.Context, conn *sql.Conn) error {
 	return inTransaction(ctx, conn, func(tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, sqlLock, sqlLockKey); err != nil {
 			return err
 		}
 		var has bool
-		var encoding string
-		if err := tx.QueryRowContext(ctx, sqlHasSchema).Scan(&has, &encoding); err != nil {
+		err := tx.QueryRowContext(ctx, sqlHasSchema).Scan(&has)
+		version := 0 // also where all tables were emptied
+		if err == nil && has {
+			err = tx.QueryRowContext(ctx, sqlVersion).Scan(&version)
+		}
+		switch {
+		case err != nil && !errors.Is(err, sql.ErrNoRows):
 			return err
-		}
-		if encoding != "UTF8" && encoding != "SQL_ASCII" {
-			return fmt.Errorf("the encoding of the database is %s: create it with ENCODING 'UTF8'", encoding)
-		}
-		var version int
-		if has {
-			err := tx.QueryRowContext(ctx, sqlVersion).Scan(&version)
-			if has = err == nil; err != nil && !errors.Is(err, sql.ErrNoRows) {
-				return err
-			}
-		}
-		if !has { // or all tables were emptied
-			if _, err := tx.ExecContext(ctx, sqlMakeSchema); err != nil {
-				return err
-			}
-		}
-		if version > len(steps) {
-			return fmt.Errorf("its version is %d, and this artifactapi knows %d: run the newer artifactapi that made it", version, len(steps))
-		}
-		for ; version < len(steps); version++ {
-			if _, err := tx.ExecContext(ctx, steps[version]); err != nil {
-				return fmt.Errorf("version %d: %w", version+1, err)
-			}
-			if _, err := tx.ExecContext(ctx, sqlSetVersion, version+1); err != nil {
-				return err
-			}
+		case version > 1:
+			return fmt.Errorf("its version is %d, and this artifactapi knows 1: run the newer artifactapi that made it", version)
+		case version == 0:
+			_, err = tx.ExecContext(ctx, sqlSchema)
+			return err
 		}
 		return nil
 	})

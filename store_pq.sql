@@ -1,5 +1,19 @@
--- The first version of the schema, see sqlMigrations in store_pq.go.
+-- The schema, see makeSchema in store_pq.go. Somebody may have emptied or dropped some of
+-- its tables.
 
+DO $$ BEGIN
+	IF to_regclass('artifactapi_files') IS NOT NULL THEN
+		LOCK TABLE artifactapi_files NOWAIT; -- a restore that is filling it has it
+		IF EXISTS (SELECT FROM artifactapi_files) THEN
+			RAISE EXCEPTION 'artifactapi_files has rows, and artifactapi_schema does not say of which version: wait for the end of a restore, or drop both and run artifactapi reindex';
+		END IF;
+	END IF;
+END $$;
+DROP TABLE IF EXISTS artifactapi_schema, artifactapi_files, artifactapi_totals;
+DROP FUNCTION IF EXISTS artifactapi_count();
+
+CREATE TABLE artifactapi_schema (version integer NOT NULL);
+INSERT INTO artifactapi_schema VALUES (1);
 CREATE TABLE artifactapi_files (
 	key text COLLATE "C" PRIMARY KEY,
 	remote text COLLATE "C" NOT NULL,

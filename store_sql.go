@@ -41,19 +41,13 @@ const (
 	sqlPauseMax = 5 * time.Second
 	// maxPendingChanges bounds the memory that an outage takes: about 50 MB.
 	maxPendingChanges = 100_000
-	// pendingBatch is how many changes a transaction writes: enough to be fast, few
+	// changeBatch is how many changes a transaction writes: enough to be fast, few
 	// enough to end within sqlReadTimeout on a slow database.
-	pendingBatch = 100
-	// reindexBatch is how many rows reindex reads and writes at a time: a transaction of
-	// them ends within sqlReadTimeout on a slow database.
-	reindexBatch = 500
+	changeBatch = 100
 	// These are the first halves of advisory locks: of migrations and of evicting. The
 	// second half is made of the schema's name.
 	sqlLockKey  = 0x61727466
 	sqlEvictKey = sqlLockKey + 2
-	// sqlAloneTimeout bounds what a replica does while the others may not: its
-	// transaction must end before idle_in_transaction_session_timeout.
-	sqlAloneTimeout = 5 * time.Second
 )
 
 var _ index = (*sqlIndex)(nil)
@@ -105,21 +99,9 @@ const (
 	sqlPing         = `SELECT pg_is_in_recovery()`
 	sqlLock         = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlTryLock      = `SELECT pg_try_advisory_xact_lock($1::integer, hashtext(current_schema()))`
-	sqlHasSchema    = `SELECT to_regclass('artifactapi_schema') IS NOT NULL, current_setting('server_encoding')`
-	sqlMakeSchema   = `DO $$ BEGIN -- somebody may have emptied or dropped some tables
-			IF to_regclass('artifactapi_files') IS NOT NULL THEN
-				LOCK TABLE artifactapi_files NOWAIT; -- a restore that is filling it has it
-				IF EXISTS (SELECT FROM artifactapi_files) THEN
-					RAISE EXCEPTION 'artifactapi_files has rows, and artifactapi_schema does not say of which version: wait for the end of a restore, or drop both and run artifactapi reindex';
-				END IF;
-			END IF;
-		END $$;
-		DROP TABLE IF EXISTS artifactapi_schema, artifactapi_files, artifactapi_totals;
-		DROP FUNCTION IF EXISTS artifactapi_count();
-		CREATE TABLE artifactapi_schema (version integer NOT NULL); INSERT INTO artifactapi_schema VALUES (0)`
-	sqlVersion    = `SELECT version FROM artifactapi_schema`
-	sqlSetVersion = `UPDATE artifactapi_schema SET version = $1`
-	sqlSession    = `SET statement_timeout = '5s'; SET idle_in_transaction_session_timeout = '10s'`
+	sqlHasSchema    = `SELECT to_regclass('artifactapi_schema') IS NOT NULL`
+	sqlVersion      = `SELECT version FROM artifactapi_schema`
+	sqlSession      = `SET statement_timeout = '5s'; SET idle_in_transaction_session_timeout = '10s'`
 )
 
 // sqlIndex implements index. While the database is down, changes wait in memory and
@@ -224,13 +206,12 @@ type pendingChanges struct {
 func (p *pendingChanges) add(c rowChange) (firstDropped bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.queue) < maxPendingChanges {
-		p.queue = append(p.queue, c)
-		return false
+	if len(p.queue) == maxPendingChanges {
+		firstDropped, p.dropped = !p.dropped, true
+		return firstDropped
 	}
-	firstDropped = !p.dropped
-	p.dropped = true
-	return firstDropped
+	p.queue = append(p.queue, c)
+	return false
 }
 
 // state returns the number of changes that wait, and whether no other change is
@@ -269,7 +250,7 @@ func (x *sqlIndex) writePending(ctx context.Context) error {
 		}
 	}
 	written := 0
-	for batch := x.pending.first(pendingBatch); len(batch) > 0; batch = x.pending.first(pendingBatch) {
+	for batch := x.pending.first(changeBatch); len(batch) > 0; batch = x.pending.first(changeBatch) {
 		err := x.writeChanges(ctx, batch)
 		if err != nil && !errors.Is(err, errStoreDown) && len(batch) > 1 {
 			batch = batch[:1] // find out which one is refused
@@ -323,9 +304,6 @@ func (x *sqlIndex) Close() error {
 // connection that is lost before the answer counts the uses twice; they are
 // statistics.
 func (x *sqlIndex) countUses(ctx context.Context, batch []fileUse) (unknown []fileUse, err error) {
-	if len(batch) == 0 {
-		return nil, nil
-	}
 	if n, _ := x.pending.state(); n > 0 {
 		return nil, fmt.Errorf("%w: database: %d rows wait to be written", errStoreDown, n)
 	}
@@ -421,15 +399,16 @@ func (x *sqlIndex) totals(ctx context.Context, unused bool) (map[string]remoteTo
 }
 
 // whileAlone runs f unless another replica runs its own at the moment. The context of
-// f ends after sqlAloneTimeout.
+// f ends after sqlReadTimeout: before idle_in_transaction_session_timeout ends the
+// transaction.
 func (x *sqlIndex) whileAlone(ctx context.Context, f func(context.Context)) error {
-	return x.withConn(ctx, sqlAloneTimeout+sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
+	return x.withConn(ctx, 2*sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
 		return inTransaction(ctx, conn, func(tx *sql.Tx) error {
 			var alone bool
 			if err := tx.QueryRowContext(ctx, sqlTryLock, sqlEvictKey).Scan(&alone); err != nil || !alone {
 				return err
 			}
-			ctx, cancel := context.WithTimeout(ctx, sqlAloneTimeout)
+			ctx, cancel := context.WithTimeout(ctx, sqlReadTimeout)
 			defer cancel()
 			f(ctx)
 			return nil
@@ -493,7 +472,7 @@ func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change
 		} else {
 			due = append(due, rowChange{key: key, save: &r})
 		}
-		if len(due) < reindexBatch {
+		if len(due) < changeBatch {
 			return nil
 		}
 		return addDue()
@@ -529,12 +508,15 @@ func hashRow(seed maphash.Seed, r indexRow) uint64 {
 // eachRow calls f with all rows. One that is added meanwhile may be left out.
 func (x *sqlIndex) eachRow(ctx context.Context, f func(indexRow) error) error {
 	remotes, err := x.totals(ctx, false)
+	if err != nil {
+		return fmt.Errorf("reading the index: %w", err)
+	}
 	for name := range remotes {
-		q := pageQuery{remote: name, limit: reindexBatch}
-		for more := true; more && err == nil; more = q.after != "" {
-			var p indexPage
-			if p, err = x.listPage(ctx, q); err != nil {
-				break
+		q := pageQuery{remote: name, limit: listPageSize}
+		for more := true; more; more = q.after != "" {
+			p, err := x.listPage(ctx, q)
+			if err != nil {
+				return fmt.Errorf("reading the index: %w", err)
 			}
 			for _, r := range p.rows {
 				if err := f(r); err != nil {
@@ -543,9 +525,6 @@ func (x *sqlIndex) eachRow(ctx context.Context, f func(indexRow) error) error {
 			}
 			q.after = p.next
 		}
-	}
-	if err != nil {
-		return fmt.Errorf("reading the index: %w", err)
 	}
 	return nil
 }
