@@ -217,12 +217,9 @@ func (r *redisStore) readLease(key, value string) *leaseHolder {
 
 // releaseLease ends a lease that is held. While Redis is down the lease ends by itself.
 func (r *redisStore) releaseLease(at, value any) {
-	if r.leases.CompareAndDelete(at, value) {
-		r.deleteLease(at, value)
+	if !r.leases.CompareAndDelete(at, value) {
+		return
 	}
-}
-
-func (r *redisStore) deleteLease(at, value any) {
 	err := r.withConn(context.Background(), func(ctx context.Context, c redis.Conn) error {
 		_, err := releaseScript.DoContext(ctx, c, at, value)
 		return err
@@ -234,7 +231,8 @@ func (r *redisStore) deleteLease(at, value any) {
 
 // renewLeases renews all leases that we hold, and takes again those that Redis has lost.
 // It is to be called each leaseInterval. A lease that another process has taken is given
-// up: both go on filling.
+// up: both go on filling. One that is released meanwhile may be made again: for leaseLife
+// other replicas ask here in vain, and fetch for themselves.
 func (r *redisStore) renewLeases(ctx context.Context) (err error) {
 	r.leases.Range(func(at, value any) bool {
 		var holder string
@@ -247,10 +245,6 @@ func (r *redisStore) renewLeases(ctx context.Context) (err error) {
 		}
 		if holder != value {
 			r.leases.CompareAndDelete(at, value)
-		} else if held, _ := r.leases.Load(at); held != value {
-			// It was released meanwhile, and the script has made it again: other
-			// replicas would look here for a fill that is over.
-			r.deleteLease(at, value)
 		}
 		return true
 	})
