@@ -254,11 +254,11 @@ func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryE
 	e := &memoryEntry{key: key, id: id, rec: rec}
 	if rec == nil {
 		f.Close()
-		l, err := d.lockFolder(ctx, d.folderOf(key), false) // one of many callers does the work
+		unlock, err := d.lockFolder(ctx, d.folderOf(key), false) // one of many callers does the work
 		if err != nil {
 			return nil, nil, err
 		}
-		defer l.unlock()
+		defer unlock()
 		if f, e, err = d.openRepaired(ctx, key); err != nil {
 			return nil, nil, err
 		}
@@ -397,14 +397,14 @@ func (d *diskStore) put(ctx context.Context, key string, rec *record, spool io.R
 	if err := checkPut(key, rec, spool); err != nil {
 		return err
 	}
-	l, err := d.lockFolder(ctx, d.folderOf(key), true)
+	unlock, err := d.lockFolder(ctx, d.folderOf(key), true)
 	if err != nil {
 		return storeError("storing "+key, err)
 	}
-	defer l.unlock()
+	defer unlock()
 	d.stepDone("directory made")
 	if err = d.commitBody(ctx, key, rec, spool); err != nil {
-		l.removeEmpty()
+		os.Remove(d.folderOf(key)) // if it is empty
 	}
 	return storeError("storing "+key, err)
 }
@@ -579,11 +579,11 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	if !validKey(key) {
 		return fmt.Errorf("deleting %q: %w", key, fs.ErrNotExist)
 	}
-	l, err := d.lockFolder(ctx, d.folderOf(key), false)
+	unlock, err := d.lockFolder(ctx, d.folderOf(key), false)
 	if err != nil {
 		return openError(key, err)
 	}
-	defer l.unlock()
+	defer unlock()
 	if _, err := os.Lstat(d.pathOf(key)); err != nil {
 		return openError(key, err)
 	}
@@ -591,7 +591,7 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	if err := d.removeFiles(key, false); err != nil {
 		return storeError("deleting "+key, err)
 	}
-	l.removeEmpty()
+	os.Remove(d.folderOf(key)) // if it is empty; sweep removes it if that is not durable
 	return nil
 }
 

@@ -1272,7 +1272,7 @@ func TestRecordThatIsBeingWritten(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		s := newDiskTester(t)
 		s.mustPut("f", "text")
-		l, err := s.d.lockFolder(t.Context(), s.d.folderOf(testKey("f")), false)
+		unlock, err := s.d.lockFolder(t.Context(), s.d.folderOf(testKey("f")), false)
 		must(t, err)
 		whole, err := os.ReadFile(s.file("f", recordFile))
 		must(t, err)
@@ -1284,7 +1284,7 @@ func TestRecordThatIsBeingWritten(t *testing.T) {
 		}()
 		synctest.Wait() // for the lock
 		must(t, os.WriteFile(s.file("f", recordFile), whole, 0o600))
-		l.unlock()
+		unlock()
 		<-done
 		if s.log.Len() > 0 {
 			t.Errorf("it is told of: %s", s.log)

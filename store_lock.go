@@ -11,19 +11,13 @@ import (
 	"time"
 )
 
-// folderLock is a lock on one directory: diskStore.folders keeps out the other
-// goroutines of this process, flock(2) on the directory keeps out other processes.
-type folderLock struct {
-	d    *diskStore
-	path string
-	f    *os.File // the directory; closing it ends the flock
-}
-
-// lockFolder locks a directory. It waits for the goroutine or process that has the
-// lock, at most until ctx ends. With create it makes the directory; without, a
-// missing directory is fs.ErrNotExist. The caller calls unlock. Directories are
+// lockFolder locks a directory: diskStore.folders keeps out the other goroutines of this
+// process, flock(2) on the directory keeps out other processes. It waits for the goroutine
+// or process that has the lock, at most until ctx ends. With create it makes the
+// directory; without, a missing directory is fs.ErrNotExist. The caller calls unlock once.
+// It may remove the directory before: who waits for the lock sees that. Directories are
 // locked one at a time, so there is no order among them.
-func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (*folderLock, error) {
+func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (unlock func(), err error) {
 	if err := d.folders.lock(ctx, path); err != nil {
 		return nil, err
 	}
@@ -36,7 +30,10 @@ func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (*
 		// Another process may have removed the directory while we waited. Then the
 		// lock is on a directory without a name, and a new one must be locked.
 		if isLinked(f) {
-			return &folderLock{d, path, f}, nil
+			return func() {
+				f.Close() // ends the flock
+				d.folders.unlock(path)
+			}, nil
 		}
 		f.Close()
 	}
@@ -89,14 +86,3 @@ func tryFlock(f *os.File) (locked bool, err error) {
 	}
 	return err == nil, err
 }
-
-// unlock ends the lock. It is called once.
-func (l *folderLock) unlock() {
-	l.f.Close() // ends the flock
-	l.d.folders.unlock(l.path)
-}
-
-// removeEmpty removes the directory if nothing is in it. A caller of lockFolder that
-// waits for this lock then sees that the directory is gone. It need not be durable: an
-// empty directory is removed by sweep.
-func (l *folderLock) removeEmpty() { os.Remove(l.path) }

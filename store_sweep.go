@@ -240,9 +240,9 @@ func (d *diskStore) ping(ctx context.Context) error {
 // It returns the entry of the body that is left, or nil, and how many bodies it has found
 // good or dropped. It holds the directory's lock, so no put is between two of its steps.
 func (d *diskStore) tidyFolder(ctx context.Context, folder string, report func(key string, err error)) (left *memoryEntry, checked int) {
-	l, err := d.lockFolder(ctx, d.pathOf(folder), false)
+	unlock, err := d.lockFolder(ctx, d.pathOf(folder), false)
 	if err == nil {
-		defer l.unlock()
+		defer unlock()
 	}
 	files, readErr := os.ReadDir(d.pathOf(folder))
 	if err = errors.Join(err, readErr); err != nil {
@@ -294,7 +294,7 @@ func (d *diskStore) tidyFolder(ctx context.Context, folder string, report func(k
 	case !errors.Is(err, fs.ErrNotExist):
 		report(folder, storeError("removing a record", err))
 	}
-	l.removeEmpty()
+	os.Remove(d.pathOf(folder)) // if it is empty
 	return nil, checked
 }
 
@@ -311,14 +311,14 @@ func (d *diskStore) verifyBody(ctx context.Context, e *memoryEntry) error {
 	if err != nil || sum == e.rec.SHA256 {
 		return storeError("reading", err)
 	}
-	l, err := d.lockFolder(ctx, d.folderOf(e.key), false)
+	unlock, err := d.lockFolder(ctx, d.folderOf(e.key), false)
 	if err != nil {
 		return nil // it was removed meanwhile
 	}
-	defer l.unlock()
+	defer unlock()
 	if fi, err := os.Stat(d.pathOf(e.key)); err != nil || identityOf(fi) != e.id {
 		return nil
 	}
-	defer l.removeEmpty()
+	defer os.Remove(d.folderOf(e.key)) // if it is empty
 	return d.dropDamaged(e.key, "the body has sha256 "+sum+", but its record says "+e.rec.SHA256)
 }
