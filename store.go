@@ -181,7 +181,7 @@ type diskStore struct {
 	// delaysSync: a small file of a remote is not durable at once, see maySkipSync. It is
 	// set before the first use.
 	delaysSync bool
-	boot       string // of the machine's current run; "": not known
+	boot       string // the kernel's name of the machine's current run; "": not known
 
 	owner *os.File        // .lock while this process has it; lockData and Close use it, never concurrently
 	probe backgroundCheck // of ping
@@ -190,7 +190,9 @@ type diskStore struct {
 
 // newDiskStore makes a store below dir without touching the disk.
 func newDiskStore(dir string, now func() time.Time, log *slog.Logger) *diskStore {
-	return &diskStore{fileWriter: newDisk(), dir: filepath.Clean(dir), now: now, log: log, memory: newLRU[*memoryEntry](memoryBudget, 0), boot: readBootID()}
+	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return &diskStore{fileWriter: newDisk(), dir: filepath.Clean(dir), now: now, log: log,
+		memory: newLRU[*memoryEntry](memoryBudget, 0), boot: strings.TrimSpace(string(boot))}
 }
 
 // pathOf returns the name of key's body, or of a folder {remote}/{hash}.
@@ -419,12 +421,6 @@ const maxUnsynced = 1 << 20
 // one it is hashed before it is used. What cannot be fetched again is always synced.
 func (d *diskStore) maySkipSync(rec *record) bool {
 	return d.delaysSync && d.boot != "" && rec.Size <= maxUnsynced && rec.Class != local && (d.isIrreplaceable == nil || !d.isIrreplaceable(rec.Remote))
-}
-
-// readBootID returns the kernel's name for the machine's current run, or "".
-func readBootID() string {
-	id, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(id))
 }
 
 // checkPut refuses a record that does not describe key and the spool: open would

@@ -111,7 +111,7 @@ func (d *cuttingDialer) cut() {
 // database is down it does not ask: a check of health is too short to connect again.
 func (x *sqlIndex) ping(ctx context.Context) error {
 	if cause := x.outage.outageCause(); cause != nil {
-		return fmt.Errorf("%w: database: %v", errStoreDown, cause)
+		return fmt.Errorf("%w: %v", errStoreDown, cause)
 	}
 	return x.withConn(ctx, sqlReadTimeout, execPing)
 }
@@ -133,19 +133,18 @@ func (x *sqlIndex) withConn(ctx context.Context, timeout time.Duration, f func(c
 	inner, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	if cause := x.outage.admit(inner); cause != nil {
-		return fmt.Errorf("%w: database: %v", errStoreDown, cause)
+		return fmt.Errorf("%w: %v", errStoreDown, cause)
 	}
 	began := x.now()
-	var err error
-	for range 3 { // after a stale connection and a deadlock it is something else
-		var mayRetry bool
-		if mayRetry, err = x.runOnConn(inner, f); !mayRetry {
-			break
+	mayRetry, err := x.runOnConn(inner, f)
+	for range 2 { // after a stale connection and a deadlock it is something else
+		if mayRetry {
+			mayRetry, err = x.runOnConn(inner, f)
 		}
 	}
 	badData := isBadData(err)
 	if err != nil {
-		err = errors.New(redact(err, x.password))
+		err = errors.New("database: " + redact(err, x.password))
 	}
 	switch {
 	case err != nil && ctx.Err() != nil: // the caller did not wait: the database may be up
@@ -154,13 +153,10 @@ func (x *sqlIndex) withConn(ctx context.Context, timeout time.Duration, f func(c
 		if x.outage.fail(err, began) {
 			x.log.Error("database is down: files are stored and served, their index rows wait", "error", err)
 		}
-		return fmt.Errorf("%w: database: %v", errStoreDown, err)
+		return fmt.Errorf("%w: %v", errStoreDown, err)
 	}
 	if lasted, recovered := x.outage.succeed(); recovered {
 		x.log.Info("database is up again", "after", lasted.Round(time.Second).String())
-	}
-	if err != nil {
-		err = fmt.Errorf("database: %w", err)
 	}
 	return err
 }

@@ -12,6 +12,7 @@ import (
 	"hash/maphash"
 	"io/fs"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -320,12 +321,7 @@ func (x *sqlIndex) countUses(ctx context.Context, batch []fileUse) (unknown []fi
 	if err != nil {
 		return nil, err
 	}
-	for _, use := range batch {
-		if !known[use.key] {
-			unknown = append(unknown, use)
-		}
-	}
-	return unknown, nil
+	return slices.DeleteFunc(slices.Clone(batch), func(use fileUse) bool { return known[use.key] }), nil
 }
 
 // toSQLText replaces what PostgreSQL's type text cannot hold. Paths have no such
