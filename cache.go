@@ -67,33 +67,14 @@ type objects interface {
 	// delete removes key; fs.ErrNotExist when nothing was there. Bodies that
 	// are open stay readable.
 	delete(ctx context.Context, key string) error
+	// invalidate drops the store's copy of key, if it keeps copies of what is elsewhere:
+	// another process has replaced or removed it. With "" all are checked before they are
+	// used again: an announcement may have been missed.
+	invalidate(key string)
 	// walk calls f with each stored record of all remotes, in no order, beside
 	// writers. f's error ends it and is returned.
 	walk(ctx context.Context, f func(key string, rec *record) error) error
 }
-
-// cachingObjects is an optional ability of objects: it keeps copies of what is
-// elsewhere.
-type cachingObjects interface {
-	// invalidate drops the copy of key: another process has replaced or removed it.
-	invalidate(key string)
-	// invalidateAll has every copy checked before it is used again: an
-	// announcement may have been missed.
-	invalidateAll()
-}
-
-// copiesOf is the ability of a store, or of one that keeps no copies.
-func copiesOf(o objects) cachingObjects {
-	if copies, ok := o.(cachingObjects); ok {
-		return copies
-	}
-	return noCopies{}
-}
-
-type noCopies struct{}
-
-func (noCopies) invalidate(string) {}
-func (noCopies) invalidateAll()    {}
 
 // indexRow is what the index knows of one object.
 type indexRow struct {
@@ -208,7 +189,6 @@ const maxRememberedFiles = 100_000
 // called concurrently.
 type cache struct {
 	cacheStores
-	copies   cachingObjects // objects, if it keeps copies of what is elsewhere
 	upstream *upstream
 	now      func() time.Time
 	log      *slog.Logger
@@ -251,7 +231,7 @@ type cacheStores struct {
 
 // newCache makes a cache over the stores. Its caller closes it before them.
 func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
-	c := &cache{cacheStores: st, copies: copiesOf(st.objects), upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable(),
+	c := &cache{cacheStores: st, upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable(),
 		missed: missedFiles{files: map[missedKey]*missedFile{}}, isInTrouble: func(string) bool { return false }, storageIsDown: func() bool { return false }}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.announcer = &announcer{replicas: st.replicas, onError: func(announcement string, err error) {
@@ -418,9 +398,6 @@ type storedCopy struct {
 	goodAt  time.Time     // when it was last found good upstream
 	ttlLeft time.Duration // 0 or less: it has expired
 	forever bool          // it never expires
-	// outdated: the freshness mark is about a later version. If the store keeps
-	// copies of what is elsewhere, this one is old.
-	outdated bool
 }
 
 func (s *storedCopy) isFresh() bool { return s.forever || s.ttlLeft > 0 }
@@ -557,13 +534,25 @@ func (c *cache) findCopy(ctx context.Context, key string, file fileRequest, rng 
 	if rng.head {
 		off = -1
 	}
-	s, err := c.openCopy(ctx, key, file, off)
-	if err != nil || !s.outdated {
-		return s, err
+	for again := false; ; again = true {
+		obj, err := c.objects.open(ctx, key, off)
+		if err != nil {
+			return nil, err
+		}
+		if obj.body == nil {
+			obj.body = unreadBody(obj.rec.Size)
+		}
+		if obj.rec.Path != file.spelling || obj.rec.Remote != file.remote.name {
+			obj.body.Close()
+			return nil, fmt.Errorf("key %s holds another path: %w", key, fs.ErrNotExist)
+		}
+		s, outdated := c.freshnessOf(ctx, key, file, obj)
+		if !outdated || again { // an old version in the store itself is all there is
+			return s, nil
+		}
+		s.body.Close()
+		c.objects.invalidate(key)
 	}
-	s.body.Close()
-	c.copies.invalidate(key)
-	return c.openCopy(ctx, key, file, off) // once: an old version in the store itself is all there is
 }
 
 // findCopyAnywhere finds the copy at its key or, of a file that a root names, one that
@@ -581,31 +570,17 @@ func (c *cache) findCopyAnywhere(ctx context.Context, key string, file fileReque
 	return key, cp, err
 }
 
-// openCopy opens the copy at off; -1 asks for its record alone.
-func (c *cache) openCopy(ctx context.Context, key string, file fileRequest, off int64) (*storedCopy, error) {
-	obj, err := c.objects.open(ctx, key, off)
-	if err != nil {
-		return nil, err
-	}
-	if obj.body == nil {
-		obj.body = unreadBody(obj.rec.Size)
-	}
-	if obj.rec.Path != file.spelling || obj.rec.Remote != file.remote.name {
-		obj.body.Close()
-		return nil, fmt.Errorf("key %s holds another path: %w", key, fs.ErrNotExist)
-	}
-	return c.freshnessOf(ctx, key, file, obj), nil
-}
-
 // freshnessOf judges an object by the TTL of the file and by when it was last found good.
-func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, obj *object) *storedCopy {
+// outdated: the freshness mark is about a later version, so that a store's copy of what is
+// elsewhere is old.
+func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, obj *object) (s *storedCopy, outdated bool) {
 	s, rem := &storedCopy{object: obj, goodAt: obj.rec.Fetched}, file.remote
 	if obj.rec.Links != file.rewrittenLinks().tableID() && !rem.sealed && !rem.local {
-		return s // expired: its links lead by another table, and upstream can be asked for others
+		return s, false // expired: its links lead by another table, and upstream can be asked for others
 	}
 	var ttl time.Duration
 	if ttl, s.forever = rem.ttlOf(file.class); s.forever {
-		return s
+		return s, false
 	}
 	if obj.rec.Negative {
 		ttl = rem.negativeTTL
@@ -616,9 +591,8 @@ func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, o
 	}
 	now := c.now()
 	s.goodAt = lastGood(obj.rec.Fetched, obj.rec.SHA256, m, now, ttl)
-	s.outdated = m.SHA256 != obj.rec.SHA256 && m.GoodAt.After(s.goodAt)
 	s.ttlLeft = ttl - now.Sub(s.goodAt)
-	return s
+	return s, m.SHA256 != obj.rec.SHA256 && m.GoodAt.After(s.goodAt)
 }
 
 // lastGood is when a copy with that SHA-256 was last found good: when it was fetched,

@@ -52,7 +52,7 @@ func (a *announcer) announceLost(ctx context.Context) {
 // here began before the change, and is not stored.
 func (c *cache) onChange(announced string) {
 	if announced == everythingSign {
-		c.copies.invalidateAll()
+		c.objects.invalidate("")
 		return
 	}
 	if what, ok := strings.CutPrefix(announced, fillsPrefix); ok {
@@ -70,7 +70,7 @@ func (c *cache) onChange(announced string) {
 		fate = fatePurgedElsewhere
 	}
 	c.missing.delete(key)
-	c.copies.invalidate(key)
+	c.objects.invalidate(key)
 	if f := c.fills.take(key); f != nil {
 		f.setFate(fate)
 	}

@@ -473,7 +473,7 @@ func (tt *tester) settle() {
 }
 
 // useObjects makes a cache keep files in o.
-func (c *cache) useObjects(o objects) { c.objects, c.copies = o, copiesOf(o) }
+func (c *cache) useObjects(o objects) { c.objects = o }
 
 // joinReplicas makes a cache one of several replicas.
 func (c *cache) joinReplicas(r replicas) { c.replicas, c.announcer.replicas = r, r }

@@ -376,7 +376,7 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 	}
 	loops.Go(func() { s.watchFiles(ctx) })
 	if r := s.stores.replicas; r != nil {
-		loops.Go(func() { r.watchChanges(ctx, s.cache.onChange, s.cache.copies.invalidateAll) })
+		loops.Go(func() { r.watchChanges(ctx, s.cache.onChange, func() { s.cache.objects.invalidate("") }) })
 	}
 }
 

@@ -157,12 +157,18 @@ type fileBody struct{ *os.File }
 func (b *fileBody) nextFile(limit int64) (*os.File, int64, error) { return b.File, limit, nil }
 func (b *fileBody) advanceBy(int64)                               {}
 
+// noCopies is the part of objects that has nothing to do where nothing is copied.
+type noCopies struct{}
+
+func (noCopies) invalidate(string) {}
+
 // diskStore implements objects below one directory. DIR/{key} is the body and
 // .record beside it describes it. All methods of objects may be called concurrently
 // and by several processes. The directory is made when it is first written to, so a
 // DATA_DIR that becomes writable later is used without a restart.
 type diskStore struct {
 	*fileWriter
+	noCopies
 	dir           string
 	now           func() time.Time
 	log           *slog.Logger

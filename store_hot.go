@@ -27,10 +27,7 @@ const (
 	maxChunksAhead = 64
 )
 
-var (
-	_ objects        = (*tieredStore)(nil)
-	_ cachingObjects = (*tieredStore)(nil)
-)
+var _ objects = (*tieredStore)(nil)
 
 // tieredStore is an s3Store with hot copies on disk. An object is durable in S3 before
 // it has a copy, so any copy may be lost. A copy is served as long as trustsCopy; after
@@ -207,7 +204,7 @@ func (t *tieredStore) delete(ctx context.Context, key string) error {
 	return err
 }
 
-// invalidate implements cachingObjects. key's copy is not used any more when it
+// invalidate implements objects. key's copy is not used any more when it
 // returns; the file is removed in the background.
 func (t *tieredStore) invalidate(key string) {
 	t.s3Store.invalidate(key)

@@ -362,7 +362,7 @@ func TestTrust(t *testing.T) {
 			b.online.Store(c.online)
 			b.advance(c.age)
 			if c.reset {
-				b.tier.invalidateAll()
+				b.tier.invalidate("")
 			}
 			b.fake.count("")
 			wantBody(t, b.mustOpen("f", 0).body, "content")

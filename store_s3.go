@@ -79,8 +79,7 @@ const (
 )
 
 var (
-	_ objects        = (*s3Store)(nil)
-	_ cachingObjects = (*s3Store)(nil)
+	_ objects = (*s3Store)(nil)
 
 	errS3ReadOnly = errors.New("the bucket refuses writes")
 	errS3Metadata = errors.New("it does not fit into the metadata of an object")
@@ -166,14 +165,15 @@ func (s *s3Store) trustsCopy(c class, v validity) bool {
 	return v.all == s.invalidations.all.Load() && (hears || (c == immutable && s.now().Sub(v.at) < recheckAfter))
 }
 
-// invalidate implements cachingObjects.
+// invalidate implements objects.
 func (s *s3Store) invalidate(key string) {
+	if key == "" {
+		s.invalidations.all.Add(1)
+		return
+	}
 	s.counterOf(key).Add(1)
 	s.records.remove(key)
 }
-
-// invalidateAll implements cachingObjects.
-func (s *s3Store) invalidateAll() { s.invalidations.all.Add(1) }
 
 // open implements objects. With a body it is one GET, whose answer decides: an
 // object that vanished is a miss even if its record is in memory.

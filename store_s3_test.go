@@ -168,7 +168,7 @@ func TestS3RecordsInMemory(t *testing.T) {
 	b.mustOpen("f", -1)
 	b.wantRequests()
 	b.online.Store(true)
-	b.store.invalidateAll()
+	b.store.invalidate("")
 	b.mustOpen("f", -1)
 	b.wantRequests("HeadObject", 1)
 	b.store.invalidate(testKey("f"))
