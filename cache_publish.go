@@ -235,7 +235,7 @@ func (p *publication) dropOld(ctx context.Context) {
 	}
 	c, r, now := p.g.c, p.next.remote, p.g.c.now()
 	c.flushCounts(ctx) // what was used just now stays
-	_, err := c.purgeRows(ctx, pageQuery{remote: r.name, prefix: p.next.path[:strings.LastIndexByte(p.next.path, '/')+1]}, func(row indexRow) (match, more bool) {
+	_, err := c.purgeRows(ctx, pageQuery{remote: r.name, prefix: p.next.path[:strings.LastIndexByte(p.next.path, '/')+1]}, func(row indexRow) bool {
 		name := decodePath(row.Path)
 		_, sum, _ := strings.Cut(row.Path, "#")
 		if digest, _ := r.digestInName(name); digest != "" {
@@ -243,12 +243,12 @@ func (p *publication) dropOld(ctx context.Context) {
 		}
 		switch {
 		case sum == "", named[sum], !folders[metadataFolder(name)]:
-			return false, true
+			return false
 		case replaced[sum]:
 			c.uses.addUses(fileUse{remote: r.name, key: row.Key, last: now})
-			return false, true
+			return false
 		}
-		return now.Sub(row.LastAccess) > oldGenerationLife, true
+		return now.Sub(row.LastAccess) > oldGenerationLife
 	})
 	if err != nil && !errors.Is(err, errStoreDown) && ctx.Err() == nil {
 		c.reportStoreError("database", "listing old metadata of", r.name, err)

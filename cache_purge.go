@@ -26,15 +26,14 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 // purgePath removes the file of t under all its names, with all its query variants and
 // generations.
 func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
-	keys := []string{t.key()}
+	targets := []target{t}
 	for _, other := range c.generations.otherNames(ctx, t) {
-		keys = append(keys, other.key())
+		targets = append(targets, other.target)
 	}
-	for _, key := range keys {
-		switch err := c.purgeFile(ctx, t.remote.name, key); {
-		case err == nil:
+	for _, t := range targets { // they may have no row
+		if err := c.purgeFile(ctx, t.remote.name, t.key()); err == nil {
 			purged++
-		case !errors.Is(err, fs.ErrNotExist):
+		} else if !errors.Is(err, fs.ErrNotExist) {
 			return purged, err
 		}
 	}
@@ -42,15 +41,12 @@ func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error)
 	if err := c.purgeMatchingFills(ctx, t.remote.name, this); err != nil {
 		return purged, err
 	}
-	q := pageQuery{remote: t.remote.name, prefix: t.path} // the path itself comes first
-	variants, err := c.purgeRows(ctx, q, func(row indexRow) (match, more bool) {
-		return row.Path != t.spelling && trimSuffixes(row.Path) == t.spelling, decodePath(row.Path) == t.path
+	q := pageQuery{remote: t.remote.name, prefix: t.path, pattern: this}
+	variants, err := c.purgeRows(ctx, q, func(row indexRow) bool {
+		return row.Path != t.spelling && trimSuffixes(row.Path) == t.spelling
 	})
 	if err == nil && purged+variants == 0 { // listings show decoded paths, where "%2F" is "/" (npm's @scope%2Fname)
-		return c.purgeRows(ctx, q, func(row indexRow) (match, more bool) {
-			same := decodePath(row.Path) == t.path
-			return same, same
-		})
+		return c.purgeRows(ctx, q, func(indexRow) bool { return true })
 	}
 	return purged + variants, err
 }
@@ -60,38 +56,30 @@ func (c *cache) purgeMatching(ctx context.Context, remote string, pattern *regex
 	if err := c.purgeMatchingFills(ctx, remote, pattern); err != nil {
 		return 0, err
 	}
-	return c.purgeRows(ctx, pageQuery{remote: remote, pattern: pattern}, func(indexRow) (match, more bool) { return true, true })
+	return c.purgeRows(ctx, pageQuery{remote: remote, pattern: pattern}, func(indexRow) bool { return true })
 }
 
-// purgeRows removes the files of the rows that q finds and match accepts, while there may
-// be more.
-func (c *cache) purgeRows(ctx context.Context, q pageQuery, match func(indexRow) (match, more bool)) (purged int, err error) {
+// purgeRows removes the files of the rows that q finds and match accepts.
+func (c *cache) purgeRows(ctx context.Context, q pageQuery, match func(indexRow) bool) (purged int, err error) {
 	q.limit = listPageSize
-	for {
+	for more := true; more; more = q.after != "" {
 		page, err := c.index.listPage(ctx, q)
 		if err != nil {
 			return purged, err
 		}
 		for _, row := range page.rows {
-			matches, more := match(row)
-			if !more {
-				return purged, nil
-			}
-			if !matches {
+			if !match(row) {
 				continue
 			}
-			switch err := c.purgeFile(ctx, row.Remote, row.Key); {
-			case err == nil:
+			if err := c.purgeFile(ctx, row.Remote, row.Key); err == nil {
 				purged++
-			case !errors.Is(err, fs.ErrNotExist):
+			} else if !errors.Is(err, fs.ErrNotExist) {
 				return purged, err
 			}
 		}
-		if page.next == "" {
-			return purged, nil
-		}
 		q.after = page.next
 	}
+	return purged, nil
 }
 
 // purgeMatchingFills keeps what is being filled of a remote, here or on another replica,
