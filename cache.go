@@ -238,7 +238,10 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 		c.reportStoreError("redis", "announcing", announcement, err)
 	}}
 	clock := func() time.Time { return c.now() } // tests replace c.now
-	c.evictor = &evictor{cache: c, named: newLRU[[]uint64](namedBudget, 0)}
+	c.evictor = &evictor{cache: c, named: newLRU[[]uint64](namedBudget, 0), alone: func(ctx context.Context, f func(context.Context)) error {
+		f(ctx)
+		return nil
+	}}
 	c.missing = newBoundedMap[string, missingFile](maxRememberedFiles, clock)
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
@@ -522,9 +525,10 @@ func isRefusal(err error) bool {
 // headFromKnownSize is the reply to HEAD from what is known of a file beforehand.
 func (file *fileRequest) headFromKnownSize(now time.Time) *fileReply {
 	rec := file.newRecord(http.Header{}, now)
-	sum, isSHA256 := strings.CutPrefix(file.digest, "sha256:")
-	rec.SHA256 = sum
-	return &fileReply{rec: rec, size: file.knownSize, body: unreadBody(file.knownSize), hashKnown: isSHA256, cacheStatus: "hit; detail=size-known", result: "HIT"}
+	if sum, isSHA256 := strings.CutPrefix(file.digest, "sha256:"); isSHA256 {
+		rec.SHA256 = sum
+	}
+	return &fileReply{rec: rec, size: file.knownSize, body: unreadBody(file.knownSize), cacheStatus: "hit; detail=size-known", result: "HIT"}
 }
 
 // findCopy opens the copy of a file, whose body the caller closes, and finds out how fresh
@@ -620,7 +624,7 @@ func (s *storedCopy) hitReply(extra string) *fileReply {
 	if !s.forever {
 		status += "; ttl=" + strconv.FormatInt(int64(s.ttlLeft/time.Second), 10)
 	}
-	return &fileReply{rec: s.rec, headers: s.headers, size: s.rec.Size, body: s.body, goodAt: s.goodAt, hashKnown: true, cacheStatus: status + extra, result: "HIT"}
+	return &fileReply{rec: s.rec, headers: s.headers, size: s.rec.Size, body: s.body, goodAt: s.goodAt, cacheStatus: status + extra, result: "HIT"}
 }
 
 // staleReply is the reply with an expired copy; why goes into the Cache-Status.

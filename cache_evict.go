@@ -23,10 +23,9 @@ const (
 	// never used again since they were stored go first. Most files that are asked for
 	// once are never asked for again: they must not push out what is used.
 	unusedShare = 4
-	// The first page of rows that eviction reads is small, since few files may suffice.
-	// The next ones grow: the embedded index goes through all rows for each.
-	minEvictPage = 100
-	maxEvictPage = 10_000
+	// evictPage is how many rows eviction reads at a time: few files may suffice, but the
+	// embedded index goes through all rows for each page.
+	evictPage = 2000
 	// maxVariants is how many files with a query are stored for one path.
 	maxVariants = 64
 )
@@ -37,7 +36,7 @@ type evictor struct {
 	cache  *cache
 	config func() *config // the configuration in force
 	limit  int64          // CACHE_MAX_SIZE, of all remotes together; 0: none
-	// alone calls f unless another replica evicts at the moment. nil: there is none.
+	// alone calls f unless another replica evicts at the moment.
 	alone func(ctx context.Context, f func(context.Context)) error
 	named *lru[[]uint64] // what stored roots name, see readRoot
 
@@ -61,19 +60,14 @@ func (t remoteTotal) cost() int64 { return t.Bytes + t.Files*entryOverhead }
 // above it, files go until 90 % is left.
 func (e *evictor) evictFiles(ctx context.Context) {
 	e.cache.flushCounts(ctx) // the order is by use
-	if len(e.planEvictions(ctx)) == 0 {
-		return
-	}
-	evictPlanned := func(ctx context.Context) {
+	err := e.alone(ctx, func(ctx context.Context) {
 		e.running.Lock()
 		defer e.running.Unlock()
-		for _, v := range e.planEvictions(ctx) { // another replica may have been faster
+		for _, v := range e.planEvictions(ctx) {
 			v.evict(ctx)
 		}
-	}
-	if e.alone == nil {
-		evictPlanned(ctx)
-	} else if err := e.alone(ctx, evictPlanned); err != nil && !errors.Is(err, errStoreDown) {
+	})
+	if err != nil && !errors.Is(err, errStoreDown) {
 		e.cache.reportStoreError("database", "evicting", "", err)
 	}
 }
@@ -187,6 +181,7 @@ type eviction struct {
 }
 
 func (v *eviction) evict(ctx context.Context) {
+	v.from = map[string]bool{}
 	unused, err := v.cache.index.totals(ctx, true)
 	for name, t := range unused {
 		if v.remote == "" || v.remote == name {
@@ -258,9 +253,6 @@ func (v *eviction) remove(ctx context.Context, row indexRow, used bool) {
 		return
 	}
 	v.files++
-	if v.from == nil {
-		v.from = map[string]bool{}
-	}
 	v.from[row.Remote] = true
 	v.freed.bytes += entryCost(row.Size)
 	v.freed.inodes += inodesPerFile
@@ -294,15 +286,13 @@ type agedRows struct {
 	used  bool
 	rows  []indexRow // read and not looked at yet
 	after string     // position behind them
-	limit int        // of the last page
 	atEnd bool       // no more follow them
 }
 
 // first is the first row that was not looked at, or nil.
 func (q *agedRows) first(ctx context.Context) *indexRow {
 	if len(q.rows) == 0 && !q.atEnd {
-		q.limit = min(max(minEvictPage, q.limit*10), maxEvictPage)
-		p, err := q.cache.index.listPage(ctx, pageQuery{remote: q.remote, oldest: true, used: q.used, after: q.after, limit: q.limit})
+		p, err := q.cache.index.listPage(ctx, pageQuery{remote: q.remote, oldest: true, used: q.used, after: q.after, limit: evictPage})
 		if err != nil {
 			q.failed = true
 			q.cache.reportStoreError("database", "listing for eviction", "", err)

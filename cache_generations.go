@@ -394,7 +394,7 @@ func (g *generations) noteReply(file *fileRequest, reply *fileReply) {
 		return
 	}
 	h, held := g.held.get(d.root.folderID())
-	if held && h.key == file.key() && (reply.result == "REVALIDATED" || (reply.hashKnown && reply.rec.SHA256 != h.sum)) {
+	if held && h.key == file.key() && (reply.result == "REVALIDATED" || (reply.rec.SHA256 != "" && reply.rec.SHA256 != h.sum)) {
 		g.endHold(d.root)
 	}
 }

@@ -38,12 +38,13 @@ func prefetch(ctx context.Context, c *cache, file fileRequest, w io.Writer, whol
 		return nil, "", err
 	}
 	defer reply.body.Close()
-	if reply.fromRemote || whole {
+	fromRemote := reply.result == "MISS"
+	if fromRemote || whole {
 		if _, err := io.Copy(w, reply.body); err != nil {
 			return nil, "", errors.Join(context.Cause(ctx), errBadUpstream, err)
 		}
 	}
-	if !reply.fromRemote {
+	if !fromRemote {
 		return reply.rec, "cache", nil
 	}
 	if err := c.fills.awaitEnd(ctx, file.asStored(ctx, c)); err != nil {

@@ -37,29 +37,18 @@ func limitRanges(r *http.Request) {
 	if spec == "" {
 		return
 	}
-	commas := strings.Count(spec, ",")
-	if r.Method == http.MethodHead || commas >= maxRanges || !strings.HasPrefix(spec, "bytes=") || strings.TrimRight(spec, "0") == "bytes=-" {
-		r.Header.Del("Range")
-		return
-	}
-	if commas < maxRangesBack {
-		return
-	}
 	back, end := 0, int64(-1) // of the range before
-	for part := range strings.SplitSeq(strings.TrimPrefix(spec, "bytes="), ",") {
+	ranges, isBytes := strings.CutPrefix(spec, "bytes=")
+	for part := range strings.SplitSeq(ranges, ",") {
 		first, last, _ := strings.Cut(strings.TrimSpace(part), "-")
-		from, err := strconv.ParseInt(first, 10, 64)
-		if err != nil { // a suffix, or nonsense
-			from = math.MaxInt64
-		}
+		from, _ := strconv.ParseInt(first, 10, 64)
+		to, _ := strconv.ParseInt(last, 10, 64)
 		if from <= end {
 			back++
 		}
-		if end, err = strconv.ParseInt(last, 10, 64); err != nil || first == "" {
-			end = math.MaxInt64
-		}
+		end = max(from, to)
 	}
-	if back > maxRangesBack {
+	if r.Method == http.MethodHead || !isBytes || strings.Count(spec, ",") >= maxRanges || back > maxRangesBack || strings.TrimRight(spec, "0") == "bytes=-" {
 		r.Header.Del("Range")
 	}
 }
@@ -118,24 +107,17 @@ func parseByteRange(r *http.Request) byteRange {
 	rng := byteRange{head: r.Method == http.MethodHead, to: -1, hasIfRange: r.Header.Get("If-Range") != ""}
 	spec, ok := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
 	rng.several = ok && strings.Contains(spec, ",")
-	if !ok || rng.several {
-		return rng
-	}
-	first, last, ok := strings.Cut(strings.TrimSpace(spec), "-")
-	if !ok {
-		return rng
-	}
-	if first == "" {
-		rng.suffix, _ = strconv.ParseInt(last, 10, 64)
-		return rng
-	}
+	first, last, hasDash := strings.Cut(strings.TrimSpace(spec), "-")
 	from, err := strconv.ParseInt(first, 10, 64)
-	if err != nil || from < 0 {
-		return rng
-	}
-	rng.from = from
-	if to, err := strconv.ParseInt(last, 10, 64); err == nil && to >= from {
-		rng.to = to
+	switch to, toErr := strconv.ParseInt(last, 10, 64); {
+	case rng.several || !hasDash:
+	case first == "":
+		rng.suffix = to
+	case err == nil && from >= 0:
+		rng.from = from
+		if toErr == nil && to >= from {
+			rng.to = to
+		}
 	}
 	return rng
 }
@@ -145,36 +127,37 @@ func parseByteRange(r *http.Request) byteRange {
 // the body goes out in full.
 func (reply *fileReply) send(w *response, r *http.Request, file fileRequest, now time.Time) {
 	reply.setHeaders(w, r, file, now)
-	if reply.size == 0 {
-		r.Header.Del("Range") // ServeContent says "bytes 0--1/0" of the last byte of nothing
-	}
-	if reply.size < 0 {
-		w.Header().Set("Last-Modified", reply.rec.Modified.Format(http.TimeFormat))
-		w.WriteHeader(http.StatusOK)
-		if r.Method != http.MethodHead {
-			_, _ = w.sendBody(reply.body, math.MaxInt64) // its failures are remembered in w
-		}
-		return
-	}
 	known := reply.headers
 	if known == nil {
 		known = newRecordHeaders(reply.rec, reply.size)
 	}
-	isPlain := r.Method == http.MethodGet && !slices.ContainsFunc(conditionHeaders, func(name string) bool { return r.Header[name] != nil })
-	if isPlain || reply.rec.Encoding != "" {
-		// ServeContent leaves it out for coded bodies, because it cannot know
-		// whether something below it codes them.
-		w.Header()["Content-Length"] = known.length
+	if reply.rec.SHA256 != "" {
+		w.Header()["Etag"] = known.etag
 	}
 	if known.modified != nil { // ServeContent takes 1970 for a time that is not known
 		w.Header()["Last-Modified"] = known.modified
 	}
-	if !isPlain {
-		http.ServeContent(w, r, "", reply.rec.Modified, reply.body)
-		return
+	size := int64(math.MaxInt64)
+	if reply.size >= 0 {
+		size = reply.size
+		isPlain := r.Method == http.MethodGet && !slices.ContainsFunc(conditionHeaders, func(name string) bool { return r.Header[name] != nil })
+		if isPlain || reply.rec.Encoding != "" {
+			// ServeContent leaves it out for coded bodies, because it cannot know
+			// whether something below it codes them.
+			w.Header()["Content-Length"] = known.length
+		}
+		if size == 0 {
+			r.Header.Del("Range") // ServeContent says "bytes 0--1/0" of the last byte of nothing
+		}
+		if !isPlain {
+			http.ServeContent(w, r, "", reply.rec.Modified, reply.body)
+			return
+		}
 	}
 	w.WriteHeader(http.StatusOK)
-	_, _ = w.sendBody(reply.body, reply.size)
+	if r.Method != http.MethodHead {
+		_, _ = w.sendBody(reply.body, size) // its failures are remembered in w
+	}
 }
 
 // conditionHeaders are the headers of requests that ServeContent answers in its own way.
@@ -205,7 +188,7 @@ func (reply *fileReply) setHeaders(w *response, r *http.Request, file fileReques
 		w.setHeader("Cache-Status", status)
 	}
 	h["X-Artifact-Source"] = sourceCache
-	if reply.fromRemote {
+	if reply.result == "MISS" {
 		h["X-Artifact-Source"] = sourceRemote
 	}
 	if !reply.goodAt.IsZero() {
@@ -213,12 +196,6 @@ func (reply *fileReply) setHeaders(w *response, r *http.Request, file fileReques
 	}
 	if reply.size >= 0 {
 		h["Accept-Ranges"] = acceptRanges
-	}
-	switch {
-	case reply.hashKnown && reply.headers != nil:
-		h["Etag"] = reply.headers.etag
-	case reply.hashKnown:
-		w.setHeader("Etag", `"sha256-`+reply.rec.SHA256+`"`)
 	}
 	if reply.rec.Encoding != "" {
 		w.setHeader("Content-Encoding", reply.rec.Encoding)
@@ -348,13 +325,11 @@ func (u unreadBody) Seek(off int64, whence int) (int64, error) {
 
 // fileReply is a reply that is ready to be sent. Its holder closes body.
 type fileReply struct {
-	rec          *record
+	rec          *record        // its SHA256 is "" as long as it is not known
 	headers      *recordHeaders // of rec and size, if the store has them; else nil
 	size         int64          // of the whole body; -1: not known yet
 	body         io.ReadSeekCloser
 	goodAt       time.Time // when the copy was last found good; zero: just fetched
-	fromRemote   bool      // X-Artifact-Source: remote
-	hashKnown    bool      // rec.SHA256 is known and will be what was sent
 	cacheStatus  string    // Cache-Status, behind the name
 	willBeStored bool      // Cache-Status says "stored": the body is to be kept
 	result       string    // HIT, MISS, STALE, REVALIDATED: for log and counters

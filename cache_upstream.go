@@ -70,7 +70,7 @@ func (file fileRequest) askUnstored(ctx context.Context, c *cache, req upstreamR
 			return reply, nil, 0, err
 		}
 	}
-	return fileReply{rec: file.newRecord(resp.Header, c.now()), size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss",
+	return fileReply{rec: file.newRecord(resp.Header, c.now()), size: size, result: "MISS", cacheStatus: "fwd=miss",
 		mirror: file.remote.mirrorHost(resp.origin)}, resp, at, nil
 }
 

@@ -92,7 +92,7 @@ func (reply *fileReply) readSmallBody(ctx context.Context, file fileRequest, res
 	if err := s.verifyDigest(file.digest); err != nil {
 		return err
 	}
-	reply.rec.Size, reply.rec.SHA256, reply.size, reply.hashKnown = int64(len(b)), s.sumHex(), int64(len(b)), true
+	reply.rec.Size, reply.rec.SHA256, reply.size = int64(len(b)), s.sumHex(), int64(len(b))
 	body := bytes.NewReader(b)
 	reply.body = struct {
 		io.ReadSeeker

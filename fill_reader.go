@@ -99,8 +99,7 @@ func (f *fill) canAnswer(waits bool) bool {
 func (f *fill) replyFromSpool(ctx context.Context, leads bool, rng byteRange) *fileReply {
 	_, size := f.progress()
 	f.mu.Lock()
-	reply := &fileReply{rec: f.rec, size: size, fromRemote: true, result: "MISS", cacheStatus: "fwd=miss", mirror: f.file.remote.mirrorHost(f.origin),
-		hashKnown: f.phase >= phaseComplete || f.rec.SHA256 != ""}
+	reply := &fileReply{rec: f.rec, size: size, result: "MISS", cacheStatus: "fwd=miss", mirror: f.file.remote.mirrorHost(f.origin)}
 	if f.oldRecord != nil {
 		reply.cacheStatus = "fwd=stale; fwd-status=200"
 	}
@@ -143,7 +142,7 @@ func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCo
 	case outcome.kind == outcomeUnchanged:
 		cp.goodAt = c.now()
 		c.countUse(file.remote.name, file.key())
-		return &fileReply{rec: cp.rec, size: cp.rec.Size, body: cp.body, goodAt: cp.goodAt, hashKnown: true,
+		return &fileReply{rec: cp.rec, size: cp.rec.Size, body: cp.body, goodAt: cp.goodAt,
 			cacheStatus: "fwd=stale; fwd-status=304", result: "REVALIDATED"}, false, nil
 	case outcome.kind == outcomeNoSpool && cp != nil && file.rulesOthers(): // a new root that is not stored does not rule
 		return file.staleReply(c, cp, "agreeing"), false, nil
