@@ -190,8 +190,8 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 	if err != nil {
 		return err
 	}
-	u := upload{body: &uploadBody{r.Body, w, a.now, sums}, size: r.ContentLength, when: r.Header}
-	created, err := (localFiles{a.cache}).put(r.Context(), fileRequest{target: t}, u)
+	body := &uploadBody{r.Body, w, a.now, sums}
+	created, err := (localFiles{a.cache}).put(r.Context(), fileRequest{target: t}, body, r.ContentLength, r.Header)
 	if err != nil {
 		return err
 	}

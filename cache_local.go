@@ -12,13 +12,6 @@ import (
 	"time"
 )
 
-// upload is the body of a PUT to a local repository and what it must be.
-type upload struct {
-	body io.Reader
-	size int64       // -1: not known
-	when http.Header // of the request: its conditions
-}
-
 // errFileExists is for an upload of a file that must not exist and does. errChecksum is
 // what the reader of an upload's body returns if it does not have its checksum.
 var (
@@ -64,16 +57,17 @@ type sharedObjects interface {
 // localFiles are the files of local repositories, as their clients write them.
 type localFiles struct{ *cache }
 
-// put stores an upload; created reports that there was no such file. When it returns
-// nil the file is durable; otherwise the old one is still there. errNoSpace: it does not fit.
-func (c localFiles) put(ctx context.Context, file fileRequest, u upload) (created bool, err error) {
+// put stores a body of size bytes (-1: not known) under the conditions of a request;
+// created reports that there was no such file. When it returns nil the file is durable;
+// otherwise the old one is still there. errNoSpace: it does not fit.
+func (c localFiles) put(ctx context.Context, file fileRequest, body io.Reader, size int64, when http.Header) (created bool, err error) {
 	spool := c.space.newSpool("")
 	defer spool.discard()
-	if err := spool.setSize(u.size); err != nil {
+	if err := spool.setSize(size); err != nil {
 		return false, err
 	}
 	buf := copyBuffers.Get().(*[copyBufferSize]byte)
-	_, err = io.CopyBuffer(spool, u.body, buf[:])
+	_, err = io.CopyBuffer(spool, body, buf[:])
 	copyBuffers.Put(buf)
 	if err != nil {
 		return false, err
@@ -86,15 +80,15 @@ func (c localFiles) put(ctx context.Context, file fileRequest, u upload) (create
 		return false, err
 	}
 	defer c.changing.unlock(key)
-	old, err := c.findForWriting(ctx, key, u.when)
+	old, err := c.findForWriting(ctx, key, when)
 	if err != nil {
 		return false, err
 	}
 	shared, ok := c.objects.(sharedObjects)
-	if ok && old != nil && (u.when["If-Match"] != nil || u.when["If-Unmodified-Since"] != nil) {
+	if ok && old != nil && (when["If-Match"] != nil || when["If-Unmodified-Since"] != nil) {
 		return false, c.noteStored(ctx, key, rec, shared.replace(ctx, key, rec, spool.body(), old))
 	}
-	return old == nil, c.storeBody(ctx, key, rec, spool.body(), old == nil && u.when.Get("If-None-Match") == "*")
+	return old == nil, c.storeBody(ctx, key, rec, spool.body(), old == nil && when.Get("If-None-Match") == "*")
 }
 
 // delete removes a file; fs.ErrNotExist when there is none.
