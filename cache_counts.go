@@ -19,11 +19,9 @@ const (
 	// usesBatch is how many uses the index counts in one call: many for one
 	// statement, few for the time that writers of the embedded index wait.
 	usesBatch = 1000
-	// maxHealedRows bounds the records that one flush reads: after the loss of a database
-	// every used file lacks its row, and in S3 each record may be a request.
-	maxHealedRows = usesBatch
-	// healTimeout bounds the same in time: a flush follows every 2 s, and the last one
-	// is a part of the shutdown.
+	// healTimeout bounds how long one flush adds rows, a batch at most: after the loss of a
+	// database every used file lacks its row, and in S3 each record may be a request. A
+	// flush follows every 2 s, and the last one is a part of the shutdown.
 	healTimeout = 2 * time.Second
 	// briefAnswer is how long an answer may be, in bytes, and not be worth counting while
 	// it is sent: it fits the buffers of its connection.
@@ -147,7 +145,7 @@ func (u *useCounts) heal(ctx context.Context, unknown []fileUse, to index, from 
 	ctx, cancel := context.WithTimeout(ctx, healTimeout)
 	defer cancel()
 	for i, use := range unknown {
-		if i == maxHealedRows || ctx.Err() != nil {
+		if i == usesBatch || ctx.Err() != nil {
 			u.addUses(unknown[i:]...)
 			break
 		}

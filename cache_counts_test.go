@@ -98,7 +98,7 @@ func TestHealingReadsAFewRecordsAtATime(t *testing.T) {
 	var stored countingObjects
 	x := newTestIndex(t, t.TempDir(), newTestDisk(t))
 	var heard useCounts
-	const files = 2*maxHealedRows + 200
+	const files = 2*usesBatch + 200
 	for i := range files {
 		spelling := fmt.Sprint("f", i)
 		stored.add(spelling, "x")
@@ -106,7 +106,7 @@ func TestHealingReadsAFewRecordsAtATime(t *testing.T) {
 	}
 	for n := range 3 {
 		must(t, heard.flush(t.Context(), x, &stored))
-		if reads, most := stored.reads.Load(), int64((n+1)*maxHealedRows); reads > most {
+		if reads, most := stored.reads.Load(), int64((n+1)*usesBatch); reads > most {
 			t.Errorf("%d records were read, want at most %d", reads, most)
 		}
 	}
