@@ -1,4 +1,5 @@
-// cache_purge.go: what removes files: purging, here and by other replicas.
+// cache_purge.go: listing and purging what is stored, and what replicas tell each other
+// about files that were replaced or removed.
 
 package main
 
@@ -6,8 +7,47 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"net/http"
 	"regexp"
+	"strings"
+	"sync/atomic"
+	"time"
 )
+
+const (
+	// listPageSize is how many rows the cache itself reads of a listing at a time.
+	listPageSize = 1000
+	// maxFreeSearch is how many files a search by pattern goes through whoever else searches.
+	maxFreeSearch = 10_000
+)
+
+// listFiles returns a page of what is stored. A pattern may be matched with all files of
+// the remote for a page of a few: where those are many, one search runs at a time, and
+// the others get a 429 problem.
+func (c *cache) listFiles(ctx context.Context, q pageQuery) (indexPage, error) {
+	if q.pattern != nil {
+		totals, err := c.index.totals(ctx, false)
+		if err == nil && totals[q.remote].Files > maxFreeSearch {
+			if !c.searching.TryLock() {
+				return indexPage{}, &problem{status: http.StatusTooManyRequests, retryAfter: time.Second,
+					detail: "another search by pattern goes through many files: try again, or narrow it by prefix"}
+			}
+			defer c.searching.Unlock()
+		}
+	}
+	return c.index.listPage(ctx, q)
+}
+
+// expiryOf is when a listed file stops being fresh.
+func (c *cache) expiryOf(ctx context.Context, rem *remote, r indexRow) (until time.Time, forever bool) {
+	ttl, forever := rem.ttlOf(r.Class)
+	_, own := rem.digestInName(decodePath(r.Path))
+	if forever || own || strings.Contains(r.Path, "#") {
+		return time.Time{}, true
+	}
+	m, _ := c.marks.getMark(ctx, r.Key) // none if it cannot be had
+	return lastGood(r.Fetched, r.SHA256, m, c.now(), ttl).Add(ttl).UTC(), false
+}
 
 // purgeFile removes key from the store; fs.ErrNotExist when nothing was there. A
 // fill of it in progress serves its clients and is not stored.
@@ -108,4 +148,70 @@ func (c *cache) removeFile(ctx context.Context, remote, key string) error {
 		c.reportStoreError("redis", "deleting", key, ferr)
 	}
 	return err
+}
+
+// An announcement is a key that was replaced, or begins with one of these. No key
+// does.
+const (
+	removedPrefix  = "-" // a key that was removed
+	fillsPrefix    = "?" // a remote's name, a blank and a pattern: fills that were purged
+	everythingSign = "*" // announcements were lost: anything may have changed
+)
+
+// announcer announces changes of files to the other replicas.
+type announcer struct {
+	replicas replicas // nil on a single machine
+	onError  func(announcement string, err error)
+	lost     atomic.Bool // an announcement was not sent
+}
+
+// announce tells the other replicas to drop what they keep of a key. They may hear
+// each other while this one is not heard: then announceLost makes up for it.
+func (a *announcer) announce(ctx context.Context, announcement string) {
+	if a.replicas == nil {
+		return
+	}
+	if err := a.replicas.announceChange(ctx, announcement); err != nil {
+		a.onError(announcement, err)
+		a.lost.Store(true)
+	}
+}
+
+// announceLost announces that anything may have changed, if an announcement was
+// lost and Redis is back.
+func (a *announcer) announceLost(ctx context.Context) {
+	if a.replicas == nil || !a.replicas.hearsChanges() || !a.lost.Swap(false) {
+		return
+	}
+	if a.replicas.announceChange(ctx, everythingSign) != nil {
+		a.lost.Store(true)
+	}
+}
+
+// onChange applies what another replica announced. A fill of that key that goes on
+// here began before the change, and is not stored.
+func (c *cache) onChange(announced string) {
+	if announced == everythingSign {
+		c.objects.invalidate("")
+		return
+	}
+	if what, ok := strings.CutPrefix(announced, fillsPrefix); ok {
+		remote, text, _ := strings.Cut(what, " ")
+		if pattern, err := regexp.Compile(text); err == nil {
+			for _, key := range c.fills.matching(remote, pattern) {
+				c.onChange(removedPrefix + key)
+			}
+		}
+		return
+	}
+	key, removed := strings.CutPrefix(announced, removedPrefix)
+	fate := fatePurgedHere
+	if removed {
+		fate = fatePurgedElsewhere
+	}
+	c.missing.delete(key)
+	c.objects.invalidate(key)
+	if f := c.fills.take(key); f != nil {
+		f.setFate(fate)
+	}
 }
