@@ -55,10 +55,9 @@ type objects interface {
 	// put stores the spool's bytes (complete and verified, rec.Size long) under key and
 	// replaces what was there. On return all is durable (but for what
 	// diskStore.maySkipSync says), or an error says that the old state still holds. spool
-	// is a *os.File, whose name may be moved away, or a *bytes.Reader; it belongs to the
-	// caller, who reads it at offsets only. With create an
-	// object that is there already stays: errFileExists. Only the S3 stores heed create,
-	// because other replicas put there too; on disk the caller has the lock of the key.
+	// is a *os.File, whose name may be moved away, or a *bytes.Reader; its caller keeps it
+	// and reads it at offsets only. With create an object that is there stays:
+	// errFileExists. Only the S3 stores heed that, because other replicas put there too.
 	put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error
 	// open returns key's object; reading will begin at off. off < 0 asks for
 	// the record alone (body is nil). A miss, damage included, is
@@ -232,7 +231,8 @@ type cacheStores struct {
 // newCache makes a cache over the stores. Its caller closes it before them.
 func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
 	c := &cache{cacheStores: st, upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable(),
-		missed: missedFiles{files: map[missedKey]*missedFile{}}, isInTrouble: func(string) bool { return false }, storageIsDown: func() bool { return false }}
+		missed: missedFiles{files: map[missedKey]*missedFile{}}, readers: openFiles{byKey: map[string]int{}},
+		isInTrouble: func(string) bool { return false }, storageIsDown: func() bool { return false }}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.announcer = &announcer{replicas: st.replicas, onError: func(announcement string, err error) {
 		c.reportStoreError("redis", "announcing", announcement, err)
@@ -329,7 +329,7 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 	}
 	reply, err := c.findOrFetch(ctx, file, parseByteRange(r))
 	if err != nil {
-		w.result = resultOfError(err)
+		w.result = "MISS"
 		return err
 	}
 	if cancel != nil {
@@ -482,16 +482,21 @@ func withStoreError(err, storeErr error) error {
 // or (with an error) the answer was to another way to the file. first says that it has
 // not looked again yet.
 func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, rng byteRange, cp *storedCopy, ended int64, first bool) (reply *fileReply, again bool, err error) {
+	root, isRoot := file.behavior.(*rootDownload)
 	switch asksHEAD := cp == nil && rng.head && !file.needsWholeBody && !c.fills.isFilling(key); {
 	case asksHEAD && file.knownSize > 0:
-		return file.headFromKnownSize(c.now()), false, nil
+		rec := file.newRecord(http.Header{}, c.now())
+		if sum, isSHA256 := strings.CutPrefix(file.digest, "sha256:"); isSHA256 {
+			rec.SHA256 = sum
+		}
+		return &fileReply{rec: rec, size: file.knownSize, body: unreadBody(file.knownSize), cacheStatus: "hit; detail=size-known", result: "HIT"}, false, nil
 	case asksHEAD:
 		reply, err = c.headUpstream(ctx, file)
 		return reply, false, err
 	case cp == nil:
 	case c.upstream.isDown(ctx, file.remote):
 		return file.staleReply(c, cp, "unreachable"), false, nil
-	case file.isHeldRoot():
+	case isRoot && root.isHeld():
 		return file.staleReply(c, cp, "agreeing"), false, nil
 	}
 	f, leads := c.joinFill(key, file, cp, ended)
@@ -512,23 +517,9 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 		}
 	}
 	reply, again, err = f.awaitReply(ctx, leads, rng, cp)
-	return reply, again || (f.file.wire != file.wire && isRefusal(err)), err
-}
-
-// isRefusal reports whether upstream refused one way to a file. A request that joined the
-// fill of another way to it (fileRequest.sharedKey) then asks in its own.
-func isRefusal(err error) bool {
-	_, status := errors.AsType[*upstreamStatus](err)
-	return status || errors.Is(err, errCredentials)
-}
-
-// headFromKnownSize is the reply to HEAD from what is known of a file beforehand.
-func (file *fileRequest) headFromKnownSize(now time.Time) *fileReply {
-	rec := file.newRecord(http.Header{}, now)
-	if sum, isSHA256 := strings.CutPrefix(file.digest, "sha256:"); isSHA256 {
-		rec.SHA256 = sum
-	}
-	return &fileReply{rec: rec, size: file.knownSize, body: unreadBody(file.knownSize), cacheStatus: "hit; detail=size-known", result: "HIT"}
+	_, refused := errors.AsType[*upstreamStatus](err)
+	refused = refused || errors.Is(err, errCredentials)
+	return reply, again || (refused && f.file.wire != file.wire), err // see fileRequest.sharedKey
 }
 
 // findCopy opens the copy of a file, whose body the caller closes, and finds out how fresh

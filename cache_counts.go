@@ -40,8 +40,8 @@ func (c *cache) flushCounts(ctx context.Context) {
 	}
 }
 
-// openFiles counts the answers that are being sent of each stored file. The zero value is
-// ready to use. Its methods may be called concurrently.
+// openFiles counts the answers that are being sent of each stored file. Its methods may be
+// called concurrently.
 type openFiles struct {
 	mu    sync.Mutex // guards byKey; no other lock is taken under it
 	byKey map[string]int
@@ -50,9 +50,6 @@ type openFiles struct {
 func (o *openFiles) countReaders(key string, n int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.byKey == nil {
-		o.byKey = map[string]int{}
-	}
 	if o.byKey[key] += n; o.byKey[key] == 0 {
 		delete(o.byKey, key)
 	}

@@ -45,12 +45,8 @@ type heldRoot struct {
 }
 
 func newGenerations(c *cache, now func() time.Time) *generations {
-	return &generations{
-		c:      c,
-		parsed: newLRU[*rootNames](parsedRootsBudget, 0),
-		asked:  newBoundedMap[string, struct{}](maxRemembered, now),
-		held:   newBoundedMap[string, heldRoot](maxRemembered, now),
-	}
+	return &generations{c: c, parsed: newLRU[*rootNames](parsedRootsBudget, 0),
+		asked: newBoundedMap[string, struct{}](maxRemembered, now), held: newBoundedMap[string, heldRoot](maxRemembered, now)}
 }
 
 // rootDownload is the behavior of a root: it is published only when what it names is
@@ -82,11 +78,9 @@ type namedDownload struct {
 // rulesOthers reports whether the file must be in the store before a client has it: the
 // client asks for other files next, and the store says which are right.
 func (file *fileRequest) rulesOthers() bool {
-	switch file.behavior.(type) {
-	case *rootDownload, *signatureDownload:
-		return true
-	}
-	return false
+	_, isRoot := file.behavior.(*rootDownload)
+	_, isSignature := file.behavior.(*signatureDownload)
+	return isRoot || isSignature
 }
 
 // findOrFetch is cache.findOrFetch for a file that a root may name. Where upstream turns
@@ -234,17 +228,14 @@ func (n *namedDownload) findOtherCopy(ctx context.Context, key string, rng byteR
 	return "", nil
 }
 
-// otherNames are the requests for the file of t under the names that the stored root gives
-// it beside its own.
-func (g *generations) otherNames(ctx context.Context, t target) []fileRequest {
-	if !t.mayHaveRoot() {
-		return nil
+// namesOf are the requests for the file of t under the names that the stored root gives it.
+func (g *generations) namesOf(ctx context.Context, t target) []fileRequest {
+	if t.mayHaveRoot() {
+		if root, f := g.findRoot(ctx, &t); root != nil && root.spelling != t.spelling {
+			return g.requestsFor(root, f)
+		}
 	}
-	root, f := g.findRoot(ctx, &t)
-	if root == nil || root.spelling == t.spelling {
-		return nil
-	}
-	return slices.DeleteFunc(g.requestsFor(root, f), func(other fileRequest) bool { return other.spelling == t.spelling })
+	return nil
 }
 
 // askAfter asks for the root of a file whose request ended with err, if that says that
@@ -261,11 +252,6 @@ func (g *generations) askAfter(ctx context.Context, file *fileRequest, err error
 		}
 	}
 	return false
-}
-
-// askAfterMismatch is askAfter for a file whose clients have been cut off already.
-func (g *generations) askAfterMismatch(file *fileRequest) {
-	g.c.fills.running.Go(func() { g.askAfter(g.c.ctx, file, errDigest) })
 }
 
 // askAgain asks upstream for a root whatever its TTL, but not often unless it must be,
@@ -306,11 +292,21 @@ func (g *generations) fetchFile(ctx context.Context, file fileRequest) error {
 	return errors.Join(err, outcome.err)
 }
 
-// families is what /metrics shows of generations.
+// families is what /metrics shows of generations, for each remote that may have any. A
+// hold that nobody's request has ended for too long is none.
 func (g *generations) families(cfg *config) []family {
-	held, incomplete := g.heldRoots(cfg), map[string]float64{}
-	for name := range held {
-		incomplete[name] = float64(g.c.metrics.countsOf(name).incomplete.Load())
+	held, incomplete := map[string]float64{}, map[string]float64{}
+	for name, r := range cfg.remotes {
+		if !r.local && (r.packageType == "rpm" || r.packageType == "deb") {
+			held[name], incomplete[name] = 0, float64(g.c.metrics.countsOf(name).incomplete.Load())
+		}
+	}
+	for _, folder := range g.held.keys() {
+		name, _, _ := strings.Cut(folder, "/")
+		h, found := g.held.get(folder)
+		if _, counted := held[name]; counted && found && g.c.now().Sub(h.since) < maxHold {
+			held[name]++
+		}
 	}
 	return []family{
 		{"artifactapi_held_generations", "gauge", "New metadata that is held back until the upstream has all of its files.", "remote", held},
@@ -318,32 +314,8 @@ func (g *generations) families(cfg *config) []family {
 	}
 }
 
-// heldRoots counts the folders whose new roots are held, for each remote that may have
-// any. A hold that nobody's request has ended for too long is none.
-func (g *generations) heldRoots(cfg *config) map[string]float64 {
-	counts := map[string]float64{}
-	for name, r := range cfg.remotes {
-		if !r.local && (r.packageType == "rpm" || r.packageType == "deb") {
-			counts[name] = 0
-		}
-	}
-	for _, folder := range g.held.keys() {
-		name, _, _ := strings.Cut(folder, "/")
-		h, held := g.held.get(folder)
-		if _, counted := counts[name]; counted && held && g.c.now().Sub(h.since) < maxHold {
-			counts[name]++
-		}
-	}
-	return counts
-}
-
-// isHeldRoot reports whether the file is a root that is not to be published at the
-// moment, because the last try to publish one of its folder has failed just now.
-func (file *fileRequest) isHeldRoot() bool {
-	d, isRoot := file.behavior.(*rootDownload)
-	return isRoot && d.isHeld()
-}
-
+// isHeld reports whether the root is not to be published at the moment, because the last
+// try to publish one of its folder has failed just now.
 func (d *rootDownload) isHeld() bool {
 	_, held := d.g.held.get(d.root.folderID())
 	_, asked := d.g.asked.get(d.root.folderID())

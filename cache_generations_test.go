@@ -81,6 +81,11 @@ func (a *testArchive) publishRoot(path string) {
 	a.origin.file(path, a.release(a)).etag(`"` + sha256Hex([]byte(a.release(a))) + `"`)
 }
 
+// held is how many generations are held, as the metric says.
+func (a *testArchive) held() float64 {
+	return a.cache.generations.families(a.server.config.Load())[0].values["r"]
+}
+
 func (a *testArchive) arrive(names ...string) {
 	for _, name := range names {
 		a.origin.file(a.folder+name, a.files[name])
@@ -281,7 +286,7 @@ func TestHoldEnds(t *testing.T) {
 		a.advance(61 * time.Second)
 		a.getRoot().wantFrom("cache", agreeing)
 		for _, want := range []float64{1, 0} {
-			if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != want {
+			if n := a.held(); n != want {
 				t.Errorf("%v generations are held, want %v", n, want)
 			}
 			a.advance(maxHold)
@@ -699,7 +704,7 @@ func TestFirstReleaseDuringAHold(t *testing.T) {
 	if asked := a.origin.all(); len(asked) != a.origin.requests(other) {
 		t.Errorf("within the minute after a try upstream was asked for %v", asked)
 	}
-	if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != 1 {
+	if n := a.held(); n != 1 {
 		t.Errorf("%v generations are held, want 1", n)
 	}
 	a.arrive(packagesGz)
@@ -734,7 +739,7 @@ func TestPurgedRootIsNotHeld(t *testing.T) {
 			t.Fatal(err)
 		}
 		a.getRoot().wantMiss().wantBody(a.release(a))
-		if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != 0 {
+		if n := a.held(); n != 0 {
 			t.Errorf("%v generations are held, want none", n)
 		}
 	})
@@ -923,13 +928,13 @@ func TestHoldSurvivesAnOutage(t *testing.T) {
 	a.getRoot().wantStale()
 	a.getRoot().wantHit() // as after any outage
 	a.upAgain()
-	if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != 1 {
+	if n := a.held(); n != 1 {
 		t.Errorf("%v roots are held, want 1", n)
 	}
 	a.publish(rpmFiles("one")) // upstream takes it back
 	a.advance(61 * time.Second)
 	a.getRoot().wantStatus(200).wantBody(a.release(a))
-	if n := a.cache.generations.heldRoots(a.server.config.Load())["r"]; n != 0 {
+	if n := a.held(); n != 0 {
 		t.Errorf("%v roots are held, want none", n)
 	}
 }

@@ -67,7 +67,7 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 // generations.
 func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
 	targets := []target{t}
-	for _, other := range c.generations.otherNames(ctx, t) {
+	for _, other := range c.generations.namesOf(ctx, t) {
 		targets = append(targets, other.target)
 	}
 	for _, t := range targets { // they may have no row

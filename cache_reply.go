@@ -5,7 +5,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"errors"
 	"io"
 	"io/fs"
 	"math"
@@ -87,18 +86,6 @@ func (b *closableBody) Close() error {
 	defer b.mu.Unlock()
 	b.closed = true
 	return b.body.Close()
-}
-
-// resultOfError is the result of a request that failed, for the log and the
-// counters. A request that was refused before anything was looked up has none.
-func resultOfError(err error) string {
-	if _, asked := errors.AsType[*upstreamStatus](err); asked {
-		return "MISS" // a 403 may be the upstream's
-	}
-	if status, _ := statusAndDetail(err); status == http.StatusForbidden || status == http.StatusBadRequest {
-		return ""
-	}
-	return "MISS"
 }
 
 // parseByteRange reads what findOrFetch needs to know of r. It only says where reading

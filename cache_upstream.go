@@ -38,10 +38,7 @@ func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply,
 		reply.body = unreadBody(reply.size)
 		return reply, nil
 	})
-	if err != nil {
-		return nil, err
-	}
-	return &reply, nil
+	return &reply, err
 }
 
 // askUnstored sends a request for a file that will not be stored, or instead of one that

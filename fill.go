@@ -217,7 +217,7 @@ func (f *fillRun) run() {
 	f.applyToOldCopy(outcome)
 	f.end(outcome)
 	if errors.Is(outcome.err, errDigest) {
-		f.c.generations.askAfterMismatch(&f.file)
+		f.c.fills.running.Go(func() { f.c.generations.askAfter(f.c.ctx, &f.file, outcome.err) }) // its clients have been cut off already
 	}
 }
 
