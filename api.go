@@ -369,7 +369,7 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	if q.pattern, err = compilePattern(v.Get("pattern")); err != nil {
 		return err
 	}
-	p, err := a.cache.listFiles(r.Context(), q)
+	p, err := a.cache.index.listPage(r.Context(), q)
 	if err != nil {
 		return err
 	}

@@ -306,7 +306,7 @@ func (a *api) addFiles(p *page, r *http.Request, rem *remote, most int) {
 	if p.Search != "" {
 		q.pattern, err = compilePattern("(?i)" + regexp.QuoteMeta(p.Search))
 	}
-	found, listErr := a.cache.listFiles(r.Context(), q)
+	found, listErr := a.cache.index.listPage(r.Context(), q)
 	if err := cmp.Or(err, listErr); err != nil {
 		_, p.FilesError = statusAndDetail(err)
 		return

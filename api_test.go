@@ -680,26 +680,6 @@ func (tt *tester) page(query string) (paths []string, next *string) {
 	return paths, l.Next
 }
 
-// Of the searches that may go through many files one runs at a time: each takes a core
-// while it lasts.
-func TestOneLongSearchAtATime(t *testing.T) {
-	t.Parallel()
-	tt := newTester(t)
-	for n := range maxFreeSearch {
-		must(t, tt.cache.index.saveRow(t.Context(), testRow("r", fmt.Sprintf("f%05d", n))))
-	}
-	tt.cache.searching.Lock()
-	tt.get("/artifacts/r?pattern=7$&limit=1").wantStatus(200) // few enough
-	must(t, tt.cache.index.saveRow(t.Context(), testRow("r", "one more")))
-	tt.get("/artifacts/r?pattern=7$&limit=1").wantDetail(429, "another search").wantHeader("Retry-After", "1")
-	tt.get("/artifacts/r?limit=1").wantStatus(200)
-	if g := tt.get("/?remote=r&search=f0", browser).wantStatus(200); !g.has("another search") {
-		t.Error("the page does not say why nothing is found")
-	}
-	tt.cache.searching.Unlock()
-	tt.get("/artifacts/r?pattern=7$&limit=1").wantStatus(200)
-}
-
 func TestListingInPages(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)

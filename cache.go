@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -209,7 +208,6 @@ type cache struct {
 	warnedOf     *boundedMap[string, struct{}]    // remotes of which an index was stored forever
 	changing     keyedLock                        // keys that are being put or purged
 	leaving      leavingCounts
-	searching    sync.Mutex // held while many files are searched by a pattern
 	uses         useCounts
 	missed       missedFiles
 	readers      openFiles
@@ -592,21 +590,16 @@ func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, o
 
 // lastGood is when a copy with that SHA-256 was last found good: when it was fetched,
 // or when it was marked since then. The zero mark is older than any fetch.
-func lastGood(fetched time.Time, sum string, m freshnessMark, now time.Time, ttl time.Duration) time.Time {
-	at := notAfterTTL(fetched, now, ttl)
-	if marked := notAfterTTL(m.GoodAt, now, ttl); m.SHA256 == sum && marked.After(at) {
-		return marked
+func lastGood(fetched time.Time, sum string, m freshnessMark, now time.Time, ttl time.Duration) (at time.Time) {
+	for _, good := range []freshnessMark{{fetched, sum}, m} {
+		if good.GoodAt.Sub(now) > ttl { // a clock was wrong and the age is not known: the copy counts as expired
+			good.GoodAt = now.Add(-ttl)
+		}
+		if good.SHA256 == sum && good.GoodAt.After(at) {
+			at = good.GoodAt
+		}
 	}
 	return at
-}
-
-// notAfterTTL is t, when a copy was good, unless that is more than the TTL in the
-// future. Then a clock was wrong and the age is not known: the copy counts as expired.
-func notAfterTTL(t, now time.Time, ttl time.Duration) time.Time {
-	if t.Sub(now) > ttl {
-		return now.Add(-ttl)
-	}
-	return t
 }
 
 // hitReply is the reply with a stored copy; extra goes behind the Cache-Status.

@@ -6,7 +6,6 @@ import (
 	"bufio"
 	"context"
 	"io"
-	"io/fs"
 	"math"
 	"mime"
 	"net/http"
@@ -56,27 +55,20 @@ func limitRanges(r *http.Request) {
 // the parts of a multi-range answer in a goroutine that it does not wait for
 // when the client leaves.
 type closableBody struct {
-	mu     sync.Mutex // held for all of a read: Close waits for it
-	body   io.ReadSeekCloser
+	mu     sync.Mutex         // held for all of a read: Close waits for it
+	body   io.ReadSeekCloser  // when it is closed, one without bytes
 	cancel context.CancelFunc // ends a read that waits for more
-	closed bool
 }
 
 func (b *closableBody) Read(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.closed {
-		return 0, fs.ErrClosed
-	}
 	return b.body.Read(p)
 }
 
 func (b *closableBody) Seek(off int64, whence int) (int64, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.closed {
-		return 0, fs.ErrClosed
-	}
 	return b.body.Seek(off, whence)
 }
 
@@ -84,8 +76,9 @@ func (b *closableBody) Close() error {
 	b.cancel()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.closed = true
-	return b.body.Close()
+	err := b.body.Close()
+	b.body = unreadBody(0)
+	return err
 }
 
 // parseByteRange reads what findOrFetch needs to know of r. It only says where reading
