@@ -246,7 +246,8 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.warnedOf = newBoundedMap[string, struct{}](maxRemembered, nil)
 	c.leaving = leavingCounts{newBoundedMap[string, int](maxRemembered, clock)}
-	c.generations = newGenerations(c, clock)
+	c.generations = &generations{c: c, parsed: newLRU[*rootNames](parsedRootsBudget, 0),
+		asked: newBoundedMap[string, struct{}](maxRemembered, clock), held: newBoundedMap[string, heldRoot](maxRemembered, clock)}
 	return c
 }
 

@@ -44,11 +44,6 @@ type heldRoot struct {
 	since    time.Time
 }
 
-func newGenerations(c *cache, now func() time.Time) *generations {
-	return &generations{c: c, parsed: newLRU[*rootNames](parsedRootsBudget, 0),
-		asked: newBoundedMap[string, struct{}](maxRemembered, now), held: newBoundedMap[string, heldRoot](maxRemembered, now)}
-}
-
 // rootDownload is the behavior of a root: it is published only when what it names is
 // there.
 type rootDownload struct {

@@ -6,6 +6,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -147,10 +148,8 @@ func (g *generations) fetchRoot(ctx context.Context, t target) (root siblingRoot
 	if err != nil {
 		return root, err
 	}
-	hash := newBodyHash("")
-	_, _ = hash.Write(text)
 	rec := file.newRecord(resp.Header, g.c.now())
-	rec.Size, rec.SHA256 = int64(len(text)), hash.sumHex()
+	rec.Size, rec.SHA256 = int64(len(text)), fmt.Sprintf("%x", sha256.Sum256(text))
 	return siblingRoot{&storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}, rec, text}, nil
 }
 

@@ -168,26 +168,14 @@ func prefetch(ctx context.Context, c *cache, file fileRequest, w io.Writer, whol
 	if !fromRemote {
 		return reply.rec, "cache", nil
 	}
-	if err := c.fills.awaitEnd(ctx, file.asStored(ctx, c)); err != nil {
-		return nil, "", err
+	stored := file.asStored(ctx, c)
+	if f, _ := c.fills.join(stored.key(), stored.spelling, nil); f != nil {
+		if _, err := f.awaitEnd(ctx); err != nil {
+			return nil, "", err
+		}
 	}
 	if rec = storedRecord(ctx, c, file); rec == nil {
 		return nil, "", errNoSpace
 	}
 	return rec, "remote", nil
-}
-
-// awaitEnd waits until the fill of a file has ended, if there is one.
-func (t *fillTable) awaitEnd(ctx context.Context, file fileRequest) error {
-	t.mu.Lock()
-	f := t.byKey[file.key()]
-	if f != nil {
-		f.clients++
-	}
-	t.mu.Unlock()
-	if f == nil {
-		return nil
-	}
-	_, err := f.awaitEnd(ctx)
-	return err
 }

@@ -63,14 +63,17 @@ func (t *fillTable) slotsOf(remote string) *fillSlots {
 	return s
 }
 
-// join returns the fill of a file, which create makes if there is none. Each join is
-// paired with a leave.
+// join returns the fill of a file, which create makes if there is none; where create is
+// nil that is nil. Each join of a fill is paired with a leave.
 func (t *fillTable) join(key, spelling string, create func() *fill) (f *fill, created bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	f = t.byKey[key]
-	if created = f == nil || f.file.spelling != spelling; created { // hashes of spellings may collide
-		f = create()
+	if f == nil || f.file.spelling != spelling { // hashes of spellings may collide
+		if create == nil {
+			return nil, false
+		}
+		f, created = create(), true
 		t.byKey[key] = f
 	}
 	f.clients++
