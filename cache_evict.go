@@ -62,40 +62,36 @@ func entryCost(size int64) int64 { return size + entryOverhead }
 
 func (t remoteTotal) cost() int64 { return t.Bytes + t.Files*entryOverhead }
 
-// evictFiles keeps the remotes to their cache.max_size and all of them to the limit:
-// above it, files go until 90 % is left.
+// evictFiles keeps the remotes to their cache.max_size and all of them to the limit.
 func (e *evictor) evictFiles(ctx context.Context) {
 	e.cache.flushCounts(ctx) // the order is by use
 	err := e.alone(ctx, func(ctx context.Context) {
 		e.running.Lock()
 		defer e.running.Unlock()
-		for _, v := range e.planEvictions(ctx) {
-			v.evict(ctx)
+		var all int64
+		for name, t := range e.storedOfRemotes(ctx) {
+			cost := t.cost()
+			if rem := e.config().remotes[name]; rem != nil {
+				cost = e.evictAbove(ctx, name, "cache.max_size", cost, rem.maxSize)
+			}
+			all += cost
 		}
+		e.evictAbove(ctx, "", "CACHE_MAX_SIZE", all, e.limit)
 	})
-	if err != nil && !errors.Is(err, errStoreDown) {
+	if err != nil && !errors.Is(err, errStoreDown) && ctx.Err() == nil {
 		e.cache.reportStoreError("database", "evicting", "", err)
 	}
 }
 
-func (e *evictor) planEvictions(ctx context.Context) (plan []*eviction) {
-	add := func(remote, reason string, cost, limit int64) int64 {
-		if limit <= 0 || cost <= limit {
-			return cost
-		}
-		plan = append(plan, &eviction{evictor: e, remote: remote, reason: reason, need: room{bytes: cost - limit/10*9}, maxUnused: limit / unusedShare})
-		return limit / 10 * 9
+// evictAbove lets files of a remote ("": of all) that take cost go until 90 % of limit is
+// left, if they take more than that (0: any). It returns what they take then.
+func (e *evictor) evictAbove(ctx context.Context, remote, reason string, cost, limit int64) (left int64) {
+	if limit <= 0 || cost <= limit {
+		return cost
 	}
-	var all int64
-	for name, t := range e.storedOfRemotes(ctx) {
-		limit := int64(0)
-		if rem := e.config().remotes[name]; rem != nil {
-			limit = rem.maxSize
-		}
-		all += add(name, "cache.max_size", t.cost(), limit)
-	}
-	add("", "CACHE_MAX_SIZE", all, e.limit)
-	return plan
+	v := &eviction{evictor: e, remote: remote, reason: reason, need: room{bytes: cost - limit/10*9}, maxUnused: limit / unusedShare}
+	v.evict(ctx)
+	return cost - v.freed.bytes
 }
 
 // storedOfRemotes is what is stored of each remote that is no local repository. One that
@@ -123,33 +119,26 @@ func (e *evictor) reclaimable() (all room) {
 		all.bytes += t.Bytes // the rest frees no more than what a body takes beside its bytes
 		all.inodes += t.Files * inodesPerFile
 	}
-	for key := range e.keysInUse() {
+	c.uses.mu.Lock()
+	stays := map[string]bool{c.uses.newest.key: true}
+	c.uses.mu.Unlock()
+	c.readers.mu.Lock()
+	for key := range c.readers.byKey {
+		stays[key] = true
+	}
+	c.readers.mu.Unlock()
+	c.fills.mu.Lock()
+	for key := range c.fills.byKey {
+		stays[key] = true
+	}
+	c.fills.mu.Unlock()
+	for key := range stays {
 		if obj, err := c.objects.open(c.ctx, key, -1); err == nil && obj.rec.Class != local {
 			all.bytes -= obj.rec.Size
 			all.inodes -= inodesPerFile
 		}
 	}
 	return all
-}
-
-// keysInUse are the keys of the files that are read or filled, and of the one that was
-// used or stored last, since the start.
-func (e *evictor) keysInUse() map[string]bool {
-	c := e.cache
-	c.uses.mu.Lock()
-	keys := map[string]bool{c.uses.newest.key: true}
-	c.uses.mu.Unlock()
-	c.readers.mu.Lock()
-	for key := range c.readers.byKey {
-		keys[key] = true
-	}
-	c.readers.mu.Unlock()
-	c.fills.mu.Lock()
-	defer c.fills.mu.Unlock()
-	for key := range c.fills.byKey {
-		keys[key] = true
-	}
-	return keys
 }
 
 // reclaim: see reclaimer.
