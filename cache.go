@@ -259,10 +259,9 @@ type fileRequest struct {
 	scope    string       // of the token for a container registry
 	via      string       // what of the client's Via goes upstream
 	digest   string       // that the body must have (sha256:HEX or sha512:HEX); "": not known
-	maxBytes int64        // of the body; 0: any
-	// needsWholeBody: the file is answered only when it is complete and checked,
-	// and HEAD fetches it as GET does (manifests).
-	needsWholeBody bool
+	// maxBytes bounds a body that is answered only when it is complete and checked, and
+	// that HEAD fetches as GET does (manifests). 0: any other body.
+	maxBytes int64
 	// alwaysRefetched: an expired copy is never revalidated, only fetched again.
 	alwaysRefetched bool
 	// sharedKey: requests with another wire path have this key too (a blob of
@@ -482,7 +481,7 @@ func withStoreError(err, storeErr error) error {
 // not looked again yet.
 func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, rng byteRange, cp *storedCopy, ended int64, first bool) (reply *fileReply, again bool, err error) {
 	root, isRoot := file.behavior.(*rootDownload)
-	switch asksHEAD := cp == nil && rng.head && !file.needsWholeBody && !c.fills.isFilling(key); {
+	switch asksHEAD := cp == nil && rng.head && file.maxBytes == 0 && !c.fills.isFilling(key); {
 	case asksHEAD && file.knownSize > 0:
 		rec := file.newRecord(http.Header{}, c.now())
 		if sum, isSHA256 := strings.CutPrefix(file.digest, "sha256:"); isSHA256 {

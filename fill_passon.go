@@ -48,7 +48,7 @@ func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, has
 		return reply, err
 	}
 	reply.rec.isPage = file.isPage(resp)
-	if file.needsWholeBody {
+	if file.maxBytes > 0 {
 		return reply, reply.readSmallBody(ctx, file, resp)
 	}
 	body := &upstreamReader{c: c, ctx: ctx, file: file, validator: rangeValidator(resp), size: reply.size, last: rng.to, origin: resp.origin, resp: resp,
@@ -67,7 +67,7 @@ func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, has
 // whole.
 func (rng byteRange) rangeHeader(file fileRequest) http.Header {
 	switch {
-	case file.needsWholeBody || rng.hasIfRange || file.rewrittenLinks() != nil || (rng.from == 0 && rng.to < 0 && rng.suffix == 0):
+	case file.maxBytes > 0 || rng.hasIfRange || file.rewrittenLinks() != nil || (rng.from == 0 && rng.to < 0 && rng.suffix == 0):
 		return nil
 	case rng.suffix > 0:
 		return http.Header{"Range": {"bytes=-" + strconv.FormatInt(rng.suffix, 10)}}

@@ -85,7 +85,7 @@ func (f *fill) canAnswer(waits bool) bool {
 		return false // not before it is stored
 	case f.phase >= phaseComplete:
 		return true
-	case f.phase < phaseFilling || f.file.needsWholeBody:
+	case f.phase < phaseFilling || f.file.maxBytes > 0:
 		return false
 	}
 	if _, size := f.spool.progress(); f.file.digest != "" && size >= 0 && size <= heldBackBytes {

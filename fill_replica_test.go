@@ -445,7 +445,9 @@ func TestTakingOverWithoutRanges(t *testing.T) {
 		t.Run(fmt.Sprintf("needs the whole body: %v", needsWhole), func(t *testing.T) {
 			t.Parallel()
 			f := newFleet(t, 1)
-			f.digested(func(file *fileRequest) { file.needsWholeBody, file.maxBytes = needsWhole, 1<<20 })
+			if needsWhole {
+				f.digested(func(file *fileRequest) { file.maxBytes = 1 << 20 })
+			}
 			f.origin.file("/a", text).noRanges().undated()
 			begun := make(chan struct{})
 			f.script(func(p *peerScript) {

@@ -1302,7 +1302,7 @@ func TestWholeBodiesAreCheckedBeforeTheyAreAnswered(t *testing.T) {
 	tt := newTester(t)
 	refused := &problem{status: 502, detail: "no manifest", cause: errBadUpstream}
 	tt.digested(func(q *fileRequest) {
-		q.needsWholeBody, q.maxBytes = true, 1000
+		q.maxBytes = 1000
 		q.behavior = checkedFile(func(rec *record, body io.ReaderAt) error {
 			b := make([]byte, rec.Size)
 			if _, err := body.ReadAt(b, 0); err != nil && err != io.EOF {
@@ -1515,7 +1515,7 @@ func TestExpiredCopyWithoutRoomForTheNewOne(t *testing.T) {
 	tt.origin.file("/a", "new")
 	tt.get("/api/r/a").wantFrom("remote", "fwd=stale; fwd-status=200").wantBody("new")
 	tt.wantStored("a", true) // the old one
-	tt.digested(func(q *fileRequest) { q.needsWholeBody, q.maxBytes = true, 1000 })
+	tt.digested(func(q *fileRequest) { q.maxBytes = 1000 })
 	tt.origin.file("/a", "new").cut(2, 2) // for the fill, and for its client
 	tt.get("/api/r/a").wantStale().wantBody("old")
 	tt.digested(func(*fileRequest) {})

@@ -148,17 +148,17 @@ func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 	switch c.route {
 	case routeManifest:
 		file.behavior, file.digest = &manifestFile{common}, c.digest
-		file.accept, file.maxBytes, file.needsWholeBody = acceptManifests, maxManifest, true
+		file.accept, file.maxBytes = acceptManifests, maxManifest
 	case routeBlob:
 		size, granted := g.blobs.get(c.blobKey(c.digest))
 		file.behavior, file.digest, file.knownSize = &blobFile{common, granted}, c.digest, size
 		file.spelling, file.sharedKey = "blobs/"+c.reference, true // all images of a remote share one stored copy
 	case routeTags:
 		file.behavior = &listFile{common, "tags"}
-		file.accept, file.maxBytes, file.needsWholeBody = typeJSON, maxList, true
+		file.accept, file.maxBytes = typeJSON, maxList
 	case routeReferrers:
 		file.behavior, file.alwaysRefetched = &referrersFile{listFile{common, "manifests"}}, true
-		file.accept, file.maxBytes, file.needsWholeBody = acceptManifests, maxList, true
+		file.accept, file.maxBytes = acceptManifests, maxList
 	}
 	if len(file.wire) > maxSpelling {
 		return file, newTooLongError()
