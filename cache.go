@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -200,20 +201,20 @@ type cache struct {
 	cancel context.CancelFunc
 	fills  *fillTable
 
-	missing      *boundedMap[string, missingFile] // what upstream does not have, by fileRequest.wireKey
-	heads        sharedCalls[string, fileReply]   // HEADs of files that are not stored
-	headRefused  *boundedMap[string, struct{}]    // remotes, and keys of files, that refuse HEAD
-	passOn       *boundedMap[string, struct{}]    // keys whose bodies are not spooled for a while
-	failedLeases *boundedMap[string, struct{}]    // tokens of leases whose holder could not be followed
-	warnedOf     *boundedMap[string, struct{}]    // remotes of which an index was stored forever
-	changing     keyedLock                        // keys that are being put or purged
-	leaving      leavingCounts
-	uses         useCounts
-	missed       missedFiles
-	readers      openFiles
-	evictor      *evictor
-	announcer    *announcer
-	generations  *generations
+	missing          *boundedMap[string, missingFile] // what upstream does not have, by fileRequest.wireKey
+	heads            sharedCalls[string, fileReply]   // HEADs of files that are not stored
+	headRefused      *boundedMap[string, struct{}]    // remotes, and keys of files, that refuse HEAD
+	passOn           *boundedMap[string, struct{}]    // keys whose bodies are not spooled for a while
+	failedLeases     *boundedMap[string, struct{}]    // tokens of leases whose holder could not be followed
+	warnedOf         *boundedMap[string, struct{}]    // remotes of which an index was stored forever
+	changing         keyedLock                        // keys that are being put or purged
+	leaving          leavingCounts
+	lostAnnouncement atomic.Bool // one that the other replicas did not get
+	uses             useCounts
+	missed           missedFiles
+	readers          openFiles
+	evictor          *evictor
+	generations      *generations
 }
 
 // cacheStores is what a cache keeps its files in and by.
@@ -232,9 +233,6 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 		missed: missedFiles{files: map[missedKey]*missedFile{}}, readers: openFiles{byKey: map[string]int{}},
 		isInTrouble: func(string) bool { return false }, storageIsDown: func() bool { return false }}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	c.announcer = &announcer{replicas: st.replicas, onError: func(announcement string, err error) {
-		c.reportStoreError("redis", "announcing", announcement, err)
-	}}
 	clock := func() time.Time { return c.now() } // tests replace c.now
 	c.evictor = &evictor{cache: c, named: newLRU[[]uint64](namedBudget, 0), alone: func(ctx context.Context, f func(context.Context)) error {
 		f(ctx)

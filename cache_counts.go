@@ -33,7 +33,7 @@ func (c *cache) countUse(remote, key string) { c.uses.addUses(fileUse{remote, ke
 
 // flushCounts writes the gathered uses to the index.
 func (c *cache) flushCounts(ctx context.Context) {
-	c.announcer.announceLost(ctx)
+	c.announceLost(ctx)
 	err := c.uses.flush(ctx, c.index, c.objects)
 	if err != nil && !errors.Is(err, errStoreDown) { // an outage has a log line already, and nothing is lost
 		c.reportStoreError("database", "counting uses", "", err)

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"regexp"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -108,7 +107,7 @@ func (c *cache) purgeMatchingFills(ctx context.Context, remote string, pattern *
 			return err
 		}
 	}
-	c.announcer.announce(ctx, fillsPrefix+remote+" "+pattern.String())
+	c.announce(ctx, fillsPrefix+remote+" "+pattern.String())
 	return nil
 }
 
@@ -118,7 +117,7 @@ func (c *cache) removeFile(ctx context.Context, remote, key string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	c.announcer.announce(ctx, removedPrefix+key)
+	c.announce(ctx, removedPrefix+key)
 	if ierr := c.index.delete(ctx, remote, key); ierr != nil {
 		c.reportStoreError("database", "deleting", key, ierr)
 	}
@@ -136,33 +135,23 @@ const (
 	everythingSign = "*" // announcements were lost: anything may have changed
 )
 
-// announcer announces changes of files to the other replicas.
-type announcer struct {
-	replicas replicas // nil on a single machine
-	onError  func(announcement string, err error)
-	lost     atomic.Bool // an announcement was not sent
-}
-
 // announce tells the other replicas to drop what they keep of a key. They may hear
 // each other while this one is not heard: then announceLost makes up for it.
-func (a *announcer) announce(ctx context.Context, announcement string) {
-	if a.replicas == nil {
+func (c *cache) announce(ctx context.Context, announcement string) {
+	if c.replicas == nil {
 		return
 	}
-	if err := a.replicas.announceChange(ctx, announcement); err != nil {
-		a.onError(announcement, err)
-		a.lost.Store(true)
+	if err := c.replicas.announceChange(ctx, announcement); err != nil {
+		c.reportStoreError("redis", "announcing", announcement, err)
+		c.lostAnnouncement.Store(true)
 	}
 }
 
 // announceLost announces that anything may have changed, if an announcement was
 // lost and Redis is back.
-func (a *announcer) announceLost(ctx context.Context) {
-	if a.replicas == nil || !a.replicas.hearsChanges() || !a.lost.Swap(false) {
-		return
-	}
-	if a.replicas.announceChange(ctx, everythingSign) != nil {
-		a.lost.Store(true)
+func (c *cache) announceLost(ctx context.Context) {
+	if c.replicas != nil && c.replicas.hearsChanges() && c.lostAnnouncement.Swap(false) && c.replicas.announceChange(ctx, everythingSign) != nil {
+		c.lostAnnouncement.Store(true)
 	}
 }
 

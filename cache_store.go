@@ -27,7 +27,7 @@ func (c *cache) noteStored(ctx context.Context, key string, rec *record, err err
 		}
 		return err
 	}
-	c.announcer.announce(ctx, key)
+	c.announce(ctx, key)
 	c.missing.delete(key)
 	if rec.Class != local {
 		c.uses.noteNewest(key, rec.Fetched)

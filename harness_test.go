@@ -476,7 +476,7 @@ func (tt *tester) settle() {
 func (c *cache) useObjects(o objects) { c.objects = o }
 
 // joinReplicas makes a cache one of several replicas.
-func (c *cache) joinReplicas(r replicas) { c.replicas, c.announcer.replicas = r, r }
+func (c *cache) joinReplicas(r replicas) { c.replicas = r }
 
 // all are the fills in the table.
 func (t *fillTable) all() (all []*fill) {

@@ -120,8 +120,7 @@ func (c *bundleCommand) importStored(ctx context.Context) error {
 	defer dir.Close()
 	defer os.RemoveAll(dir.Name())
 	b := &bundleReader{bundleProgress: &bundleProgress{ctx: ctx}, dir: dir.Name(),
-		cacheStores: cacheStores{objects: st.objects, index: st.index, space: st.space},
-		announcer:   &announcer{replicas: st.replicas, onError: func(string, error) {}}, // Redis logs an outage
+		cacheStores: cacheStores{objects: st.objects, index: st.index, space: st.space, replicas: st.replicas},
 		missing: func(rec *record) {
 			fmt.Fprintf(c.stdout, "missing: sha256 %s of %s/%s\n", rec.SHA256, rec.Remote, decodePath(rec.Path))
 		}}

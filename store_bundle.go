@@ -316,8 +316,7 @@ func (b *bundleWriter) writeBody(ctx context.Context, rec *record, written map[s
 // Bodies are staged first, and none is stored before all are there.
 type bundleReader struct {
 	*bundleProgress
-	cacheStores // of which it uses objects, index and space
-	announcer   *announcer
+	cacheStores                   // of which it uses objects, index, space and replicas
 	missing     func(rec *record) // called for each record whose body is nowhere
 
 	dir   string      // of the staged bodies; a body's name is the digits of its SHA-256
@@ -548,7 +547,9 @@ func (b *bundleReader) store(ctx context.Context, rec *record) error {
 	if err := b.objects.put(ctx, key, rec, body, false); err != nil {
 		return err
 	}
-	b.announcer.announce(ctx, key)
+	if b.replicas != nil {
+		_ = b.replicas.announceChange(ctx, key) // it logs an outage
+	}
 	_ = b.index.saveRow(ctx, newIndexRow(key, rec)) // it logs an outage; the next use of the file adds the row
 	b.done.Add(rec.Size)
 	b.stored.Add(1)

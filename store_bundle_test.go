@@ -498,7 +498,7 @@ func newBundleReader(t *testing.T, o objects, d *diskStore) *bundleReader {
 	}
 	t.Cleanup(func() { dir.Close() })
 	space := &spoolSpace{createFile: d.newSpool, diskSpace: d.freeSpace, now: time.Now}
-	return &bundleReader{bundleProgress: &bundleProgress{ctx: t.Context()}, dir: dir.Name(), announcer: &announcer{},
+	return &bundleReader{bundleProgress: &bundleProgress{ctx: t.Context()}, dir: dir.Name(),
 		cacheStores: cacheStores{objects: o, index: newEmbeddedIndex(d.dir, d.log), space: space}, missing: func(*record) {}}
 }
 
