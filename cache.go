@@ -57,7 +57,8 @@ type objects interface {
 	// diskStore.maySkipSync says), or an error says that the old state still holds. spool
 	// is a *os.File, whose name may be moved away, or a *bytes.Reader; its caller keeps it
 	// and reads it at offsets only. With create an object that is there stays:
-	// errFileExists. Only the S3 stores heed that, because other replicas put there too.
+	// errFileExists. Only the S3 stores heed that, because other replicas put there too;
+	// on disk the caller has the lock of the key.
 	put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error
 	// open returns key's object; reading will begin at off. off < 0 asks for
 	// the record alone (body is nil). A miss, damage included, is

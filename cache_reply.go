@@ -39,12 +39,16 @@ func limitRanges(r *http.Request) {
 	ranges, isBytes := strings.CutPrefix(spec, "bytes=")
 	for part := range strings.SplitSeq(ranges, ",") {
 		first, last, _ := strings.Cut(strings.TrimSpace(part), "-")
-		from, _ := strconv.ParseInt(first, 10, 64)
-		to, _ := strconv.ParseInt(last, 10, 64)
+		from, err := strconv.ParseInt(first, 10, 64)
+		if err != nil { // a suffix, or nonsense
+			from = math.MaxInt64
+		}
 		if from <= end {
 			back++
 		}
-		end = max(from, to)
+		if end, err = strconv.ParseInt(last, 10, 64); err != nil || first == "" {
+			end = math.MaxInt64
+		}
 	}
 	if r.Method == http.MethodHead || !isBytes || strings.Count(spec, ",") >= maxRanges || back > maxRangesBack || strings.TrimRight(spec, "0") == "bytes=-" {
 		r.Header.Del("Range")
