@@ -92,9 +92,11 @@ func parseByteRange(r *http.Request) byteRange {
 	spec, ok := strings.CutPrefix(r.Header.Get("Range"), "bytes=")
 	rng.several = ok && strings.Contains(spec, ",")
 	first, last, hasDash := strings.Cut(strings.TrimSpace(spec), "-")
+	if rng.several || !hasDash {
+		return rng
+	}
 	from, err := strconv.ParseInt(first, 10, 64)
 	switch to, toErr := strconv.ParseInt(last, 10, 64); {
-	case rng.several || !hasDash:
 	case first == "":
 		rng.suffix = to
 	case err == nil && from >= 0:
