@@ -96,7 +96,7 @@ func (g *registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // serveCall answers one request. It asks no client for credentials: reading is open.
 func (g *registry) serveCall(w *response, r *http.Request) error {
-	w.Header()["Docker-Distribution-Api-Version"] = apiVersion
+	w.setHeader("Docker-Distribution-Api-Version", "registry/2.0")
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return &registryError{"UNSUPPORTED", nil, &problem{status: http.StatusMethodNotAllowed, headers: http.Header{"Allow": {"GET, HEAD"}},
 			detail: "this registry is a read-only mirror: push images to the registry behind it"}}
@@ -109,7 +109,7 @@ func (g *registry) serveCall(w *response, r *http.Request) error {
 		return err
 	}
 	if len(c.ns) <= 255 && registryPattern.MatchString(c.ns) { // the client's text comes back only if it can be a name
-		w.Header()["Oci-Namespace"] = []string{c.ns}
+		w.setHeader("Oci-Namespace", c.ns)
 	}
 	if c.route == routePing {
 		w.Header().Set("Content-Type", typeJSON)
@@ -127,9 +127,6 @@ func (g *registry) serveCall(w *response, r *http.Request) error {
 // error one that has the remote, if that is known.
 func (g *registry) findFile(cfg *config, u *url.URL) (fileRequest, error) {
 	c, err := parseCall(cfg, u)
-	if err == nil && c.route == routePing {
-		err = errNoRoute
-	}
 	if err != nil {
 		return fileRequest{target: target{remote: c.remote}}, err
 	}
@@ -137,15 +134,14 @@ func (g *registry) findFile(cfg *config, u *url.URL) (fileRequest, error) {
 	return file, c.withErrorCode(err)
 }
 
-// apiVersion is the value of a header of all answers, which they share.
-var apiVersion = []string{"registry/2.0"}
-
-// newFileRequest returns the cache's request for c. Its error: the path is too long or not
-// allowed.
+// newFileRequest returns the cache's request for c. Its error: the path is too long, not
+// allowed, or that of the registry itself.
 func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 	file := fileRequest{target: c.newTarget(cmp.Or(c.reference, "list")), scope: "repository:" + c.image + ":pull"}
 	common := registryFile{call: c, g: g}
 	switch c.route {
+	case routePing:
+		return file, errNoRoute
 	case routeManifest:
 		file.behavior, file.digest = &manifestFile{common}, c.digest
 		file.accept, file.maxBytes = acceptManifests, maxManifest
@@ -157,7 +153,7 @@ func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 		file.behavior = &listFile{common, "tags"}
 		file.accept, file.maxBytes = typeJSON, maxList
 	case routeReferrers:
-		file.behavior, file.alwaysRefetched = &referrersFile{listFile{common, "manifests"}}, true
+		file.behavior, file.alwaysRefetched = &listFile{common, "manifests"}, true
 		file.accept, file.maxBytes = acceptManifests, maxList
 	}
 	if len(file.wire) > maxSpelling {
@@ -208,8 +204,11 @@ func (f *registryFile) setHeaders(w *response, _ string, rec *record) {
 	}
 }
 
-// servesStale reports a 429: clients retry it at once, so a stale tag is better.
-func (f *registryFile) servesStale(status int) bool { return status == http.StatusTooManyRequests }
+// servesStale reports a 429: clients retry it at once, so a stale tag is better. A signature
+// check that gets an old list of referrers is better than one that fails.
+func (f *registryFile) servesStale(status int) bool {
+	return status == http.StatusTooManyRequests || (f.call.route == routeReferrers && status >= 500)
+}
 
 // manifestFile is the behavior of a manifest.
 type manifestFile struct{ registryFile }
@@ -282,18 +281,13 @@ func (f *listFile) checkBody(_ context.Context, rec *record, body io.ReaderAt) e
 	return nil
 }
 
-// referrersFile is the behavior of a list of referrers. A signature check that gets
-// an old list is better than one that fails.
-type referrersFile struct{ listFile }
-
-func (f *referrersFile) servesStale(status int) bool {
-	return status >= 500 || f.listFile.servesStale(status)
-}
-
-// requestBody asks for referrers. A registry without the referrers API has them under a
+// requestBody asks for a list. A registry without the referrers API has them under a
 // tag made from the digest (OCI distribution specification, referrers tag schema). One
 // that has neither has no referrers. A denial, a 429 and a failure do not say that.
-func (f *referrersFile) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
+func (f *listFile) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
+	if f.call.route == routeTags {
+		return up.send(ctx, req)
+	}
 	algorithm, sum, _ := strings.Cut(f.call.digest, ":")
 	tag := "v2/" + f.call.image + "/manifests/" + algorithm + "-" + sum[:64] // 64: the schema's bound for a hash
 	var resp *upstreamResponse
@@ -421,6 +415,6 @@ func writeRegistryError(w http.ResponseWriter, status int, message string, err e
 	}
 	item := map[string]any{"code": e.code, "message": message, "detail": e.detail}
 	b, _ := json.Marshal(map[string]any{"errors": []any{item}}) // strings and maps of them always encode
-	w.Header()["Docker-Distribution-Api-Version"] = apiVersion
+	w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
 	sendJSON(w, status, b)
 }

@@ -30,7 +30,7 @@ func (f *blobFile) requestBody(ctx context.Context, up *upstream, req upstreamRe
 	if err == nil {
 		switch resp.StatusCode {
 		case http.StatusOK, http.StatusPartialContent, http.StatusNotModified:
-			f.g.reportLostGrants(f.g.grantBlob(ctx, f.call.blobKey(f.call.digest), 0))
+			f.g.grantBlob(ctx, f.call.blobKey(f.call.digest), 0)
 		}
 	}
 	return resp, err
@@ -115,30 +115,24 @@ func (g *registry) isGranted(ctx context.Context, key string) bool {
 }
 
 // grantBlob remembers that an image has a blob, and the blob's size if that is known (it
-// is 0 otherwise). The error is that of a mark that may be lost, which costs a HEAD.
-func (g *registry) grantBlob(ctx context.Context, key string, size int64) error {
+// is 0 otherwise). A mark that is lost costs a HEAD.
+func (g *registry) grantBlob(ctx context.Context, key string, size int64) {
 	old, granted := g.blobs.get(key)
 	g.blobs.put(key, cmp.Or(size, old))
 	if granted {
-		return nil
+		return
 	}
-	return g.cache.marks.setMark(context.WithoutCancel(ctx), key, freshnessMark{GoodAt: g.cache.now().UTC()})
-}
-
-func (g *registry) reportLostGrants(err error) {
-	if err != nil {
-		g.cache.reportStoreError("redis", "granting", "blobs", err)
+	if err := g.cache.marks.setMark(context.WithoutCancel(ctx), key, freshnessMark{GoodAt: g.cache.now().UTC()}); err != nil {
+		g.cache.reportStoreError("redis", "granting", key, err)
 	}
 }
 
 // grantNamed grants an image the blobs that its manifest names. Their sizes answer HEAD
 // while they are not stored. sum is the manifest's SHA-256.
 func (g *registry) grantNamed(ctx context.Context, c *registryCall, m *manifest, sum string) {
-	var lost error
 	for _, b := range m.blobs {
-		lost = cmp.Or(lost, g.grantBlob(ctx, c.blobKey(b.Digest), max(b.Size, 0)))
+		g.grantBlob(ctx, c.blobKey(b.Digest), max(b.Size, 0))
 	}
-	g.reportLostGrants(lost)
 	g.blobs.put(c.blobKey(sum), 0) // no blob, since its digest has no algorithm: this manifest need not be read again
 }
 

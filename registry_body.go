@@ -30,8 +30,8 @@ type descriptor struct {
 	Size   int64  `json:"size"`
 }
 
-// readManifest reads a manifest or an index. An error means that it is neither, or one
-// without schemaVersion, which is returned with it; otherwise the manifest is empty then.
+// readManifest reads a manifest or an index. An error means that it is neither. One without
+// schemaVersion is returned with it; otherwise the manifest is empty then.
 func readManifest(r io.Reader) (*manifest, error) {
 	m, isManifest := &manifest{}, false
 	err := readObject(r, func(d *json.Decoder, name string) error {
@@ -44,20 +44,18 @@ func readManifest(r io.Reader) (*manifest, error) {
 			m.hasConfig = true
 			return m.readBlob(d)
 		case "layers":
-			_, err := readArray(d, func() error { return m.readBlob(d) })
-			return err
+			return readArray(d, func() error { return m.readBlob(d) })
 		case "manifests":
 			m.hasManifests = true
 		}
 		return skipNext(d)
 	})
-	switch {
-	case err != nil:
-		return &manifest{}, err
-	case !isManifest:
-		return m, errors.New("no schemaVersion")
+	if err != nil {
+		m = &manifest{}
+	} else if !isManifest {
+		err = errors.New("no schemaVersion")
 	}
-	return m, nil
+	return m, err
 }
 
 // readBlob reads the descriptor of a blob that m names.
@@ -98,9 +96,8 @@ func countList(r io.Reader, member string) (n int, err error) {
 		if name != member {
 			return skipNext(d)
 		}
-		first, err := readArray(d, func() error { n++; return skipNext(d) })
-		found = first == json.Delim('[') || first == nil
-		return err
+		found = true
+		return readArray(d, func() error { n++; return skipNext(d) })
 	})
 	if err == nil && !found {
 		err = errors.New("no list")
@@ -112,51 +109,43 @@ func countList(r io.Reader, member string) (n int, err error) {
 // of each of its members, which member reads.
 func readObject(r io.Reader, member func(d *json.Decoder, name string) error) error {
 	d := json.NewDecoder(r)
-	d.UseNumber() // not all numbers of JSON are float64
-	if t, err := d.Token(); err != nil || t != json.Delim('{') {
-		return cmp.Or(err, errors.New("no object"))
+	t, err := d.Token()
+	if err == nil && t != json.Delim('{') {
+		err = errors.New("no object")
 	}
-	if err := readMembers(d, member); err != nil {
+	for err == nil && d.More() {
+		if t, err = d.Token(); err == nil {
+			err = member(d, t.(string))
+		}
+	}
+	if err == nil {
+		_, err = d.Token() // the closing brace
+	}
+	if err != nil {
 		return err
 	}
-	if _, err := d.Token(); err != io.EOF {
+	if _, err = d.Token(); err != io.EOF {
 		return errors.New("more than an object")
 	}
 	return nil
 }
 
-// readMembers reads an object behind its opening brace.
-func readMembers(d *json.Decoder, member func(d *json.Decoder, name string) error) error {
+// readArray calls element at each element of the next value, an array or null.
+func readArray(d *json.Decoder, element func() error) error {
+	first, err := d.Token()
+	if err != nil || first == nil {
+		return err
+	}
+	if first != json.Delim('[') {
+		return errors.New("no list")
+	}
 	for d.More() {
-		t, err := d.Token()
-		if err == nil {
-			err = member(d, t.(string))
-		}
-		if err != nil {
+		if err := element(); err != nil {
 			return err
 		}
 	}
-	_, err := d.Token() // the closing brace
+	_, err = d.Token() // the closing bracket
 	return err
-}
-
-// readArray reads the next value and returns its first token. Of an array element reads
-// each of its elements.
-func readArray(d *json.Decoder, element func() error) (first json.Token, err error) {
-	first, err = d.Token()
-	switch {
-	case err != nil:
-	case first == json.Delim('{'):
-		err = readMembers(d, func(d *json.Decoder, _ string) error { return skipNext(d) })
-	case first == json.Delim('['):
-		for err == nil && d.More() {
-			err = element()
-		}
-		if err == nil {
-			_, err = d.Token() // the closing bracket
-		}
-	}
-	return first, err
 }
 
 // skipNext reads past the next value. encoding/json bounds its nesting.

@@ -16,7 +16,7 @@ func TestReadManifest(t *testing.T) {
 	for text, want := range map[string]string{
 		`{"schemaVersion":2,"config":{"digest":"` + d + `","size":7},"layers":[{"size":1,"digest":"` + other + `","annotations":{"a":["]",{}]}}]}`: "config [{" + d + " 7} {" + other + " 1}]",
 		`{"layers":[{"digest":"` + d + `"},5,null,[{}],"x"],"schemaVersion":1}`:                                                                    "[{" + d + " 0}]",
-		`{"schemaVersion":2,"layers":{"digest":"` + d + `"},"config":null}`:                                                                        "config []",
+		`{"schemaVersion":2,"layers":{"digest":"` + d + `"},"config":null}`:                                                                        "[] no list",
 		`{"schemaVersion":2,"layers":null,"config":{"digest":"sha256:no"}}`:                                                                        "config []",
 		`{"schemaVersion":2,"mediaType":5,"manifests":[{"digest":"` + d + `"}]}`:                                                                   "manifests []",
 		` {"schemaVersion":null} ` + "\n":                                                                                                          "[]",

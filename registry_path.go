@@ -6,6 +6,7 @@ package main
 import (
 	"net/http"
 	"net/url"
+	"regexp"
 	"strings"
 )
 
@@ -69,7 +70,7 @@ func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 		// Clients append /v2/IMAGE to a mirror's URL, whatever its path is.
 		image = strings.TrimPrefix(image, "v2/")
 	default:
-		if rem = cfg.remoteByRegistry(ns); rem == nil || ns == "" {
+		if rem = cfg.remoteByRegistry(ns); rem == nil {
 			return newUnknownNameError(cfg, first, ns)
 		}
 		image = name
@@ -105,7 +106,7 @@ func (c *registryCall) splitOperation(rest string) (name string, hasOperation bo
 // if the reference is one.
 func (c *registryCall) checkNames() error {
 	switch {
-	case !isImageName(c.image):
+	case !imagePattern.MatchString(c.image):
 		return newRegistryError("NAME_INVALID", http.StatusBadRequest, "%.300q is not a valid image name", c.image)
 	case c.route == routeTags:
 		return nil
@@ -120,26 +121,8 @@ func (c *registryCall) checkNames() error {
 	return nil
 }
 
-// isImageName reports whether s is the name of an image: runs of a-z and 0-9 with one
-// separator between two of them, which is ".", "_", "__", "/" or some "-" (OCI
-// distribution specification).
-func isImageName(s string) bool {
-	for {
-		rest := strings.TrimLeft(s, "abcdefghijklmnopqrstuvwxyz0123456789")
-		if len(rest) == len(s) {
-			return false // s is empty or begins with a separator
-		}
-		if rest == "" {
-			return true
-		}
-		s = strings.TrimLeft(rest, "._-/")
-		switch sep := rest[:len(rest)-len(s)]; {
-		case sep == ".", sep == "_", sep == "__", sep == "/":
-		case sep == "", strings.Trim(sep, "-") != "":
-			return false
-		}
-	}
-}
+// imagePattern matches the name of an image (OCI distribution specification).
+var imagePattern = regexp.MustCompile(`^[a-z0-9]+(?:(?:\.|__?|-+|/)[a-z0-9]+)*$`)
 
 // isTag reports whether s is a tag: letters, digits and "._-", at most 128 of them,
 // the first one neither "." nor "-" (OCI distribution specification).
@@ -152,8 +135,5 @@ func isTag(s string) bool {
 // its hash in lower-case hexadecimal.
 func isDigest(s string) bool {
 	algorithm, sum, _ := strings.Cut(s, ":")
-	if strings.Trim(sum, "0123456789abcdef") != "" {
-		return false
-	}
-	return (algorithm == "sha256" && len(sum) == 64) || (algorithm == "sha512" && len(sum) == 128)
+	return (algorithm == "sha256" && isHex(sum, 64)) || (algorithm == "sha512" && isHex(sum, 128))
 }

@@ -16,8 +16,8 @@ func TestRegistryImageNames(t *testing.T) {
 		"": false, "/": false, "/a": false, "a/": false, "a//b": false, "A": false, "a..b": false, "a___b": false,
 		"a._b": false, "-a": false, "a-": false, "a-/b": false, "a/-b": false, "a b": false, "a\x00": false, "é": false, "a:b": false, "..": false,
 	} {
-		if got := isImageName(name); got != want {
-			t.Errorf("isImageName(%q) is %v", name, got)
+		if got := imagePattern.MatchString(name); got != want {
+			t.Errorf("%q as the name of an image: %v", name, got)
 		}
 	}
 	for tag, want := range map[string]bool{
