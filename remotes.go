@@ -13,7 +13,6 @@ import (
 	"net/url"
 	"reflect"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -80,7 +79,7 @@ type remote struct {
 	absence
 
 	// masked holds the values of keys that hold a ${VAR}, with *** in its place, to be
-	// shown instead. That of a mirror is under mirrors and its index in origins.
+	// shown instead. Those of base_url and the mirrors are in origins.
 	masked map[string]string
 }
 
@@ -107,6 +106,7 @@ type origin struct {
 	auth bool     // gets the remote's credentials and headers; always true for base_url
 	// verified: asked only for bodies whose digest is known, so that it need not be trusted.
 	verified bool
+	masked   string // url as it may be shown, with *** for ${VAR}; "": as it is
 }
 
 // mirrorHost is the host of origin i, or "" for base_url. i may come from a replica
@@ -203,11 +203,7 @@ func (r *remote) urlPath() string {
 
 // shownURL returns the URL of origin i as it may be shown.
 func (r *remote) shownURL(i int) string {
-	key := "base_url"
-	if i > 0 {
-		key = "mirrors" + strconv.Itoa(i)
-	}
-	return cmp.Or(r.masked[key], r.origins[i].url.String())
+	return cmp.Or(r.origins[i].masked, r.origins[i].url.String())
 }
 
 // shownHost returns the host of origin i as it may be shown.
@@ -283,65 +279,30 @@ func isPlainPath(s string) bool {
 	return true
 }
 
-// spellEscapedPath is spellPath for a path that is not plain. In one pass it decodes
-// each byte for the path and escapes it anew for the spelling.
+// spellEscapedPath is spellPath for a path that is not plain.
 func spellEscapedPath(escaped string) (string, string, error) {
-	const upperHex = "0123456789ABCDEF"    // RFC 3986 section 2.1 wants upper case, encoding/hex has lower case only
-	var pathSpace, spellingSpace [256]byte // most paths fit, so that only the results are allocated
-	path, spelling := pathSpace[:0], spellingSpace[:0]
-	// Where the current segment begins in path and in spelling, and where the
-	// current piece begins in path. A piece ends at an escaped slash too, since
-	// an upstream may decode it and see ".." behind it.
-	segment, segmentSpelling, piece := 0, 0, 0
-	for i := 0; i <= len(escaped); {
-		b, n := byte('/'), 1 // the end of the path ends its last segment
-		if i < len(escaped) {
-			b, n = unescapeAt(escaped, i)
-		}
-		i += n
+	var path, spelling []string
+	segments := strings.Split(escaped, "/")
+	for i, segment := range segments {
+		name, err := url.PathUnescape(segment)
 		switch {
-		case n == 0:
+		case err != nil:
 			return "", "", newUnsafePathError("the path holds a % that is not followed by two hex digits")
-		case b < ' ' || b == 0x7f || b == '\\':
+		case strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r == 0x7f || r == '\\' }):
 			return "", "", newUnsafePathError("the path holds a control character or a backslash")
-		case b == '/' && string(path[piece:]) == "..":
+		case strings.Contains("/"+name+"/", "/../"): // behind an escaped slash too: an upstream may decode it
 			return "", "", newUnsafePathError("the path holds ..")
-		case b == '/' && n == 3:
-			piece = len(path) + 1
-		case b == '/':
-			if last := string(path[segment:]); last == "" || last == "." {
-				path, spelling = path[:segment], spelling[:segmentSpelling]
-			} else if i <= len(escaped) {
-				path, spelling = append(path, '/'), append(spelling, '/')
+		case !utf8.ValidString(name):
+			return "", "", newUnsafePathError("the path is not UTF-8")
+		case name == "" || name == ".":
+			if i < len(segments)-1 || path == nil {
+				continue
 			}
-			segment, segmentSpelling, piece = len(path), len(spelling), len(path)
-			continue
+			name = "" // the path ends in a slash
 		}
-		path = append(path, b)
-		if unescapedBytes[b] && b != '/' { // an escaped slash stays escaped: it is part of a name
-			spelling = append(spelling, b)
-		} else {
-			spelling = append(spelling, '%', upperHex[b>>4], upperHex[b&15])
-		}
+		path, spelling = append(path, name), append(spelling, uriEncode(name, false))
 	}
-	if !utf8.Valid(path) {
-		return "", "", newUnsafePathError("the path is not UTF-8")
-	}
-	return string(path), string(spelling), nil
-}
-
-// unescapeAt decodes the byte or the %XX at the begin of s[i:]. n is how many bytes
-// of s that took, or 0 for a malformed escape.
-func unescapeAt(s string, i int) (b byte, n int) {
-	if s[i] != '%' {
-		return s[i], 1
-	}
-	if i+2 < len(s) {
-		if v, err := strconv.ParseUint(s[i+1:i+3], 16, 8); err == nil {
-			return byte(v), 3
-		}
-	}
-	return 0, 0
+	return strings.Join(path, "/"), strings.Join(spelling, "/"), nil
 }
 
 // unescapedBytes says which bytes are not escaped in a spelling: the unreserved
@@ -368,17 +329,28 @@ func newTooLongError() error {
 func (t target) key() string { return storageKey(t.remote.name, t.spelling) }
 
 // storageKey returns the storage key {remote}/{path_hash}/{filename} of a remote's
-// file. path_hash is the first 8 bytes of the spelling's SHA-256, in hex; filename
-// only helps people who look into the store.
+// file. path_hash is the first 8 bytes of the spelling's SHA-256, in hex. filename only
+// helps people who look into the store: the end of the last element, decoded, with "_" for
+// every byte that is not safe in a file name, and for a dot at its begin, which the names
+// of our own files have.
 func storageKey(remote, spelling string) string {
 	var space [maxName + 1 + 16 + 1 + maxFilename]byte
 	var copied [maxSpelling]byte // []byte(spelling) would be allocated
 	sum := sha256.Sum256(append(copied[:0], spelling...))
-	key := append(space[:0], remote...)
-	key = append(key, '/')
-	key = hex.AppendEncode(key, sum[:8])
-	key = append(key, '/')
-	return string(appendFilename(key, spelling))
+	key := append(append(space[:0], remote...), '/')
+	key = append(hex.AppendEncode(key, sum[:8]), '/')
+	path := trimSuffixes(spelling)
+	name := decodePath(path[strings.LastIndexByte(path, '/')+1:])
+	name = cmp.Or(name[max(0, len(name)-maxFilename):], "_")
+	for i := range len(name) {
+		b := name[i]
+		isSafe := unescapedBytes[b] && b != '/' && (i > 0 || b != '.')
+		if !isSafe && strings.IndexByte("+@=", b) < 0 {
+			b = '_'
+		}
+		key = append(key, b)
+	}
+	return string(key)
 }
 
 // keyHash returns the path hash in a storage key, or 0 if the key is malformed.
@@ -387,31 +359,6 @@ func keyHash(key string) uint64 {
 	digits, _, _ := strings.Cut(rest, "/")
 	n, _ := strconv.ParseUint(digits, 16, 64)
 	return n
-}
-
-// appendFilename appends the last element of a spelling, decoded, with every byte
-// replaced by "_" that is not safe in a file name. Of a long name it appends the end,
-// with the extension. It never begins with a dot, as the names of our own files do.
-func appendFilename(to []byte, spelling string) []byte {
-	path := trimSuffixes(spelling)
-	last := path[strings.LastIndexByte(path, '/')+1:]
-	start := len(to)
-	for i := 0; i < len(last); {
-		b, n := unescapeAt(last, i)
-		i += max(n, 1)
-		if safe := (unescapedBytes[b] && b != '/') || b == '+' || b == '@' || b == '='; !safe {
-			b = '_'
-		}
-		to = append(to, b)
-	}
-	to = slices.Delete(to, start, max(start, len(to)-maxFilename))
-	if len(to) == start {
-		return append(to, '_')
-	}
-	if to[start] == '.' {
-		to[start] = '_'
-	}
-	return to
 }
 
 // trimEmptySegments removes the empty and "." segments in front of a path: clients make

@@ -233,7 +233,7 @@ func setBaseURL(c *configReader, r *remote, n *yaml.Node) {
 	if u != nil && r.packageType == "docker" && strings.HasSuffix(u.Path, "/v2") {
 		c.addValueError(n, "ends in /v2, which is added to it: remove that")
 	}
-	r.origins = append(r.origins, origin{url: u, auth: true})
+	r.origins = append(r.origins, origin{url: u, auth: true, masked: c.masked})
 }
 
 // setMirrors reads a list of URLs, or of mappings with url, auth and verified.
@@ -263,10 +263,8 @@ func setMirrors(c *configReader, r *remote, n *yaml.Node) {
 			}
 		}
 		o.url = c.readURL(urlNode, false)
-		if c.masked != "" {
-			r.masked["mirrors"+strconv.Itoa(len(r.origins))] = c.masked
-		}
-		r.origins, c.masked = append(r.origins, o), ""
+		o.masked, c.masked = c.masked, ""
+		r.origins = append(r.origins, o)
 	}
 }
 
