@@ -18,10 +18,10 @@ func (file fileRequest) rewrittenLinks() *documentLinks {
 		return nil
 	}
 	if absoluteLinks[r.packageType] {
-		if r.links.publicURL == "" {
+		if r.config.publicURL == "" {
 			return nil
 		}
-		return &documentLinks{r.links, r.links.publicURL + "/api/", r}
+		return &documentLinks{r.links, r.config.publicURL + "/api/", r}
 	}
 	path, _, _ := strings.Cut(file.spelling, "?")
 	return &documentLinks{r.links, strings.Repeat("../", 1+strings.Count(path, "/")), r}

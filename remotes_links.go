@@ -10,7 +10,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
-	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -30,17 +29,16 @@ const (
 
 // linkTable leads links to the remotes of one configuration.
 type linkTable struct {
-	urls      urlTable
-	longest   int    // URL in urls
-	publicURL string // without a slash at its end; "": not known
-	id        string // names the table in records
+	urls    urlTable
+	longest int    // URL in urls
+	id      string // names the table in records
 }
 
-func newLinkTable(cfg *config, publicURL string) *linkTable {
-	t := &linkTable{urls: cfg.urls.forLinks(), publicURL: publicURL}
+func newLinkTable(cfg *config) *linkTable {
+	t := &linkTable{urls: newURLTable(cfg, true)}
 	h := sha256.New()
-	io.WriteString(h, publicURL)
-	for _, host := range slices.Sorted(maps.Keys(t.urls)) {
+	io.WriteString(h, cfg.publicURL)
+	for _, host := range sortedKeys(t.urls) {
 		for i, b := range t.urls[host] {
 			t.longest = max(t.longest, len(b.url))
 			io.WriteString(h, "\n"+b.remote.name+" "+b.url)
@@ -58,14 +56,14 @@ func newLinkTable(cfg *config, publicURL string) *linkTable {
 // clients reach this server; "" if that is not known.
 func (cfg *config) useLinks(publicURL string) {
 	cfg.publicURL = strings.TrimSuffix(publicURL, "/")
-	t := newLinkTable(cfg, cfg.publicURL)
+	t := newLinkTable(cfg)
 	for _, name := range cfg.names {
 		r := cfg.remotes[name]
 		if r.local || (!linkingPackages[r.packageType] && r.rewrite == nil) {
 			continue
 		}
 		r.links = t
-		if absoluteLinks[r.packageType] && t.publicURL == "" {
+		if absoluteLinks[r.packageType] && cfg.publicURL == "" {
 			cfg.warnings = append(cfg.warnings, fmt.Sprintf("remote %q: PUBLIC_URL is not set, and clients of %s take absolute links only: what its documents link to is fetched past the cache", name, r.packageType))
 		}
 		for _, l := range linkedHosts {
@@ -109,7 +107,6 @@ type linkRewriter struct {
 	atEnd   func(leaving map[string]int) // called once, if it is not nil
 
 	in     []byte // of src; in[:done] was handled and is kept to look back
-	isCut  bool   // in does not begin where the document does
 	done   int
 	out    []byte // what in[:done] has become
 	unread []byte // of out
@@ -117,7 +114,8 @@ type linkRewriter struct {
 }
 
 func newLinkRewriter(src io.Reader, links *documentLinks) *linkRewriter {
-	return &linkRewriter{src: src, links: links, leaving: map[string]int{}, in: make([]byte, 0, 2*rewriteBufferSize)}
+	in := append(make([]byte, 0, 2*rewriteBufferSize), '\n') // as if a line ended in front of the document
+	return &linkRewriter{src: src, links: links, leaving: map[string]int{}, in: in, done: len(in)}
 }
 
 func (r *linkRewriter) Read(p []byte) (int, error) {
@@ -144,7 +142,6 @@ func (r *linkRewriter) readMore() {
 	if unused := r.done - linkLookBack; unused > 0 {
 		r.in = append(r.in[:0], r.in[unused:]...)
 		r.done -= unused
-		r.isCut = true
 	}
 	if r.err != nil {
 		return
@@ -240,12 +237,8 @@ func (r *linkRewriter) beginsValue() bool {
 	if bytes.HasSuffix(before, []byte("=")) {
 		return attributePattern.Match(before[max(0, bytes.LastIndexAny(before, " \t\r\n\f")):])
 	}
-	if !bytes.HasSuffix(before, []byte(" ")) {
-		return false
-	}
 	newLine := bytes.LastIndexByte(before, '\n')
-	isLine := newLine >= 0 || (!r.isCut && len(before) == r.done)
-	return isLine && leadsToYAMLValue(before[newLine+1:])
+	return newLine >= 0 && bytes.HasSuffix(before, []byte(" ")) && leadsToYAMLValue(before[newLine+1:])
 }
 
 var attributePattern = regexp.MustCompile(`^\s[A-Za-z-]+=$`)

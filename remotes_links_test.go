@@ -26,7 +26,7 @@ const linkConfig = `remotes:
 func rewriteText(t testing.TB, text, way string, wrap func(io.Reader) io.Reader) (string, map[string]int) {
 	t.Helper()
 	cfg := mustParse(t, linkConfig)
-	r := newLinkRewriter(wrap(strings.NewReader(text)), &documentLinks{newLinkTable(cfg, ""), way, nil})
+	r := newLinkRewriter(wrap(strings.NewReader(text)), &documentLinks{newLinkTable(cfg), way, nil})
 	out, err := io.ReadAll(r)
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +85,7 @@ func TestLinksAreLedHere(t *testing.T) {
 
 func TestTablesThatLeadElsewhereHaveOtherNames(t *testing.T) {
 	t.Parallel()
-	id := func(remotes string) string { return newLinkTable(mustParse(t, "remotes:\n"+remotes), "").id }
+	id := func(remotes string) string { return newLinkTable(mustParse(t, "remotes:\n"+remotes)).id }
 	const a, b = "  a: {base_url: \"https://x.example\", immutable_patterns: [%s]}\n", "  b: {base_url: \"https://x.example\"}\n"
 	one := id(fmt.Sprintf(a, "one"))
 	if id(fmt.Sprintf(a, "two")) != one {
@@ -146,7 +146,7 @@ func documentOf(size int, begin, entry, end string) []byte {
 // BenchmarkRewriteLinks has more links than real documents have, where each is looked at.
 func BenchmarkRewriteLinks(b *testing.B) {
 	cfg := mustParse(b, linkConfig)
-	links := &documentLinks{newLinkTable(cfg, ""), "https://artifacts.example/api/", cfg.remotes["npm"]}
+	links := &documentLinks{newLinkTable(cfg), "https://artifacts.example/api/", cfg.remotes["npm"]}
 	buf := make([]byte, 256<<10)
 	for name, text := range map[string][]byte{
 		"npm":  documentOf(50<<20, `{"name":"x","versions":{`, `"1.0.0":{"name":"x","description":"some text that is here and there","dist":{"integrity":"sha512-0123456789abcdef","tarball":"https://registry.example.org/x/-/x-1.0.0.tgz"},"repository":{"url":"git+https://other.example/x"}},`, `"z":{}}}`),

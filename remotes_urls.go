@@ -6,7 +6,6 @@ package main
 import (
 	"bytes"
 	"cmp"
-	"maps"
 	"net/url"
 	"regexp"
 	"slices"
@@ -24,30 +23,33 @@ type urlBase struct {
 	url    string // without a slash at its end
 	host   int    // the length of scheme and host, whose case does not matter
 	remote *remote
-	isLink bool // links in documents are led by it: it is a base_url, and not that of a registry
 }
 
-// newURLTable makes the table of all remotes in cfg that have an upstream.
-func newURLTable(cfg *config) urlTable {
+// newURLTable makes the table of all remotes in cfg that have an upstream. That forLinks
+// leads links in documents: it has no mirrors and no registries.
+func newURLTable(cfg *config, forLinks bool) urlTable {
 	t := urlTable{}
-	add := func(r *remote, base string, isLink bool) {
+	add := func(r *remote, base string) {
 		if r.packageType == "docker" {
-			base, isLink = base+"/v2", false // what follows it follows urlPath here
+			base += "/v2" // what follows it follows urlPath here
 		}
 		host := string(appendHost(nil, []byte(base)))
-		t[host] = append(t[host], urlBase{base, len(host), r, isLink})
+		t[host] = append(t[host], urlBase{base, len(host), r})
 	}
 	for _, mirrors := range []bool{false, true} {
 		for _, name := range cfg.names {
-			for i, o := range cfg.remotes[name].origins {
-				if (i > 0) == mirrors {
-					add(cfg.remotes[name], o.url.String(), !mirrors)
+			r := cfg.remotes[name]
+			for i, o := range r.origins {
+				if (i > 0) == mirrors && !(forLinks && (mirrors || r.packageType == "docker")) {
+					add(r, o.url.String())
 				}
 			}
 		}
 	}
-	for _, registry := range slices.Sorted(maps.Keys(cfg.registries)) {
-		add(cfg.registries[registry], "https://"+registry, false)
+	if !forLinks {
+		for _, registry := range sortedKeys(cfg.registries) {
+			add(cfg.registries[registry], "https://"+registry)
+		}
 	}
 	for _, bases := range t {
 		slices.SortStableFunc(bases, func(a, b urlBase) int {
@@ -55,19 +57,6 @@ func newURLTable(cfg *config) urlTable {
 		})
 	}
 	return t
-}
-
-// forLinks is the part of t that leads links.
-func (t urlTable) forLinks() urlTable {
-	links := urlTable{}
-	for host, bases := range t {
-		for _, b := range bases {
-			if b.isLink {
-				links[host] = append(links[host], b)
-			}
-		}
-	}
-	return links
 }
 
 // find returns the base that s begins with, or nil. Behind the base s ends, or goes on

@@ -69,7 +69,7 @@ func parseConfig(name string, data []byte, env func(string) (string, bool)) (*co
 	}
 	cfg.names = sortedKeys(cfg.remotes)
 	cfg.warnings = c.warnings
-	cfg.urls = newURLTable(cfg)
+	cfg.urls = newURLTable(cfg, false)
 	publicURL, _ := env("PUBLIC_URL")
 	cfg.useLinks(publicURL)
 	for _, name := range cfg.names {
