@@ -26,27 +26,24 @@ type remoteKey struct {
 	docker      bool   // for package docker only
 	defaultText string // the default as README.md documents it, which a test compares
 	minimum     int64  // of a number of seconds
-	// field returns a pointer to the field that has the value. Its type says how the
-	// value is read (readField) and shown in /config (publicField).
+	// field returns a pointer to the field that has the value, or to the value where no
+	// field has it. Its type says how it is read (readField) and shown in /config.
 	field func(r *remote) any
 	// set reads the value n of a key with rules of its own into r and reports its
 	// mistakes to c. A block, and the keys of a mirror, which setMirrors reads, have
 	// neither field nor set.
 	set func(c *configReader, r *remote, n *yaml.Node)
-	// publicValue returns the effective value for /config where there is no field. A
-	// nil result leaves the key out.
-	publicValue func(r *remote) any
 }
 
 // remoteKeys lists every key of a remote; any other key is refused. The order is
 // the one in which they are read: type and package come first, because they decide
 // which other keys are allowed, and base_url comes before mirrors.
 var remoteKeys = []remoteKey{
-	{name: "type", defaultText: "remote", set: setType, publicValue: func(r *remote) any { return r.typeName() }},
+	{name: "type", defaultText: "remote", set: setType, field: func(r *remote) any { return new(r.typeName()) }},
 	{name: "package", defaultText: "generic", set: setPackage, field: func(r *remote) any { return &r.packageType }},
 	{name: "description", defaultText: "none", field: func(r *remote) any { return &r.description }},
-	{name: "base_url", onType: "remote", defaultText: "required", set: setBaseURL, publicValue: func(r *remote) any { return r.shownURL(0) }},
-	{name: "mirrors", onType: "remote", defaultText: "none", set: setMirrors, publicValue: publicMirrors},
+	{name: "base_url", onType: "remote", defaultText: "required", set: setBaseURL, field: func(r *remote) any { return new(r.shownURL(0)) }},
+	{name: "mirrors", onType: "remote", defaultText: "none", set: setMirrors, field: func(r *remote) any { return new(shownMirrors(r)) }},
 	{name: "mirrors.url", onType: "remote", defaultText: "required"},
 	{name: "mirrors.auth", onType: "remote", defaultText: "false"},
 	{name: "mirrors.verified", onType: "remote", defaultText: "false"},
@@ -379,8 +376,6 @@ func (c *config) publicView() map[string]any {
 			switch hidden := r.masked[k.name]; {
 			case hidden != "":
 				v = hidden
-			case k.publicValue != nil:
-				v = k.publicValue(r)
 			case k.field != nil:
 				v = publicField(k.field(r))
 			}
@@ -401,12 +396,8 @@ func (r *remote) typeName() string {
 	return "remote"
 }
 
-// publicMirrors returns the mirrors with their keys, or nil if there are none.
-func publicMirrors(r *remote) any {
-	if len(r.origins) == 1 {
-		return nil
-	}
-	var list []map[string]any
+// shownMirrors returns the mirrors with their keys.
+func shownMirrors(r *remote) (list []map[string]any) {
 	for i, o := range r.origins[1:] {
 		list = append(list, map[string]any{"url": r.shownURL(i + 1), "auth": o.auth, "verified": o.verified})
 	}

@@ -17,8 +17,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"gopkg.in/yaml.v3"
 )
@@ -130,14 +128,6 @@ func (c *configReader) addValueError(n *yaml.Node, format string, args ...any) {
 }
 
 func (c *configReader) readDocument(data []byte, cfg *config) {
-	// yaml.v3 would refuse these bytes (YAML 1.2 section 5.1) without naming the line.
-	isForbidden := func(r rune) bool { return unicode.IsControl(r) && !strings.ContainsRune("\t\r\u0085", r) }
-	for i, line := range bytes.Split(data, []byte("\n")) {
-		if !utf8.Valid(line) || bytes.ContainsFunc(line, isForbidden) {
-			c.addError(i+1, "this line is not UTF-8 or holds a control character: save the file in UTF-8, and write a control character as an escape within double quotes")
-			return
-		}
-	}
 	var doc, next yaml.Node
 	dec := yaml.NewDecoder(bytes.NewReader(data))
 	switch err := dec.Decode(&doc); {
@@ -183,6 +173,8 @@ func (c *configReader) readDocument(data []byte, cfg *config) {
 func (c *configReader) addSyntaxError(data []byte, err error) {
 	text := yamlErrorStart.ReplaceAllString(err.Error(), "")
 	switch {
+	case strings.Contains(text, "UTF-8"), strings.HasPrefix(text, "control characters"):
+		text = "this line is not UTF-8 or holds a control character: save the file in UTF-8, and write a control character as an escape within double quotes"
 	case strings.HasPrefix(text, "unknown anchor"):
 		text = "an alias of an anchor that does not exist: put a value that begins with * in quotes"
 	case text == "did not find expected alphabetic or numeric character":
