@@ -21,22 +21,10 @@ import (
 	"gopkg.in/yaml.v3"
 )
 
-// configErrors are all mistakes in one file, in the order of its lines.
-type configErrors []configError
-
 // configError is one mistake in a configuration file.
 type configError struct {
 	line int    // counted from 1
 	text string // FILE:LINE: remote "x": what is wrong and how to cure it; never a secret
-}
-
-// Error returns all mistakes, each on a line.
-func (l configErrors) Error() string {
-	s := make([]string, len(l))
-	for i, e := range l {
-		s[i] = e.text
-	}
-	return strings.Join(s, "\n")
 }
 
 var (
@@ -55,15 +43,19 @@ var (
 )
 
 // parseConfig parses data, the content of the file called name. env looks up an
-// environment variable as os.LookupEnv does. The error is a configErrors with every
-// mistake in the file.
+// environment variable as os.LookupEnv does. The error has every mistake in the file, each
+// on a line, in the order of its lines.
 func parseConfig(name string, data []byte, env func(string) (string, bool)) (*config, error) {
 	c := &configReader{file: name, env: env, keys: remoteKeys, registries: map[string]int{}}
 	cfg := &config{remotes: map[string]*remote{}, registries: map[string]*remote{}}
 	c.readDocument(bytes.TrimPrefix(data, []byte("\ufeff")), cfg)
 	if len(c.errs) > 0 {
 		slices.SortStableFunc(c.errs, func(a, b configError) int { return a.line - b.line })
-		return nil, c.errs
+		var all []string
+		for _, e := range c.errs {
+			all = append(all, e.text)
+		}
+		return nil, errors.New(strings.Join(all, "\n"))
 	}
 	cfg.names = sortedKeys(cfg.remotes)
 	cfg.warnings = c.warnings
@@ -85,7 +77,7 @@ type configReader struct {
 	file string
 	env  func(string) (string, bool)
 	keys []remoteKey // remoteKeys; methods that it refers to cannot name it (initialization cycle)
-	errs configErrors
+	errs []configError
 	// warnings are about what is valid but rarely meant, a text each as in errs.
 	warnings []string
 
@@ -310,7 +302,7 @@ func (c *configReader) collectKeys(n *yaml.Node, prefix string, into map[string]
 		switch {
 		case v.Kind == yaml.AliasNode: // rejectReferences has reported it
 			continue
-		case !c.hasKey(name):
+		case !slices.ContainsFunc(c.keys, func(k remoteKey) bool { return k.name == name }):
 			c.addUnknownKey(k, prefix)
 			continue
 		case twice:
@@ -330,36 +322,15 @@ func (c *configReader) collectKeys(n *yaml.Node, prefix string, into map[string]
 	}
 }
 
-func (c *configReader) hasKey(name string) bool {
-	return slices.ContainsFunc(c.keys, func(k remoteKey) bool { return k.name == name })
-}
-
-// otherNames are words that people write for keys, as other programs call them.
-var otherNames = map[string]string{"url": "base_url", "upstream": "base_url", "user": "username", "pass": "password", "token": "password",
-	"ttl": "mutable_ttl", "patterns": "immutable_patterns", "include_patterns": "immutable_patterns", "allow": "immutable_patterns"}
-
-// addUnknownKey reports an unknown key k below prefix, and names the one most like it.
+// addUnknownKey reports an unknown key k below prefix, and names those that there are.
 func (c *configReader) addUnknownKey(k *yaml.Node, prefix string) {
-	hint := "remove it"
-	for distance := 2; distance > 0; distance-- { // a word with more typing errors is another word
-		for _, key := range c.keys {
-			if name, ok := strings.CutPrefix(key.name, prefix); ok && isSimilar(k.Value, name, distance) {
-				hint = fmt.Sprintf("did you mean %s?", name)
-			}
+	var known []string
+	for _, key := range c.keys {
+		if name, ok := strings.CutPrefix(key.name, prefix); ok {
+			known = append(known, name)
 		}
 	}
-	other := otherNames[k.Value]
-	switch {
-	case other == "mutable_ttl":
-		hint = "did you mean mutable_ttl below cache?"
-	case prefix == "" && other != "":
-		hint = fmt.Sprintf("did you mean %s?", other)
-	case prefix == "" && c.hasKey("cache."+k.Value):
-		hint = "it belongs below cache"
-	case prefix != "" && c.hasKey(k.Value):
-		hint = "it does not belong below " + strings.TrimSuffix(prefix, ".")
-	}
-	c.addError(k.Line, "unknown key %.60q: %s", prefix+k.Value, hint)
+	c.addError(k.Line, "unknown key %.60q: remove it, or use one of %s", prefix+k.Value, strings.Join(known, ", "))
 }
 
 // readScalar returns the text of a scalar as the file has it, so a number or a date
@@ -550,16 +521,4 @@ func explainPatternError(err error) string {
 		return text + ": patterns are regular expressions, not globs: write .*\\.gz$ for *.gz"
 	}
 	return text + ": Go's regular expressions are RE2, see https://github.com/google/re2/wiki/Syntax"
-}
-
-// isSimilar reports whether b can be made out of a when at most n bytes are inserted,
-// removed or changed. n is small.
-func isSimilar(a, b string, n int) bool {
-	for a != "" && b != "" && a[0] == b[0] {
-		a, b = a[1:], b[1:]
-	}
-	if n == 0 || a == "" || b == "" {
-		return len(a)+len(b) <= n
-	}
-	return isSimilar(a[1:], b, n-1) || isSimilar(a, b[1:], n-1) || isSimilar(a[1:], b[1:], n-1)
 }
