@@ -48,22 +48,20 @@ const acceptManifests = typeIndex + ", " + typeManifest + ", " + typeDockerList 
 // emptyIndex is the list of referrers where the upstream has none.
 const emptyIndex = `{"schemaVersion":2,"mediaType":"` + typeIndex + `","manifests":[]}`
 
-// registryRoute is the path element that says what a registry path asks for.
-type registryRoute string
-
+// Routes: the path element that says what a registry path asks for.
 const (
-	routePing      registryRoute = ""
-	routeManifest  registryRoute = "manifests"
-	routeBlob      registryRoute = "blobs"
-	routeTags      registryRoute = "tags"
-	routeReferrers registryRoute = "referrers"
+	routePing      = ""
+	routeManifest  = "manifests"
+	routeBlob      = "blobs"
+	routeTags      = "tags"
+	routeReferrers = "referrers"
 )
 
 // registryCall is one parsed request to the registry.
 type registryCall struct {
 	remote    *remote
 	image     string // as the upstream names it
-	route     registryRoute
+	route     string
 	reference string // tag or digest
 	digest    string // reference, if that is a digest; else ""
 	query     string // the query to send upstream, normalised
@@ -166,7 +164,7 @@ func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 // patterns see, is its own spelling: a ":" is not escaped, because some registries
 // refuse "%3A".
 func (c *registryCall) newTarget(reference string) target {
-	path := c.image + "/" + string(c.route) + "/" + reference
+	path := c.image + "/" + c.route + "/" + reference
 	t := target{remote: c.remote, path: path, spelling: path}
 	if c.query != "" {
 		t.spelling += "?" + c.query
@@ -405,7 +403,7 @@ func (c *registryCall) withErrorCode(err error) error {
 }
 
 // notFoundCodes are the codes of a 404; "NAME_UNKNOWN" for the other routes.
-var notFoundCodes = map[registryRoute]string{routeManifest: "MANIFEST_UNKNOWN", routeBlob: "BLOB_UNKNOWN"}
+var notFoundCodes = map[string]string{routeManifest: "MANIFEST_UNKNOWN", routeBlob: "BLOB_UNKNOWN"}
 
 // writeRegistryError is the registry's errorWriter.
 func writeRegistryError(w http.ResponseWriter, status int, message string, err error) {

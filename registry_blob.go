@@ -11,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"slices"
 	"strings"
 )
 
@@ -27,11 +28,8 @@ type blobFile struct {
 // requestBody asks for the blob through its image. An upstream that has it there grants it.
 func (f *blobFile) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
 	resp, err := up.send(ctx, req)
-	if err == nil {
-		switch resp.StatusCode {
-		case http.StatusOK, http.StatusPartialContent, http.StatusNotModified:
-			f.g.grantBlob(ctx, f.call.blobKey(f.call.digest), 0)
-		}
+	if err == nil && slices.Contains([]int{http.StatusOK, http.StatusPartialContent, http.StatusNotModified}, resp.StatusCode) {
+		f.g.grantBlob(ctx, f.call.blobKey(f.call.digest), 0)
 	}
 	return resp, err
 }
@@ -80,7 +78,7 @@ func (g *registry) isNamedByStored(ctx context.Context, c *registryCall) bool {
 
 // readStoredManifests grants c's image what its stored manifests name.
 func (g *registry) readStoredManifests(ctx context.Context, c *registryCall) {
-	q := pageQuery{remote: c.remote.name, prefix: c.image + "/" + string(routeManifest) + "/", limit: listPageSize}
+	q := pageQuery{remote: c.remote.name, prefix: c.image + "/" + routeManifest + "/", limit: listPageSize}
 	for {
 		p, err := g.cache.index.listPage(ctx, q)
 		if err != nil && !errors.Is(err, errStoreDown) {

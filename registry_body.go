@@ -18,10 +18,9 @@ const maxNamedBlobs = 1000
 
 // manifest is what the registry reads of a manifest or an index.
 type manifest struct {
-	declared     string       // its member mediaType
-	blobs        []descriptor // the first of those that it names
-	hasConfig    bool
-	hasManifests bool
+	declared  string       // its member mediaType
+	suggested string       // the type that its other members suggest
+	blobs     []descriptor // the first of those that it names
 }
 
 // descriptor refers to a blob (OCI image specification).
@@ -41,12 +40,12 @@ func readManifest(r io.Reader) (*manifest, error) {
 		case "mediaType":
 			return decodeNext(d, &m.declared)
 		case "config":
-			m.hasConfig = true
+			m.suggested = cmp.Or(m.suggested, typeManifest)
 			return m.readBlob(d)
 		case "layers":
 			return readArray(d, func() error { return m.readBlob(d) })
 		case "manifests":
-			m.hasManifests = true
+			m.suggested = typeIndex
 		}
 		return skipNext(d)
 	})
@@ -80,12 +79,8 @@ func (m *manifest) mediaType(upstream string) string {
 		return upstream
 	case err == nil && boundedHeader(m.declared) != "":
 		return m.declared
-	case m.hasManifests:
-		return typeIndex
-	case m.hasConfig:
-		return typeManifest
 	}
-	return cmp.Or(upstream, typeJSON)
+	return cmp.Or(m.suggested, upstream, typeJSON)
 }
 
 // countList returns how many elements the member of that name has, an array, or null. An

@@ -28,7 +28,7 @@ func TestReadManifest(t *testing.T) {
 	} {
 		m, err := readManifest(strings.NewReader(text))
 		got := fmt.Sprint(m.blobs)
-		for name, is := range map[string]bool{"config": m.hasConfig, "manifests": m.hasManifests, m.declared: m.declared != ""} {
+		for name, is := range map[string]bool{"config": m.suggested == typeManifest, "manifests": m.suggested == typeIndex, m.declared: m.declared != ""} {
 			if is {
 				got = name + " " + got
 			}

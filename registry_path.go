@@ -91,7 +91,7 @@ func (c *registryCall) splitOperation(rest string) (name string, hasOperation bo
 	if j < 1 {
 		return rest, false
 	}
-	switch route, reference := registryRoute(rest[j+1:i]), rest[i+1:]; {
+	switch route, reference := rest[j+1:i], rest[i+1:]; {
 	case route == routeTags && reference == "list":
 		c.route = route
 	case route == routeManifest, route == routeBlob, route == routeReferrers:

@@ -59,7 +59,7 @@ func TestRegistryPathsAreReadFromTheRight(t *testing.T) {
 			t.Errorf("%s: %v", path, err)
 			continue
 		}
-		if got := c.remote.name + " " + c.image + " " + string(c.route) + " " + c.reference; got != want {
+		if got := c.remote.name + " " + c.image + " " + c.route + " " + c.reference; got != want {
 			t.Errorf("%s: %s, want %s", path, got, want)
 		}
 	}

@@ -205,7 +205,10 @@ func setPackage(c *configReader, r *remote, n *yaml.Node) {
 	case s == "docker" && r.local:
 		c.addValueError(n, "\"docker\" cannot be of type \"local\": artifactapi only mirrors registries, images are pushed to the registry itself")
 	case known:
-		r.packageType = s
+		r.packageType, r.builtin = s, builtinPatterns[s]
+		if revalidatedPackages[s] && !r.local {
+			r.checkBuiltin, r.negativeTTL = true, time.Minute
+		}
 		return
 	case ok:
 		c.addValueError(n, "must be generic, alpine, deb, rpm, docker, go, maven, helm, pypi, npm, cargo or terraform, not %.40q: use generic for others, with mutable_patterns for their index files", n.Value)
@@ -369,15 +372,12 @@ func (c *config) publicView() map[string]any {
 		m := map[string]any{"cache": cache}
 		all[name] = m
 		for _, k := range remoteKeys {
-			if (k.onType != "" && k.onType != r.typeName()) || (k.docker && r.packageType != "docker") {
+			if k.field == nil || (k.onType != "" && k.onType != r.typeName()) || (k.docker && r.packageType != "docker") {
 				continue
 			}
-			var v any
-			switch hidden := r.masked[k.name]; {
-			case hidden != "":
+			v := publicField(k.field(r))
+			if hidden, ok := r.masked[k.name]; ok {
 				v = hidden
-			case k.field != nil:
-				v = publicField(k.field(r))
 			}
 			if name, ok := strings.CutPrefix(k.name, "cache."); ok && v != nil {
 				cache[name] = v

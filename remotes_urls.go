@@ -10,7 +10,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"unicode"
 )
 
 // urlTable finds the remote that a URL lies in: the bases by their host. The longest
@@ -21,7 +20,6 @@ type urlTable map[string][]urlBase
 // urlBase is a URL below which a remote has its files.
 type urlBase struct {
 	url    string // without a slash at its end
-	host   int    // the length of scheme and host, whose case does not matter
 	remote *remote
 }
 
@@ -34,7 +32,7 @@ func newURLTable(cfg *config, forLinks bool) urlTable {
 			base += "/v2" // what follows it follows urlPath here
 		}
 		host := string(appendHost(nil, []byte(base)))
-		t[host] = append(t[host], urlBase{base, len(host), r})
+		t[host] = append(t[host], urlBase{base, r})
 	}
 	for _, mirrors := range []bool{false, true} {
 		for _, name := range cfg.names {
@@ -65,17 +63,19 @@ func newURLTable(cfg *config, forLinks bool) urlTable {
 // rather own than another, rather the first than the second.
 func (t urlTable) find(s []byte, own *remote) (found *urlBase) {
 	var buf [maxHostBytes]byte
-	bases, best := t[string(appendHost(buf[:0], s))], 0
+	host := appendHost(buf[:0], s) // of which the case does not matter
+	bases, best := t[string(host)], 0
 	for i := range bases {
 		b := &bases[i]
 		if found != nil && found.url != b.url {
 			break
 		}
-		if !bytes.HasPrefix(s[b.host:], []byte(b.url[b.host:])) || (len(s) > len(b.url) && s[len(b.url)] != '/' && continuesElement(s[len(b.url)])) {
+		rest, isBelow := bytes.CutPrefix(s[len(host):], []byte(b.url[len(host):]))
+		if !isBelow || (len(rest) > 0 && rest[0] != '/' && continuesElement(rest[0])) {
 			continue
 		}
 		rank := 1
-		if b.allows(s[len(b.url):]) {
+		if b.allows(rest) {
 			rank += 2
 		}
 		if b.remote == own {
@@ -95,9 +95,9 @@ func (b *urlBase) allows(s []byte) bool {
 	if r.immutable == nil {
 		return true
 	}
-	end := bytes.IndexFunc(s, func(r rune) bool { return r > unicode.MaxASCII || !continuesElement(byte(r)) })
-	if end < 0 {
-		end = len(s)
+	end := 0
+	for end < len(s) && continuesElement(s[end]) {
+		end++
 	}
 	path := decodePath(strings.TrimLeft(string(s[:end]), "/"))
 	matches := func(p *regexp.Regexp) bool { return p.MatchString(path) }

@@ -265,15 +265,6 @@ func (c *configReader) readRemote(k, v *yaml.Node) *remote {
 	case r.packageType == "docker" && r.name != strings.ToLower(r.name):
 		c.addError(k.Line, "image names are in lower case, so the name of a docker remote must be too: rename it to %q", strings.ToLower(r.name))
 	}
-	r.builtin = builtinPatterns[r.packageType]
-	if revalidatedPackages[r.packageType] && !r.local {
-		if _, given := fields["check_builtin_updates"]; !given {
-			r.checkBuiltin = true
-		}
-		if _, given := fields["negative_ttl"]; !given {
-			r.negativeTTL = time.Minute
-		}
-	}
 	return r
 }
 
