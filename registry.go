@@ -139,7 +139,7 @@ func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 	common := registryFile{call: c, g: g}
 	switch c.route {
 	case routePing:
-		return file, errNoRoute
+		return fileRequest{target: target{remote: c.remote}}, errNoRoute
 	case routeManifest:
 		file.behavior, file.digest = &manifestFile{common}, c.digest
 		file.accept, file.maxBytes = acceptManifests, maxManifest

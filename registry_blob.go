@@ -48,10 +48,8 @@ func (f *blobFile) permit(ctx context.Context, _ *record) error {
 		err = &problem{status: http.StatusBadGateway, cause: errUnreachable,
 			detail: fmt.Sprintf("remote %q cannot be reached, and nothing stored says that image %q has this blob", c.remote.name, c.image)}
 	} else {
-		var file fileRequest
-		if file, err = g.newFileRequest(c); err == nil {
-			_, err = g.cache.headUpstream(ctx, file) // which comes to requestBody
-		}
+		file, _ := g.newFileRequest(c)           // as this very request was made
+		_, err = g.cache.headUpstream(ctx, file) // which comes to requestBody
 	}
 	isOpen := c.remote.immutable == nil && c.remote.username == "" && len(c.remote.headers) == 0
 	if err != nil && (isUnreachable(err) && isOpen || g.isNamedByStored(ctx, c)) {

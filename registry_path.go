@@ -130,10 +130,3 @@ func isTag(s string) bool {
 	return s != "" && len(s) <= 128 && s[0] != '.' && s[0] != '-' &&
 		strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") == ""
 }
-
-// isDigest reports whether s is a digest that can be verified: sha256 or sha512 with
-// its hash in lower-case hexadecimal.
-func isDigest(s string) bool {
-	algorithm, sum, _ := strings.Cut(s, ":")
-	return (algorithm == "sha256" && isHex(sum, 64)) || (algorithm == "sha512" && isHex(sum, 128))
-}

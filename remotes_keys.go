@@ -8,6 +8,7 @@ import (
 	"math"
 	"net/http"
 	"net/url"
+	"path"
 	"reflect"
 	"regexp"
 	"slices"
@@ -153,8 +154,8 @@ var revalidatedPackages = map[string]bool{"deb": true, "go": true, "maven": true
 // digestInName returns the digest that the name of a file of metadata promises, as
 // sha256:HEX or sha512:HEX. Such a file cannot change, and its bytes can be verified.
 // own without a digest is a file below by-hash/ whose hash is too weak to verify.
-func (r *remote) digestInName(path string) (digest string, own bool) {
-	dir, name := path[:strings.LastIndexByte(path, '/')+1], path[strings.LastIndexByte(path, '/')+1:]
+func (r *remote) digestInName(file string) (digest string, own bool) {
+	dir, name := path.Split(file)
 	switch {
 	case r.local || name == "":
 	case r.packageType == "rpm" && strings.HasSuffix("/"+dir, "/repodata/"):
@@ -162,15 +163,19 @@ func (r *remote) digestInName(path string) (digest string, own bool) {
 			return "sha256:" + sum, true
 		}
 	case r.packageType == "deb" && strings.Contains("/"+dir, "/by-hash/"):
-		if strings.HasSuffix(dir, "/SHA256/") && isHex(name, 64) {
-			return "sha256:" + name, true
-		}
-		if strings.HasSuffix(dir, "/SHA512/") && isHex(name, 128) {
-			return "sha512:" + name, true
+		if digest = strings.ToLower(path.Base(dir)) + ":" + name; isDigest(digest) {
+			return digest, true
 		}
 		return "", true
 	}
 	return "", false
+}
+
+// isDigest reports whether s is a digest that can be verified: sha256 or sha512 with
+// its hash in lower-case hexadecimal.
+func isDigest(s string) bool {
+	algorithm, sum, _ := strings.Cut(s, ":")
+	return (algorithm == "sha256" && isHex(sum, 64)) || (algorithm == "sha512" && isHex(sum, 128))
 }
 
 // isHex reports whether s is n digits of lower-case hexadecimal.

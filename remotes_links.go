@@ -29,18 +29,18 @@ const (
 
 // linkTable leads links to the remotes of one configuration.
 type linkTable struct {
-	urls    urlTable
-	longest int    // URL in urls
-	id      string // names the table in records
+	urls      urlTable
+	id        string // names the table in records
+	lookAhead int    // how many bytes decide where a URL leads
 }
 
 func newLinkTable(cfg *config) *linkTable {
 	t := &linkTable{urls: newURLTable(cfg, true)}
-	h := sha256.New()
+	h, longest := sha256.New(), maxHostBytes
 	io.WriteString(h, cfg.publicURL)
 	for _, host := range sortedKeys(t.urls) {
 		for i, b := range t.urls[host] {
-			t.longest = max(t.longest, len(b.url))
+			longest = max(longest, len(b.url))
 			io.WriteString(h, "\n"+b.remote.name+" "+b.url)
 			if i > 0 && t.urls[host][i-1].url == b.url { // patterns choose between them
 				other := t.urls[host][i-1].remote
@@ -48,6 +48,7 @@ func newLinkTable(cfg *config) *linkTable {
 			}
 		}
 	}
+	t.lookAhead = 2 * (longest + 1) // one more, and a backslash before each slash
 	t.id = hex.EncodeToString(h.Sum(nil)[:8])
 	return t
 }
@@ -156,7 +157,7 @@ func (r *linkRewriter) readMore() {
 func (r *linkRewriter) rewrite() {
 	end := len(r.in)
 	if r.err == nil {
-		end -= r.lookAhead()
+		end -= r.links.table.lookAhead
 	}
 	for r.done < end {
 		i := bytes.Index(r.in[r.done:], []byte("http"))
@@ -178,19 +179,13 @@ func (r *linkRewriter) rewrite() {
 	}
 }
 
-// lookAhead is how many bytes decide where a URL leads: its host, or the longest base and
-// one more, with a backslash before each slash.
-func (r *linkRewriter) lookAhead() int {
-	return 2 * (max(r.links.table.longest, maxHostBytes) + 1)
-}
-
 // findLink returns the name of the remote that a URL at the begin of s leads to, and how
 // many bytes of s are replaced by the way there; 0 if the URL stays.
 func (r *linkRewriter) findLink(s []byte) (name string, length int) {
 	if !(bytes.HasPrefix(s, []byte("http:")) || bytes.HasPrefix(s, []byte("https:"))) || !r.beginsValue() {
 		return "", 0
 	}
-	s = s[:min(len(s), r.lookAhead())]
+	s = s[:min(len(s), r.links.table.lookAhead)]
 	u := s
 	if bytes.IndexByte(s[:min(len(s), len(`https:\`))], '\\') > 0 {
 		u = bytes.ReplaceAll(s, []byte(`\/`), []byte("/")) // as JSON may have it
