@@ -137,7 +137,7 @@ func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
 	c, file := f.c, f.file
 	switch {
-	case outcome.kind == outcomeLookAgain, errors.Is(outcome.err, errAbandoned), outcome.kind == outcomeUnchanged && cp == nil:
+	case outcome.kind == outcomeLookAgain, outcome.kind == outcomeAbandoned, outcome.kind == outcomeUnchanged && cp == nil:
 		return nil, true, nil
 	case outcome.kind == outcomeUnchanged:
 		cp.goodAt = c.now()

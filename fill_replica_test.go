@@ -998,7 +998,7 @@ func TestOutcomesSurviveTheWay(t *testing.T) {
 			t.Errorf("%+v came as %+v, %v", o, got, ok)
 		}
 	}
-	for _, own := range []fillOutcome{failedOutcome(errDigest), {kind: outcomeNoSpool}, failedOutcome(errAbandoned)} {
+	for _, own := range []fillOutcome{failedOutcome(errDigest), {kind: outcomeNoSpool}, {outcomeAbandoned, errAbandoned}} {
 		o := newReplicaOutcome(own)
 		if _, ok := o.toOutcome(); o.Kind != "self" || ok {
 			t.Errorf("%+v is told as %+v", own, o)
