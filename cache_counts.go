@@ -127,6 +127,9 @@ func (u *useCounts) flush(ctx context.Context, to index, from objects) error {
 		unknown, rest = append(unknown, found...), rest[len(batch):]
 	}
 	healed := u.heal(ctx, unknown, to, from)
+	if len(healed) == 0 { // as most of the time
+		return nil
+	}
 	_, err := to.countUses(ctx, healed) // a row that is missing again was removed meanwhile
 	if errors.Is(err, errStoreDown) {
 		u.addUses(healed...)

@@ -481,6 +481,24 @@ func TestSQLKnownDownAsksNothing(t *testing.T) {
 	}
 }
 
+// Replicas flush their uses each 2 s, and most of the time there are none to add a row for.
+func TestSQLIsNotAskedForNoUses(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	r := s.save("a")
+	var uses useCounts
+	before := s.db.counted()
+	s.must(uses.flush(t.Context(), s, &fakeObjects{}))
+	if n := s.db.counted() - before; n > 0 {
+		t.Errorf("%d calls without a use", n)
+	}
+	uses.addUses(fileUse{"r", r.Key, 1, testDay})
+	s.must(uses.flush(t.Context(), s, &fakeObjects{}))
+	if n := s.db.counted() - before; n != 1 {
+		t.Errorf("%d calls for the uses of a file with a row, want 1", n)
+	}
+}
+
 func TestDatabaseThatIsDownIsNamed(t *testing.T) {
 	t.Parallel()
 	c := childSetup{yaml: "remotes: {here: {type: local}}\n", env: []string{"DBHOST=127.0.0.1", "DBPORT=1", "DBUSER=u", "DBNAME=n"}}.start(t)
