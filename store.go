@@ -41,7 +41,7 @@ var (
 	// and is left alone, and it says nothing about the other.
 	errStray error = missError("a stray file: it is left alone, the record beside it describes another")
 	// errAside is a file that was set aside, and in whose place there is no other yet.
-	errAside = errors.New("damaged, cannot be fetched again, and was set aside: upload the file again, or remove this one")
+	errAside = errors.New("damaged, cannot be fetched again, and was set aside: upload the file again, or remove these")
 )
 
 // fileWriter writes small files so that a crash leaves either the old or the new

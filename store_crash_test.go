@@ -521,6 +521,37 @@ func TestDiskVerify(t *testing.T) {
 	}
 }
 
+// Who removes what verify names is not told of another file by the next verify.
+func TestVerifyNamesAllThatIsSetAside(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	s.d.isIrreplaceable = func(string) bool { return true }
+	s.mustPut("a", "content")
+	rot(t, s.body("a"))
+	var reported []string
+	report := func(key string, _ error) { reported = append(reported, key) }
+	for range 2 { // it is set aside, and then it is there
+		reported = nil
+		_, _, err := s.d.verify(t.Context(), report)
+		must(t, err)
+	}
+	if len(reported) != 1 {
+		t.Fatalf("reported %q, want one place", reported)
+	}
+	names, err := filepath.Glob(s.d.dir + "/" + reported[0])
+	must(t, err)
+	for _, name := range names {
+		must(t, os.Remove(name))
+	}
+	reported = nil
+	_, _, err = s.d.verify(t.Context(), report)
+	must(t, err)
+	if len(reported) > 0 {
+		t.Errorf("after what it named was removed verify reports %q", reported)
+	}
+	s.wantFiles("a")
+}
+
 // Whatever somebody puts beside a stored file, in any state of its record: that costs
 // the stored file nothing. verify reports it and leaves it alone.
 func TestDiskLeavesStrayFilesAlone(t *testing.T) {

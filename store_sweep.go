@@ -258,7 +258,7 @@ func (d *diskStore) tidyFolder(ctx context.Context, folder string, report func(k
 		key := folder + "/" + name
 		switch {
 		case strings.HasPrefix(name, asideMark):
-			aside = key
+			aside = folder + "/" + asideMark + "*" // its record, too
 		case name == recordFile || name == recordNext:
 		case name == bodyNext || name == recordFile+tempSuffix:
 			os.Remove(d.pathOf(key))
