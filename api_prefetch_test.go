@@ -524,6 +524,16 @@ func TestTextsNameThisServer(t *testing.T) {
 	}
 }
 
+// A log names the same files again and again: what bounds a run is how many there are.
+func TestTextNamesOneFileOftenerThanARunHasFiles(t *testing.T) {
+	t.Parallel()
+	s := &textScanner{cfg: mustParse(t, "remotes:\n  r: {base_url: 'http://a.example'}\n")}
+	text := strings.Repeat("http://a.example/x\n", maxPrefetchFiles+1) + "http://a.example/y http://b.example/"
+	if err := s.scan(strings.NewReader(text)); err != nil || len(s.files) != 3 {
+		t.Errorf("%d files, %v, want 3", len(s.files), err)
+	}
+}
+
 func FuzzScanText(f *testing.F) {
 	f.Add("see http://a.example/b?c d\n{\"remote\":\"r\",\"path\":\"x\"}\nreg.example/a:1@b")
 	f.Add("http://")

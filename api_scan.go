@@ -30,11 +30,12 @@ var (
 	userPattern   = regexp.MustCompile(`^([^:]*://)[^/]*@`)
 )
 
-// textScanner collects the files that a text names.
+// textScanner collects the files that a text names, each once.
 type textScanner struct {
 	cfg     *config
 	ownHost string // at which clients reach this server
 	files   []wantedFile
+	seen    map[wantedFile]struct{} // files: a log names the same ones again and again
 }
 
 // maxTextLine bounds a line of a text, in bytes: lock files may be one line as a whole.
@@ -42,6 +43,7 @@ const maxTextLine = 16 << 20
 
 // scan reads a text. Its error is the reader's, or a problem.
 func (s *textScanner) scan(r io.Reader) error {
+	s.seen = map[wantedFile]struct{}{}
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, maxTextLine)
 	for lines.Scan() {
@@ -123,9 +125,13 @@ func (s *textScanner) readURL(u string) wantedFile {
 }
 
 func (s *textScanner) addFile(f wantedFile) error {
+	if _, twice := s.seen[f]; twice {
+		return nil
+	}
 	if len(s.files) == maxPrefetchFiles {
 		return newProblem(http.StatusRequestEntityTooLarge, "the text names more than %d files: send it in parts", maxPrefetchFiles)
 	}
+	s.seen[f] = struct{}{}
 	s.files = append(s.files, f)
 	return nil
 }
