@@ -169,10 +169,10 @@ func (p *envReader) readSize(name string, defaultValue int64) int64 {
 }
 
 // readOneOf reads one of some words, in upper or lower case, and returns it as it is
-// written in values.
+// written in values, or the default instead of another word.
 func (p *envReader) readOneOf(name, defaultValue string, values ...string) string {
 	v := p.readString(name, defaultValue)
-	all := append(values, defaultValue)
+	all := append([]string{defaultValue}, values...)
 	i := slices.IndexFunc(all, func(word string) bool { return strings.EqualFold(v, word) })
 	p.require(i >= 0, name, "%q is not one of %s", v, strings.Join(values, ", "))
 	return all[max(i, 0)]

@@ -224,6 +224,15 @@ func TestAllMistakesInTheEnvironmentAreNamed(t *testing.T) {
 	}
 }
 
+// A word that is not one of those that may be there contradicts nothing.
+func TestWrongWordIsOneMistake(t *testing.T) {
+	t.Parallel()
+	_, err := parseSettings(envOf(map[string]string{"MINIO_ENDPOINT": "http://h:9000", "MINIO_ACCESS_KEY": "a", "MINIO_SECRET_KEY": "s", "MINIO_BUCKET": "buck", "MINIO_SECURE": "maybe"}))
+	if want := `environment: MINIO_SECURE: "maybe" is not one of true, false, 1, 0`; err == nil || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+}
+
 func TestLogFormatFollowsTheOutput(t *testing.T) {
 	t.Parallel()
 	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
