@@ -109,6 +109,7 @@ func TestConfigMistakes(t *testing.T) {
 		{"list that is not closed", one("    mutable_patterns: [a,\n    timeout: 5 # HERE\n"), "close a bracket that is open"},
 		{"glob without quotes", one("    mutable_patterns:\n      - *.gz # HERE\n"), "begins with * in quotes"},
 		{"not UTF-8", "remotes:\n  x: \"\xff\" # HERE\n", "not UTF-8"},
+		{"a surrogate in UTF-8", "remotes:\n  x: \"\xed\xa0\x80\" # HERE\n", "not UTF-8"},
 		{"control character", "remotes:\n  x: \"\x01\" # HERE\n", "control character"},
 
 		{"name that begins with a dot", "remotes:\n  .x: # HERE\n" + wellFormed, "a name begins with"},

@@ -165,7 +165,7 @@ func (c *configReader) readDocument(data []byte, cfg *config) {
 func (c *configReader) addSyntaxError(data []byte, err error) {
 	text := yamlErrorStart.ReplaceAllString(err.Error(), "")
 	switch {
-	case strings.Contains(text, "UTF-8"), strings.HasPrefix(text, "control characters"):
+	case strings.Contains(text, "UTF-8"), text == "invalid Unicode character", strings.HasPrefix(text, "control characters"):
 		text = "this line is not UTF-8 or holds a control character: save the file in UTF-8, and write a control character as an escape within double quotes"
 	case strings.HasPrefix(text, "unknown anchor"):
 		text = "an alias of an anchor that does not exist: put a value that begins with * in quotes"
