@@ -156,10 +156,11 @@ func (c *bundleCommand) showProgress(p *bundleProgress) (stop func()) {
 	ctx, end := context.WithCancel(context.Background())
 	began := c.now()
 	running.Go(func() {
-		for ctx.Err() == nil {
+		for more := true; more; { // once more when it has ended
 			select {
 			case <-time.After(time.Second):
 			case <-ctx.Done():
+				more = false
 			}
 			mb, seconds := float64(p.done.Load())/1e6, max(c.now().Sub(began).Seconds(), 0.001)
 			fmt.Fprintf(c.stderr, "\r%.0f of %.0f MB, %.0f MB/s\x1b[K", mb, float64(p.total.Load())/1e6, mb/seconds)
