@@ -253,7 +253,7 @@ func (g *generations) askAfter(ctx context.Context, file *fileRequest, err error
 // and reports whether there is another one by now.
 func (g *generations) askAgain(ctx context.Context, root *storedRoot, must bool) (changed bool) {
 	key, folder := root.key(), root.folderID()
-	if g.locks.lock(ctx, key) != nil { // who comes second sees what the first has found
+	if g.locks.lock(ctx, key) != nil { // the second caller then sees what the first has found
 		return false
 	}
 	defer g.locks.unlock(key)

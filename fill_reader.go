@@ -59,7 +59,7 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 	return f.replyFromSpool(ctx, leads, rng), false, nil
 }
 
-// hasAll reports whether the body is all there: who comes now has no download to join.
+// hasAll reports whether the body is all there: a client has no download to join any more.
 func (f *fill) hasAll() bool {
 	written, size := f.progress()
 	return written == size

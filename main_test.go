@@ -233,13 +233,19 @@ func TestWrongWordIsOneMistake(t *testing.T) {
 	}
 }
 
-func TestLogFormatFollowsTheOutput(t *testing.T) {
-	t.Parallel()
+// openTerminal opens a terminal until the test ends. It echoes what is written to it.
+func openTerminal(t *testing.T) *os.File {
 	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
 	if err != nil {
 		t.Skipf("no terminals here: %v", err)
 	}
-	defer terminal.Close()
+	t.Cleanup(func() { terminal.Close() })
+	return terminal
+}
+
+func TestLogFormatFollowsTheOutput(t *testing.T) {
+	t.Parallel()
+	terminal := openTerminal(t)
 	for _, c := range []struct {
 		to           io.Writer
 		format, want string
@@ -253,14 +259,9 @@ func TestLogFormatFollowsTheOutput(t *testing.T) {
 	}
 }
 
-// A terminal echoes what is written to it.
 func TestProgressEndsWithTheWhole(t *testing.T) {
 	t.Parallel()
-	terminal, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
-	if err != nil {
-		t.Skipf("no terminals here: %v", err)
-	}
-	defer terminal.Close()
+	terminal := openTerminal(t)
 	p := &bundleProgress{}
 	p.done.Store(7e6)
 	p.total.Store(7e6)

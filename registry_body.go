@@ -29,8 +29,8 @@ type descriptor struct {
 	Size   int64  `json:"size"`
 }
 
-// readManifest reads a manifest or an index. An error means that it is neither. One without
-// schemaVersion is returned with it; otherwise the manifest is empty then.
+// readManifest reads a manifest or an index. With an error, which means that it is neither,
+// the manifest is empty, or is what was read of one that has no schemaVersion.
 func readManifest(r io.Reader) (*manifest, error) {
 	m, isManifest := &manifest{}, false
 	err := readObject(r, func(d *json.Decoder, name string) error {
