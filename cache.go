@@ -415,7 +415,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 	// A fill may end between a lookup that misses and the next fill: then the
 	// store has the file after all, and the next fill looks again.
 	for n, first := 0, true; ; first = false {
-		ended := c.fills.ended.Load()
+		ended := c.fills.endedOf(key).Load()
 		storedAs, cp, storeErr := c.findCopyAnywhere(ctx, key, file, rng)
 		if err := context.Cause(ctx); err != nil && storeErr != nil {
 			return nil, err

@@ -275,11 +275,12 @@ func (g *generations) askAgain(ctx context.Context, root *storedRoot, must bool)
 
 // fetchFile brings a file into the store, unless it is there.
 func (g *generations) fetchFile(ctx context.Context, file fileRequest) error {
-	ended := g.c.fills.ended.Load()
+	key := file.key()
+	ended := g.c.fills.endedOf(key).Load()
 	if storedRecord(ctx, g.c, file) != nil {
 		return nil
 	}
-	f, _ := g.c.joinFill(file.key(), file, nil, ended)
+	f, _ := g.c.joinFill(key, file, nil, ended)
 	outcome, err := f.awaitEnd(ctx)
 	if err == nil && outcome.err == nil && storedRecord(ctx, g.c, file) == nil {
 		err = errStoreDown // the fill's log line says more

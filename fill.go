@@ -106,7 +106,7 @@ type fill struct {
 }
 
 // joinFill returns the fill of a file, a new one if there is none; its leader
-// is the request that began it. endedBefore is fillTable.ended from before the
+// is the request that began it. endedBefore is fillTable.endedOf(key) from before the
 // store was looked up.
 func (c *cache) joinFill(key string, file fileRequest, cp *storedCopy, endedBefore int64) (f *fill, leads bool) {
 	return c.fills.join(key, file.spelling, func() *fill {
@@ -200,7 +200,7 @@ func (f *fill) progress() (written, size int64) {
 // record, and so reads them without the lock.
 type fillRun struct {
 	fill
-	endedBefore  int64  // fillTable.ended when the store was looked up
+	endedBefore  int64  // fillTable.endedOf(key) when the store was looked up
 	freeSlot     func() // gives the place among the remote's fills back; may be called again
 	releaseLease func() // nil: it is not held
 }
@@ -257,7 +257,7 @@ func (f *fillRun) fetch() fillOutcome {
 	leader := f.acquireLease()
 	// The store can have the file although it did not when it was looked up: another fill
 	// has ended since then, here or on another replica, whose lease was then there to take.
-	hasChanged := f.c.fills.ended.Load() != f.endedBefore || (f.c.replicas != nil && leader == nil)
+	hasChanged := f.c.fills.endedOf(f.key).Load() != f.endedBefore || (f.c.replicas != nil && leader == nil)
 	if hasChanged && f.isStoredByNow() {
 		return fillOutcome{kind: outcomeLookAgain}
 	}

@@ -130,9 +130,12 @@ func (f *fillRun) mayBeStored(resp *upstreamResponse, isPage bool) bool {
 // fitsMaxSize reports whether cache.max_size and CACHE_MAX_SIZE allow a body of that size.
 func (f *fillRun) fitsMaxSize(size int64) bool {
 	rem := f.file.remote
-	for name, limit := range map[string]int64{"cache.max_size": rem.maxSize, "CACHE_MAX_SIZE": f.c.evictor.limit} {
-		if limit > 0 && size > limit {
-			f.c.log.Warn("a file is passed on and not stored: it is larger than "+name, "remote", rem.name, "path", f.file.path, "size", size)
+	for _, limit := range [...]struct {
+		name  string
+		bytes int64
+	}{{"cache.max_size", rem.maxSize}, {"CACHE_MAX_SIZE", f.c.evictor.limit}} {
+		if limit.bytes > 0 && size > limit.bytes {
+			f.c.log.Warn("a file is passed on and not stored: it is larger than "+limit.name, "remote", rem.name, "path", f.file.path, "size", size)
 			return false
 		}
 	}

@@ -156,7 +156,15 @@ func (f *fleet) settled() {
 // awaitEnds waits for the nth fill of a replica to end, purged ones included.
 func (tt *tester) awaitEnds(n int64) {
 	tt.Helper()
-	tt.eventually("fills to end", func() bool { return tt.cache.fills.ended.Load() >= n })
+	tt.eventually("fills to end", func() bool { return tt.ended() >= n })
+}
+
+// ended is how many fills have ended.
+func (tt *tester) ended() (n int64) {
+	for i := range tt.cache.fills.ended {
+		n += tt.cache.fills.ended[i].Load()
+	}
+	return n
 }
 
 func TestOneFetchForAllReplicas(t *testing.T) {
@@ -840,7 +848,7 @@ func TestFollowersKeepTheFileUntilItIsStored(t *testing.T) {
 		} else {
 			g.wantHit() // it is all there, and as good as stored
 		}
-		if n := f.all[1].cache.fills.ended.Load(); n > 0 || f.all[1].flying() != 1 {
+		if n := f.all[1].ended(); n > 0 || f.all[1].flying() != 1 {
 			t.Fatalf("%d copies were made and dropped", n)
 		}
 	}

@@ -29,7 +29,9 @@ const (
 // fillTable finds the fill of a file. Its methods may be called concurrently.
 type fillTable struct {
 	running sync.WaitGroup // the goroutines of all fills
-	ended   atomic.Int64   // fills that have ended: a lookup in the store before may be out of date
+	// ended counts the fills that have ended, by the hash of their key: a lookup in the
+	// store before may be out of date.
+	ended [256]atomic.Int64
 
 	// mu guards the fields below and the clients of every fill. Of the other
 	// locks a fill's may be taken under it, and a spool's under that.
@@ -78,6 +80,10 @@ func (t *fillTable) join(key, spelling string, create func() *fill) (f *fill, cr
 	}
 	f.clients++
 	return f, created
+}
+
+func (t *fillTable) endedOf(key string) *atomic.Int64 {
+	return &t.ended[keyHash(key)%uint64(len(t.ended))]
 }
 
 // joinLeased joins the fill of key if it holds the lease with that token, which is
@@ -204,7 +210,7 @@ func (t *fillTable) finish(f *fill, outcome fillOutcome) (unused bool) {
 	defer t.mu.Unlock()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	t.ended.Add(1)
+	t.endedOf(f.key).Add(1)
 	t.drop(f)
 	f.outcome = outcome
 	f.advance(phaseDone)

@@ -315,6 +315,27 @@ func TestLateLookerDoesNotFetchAgain(t *testing.T) {
 	tt.wantRequests("/a", 1)
 }
 
+// The end of another file's fill is no reason to look again: in S3 each look is a request.
+func TestEndOfAnotherFillIsNoReasonToLookAgain(t *testing.T) {
+	t.Parallel()
+	hooked := &hookedObjects{}
+	tt := setup{objects: func(o objects) objects { hooked.objects = o; return hooked }}.start(t)
+	tt.origin.file("/a", "body")
+	tt.origin.file("/b", "body")
+	var misses atomic.Int64
+	count := func() { misses.Add(1) }
+	between := func() {
+		hooked.missed.Store(&count)
+		tt.get("/api/r/b").wantMiss()
+		tt.eventually("the other fill to end", func() bool { return tt.flying() == 0 })
+	}
+	hooked.missed.Store(&between)
+	tt.get("/api/r/a").wantMiss().wantBody("body")
+	if n := misses.Load(); n != 1 {
+		t.Errorf("%d looks behind the first one, not that for the other file alone", n)
+	}
+}
+
 // --- clients that leave or are slow ---
 
 func TestFirstClientLeavesAndDisturbsNobody(t *testing.T) {
