@@ -98,10 +98,10 @@ type slowObjects struct {
 	wait time.Duration
 }
 
-func (s *slowObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
+func (s *slowObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
 	select {
 	case <-time.After(s.wait):
-		return s.objects.put(ctx, key, rec, spool, create)
+		return s.objects.put(ctx, key, rec, spool, when)
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -120,8 +120,8 @@ func TestUploadThatIsStoredSlowly(t *testing.T) {
 // hangingObjects is a store whose puts do not end with their context.
 type hangingObjects struct{ slowObjects }
 
-func (s *hangingObjects) put(_ context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
-	return s.slowObjects.put(context.Background(), key, rec, spool, create)
+func (s *hangingObjects) put(_ context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
+	return s.slowObjects.put(context.Background(), key, rec, spool, when)
 }
 
 func TestEndDoesNotWaitForAStoreThatHangs(t *testing.T) {
@@ -659,7 +659,7 @@ func TestChangingOneFileOnTwoReplicas(t *testing.T) {
 	must(t, err)
 	one.put("/api/l/a", "5", bearer, tag(one)).wantStatus(200)
 	one.get("/api/l/a").wantBody("5")
-	if err := b.store.replace(t.Context(), key, old.rec, tempSpool(t, t.TempDir(), "4"), old.rec); !errors.Is(err, errCondition) {
+	if err := b.store.put(t.Context(), key, old.rec, tempSpool(t, t.TempDir(), "4"), putCondition{old: old.rec}); !errors.Is(err, errCondition) {
 		t.Errorf("replacing what is not there any more: %v", err)
 	}
 }

@@ -56,10 +56,8 @@ type objects interface {
 	// replaces what was there. On return all is durable (but for what
 	// diskStore.maySkipSync says), or an error says that the old state still holds. spool
 	// is a *os.File, whose name may be moved away, or a *bytes.Reader; its caller keeps it
-	// and reads it at offsets only. With create an object that is there stays:
-	// errFileExists. Only the S3 stores heed that, because other replicas put there too;
-	// on disk the caller has the lock of the key.
-	put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error
+	// and reads it at offsets only.
+	put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error
 	// open returns key's object; reading will begin at off. off < 0 asks for
 	// the record alone (body is nil). A miss, damage included, is
 	// fs.ErrNotExist; a store that cannot be asked is errStoreDown.
@@ -74,6 +72,14 @@ type objects interface {
 	// walk calls f with each stored record of all remotes, in no order, beside
 	// writers. f's error ends it and is returned.
 	walk(ctx context.Context, f func(key string, rec *record) error) error
+}
+
+// putCondition is what must be true of a key's object when another one is put. Only the
+// S3 stores heed it, because other replicas put there too: on disk the caller, who has
+// checked it, has the lock of the key. The zero condition always holds.
+type putCondition struct {
+	isNew bool    // there is none; else errFileExists
+	old   *record // it is still that of this record; else errCondition
 }
 
 // indexRow is what the index knows of one object.

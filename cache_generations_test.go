@@ -958,11 +958,11 @@ type refusingObjects struct {
 	key string
 }
 
-func (o *refusingObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
+func (o *refusingObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
 	if key == o.key {
 		return errStoreDown
 	}
-	return o.objects.put(ctx, key, rec, spool, create)
+	return o.objects.put(ctx, key, rec, spool, when)
 }
 
 func TestRootThatTheStoreRefusesIsNotPublished(t *testing.T) {

@@ -48,12 +48,6 @@ func checkConditions(when http.Header, rec *record) error {
 	return nil
 }
 
-// sharedObjects is an optional ability of objects: other processes put there too.
-type sharedObjects interface {
-	// replace is put if the object is still that of the record old, else errCondition.
-	replace(ctx context.Context, key string, rec *record, spool io.ReaderAt, old *record) error
-}
-
 // localFiles are the files of local repositories, as their clients write them.
 type localFiles struct{ *cache }
 
@@ -84,11 +78,11 @@ func (c localFiles) put(ctx context.Context, file fileRequest, body io.Reader, s
 	if err != nil {
 		return false, err
 	}
-	shared, ok := c.objects.(sharedObjects)
-	if ok && old != nil && (when["If-Match"] != nil || when["If-Unmodified-Since"] != nil) {
-		return false, c.noteStored(ctx, key, rec, shared.replace(ctx, key, rec, spool.body(), old))
+	still := putCondition{isNew: old == nil && when.Get("If-None-Match") == "*"}
+	if when["If-Match"] != nil || when["If-Unmodified-Since"] != nil {
+		still.old = old
 	}
-	return old == nil, c.storeBody(ctx, key, rec, spool.body(), old == nil && when.Get("If-None-Match") == "*")
+	return old == nil, c.storeBody(ctx, key, rec, spool.body(), still)
 }
 
 // delete removes a file; fs.ErrNotExist when there is none.

@@ -14,14 +14,9 @@ import (
 // storeBody stores a complete body: the object, then its index row; the caller then
 // sets the freshness mark. A crash behind the object leaves one without a row, which
 // gets it with its next use or by reindex; a crash behind the row leaves a copy whose
-// freshness counts from its fetch. create is that of objects.put.
-func (c *cache) storeBody(ctx context.Context, key string, rec *record, body io.ReaderAt, create bool) error {
-	return c.noteStored(ctx, key, rec, c.objects.put(ctx, key, rec, body, create))
-}
-
-// noteStored is what follows storing an object, which ended with err.
-func (c *cache) noteStored(ctx context.Context, key string, rec *record, err error) error {
-	if err != nil {
+// freshness counts from its fetch.
+func (c *cache) storeBody(ctx context.Context, key string, rec *record, body io.ReaderAt, when putCondition) error {
+	if err := c.objects.put(ctx, key, rec, body, when); err != nil {
 		if !errors.Is(err, errFileExists) && !errors.Is(err, errCondition) {
 			c.reportStoreError("storage", "storing", key, err)
 		}
@@ -109,7 +104,7 @@ func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, 
 	}
 	second := *rec
 	second.Path, second.Class = t.spelling, t.class
-	if c.storeBody(ctx, key, &second, spool.body(), false) == nil { // it has logged its failure
+	if c.storeBody(ctx, key, &second, spool.body(), putCondition{}) == nil { // it has logged its failure
 		c.refreshMark(ctx, t, &second)
 	}
 }

@@ -1462,14 +1462,14 @@ func (b *brokenObjects) open(ctx context.Context, key string, off int64) (*objec
 	return b.objects.open(ctx, key, off)
 }
 
-func (b *brokenObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
+func (b *brokenObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
 	b.mu.Lock()
 	err := b.putting
 	b.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	return b.objects.put(ctx, key, rec, spool, create)
+	return b.objects.put(ctx, key, rec, spool, when)
 }
 
 func TestNegativeTTLOfAFileThatWasEvicted(t *testing.T) {

@@ -462,7 +462,7 @@ func (f *fillRun) store() (ok bool) {
 	if f.phase != phaseStoring {
 		return true
 	}
-	if ok = f.c.storeBody(f.c.ctx, f.key, f.rec, f.spool.body(), false) == nil; ok { // else it has logged its failure
+	if ok = f.c.storeBody(f.c.ctx, f.key, f.rec, f.spool.body(), putCondition{}) == nil; ok { // else it has logged its failure
 		f.c.refreshMark(f.c.ctx, f.file.target, f.rec)
 		f.c.evictor.trimVariants(f.c.ctx, f.file.target)
 		warnOfIndex(&f.fill, f.rec)

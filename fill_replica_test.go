@@ -802,9 +802,9 @@ type gatedObjects struct {
 	putting chan struct{}
 }
 
-func (g *gatedObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
+func (g *gatedObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
 	close(g.putting)
-	return g.heldObjects.put(ctx, key, rec, spool, create)
+	return g.heldObjects.put(ctx, key, rec, spool, when)
 }
 
 // gateFirst has the first replica store when it is let.

@@ -192,9 +192,9 @@ type heldObjects struct {
 	gate chan struct{}
 }
 
-func (g *heldObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
+func (g *heldObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
 	<-g.gate
-	return g.objects.put(ctx, key, rec, spool, create)
+	return g.objects.put(ctx, key, rec, spool, when)
 }
 
 // While a body that is all there is being stored, which may take long, it is
@@ -256,11 +256,11 @@ type renamingObjects struct {
 	other string
 }
 
-func (o *renamingObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
+func (o *renamingObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
 	name := spool.(*os.File).Name()
 	err := errors.Join(os.Rename(name, name+"~"), os.WriteFile(name, []byte(o.other), 0o600))
 	<-o.gate
-	return errors.Join(err, os.Rename(name+"~", name), o.objects.put(ctx, key, rec, spool, create))
+	return errors.Join(err, os.Rename(name+"~", name), o.objects.put(ctx, key, rec, spool, when))
 }
 
 // The names of spools are random and come back.

@@ -401,7 +401,7 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 // maySkipSync allows it nothing is synced: after a power failure any of the files may be
 // gone or wrong, and the record, if it is whole, says so (isDurable). Then a small body is
 // written in its place (writeNew).
-func (d *diskStore) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, _ bool) error {
+func (d *diskStore) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, _ putCondition) error {
 	if err := checkPut(key, rec, spool); err != nil {
 		return err
 	}

@@ -544,7 +544,7 @@ func (b *bundleReader) store(ctx context.Context, rec *record) error {
 	}
 	body := os.NewFile(uintptr(fd), name)
 	defer body.Close()
-	if err := b.objects.put(ctx, key, rec, body, false); err != nil {
+	if err := b.objects.put(ctx, key, rec, body, putCondition{}); err != nil {
 		return err
 	}
 	if b.replicas != nil {

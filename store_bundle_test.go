@@ -107,7 +107,7 @@ func (s *bundleSite) put(files map[string]string) {
 	s.objects(func(o objects) {
 		for name, content := range files {
 			rec := bundleRecord(name, content)
-			if err := o.put(s.Context(), storageKey(rec.Remote, rec.Path), rec, tempSpool(s, s.TempDir(), content), false); err != nil {
+			if err := o.put(s.Context(), storageKey(rec.Remote, rec.Path), rec, tempSpool(s, s.TempDir(), content), putCondition{}); err != nil {
 				s.Fatal(err)
 			}
 		}
@@ -402,7 +402,7 @@ func TestImportKeepsTheCopyThatWasFetchedLater(t *testing.T) {
 		from.objects(func(o objects) {
 			rec := bundleRecord("r/f", content)
 			rec.Fetched = rec.Fetched.Add(c.fetched)
-			if err := o.put(t.Context(), testKey("f"), rec, tempSpool(t, t.TempDir(), content), false); err != nil {
+			if err := o.put(t.Context(), testKey("f"), rec, tempSpool(t, t.TempDir(), content), putCondition{}); err != nil {
 				t.Fatal(err)
 			}
 		})
@@ -435,14 +435,14 @@ func (c *changingObjects) walk(ctx context.Context, f func(string, *record) erro
 	return err
 }
 
-func (c *changingObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
+func (c *changingObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
 	c.mu.Lock()
 	c.puts = append(c.puts, rec.Path)
 	c.mu.Unlock()
 	if c.fails != nil {
 		return c.fails
 	}
-	return c.objects.put(ctx, key, rec, spool, create)
+	return c.objects.put(ctx, key, rec, spool, when)
 }
 
 func TestExportBesideWriters(t *testing.T) {

@@ -337,7 +337,7 @@ func TestDiskCopiesWhatItCannotRename(t *testing.T) {
 		if i == 1 { // the name is another file's by now
 			must(t, os.WriteFile(spool.Name(), []byte("wrong"), 0o600))
 		}
-		must(t, s.objects.put(t.Context(), testKey("f"), testRecord("f", content), spool, false))
+		must(t, s.objects.put(t.Context(), testKey("f"), testRecord("f", content), spool, putCondition{}))
 		s.wantHit("f", content)
 		s.wantFiles("f", "f", recordFile)
 	}
@@ -731,7 +731,7 @@ var crashScenes = map[string]struct {
 	"replacement by copying": {func(s *diskTester) { s.mustPut("f", "old") }, func(s *diskTester) {
 		spool := tempSpool(s.t, s.dir, "new")
 		os.Remove(spool.Name())
-		s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool, false)
+		s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool, putCondition{})
 	}, []string{"old", "new"}},
 	"replacement after a crash and a restore": {func(s *diskTester) {
 		s.mustPut("f", "old")
@@ -750,7 +750,7 @@ func crashPut(s *diskTester) {
 	spool, err := s.d.newSpool()
 	must(s.t, err)
 	io.WriteString(spool, "new")
-	s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool, false)
+	s.objects.put(s.t.Context(), testKey("f"), testRecord("f", "new"), spool, putCondition{})
 }
 
 // crashVar is the variable that tells the child its scene, the number of the step at
@@ -859,7 +859,7 @@ func TestDiskFileTooLarge(t *testing.T) {
 	spool := tempSpool(t, s.dir, bigContent(100_000))
 	must(t, os.Remove(spool.Name())) // so that put must copy it
 	must(t, syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: 50_000, Max: 50_000}))
-	err := s.objects.put(t.Context(), testKey("f"), testRecord("f", bigContent(100_000)), spool, false)
+	err := s.objects.put(t.Context(), testKey("f"), testRecord("f", bigContent(100_000)), spool, putCondition{})
 	if !errors.Is(err, errNoSpace) {
 		t.Errorf("put: %v, want errNoSpace", err)
 	}
@@ -1141,7 +1141,7 @@ func BenchmarkDiskOpen(b *testing.B) {
 			d := newTestDisk(b)
 			content := bigContent(size)
 			key := testKey("dir/f")
-			must(b, d.put(b.Context(), key, testRecord("dir/f", content), tempSpool(b, b.TempDir(), content), false))
+			must(b, d.put(b.Context(), key, testRecord("dir/f", content), tempSpool(b, b.TempDir(), content), putCondition{}))
 			b.ReportAllocs()
 			for b.Loop() {
 				o, err := d.open(b.Context(), key, 0)
@@ -1160,7 +1160,7 @@ func BenchmarkDiskPut(b *testing.B) {
 	rec := testRecord("f", content)
 	for b.Loop() {
 		spool := tempSpool(b, dir, content)
-		must(b, d.put(b.Context(), testKey("f"), rec, spool, false))
+		must(b, d.put(b.Context(), testKey("f"), rec, spool, putCondition{}))
 		spool.Close()
 	}
 }
@@ -1287,7 +1287,7 @@ func TestOtherFilesAreSyncedAtOnce(t *testing.T) {
 			c.prepare(s, rec)
 			synced := 0
 			s.d.fsync = func(*os.File) error { synced++; return nil }
-			must(t, s.d.put(t.Context(), testKey("f"), rec, tempSpool(t, s.dir, c.content), false))
+			must(t, s.d.put(t.Context(), testKey("f"), rec, tempSpool(t, s.dir, c.content), putCondition{}))
 			if synced < 4 {
 				t.Errorf("%d fsyncs, want those of body, record and both directories", synced)
 			}

@@ -136,19 +136,8 @@ func (t *tieredStore) setValidity(key string, v validity) {
 
 // put implements objects. The spool becomes the copy once S3 has the object. That this
 // fails is no error: there is no copy then.
-func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
-	v, err := t.upload(ctx, key, rec, spool, create, nil)
-	return t.keepCopy(ctx, key, rec, spool, v, err)
-}
-
-// replace implements sharedObjects.
-func (t *tieredStore) replace(ctx context.Context, key string, rec *record, spool io.ReaderAt, old *record) error {
-	v, err := t.upload(ctx, key, rec, spool, false, old)
-	return t.keepCopy(ctx, key, rec, spool, v, err)
-}
-
-// keepCopy makes spool the copy of key after an upload that ended with v and err.
-func (t *tieredStore) keepCopy(ctx context.Context, key string, rec *record, spool io.ReaderAt, v validity, err error) error {
+func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
+	v, err := t.upload(ctx, key, rec, spool, when)
 	if err != nil {
 		t.setValidity(key, validity{}) // the new version may have arrived
 		return err
@@ -180,7 +169,7 @@ func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, 
 	added, evicted := false, []lruEntry[validity](nil)
 	isValid := func() bool { return t.isCurrent(key, v) }
 	if isValid() { // else there may be a newer copy
-		if err = t.disk.put(ctx, key, rec, spool, false); err == nil {
+		if err = t.disk.put(ctx, key, rec, spool, putCondition{}); err == nil {
 			added, evicted = t.copies.putIf(key, entryCost(rec.Size), v, isValid)
 		}
 		if !added {

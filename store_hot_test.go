@@ -465,7 +465,7 @@ func TestPutWithoutAnAnswer(t *testing.T) {
 	b.putClass("f", "old", mutable)
 	b.fake.fail(func(op, _ string) (bool, *fakeFault) { return op == "PutObject", &fakeFault{} })
 	rec := testRecord("f", "new")
-	if err := b.tier.put(t.Context(), testKey("f"), rec, tempSpool(t, b.dir, "new"), false); err == nil {
+	if err := b.tier.put(t.Context(), testKey("f"), rec, tempSpool(t, b.dir, "new"), putCondition{}); err == nil {
 		t.Fatal("put was acknowledged")
 	}
 	b.fake.fail(nil)
@@ -536,7 +536,7 @@ func TestChangesAreAnnounced(t *testing.T) {
 	change := func(spelling string) {
 		t.Helper()
 		rec := testRecord(spelling, "x")
-		if err := c.storeBody(t.Context(), testKey(spelling), rec, tempSpool(t, t.TempDir(), "x"), false); err != nil {
+		if err := c.storeBody(t.Context(), testKey(spelling), rec, tempSpool(t, t.TempDir(), "x"), putCondition{}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -599,7 +599,7 @@ func BenchmarkHotHit(b *testing.B) {
 			t := newTiered(s, d, 1<<30, spaceOf(d))
 			defer t.Close()
 			content := bigContent(size)
-			if err := t.put(b.Context(), testKey("bench"), testRecord("bench", content), tempSpool(b, b.TempDir(), content), false); err != nil {
+			if err := t.put(b.Context(), testKey("bench"), testRecord("bench", content), tempSpool(b, b.TempDir(), content), putCondition{}); err != nil {
 				b.Fatal(err)
 			}
 			benchObjects(b, t, size)

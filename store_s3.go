@@ -377,20 +377,14 @@ func decodeS3Record(key string, o *s3Object) (*record, error) {
 // put implements objects. S3 replaces an object in one step, when it acknowledges
 // it. A crash before that leaves the old one, and at most an unfinished upload that
 // sweep aborts.
-func (s *s3Store) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool) error {
-	_, err := s.upload(ctx, key, rec, spool, create, nil)
+func (s *s3Store) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
+	_, err := s.upload(ctx, key, rec, spool, when)
 	return err
 }
 
-// replace implements sharedObjects.
-func (s *s3Store) replace(ctx context.Context, key string, rec *record, spool io.ReaderAt, old *record) error {
-	_, err := s.upload(ctx, key, rec, spool, false, old)
-	return err
-}
-
-// upload is put, or with old replace. The validity that it returns holds as long as no
-// other replica announces a change after the upload began.
-func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool io.ReaderAt, create bool, old *record) (validity, error) {
+// upload is put. The validity that it returns holds as long as no other replica announces
+// a change after the upload began.
+func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) (validity, error) {
 	if err := checkPut(key, rec, spool); err != nil {
 		return validity{}, err
 	}
@@ -405,11 +399,11 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool io.
 	in := s3PutInput{body: spool, size: rec.Size, sha256: rec.SHA256,
 		meta: map[string]string{s3RecordField: text}, contentType: contentTypeOf(path.Base(key), rec.ContentType)}
 	refusal := errCondition
-	if create {
+	if when.isNew {
 		in.ifNoneMatch, refusal = "*", errFileExists
 	}
-	if old != nil {
-		if in.ifMatch, err = s.etagOf(ctx, key, old); err != nil {
+	if when.old != nil {
+		if in.ifMatch, err = s.etagOf(ctx, key, when.old); err != nil {
 			return validity{}, err
 		}
 	}
@@ -418,7 +412,7 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool io.
 	s.invalidate(key) // also after a failure: the upload may have arrived
 	v.ofKey++         // current if that was the only change since
 	err = s.classifyError(ctx, v.at, err)
-	if errors.Is(err, errS3PreconditionFailed) || (old != nil && errors.Is(err, fs.ErrNotExist)) {
+	if errors.Is(err, errS3PreconditionFailed) || (when.old != nil && errors.Is(err, fs.ErrNotExist)) {
 		err = refusal
 	}
 	if err == nil {

@@ -76,7 +76,7 @@ func (b *s3Bench) putClass(spelling, content string, c class) {
 	b.t.Helper()
 	rec := testRecord(spelling, content)
 	rec.Class = c
-	if err := b.objects.put(b.t.Context(), testKey(spelling), rec, tempSpool(b.t, b.dir, content), false); err != nil {
+	if err := b.objects.put(b.t.Context(), testKey(spelling), rec, tempSpool(b.t, b.dir, content), putCondition{}); err != nil {
 		b.t.Fatal(err)
 	}
 }
@@ -896,7 +896,7 @@ func BenchmarkS3Hit(b *testing.B) {
 		b.Run(fmt.Sprint(size>>10, "KiB"), func(b *testing.B) {
 			s := newS3Store(benchS3(b), func() bool { return true })
 			content := bigContent(size)
-			if err := s.put(b.Context(), testKey("bench"), testRecord("bench", content), tempSpool(b, b.TempDir(), content), false); err != nil {
+			if err := s.put(b.Context(), testKey("bench"), testRecord("bench", content), tempSpool(b, b.TempDir(), content), putCondition{}); err != nil {
 				b.Fatal(err)
 			}
 			benchReads(b, "direct", size, func() (io.ReadCloser, error) {

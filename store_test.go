@@ -66,7 +66,7 @@ func (s *storeTester) put(spelling, content string) error {
 	if s.inMemory && len(content) <= maxSmallBody {
 		spool = bytes.NewReader([]byte(content))
 	}
-	return s.objects.put(s.t.Context(), testKey(spelling), testRecord(spelling, content), spool, false)
+	return s.objects.put(s.t.Context(), testKey(spelling), testRecord(spelling, content), spool, putCondition{})
 }
 
 func (s *storeTester) mustPut(spelling, content string) {
@@ -256,7 +256,7 @@ func testOutlive(s *storeTester) {
 func testSpoolStays(s *storeTester) {
 	spool := tempSpool(s.t, s.dir, "content")
 	for _, spelling := range []string{"a", "b", "a"} {
-		err := s.objects.put(s.t.Context(), testKey(spelling), testRecord(spelling, "content"), spool, false)
+		err := s.objects.put(s.t.Context(), testKey(spelling), testRecord(spelling, "content"), spool, putCondition{})
 		if err != nil {
 			s.t.Fatal(err)
 		}
@@ -286,7 +286,7 @@ func testCancelled(s *storeTester) {
 	ctx, cancel := context.WithCancel(s.t.Context())
 	cancel()
 	for _, spelling := range []string{"f", "g"} {
-		err := s.objects.put(ctx, testKey(spelling), testRecord(spelling, "new"), tempSpool(s.t, s.dir, "new"), false)
+		err := s.objects.put(ctx, testKey(spelling), testRecord(spelling, "new"), tempSpool(s.t, s.dir, "new"), putCondition{})
 		if !errors.Is(err, context.Canceled) {
 			s.t.Errorf("put %s: %v", spelling, err)
 		}
@@ -307,7 +307,7 @@ func testConcurrentPut(s *storeTester) {
 	for _, content := range contents {
 		spool := tempSpool(s.t, s.dir, content)
 		wg.Go(func() {
-			if err := s.objects.put(s.t.Context(), testKey("f"), testRecord("f", content), spool, false); err != nil {
+			if err := s.objects.put(s.t.Context(), testKey("f"), testRecord("f", content), spool, putCondition{}); err != nil {
 				s.t.Errorf("put: %v", err)
 			}
 		})
@@ -379,7 +379,7 @@ func testOddRecords(s *storeTester) {
 	rec.Class, rec.Encoding, rec.LastModified = mutable, "gzip", ""
 	rec.Digest, rec.Filters = "sha256:"+rec.SHA256, "artifactType"
 	rec.Fetched = time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC)
-	if err := s.objects.put(s.t.Context(), testKey("odd"), rec, tempSpool(s.t, s.dir, "x"), false); err != nil {
+	if err := s.objects.put(s.t.Context(), testKey("odd"), rec, tempSpool(s.t, s.dir, "x"), putCondition{}); err != nil {
 		s.t.Fatal(err)
 	}
 	wantRecord(s.t, s.mustOpen("odd", 0).rec, rec)
@@ -396,13 +396,13 @@ func testSpellings(s *storeTester) {
 }
 
 func testForeign(s *storeTester) {
-	err := s.objects.put(s.t.Context(), testKey("a"), testRecord("b", "x"), tempSpool(s.t, s.dir, "x"), false)
+	err := s.objects.put(s.t.Context(), testKey("a"), testRecord("b", "x"), tempSpool(s.t, s.dir, "x"), putCondition{})
 	if err == nil {
 		s.t.Error("put with another file's record succeeded")
 	}
 	rec := testRecord("a", "x")
 	rec.Size = 2
-	if err := s.objects.put(s.t.Context(), testKey("a"), rec, tempSpool(s.t, s.dir, "x"), false); err == nil {
+	if err := s.objects.put(s.t.Context(), testKey("a"), rec, tempSpool(s.t, s.dir, "x"), putCondition{}); err == nil {
 		s.t.Error("put of a short spool succeeded")
 	}
 	s.wantMiss("a")
