@@ -171,8 +171,7 @@ type freshness interface {
 type replicas interface {
 	// acquireLease makes this process the only one that fills key, until release; a
 	// heartbeat keeps it. Others will show token, perhaps before acquireLease returns.
-	// With a nil release there is no lease to be had; other has it, if anyone does.
-	acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error)
+	acquireLease(ctx context.Context, key, token string) (lease, error)
 	// announceChange tells the others that key was replaced, or with removedPrefix
 	// before it that it was removed.
 	announceChange(ctx context.Context, key string) error
@@ -182,6 +181,16 @@ type replicas interface {
 	// hearsChanges says whether announcements arrive at the moment.
 	hearsChanges() bool
 }
+
+// lease is the answer to who fills a key.
+type lease struct {
+	release func()       // ends our lease; nil: there is none to be had
+	other   *leaseHolder // who has it instead, if that is known
+	wasHeld bool         // a lease on the key ended less than leaseMemory ago: the file may be stored by now
+}
+
+// leaseMemory is how long it is known that a lease has ended.
+const leaseMemory = time.Minute
 
 // leaseHolder is the process that holds a lease: where it can be asked for the
 // growing file, and the lease's random token, which the request carries.

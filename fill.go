@@ -110,7 +110,7 @@ type fill struct {
 // store was looked up.
 func (c *cache) joinFill(key string, file fileRequest, cp *storedCopy, endedBefore int64) (f *fill, leads bool) {
 	return c.fills.join(key, file.spelling, func() *fill {
-		run := &fillRun{fill: fill{c: c, key: key, file: file, farSlots: make(chan struct{}, maxFarRanges)}, endedBefore: endedBefore}
+		run := &fillRun{fill: fill{c: c, key: key, file: file, farSlots: make(chan struct{}, maxFarRanges)}, endedBefore: endedBefore, began: c.now()}
 		if cp != nil {
 			run.oldRecord = cp.rec
 		}
@@ -200,9 +200,10 @@ func (f *fill) progress() (written, size int64) {
 // record, and so reads them without the lock.
 type fillRun struct {
 	fill
-	endedBefore  int64  // fillTable.endedOf(key) when the store was looked up
-	freeSlot     func() // gives the place among the remote's fills back; may be called again
-	releaseLease func() // nil: it is not held
+	endedBefore int64 // fillTable.endedOf(key) when the store was looked up
+	began       time.Time
+	freeSlot    func() // gives the place among the remote's fills back; may be called again
+	lease       lease
 }
 
 // run is the goroutine.
@@ -254,14 +255,14 @@ func (f *fillRun) waitForSlot() error {
 
 // fetch brings the body, or finds out that none is needed or to be had.
 func (f *fillRun) fetch() fillOutcome {
-	leader := f.acquireLease()
+	f.acquireLease()
 	// The store can have the file although it did not when it was looked up: another fill
-	// has ended since then, here or on another replica, whose lease was then there to take.
-	hasChanged := f.c.fills.endedOf(f.key).Load() != f.endedBefore || (f.c.replicas != nil && leader == nil)
+	// has ended since then, here or on another replica.
+	hasChanged := f.c.fills.endedOf(f.key).Load() != f.endedBefore || f.lease.wasHeld
 	if hasChanged && f.isStoredByNow() {
 		return fillOutcome{kind: outcomeLookAgain}
 	}
-	if leader != nil {
+	if leader := f.lease.other; leader != nil {
 		if err := f.file.behaves().permit(f.ctx, f.oldRecord); err != nil {
 			return failedOutcome(err)
 		}
@@ -505,8 +506,8 @@ func isUnreachable(err error) bool {
 
 // end takes the fill out of the table and lets everyone know how it ended.
 func (f *fillRun) end(outcome fillOutcome) {
-	if f.releaseLease != nil {
-		f.releaseLease()
+	if f.lease.release != nil {
+		f.lease.release()
 	}
 	unused := f.c.fills.finish(&f.fill, outcome) // first: a client that is cut off may come again at once
 	if f.spool != nil {

@@ -79,23 +79,25 @@ func newReplicaClient() *http.Client {
 	}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 }
 
-// acquireLease makes this process the one that fills f's key. leader is the replica that
-// does already. Without Redis every replica fills for itself.
-func (f *fillRun) acquireLease() (leader *leaseHolder) {
+// acquireLease makes this process the one that fills f's key, if no other does. Without
+// Redis every replica fills for itself.
+func (f *fillRun) acquireLease() {
 	if f.c.replicas == nil {
-		return nil
+		return
 	}
 	// First: a replica that reads the lease may be here before we know that we have it.
 	token := rand.Text()
 	f.set(func() { f.leaseToken = token })
-	release, leader, err := f.c.replicas.acquireLease(f.ctx, f.key, token)
-	if f.releaseLease = release; release == nil {
-		f.set(func() { f.leaseToken = "" })
-	}
+	l, err := f.c.replicas.acquireLease(f.ctx, f.key, token)
 	if err != nil {
 		f.c.reportStoreError("redis", "leasing", f.key, err)
 	}
-	return leader
+	if l.release == nil {
+		f.set(func() { f.leaseToken = "" })
+		l.wasHeld = l.wasHeld || l.other == nil // by whom is not known
+	}
+	l.wasHeld = l.wasHeld || f.c.now().Sub(f.began) > leaseMemory/2 // one may be forgotten
+	f.lease = l
 }
 
 // fetchFromReplica brings the body from the replica that fills already. If ended

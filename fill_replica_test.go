@@ -12,6 +12,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -21,6 +22,7 @@ type board struct {
 	mu      sync.Mutex // guards all below
 	down    bool
 	holders map[string]*leaseHolder
+	ended   map[string]bool // keys of which a lease has ended
 	members []*member
 	wait    chan struct{}                       // announcements wait for it, unless nil
 	decided func(m *member, other *leaseHolder) // runs between a lease's decision and its answer, unless nil
@@ -35,33 +37,35 @@ type member struct {
 
 var _ replicas = (*member)(nil)
 
-func newBoard() *board { return &board{holders: map[string]*leaseHolder{}} }
+func newBoard() *board { return &board{holders: map[string]*leaseHolder{}, ended: map[string]bool{}} }
 
-func (m *member) acquireLease(_ context.Context, key, token string) (release func(), other *leaseHolder, err error) {
+func (m *member) acquireLease(_ context.Context, key, token string) (l lease, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	switch holder := m.holders[key]; {
 	case m.down:
-		return nil, nil, errStoreDown
+		return l, errStoreDown
 	case holder == nil:
 		mine := &leaseHolder{addr: m.url, token: token}
 		m.holders[key] = mine
-		release = func() {
+		l.wasHeld = m.ended[key]
+		l.release = func() {
 			m.mu.Lock()
 			defer m.mu.Unlock()
 			if m.holders[key] == mine {
 				delete(m.holders, key)
+				m.ended[key] = true
 			}
 		}
 	case holder.addr != m.url:
-		other = holder
+		l.other = holder
 	}
 	if decided := m.decided; decided != nil {
 		m.mu.Unlock()
-		decided(m, other)
+		decided(m, l.other)
 		m.mu.Lock()
 	}
-	return release, other, nil
+	return l, nil
 }
 
 func (m *member) announceChange(_ context.Context, key string) error {
@@ -201,6 +205,31 @@ func TestOneFetchForAllReplicas(t *testing.T) {
 		tt.wantNoSpools()
 	}
 	f.wantRequests("/a", 1)
+}
+
+// A replica looks into the store once for a miss, and again only if another may have stored
+// the file since then: in S3 each look is a request.
+func TestReplicaLooksAgainOnlyBehindALease(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1)
+	hooked := &hookedObjects{objects: f.cache.objects}
+	f.cache.objects = hooked
+	var misses atomic.Int64
+	count := func() { misses.Add(1) }
+	hooked.missed.Store(&count)
+	f.board.ended[f.key("held")] = true
+	for path, want := range map[string]int64{"free": 1, "held": 2, "late": 2} {
+		f.origin.file("/"+path, "body")
+		f.board.set(func() {
+			f.board.decided = map[string]func(*member, *leaseHolder){
+				"late": func(*member, *leaseHolder) { f.advance(leaseMemory) }}[path]
+		})
+		misses.Store(0)
+		f.get("/api/r/" + path).wantMiss().wantBody("body")
+		if n := misses.Load(); n != want {
+			t.Errorf("%s: %d looks, want %d", path, n, want)
+		}
+	}
 }
 
 // A lease can be read before its taker knows that it is his, and shown to him

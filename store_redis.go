@@ -64,14 +64,17 @@ var (
 var outageRefusal = regexp.MustCompile(`(?:^|-)(?:READONLY|MOVED|CLUSTERDOWN|LOADING|MASTERDOWN|NOREPLICAS|OOM|MISCONF|NOPERM|NOAUTH) `)
 
 // leaseScript takes or renews a lease, unless another value has it. Its answer is the
-// value that has it then.
+// value that has it then, and what releaseScript may have left.
 var leaseScript = redis.NewScript(1, `local v = redis.call('GET', KEYS[1])
-if v and v ~= ARGV[1] then return v end
+if v and v ~= ARGV[1] then return {v, ''} end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return ARGV[1]`)
+return {ARGV[1], redis.call('GET', KEYS[1] .. ':ended') or ''}`)
 
-// releaseScript ends a lease if it still is the caller's.
-var releaseScript = redis.NewScript(1, `if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end`)
+// releaseScript ends a lease if it still is the caller's, and leaves a note of that.
+var releaseScript = redis.NewScript(1, `if redis.call('GET', KEYS[1]) == ARGV[1] then
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[1] .. ':ended', 'ended', 'PX', ARGV[2])
+end`)
 
 // redisStore implements freshness and replicas. After a failure everything fails at
 // once with errStoreDown, for redisPause; then one call, usually ping's, finds out by a
@@ -171,26 +174,36 @@ func (r *redisStore) leaseKey(key string) string { return r.prefix + "lease:" + 
 
 // acquireLease implements replicas. A key that this process has leased already is
 // not leased again: its fill was purged and goes on for its clients.
-func (r *redisStore) acquireLease(ctx context.Context, key, token string) (release func(), other *leaseHolder, err error) {
+func (r *redisStore) acquireLease(ctx context.Context, key, token string) (l lease, err error) {
 	at := r.leaseKey(key)
 	err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
 		value := r.signLease(key, r.self+" "+token+" "+r.advertise(r.localIP.Load().(string))) // there is a connection
-		holder, err := redis.String(leaseScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
+		holder, wasHeld, err := takeLease(ctx, c, at, value)
 		if err != nil {
 			return err
 		}
 		if holder == value {
 			r.leases.Store(at, value)
-			release = func() { r.releaseLease(at, value) }
+			l = lease{release: func() { r.releaseLease(at, value) }, wasHeld: wasHeld}
 		} else {
-			other = r.readLease(key, holder)
+			l = lease{other: r.readLease(key, holder)}
 		}
 		return nil
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("leasing %s: %w", key, err)
+		return lease{}, fmt.Errorf("leasing %s: %w", key, err)
 	}
-	return release, other, nil
+	return l, nil
+}
+
+// takeLease takes or renews a lease, and returns the value that has it then.
+func takeLease(ctx context.Context, c redis.Conn, at, value any) (holder string, wasHeld bool, err error) {
+	ended := ""
+	answer, err := redis.Values(leaseScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
+	if err == nil {
+		_, err = redis.Scan(answer, &holder, &ended)
+	}
+	return holder, ended != "", err
 }
 
 // signLease returns the value of a lease of key: process, token, address and their seal.
@@ -221,7 +234,7 @@ func (r *redisStore) releaseLease(at, value any) {
 		return
 	}
 	err := r.withConn(context.Background(), func(ctx context.Context, c redis.Conn) error {
-		_, err := releaseScript.DoContext(ctx, c, at, value)
+		_, err := releaseScript.DoContext(ctx, c, at, value, leaseMemory.Milliseconds())
 		return err
 	})
 	if err != nil {
@@ -237,7 +250,7 @@ func (r *redisStore) renewLeases(ctx context.Context) (err error) {
 	r.leases.Range(func(at, value any) bool {
 		var holder string
 		err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) (err error) {
-			holder, err = redis.String(leaseScript.DoContext(ctx, c, at, value, leaseLife.Milliseconds()))
+			holder, _, err = takeLease(ctx, c, at, value)
 			return err
 		})
 		if err != nil {

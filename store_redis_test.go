@@ -236,18 +236,20 @@ func (f *fakeRedis) eval(name string, args []string) string {
 	for _, s := range []*redis.Script{leaseScript, releaseScript} {
 		f.scripts[s.Hash()] = map[bool]string{true: "'SET'", false: "'DEL'"}[s == leaseScript]
 	}
-	switch takes := strings.Contains(script, "'SET'"); {
+	switch takes := !strings.Contains(script, "'DEL'"); {
 	case takes && taken && held != value:
-		return bulk(held)
+		return "*2\r\n" + bulk(held) + bulk("")
 	case takes:
 		if refusal := f.set(key, value, []string{"PX", args[5]}); refusal != "OK" {
 			return refusal
 		}
-		return bulk(value)
+		ended, isKnown := f.get(key + ":ended")
+		return "*2\r\n" + bulk(value) + bulk(map[bool]string{true: ended}[isKnown])
 	case held != value:
 		return ":0\r\n"
 	}
 	delete(f.values, key)
+	f.set(key+":ended", "ended", []string{"PX", args[5]})
 	return ":1\r\n"
 }
 
@@ -334,11 +336,21 @@ func (h heard) want(t *testing.T, want string) {
 // mayLease asks for a lease and wants to get it, or another to have it.
 func (r *redisTester) mayLease(key string, wantOther bool) (func(), *leaseHolder) {
 	r.Helper()
-	release, other, err := r.acquireLease(r.Context(), key, rand.Text())
-	if err != nil || (other != nil) != wantOther || (release == nil) != wantOther {
-		r.Fatalf("lease %s: %v, %v; want another to have it: %v", key, other, err, wantOther)
+	l, err := r.acquireLease(r.Context(), key, rand.Text())
+	if err != nil || (l.other != nil) != wantOther || (l.release == nil) != wantOther {
+		r.Fatalf("lease %s: %v, %v; want another to have it: %v", key, l.other, err, wantOther)
 	}
-	return release, other
+	return l.release, l.other
+}
+
+// wantEnded takes a free lease and ends it: whether one has ended before must be known.
+func (r *redisTester) wantEnded(key string, want bool) {
+	r.Helper()
+	l, err := r.acquireLease(r.Context(), key, rand.Text())
+	if err != nil || l.release == nil || l.wasHeld != want {
+		r.Fatalf("lease %s: %+v, %v; want it to have been held: %v", key, l, err, want)
+	}
+	l.release()
 }
 
 // held is the number of leases that the replica believes to have.
@@ -381,8 +393,8 @@ func TestRedisLease(t *testing.T) {
 		t.Errorf("%+v", other)
 	}
 	b.mayLease("another", false)
-	if again, other, err := a.acquireLease(t.Context(), "k", rand.Text()); again != nil || other != nil || err != nil {
-		t.Errorf("its own lease is another's: %v, %v", other, err)
+	if again, err := a.acquireLease(t.Context(), "k", rand.Text()); again.release != nil || again.other != nil || err != nil {
+		t.Errorf("its own lease is another's: %v, %v", again.other, err)
 	}
 	b.mayLease("k", true)
 	for range 4 {
@@ -398,6 +410,22 @@ func TestRedisLease(t *testing.T) {
 	release()
 	a.mayLease("k", true)
 	mine()
+}
+
+// Who takes a lease learns whether another has just ended: its file may be stored by now.
+func TestRedisLeaseThatHasEnded(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	testEndedLease(startRedis(t, "redis://"+f.name, "", "8001"), startRedis(t, "redis://"+f.name, "", "8002"))
+	f.advance(leaseMemory)
+	startRedis(t, "redis://"+f.name, "", "8003").wantEnded("brief", false)
+}
+
+func testEndedLease(a, b *redisTester) {
+	a.Helper()
+	a.wantEnded("brief", false)
+	b.wantEnded("brief", true)
+	b.wantEnded("other", false)
 }
 
 // Whoever can write to Redis cannot send a replica anywhere.
@@ -416,8 +444,8 @@ func TestRedisLeaseThatNoReplicaMade(t *testing.T) {
 		a.signLease("k", "self token ftp://127.0.0.1:9"), a.signLease("k", "self token http://127.0.0.1:9/path"), a.signLease("k", "self token http://u:p@127.0.0.1:9"),
 		a.signLease("k", "self token //127.0.0.1:9"), a.signLease("k", "self token ")} {
 		put(bad)
-		if release, other, err := b.acquireLease(t.Context(), "k", rand.Text()); release != nil || other != nil || err != nil {
-			t.Errorf("%q: %+v, %v, want no lease and no holder", bad, other, err)
+		if l, err := b.acquireLease(t.Context(), "k", rand.Text()); l.release != nil || l.other != nil || err != nil {
+			t.Errorf("%q: %+v, %v, want no lease and no holder", bad, l.other, err)
 		}
 	}
 	put(a.signLease("k", "self token http://127.0.0.1:9"))
@@ -530,7 +558,7 @@ func TestRedisDown(t *testing.T) {
 	f.stop()
 	for range 3 {
 		_, err := r.getMark(t.Context(), "k")
-		_, _, lerr := r.acquireLease(t.Context(), "k", "token")
+		_, lerr := r.acquireLease(t.Context(), "k", "token")
 		for _, err := range []error{err, lerr, r.setMark(t.Context(), "k", freshnessMark{}), r.announceChange(t.Context(), "k"), r.ping(t.Context())} {
 			if !errors.Is(err, errStoreDown) {
 				t.Errorf("while it is down: %v", err)
@@ -780,6 +808,7 @@ func TestRealRedisLease(t *testing.T) {
 	t.Parallel()
 	u, prefix, _ := realRedis(t)
 	a, b := startRedis(t, u, prefix, "8001"), startRedis(t, u, prefix, "8002")
+	testEndedLease(a, b)
 	release, _ := a.mayLease("k", false)
 	if _, other := b.mayLease("k", true); other.addr != "http://127.0.0.1:8001" {
 		t.Errorf("%+v", other)
