@@ -1,6 +1,6 @@
 // cache.go: the contracts of the stores, and the decision for one file: serve the
-// stored copy, ask whether it is still good, fill, or serve it stale. The class of a
-// file decides by patterns and TTL. The fill itself is in fill.go.
+// stored copy, ask whether it is still good, fill, or serve it stale. The fill itself is
+// in fill.go.
 
 package main
 
@@ -13,7 +13,6 @@ import (
 	"log/slog"
 	"net/http"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -359,39 +358,6 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 	}
 	reply.send(w, r, file, c.now())
 	return nil
-}
-
-// classify decides by the patterns of its remote which class a file has, and whether a
-// built-in pattern made it mutable. Mutable patterns come first; what they do not match
-// must match an immutable pattern, if there is any, or the error is a problem that wraps
-// errDenied. For docker a mutable pattern allows nothing, because immutable_patterns there
-// say which images may be pulled. A path that ends in a slash is a listing and so mutable.
-// A name that is its own hash is allowed and immutable, whatever the patterns say.
-func (t *target) classify() error {
-	r := t.remote
-	if _, own := r.digestInName(t.path); own {
-		t.class = immutable
-		return nil
-	}
-	builtin := matchesAny(r.builtin, t.path)
-	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, t.path)) // allowed without an immutable pattern
-	switch {
-	case !listed && r.immutable != nil && !matchesAny(r.immutable, t.path):
-		return &problem{status: http.StatusForbidden, cause: errDenied,
-			detail: fmt.Sprintf("remote %q does not allow this path: none of its patterns matches", r.name)}
-	case r.local:
-		t.class = local
-	case builtin || listed || strings.HasSuffix(t.path, "/"):
-		t.class, t.builtin = mutable, builtin
-	default:
-		t.class = immutable
-	}
-	return nil
-}
-
-// matchesAny reports whether one of the patterns matches somewhere in path.
-func matchesAny(patterns []*regexp.Regexp, path string) bool {
-	return slices.ContainsFunc(patterns, func(p *regexp.Regexp) bool { return p.MatchString(path) })
 }
 
 // ttlOf returns how long a file of a class stays fresh. Nothing newer can come to a sealed

@@ -1,5 +1,5 @@
 // remotes.go: how the path of a request becomes a file of one remote, with its
-// decoded path, its upstream spelling and its storage key.
+// decoded path, its upstream spelling, its storage key and, by the patterns, its class.
 
 package main
 
@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -313,6 +314,39 @@ var unescapedBytes = func() (t [256]bool) {
 	}
 	return t
 }()
+
+// classify decides by the patterns of its remote which class a file has, and whether a
+// built-in pattern made it mutable. Mutable patterns come first; what they do not match
+// must match an immutable pattern, if there is any, or the error is a problem that wraps
+// errDenied. For docker a mutable pattern allows nothing, because immutable_patterns there
+// say which images may be pulled. A path that ends in a slash is a listing and so mutable.
+// A name that is its own hash is allowed and immutable, whatever the patterns say.
+func (t *target) classify() error {
+	r := t.remote
+	if _, own := r.digestInName(t.path); own {
+		t.class = immutable
+		return nil
+	}
+	builtin := matchesAny(r.builtin, t.path)
+	listed := r.packageType != "docker" && (builtin || matchesAny(r.mutable, t.path)) // allowed without an immutable pattern
+	switch {
+	case !listed && r.immutable != nil && !matchesAny(r.immutable, t.path):
+		return &problem{status: http.StatusForbidden, cause: errDenied,
+			detail: fmt.Sprintf("remote %q does not allow this path: none of its patterns matches", r.name)}
+	case r.local:
+		t.class = local
+	case builtin || listed || strings.HasSuffix(t.path, "/"):
+		t.class, t.builtin = mutable, builtin
+	default:
+		t.class = immutable
+	}
+	return nil
+}
+
+// matchesAny reports whether one of the patterns matches somewhere in path.
+func matchesAny(patterns []*regexp.Regexp, path string) bool {
+	return slices.ContainsFunc(patterns, func(p *regexp.Regexp) bool { return p.MatchString(path) })
+}
 
 // newUnsafePathError makes the answer to a path that is not passed to an upstream.
 func newUnsafePathError(reason string) error {

@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"cmp"
 	"net/url"
-	"regexp"
 	"slices"
 	"strings"
 )
@@ -88,21 +87,18 @@ func (t urlTable) find(s []byte, own *remote) (found *urlBase) {
 	return found
 }
 
-// allows reports whether a pattern of b's remote allows the path that s begins with. It
-// chooses among remotes; whether a file may be had is decided when it is asked for.
+// allows reports whether b's remote allows the path that s begins with. It chooses among
+// remotes; whether a file may be had is decided when it is asked for.
 func (b *urlBase) allows(s []byte) bool {
-	r := b.remote
-	if r.immutable == nil {
+	if b.remote.immutable == nil {
 		return true
 	}
 	end := 0
 	for end < len(s) && continuesElement(s[end]) {
 		end++
 	}
-	path := decodePath(strings.TrimLeft(string(s[:end]), "/"))
-	matches := func(p *regexp.Regexp) bool { return p.MatchString(path) }
-	isIndex := r.packageType != "docker" && (slices.ContainsFunc(r.mutable, matches) || slices.ContainsFunc(r.builtin, matches))
-	return isIndex || slices.ContainsFunc(r.immutable, matches)
+	t := target{remote: b.remote, path: decodePath(strings.TrimLeft(string(s[:end]), "/"))}
+	return t.classify() == nil
 }
 
 // maxHostBytes bounds scheme and host of a URL, with its port (RFC 1035 section 2.3.4).
