@@ -14,21 +14,6 @@ import (
 	"strings"
 )
 
-// imageDocument holds what a manifest, an index, or a list of tags or referrers names.
-type imageDocument struct {
-	Config            imagePart
-	Layers, Manifests []imagePart
-	Tags              []string
-}
-
-// imagePart is a descriptor (OCI image specification).
-type imagePart struct {
-	Digest   string
-	Size     int64
-	URLs     []string // of a layer that registries do not have themselves
-	Platform *struct{ OS, Architecture, Variant string }
-}
-
 // imageOfManifest returns the image whose manifest a file is, or "" if it is none.
 func imageOfManifest(file fileRequest) string {
 	if image, ok := strings.CutSuffix(path.Dir(file.path), "/manifests"); ok && file.remote.packageType == "docker" {

@@ -413,13 +413,24 @@ func (e *evictor) readNames(ctx context.Context, rem *remote, row indexRow) (spe
 	return readManifestNames(decodePath(row.Path), body), err
 }
 
+// imageDocument holds what a manifest, an index, or a list of tags or referrers names.
+type imageDocument struct {
+	Config            imagePart
+	Layers, Manifests []imagePart
+	Tags              []string
+}
+
+// imagePart is a descriptor (OCI image specification).
+type imagePart struct {
+	Digest   string
+	Size     int64
+	URLs     []string // of a layer that registries do not have themselves
+	Platform *struct{ OS, Architecture, Variant string }
+}
+
 // readManifestNames returns what a manifest names: its blobs, and the manifests of an index.
 func readManifestNames(path string, body []byte) (spellings []string) {
-	type descriptor struct{ Digest string }
-	var m struct {
-		Config            descriptor
-		Layers, Manifests []descriptor
-	}
+	var m imageDocument
 	_ = json.Unmarshal(body, &m) // what is no manifest names nothing
 	for _, d := range append(m.Layers, m.Config) {
 		spellings = append(spellings, "blobs/"+d.Digest)
