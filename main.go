@@ -550,8 +550,9 @@ func (s *server) reloadConfig() {
 	if err != nil {
 		s.log.Error("the new configuration is rejected, the old one stays in force", "error", err)
 	} else {
-		added, removed, changed := cfg.compare(s.config.Load())
+		old := s.config.Load()
 		s.useConfig(cfg)
+		added, removed, changed := cfg.compare(old)
 		attrs := []any{"remotes", len(cfg.names)}
 		for _, difference := range []struct {
 			what  string

@@ -653,7 +653,7 @@ func TestChangedConfigurationIsNoticed(t *testing.T) {
 func TestHalfWrittenConfigurationIsNotLoaded(t *testing.T) {
 	t.Parallel()
 	file := t.TempDir() + "/remotes.yaml"
-	tt := setup{env: map[string]string{"CONFIG_PATH": file}}.start(t)
+	tt := setup{env: map[string]string{"CONFIG_PATH": file, "SEALED": "true"}}.start(t)
 	s := tt.server
 	write := func(yaml string) {
 		t.Helper()
