@@ -293,7 +293,7 @@ func (c *configReader) collectKeys(n *yaml.Node, prefix string, into map[string]
 		switch {
 		case v.Kind == yaml.AliasNode: // rejectReferences has reported it
 			continue
-		case !slices.ContainsFunc(c.keys, func(k remoteKey) bool { return k.name == name }):
+		case strings.Contains(k.Value, "."), !slices.ContainsFunc(c.keys, func(k remoteKey) bool { return k.name == name }):
 			c.addUnknownKey(k, prefix)
 			continue
 		case twice:
@@ -313,12 +313,13 @@ func (c *configReader) collectKeys(n *yaml.Node, prefix string, into map[string]
 	}
 }
 
-// addUnknownKey reports an unknown key k below prefix, and names those that there are.
+// addUnknownKey reports an unknown key k below prefix, and names those that there are
+// there and further below.
 func (c *configReader) addUnknownKey(k *yaml.Node, prefix string) {
 	var known []string
 	for _, key := range c.keys {
 		if name, ok := strings.CutPrefix(key.name, prefix); ok {
-			known = append(known, name)
+			known = append(known, strings.Replace(name, ".", ": ", 1))
 		}
 	}
 	c.addError(k.Line, "unknown key %.60q: remove it, or use one of %s", prefix+k.Value, strings.Join(known, ", "))
