@@ -245,6 +245,7 @@ func setBaseURL(c *configReader, r *remote, n *yaml.Node) {
 func setMirrors(c *configReader, r *remote, n *yaml.Node) {
 	if n.Kind != yaml.SequenceNode {
 		c.addValueError(n, "must be a list of URLs or of {url: URL, auth: true, verified: true}")
+		return
 	}
 	for _, item := range n.Content {
 		c.key = "mirrors"
@@ -288,7 +289,7 @@ func setUsername(c *configReader, r *remote, n *yaml.Node) {
 // setPassword reads password, after username.
 func setPassword(c *configReader, r *remote, n *yaml.Node) {
 	c.readField(n, 0, &r.password)
-	if r.username == "" {
+	if r.password != "" && r.username == "" {
 		c.addWarning(n, "has no username beside it: upstreams that take a token as the password want one too, some of them any")
 	}
 }

@@ -54,8 +54,10 @@ func TestConfigWarnings(t *testing.T) {
 	if len(glob) != 1 || !strings.HasPrefix(glob[0], `remotes.yaml:6: remote "x": mutable_patterns has "pool/*.gz", in which * repeats the slash`) {
 		t.Errorf("warnings %q for a glob", glob)
 	}
-	if cfg := mustParse(t, one("    mutable_patterns: [a]\n    description: $NONE costs 5$\n    username: ${TOKEN}\n    password: p$$TOKEN\n")); len(cfg.warnings) > 0 {
-		t.Errorf("warnings %q for nothing", cfg.warnings)
+	for _, nothing := range []string{"description: $NONE costs 5$\n    username: ${TOKEN}\n    password: p$$TOKEN\n", "username: ''\n    password: ''\n"} {
+		if cfg := mustParse(t, one("    mutable_patterns: [a]\n    "+nothing)); len(cfg.warnings) > 0 {
+			t.Errorf("warnings %q for nothing", cfg.warnings)
+		}
 	}
 }
 
@@ -105,6 +107,10 @@ func TestConfigMistakes(t *testing.T) {
 		{"tabs", "remotes:\n\tx: 1 # HERE\n", "not with tabs"},
 		{"line that is indented too little", "remotes:\n  x:\n    base_url: http://a\n    description: >\n      'one\n      two\n   package: rpm # HERE\n", "not readable as YAML"},
 		{"name that is indented too little", one("    description: b\n y: # HERE\n" + wellFormed), "not readable as YAML"},
+		{"line without a colon", one("    package rpm # HERE\n    timeout: 5\n"), "write KEY: VALUE or - VALUE"},
+		{"list behind its key", one("    mutable_patterns: - a # HERE\n"), "write KEY: VALUE or - VALUE"},
+		{"line that is indented with a tab", one("    description: a\n\t  b # HERE\n"), "not with tabs"},
+		{"version of YAML", "%YAML 1.2 # HERE\n---\n" + one(""), "remove a line that begins with %"},
 		{"colon and blank in a value", one("    description: a: b # HERE\n"), "put a value that holds a colon and a blank in quotes"},
 		{"quote that is not closed", one("    description: \"a # HERE\n    timeout: 5\n"), "it begins here and is not closed"},
 		{"quote that ends early", one("    description: 'it's' # HERE\n    timeout: 5\n"), "in single quotes"},
@@ -154,6 +160,7 @@ func TestConfigMistakes(t *testing.T) {
 		{"registry given twice", one("    package: docker\n    registry: docker.io\n") + "  y:\n" + wellFormed + "    package: docker\n    registry: Docker.io # HERE\n", "another remote (line 5)"},
 		{"token_realm that is no URL", one("    package: docker\n    token_realm: auth.docker.io # HERE\n"), "token_realm must begin with http"},
 		{"mirrors is one URL", one("    mirrors: http://a # HERE\n"), "mirrors must be a list"},
+		{"mirrors is one mirror", one("    mirrors: {url: http://a} # HERE\n"), "mirrors must be a list"},
 		{"mirror that is no URL", one("    mirrors:\n      - http://a\n      - nonsense # HERE\n"), "mirrors must begin with http"},
 		{"mirror with a password", one("    mirrors: [{url: http://joe:hidden@a}] # HERE\n"), "mirrors.url holds credentials"},
 		{"mirror without url", one("    mirrors: [{auth: true}] # HERE\n"), "mirrors.url is missing"},

@@ -177,10 +177,10 @@ func (c *configReader) addSyntaxError(data []byte, err error) {
 		text += " (it begins here and is not closed: put a quote or a bracket at its end)"
 	case strings.HasPrefix(text, "mapping values are not allowed"):
 		text += " (put a value that holds a colon and a blank in quotes)"
-	case strings.HasPrefix(text, "did not find expected"):
-		text += " (indent it as the keys above; close a bracket that is open; put a value that begins with [, { or a quote in single quotes, all of it)"
-	case strings.HasSuffix(text, "cannot start any token"):
+	case strings.HasSuffix(text, "cannot start any token"), strings.Contains(text, "tab character"):
 		text += " (indent with spaces, not with tabs; put a value that begins with @, % or ` in quotes)"
+	default:
+		text += " (write KEY: VALUE or - VALUE on each line, indented as those above; close a bracket that is open; put a value that begins with [, { or a quote in single quotes, all of it; remove a line that begins with %)"
 	}
 	c.addError(lineOfSyntaxError(data, err), "not readable as YAML: %s", text)
 }
