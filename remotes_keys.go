@@ -81,7 +81,8 @@ var builtinPatterns = map[string][]*regexp.Regexp{
 	"rpm": {
 		regexp.MustCompile(`repomd\.xml(?:\.key)?$`),
 		regexp.MustCompile(`repodata/.*\.(?:xml|sqlite|ya?ml|asc|txt)(?:\.(?:gz|bz2|xz|zst|zck|lzma))?$`),
-		regexp.MustCompile(`repodata/(?:.*-)?productid(?:\.(?:gz|bz2|xz|zst))?$`),
+		regexp.MustCompile(`productid(?:\.(?:gz|bz2|xz|zst))?$`),
+		regexp.MustCompile(`\.yml\.gz$`),
 		regexp.MustCompile(`Packages\.gz$`),
 		regexp.MustCompile(`media\.1/media$`),
 		regexp.MustCompile(`\.treeinfo$`),
@@ -98,7 +99,7 @@ var builtinPatterns = map[string][]*regexp.Regexp{
 		regexp.MustCompile(`Translation-[^/]+$`),
 		regexp.MustCompile(`Components-[^/]+$`),
 		regexp.MustCompile(`Commands-[^/]+$`),
-		regexp.MustCompile(`icons-[0-9x@]+\.tar(?:\.(?:gz|xz|bz2|lzma|zst))?$`),
+		regexp.MustCompile(`dep11/[^/]+$`),
 	},
 	"go": {
 		regexp.MustCompile(`/@v/list$`),

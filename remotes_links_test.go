@@ -311,11 +311,11 @@ func TestPackagesKnowWhatChanges(t *testing.T) {
 	t.Parallel()
 	for name, paths := range map[string][2]string{ // mutable and immutable, by blanks
 		"rpm": {"9/os/repodata/repomd.xml 9/os/repodata/repomd.xml.asc 9/os/repodata/repomd.xml.key 9/os/.treeinfo media.1/media content " +
-			"RPM-GPG-KEY-AlmaLinux-9 mirrorlist/9/baseos/mirrorlist 9/os/repodata/comps.yml.gz 9/os/repodata/productid.gz repodata/filelists.xml.zst repodata/other.sqlite.bz2",
+			"RPM-GPG-KEY-AlmaLinux-9 mirrorlist/9/baseos/mirrorlist 9/os/repodata/comps.yml.gz 9/os/repodata/productid.gz 9/os/productid 9/os/appdata.yml.gz repodata/filelists.xml.zst repodata/other.sqlite.bz2",
 			"9/os/Packages/a-1.x86_64.rpm 9/os/images/boot.iso"},
 		"alpine": {"v3.22/main/x86_64/APKINDEX.tar.gz edge/main/x86_64/packages.adb", "v3.22/main/x86_64/a-1.apk"},
 		"deb": {"dists/trixie/InRelease dists/trixie/Release dists/trixie/Release.gpg dists/t/main/binary-amd64/Packages.xz dists/t/main/source/Sources.gz " +
-			"dists/t/main/Contents-amd64.gz dists/t/main/i18n/Translation-en.bz2 dists/t/main/dep11/Components-amd64.yml.gz Packages flat/Packages.gz",
+			"dists/t/main/Contents-amd64.gz dists/t/main/i18n/Translation-en.bz2 dists/t/main/dep11/Components-amd64.yml.gz dists/t/main/dep11/icons-64x64@2.tar.gz dists/t/main/dep11/CID-Index-amd64.json.gz Packages flat/Packages.gz",
 			"pool/main/a/a_1+b~1_amd64.deb pool/main/a/a_1.dsc"},
 		"go":        {"golang.org/x/text/@v/list golang.org/x/text/@latest x/@v/main.info x/@v/vnext.info x/@v/v.info x/@v/v1.info x/@v/v1.2.info x/@v/v1.x.info x/@v/v1.2.x.info x/@v/v2-dev.info sumdb/sum.golang.org/latest sumdb/s/tile/8/0/001.p/5", "x/@v/v1.0.0.info x/@v/v12.34.56-rc.1.info x/@v/v2.0.0+incompatible.info x/@v/v0.0.0-20240101000000-abcdef012345.info x/@v/v1.0.0.mod x/@v/v1.0.0.zip sumdb/s/tile/8/0/001"},
 		"maven":     {"org/a/maven-metadata.xml org/a/maven-metadata.xml.sha1 org/a/1-SNAPSHOT/a-1.jar", "org/a/1/a-1.jar org/a/1/a-1.pom.sha1"},
