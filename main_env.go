@@ -75,8 +75,8 @@ func parseSettings(env lookupEnv) (*settings, error) {
 	}
 	_ = set.logLevel.UnmarshalText([]byte(p.readOneOf("LOG_LEVEL", "info", "debug", "info", "warn", "error"))) // which reports another word
 	_, port, err := net.SplitHostPort(set.listen)
-	_, portErr := net.LookupPort("tcp", port)
-	p.require(err == nil && port != "" && portErr == nil, "LISTEN_ADDR", "%q is not an address like :8000 or 127.0.0.1:8000", set.listen)
+	_, portErr := strconv.ParseUint(port, 10, 16)
+	p.require(err == nil && portErr == nil, "LISTEN_ADDR", "%q is not an address like :8000 or 127.0.0.1:8000", set.listen)
 	// In Kubernetes, endpoints go on sending requests for a moment.
 	drainDelay := "0s"
 	if p.readString("KUBERNETES_SERVICE_HOST", "") != "" {
@@ -190,14 +190,14 @@ func (p *envReader) readS3(c *s3Config) {
 	endpoint := p.readString("MINIO_ENDPOINT", "")
 	*c = s3Config{bucket: p.readString("MINIO_BUCKET", ""), accessKey: p.readString("MINIO_ACCESS_KEY", ""), secretKey: p.readString("MINIO_SECRET_KEY", ""),
 		region: p.readString("MINIO_REGION", "us-east-1"), secure: p.readBool("MINIO_SECURE", ""), virtualHost: p.readBool("MINIO_VIRTUAL_HOST", "false")}
-	if endpoint == "" {
-		return
-	}
 	for _, v := range [][2]string{{"MINIO_BUCKET", c.bucket}, {"MINIO_REGION", c.region}} {
 		p.require(v[1] == "" || namePattern.MatchString(v[1]), v[0], "%q is not a valid name: use letters, digits, '.', '_' and '-'", v[1])
 	}
 	n := len(c.bucket)
 	p.require(n == 0 || (n >= 3 && n <= 63), "MINIO_BUCKET", "%q is not the name of a bucket: those have 3 to 63 characters", c.bucket)
+	if endpoint == "" {
+		return
+	}
 	scheme, secure := "http", p.readString("MINIO_SECURE", "")
 	if c.secure {
 		scheme = "https"
