@@ -71,9 +71,8 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if p == "" {
 		p = r.URL.EscapedPath()
 	}
-	p = trimEmptySegments(p)
-	first, rest, _ := strings.Cut(p, "/")
-	second, _, _ := strings.Cut(rest, "/")
+	first, rest := cutElement(p)
+	second, _ := cutElement(rest)
 	if first == "v2" || (second == "v2" && first != "api" && first != "artifacts") {
 		a.registry.ServeHTTP(w, r)
 		return
@@ -87,7 +86,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		switch first {
 		case "api":
-			return a.serveFile(w, r, strings.TrimPrefix(rest, "v1/remote/"))
+			return a.serveFile(w, r, rest)
 		case ".fill": // another replica streams a fill of this one
 			return a.cache.serveReplica(w, r, rest)
 		case "artifacts":
@@ -95,7 +94,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		case "cache-artifact":
 			return a.servePrefetch(w, r)
 		}
-		return a.serveEndpoint(w, r, "/"+p)
+		return a.serveEndpoint(w, r, "/"+trimEmptySegments(p))
 	}, writeJSONError)
 }
 
@@ -128,12 +127,10 @@ func allowMethods(r *http.Request, methods ...string) error {
 	return p
 }
 
-// serveFile serves /api/{remote}/{path}. rest is the path behind /api/, or behind
-// /api/v1/remote/, which is another name for it. An empty path lists the remote's files.
-// PUT and DELETE write to a local repository.
+// serveFile serves /api/{remote}/{path}. rest is the path behind /api/. An empty path
+// lists the remote's files. PUT and DELETE write to a local repository.
 func (a *api) serveFile(w *response, r *http.Request, rest string) error {
-	name, escaped, _ := strings.Cut(trimEmptySegments(rest), "/")
-	t, err := a.config().resolveTarget(name, escaped, r.URL.RawQuery)
+	t, err := a.config().resolveTarget(rest, r.URL.RawQuery)
 	if t.remote != nil {
 		w.remote, w.path = t.remote.name, t.path
 	}
@@ -302,7 +299,7 @@ func (a *api) authorizeWrite(r *http.Request, writeToken secret) error {
 // lists what is stored, DELETE purges. A name that is no remote any more will do as long
 // as files of it are stored.
 func (a *api) serveArtifacts(w *response, r *http.Request, rest string) error {
-	name, escaped, _ := strings.Cut(rest, "/")
+	name, escaped := cutElement(rest)
 	rem := a.config().remotes[name]
 	if rem == nil { // it may have been one
 		totals, err := a.cache.index.totals(r.Context(), false)

@@ -417,7 +417,7 @@ func (p *prefetchRun) progress() progressEvent {
 // errors are those that a GET would get; with an error the file has what is known.
 func (p *prefetchRun) findFile(way string) (fileRequest, error) {
 	escaped, query, _ := strings.Cut(way, "?")
-	first, rest, _ := strings.Cut(trimEmptySegments(escaped), "/")
+	first, rest := cutElement(escaped)
 	if first != "api" {
 		u, err := url.Parse(way)
 		if err != nil {
@@ -425,12 +425,11 @@ func (p *prefetchRun) findFile(way string) (fileRequest, error) {
 		}
 		return p.api.registry.findFile(p.cfg, u)
 	}
-	name, escaped, _ := strings.Cut(trimEmptySegments(strings.TrimPrefix(rest, "v1/remote/")), "/")
-	t, err := p.cfg.resolveTarget(name, escaped, query)
+	t, err := p.cfg.resolveTarget(rest, query)
 	switch {
 	case err != nil:
 	case t.path == "":
-		err = newProblem(http.StatusBadRequest, "this names no file of remote %q", name)
+		err = newProblem(http.StatusBadRequest, "this names no file of remote %q", t.remote.name)
 	default:
 		err = t.classify()
 	}

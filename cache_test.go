@@ -30,7 +30,8 @@ func TestSecondRequestIsServedFromTheStore(t *testing.T) {
 	tt.get("/api/r/a/b.tar.gz").wantStatus(200).wantMiss().wantBody("body")
 	tt.get("/api/r/a/b.tar.gz").wantStatus(200).wantHit().wantBody("body")
 	tt.get("/api/v1/remote/r/a/b.tar.gz").wantHit().wantBody("body")
-	for _, path := range []string{"//api/r/a/b.tar.gz", "/./api/r/a/b.tar.gz", "/api//r/a/b.tar.gz", "/api/.//r//a/./b.tar.gz"} {
+	for _, path := range []string{"//api/r/a/b.tar.gz", "/./api/r/a/b.tar.gz", "/api//r/a/b.tar.gz", "/api/.//r//a/./b.tar.gz",
+		"/api//v1/remote/r/a/b.tar.gz", "/api/./v1/.//remote//r/a/b.tar.gz", "/%61pi/%72/a/b.tar.gz", "/api/v1/remot%65/r/%61/b.tar.gz"} {
 		tt.get(path).wantHit().wantBody("body")
 	}
 	tt.wantRequests("/a/b.tar.gz", 1)

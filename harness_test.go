@@ -778,7 +778,7 @@ func (g *got) wantStale() *got {
 func (tt *tester) wantStored(path string, stored bool) {
 	tt.Helper()
 	name, query, _ := strings.Cut(path, "?")
-	t, err := tt.server.config.Load().resolveTarget("r", name, query)
+	t, err := tt.server.config.Load().resolveTarget("r/"+name, query)
 	if err != nil {
 		tt.Fatal(err)
 	}

@@ -217,11 +217,15 @@ func (r *remote) shownHost(i int) string {
 	return host
 }
 
-// resolveTarget returns the file that a request below /api/ names. escaped is what
-// follows the remote's name in the path, as the client sent it, and query is the raw
-// query. An empty path, which lists the remote, gives a target with the remote alone.
-// The errors are problems.
-func (c *config) resolveTarget(name, escaped, query string) (target, error) {
+// resolveTarget returns the file that a request below /api/ names, or below
+// /api/v1/remote/, which is another name for it. below is the rest of the path as the
+// client sent it, and query is the raw query. An empty path, which lists the remote, gives
+// a target with the remote alone. The errors are problems.
+func (c *config) resolveTarget(below, query string) (target, error) {
+	name, escaped := cutElement(below)
+	if second, rest := cutElement(escaped); name == "v1" && second == "remote" {
+		name, escaped = cutElement(rest)
+	}
 	r := c.remotes[name]
 	switch {
 	case r == nil:
@@ -402,6 +406,13 @@ func trimEmptySegments(path string) string {
 		_, path, _ = strings.Cut(path, "/")
 	}
 	return path
+}
+
+// cutElement cuts the first element that is not empty off an escaped path, and decodes it.
+func cutElement(path string) (first, rest string) {
+	first, rest, _ = strings.Cut(trimEmptySegments(path), "/")
+	first, _ = url.PathUnescape(first) // "" if it is malformed, which names nothing
+	return first, rest
 }
 
 // trimSuffixes returns a spelling without its query, and without the hash behind "#"

@@ -755,7 +755,7 @@ func TestKeysTellSpellingsApart(t *testing.T) {
 
 // resolveAndClassify finds a file as the API does.
 func resolveAndClassify(c *config, remote, escaped, query string) (target, error) {
-	t, err := c.resolveTarget(remote, escaped, query)
+	t, err := c.resolveTarget(remote+"/"+escaped, query)
 	if err == nil && t.path != "" {
 		err = t.classify()
 	}
