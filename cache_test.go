@@ -626,6 +626,7 @@ func TestUpstreamsErrorsAreTranslated(t *testing.T) {
 		{400, 400, "400", nil},
 		{418, 418, "418", nil},
 		{451, 451, "451", nil},
+		{499, 499, "499", nil},
 		{500, 502, "500", nil},
 		{501, 502, "501", nil},
 		{201, 502, "201", nil},

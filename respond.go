@@ -220,14 +220,15 @@ func (s *responder) answerError(w *response, r *http.Request, err error, writeEr
 		return true
 	}
 	status, detail := statusAndDetail(err)
-	if status == statusClientGone || errors.Is(err, http.ErrAbortHandler) {
+	p, isProblem := errors.AsType[*problem](err) // an upstream may answer 499 too
+	if (status == statusClientGone && !isProblem) || errors.Is(err, http.ErrAbortHandler) {
 		w.noteStatus(status)
 		return true
 	}
 	h := w.Header()
 	clear(h)
 	w.setCommonHeaders()
-	if p, ok := errors.AsType[*problem](err); ok {
+	if isProblem {
 		if p.retryAfter > 0 {
 			h.Set("Retry-After", strconv.Itoa(int(math.Ceil(p.retryAfter.Seconds()))))
 		}
