@@ -384,7 +384,8 @@ type storedCopy struct {
 func (s *storedCopy) isFresh() bool { return s.forever || s.ttlLeft > 0 }
 
 // maxLookAgains bounds how often a request may learn that the store has the file after
-// all, and then not find it there.
+// all, and then not find it there. A fill may end between a lookup that misses and the next
+// fill, which looks again.
 const maxLookAgains = 3
 
 // findOrFetch returns what to send for a file. The caller closes its body.
@@ -393,23 +394,27 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		return c.generations.findOrFetch(ctx, file, rng)
 	}
 	key := file.key()
-	// A fill may end between a lookup that misses and the next fill: then the
-	// store has the file after all, and the next fill looks again.
 	for n, first := 0, true; ; first = false {
 		ended := c.fills.endedOf(key).Load()
-		storedAs, cp, storeErr := c.findCopyAnywhere(ctx, key, file, rng)
-		if err := context.Cause(ctx); err != nil && storeErr != nil {
-			return nil, err
-		}
-		if cp != nil {
+		cp, storeErr := c.findCopy(ctx, key, file, rng)
+		switch named, isNamed := file.behavior.(*namedDownload); {
+		case storeErr == nil:
 			if err := file.behaves().permit(ctx, cp.rec); err != nil {
 				cp.body.Close()
 				return nil, err
 			}
-		}
-		if cp != nil && cp.isFresh() {
-			c.countUse(file.remote.name, storedAs)
-			return cp.hitReply(file.remote.hitDetail()), nil
+			if cp.isFresh() {
+				c.countUse(file.remote.name, key)
+				return cp.hitReply(file.remote.hitDetail()), nil
+			}
+		case ctx.Err() != nil:
+			return nil, context.Cause(ctx)
+		case !errors.Is(storeErr, fs.ErrNotExist):
+			c.reportStoreError("storage", "opening", key, storeErr)
+		case isNamed:
+			if other := named.findOtherWay(ctx, key, rng); other != nil {
+				return c.findOrFetch(ctx, *other, rng)
+			}
 		}
 		if first && (file.remote.sealed || !rng.ahead) {
 			storeErr = c.missed.recordMiss(file, storeErr, c.now())
@@ -417,9 +422,8 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		if file.remote.local || file.remote.sealed {
 			return nil, storeErr
 		}
-		inOutage := false
+		inOutage := cp == nil && c.upstream.isInOutage(file.remote.name)
 		if cp == nil {
-			inOutage = c.upstream.isInOutage(file.remote.name)
 			if err := file.recallMissing(ctx, c, rng, storeErr); err != nil {
 				return nil, err
 			}
@@ -526,21 +530,6 @@ func (c *cache) findCopy(ctx context.Context, key string, file fileRequest, rng 
 		s.body.Close()
 		c.objects.invalidate(key)
 	}
-}
-
-// findCopyAnywhere finds the copy at its key or, of a file that a root names, one that
-// another way to it has stored. It returns the key of the copy.
-func (c *cache) findCopyAnywhere(ctx context.Context, key string, file fileRequest, rng byteRange) (string, *storedCopy, error) {
-	cp, err := c.findCopy(ctx, key, file, rng)
-	if named, isNamed := file.behavior.(*namedDownload); isNamed && errors.Is(err, fs.ErrNotExist) {
-		if otherKey, other := named.findOtherCopy(ctx, key, rng); other != nil {
-			return otherKey, other, nil
-		}
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) && ctx.Err() == nil {
-		c.reportStoreError("storage", "opening", key, err)
-	}
-	return key, cp, err
 }
 
 // freshnessOf judges an object by the TTL of the file and by when it was last found good.

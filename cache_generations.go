@@ -188,10 +188,12 @@ func (n *namedDownload) findRoot(ctx context.Context) (*storedRoot, namedFile) {
 	return n.g.findRoot(ctx, &n.file)
 }
 
-// findOtherCopy returns a fresh copy of the same bytes that another way to the file has
-// stored: by name where it was asked for by hash, or the other way round. What an older
-// root named is found by the index, since no root says any more what its name was.
-func (n *namedDownload) findOtherCopy(ctx context.Context, key string, rng byteRange) (string, *storedCopy) {
+// findOtherWay returns the request for another way to the same bytes that has brought them
+// or is about to: by name where the file was asked for by hash, or the other way round. nil:
+// there is none. What an older root named is found by the index, since no root says any more
+// what its name was.
+func (n *namedDownload) findOtherWay(ctx context.Context, key string, rng byteRange) *fileRequest {
+	c := n.g.c
 	root, f := n.findRoot(ctx)
 	sum, others := f.sha256, []fileRequest(nil)
 	folder := metadataFolder(n.file.path)
@@ -200,27 +202,28 @@ func (n *namedDownload) findOtherCopy(ctx context.Context, key string, rng byteR
 		others = n.g.requestsFor(root, f)
 	case strings.HasPrefix(digest, "sha256:") && folder != path.Dir(n.file.path):
 		sum = strings.TrimPrefix(digest, "sha256:")
-		found, _ := n.g.c.index.listPage(ctx, pageQuery{remote: n.file.remote.name, prefix: strings.TrimPrefix(folder+"/", "./"), limit: listPageSize})
+		found, _ := c.index.listPage(ctx, pageQuery{remote: n.file.remote.name, prefix: strings.TrimPrefix(folder+"/", "./"), limit: listPageSize})
 		for _, row := range found.rows {
 			if row.SHA256 == sum {
-				t := target{remote: n.file.remote.keepingImmutable(), path: decodePath(row.Path), spelling: row.Path, class: immutable}
-				others = append(others, fileRequest{target: t})
+				t := target{remote: n.file.remote.keepingImmutable(), path: decodePath(row.Path), spelling: row.Path, wire: n.file.wire, class: immutable}
+				others = append(others, fileRequest{target: t, digest: digest, behavior: download{}})
 			}
 		}
 	}
+	hasOwnFill := rng.ahead || c.fills.isFilling(key) // or is to have one, which prefetch waits for
 	for _, other := range others {
-		if other.key() == key {
+		otherKey := other.key()
+		if otherKey == key {
 			continue
 		}
-		cp, err := n.g.c.findCopy(ctx, other.key(), other, rng)
-		if err == nil && cp.rec.SHA256 == sum && cp.isFresh() {
-			return other.key(), cp
+		if !hasOwnFill && c.fills.isFilling(otherKey) {
+			return &other
 		}
-		if err == nil {
-			cp.body.Close()
+		if cp, err := c.findCopy(ctx, otherKey, other, byteRange{head: true}); err == nil && cp.rec.SHA256 == sum && cp.isFresh() {
+			return &other
 		}
 	}
-	return "", nil
+	return nil
 }
 
 // namesOf are the requests for the file of t under the names that the stored root gives it.

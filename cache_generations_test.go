@@ -463,6 +463,31 @@ func TestMetadataAnswersByItsOtherName(t *testing.T) {
 	}
 }
 
+// TestMetadataIsFetchedOnceByAllItsNames: what is being fetched or stored by one name
+// answers by the other, too.
+func TestMetadataIsFetchedOnceByAllItsNames(t *testing.T) {
+	t.Parallel()
+	byHash := "main/binary-amd64/by-hash/SHA256/" + sha256Hex([]byte("packages one"))
+	for _, names := range [][2]string{{packagesGz, byHash}, {byHash, packagesGz}} {
+		gated := &heldObjects{gate: make(chan struct{}, 1)}
+		a := &testArchive{tester: setup{objects: func(o objects) objects { gated.objects = o; return gated }, keys: []string{"package: deb"}}.start(t),
+			root: "/dists/t/InRelease", folder: "/dists/t/", release: releaseOf("Acquire-By-Hash: yes\n")}
+		a.publish(map[string]string{packagesGz: "packages one"})
+		a.origin.file(a.folder+byHash, "packages one")
+		gated.gate <- struct{}{}
+		a.getRoot().wantMiss()
+		for _, name := range names {
+			s := a.start(t.Context(), "GET", a.in(name), nil) // get would wait for the store
+			s.rest().wantStatus(200).wantBody("packages one")
+			s.leave()
+		}
+		a.wantRequests(a.folder+byHash, 1)
+		a.wantRequests(a.folder+packagesGz, 0)
+		close(gated.gate)
+		a.settle()
+	}
+}
+
 func TestMetadataByHash(t *testing.T) {
 	t.Parallel()
 	hashed := func(text string) string { return "main/binary-amd64/by-hash/SHA256/" + sha256Hex([]byte(text)) }
