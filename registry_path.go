@@ -6,6 +6,7 @@ package main
 import (
 	"net/http"
 	"net/url"
+	"path"
 	"regexp"
 	"strings"
 )
@@ -53,10 +54,10 @@ func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 	if rest = trimEmptySegments(rest); rest == "" {
 		return nil
 	}
-	if rest == "_catalog" || strings.HasSuffix(rest, "/_catalog") {
+	name, hasOperation := c.splitOperation(rest)
+	if !hasOperation && path.Base(name) == "_catalog" {
 		return errNoCatalog
 	}
-	name, hasOperation := c.splitOperation(rest)
 	first, image, _ := strings.Cut(name, "/")
 	rem := cfg.remotes[first]
 	switch isDocker := rem != nil && rem.packageType == "docker"; {

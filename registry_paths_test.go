@@ -49,6 +49,7 @@ func TestRegistryPathsAreReadFromTheRight(t *testing.T) {
 		"/v2/app/manifests/x?ns=Docker.IO":        "hub library/app manifests x",
 		"/v2/reg/app/referrers/sha256%3A" + d[7:]: "reg app referrers " + d,
 		"/v2/reg/a%2Fb/manifests/x":               "reg a/b manifests x",
+		"/v2/reg/app/manifests/_catalog":          "reg app manifests _catalog",
 	} {
 		u, err := url.Parse(path)
 		if err != nil {
