@@ -218,7 +218,7 @@ type cache struct {
 
 	missing          *boundedMap[string, missingFile] // what upstream does not have, by fileRequest.wireKey
 	heads            sharedCalls[string, fileReply]   // HEADs of files that are not stored
-	headRefused      *boundedMap[string, struct{}]    // remotes, and keys of files, that refuse HEAD
+	headRefused      *boundedMap[string, struct{}]    // remotes with what they are to send, and keys of files, that refuse HEAD
 	passOn           *boundedMap[string, struct{}]    // keys whose bodies are not spooled for a while
 	failedLeases     *boundedMap[string, struct{}]    // tokens of leases whose holder could not be followed
 	warnedOf         *boundedMap[string, struct{}]    // remotes of which an index was stored forever

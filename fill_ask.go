@@ -51,9 +51,9 @@ func validatorsOf(rec *record) http.Header {
 // validators for a GET: those of the copy where HEAD is refused or finds nothing, which
 // proves nothing, and none where upstream has another version.
 func (f *fillRun) revalidateByHEAD() (validators http.Header, unchanged bool, err error) {
-	c, name := f.c, f.file.remote.name
+	c, kind := f.c, f.file.remote.name+" "+f.file.accept // registries have HEAD for manifests, and not for lists
 	validators = validatorsOf(f.oldRecord)
-	for _, refuses := range []string{name, f.key} {
+	for _, refuses := range []string{kind, f.key} {
 		if _, found := c.headRefused.get(refuses); found {
 			return validators, false, nil
 		}
@@ -71,7 +71,7 @@ func (f *fillRun) revalidateByHEAD() (validators http.Header, unchanged bool, er
 	case code == http.StatusNotModified:
 		return nil, false, nil // it names another version, or nobody asked for it
 	case code == http.StatusMethodNotAllowed, code == http.StatusNotImplemented:
-		c.headRefused.putFor(name, struct{}{}, headRefusedFor)
+		c.headRefused.putFor(kind, struct{}{}, headRefusedFor)
 		return validators, false, nil
 	case refusesHEAD(code), code == http.StatusNotFound:
 		c.headRefused.putFor(f.key, struct{}{}, headRefusedFor)

@@ -989,7 +989,17 @@ func TestRegistryTagRecheckIsAHEAD(t *testing.T) {
 	im := h.image("app", "v1", 10)
 	m := newMirror(t, h.url(), "check_builtin_updates: true")
 	m.get("/v2/reg/app/manifests/v1").wantFrom("remote")
+	// Docker's registry answers 405 to HEAD of a list, which says nothing about tags.
+	h.on("/v2/app/tags/list", func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodHead {
+			w.WriteHeader(http.StatusMethodNotAllowed)
+			return
+		}
+		io.WriteString(w, `{"tags":["v1"]}`)
+	})
+	m.get("/v2/reg/app/tags/list").want(200)
 	m.advance(2 * time.Hour)
+	m.get("/v2/reg/app/tags/list").want(200)
 	h.forget()
 	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
 	h.wantAsked(1, "HEAD", "")
