@@ -226,9 +226,7 @@ func (u *upstream) requestToken(ctx context.Context, x *exchange, basic string, 
 	service := *x
 	service.start, service.auth = realm, basic
 	service.method, service.header, service.digestKnown = http.MethodGet, http.Header{"Accept": {"application/json"}}, false
-	if basic != "" || x.remote.isTokenRealm(realm) {
-		service.reach = anyAddress // it is trusted, or the administrator named it
-	}
+	service.anywhere = basic != "" || x.remote.isTokenRealm(realm) // it is trusted, or the administrator named it
 	resp, err := u.followRedirects(ctx, &service)
 	if err != nil {
 		return "", 0, err

@@ -121,8 +121,9 @@ type exchange struct {
 	auth   string      // docker: Authorization, sent to the scheme, host and port of start only
 	index  int         // of the origin it is made for, in remote.origins
 	origin *url.URL    // of the same, which may have any address
-	reach  addressKind // which other addresses a redirect may lead to: the origin's kind, or any from a trusted token service
+	reach  addressKind // which other addresses a redirect may lead to: the origin's kind
 
+	anywhere   bool // start may have any address: it is a trusted token service
 	redirected bool // a redirect of the origin led to start: it gets no credentials, and its failures say nothing about the remote
 }
 
@@ -269,7 +270,7 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	proxy, err := u.proxyFor(req)
 	proxied := err == nil && proxy != nil
 	reach := x.reach
-	if proxied || x.remote.config.hasServer(at) {
+	if proxied || x.remote.config.hasServer(at) || (x.anywhere && sameServer(at, x.start)) {
 		reach = anyAddress
 	}
 	timer := time.AfterFunc(x.remote.timeout, func() { cancel(errTimeout) })

@@ -1956,6 +1956,25 @@ func TestRealmMayNotLeadInside(t *testing.T) {
 	}
 }
 
+// TestTrustedRealmMayNotLeadInside: the service itself may be inside, and its redirects
+// lead where those of base_url may.
+func TestTrustedRealmMayNotLeadInside(t *testing.T) {
+	t.Parallel()
+	inside := newSite(t, says(200, `{"token":"t"}`))
+	service := newSite(t, sends(302, inside.URL+"/token"))
+	base := newSite(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("WWW-Authenticate", `Bearer realm="`+service.URL+`/token"`)
+		w.WriteHeader(401)
+	})
+	a := newUpstreamTester(t, base.URL)
+	a.r.packageType, a.r.username, a.r.tokenRealm = "docker", "u", mustURL(t, service.URL+"/token")
+	a.u.kindOf = isPublic
+	a.send(upstreamRequest{scope: "s"}).wantErr(errBadUpstream, "private address")
+	if n := len(inside.requests()); n != 0 {
+		t.Errorf("the inside was asked %d times", n)
+	}
+}
+
 func TestTokenRequestsRedirectKeepsThePassword(t *testing.T) {
 	t.Parallel()
 	g := newTokenRegistry(t)
