@@ -401,7 +401,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		case storeErr == nil:
 			if err := file.behaves().permit(ctx, cp.rec); err != nil {
 				cp.body.Close()
-				return nil, err
+				return nil, c.missed.recordMiss(file, err, c.now())
 			}
 			if cp.isFresh() {
 				c.countUse(file.remote.name, key)

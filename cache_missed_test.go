@@ -143,6 +143,8 @@ func TestSealedRegistry(t *testing.T) {
 	m.get("/v2/reg/team/app/referrers/" + im.digest).want(200)
 	other := h.image("team/app", "v2", 400)
 	m.get("/v2/reg/team/app/manifests/v2").want(200) // its manifest without its layers
+	third := h.image("team/third", "v1", 500)
+	m.get("/v2/reg/team/third/blobs/" + third.order[1]).want(200)
 	m.advance(48 * time.Hour)
 	m.reg.config().remotes["reg"].sealed = true
 	h.forget()
@@ -152,6 +154,7 @@ func TestSealedRegistry(t *testing.T) {
 	for path, code := range map[string]string{
 		"manifests/v3": "MANIFEST_UNKNOWN", "manifests/" + sha256Of(nil): "MANIFEST_UNKNOWN", "blobs/" + other.order[1]: "BLOB_UNKNOWN",
 		"tags/list": "NAME_UNKNOWN", "tags/list?n=1": "NAME_UNKNOWN",
+		"blobs/" + third.order[1]:   "BLOB_UNKNOWN", // stored, but nothing says that this image has it
 		"referrers/" + other.digest: "NAME_UNKNOWN", // an empty list would say that there is no signature
 	} {
 		if a := m.get("/v2/reg/team/app/"+path).wantError(404, code); !strings.Contains(string(a.body), "sealed") {
@@ -164,7 +167,7 @@ func TestSealedRegistry(t *testing.T) {
 	for _, f := range m.cache.missed.list("reg") {
 		missed = append(missed, fmt.Sprintf("%s %v %d", f.Path, f.Query, f.Count))
 	}
-	want := []string{"team/app/manifests/v3 false 2", "team/app/manifests/" + sha256Of(nil) + " false 2", "team/app/blobs/" + other.order[1] + " false 2",
+	want := []string{"team/app/manifests/v3 false 2", "team/app/manifests/" + sha256Of(nil) + " false 2", "team/app/blobs/" + other.order[1] + " false 2", "team/app/blobs/" + third.order[1] + " false 2",
 		"team/app/tags/list false 2", "team/app/tags/list true 2", "team/app/referrers/" + other.digest + " false 2"}
 	slices.Sort(missed)
 	slices.Sort(want)
