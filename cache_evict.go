@@ -20,9 +20,6 @@ import (
 )
 
 const (
-	// entryOverhead is charged for each stored file beside its bytes: the blocks of its
-	// directory, its record and the end of its body, which outweigh its index row.
-	entryOverhead = 12 << 10
 	// unusedShare is the part of a limit, as a divisor, above which the files that were
 	// never used again since they were stored go first. Most files that are asked for
 	// once are never asked for again: they must not push out what is used.
@@ -116,7 +113,7 @@ func (e *evictor) storedOfRemotes(ctx context.Context) map[string]remoteTotal {
 func (e *evictor) reclaimable() (all room) {
 	c := e.cache
 	for _, t := range e.storedOfRemotes(c.ctx) {
-		all.bytes += t.Bytes // the rest frees no more than what a body takes beside its bytes
+		all.bytes += t.cost()
 		all.inodes += t.Files * inodesPerFile
 	}
 	c.uses.mu.Lock()
@@ -134,7 +131,7 @@ func (e *evictor) reclaimable() (all room) {
 	c.fills.mu.Unlock()
 	for key := range stays {
 		if obj, err := c.objects.open(c.ctx, key, -1); err == nil && obj.rec.Class != local {
-			all.bytes -= obj.rec.Size
+			all.bytes -= entryCost(obj.rec.Size)
 			all.inodes -= inodesPerFile
 		}
 	}

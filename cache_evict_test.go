@@ -432,13 +432,14 @@ func TestAFullDiskMakesRoom(t *testing.T) {
 
 	tt.put("/api/l/a", noise(1, 2*20_000-entryOverhead), bearer).wantStatus(201)
 	tt.wantListed("r", "3", "6", "7")
-	for i := range 2 { // there are inodes for one
+	tt.delete("/api/l/a", bearer).wantStatus(204)
+	for i := range 3 { // there are inodes for two
 		tt.advance(time.Second)
 		tt.origin.file(fmt.Sprint("/empty", i), "")
 		tt.get(fmt.Sprint("/api/r/empty", i)).wantMiss()
 		tt.settle()
 	}
-	tt.wantListed("r", "3", "7", "empty0", "empty1")
+	tt.wantListed("r", "3", "7", "empty0", "empty1", "empty2")
 }
 
 // Nothing goes for a body for which what may not go would have to go too.

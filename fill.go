@@ -512,7 +512,7 @@ func (f *fillRun) end(outcome fillOutcome) {
 	unused := f.c.fills.finish(&f.fill, outcome) // first: a client that is cut off may come again at once
 	if f.spool != nil {
 		f.spool.end(errors.Join(outcome.err, io.ErrUnexpectedEOF)) // unless it is complete
-		f.spool.removeName()
+		f.spool.settle()
 	}
 	if outcome.err != nil {
 		f.c.log.Debug("a fill has failed", "key", f.key, "error", outcome.err)

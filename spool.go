@@ -39,7 +39,10 @@ const (
 	// the first bytes of a body are not to wait for that.
 	minSendfile = 64 << 10
 	// inodesPerFile is what a stored file takes: a directory, a body, a record.
+	// entryOverhead are their blocks beside the bytes of the body, which outweigh the
+	// index row.
 	inodesPerFile = 3
+	entryOverhead = 12 << 10
 	// minFreeInodes is the part of the inodes that stays free, as a divisor.
 	minFreeInodes = 50
 )
@@ -151,7 +154,7 @@ func (s *spoolSpace) shortOf(n int64, reclaimable room) (short room, err error) 
 	if keep < 0 {
 		keep = defaultMinFree(disk.size.bytes)
 	}
-	short.bytes = max(0, keep+s.reserved-s.owed+n-disk.free.bytes)
+	short.bytes = max(0, keep+s.reserved-s.owed+s.growing*entryOverhead+n-disk.free.bytes)
 	if disk.size.inodes > 0 {
 		short.inodes = max(0, disk.size.inodes/minFreeInodes+s.growing*inodesPerFile-disk.free.inodes)
 	}
@@ -308,8 +311,10 @@ func (s *spool) appendUnhashed(p []byte) error {
 	s.written += n
 	s.changed.wake()
 	s.mu.Unlock()
-	s.reserved -= n
-	s.space.add(account{reserved: -n})
+	if s.file != nil { // else the disk has it when it is stored
+		s.reserved -= n
+		s.space.add(account{reserved: -n})
+	}
 	return nil
 }
 
@@ -332,7 +337,7 @@ func (b *broadcast) wake() {
 	}
 }
 
-// end writes no more: what was reserved is free at once. Readers get err, which is not
+// end writes no more: what was reserved for more is free at once. Readers get err, which is not
 // nil, behind what they may read: io.EOF says that the writer has verified the whole body.
 // The first end counts.
 func (s *spool) end(err error) {
@@ -341,7 +346,9 @@ func (s *spool) end(err error) {
 	if s.ended != nil {
 		return
 	}
-	s.space.add(account{reserved: -s.reserved, owed: -s.owed, growing: -1})
+	inMemory := int64(len(s.memory)) // a store has still to write that
+	s.space.add(account{reserved: inMemory - s.reserved, owed: -s.owed})
+	s.reserved = inMemory
 	if s.ended = err; err == io.EOF {
 		s.size = s.written
 	}
@@ -363,8 +370,10 @@ func (s *spool) body() io.ReaderAt {
 	return bytes.NewReader(s.memory[:s.written])
 }
 
-// removeName removes the file's name, unless a store has taken it. Readers go on.
-func (s *spool) removeName() {
+// settle follows end when the body is stored, or is not to be: it takes no space any more.
+// The file's name goes, unless a store has taken it. Readers go on.
+func (s *spool) settle() {
+	s.space.add(account{reserved: -s.reserved, growing: -1})
 	if s.file != nil {
 		_ = os.Remove(s.file.Name())
 	}
@@ -384,7 +393,7 @@ func (s *spool) release() {
 // discard is what a writer without readers does in the end.
 func (s *spool) discard() {
 	s.end(io.ErrUnexpectedEOF)
-	s.removeName()
+	s.settle()
 	s.release()
 }
 

@@ -58,7 +58,7 @@ func TestReadersFollowASpool(t *testing.T) {
 			synctest.Wait()
 		}
 		s.end(io.EOF)
-		s.removeName()
+		s.settle()
 		late := s.newReader(t.Context(), false) // reads the shared descriptor
 		got, err := io.ReadAll(late)
 		if err != nil || string(got) != text {
@@ -165,11 +165,17 @@ func TestSpaceAccount(t *testing.T) {
 	}
 	wantReserved(49*mib + reserveAhead)
 
+	small := newTestSpool(t, space, "", 1000) // in memory
+	_, err = small.Write(make([]byte, 1000))
+	must(t, err)
+	small.end(io.EOF)
+	wantReserved(49*mib + reserveAhead + 1000) // a store has still to write it
+
 	tooLarge := space.newSpool("")
 	if err := tooLarge.setSize(40 * mib); !errors.Is(err, errNoSpace) {
 		t.Errorf("more than there is was promised: %v", err)
 	}
-	for _, s := range []*spool{known, unknown, tooLarge} {
+	for _, s := range []*spool{known, unknown, small, tooLarge} {
 		s.discard()
 	}
 	wantReserved(0)
@@ -224,8 +230,9 @@ func (d *fullDisk) reclaim(need room, removing func(int64)) room {
 	return freed
 }
 
-func newFullDisk(t *testing.T, old room) (*fullDisk, *spoolSpace) {
-	d := &fullDisk{usage: usageOf(10<<20, 1<<40), old: old}
+// There is room for what so many files take beside their bytes.
+func newFullDisk(t *testing.T, old room, files int64) (*fullDisk, *spoolSpace) {
+	d := &fullDisk{usage: usageOf(10<<20+files*entryOverhead, 1<<40), old: old}
 	space := testSpace(t, 0)
 	space.minFree, space.reclaimer = 10<<20, d
 	space.diskSpace = func() (diskUsage, error) { return d.usage, nil }
@@ -244,7 +251,7 @@ func (d *fullDisk) grow(t *testing.T, s *spool, n int) {
 func TestSpaceIsReclaimedAsTheBodyArrives(t *testing.T) {
 	t.Parallel()
 	const mib = 1 << 20
-	d, space := newFullDisk(t, room{bytes: 300 * mib})
+	d, space := newFullDisk(t, room{bytes: 300 * mib}, 1)
 	s := newTestSpool(t, space, "", 200*mib)
 	for written := range 200 {
 		gone := 300*mib - d.old.bytes
@@ -270,7 +277,7 @@ func TestSpaceIsReclaimedAsTheBodyArrives(t *testing.T) {
 func TestWhatIsReclaimedIsPromisedOnce(t *testing.T) {
 	t.Parallel()
 	const mib = 1 << 20
-	d, space := newFullDisk(t, room{bytes: 20 * mib})
+	d, space := newFullDisk(t, room{bytes: 20 * mib}, 1)
 	asked := 0
 	d.between = func() {
 		asked++
@@ -307,12 +314,15 @@ func TestWhatIsReclaimable(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			d, space := newFullDisk(t, c.old)
+			d, space := newFullDisk(t, c.old, int64(len(c.sizes)))
 			d.usage.free.inodes, d.usage.size.inodes = c.inodes.bytes, c.inodes.inodes
+			spools := make([]*spool, len(c.sizes))
+			for i := range spools {
+				spools[i] = space.newSpool("")
+				defer spools[i].discard()
+			}
 			for i, size := range c.sizes {
-				s := space.newSpool("")
-				defer s.discard()
-				if err := s.setSize(size); errors.Is(err, errNoSpace) != (i == c.fails) {
+				if err := spools[i].setSize(size); errors.Is(err, errNoSpace) != (i == c.fails) {
 					t.Errorf("body %d of %d bytes: %v", i, size, err)
 				}
 			}
