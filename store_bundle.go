@@ -323,6 +323,7 @@ type bundleReader struct {
 	head  *bundleHead // nil: not read yet
 	todo  *recordList // of what the store lacks; nil: not known yet
 	ahead int64       // bytes reserved for bodies that are not staged yet
+	files int64       // that the account of space knows, of todo
 
 	stored atomic.Int64   // records
 	mu     sync.Mutex     // guards the fields below while workers run
@@ -333,7 +334,7 @@ type bundleReader struct {
 // readAndStore reads a bundle and stores it. It is called once.
 func (b *bundleReader) readAndStore(ctx context.Context, from io.Reader) error {
 	defer func() {
-		b.space.add(account{reserved: -b.ahead})
+		b.space.add(account{reserved: -b.ahead, growing: -b.files})
 		if b.todo != nil {
 			b.todo.file.Close()
 		}
@@ -424,7 +425,7 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 	if b.todo, err = newRecordList(b.space.createFile); err != nil {
 		return err
 	}
-	lacking := int64(0)
+	lacking, files := int64(0), int64(0)
 	b.uses, b.kept = map[string]int{}, 0
 	err = eachRecord(ctx, records, importWorkers, func(rec *record) error {
 		if !isSoundRecord(rec) {
@@ -443,12 +444,15 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 		}
 		b.uses[rec.SHA256]++
 		lacking += rec.Size
+		files++
 		return b.todo.Encode(rec)
 	})
 	if err != nil {
 		return err
 	}
 	b.total.Store(2 * lacking) // read and stored
+	b.space.add(account{growing: files - b.files})
+	b.files = files
 	return b.reserve(lacking)
 }
 

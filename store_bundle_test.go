@@ -535,14 +535,20 @@ func TestImportThatCannotStore(t *testing.T) {
 	if err := b.readAndStore(t.Context(), bytes.NewReader(bundle)); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "import the bundle again") {
 		t.Errorf("a store that is down: %v", err)
 	}
-	// The space is reserved before the first body is read.
-	b = newBundleReader(t, d, d)
-	b.space.diskSpace = func() (diskUsage, error) {
-		return diskUsage{free: room{bytes: 350_000}, size: room{bytes: 1 << 30}}, nil
+	bodies := int64(0)
+	for _, text := range carried {
+		bodies += int64(len(text))
 	}
-	b.space.minFree = 10_000
-	if err := b.readAndStore(t.Context(), bytes.NewReader(bundle)); !errors.Is(err, errNoSpace) || b.done.Load() > 0 {
-		t.Errorf("without space, after %d bytes: %v", b.done.Load(), err)
+	// The space is reserved before the first body is read, with what records take.
+	for _, free := range []room{{bytes: bodies, inodes: 100}, {bytes: 1 << 30, inodes: 11}} {
+		b = newBundleReader(t, d, d)
+		b.space.diskSpace = func() (diskUsage, error) { return diskUsage{free: free, size: room{1 << 30, 500}}, nil }
+		if err := b.readAndStore(t.Context(), bytes.NewReader(bundle)); !errors.Is(err, errNoSpace) || b.done.Load() > 0 {
+			t.Errorf("with %+v, after %d bytes: %v", free, b.done.Load(), err)
+		}
+		if (b.space.account != account{}) {
+			t.Errorf("behind an import the account is %+v", b.space.account)
+		}
 	}
 	if names, _ := filepath.Glob(d.dir + "/r/*"); len(names) > 0 {
 		t.Errorf("there is %q", names)
