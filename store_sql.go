@@ -28,6 +28,8 @@ const (
 	// sqlReadTimeout bounds every other use of a connection. The largest page from
 	// cold disks takes much less.
 	sqlReadTimeout = 5 * time.Second
+	// sqlRecountTimeout bounds counting all rows, which reindex does once.
+	sqlRecountTimeout = time.Minute
 	// sqlConns bounds the connections of one replica. A server has 100 for all
 	// replicas by default.
 	sqlConns = 8
@@ -61,7 +63,8 @@ var _ index = (*sqlIndex)(nil)
 //
 // A trigger keeps the totals: counting a million rows takes 0.1 s at best, and
 // sqlTouch spoils the visibility map that would make it fast. The totals of a remote
-// are spread over 16 rows, so that its fills do not wait for each other's commits.
+// are spread over 16 rows, so that its fills do not wait for each other's commits. What
+// empties or restores a table goes past the trigger: sqlRecount adds what is missing then.
 //
 // sqlIsUnused and sqlIsUsed are the conditions of the partial indexes, too.
 //
@@ -101,8 +104,15 @@ const (
 	sqlLock         = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlTryLock      = `SELECT pg_try_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlHasSchema    = `SELECT to_regclass('artifactapi_schema') IS NOT NULL`
-	sqlVersion      = `SELECT version FROM artifactapi_schema`
-	sqlSession      = `SET statement_timeout = '5s'; SET idle_in_transaction_session_timeout = '10s'`
+	sqlVersion      = `SELECT version FROM artifactapi_schema
+		WHERE version > 1 OR (to_regclass('artifactapi_files'), to_regclass('artifactapi_totals')) IS NOT NULL`
+	sqlRecount = `SET LOCAL statement_timeout = 0; INSERT INTO artifactapi_totals AS t (remote, slot, files, bytes)
+		SELECT remote, slot, sum(files), sum(bytes) FROM (
+			SELECT remote, hashtext(key) & 15 AS slot, 1 AS files, size AS bytes FROM artifactapi_files
+			UNION ALL SELECT remote, slot, -files, -bytes FROM artifactapi_totals
+		) AS missing GROUP BY remote, slot HAVING sum(files) <> 0 OR sum(bytes) <> 0
+		ON CONFLICT (remote, slot) DO UPDATE SET files = t.files + excluded.files, bytes = t.bytes + excluded.bytes`
+	sqlSession = `SET statement_timeout = '5s'; SET idle_in_transaction_session_timeout = '10s'`
 )
 
 // sqlIndex implements index. While the database is down, changes wait in memory and
@@ -433,14 +443,16 @@ func queryAll[T any](ctx context.Context, x *sqlIndex, scan func(*sql.Rows) (T, 
 	return all, err
 }
 
-// reindex gives each stored object its row, and drops each row that was there before
-// and has no object. What replicas write meanwhile wins. It calls report for each
-// row, with "added" or "dropped".
+// reindex gives each stored object its row, drops each row that was there before and has
+// no object, and counts the rows anew. What replicas write meanwhile wins. It calls report
+// for each row, with "added" or "dropped".
 func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change, key string)) error {
+	if err := to.recount(ctx); err != nil {
+		return fmt.Errorf("counting the rows of the index: %w", err)
+	}
 	seed := maphash.MakeSeed()
-	// rows holds the hash of each row whose object is not found yet: a million take about
-	// 20 MB. They are read before the objects: a row that is saved meanwhile is then not
-	// among them, and is left alone.
+	// rows holds the hash of each row whose object is not found yet: a million take 20 MB.
+	// They are read before the objects: what is saved meanwhile is not in it, and is left alone.
 	rows := map[uint64]bool{}
 	err := to.eachRow(ctx, func(r indexRow) error {
 		rows[hashRow(seed, r)] = true
@@ -492,6 +504,14 @@ func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change
 		}
 		report("dropped", r.Key)
 		return nil
+	})
+}
+
+// recount makes the totals those of the rows.
+func (x *sqlIndex) recount(ctx context.Context) error {
+	return x.withConn(ctx, sqlRecountTimeout, func(ctx context.Context, conn *sql.Conn) error {
+		_, err := conn.ExecContext(ctx, sqlRecount)
+		return err
 	})
 }
 

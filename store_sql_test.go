@@ -195,7 +195,7 @@ func (f *fakePG) keep(query string) ([][]driver.Value, error) {
 		return [][]driver.Value{{int64(f.version)}}, nil
 	case sqlPing:
 		return [][]driver.Value{{f.standby}}, nil
-	case sqlLock, "commit":
+	case sqlLock, sqlRecount, "commit":
 	default:
 		return nil, fmt.Errorf("the fake does not know %s", query)
 	}
@@ -1284,6 +1284,28 @@ func TestPostgresReindex(t *testing.T) {
 	testReindex(t, startSQL(t, set))
 }
 
+// A table that somebody emptied, or filled past the trigger, is not counted by it.
+func TestPostgresReindexCountsAnew(t *testing.T) {
+	t.Parallel()
+	set, _, db := realPG(t)
+	x := startSQL(t, set)
+	ix := &indexTester{t, x}
+	var stored fakeObjects
+	for _, name := range []string{"a", "b"} {
+		ix.save(newIndexRow(testKey(name), stored.add(name, "x")))
+	}
+	ix.save(testRow("gone", "c"))
+	want, err := x.totals(t.Context(), false)
+	delete(want, "gone")
+	for _, statement := range []string{"TRUNCATE %s.artifactapi_files", "TRUNCATE %s.artifactapi_totals", "UPDATE %s.artifactapi_totals SET files = -3", "DROP TABLE %s.artifactapi_files"} {
+		_, dbErr := db.Exec(fmt.Sprintf(statement, set.schema))
+		err = errors.Join(err, dbErr, reindex(t.Context(), &stored, x, func(string, string) {}))
+		if got, totalsErr := x.totals(t.Context(), false); err != nil || totalsErr != nil || !maps.Equal(got, want) {
+			t.Errorf("after %s: %v, want %v; %v, %v", statement, got, want, err, totalsErr)
+		}
+	}
+}
+
 func TestPostgresTotalsBesideManyWriters(t *testing.T) {
 	t.Parallel()
 	set, _, _ := realPG(t)
@@ -1334,6 +1356,7 @@ func TestPostgresMadeAnew(t *testing.T) {
 	for name, statements := range map[string]string{
 		"b": "DROP SCHEMA " + set.schema + " CASCADE; CREATE SCHEMA " + set.schema,
 		"c": "DROP TABLE " + tables[2:],
+		"e": "DROP TABLE " + set.schema + ".artifactapi_files",
 	} {
 		if _, err := db.Exec(statements); err != nil {
 			t.Fatal(err)
