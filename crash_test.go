@@ -340,7 +340,7 @@ func killScenes() []killScene {
 		}, old, next, "body moved", "r", "a", nil},
 		{"purge", first, func(tt *tester, _ *testOrigin) {
 			tt.delete("/artifacts/r/a", "Authorization: Bearer t")
-		}, old, "", "removed .record", "r", "a", nil},
+		}, old, "", "removed a", "r", "a", nil},
 		flipScene(),
 	}
 }

@@ -575,8 +575,9 @@ func (d *diskStore) syncParents(key string) error {
 	return nil
 }
 
-// delete implements objects. It removes the records first: a crash in between leaves
-// a body without a record, which is a miss and is removed by sweep.
+// delete implements objects. It removes the body first: a crash in between leaves records
+// without a body, which are a miss and are removed by sweep. A body without a record would
+// look like a damaged upload.
 func (d *diskStore) delete(ctx context.Context, key string) error {
 	if !validKey(key) {
 		return fmt.Errorf("deleting %q: %w", key, fs.ErrNotExist)
@@ -597,11 +598,11 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	return nil
 }
 
-// removeFiles durably removes key's records and body, or sets them aside: then
+// removeFiles durably removes key's body and records, or sets them aside: then
 // asideMark begins their names. The caller holds the directory's lock.
 func (d *diskStore) removeFiles(key string, setAside bool) error {
 	folder := d.folderOf(key) + "/"
-	for _, name := range []string{recordNext, recordFile, filepath.Base(key)} {
+	for _, name := range []string{filepath.Base(key), recordNext, recordFile} {
 		var err error
 		if setAside {
 			err = os.Rename(folder+name, folder+asideMark+name)
@@ -619,8 +620,7 @@ func (d *diskStore) removeFiles(key string, setAside bool) error {
 // dropDamaged removes the damaged files of key and logs it. It returns errDropped,
 // which is a miss, or an error of I/O. What cannot be fetched again is set aside where a
 // person can look at it: its bytes may still be right, but nothing proves it. A crash in
-// between leaves some of the files in their place, and the next open drops them too. The
-// caller holds the directory's lock.
+// between leaves records, which sweep removes. The caller holds the directory's lock.
 func (d *diskStore) dropDamaged(key, reason string) error {
 	defer d.memory.remove(key)
 	remote, _, _ := strings.Cut(key, "/")

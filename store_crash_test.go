@@ -814,6 +814,7 @@ func crash(t *testing.T, scene string, n int, dir string) {
 func wantAfterCrash(t *testing.T, step string, s *diskTester, want []string) {
 	t.Helper()
 	s.reopen()
+	s.d.isIrreplaceable = func(string) bool { return true } // nothing that a crash leaves is set aside
 	o, err := s.open(t.Context(), testKey("f"), 0)
 	got := ""
 	if err == nil {
