@@ -276,18 +276,23 @@ func (r *redisStore) hearsChanges() bool {
 
 // watchChanges implements replicas. It subscribes again until ctx ends.
 func (r *redisStore) watchChanges(ctx context.Context, changed func(key string), reset func()) {
-	logged := false // since the last subscription
+	var lostAt time.Time // when the log said that they do not arrive; zero: they do, or Redis is down
 	for ctx.Err() == nil {
 		err := r.subscribe(ctx, changed, func() {
-			logged = false
+			if !lostAt.IsZero() {
+				r.log.Info("announcements of other replicas arrive again", "redis", r.address, "after", r.now().Sub(lostAt).Round(time.Second).String())
+				lostAt = time.Time{}
+			}
 			reset()
 		})
 		r.subscribed.Store(false)
-		if !logged && ctx.Err() == nil {
+		ping, cancel := context.WithTimeout(ctx, watchInterval)
+		if lostAt.IsZero() && !errors.Is(err, errStoreDown) && r.ping(ping) == nil { // else the log tells of Redis
 			r.log.Warn("announcements of other replicas do not arrive: hot copies are checked before use",
 				"redis", r.address, "error", redact(err, r.password))
-			logged = true
+			lostAt = r.now()
 		}
+		cancel()
 		_ = sleepFor(ctx, watchInterval)
 	}
 }

@@ -41,6 +41,7 @@ type fakeRedis struct {
 	at      time.Time
 	silent  bool
 	refuse  string // the answer to all SETs
+	deaf    bool   // refuses SUBSCRIBE
 	calls   int
 	wg      sync.WaitGroup
 }
@@ -190,6 +191,9 @@ func (f *fakeRedis) run(c net.Conn, args []string) string {
 	case "EVAL", "EVALSHA":
 		return f.eval(name, args)
 	case "SUBSCRIBE":
+		if f.deaf {
+			return "-NOPERM this user has no permissions to access the channel\r\n"
+		}
 		f.subs[c] = args[1]
 		return "*3\r\n" + bulk("subscribe") + bulk(args[1]) + ":1\r\n"
 	case "PUBLISH":
@@ -670,6 +674,20 @@ func TestRedisWatchOfSilence(t *testing.T) {
 	h.want(t, "reset")
 }
 
+// A Redis that works but lets nobody subscribe has a line of its own, and one when it does.
+func TestRedisWithoutAnnouncements(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	f.deaf = true
+	r := startRedis(t, "redis://"+f.name, "", "1")
+	h := r.listenIn()
+	waitUntil(t, "told", func() bool { return strings.Contains(r.out.String(), "do not arrive") })
+	f.with(func() { f.deaf = false })
+	h.want(t, "reset")
+	r.wantLine("announcements of other replicas do not arrive", f.name, "NOPERM")
+	r.wantLine("announcements of other replicas arrive again", f.name, "after=0s")
+}
+
 // TestRedisThatRefuses: a server that answers but takes no writes is down, though it
 // answers reads, and its connections are given up.
 func TestRedisThatRefuses(t *testing.T) {
@@ -718,6 +736,9 @@ func TestRedisThatRefuses(t *testing.T) {
 			}
 			h.want(t, "reset")
 			r.wantLine("Redis is up again")
+			if strings.Contains(r.out.String(), "announcements") {
+				t.Errorf("one outage has more lines than two: %s", r.out)
+			}
 		})
 	}
 }
