@@ -51,6 +51,9 @@ const (
 	// be known to be missed. It is the pause between two attempts to subscribe, too.
 	watchInterval = 300 * time.Millisecond
 	watchTimeout  = time.Second
+	// watchPatience is how often it fails before the log says so: until then it says whether
+	// Redis itself is down.
+	watchPatience = 5
 )
 
 var (
@@ -276,23 +279,24 @@ func (r *redisStore) hearsChanges() bool {
 
 // watchChanges implements replicas. It subscribes again until ctx ends.
 func (r *redisStore) watchChanges(ctx context.Context, changed func(key string), reset func()) {
-	var lostAt time.Time // when the log said that they do not arrive; zero: they do, or Redis is down
+	failures, lostAt := 0, time.Time{} // since announcements arrived last
 	for ctx.Err() == nil {
 		err := r.subscribe(ctx, changed, func() {
-			if !lostAt.IsZero() {
+			if failures >= watchPatience {
 				r.log.Info("announcements of other replicas arrive again", "redis", r.address, "after", r.now().Sub(lostAt).Round(time.Second).String())
-				lostAt = time.Time{}
 			}
+			failures = 0
 			reset()
 		})
 		r.subscribed.Store(false)
-		ping, cancel := context.WithTimeout(ctx, watchInterval)
-		if lostAt.IsZero() && !errors.Is(err, errStoreDown) && r.ping(ping) == nil { // else the log tells of Redis
-			r.log.Warn("announcements of other replicas do not arrive: hot copies are checked before use",
-				"redis", r.address, "error", redact(err, r.password))
-			lostAt = r.now()
+		if ctx.Err() == nil && !errors.Is(err, errStoreDown) { // else the log tells of Redis
+			failures++
+			if failures == watchPatience {
+				lostAt = r.now()
+				r.log.Warn("announcements of other replicas do not arrive: hot copies are checked before use",
+					"redis", r.address, "error", redact(err, r.password))
+			}
 		}
-		cancel()
 		_ = sleepFor(ctx, watchInterval)
 	}
 }
