@@ -468,9 +468,6 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 	switch asksHEAD := cp == nil && rng.head && file.maxBytes == 0 && !c.fills.isFilling(key); {
 	case asksHEAD && file.knownSize > 0:
 		rec := file.newRecord(http.Header{}, c.now())
-		if sum, isSHA256 := strings.CutPrefix(file.digest, "sha256:"); isSHA256 {
-			rec.SHA256 = sum
-		}
 		return &fileReply{rec: rec, size: file.knownSize, body: unreadBody(file.knownSize), cacheStatus: "hit; detail=size-known", result: "HIT"}, false, nil
 	case asksHEAD:
 		reply, err = c.headUpstream(ctx, file)

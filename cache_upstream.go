@@ -200,7 +200,8 @@ func (e *upstreamStatus) isGone() bool {
 // must fit the 2 KB of metadata that an S3 object may have.
 const maxHeaderValue = 128
 
-// newRecord begins the record of a body whose headers are h: without size and hash.
+// newRecord begins the record of a body whose headers are h: without its size, and without
+// its hash unless that is known beforehand.
 func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
 	now = now.UTC()
 	rec := &record{
@@ -213,6 +214,9 @@ func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
 		rec.Modified = t.UTC()
 	} else {
 		rec.LastModified = ""
+	}
+	if sum, isSHA256 := strings.CutPrefix(file.digest, "sha256:"); isSHA256 {
+		rec.SHA256 = sum
 	}
 	file.behaves().keepHeaders(rec, h)
 	return rec

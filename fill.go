@@ -11,7 +11,6 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
-	"strings"
 	"sync"
 	"time"
 )
@@ -346,9 +345,6 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse) (body *upstreamReader, o
 	if err := f.spool.setSize(size); err != nil {
 		f.c.reportStoreError("spool", "beginning", f.key, err)
 		return nil, fillOutcome{kind: outcomeNoSpool}
-	}
-	if sum, ok := strings.CutPrefix(f.file.digest, "sha256:"); ok {
-		rec.SHA256 = sum
 	}
 	f.publishHeaders(rec, resp.origin, validator, storable)
 	return body, fillOutcome{}

@@ -1232,6 +1232,24 @@ func TestSmallDigestedBodyIsA502WhenItIsWrong(t *testing.T) {
 	(<-answer).wantDetail(502, "cannot be used")
 }
 
+// The ETag does not depend on the way in which a body with a known digest is answered.
+func TestKnownDigestIsTheETagFromTheStart(t *testing.T) {
+	t.Parallel()
+	text := noise(1, 200_000)
+	etag := `"` + strings.Replace(sha256Of([]byte(text)), ":", "-", 1) + `"`
+	spools := &brokenSpools{}
+	tt := setup{spools: spools.wrap}.start(t)
+	tt.origin.file("/a", text)
+	tt.digested(func(q *fileRequest) { q.digest = sha256Of([]byte(text)) })
+	tt.head("/api/r/a").wantStatus(200).wantHeader("ETag", etag)
+	spools.set(func() { spools.none = errNoSpace })
+	tt.get("/api/r/a").wantUnstored().wantBody(text).wantHeader("ETag", etag)
+	tt.get("/api/r/a", "If-None-Match: "+etag).wantStatus(304)
+	spools.set(func() { spools.none = nil })
+	tt.get("/api/r/a").wantMiss().wantBody(text).wantHeader("ETag", etag)
+	tt.get("/api/r/a").wantHit().wantHeader("ETag", etag)
+}
+
 func TestSHA512IsVerified(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
