@@ -59,17 +59,19 @@ func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 		return errNoCatalog
 	}
 	first, image, _ := strings.Cut(name, "/")
+	image = trimEmptySegments(image)
+	if v2, rest, isFolder := strings.Cut(image, "/"); v2 == "v2" && (isFolder || !hasOperation) {
+		image = trimEmptySegments(rest) // clients append /v2/IMAGE to a mirror's URL, whatever its path is
+	}
 	rem := cfg.remotes[first]
 	switch isDocker := rem != nil && rem.packageType == "docker"; {
 	case isDocker && !hasOperation:
 		c.remote = rem
-		if image == "" || image == "v2" || image == "v2/" {
+		if image == "" {
 			return nil
 		}
 		return errNoRoute
 	case isDocker && image != "":
-		// Clients append /v2/IMAGE to a mirror's URL, whatever its path is.
-		image = strings.TrimPrefix(image, "v2/")
 	default:
 		if rem = cfg.remoteByRegistry(ns); rem == nil {
 			return newUnknownNameError(cfg, first, ns)

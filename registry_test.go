@@ -546,7 +546,7 @@ func (m *mirror) pull(prefix, tag string, im *hubImage) {
 func TestRegistryPings(t *testing.T) {
 	t.Parallel()
 	m := newMirror(t, "http://127.0.0.1:1", `registry: "docker.io"`) // no upstream is asked
-	for _, path := range []string{"/v2", "/v2/", "/v2/reg", "/v2/reg/", "/reg/v2", "/reg/v2/", "/v2/reg/v2/", "/v2/?ns=docker.io", "/v2/reg/?ns=docker.io", "//v2/", "/./v2/reg/", "//reg/v2/", "/v2//reg/", "/v2/./reg"} {
+	for _, path := range []string{"/v2", "/v2/", "/v2/reg", "/v2/reg/", "/reg/v2", "/reg/v2/", "/v2/reg/v2/", "/v2/?ns=docker.io", "/v2/reg/?ns=docker.io", "//v2/", "/./v2/reg/", "//reg/v2/", "/v2//reg/", "/v2/./reg", "/reg//v2/", "/v2/reg//", "/v2/reg/./v2//"} {
 		a := m.get(path).want(http.StatusOK).wantHeader("Docker-Distribution-Api-Version", "registry/2.0").wantHeader("WWW-Authenticate", "")
 		if string(a.body) != "{}" {
 			t.Errorf("%s: %q, want {}", path, a.body)
