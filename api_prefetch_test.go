@@ -187,7 +187,10 @@ func TestPrefetchThatStoresNothingFails(t *testing.T) {
 	tt := newTester(t, `cache: {max_size: 10B}`)
 	tt.origin.file("/big", strings.Repeat("x", 100))
 	tt.origin.file("/torn", strings.Repeat("x", 9)).cut(3, 3, 3, 3, 3, 3)
-	tt.prefetch(`{"remote": "r", "paths": ["big", "torn"]}`).wants("done").wants("failed", "r/big 507", "r/torn 502")
+	a := tt.prefetch(`{"remote": "r", "paths": ["big", "torn"]}`).wants("done").wants("failed", "r/big 507", "r/torn 502")
+	if !strings.Contains(a.text, "log says why") {
+		t.Errorf("of a file that is too large: %s", a.text)
+	}
 }
 
 // What a run fetches, no client has missed.
