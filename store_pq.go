@@ -117,10 +117,10 @@ func (x *sqlIndex) ping(ctx context.Context) error {
 }
 
 func execPing(ctx context.Context, conn *sql.Conn) error {
-	var isStandby bool
-	err := conn.QueryRowContext(ctx, sqlPing).Scan(&isStandby)
-	if err == nil && isStandby {
-		err = errors.New("it is a standby server, which takes no rows: DBHOST must name the primary")
+	var isReadOnly bool
+	err := conn.QueryRowContext(ctx, sqlPing).Scan(&isReadOnly)
+	if err == nil && isReadOnly {
+		err = errors.New("it takes no rows: it is a standby server, and DBHOST must name the primary, or default_transaction_read_only is on")
 	}
 	return err
 }

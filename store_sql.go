@@ -100,7 +100,7 @@ const (
 	sqlUsedByAge    = sqlColumns + `WHERE ` + sqlIsUsed + sqlByAge
 	sqlUnusedTotals = `SELECT remote, count(*), coalesce(sum(size), 0)::bigint FROM artifactapi_files WHERE ` + sqlIsUnused + ` GROUP BY remote`
 	sqlTotals       = `SELECT remote, sum(files)::bigint, sum(bytes)::bigint FROM artifactapi_totals GROUP BY remote HAVING sum(files) > 0`
-	sqlPing         = `SELECT pg_is_in_recovery()`
+	sqlPing         = `SELECT current_setting('transaction_read_only')::boolean` // a standby's is on, too
 	sqlLock         = `SELECT pg_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlTryLock      = `SELECT pg_try_advisory_xact_lock($1::integer, hashtext(current_schema()))`
 	sqlHasSchema    = `SELECT to_regclass('artifactapi_schema') IS NOT NULL`

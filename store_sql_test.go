@@ -1082,6 +1082,19 @@ func TestPostgresReplicasStartAtOnce(t *testing.T) {
 
 // A program refuses a schema that is newer than itself: files are served and their rows
 // wait.
+// A server that only reads for another reason than being a standby is down as well.
+func TestPostgresReadOnlyIsDown(t *testing.T) {
+	t.Parallel()
+	set, _, _ := realPG(t)
+	err := startSQL(t, set).withConn(t.Context(), sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
+		_, err := conn.ExecContext(ctx, "SET default_transaction_read_only = on")
+		return errors.Join(err, execPing(ctx, conn))
+	})
+	if !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "it takes no rows") {
+		t.Errorf("ping: %v", err)
+	}
+}
+
 func TestPostgresNewerSchemaIsRefused(t *testing.T) {
 	t.Parallel()
 	set, _, db := realPG(t)
