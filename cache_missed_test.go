@@ -220,7 +220,7 @@ func TestNoUpstreamIsAskedForASealedRemote(t *testing.T) {
 		{"passing on", func() error { _, err := c.passOnReply(ctx, file("x"), byteRange{to: -1}, nil); return err }},
 		{"referrers", func() error {
 			call := &registryCall{remote: cfg.remotes["d"], image: "i", route: routeReferrers, digest: sha256Of(nil)}
-			_, err := (&listFile{registryFile{call: call}, "manifests"}).requestBody(ctx, tt.up, upstreamRequest{remote: call.remote, method: "GET", wire: "v2/x"})
+			_, err := (&listFile{registryFile{call: call}, "manifests"}).requestBody(ctx, tt.up, upstreamRequest{remote: call.remote, method: "GET", wire: "x"})
 			return err
 		}},
 		{"token", func() error {

@@ -165,12 +165,11 @@ func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 // refuse "%3A".
 func (c *registryCall) newTarget(reference string) target {
 	path := c.image + "/" + c.route + "/" + reference
-	t := target{remote: c.remote, path: path, spelling: path}
+	spelling := path
 	if c.query != "" {
-		t.spelling += "?" + c.query
+		spelling += "?" + c.query
 	}
-	t.wire = "v2/" + t.spelling
-	return t
+	return target{remote: c.remote, path: path, spelling: spelling, wire: spelling}
 }
 
 // registryFile is what the behaviors have in common.
@@ -287,7 +286,7 @@ func (f *listFile) requestBody(ctx context.Context, up *upstream, req upstreamRe
 		return up.send(ctx, req)
 	}
 	algorithm, sum, _ := strings.Cut(f.call.digest, ":")
-	tag := "v2/" + f.call.image + "/manifests/" + algorithm + "-" + sum[:64] // 64: the schema's bound for a hash
+	tag := f.call.image + "/manifests/" + algorithm + "-" + sum[:64] // 64: the schema's bound for a hash
 	var resp *upstreamResponse
 	for _, wire := range []string{req.wire, tag} {
 		req.wire = wire

@@ -375,6 +375,17 @@ func TestRegistryPurgeByListedPath(t *testing.T) {
 	h.wantAsked(1, "GET", "/v2/app/manifests/v1")
 }
 
+func TestRegistryPurgeForgetsWhatIsMissing(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	m := newMirror(t, h.url(), "negative_ttl: 600")
+	m.get("/v2/reg/app/manifests/v1").wantError(404, "MANIFEST_UNKNOWN")
+	im := h.image("app", "v1", 10)
+	m.get("/v2/reg/app/manifests/v1").wantError(404, "MANIFEST_UNKNOWN").wantFrom("cache")
+	m.ask("DELETE", "/artifacts/reg/app/manifests/v1", "Authorization", "Bearer t").want(404)
+	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, im.digest, im.body)
+}
+
 // A registry may redirect to another one, whose token is got without our password. What
 // goes wrong there is not blamed on that password.
 func TestRegistryRedirectsToAnotherOne(t *testing.T) {

@@ -134,7 +134,7 @@ type target struct {
 	remote   *remote
 	path     string // decoded, without query; patterns, listings and logs use it
 	spelling string // upstream spelling with its query; the record contains it and the key is its hash
-	wire     string // escaped path and query that are asked below base_url, without a leading slash; differs from spelling for registries
+	wire     string // escaped path and query that are asked below base_url, or below v2/ there; differs from spelling for blobs and for files that a root names
 	class    class  // set by classify
 	builtin  bool   // mutable by a built-in pattern; set by classify
 }

@@ -27,6 +27,9 @@ import (
 // the body.
 func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i int) (*upstreamResponse, error) {
 	o := req.remote.origins[i].url
+	if req.remote.packageType == "docker" {
+		req.wire = "v2/" + req.wire
+	}
 	start, err := joinURL(o, req.wire)
 	if err != nil {
 		return nil, err

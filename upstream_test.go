@@ -1379,7 +1379,7 @@ func newTokenRegistry(t *testing.T, origins ...string) *registrySite {
 		return w.Result(), nil
 	}}
 	if len(origins) == 0 {
-		origins = []string{"https://registry.test.test/v2"}
+		origins = []string{"https://registry.test.test"}
 	}
 	g.upstreamTester = newUpstreamTesterOver(t, g.rt, origins...)
 	g.r.packageType = "docker"
@@ -1517,7 +1517,7 @@ func TestAnotherRegistryBehindARedirect(t *testing.T) {
 	g.wantTraffic(9, 1) // both tokens are remembered
 
 	// A mirror with auth is a registry like any other when a redirect leads there.
-	g = newPair("https://registry.test.test/v2", "auth https://other.example")
+	g = newPair("https://registry.test.test", "auth https://other.example")
 	g.r.headers = nil
 	g.pull().want(200, "manifest")
 
