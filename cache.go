@@ -248,6 +248,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 		missed: missedFiles{files: map[missedKey]*missedFile{}}, readers: openFiles{byKey: map[string]int{}},
 		isInTrouble: func(string) bool { return false }, storageIsDown: func() bool { return false }}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.lostAnnouncement.Store(st.replicas != nil) // of a process that died between a change and its announcement
 	clock := func() time.Time { return c.now() } // tests replace c.now
 	c.evictor = &evictor{cache: c, named: newLRU[[]uint64](namedBudget, 0), alone: func(ctx context.Context, f func(context.Context)) error {
 		f(ctx)

@@ -531,8 +531,12 @@ func TestChangesAreAnnounced(t *testing.T) {
 	t.Parallel()
 	disk, fresh := newTestDisk(t), newLocalFreshness(t.TempDir(), time.Now, slog.New(slog.DiscardHandler))
 	r := &toldReplicas{}
-	c := newCache(cacheStores{objects: disk, index: newTestIndex(t, t.TempDir(), disk), marks: fresh}, nil, time.Now, slog.New(slog.DiscardHandler), newMetrics())
-	c.joinReplicas(r)
+	c := newCache(cacheStores{objects: disk, index: newTestIndex(t, t.TempDir(), disk), marks: fresh, replicas: r}, nil, time.Now, slog.New(slog.DiscardHandler), newMetrics())
+	c.flushCounts(t.Context())
+	if want := []string{everythingSign}; !slices.Equal(r.told, want) {
+		t.Errorf("at the start told %q, want %q", r.told, want)
+	}
+	r.told = nil
 	change := func(spelling string) {
 		t.Helper()
 		rec := testRecord(spelling, "x")
