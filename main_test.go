@@ -750,7 +750,7 @@ func TestDraining(t *testing.T) {
 	defer release()
 	alone := o.file("/b", text).etag(`"1"`).stallAt(1000)
 	defer alone()
-	c := childSetup{yaml: remoteYAML(o.url), env: []string{"DRAIN_DELAY=300ms"}}.start(t)
+	c := childSetup{yaml: remoteYAML(o.url), env: []string{"DRAIN_DELAY=2s"}}.start(t)
 	tt := c.tester()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(c.url, "http://"))
 	if err != nil {
