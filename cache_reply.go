@@ -263,8 +263,7 @@ const pageBytes = 512
 
 // isPage reports whether resp is a web page under the name of an archive or a package,
 // to log in or with an excuse. Some servers call everything text/html that they do not
-// know, so the body must begin as a text too: pages begin in many ways, archives with
-// bytes that no text has. A digest tells more than both.
+// know, so the beginning of the body must be one too. A digest tells more than both.
 func (file *fileRequest) isPage(resp *upstreamResponse) bool {
 	mediaType, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
 	if file.digest != "" || !strings.EqualFold(strings.TrimSpace(mediaType), "text/html") ||
@@ -277,7 +276,7 @@ func (file *fileRequest) isPage(resp *upstreamResponse) bool {
 		io.Reader
 		io.Closer
 	}{body, resp.Body}
-	return strings.HasPrefix(http.DetectContentType(begin), "text/")
+	return strings.HasPrefix(http.DetectContentType(begin), "text/html")
 }
 
 // contentTypeOf is the content type of a file by its name. Upstream's counts for JSON
