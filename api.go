@@ -366,6 +366,7 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	if q.pattern, err = compilePattern(v.Get("pattern")); err != nil {
 		return err
 	}
+	a.cache.awaitStored(r.Context(), rem.name)
 	p, err := a.cache.index.listPage(r.Context(), q)
 	if err != nil {
 		return err

@@ -1055,3 +1055,25 @@ func TestHEADOfTheEndpoints(t *testing.T) {
 		}
 	}
 }
+
+// TestListingHasWhatWasJustFetched: a client that has the whole file may list it, although
+// it is being stored at that moment.
+func TestListingHasWhatWasJustFetched(t *testing.T) {
+	t.Parallel()
+	gated := &heldObjects{gate: make(chan struct{})}
+	tt := setup{objects: func(o objects) objects { gated.objects = o; return gated }}.start(t)
+	tt.origin.file("/a", "body")
+	ask := func(path string) *got {
+		s := tt.start(t.Context(), "GET", path, nil) // get would wait for the store
+		defer s.leave()
+		return s.rest()
+	}
+	ask("/api/r/a").wantMiss().wantBody("body")
+	listed := make(chan *got)
+	go func() { listed <- ask("/artifacts/r") }()
+	tt.eventually("the listing to wait for the store", func() bool { return tt.waiting("a") == 1 })
+	close(gated.gate)
+	if g := (<-listed).wantStatus(200); !strings.Contains(g.text, `"path":"a"`) && !strings.Contains(g.text, `"path": "a"`) {
+		t.Errorf("the listing: %s", g.text)
+	}
+}

@@ -26,6 +26,19 @@ func (c *cache) expiryOf(ctx context.Context, rem *remote, r indexRow) (until ti
 	return lastGood(r.Fetched, r.SHA256, m, c.now(), ttl).Add(ttl).UTC(), false
 }
 
+// maxListWait bounds how long a listing waits for a slow store.
+const maxListWait = time.Second
+
+// awaitStored waits for the files of a remote that their clients have whole and that are on
+// their way to the store.
+func (c *cache) awaitStored(ctx context.Context, remote string) {
+	ctx, cancel := context.WithTimeout(ctx, maxListWait)
+	defer cancel()
+	for _, f := range c.fills.joinWhole(remote) {
+		_, _ = f.awaitEnd(ctx)
+	}
+}
+
 // purgeFile removes key from the store; fs.ErrNotExist when nothing was there. A
 // fill of it in progress serves its clients and is not stored.
 func (c *cache) purgeFile(ctx context.Context, remote, key string) error {

@@ -86,6 +86,19 @@ func (t *fillTable) endedOf(key string) *atomic.Int64 {
 	return &t.ended[keyHash(key)%uint64(len(t.ended))]
 }
 
+// joinWhole joins the fills of a remote whose bodies are all there.
+func (t *fillTable) joinWhole(remote string) (all []*fill) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, f := range t.byKey {
+		if f.file.remote.name == remote && f.hasAll() {
+			f.clients++
+			all = append(all, f)
+		}
+	}
+	return all
+}
+
 // joinLeased joins the fill of key if it holds the lease with that token, which is
 // authentic; no lease has the token "".
 func (t *fillTable) joinLeased(key, token string) *fill {
