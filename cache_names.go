@@ -177,7 +177,7 @@ func (f namedFile) holdsGeneration() bool {
 }
 
 // mayHaveRoot reports whether a root may name the file of t, or it is one. It is asked
-// for every request, and other files pay a search in their path for it.
+// for every request, and costs files of other kinds a search in their path.
 func (t *target) mayHaveRoot() bool {
 	switch {
 	case t.remote.local:

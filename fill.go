@@ -199,9 +199,9 @@ func (f *fill) progress() (written, size int64) {
 // record, and so reads them without the lock.
 type fillRun struct {
 	fill
-	endedBefore int64 // fillTable.endedOf(key) when the store was looked up
-	began       time.Time
-	freeSlot    func() // gives the place among the remote's fills back; may be called again
+	endedBefore int64     // fillTable.endedOf(key) when the store was looked up
+	began       time.Time // just after that
+	freeSlot    func()    // gives the place among the remote's fills back; may be called again
 	lease       lease
 }
 

@@ -94,9 +94,10 @@ func (f *fillRun) acquireLease() {
 	}
 	if l.release == nil {
 		f.set(func() { f.leaseToken = "" })
-		l.wasHeld = l.wasHeld || l.other == nil // by whom is not known
 	}
-	l.wasHeld = l.wasHeld || f.c.now().Sub(f.began) > leaseMemory/2 // one may be forgotten
+	isUnknown := l.release == nil && l.other == nil          // who fills the key
+	mayBeForgotten := f.c.now().Sub(f.began) > leaseMemory/2 // a lease that ended since then
+	l.wasHeld = l.wasHeld || isUnknown || mayBeForgotten
 	f.lease = l
 }
 

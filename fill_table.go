@@ -82,6 +82,7 @@ func (t *fillTable) join(key, spelling string, create func() *fill) (f *fill, cr
 	return f, created
 }
 
+// endedOf counts the fills of key that have ended, and those of some other keys.
 func (t *fillTable) endedOf(key string) *atomic.Int64 {
 	return &t.ended[keyHash(key)%uint64(len(t.ended))]
 }

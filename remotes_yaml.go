@@ -313,8 +313,8 @@ func (c *configReader) collectKeys(n *yaml.Node, prefix string, into map[string]
 	}
 }
 
-// addUnknownKey reports an unknown key k below prefix, and names those that there are
-// there and further below.
+// addUnknownKey reports an unknown key k below prefix, and names the keys that may stand
+// there, those of blocks too.
 func (c *configReader) addUnknownKey(k *yaml.Node, prefix string) {
 	var known []string
 	for _, key := range c.keys {

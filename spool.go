@@ -114,8 +114,8 @@ func defaultMinFree(diskSize int64) int64 { return min(1<<30, diskSize/20) }
 
 // reserve promises n bytes, and the inodes of a file, or returns errNoSpace. Where they
 // are not free but can be reclaimed, short is what their spool has to reclaim before it
-// needs them. Each byte is given back when it is written, since the disk accounts for it
-// from then on, or is not needed any more.
+// needs them. Each byte is given back when it is on the disk, which accounts for it from
+// then on, or is not needed any more.
 func (s *spoolSpace) reserve(n int64, mayReclaim bool) (short room, err error) {
 	short, err = s.tryReserve(n, room{})
 	if !errors.Is(err, errNoSpace) || !mayReclaim {
@@ -202,7 +202,7 @@ func (s *spoolSpace) check() error {
 
 // newSpool makes an empty spool for a body with that digest ("" is any). Its
 // maker is its only writer; it calls setSize before the first Write, then
-// end, and release.
+// end, settle and release.
 func (s *spoolSpace) newSpool(digest string) *spool {
 	s.add(account{growing: 1})
 	return &spool{space: s, hash: newBodyHash(digest), size: -1, users: 1}
@@ -219,7 +219,7 @@ type spool struct {
 
 	// The writer alone uses these.
 	hash     *bodyHash
-	reserved int64 // of the account, for bytes that are still to come
+	reserved int64 // of the account, for bytes that the disk does not have yet
 	owed     int64 // of that, what has to be reclaimed
 	// isTransient: the body will not be stored, and nothing is reclaimed for it.
 	isTransient bool
@@ -337,9 +337,9 @@ func (b *broadcast) wake() {
 	}
 }
 
-// end writes no more: what was reserved for more is free at once. Readers get err, which is not
-// nil, behind what they may read: io.EOF says that the writer has verified the whole body.
-// The first end counts.
+// end writes no more: what was reserved for more is free at once. Readers get err, which
+// is not nil, behind what they may read: io.EOF says that the writer has verified the whole
+// body. The first end counts.
 func (s *spool) end(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
