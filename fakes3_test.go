@@ -111,7 +111,7 @@ func (f *fakeS3) config() s3Config {
 	addr := f.srv.Listener.Addr().String()
 	tr := newS3Transport()
 	tr.DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, network, addr)
+		return dialS3(ctx, network, addr)
 	}
 	f.t.Cleanup(tr.CloseIdleConnections)
 	return s3Config{host: addr, bucket: f.bucket, accessKey: f.access, secretKey: f.secret, region: "us-east-1",

@@ -285,6 +285,14 @@ type fileSource interface {
 	advanceBy(n int64)
 }
 
+// socketSource is a body that may arrive on a socket, from which the kernel can move it to
+// the client's. One goroutine uses it.
+type socketSource interface {
+	// sendFromSocket moves the next bytes, at most limit, to w, and returns how many. 0:
+	// Read is to be used, which also finds out what is wrong.
+	sendFromSocket(w io.Writer, limit int64) int64
+}
+
 // seekOffset returns the offset that Seek(offset, whence) leads to in a body of size
 // bytes (io.Seeker), of which at is the current one.
 func seekOffset(offset int64, whence int, at, size int64) int64 {
@@ -518,7 +526,9 @@ var (
 // the limit bytes of the body sent are sent already, and it returns how many are then.
 func (w *response) copyBody(body io.Reader, sent, limit int64) (int64, error) {
 	var buf []byte
+	var socket socketSource
 	if w.sendfile && limit > 4*largeBufferSize {
+		socket, _ = body.(socketSource)
 		b := largeBuffers.Get().(*[largeBufferSize]byte)
 		defer largeBuffers.Put(b)
 		buf = b[:]
@@ -529,6 +539,14 @@ func (w *response) copyBody(body io.Reader, sent, limit int64) (int64, error) {
 	}
 	for sent < limit {
 		w.flushIfWaiting(body)
+		if socket != nil {
+			w.extendWriteDeadline()
+			n := socket.sendFromSocket(w.ResponseWriter, limit-sent)
+			w.bytes += n
+			if sent += n; n > 0 {
+				continue
+			}
+		}
 		n, err := body.Read(buf[:min(int64(len(buf)), limit-sent)])
 		if n > 0 {
 			written, werr := w.Write(buf[:n])

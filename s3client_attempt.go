@@ -13,7 +13,9 @@ import (
 	"io"
 	"io/fs"
 	"math/rand/v2"
+	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"strings"
 	"time"
@@ -139,6 +141,34 @@ type s3Attempt struct {
 	ctx           context.Context
 	cancel        context.CancelCauseFunc
 	timer         *time.Timer // cancels ctx with errS3Timeout
+	conn          *s3Conn     // that the body comes on; nil: a socket does not have its plain bytes
+	isUnbuffered  bool        // the transport has nothing of the body in its buffer
+	scratch       []byte      // where the transport reads moved bytes to
+}
+
+// s3Conn is a connection without TLS. Of the bodies that it brings, moved bytes went past
+// the transport, which is to count them all the same: it reads them without their content.
+type s3Conn struct {
+	*net.TCPConn
+	moved int64
+}
+
+func (c *s3Conn) Read(p []byte) (int, error) {
+	if c.moved == 0 {
+		return c.TCPConn.Read(p)
+	}
+	n := min(int64(len(p)), c.moved)
+	c.moved -= n
+	return int(n), nil
+}
+
+// dialS3 makes the connections of newS3Transport.
+func dialS3(ctx context.Context, network, addr string) (net.Conn, error) {
+	conn, err := (&net.Dialer{Timeout: s3ReadTimeout}).DialContext(ctx, network, addr)
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		return &s3Conn{TCPConn: tcp}, nil
+	}
+	return conn, err
 }
 
 // sendOnce is one attempt of sendWithRetries.
@@ -147,6 +177,11 @@ func (c *s3Client) sendOnce(ctx context.Context, op *s3Operation) (*http.Respons
 	timeout := cmp.Or(op.timeout, s3WriteTimeout)
 	a := &s3Attempt{ctx: ctx, cancel: cancel, timer: time.AfterFunc(timeout, func() { cancel(errS3Timeout) })}
 	endpoint := *c.endpoint.Load()
+	if op.keepBody {
+		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+			a.conn, _ = info.Conn.(*s3Conn)
+		}})
+	}
 	req := c.buildRequest(ctx, op, endpoint, c.cfg.now())
 	if op.size > 0 { // net/http would send an empty reader chunked
 		body := io.NewSectionReader(op.body, 0, op.size)
@@ -217,7 +252,30 @@ func (a *s3Attempt) Read(p []byte) (int, error) {
 	a.timer.Reset(s3BodyTimeout)
 	n, err := a.ReadCloser.Read(p)
 	a.timer.Stop()
+	a.isUnbuffered = len(p) >= s3BufferSize // bufio.Reader gives all that it has, or reads into p
 	return n, a.causeOf(err)
+}
+
+// sendFromSocket has the kernel move the next bytes of the body, at most limit, from the
+// socket to w (splice(2)), and returns how many. Without an error 0 are left to Read. With
+// an error some may be lost, so that the attempt is of no more use.
+func (a *s3Attempt) sendFromSocket(w io.Writer, limit int64) (int64, error) {
+	if a.conn == nil || !a.isUnbuffered {
+		return 0, nil
+	}
+	_ = a.conn.SetReadDeadline(time.Now().Add(s3BodyTimeout)) // the timer would also count how long w takes
+	n, err := io.Copy(w, &io.LimitedReader{R: a.conn.TCPConn, N: min(limit, s3SocketStep)})
+	_ = a.conn.SetReadDeadline(time.Time{})
+	a.conn.moved = n
+	if a.scratch == nil {
+		a.scratch = make([]byte, s3BufferSize) // less would go through the transport's buffer
+	}
+	for left := n; left > 0 && err == nil; {
+		var counted int
+		counted, err = a.ReadCloser.Read(a.scratch[:min(left, s3BufferSize)])
+		left -= int64(counted)
+	}
+	return n, err
 }
 
 func (a *s3Attempt) Close() error {

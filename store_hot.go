@@ -326,6 +326,14 @@ func (b *copyingBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// sendFromSocket: see socketSource. The copy gets its bytes from Read.
+func (b *copyingBody) sendFromSocket(w io.Writer, limit int64) int64 {
+	if b.fed >= 0 {
+		return 0
+	}
+	return b.s3Reader.sendFromSocket(w, limit)
+}
+
 func (b *copyingBody) Close() error {
 	err := b.s3Reader.Close()
 	b.endCopy()

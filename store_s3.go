@@ -582,6 +582,7 @@ type s3Reader struct {
 	bodyOff       int64         // where body is
 	interruptions int           // so far
 	skip          int64         // how much may be discarded to reach off; grows from s3MaxSkip
+	noSocket      bool          // sendFromSocket failed: the client is slow, or one of both is gone
 }
 
 // Read goes on after an interruption, s3MaxInterruptions times. It ends with
@@ -608,6 +609,22 @@ func (r *s3Reader) Read(p []byte) (int, error) {
 		_ = r.s.client.cfg.sleep(r.ctx, pause) // once r.ctx has ended, seekBody fails
 	}
 	return 0, io.EOF
+}
+
+// sendFromSocket: see socketSource. What failed here the next Read tries again, at the same
+// offset.
+func (r *s3Reader) sendFromSocket(w io.Writer, limit int64) int64 {
+	a, ok := r.body.(*s3Attempt)
+	if !ok || r.bodyOff != r.off || r.noSocket {
+		return 0
+	}
+	n, err := a.sendFromSocket(w, limit)
+	r.off, r.bodyOff = r.off+n, r.bodyOff+n
+	if err != nil && r.off < r.size {
+		r.noSocket = true
+		r.closeBody()
+	}
+	return n
 }
 
 // seekBody leaves r.body open at r.off: it reads on over a short gap, and asks again
