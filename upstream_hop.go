@@ -40,6 +40,7 @@ func newTransport(reach addressKind) *http.Transport {
 		HTTP2:                  &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
 		IdleConnTimeout:        90 * time.Second,
 		MaxIdleConns:           256,
+		ReadBufferSize:         16 << 10,  // a small file comes with its header in one read, not in two of 4 KiB
 		MaxIdleConnsPerHost:    32,        // the default of 2 redials all the time during a burst of misses
 		MaxResponseHeaderBytes: 256 << 10, // headers are kept in memory and partly in records
 	}
