@@ -404,9 +404,8 @@ func (s *server) runTask(ctx context.Context, t task) {
 	}
 }
 
-// openData locks DATA_DIR unless this process has the lock already. The owner of
-// the lock may remove the temporary files that an earlier process left. Another
-// process that uses DATA_DIR is unusual but harmless.
+// openData locks DATA_DIR unless this process has the lock already. Another process
+// that uses DATA_DIR is unusual but harmless.
 func (s *server) openData(isStart bool) {
 	if s.stores.disk.owner != nil {
 		return
@@ -418,12 +417,6 @@ func (s *server) openData(isStart bool) {
 		s.log.Debug("DATA_DIR cannot be locked", "dir", s.set.dataDir, "error", err)
 	case !locked:
 		s.log.Warn("another process uses DATA_DIR: its temporary files are left alone", "dir", s.set.dataDir)
-	default:
-		for _, d := range s.stores.disks {
-			if err := d.sweepSpools(true); err != nil {
-				s.log.Warn("temporary files of an earlier process could not be removed", "dir", d.dir, "error", err)
-			}
-		}
 	}
 }
 

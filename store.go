@@ -37,8 +37,8 @@ var (
 	// errDropped is a miss whose files were removed, or set aside, because they are
 	// damaged.
 	errDropped error = missError("dropped")
-	// errStray is a miss: a file beside one that a record describes. It is not ours
-	// and is left alone, and it says nothing about the other.
+	// errStray is a miss: a file beside a record that describes another. It is left alone,
+	// and it says nothing about the other.
 	errStray error = missError("a stray file: it is left alone, the record beside it describes another")
 	// errAside is a file that was set aside, and in whose place there is no other yet.
 	errAside = errors.New("damaged, cannot be fetched again, and was set aside: upload the file again, or remove these")
@@ -157,18 +157,12 @@ type fileBody struct{ *os.File }
 func (b *fileBody) nextFile(limit int64) (*os.File, int64, error) { return b.File, limit, nil }
 func (b *fileBody) advanceBy(int64)                               {}
 
-// noCopies is the part of objects that has nothing to do where nothing is copied.
-type noCopies struct{}
-
-func (noCopies) invalidate(string) {}
-
 // diskStore implements objects below one directory. DIR/{key} is the body and
 // .record beside it describes it. All methods of objects may be called concurrently
 // and by several processes. The directory is made when it is first written to, so a
 // DATA_DIR that becomes writable later is used without a restart.
 type diskStore struct {
 	*fileWriter
-	noCopies
 	dir           string
 	now           func() time.Time
 	log           *slog.Logger
@@ -206,6 +200,9 @@ func (d *diskStore) pathOf(key string) string { return d.dir + "/" + key }
 
 // folderOf returns the directory that holds key's body and records.
 func (d *diskStore) folderOf(key string) string { return filepath.Dir(d.pathOf(key)) }
+
+// invalidate implements objects: there are no copies of what is elsewhere.
+func (d *diskStore) invalidate(string) {}
 
 // open implements objects. A small body in memory costs a stat now and then, a larger
 // body an open and a stat. Record files are read only when memory has no entry for key.
@@ -306,7 +303,7 @@ func openError(key string, err error) error {
 // readRecords reads the record files beside key's body. matching is the record that
 // describes the body with that identity. When there is none, similar are the records
 // of key for a body of that size, and the error is errVersion or errStray if one of
-// the files is of another version or of another file in the same directory.
+// the records is of another version or of another file.
 func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, similar []*record, err error) {
 	var miss error
 	for _, name := range []string{recordFile, recordNext} {
@@ -321,8 +318,6 @@ func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, 
 			d.log.Debug("damaged record is ignored", "key", key, "file", name, "error", err)
 		case err != nil:
 			return nil, nil, err
-		case filepath.Dir(e.key) != filepath.Dir(key):
-			d.log.Warn("record of another file is ignored", "key", key, "file", name, "describes", e.key)
 		case e.key != key:
 			miss = errStray
 		case e.bodyIdentity() == id && e.isDurable(d.boot):
@@ -402,9 +397,6 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 // gone or wrong, and the record, if it is whole, says so (isDurable). Then a small body is
 // written in its place (writeNew).
 func (d *diskStore) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, _ putCondition) error {
-	if err := checkPut(key, rec, spool); err != nil {
-		return err
-	}
 	unlock, err := d.lockFolder(ctx, d.folderOf(key), true)
 	if err != nil {
 		return storeError("storing "+key, err)
@@ -427,27 +419,6 @@ const maxUnsynced = 1 << 20
 // one it is hashed before it is used. What cannot be fetched again is always synced.
 func (d *diskStore) maySkipSync(rec *record) bool {
 	return d.delaysSync && d.boot != "" && rec.Size <= maxUnsynced && rec.Class != local && (d.isIrreplaceable == nil || !d.isIrreplaceable(rec.Remote))
-}
-
-// checkPut refuses a record that does not describe key and the spool: open would
-// never find it.
-func checkPut(key string, rec *record, spool io.ReaderAt) error {
-	var size int64
-	switch body := spool.(type) {
-	case *bytes.Reader:
-		size = body.Size()
-	case *os.File:
-		fi, err := body.Stat()
-		if err != nil {
-			return storeError("storing "+key, err)
-		}
-		size = fi.Size()
-	}
-	if !validKey(key) || storageKey(rec.Remote, rec.Path) != key || !isSHA256(rec.SHA256) || size != rec.Size {
-		return fmt.Errorf("storing %q: the spool has %d bytes, the record describes %s/%s with %d bytes and sha256 %q",
-			key, size, rec.Remote, rec.Path, rec.Size, rec.SHA256)
-	}
-	return nil
 }
 
 // commitBody puts spool and record in place, see put, without fsync if they need not be
@@ -473,7 +444,7 @@ func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spo
 		if body, ok := spool.(*bytes.Reader); ok {
 			return w.writeNew(d.pathOf(key), body, rec)
 		}
-		return d.takeSpool(key, rec, spool, false, w)
+		return d.takeSpool(key, rec, spool, w)
 	}
 	if file, ok := spool.(*os.File); ok {
 		if err := d.fsync(file); err != nil {
@@ -481,17 +452,18 @@ func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spo
 		}
 	}
 	d.stepDone("spool synced")
-	if err := d.takeSpool(key, rec, spool, oldEntry != nil, d.fileWriter); err != nil {
+	if err := d.takeSpool(key, rec, spool, d.fileWriter); err != nil {
 		return err
 	}
 	return d.syncParents(key)
 }
 
 // takeSpool makes a spool key's body. One that still has its name is renamed; one without
-// a name, in memory or on another file system is copied. The others are installBody's.
-func (d *diskStore) takeSpool(key string, rec *record, spool io.ReaderAt, hasOldCopy bool, w *fileWriter) error {
+// a name, in memory or on another file system is copied. w writes the other files,
+// without fsync if they need not be durable.
+func (d *diskStore) takeSpool(key string, rec *record, spool io.ReaderAt, w *fileWriter) error {
 	if file, ok := spool.(*os.File); ok && isLinked(file) {
-		err := d.installBody(key, rec, file.Name(), hasOldCopy, w)
+		err := d.installBody(key, rec, file.Name(), w)
 		if !errors.Is(err, syscall.EXDEV) {
 			return err
 		}
@@ -502,7 +474,7 @@ func (d *diskStore) takeSpool(key string, rec *record, spool io.ReaderAt, hasOld
 		return err
 	})
 	if err == nil {
-		err = d.installBody(key, rec, name, hasOldCopy, w)
+		err = d.installBody(key, rec, name, w)
 	}
 	if err != nil {
 		os.Remove(name)
@@ -518,10 +490,8 @@ func isLinked(f *os.File) bool {
 	return err == nil && namedErr == nil && os.SameFile(fi, named)
 }
 
-// installBody renames the file name to key's body and writes its record. hasOldCopy
-// says that key has a copy with its record in .record. The caller holds the
-// directory's lock. w writes the files, without fsync if they need not be durable.
-func (d *diskStore) installBody(key string, rec *record, name string, hasOldCopy bool, w *fileWriter) error {
+// installBody renames the file name to key's body and writes its record.
+func (d *diskStore) installBody(key string, rec *record, name string, w *fileWriter) error {
 	fi, err := os.Stat(name)
 	if err != nil {
 		return err
@@ -532,12 +502,9 @@ func (d *diskStore) installBody(key string, rec *record, name string, hasOldCopy
 		return err
 	}
 	d.stepDone("record written")
-	if hasOldCopy {
-		// A power failure must not keep the new body's name and lose that of
-		// .record.next: .record describes the old body.
-		err = w.syncDir(folder)
-	}
-	if err == nil {
+	// A power failure must not keep the new body's name and lose that of .record.next:
+	// .record may describe an old body.
+	if err = w.syncDir(folder); err == nil {
 		err = os.Rename(name, d.pathOf(key))
 	}
 	if err != nil {

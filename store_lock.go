@@ -46,13 +46,7 @@ func (d *diskStore) lockFolder(ctx context.Context, path string, create bool) (u
 // process apart.
 func openAndLock(ctx context.Context, path string, create bool) (*os.File, error) {
 	if create {
-		err := os.Mkdir(path, 0o755) // the directory above is there, but for the first time
-		if errors.Is(err, fs.ErrNotExist) {
-			err = os.MkdirAll(path, 0o755)
-		} else if errors.Is(err, fs.ErrExist) {
-			err = nil
-		}
-		if err != nil {
+		if err := os.MkdirAll(path, 0o755); err != nil {
 			return nil, err
 		}
 	}
@@ -77,10 +71,7 @@ func openAndLock(ctx context.Context, path string, create bool) (*os.File, error
 // tryFlock takes the flock on f if nobody has it, and reports whether it did. The
 // lock is held until f is closed. An error says that the file system has no locks.
 func tryFlock(f *os.File) (locked bool, err error) {
-	err = syscall.EINTR
-	for errors.Is(err, syscall.EINTR) {
-		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-	}
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	if errors.Is(err, syscall.EWOULDBLOCK) {
 		return false, nil
 	}

@@ -385,9 +385,6 @@ func (s *s3Store) put(ctx context.Context, key string, rec *record, spool io.Rea
 // upload is put. The validity that it returns holds as long as no other replica announces
 // a change after the upload began.
 func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) (validity, error) {
-	if err := checkPut(key, rec, spool); err != nil {
-		return validity{}, err
-	}
 	text, err := encodeS3Record(rec)
 	if err != nil {
 		return validity{}, fmt.Errorf("storing %s: %w", key, err)

@@ -149,12 +149,11 @@ func (d *diskStore) Close() error {
 	return d.owner.Close()
 }
 
-// sweep removes what crashes left, once it is older than orphanAge: spools that no
-// process has open, and files in the directories of bodies that belong to none. It
-// reads those directories once a day only, because it must read all of them. One
-// goroutine calls it, at the start and then hourly.
+// sweep removes what crashes left: spools that no process has open, and files older than
+// orphanAge that belong to no body. For those it reads all directories, once a day only.
+// One goroutine calls it, at the start and then hourly.
 func (d *diskStore) sweep(ctx context.Context) error {
-	err := d.sweepSpools(false)
+	err := d.sweepSpools()
 	if d.now().Sub(d.swept) < orphanAge {
 		return err
 	}
@@ -172,9 +171,8 @@ func (d *diskStore) sweep(ctx context.Context) error {
 	}))
 }
 
-// sweepSpools removes spools that no process has open: with all every one, else those
-// older than orphanAge. all is for the owner of DATA_DIR while it starts.
-func (d *diskStore) sweepSpools(all bool) error {
+// sweepSpools removes the spools that no process has open.
+func (d *diskStore) sweepSpools() error {
 	dir := d.dir + "/" + spoolDir
 	return eachName(dir, func(name string) error {
 		f, err := os.Open(dir + "/" + name)
@@ -182,10 +180,8 @@ func (d *diskStore) sweepSpools(all bool) error {
 			return nil // it was removed meanwhile
 		}
 		defer f.Close()
-		// Without working locks (an error) only the age shows that no process
-		// uses the spool.
-		unused, err := tryFlock(f)
-		if (all && unused) || (d.isOld(f.Name()) && (unused || err != nil)) {
+		// Without working locks (an error) only the age shows that no process uses it.
+		if unused, err := tryFlock(f); unused || (err != nil && d.isOld(f.Name())) {
 			os.RemoveAll(f.Name()) // an import's is a directory
 		}
 		return nil
