@@ -93,6 +93,7 @@ const (
 	sqlIsUsed   = `hits > 0 AND class <> 'local'`
 	sqlColumns  = `SELECT key, remote, spelling, sha256, content_type, class, size, hits, fetched_at, last_access
 		FROM artifactapi_files `
+	sqlByKey  = sqlColumns + `WHERE key > $1 ORDER BY key LIMIT $2`
 	sqlByPath = sqlColumns + `WHERE remote = $1 AND (path, key) > ($2, $3) ORDER BY path, key LIMIT $4`
 	sqlByAge  = ` AND ($1::text = '' OR remote = $1) AND (last_access, key) > ($2::timestamptz, $3)
 		ORDER BY last_access, key LIMIT $4`
@@ -126,8 +127,6 @@ type sqlIndex struct {
 	log      *slog.Logger
 	password secret      // kept out of errors
 	ready    atomic.Bool // the schema is up to date
-
-	writing sync.Mutex // one writePending at a time; held across I/O
 }
 
 // newSQLIndex makes the index without connecting, so that a database that is down
@@ -150,12 +149,12 @@ func redact(err error, password secret) string {
 
 // saveRow: see index.
 func (x *sqlIndex) saveRow(ctx context.Context, r indexRow) error {
-	return x.changeRow(ctx, rowChange{key: r.Key, save: &r})
+	return x.changeRow(ctx, rowChange{row: r})
 }
 
 // delete: see index.
 func (x *sqlIndex) delete(ctx context.Context, remote, key string) error {
-	return x.changeRow(ctx, rowChange{key: key})
+	return x.changeRow(ctx, rowChange{row: indexRow{Key: key, Fetched: x.now()}, deletes: true})
 }
 
 // execer is a connection or a transaction.
@@ -165,19 +164,18 @@ type execer interface {
 
 // rowChange saves or deletes one row of the index.
 type rowChange struct {
-	key    string
-	save   *indexRow // the new row; nil deletes
-	madeAt time.Time
+	row     indexRow
+	deletes bool // the row with that key; row.Fetched is when it was to go
 }
 
 // execute makes the change. With keepNewer it leaves a row alone whose object was
 // fetched later.
 func (c *rowChange) execute(ctx context.Context, on execer, keepNewer bool) error {
-	if c.save == nil {
-		_, err := on.ExecContext(ctx, sqlDelete, c.key, keepNewer, c.madeAt.UTC())
+	r := c.row
+	if c.deletes {
+		_, err := on.ExecContext(ctx, sqlDelete, r.Key, keepNewer, r.Fetched.UTC())
 		return err
 	}
-	r := c.save
 	_, err := on.ExecContext(ctx, sqlSave, r.Key, r.Remote, toSQLText(decodePath(r.Path)), toSQLText(r.Path), r.SHA256,
 		toSQLText(r.ContentType), string(r.Class), r.Size, r.Hits, r.Fetched.UTC(), r.LastAccess.UTC(), keepNewer)
 	return err
@@ -187,7 +185,6 @@ func (c *rowChange) execute(ctx context.Context, on execer, keepNewer bool) erro
 // waits, and behind it all others, so that their order is kept. The object of the
 // row is stored or removed already: the change does not end with ctx.
 func (x *sqlIndex) changeRow(ctx context.Context, c rowChange) error {
-	c.madeAt = x.now()
 	if waiting, _ := x.pending.state(); waiting == 0 {
 		err := x.withConn(context.WithoutCancel(ctx), sqlWriteTimeout, func(ctx context.Context, conn *sql.Conn) error {
 			return c.execute(ctx, conn, false)
@@ -203,8 +200,7 @@ func (x *sqlIndex) changeRow(ctx context.Context, c rowChange) error {
 }
 
 // pendingChanges is a bounded queue of changes that the database has not taken yet. Its
-// methods may be called concurrently, but only one goroutine at a time may call first
-// and removeFirst.
+// methods may be called concurrently, but for first and removeFirst.
 type pendingChanges struct {
 	mu      sync.Mutex // guards the fields below; no other lock is taken under it
 	queue   []rowChange
@@ -251,10 +247,8 @@ func (p *pendingChanges) removeFirst(n int) {
 
 // writePending is the step of a background loop. It asks whether a database that is
 // down is back, and writes the changes that wait. A change that the database refuses is
-// dropped.
+// dropped. One goroutine calls it.
 func (x *sqlIndex) writePending(ctx context.Context) error {
-	x.writing.Lock()
-	defer x.writing.Unlock()
 	if x.outage.outageCause() != nil {
 		if err := x.withConn(ctx, sqlReadTimeout, execPing); err != nil {
 			return err
@@ -271,7 +265,7 @@ func (x *sqlIndex) writePending(ctx context.Context) error {
 			return err
 		}
 		if err != nil {
-			x.log.Error("the database refuses an index row: the file is not listed", "key", batch[0].key, "error", err)
+			x.log.Error("the database refuses an index row: the file is not listed", "key", batch[0].row.Key, "error", err)
 		}
 		x.pending.removeFirst(len(batch))
 		written += len(batch)
@@ -467,7 +461,7 @@ func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change
 			return fmt.Errorf("adding rows: %w", err)
 		}
 		for _, c := range due {
-			report("added", c.key)
+			report("added", c.row.Key)
 		}
 		due = due[:0]
 		return nil
@@ -478,7 +472,7 @@ func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change
 		if hash := hashRow(seed, r); rows[hash] {
 			delete(rows, hash)
 		} else {
-			due = append(due, rowChange{key: key, save: &r})
+			due = append(due, rowChange{row: r})
 		}
 		if len(due) < changeBatch {
 			return nil
@@ -499,7 +493,7 @@ func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change
 		if _, err := from.open(ctx, r.Key, -1); !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		if err := to.writeChanges(ctx, []rowChange{{key: r.Key, madeAt: r.Fetched}}); err != nil {
+		if err := to.writeChanges(ctx, []rowChange{{row: r, deletes: true}}); err != nil {
 			return fmt.Errorf("dropping the row of %s: %w", r.Key, err)
 		}
 		report("dropped", r.Key)
@@ -523,24 +517,18 @@ func hashRow(seed maphash.Seed, r indexRow) uint64 {
 
 // eachRow calls f with all rows. One that is added meanwhile may be left out.
 func (x *sqlIndex) eachRow(ctx context.Context, f func(indexRow) error) error {
-	remotes, err := x.totals(ctx, false)
-	if err != nil {
-		return fmt.Errorf("reading the index: %w", err)
-	}
-	for name := range remotes {
-		q := pageQuery{remote: name, limit: listPageSize}
-		for more := true; more; more = q.after != "" {
-			p, err := x.listPage(ctx, q)
-			if err != nil {
-				return fmt.Errorf("reading the index: %w", err)
-			}
-			for _, r := range p.rows {
-				if err := f(r); err != nil {
-					return err
-				}
-			}
-			q.after = p.next
+	for after, more := "", true; more; {
+		rows, err := queryAll(ctx, x, scanRow, sqlByKey, after, sqlMaxRows)
+		if err != nil {
+			return fmt.Errorf("reading the index: %w", err)
 		}
+		for _, r := range rows {
+			if err := f(r); err != nil {
+				return err
+			}
+			after = r.Key
+		}
+		more = len(rows) == sqlMaxRows
 	}
 	return nil
 }

@@ -170,6 +170,12 @@ func (c *fakeConn) ask(query string, named []driver.NamedValue) (rows [][]driver
 		rows, err = c.touch(args)
 	case sqlTotals, sqlUnusedTotals:
 		rows = c.totals(query == sqlUnusedTotals)
+	case sqlByKey:
+		for _, key := range slices.Sorted(maps.Keys(c.rows)) {
+			if key > args[0].(string) && len(rows) < int(args[1].(int64)) {
+				rows = append(rows, c.rows[key].values())
+			}
+		}
 	case sqlByPath, sqlUnusedByAge, sqlUsedByAge:
 		rows = c.page(query, args)
 	default:
@@ -278,9 +284,14 @@ func (f *fakePG) page(query string, a []driver.Value) (rows [][]driver.Value) {
 	}
 	slices.SortFunc(found, order)
 	for _, r := range found[:min(len(found), int(a[3].(int64)))] {
-		rows = append(rows, []driver.Value{r.Key, r.Remote, r.Path, r.SHA256, r.ContentType, string(r.Class), r.Size, r.Hits, r.Fetched, r.LastAccess})
+		rows = append(rows, r.values())
 	}
 	return rows
+}
+
+// values are the columns of sqlColumns.
+func (r indexRow) values() []driver.Value {
+	return []driver.Value{r.Key, r.Remote, r.Path, r.SHA256, r.ContentType, string(r.Class), r.Size, r.Hits, r.Fetched, r.LastAccess}
 }
 
 // sqlTester is an index over a fake database, with a clock.
@@ -737,7 +748,7 @@ func TestSQLPendingChangesAreBounded(t *testing.T) {
 	s.db.down()
 	s.save("a")
 	for s.waiting() < maxPendingChanges {
-		s.pending.add(rowChange{key: testKey("b")})
+		s.pending.add(rowChange{row: indexRow{Key: testKey("b")}, deletes: true})
 	}
 	s.save("c")
 	s.save("d")
