@@ -13,7 +13,6 @@ import (
 	"net"
 	"net/url"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -51,7 +50,7 @@ type sqlConnector struct{ dsn string }
 // Driver: see driver.Connector.
 func (c *sqlConnector) Driver() driver.Driver { return &pq.Driver{} }
 
-// Connect: see driver.Connector. It ends with ctx.
+// Connect: see driver.Connector.
 func (c *sqlConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	connector, err := pq.NewConnector(c.dsn)
 	if err != nil {
@@ -59,17 +58,16 @@ func (c *sqlConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	}
 	d := &cuttingDialer{}
 	connector.Dialer(d)
-	defer context.AfterFunc(ctx, d.cut)()
-	conn, err := connector.Connect(ctx)
+	conn, err := connector.Connect(ctx) // connect_timeout bounds it
 	if err != nil {
 		return nil, err
 	}
+	d.connected.Store(true)
 	// PgBouncer refuses these settings as part of the start of a connection.
 	if _, err = conn.(driver.ExecerContext).ExecContext(ctx, sqlSession, nil); err != nil {
 		conn.Close()
 		return nil, err
 	}
-	d.connected.Store(true)
 	return conn, nil
 }
 
@@ -79,32 +77,18 @@ func (c *sqlConnector) Connect(ctx context.Context) (driver.Conn, error) {
 // wait instead. The server ends the statement itself, by statement_timeout.
 type cuttingDialer struct {
 	pq.Dialer             // nil: lib/pq calls DialContext alone
+	conn      net.Conn    // not changed once it is connected
 	connected atomic.Bool // a further dial is for a cancellation
-
-	mu   sync.Mutex // guards conn; held while dialling, which ends with its context
-	conn net.Conn
 }
 
 // DialContext: see pq.DialerContext.
 func (d *cuttingDialer) DialContext(ctx context.Context, network, address string) (c net.Conn, err error) {
-	d.cut()
 	if d.connected.Load() {
+		d.conn.Close()
 		return nil, net.ErrClosed
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
 	return d.conn, err
-}
-
-// cut closes the connection, if there is one. A deadline would not do: lib/pq sets
-// its own during the handshake.
-func (d *cuttingDialer) cut() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.conn != nil {
-		d.conn.Close()
-	}
 }
 
 // ping asks the database whether it can be used: errStoreDown if not. While the
