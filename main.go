@@ -361,7 +361,6 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 	tasks := []task{
 		{doing: "counting uses", every: 2 * time.Second, step: succeeds(s.cache.flushCounts)},
 		{doing: "evicting", every: 5 * time.Second, step: succeeds(s.cache.evictor.evictFiles)},
-		// A sweep reads all directories: the first request does not wait for it.
 		{doing: "sweeping temporary files", every: time.Hour, step: s.sweepDisks},
 		{doing: "sampling for the page", every: trendStep, step: succeeds(func(context.Context) { s.cache.metrics.sampleTrend() })},
 		{doing: "saving snapshots", every: 5 * time.Minute, step: s.stores.saveSnapshots},
@@ -420,12 +419,12 @@ func (s *server) openData(isStart bool) {
 	}
 }
 
-// sweepDisks removes the files that crashes left in DATA_DIR.
-func (s *server) sweepDisks(ctx context.Context) error {
+// sweepDisks removes the temporary files that crashes left in DATA_DIR.
+func (s *server) sweepDisks(context.Context) error {
 	s.openData(false)
 	var errs []error
 	for _, d := range s.stores.disks {
-		errs = append(errs, d.sweep(ctx))
+		errs = append(errs, d.sweep())
 	}
 	return errors.Join(errs...)
 }

@@ -185,7 +185,6 @@ type diskStore struct {
 
 	owner *os.File        // .lock while this process has it; lockData and Close use it, never concurrently
 	probe backgroundCheck // of ping
-	swept time.Time       // when sweep last read all directories; sweep alone uses it
 }
 
 // newDiskStore makes a store below dir without touching the disk.
@@ -381,12 +380,12 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 // put implements objects. Its steps, what a crash after each of them leaves, and what
 // cleans that up:
 //
-//	directory made   an empty directory; the next put uses it or sweep removes it
+//	directory made   an empty directory; the next put uses it or verify removes it
 //	spool synced     a file in .spool too; sweep removes it
 //	record written   the old copy whole, and a .record.next that describes no
-//	                 body; the next put overwrites it or sweep removes it
+//	                 body; the next put overwrites it or verify removes it
 //	body moved       the new body, described by .record.next and not by .record;
-//	                 open reads both, the next put or sweep renames .record.next
+//	                 open reads both, the next put or verify renames .record.next
 //	                 (openRepaired)
 //	record moved     nothing after a crash of the process; after a power failure
 //	                 the names may be those after any earlier step
@@ -543,7 +542,7 @@ func (d *diskStore) syncParents(key string) error {
 }
 
 // delete implements objects. It removes the body first: a crash in between leaves records
-// without a body, which are a miss and are removed by sweep. A body without a record would
+// without a body, which are a miss and are removed by verify. A body without a record would
 // look like a damaged upload.
 func (d *diskStore) delete(ctx context.Context, key string) error {
 	if !validKey(key) {
@@ -561,7 +560,7 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	if err := d.removeFiles(key, false); err != nil {
 		return storeError("deleting "+key, err)
 	}
-	os.Remove(d.folderOf(key)) // if it is empty; sweep removes it if that is not durable
+	os.Remove(d.folderOf(key)) // if it is empty; verify removes it if that is not durable
 	return nil
 }
 
@@ -587,7 +586,7 @@ func (d *diskStore) removeFiles(key string, setAside bool) error {
 // dropDamaged removes the damaged files of key and logs it. It returns errDropped,
 // which is a miss, or an error of I/O. What cannot be fetched again is set aside where a
 // person can look at it: its bytes may still be right, but nothing proves it. A crash in
-// between leaves records, which sweep removes. The caller holds the directory's lock.
+// between leaves records, which verify removes. The caller holds the directory's lock.
 func (d *diskStore) dropDamaged(key, reason string) error {
 	defer d.memory.remove(key)
 	remote, _, _ := strings.Cut(key, "/")
