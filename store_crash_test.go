@@ -1084,7 +1084,7 @@ func FuzzRecord(f *testing.F) {
 				continue
 			}
 			var again bytes.Buffer
-			if writeRecord(&e.record, e.bodyIdentity(), e.Boot)(&again) != nil {
+			if writeRecord(&e.record, e.bodyIdentity(), e.Boot)(&again) != nil || again.Len() > maxRecord {
 				continue // it is too long once it is escaped
 			}
 			f, err := decodeRecord(again.Bytes())

@@ -52,11 +52,7 @@ type fileIdentity struct {
 
 // identityOf returns the identity of the file that fi describes.
 func identityOf(fi fs.FileInfo) fileIdentity {
-	id := fileIdentity{size: fi.Size(), mtime: fi.ModTime().UnixNano()}
-	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
-		id.inode = uint64(st.Ino)
-	}
-	return id
+	return fileIdentity{fi.Size(), fi.ModTime().UnixNano(), fi.Sys().(*syscall.Stat_t).Ino}
 }
 
 // diskRecord is the content of a record file: a record and the identity of its body.
@@ -84,18 +80,14 @@ func (e *diskRecord) isDurable(boot string) bool { return e.Boot == "" || e.Boot
 const recordMagic = "artifactapi record 1 "
 
 // writeRecord returns a function for writeFile that writes the record file of a body
-// with that identity; boot is that of diskRecord. It refuses a record that decodeRecord would.
+// with that identity; boot is that of diskRecord.
 func writeRecord(rec *record, id fileIdentity, boot string) func(io.Writer) error {
 	return func(w io.Writer) error {
 		body, err := json.Marshal(diskRecord{record: *rec, MTime: id.mtime, Inode: id.inode, Boot: boot})
 		if err != nil {
 			return err
 		}
-		data := fmt.Appendf(nil, "%s%08x\n%s\n", recordMagic, crc32.Checksum(body, castagnoli), body)
-		if len(data) > maxRecord {
-			return fmt.Errorf("the record has %d bytes, %d are allowed", len(data), maxRecord)
-		}
-		_, err = w.Write(data)
+		_, err = w.Write(fmt.Appendf(nil, "%s%08x\n%s\n", recordMagic, crc32.Checksum(body, castagnoli), body))
 		return err
 	}
 }
@@ -140,19 +132,16 @@ func readRecord(name string) (*diskRecord, error) {
 	return decodeRecord(data)
 }
 
+// contextWriter beside another writer ends a copy with the context.
+type contextWriter struct{ context.Context }
+
+func (w contextWriter) Write(b []byte) (int, error) { return len(b), w.Err() }
+
 // hashBody returns the SHA-256 of a body in hexadecimal. It ends with ctx.
 func hashBody(ctx context.Context, body io.ReaderAt) (string, error) {
-	h, r := sha256.New(), io.NewSectionReader(body, 0, math.MaxInt64)
-	for {
-		// A cancelled caller waits for one piece at most.
-		_, err := io.CopyN(h, r, 4<<20)
-		if err == io.EOF {
-			return hex.EncodeToString(h.Sum(nil)), nil
-		}
-		if err = errors.Join(err, ctx.Err()); err != nil {
-			return "", err
-		}
-	}
+	h := sha256.New()
+	_, err := io.Copy(io.MultiWriter(h, contextWriter{ctx}), io.NewSectionReader(body, 0, math.MaxInt64))
+	return hex.EncodeToString(h.Sum(nil)), err
 }
 
 // validKey reports whether key is {remote}/{hash}/{filename} and can be used as a

@@ -82,7 +82,6 @@ var (
 	_ objects = (*s3Store)(nil)
 
 	errS3ReadOnly = errors.New("the bucket refuses writes")
-	errS3Metadata = errors.New("it does not fit into the metadata of an object")
 )
 
 // s3Store implements objects in a bucket. All methods may be called concurrently,
@@ -309,45 +308,26 @@ type s3Record struct {
 	Put string `json:"i"`
 }
 
-// encodeS3Record makes a record fit for a header: ASCII, of bounded length. An ETag
-// or type that makes it too long is left out. Without the first a revalidation
-// becomes a fetch; the second mostly follows from the file's name.
+// encodeS3Record makes a record fit for a header: of bounded length, and without what
+// some servers change there, all but printable ASCII and several spaces.
 func encodeS3Record(rec *record) (string, error) {
-	r := s3Record{s3RecordVersion, *rec, strconv.FormatUint(rand.Uint64(), 36)}
-	text, err := encodeASCIIJSON(r)
-	for _, optional := range []*string{&r.ETag, &r.ContentType} {
-		if err == nil && len(text) > s3MaxRecord {
-			*optional = ""
-			text, err = encodeASCIIJSON(r)
-		}
-	}
-	if err == nil && len(text) > s3MaxRecord {
-		err = fmt.Errorf("record of %d bytes: %w", len(text), errS3Metadata)
-	}
-	return text, err
-}
-
-// encodeASCIIJSON escapes what some servers change in a header: everything but
-// printable ASCII, and the second of two spaces.
-func encodeASCIIJSON(v any) (string, error) {
 	var plain, out strings.Builder
 	e := json.NewEncoder(&plain)
 	e.SetEscapeHTML(false)
-	if err := e.Encode(v); err != nil {
+	if err := e.Encode(s3Record{s3RecordVersion, *rec, strconv.FormatUint(rand.Uint64(), 36)}); err != nil {
 		return "", err
 	}
-	last := rune(0)
 	for _, r := range strings.TrimSuffix(plain.String(), "\n") {
-		switch {
-		case r > 0xffff:
-			hi, lo := utf16.EncodeRune(r)
-			fmt.Fprintf(&out, `\u%04x\u%04x`, hi, lo)
-		case r > '~', r == ' ' && last == ' ':
-			fmt.Fprintf(&out, `\u%04x`, r)
-		default:
+		if r > ' ' && r <= '~' {
 			out.WriteRune(r)
+			continue
 		}
-		last = r
+		for _, unit := range utf16.AppendRune(nil, r) {
+			fmt.Fprintf(&out, `\u%04x`, unit)
+		}
+	}
+	if out.Len() > s3MaxRecord {
+		return "", fmt.Errorf("its record of %d bytes does not fit into the metadata of an object", out.Len())
 	}
 	return out.String(), nil
 }

@@ -382,13 +382,8 @@ func TestS3RecordFits(t *testing.T) {
 	if err != nil || len(full) > s3MaxRecord || !strings.Contains(full, `"g":`) {
 		t.Fatalf("the longest ordinary record: %d bytes, %v", len(full), err)
 	}
-	rec.Path = strings.Repeat(`"`, 400) + strings.Repeat("p", 600)
-	text, err := encodeS3Record(rec)
-	if err != nil || len(text) > s3MaxRecord || strings.Contains(text, `"g":`) {
-		t.Errorf("a path of quotes: %d bytes, %v", len(text), err)
-	}
 	rec.Path = strings.Repeat(`"`, 1024)
-	if _, err := encodeS3Record(rec); !errors.Is(err, errS3Metadata) {
+	if _, err := encodeS3Record(rec); err == nil {
 		t.Errorf("a record that cannot fit: %v", err)
 	}
 }
@@ -411,7 +406,7 @@ func FuzzS3Record(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got.Path != p || got.ETag != "" && got.ETag != etag || got.ContentType != "" && got.ContentType != typ {
+		if got.Path != p || got.ETag != etag || got.ContentType != typ {
 			t.Errorf("%+v became %+v", rec, got)
 		}
 	})
