@@ -32,11 +32,9 @@ import (
 
 const (
 	// s3PartSize is the size of a part, and of the largest object that is sent by
-	// one PutObject. A failed part of 64 MiB costs little, and s3MaxParts of them
-	// are 640 GB.
+	// one PutObject. A failed part of 64 MiB costs little, and 10,000 of them, the limit
+	// of the S3 API, are 640 GB.
 	s3PartSize = 64 << 20
-	// s3MaxParts is the limit of the S3 API. A larger object gets larger parts.
-	s3MaxParts = 10_000
 	// s3ParallelParts parts are sent at once. Four fill a line that has round
 	// trips of 100 ms, and cost no memory but their buffers.
 	s3ParallelParts = 4
@@ -336,7 +334,7 @@ func (c *s3Client) uploadParts(ctx context.Context, key, id string, p s3PutInput
 		PartNumber int64
 		ETag       string
 	}
-	size := max(c.cfg.partSize, (p.size+s3MaxParts-1)/s3MaxParts)
+	size := c.cfg.partSize
 	parts := make([]completedPart, (p.size+size-1)/size)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -472,12 +470,7 @@ func (c *s3Client) listPages(ctx context.Context, doing string, query url.Values
 
 // createBucket creates the bucket, unless another replica has just done so.
 func (c *s3Client) createBucket(ctx context.Context) error {
-	var body []byte
-	if region := c.endpoint.Load().region; region != "us-east-1" { // S3 refuses us-east-1 as a LocationConstraint
-		body = fmt.Appendf(nil, "<CreateBucketConfiguration><LocationConstraint>%s</LocationConstraint></CreateBucketConfiguration>", region)
-	}
-	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "creating bucket", method: "PUT", body: bytes.NewReader(body), size: int64(len(body)),
-		sum: sha256Hex(body)})
+	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "creating bucket", method: "PUT"})
 	if refused, ok := errors.AsType[*s3Error](err); ok && refused.code == "BucketAlreadyOwnedByYou" {
 		return nil
 	}

@@ -512,26 +512,6 @@ func TestS3LargePartsAreEqual(t *testing.T) {
 	wantObject(t, c, "large", data)
 }
 
-// TestS3PartsAreNotTooMany: an object of more than s3MaxParts parts gets larger ones.
-func TestS3PartsAreNotTooMany(t *testing.T) {
-	t.Parallel()
-	var parts atomic.Int64
-	c := timedClient(func(r *http.Request) (*http.Response, error) {
-		if r.Method == "PUT" {
-			parts.Add(1)
-		}
-		return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader("<R><UploadId>u</UploadId></R>"))}, nil
-	})
-	c.cfg.partSize = 1
-	if err := c.putObject(t.Context(), "k", putOf(pattern(s3MaxParts+1))); err != nil || parts.Load() != s3MaxParts/2+1 {
-		t.Errorf("%d parts: %v", parts.Load(), err)
-	}
-}
-
-// TestS3FaultsPass lists the faults that a put, small or in parts, survives: each
-// fault before and after the operation took effect. A complete that took effect
-// cannot be repeated, so there the put has If-None-Match, which is confirmed;
-// see TestS3OnlyConditionalPutsAreConfirmed for the others.
 func TestS3FaultsPass(t *testing.T) {
 	t.Parallel()
 	faults := map[string]fakeFault{

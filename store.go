@@ -240,9 +240,6 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 // known one (which may be nil), one made from the record files or, after a restored
 // backup, a crash or damage, one made by a repair. The caller closes the file.
 func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryEntry) (*os.File, *memoryEntry, error) {
-	if known == nil && !validKey(key) {
-		return nil, nil, fs.ErrNotExist
-	}
 	f, id, err := openBody(d.pathOf(key))
 	if err != nil {
 		return nil, nil, err
@@ -301,16 +298,13 @@ func openError(key string, err error) error {
 
 // readRecords reads the record files beside key's body. matching is the record that
 // describes the body with that identity. When there is none, similar are the records
-// of key for a body of that size, and the error is errVersion or errStray if one of
-// the records is of another version or of another file.
+// of key for a body of that size, and the error is errStray if one of the records is
+// of another file.
 func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, similar []*record, err error) {
 	var miss error
 	for _, name := range []string{recordFile, recordNext} {
 		e, err := readRecord(d.folderOf(key) + "/" + name)
 		switch {
-		case errors.Is(err, errVersion):
-			miss = err
-			d.log.Warn("stored file is neither used nor removed", "key", key, "error", err)
 		case errors.Is(err, fs.ErrNotExist):
 		case errors.Is(err, errDamaged):
 			// Or half written: who has the lock says what becomes of the body.

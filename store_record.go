@@ -28,9 +28,6 @@ const maxRecord = 64 << 10
 var (
 	// errDamaged is a record file that cannot be used. It counts as absent.
 	errDamaged = errors.New("damaged record")
-	// errVersion is a record of another version of the program. It is a miss, but
-	// its files are left alone: after a rollback they are good again.
-	errVersion error = missError("record of another version of the program")
 
 	// castagnoli is the polynomial of CRC-32C, which processors compute in hardware.
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -92,15 +89,12 @@ func writeRecord(rec *record, id fileIdentity, boot string) func(io.Writer) erro
 	}
 }
 
-// decodeRecord reads the content of a record file. Its error is errVersion for a
-// record of another version and errDamaged for everything else.
+// decodeRecord reads the content of a record file. Its error is errDamaged.
 func decodeRecord(data []byte) (*diskRecord, error) {
 	firstLine, rest, _ := bytes.Cut(data, []byte("\n"))
 	body, isEnded := bytes.CutSuffix(rest, []byte("\n"))
 	sum, hasMagic := bytes.CutPrefix(firstLine, []byte(recordMagic))
 	switch {
-	case !hasMagic && bytes.HasPrefix(firstLine, []byte("artifactapi record ")):
-		return nil, errVersion
 	case !hasMagic || !isEnded || len(data) > maxRecord:
 		return nil, fmt.Errorf("%w: its frame is wrong", errDamaged)
 	case string(sum) != fmt.Sprintf("%08x", crc32.Checksum(body, castagnoli)):
@@ -117,8 +111,7 @@ func decodeRecord(data []byte) (*diskRecord, error) {
 	return e, nil
 }
 
-// readRecord reads a record file. Its error is fs.ErrNotExist, errDamaged, errVersion
-// or one of I/O.
+// readRecord reads a record file. Its error is fs.ErrNotExist, errDamaged or one of I/O.
 func readRecord(name string) (*diskRecord, error) {
 	f, err := openFile(name, os.O_RDONLY, 0)
 	if err != nil {

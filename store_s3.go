@@ -332,8 +332,8 @@ func encodeS3Record(rec *record) (string, error) {
 	return out.String(), nil
 }
 
-// decodeS3Record returns the record in o's metadata. Its errors are errDamaged,
-// errVersion, and one without a kind for an object that is not ours.
+// decodeS3Record returns the record in o's metadata. Its errors are errDamaged, and
+// without a kind for an object that is not ours or of another version.
 func decodeS3Record(key string, o *s3Object) (*record, error) {
 	text, ours := o.meta[s3RecordField]
 	if !ours {
@@ -345,7 +345,7 @@ func decodeS3Record(key string, o *s3Object) (*record, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %v", errDamaged, err)
 	case r.Version != s3RecordVersion:
-		return nil, errVersion
+		return nil, errors.New("a record of another version of artifactapi")
 	case !isSHA256(r.SHA256) || r.Size != o.size:
 		return nil, fmt.Errorf("%w: of %d bytes with sha256 %q, the object has %d", errDamaged, r.Size, cleanText(r.SHA256), o.size)
 	case storageKey(r.Remote, r.Path) != key:
@@ -417,9 +417,6 @@ func (s *s3Store) etagOf(ctx context.Context, key string, old *record) (string, 
 // delete implements objects. It asks first, since S3 does not say whether there was
 // something to delete.
 func (s *s3Store) delete(ctx context.Context, key string) error {
-	if !validKey(key) {
-		return fmt.Errorf("deleting %q: %w", key, fs.ErrNotExist)
-	}
 	if _, err := s.askS3(ctx, key, -1, ""); err != nil {
 		return err
 	}
