@@ -448,7 +448,7 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 		if re == nil || queryErr != nil || len(query) > 1 { // ?prefix= of a listing would be passed over
 			return newProblem(http.StatusBadRequest, "the query must say what to purge, and nothing else: ?pattern=REGEX (\".\" purges everything)")
 		}
-		purged, err := a.cache.purgeMatching(r.Context(), rem.name, re)
+		purged, err := a.cache.purgeMatching(r.Context(), pageQuery{remote: rem.name, pattern: re})
 		if err != nil {
 			return err
 		}
@@ -459,21 +459,13 @@ func (a *api) servePurge(w *response, r *http.Request, rem *remote, escaped stri
 		return err
 	}
 	w.path = path
-	spellings := []string{spelling}
-	if rem.packageType == "docker" || (rem.packageType == "" && !strings.Contains(path, "%")) {
-		// A registry's paths are their own spelling, see newTarget. A removed remote may
-		// have been one, and no path of a registry holds a "%".
-		spellings = slices.Compact(append(spellings, path))
+	if rem.packageType == "docker" {
+		spelling = path // see newTarget
 	}
-	purged := 0
-	for _, spelling := range spellings {
-		n, err := a.cache.purgePath(r.Context(), target{remote: rem, path: path, spelling: spelling})
-		if err != nil {
-			return err
-		}
-		purged += n
-	}
-	if purged == 0 {
+	switch purged, err := a.cache.purgePath(r.Context(), target{remote: rem, path: path, spelling: spelling}); {
+	case err != nil:
+		return err
+	case purged == 0:
 		return newProblem(http.StatusNotFound, "nothing is stored at this path")
 	}
 	w.WriteHeader(http.StatusNoContent)

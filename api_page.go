@@ -184,7 +184,6 @@ type pageRun struct {
 type pageFile struct {
 	listedArtifact
 	Folder, File  string // the parts of Path; Folder ends in a slash or is ""
-	Spelling      string // of the path, for purging
 	Fetched, Left string // how long ago, and how long it stays fresh or has been expired
 }
 
@@ -314,7 +313,6 @@ func (a *api) addFiles(p *page, r *http.Request, rem *remote, most int) {
 	p.Next = found.next
 	for _, row := range found.rows {
 		f := pageFile{listedArtifact: a.newListedArtifact(r, rem, row)}
-		f.Spelling = trimSuffixes(row.Path)
 		f.Fetched = formatSpan(a.now().Sub(f.FetchedAt))
 		if f.ExpiresAt != nil {
 			f.Left = formatSpan(f.ExpiresAt.Sub(a.now()).Abs())

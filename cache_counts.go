@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -34,8 +35,7 @@ func (c *cache) countUse(remote, key string) { c.uses.addUses(fileUse{remote, ke
 // flushCounts writes the gathered uses to the index.
 func (c *cache) flushCounts(ctx context.Context) {
 	c.announceLost(ctx)
-	err := c.uses.flush(ctx, c.index, c.objects)
-	if err != nil && !errors.Is(err, errStoreDown) { // an outage has a log line already, and nothing is lost
+	if err := c.uses.flush(ctx, c.index, c.objects); !errors.Is(err, errStoreDown) { // then nothing is lost
 		c.reportStoreError("database", "counting uses", "", err)
 	}
 }
@@ -112,53 +112,38 @@ func (u *useCounts) take() []fileUse {
 // flush writes the gathered uses to the index and heals it: a file without a row,
 // because another process stored it or a crash lost the row, gets it from its stored
 // record. While the index is down, the uses stay for the next flush.
-func (u *useCounts) flush(ctx context.Context, to index, from objects) error {
+func (u *useCounts) flush(ctx context.Context, to index, from objects) (failed error) {
 	var unknown []fileUse
-	for rest := u.take(); len(rest) > 0; {
-		batch := rest[:min(len(rest), usesBatch)]
+	for batch := range slices.Chunk(u.take(), usesBatch) {
 		found, err := to.countUses(ctx, batch)
 		if errors.Is(err, errStoreDown) {
-			u.addUses(rest...)
+			u.addUses(batch...)
 		}
-		if err != nil {
-			u.addUses(unknown...)
-			return err
-		}
-		unknown, rest = append(unknown, found...), rest[len(batch):]
+		failed, unknown = cmp.Or(failed, err), append(unknown, found...)
 	}
-	healed := u.heal(ctx, unknown, to, from)
-	if len(healed) == 0 { // as most of the time
-		return nil
-	}
-	_, err := to.countUses(ctx, healed) // a row that is missing again was removed meanwhile
-	if errors.Is(err, errStoreDown) {
-		u.addUses(healed...)
-	}
-	return err
+	u.heal(ctx, unknown, to, from)
+	return failed
 }
 
-// heal adds the rows of used files that the index does not know, and returns the
-// uses that can be counted now. Those that it has no time for stay for the next
-// flush, and so do those of a store that is down. Other uses are lost: their file is
-// gone, or its row is refused.
-func (u *useCounts) heal(ctx context.Context, unknown []fileUse, to index, from objects) (healed []fileUse) {
+// heal adds the rows of used files that the index does not know, with their uses. Those
+// that it has no time for stay for the next flush, and so do those of a store that is
+// down. Other uses are lost: their file is gone, or its row is refused.
+func (u *useCounts) heal(ctx context.Context, unknown []fileUse, to index, from objects) {
 	ctx, cancel := context.WithTimeout(ctx, healTimeout)
 	defer cancel()
 	for i, use := range unknown {
 		if i == usesBatch || ctx.Err() != nil {
 			u.addUses(unknown[i:]...)
-			break
+			return
 		}
 		obj, err := from.open(ctx, use.key, -1)
 		if err == nil {
-			err = to.saveRow(ctx, newIndexRow(use.key, obj.rec))
+			row := newIndexRow(use.key, obj.rec)
+			row.Hits, row.LastAccess = use.hits, use.last
+			err = to.saveRow(ctx, row)
 		}
-		switch {
-		case err == nil:
-			healed = append(healed, use)
-		case errors.Is(err, errStoreDown) || ctx.Err() != nil:
+		if errors.Is(err, errStoreDown) || (err != nil && ctx.Err() != nil) {
 			u.addUses(use)
 		}
 	}
-	return healed
 }

@@ -75,9 +75,7 @@ func (e *evictor) evictFiles(ctx context.Context) {
 		}
 		e.evictAbove(ctx, "", "CACHE_MAX_SIZE", all, e.limit)
 	})
-	if err != nil && !errors.Is(err, errStoreDown) && ctx.Err() == nil {
-		e.cache.reportStoreError("database", "evicting", "", err)
-	}
+	e.cache.reportStoreError("database", "evicting", "", err)
 }
 
 // evictAbove lets files of a remote ("": of all) that take cost go until 90 % of limit is
@@ -103,9 +101,7 @@ func (e *evictor) storedOfRemotes(ctx context.Context) map[string]remoteTotal {
 		p, err = e.cache.index.listPage(ctx, pageQuery{remote: name, limit: 1})
 		return err != nil || len(p.rows) == 0 || p.rows[0].Class == local
 	})
-	if err != nil && !errors.Is(err, errStoreDown) { // an outage has a log line already
-		e.cache.reportStoreError("database", "adding up", "", err)
-	}
+	e.cache.reportStoreError("database", "adding up", "", err)
 	return totals
 }
 
@@ -166,10 +162,10 @@ type eviction struct {
 
 	freed  room
 	files  int64
-	from   map[string]bool // the remotes that had these files
-	unused int64           // what files take that were never used again
-	named  map[fileID]bool // what stored roots name
-	failed bool            // a store failed
+	from   map[string]bool            // the remotes that had these files
+	unused int64                      // what files take that were never used again
+	named  map[string]map[uint64]bool // what stored roots name: by remote, the hashes of keys
+	failed bool                       // a store failed
 }
 
 func (v *eviction) evict(ctx context.Context) {
@@ -193,9 +189,7 @@ func (v *eviction) evict(ctx context.Context) {
 		v.named = nil
 		v.run(ctx)
 	}
-	if err != nil && !errors.Is(err, errStoreDown) && ctx.Err() == nil {
-		v.cache.reportStoreError("storage", "choosing what to evict", "", err)
-	}
+	v.cache.reportStoreError("storage", "choosing what to evict", "", err)
 	if v.files > 0 {
 		v.cache.log.Info("evicted files", "reason", v.reason, "remotes", sortedKeys(v.from), "files", v.files, "bytes", v.freed.bytes)
 	}
@@ -218,7 +212,7 @@ func (v *eviction) run(ctx context.Context) {
 			from, other = used, unused
 		}
 		row := from.rows[0]
-		if !v.named[fileID{row.Remote, keyHash(row.Key)}] && !v.isMostRecent(ctx, from, other) {
+		if !v.named[row.Remote][keyHash(row.Key)] && !v.isMostRecent(ctx, from, other) {
 			v.remove(ctx, row, from.used)
 		}
 		from.rows = from.rows[1:]
@@ -311,9 +305,7 @@ func (e *evictor) trimVariants(ctx context.Context, t target) {
 	}
 	e.cache.flushCounts(ctx) // the order is by use
 	p, err := e.cache.index.listPage(ctx, pageQuery{remote: t.remote.name, prefix: t.path, limit: listPageSize})
-	if err != nil && !errors.Is(err, errStoreDown) {
-		e.cache.reportStoreError("database", "listing variants", t.key(), err)
-	}
+	e.cache.reportStoreError("database", "listing variants", t.key(), err)
 	variants := slices.DeleteFunc(p.rows, func(row indexRow) bool { // those of the path itself come first
 		path, query, _ := strings.Cut(row.Path, "?")
 		return path != this || query == ""
@@ -325,7 +317,7 @@ func (e *evictor) trimVariants(ctx context.Context, t target) {
 		if row.Key == t.key() {
 			continue // the most recent one stays
 		}
-		if err := e.removeUnlessBusy(ctx, row, nil); err != nil && !errors.Is(err, errBusy) && !errors.Is(err, fs.ErrNotExist) {
+		if err := e.removeUnlessBusy(ctx, row, nil); !errors.Is(err, errBusy) {
 			e.cache.reportStoreError("storage", "evicting", row.Key, err)
 		}
 	}
@@ -338,16 +330,11 @@ var rootPatterns = map[string]*regexp.Regexp{
 	"deb":    regexp.MustCompile(`(?:^|/)(?:In)?Release$`),
 }
 
-// fileID tells files apart in less memory than their keys take.
-type fileID struct {
-	remote string
-	hash   uint64 // keyHash
-}
-
-// findNamed returns the files that stored roots name.
-func (e *evictor) findNamed(ctx context.Context) (named map[fileID]bool, err error) {
-	named = map[fileID]bool{}
+// findNamed returns the files that stored roots name. Hashes of keys take less memory.
+func (e *evictor) findNamed(ctx context.Context) (named map[string]map[uint64]bool, err error) {
+	named = map[string]map[uint64]bool{}
 	for name, rem := range e.config().remotes {
+		named[name] = map[uint64]bool{}
 		q := pageQuery{remote: name, pattern: rootPatterns[rem.packageType], limit: listPageSize}
 		for more := q.pattern != nil; more; more = q.after != "" {
 			p, err := e.cache.index.listPage(ctx, q)
@@ -360,7 +347,7 @@ func (e *evictor) findNamed(ctx context.Context) (named map[fileID]bool, err err
 					return nil, err
 				}
 				for _, hash := range hashes {
-					named[fileID{name, hash}] = true
+					named[name][hash] = true
 				}
 			}
 			q.after = p.next

@@ -1012,7 +1012,7 @@ func TestEvictionKnowsTheFilesOfAGeneration(t *testing.T) {
 			t.Fatalf("%d rows, %v", len(page.rows), err)
 		}
 		for _, row := range page.rows {
-			if named[fileID{"r", keyHash(row.Key)}] == (row.Path == strings.TrimPrefix(a.root, "/")) {
+			if named["r"][keyHash(row.Key)] == (row.Path == strings.TrimPrefix(a.root, "/")) {
 				t.Errorf("%s is stored, and not among what the root names, or is the root", row.Path)
 			}
 		}

@@ -26,13 +26,10 @@ func (c *cache) expiryOf(ctx context.Context, rem *remote, r indexRow) (until ti
 	return lastGood(r.Fetched, r.SHA256, m, c.now(), ttl).Add(ttl).UTC(), false
 }
 
-// maxListWait bounds how long a listing waits for a slow store.
-const maxListWait = time.Second
-
 // awaitStored waits for the files of a remote that their clients have whole and that are on
 // their way to the store.
 func (c *cache) awaitStored(ctx context.Context, remote string) {
-	ctx, cancel := context.WithTimeout(ctx, maxListWait)
+	ctx, cancel := context.WithTimeout(ctx, time.Second) // a listing does not wait longer for a slow store
 	defer cancel()
 	for _, f := range c.fills.joinWhole(remote) {
 		_, _ = f.awaitEnd(ctx)
@@ -54,7 +51,7 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 }
 
 // purgePath removes the file of t under all its names, with all its query variants and
-// generations.
+// generations, and what is listed under the same decoded path, as npm's @scope%2Fname is.
 func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
 	targets := []target{t}
 	for _, other := range c.generations.namesOf(ctx, t) {
@@ -68,25 +65,21 @@ func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error)
 		}
 	}
 	this := regexp.MustCompile("^" + regexp.QuoteMeta(t.path) + "$")
-	if err := c.purgeMatchingFills(ctx, t.remote.name, this); err != nil {
-		return purged, err
-	}
-	q := pageQuery{remote: t.remote.name, prefix: t.path, pattern: this}
-	variants, err := c.purgeRows(ctx, q, func(row indexRow) bool {
-		return row.Path != t.spelling && trimSuffixes(row.Path) == t.spelling
-	})
-	if err == nil && purged+variants == 0 { // listings show decoded paths, where "%2F" is "/" (npm's @scope%2Fname)
-		return c.purgeRows(ctx, q, func(indexRow) bool { return true })
-	}
+	variants, err := c.purgeMatching(ctx, pageQuery{remote: t.remote.name, prefix: t.path, pattern: this})
 	return purged + variants, err
 }
 
-// purgeMatching removes the files of a remote in whose decoded path pattern is found.
-func (c *cache) purgeMatching(ctx context.Context, remote string, pattern *regexp.Regexp) (purged int, err error) {
-	if err := c.purgeMatchingFills(ctx, remote, pattern); err != nil {
-		return 0, err
+// purgeMatching removes the files of a remote that q finds, and keeps what is being filled
+// of it, here or on another replica, from being stored if q's pattern is found in its path:
+// it has no index row yet.
+func (c *cache) purgeMatching(ctx context.Context, q pageQuery) (purged int, err error) {
+	for _, key := range c.fills.matching(q.remote, q.pattern) {
+		if err := c.fills.stop(ctx, key); err != nil {
+			return 0, err
+		}
 	}
-	return c.purgeRows(ctx, pageQuery{remote: remote, pattern: pattern}, func(indexRow) bool { return true })
+	c.announce(ctx, fillsPrefix+q.remote+" "+q.pattern.String())
+	return c.purgeRows(ctx, q, func(indexRow) bool { return true })
 }
 
 // purgeRows removes the files of the rows that q finds and match accepts.
@@ -112,18 +105,6 @@ func (c *cache) purgeRows(ctx context.Context, q pageQuery, match func(indexRow)
 	return purged, nil
 }
 
-// purgeMatchingFills keeps what is being filled of a remote, here or on another replica,
-// from being stored if pattern is found in its path: it has no index row yet.
-func (c *cache) purgeMatchingFills(ctx context.Context, remote string, pattern *regexp.Regexp) error {
-	for _, key := range c.fills.matching(remote, pattern) {
-		if err := c.fills.stop(ctx, key); err != nil {
-			return err
-		}
-	}
-	c.announce(ctx, fillsPrefix+remote+" "+pattern.String())
-	return nil
-}
-
 // removeFile removes key everywhere and announces that. fs.ErrNotExist: nothing was stored.
 func (c *cache) removeFile(ctx context.Context, remote, key string) error {
 	err := c.objects.delete(ctx, key)
@@ -131,12 +112,8 @@ func (c *cache) removeFile(ctx context.Context, remote, key string) error {
 		return err
 	}
 	c.announce(ctx, removedPrefix+key)
-	if ierr := c.index.delete(ctx, remote, key); ierr != nil {
-		c.reportStoreError("database", "deleting", key, ierr)
-	}
-	if ferr := c.marks.delete(ctx, key); ferr != nil {
-		c.reportStoreError("redis", "deleting", key, ferr)
-	}
+	c.reportStoreError("database", "deleting", key, c.index.delete(ctx, remote, key))
+	c.reportStoreError("redis", "deleting", key, c.marks.delete(ctx, key))
 	return err
 }
 

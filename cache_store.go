@@ -28,9 +28,7 @@ func (c *cache) storeBody(ctx context.Context, key string, rec *record, body io.
 	if rec.Class != local {
 		c.uses.noteNewest(key, rec.Fetched)
 	}
-	if err := c.index.saveRow(ctx, newIndexRow(key, rec)); err != nil {
-		c.reportStoreError("database", "indexing", key, err)
-	}
+	c.reportStoreError("database", "indexing", key, c.index.saveRow(ctx, newIndexRow(key, rec)))
 	return nil
 }
 
@@ -121,9 +119,8 @@ func (c *cache) refreshMark(ctx context.Context, t target, rec *record) {
 		return
 	}
 	key := t.key()
-	if err := c.marks.setMark(ctx, key, freshnessMark{GoodAt: c.now().UTC(), SHA256: rec.SHA256}); err != nil {
-		c.reportStoreError("redis", "refreshing", key, err)
-	}
+	err := c.marks.setMark(ctx, key, freshnessMark{GoodAt: c.now().UTC(), SHA256: rec.SHA256})
+	c.reportStoreError("redis", "refreshing", key, err)
 }
 
 // asStored is the request for a file under the key that it is stored by: a file that a

@@ -63,7 +63,7 @@
     let token = sessionStorage.getItem("token") || prompt("API_TOKEN, which allows purging:");
     if (!token) return;
     const row = b.closest("tr"), path = row.querySelector(".path");
-    const answer = await fetch("artifacts/" + byId("list").dataset.remote + "/" + (path.dataset.path || path.textContent),
+    const answer = await fetch("artifacts/" + byId("list").dataset.remote + "/" + path.textContent.split("/").map(encodeURIComponent).join("/"),
       {method: "DELETE", headers: {Authorization: "Bearer " + token}});
     if (answer.ok || answer.status === 404) {
       sessionStorage.setItem("token", token);
