@@ -513,9 +513,11 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 	for name, t := range totals {
 		bytes[name], files[name] = float64(t.Bytes), float64(t.Files)
 	}
-	known := slices.Concat(a.gauges(), a.cache.fills.gauges(cfg.names), a.cache.generations.families(cfg), a.cache.evictor.counters())
+	known := slices.Concat(a.gauges(), a.cache.fills.gauges(cfg.names), a.cache.generations.families(cfg))
 	known = append(known,
 		newGauge("artifactapi_missed_files", "Files that /missed lists: what sealed remotes, and those with would_miss, do not have.", float64(a.cache.missed.count())),
+		newCounter("artifactapi_evictions_total", "Files removed for space.", float64(a.cache.evictor.evictedFiles.Load())),
+		newCounter("artifactapi_evicted_bytes_total", "Bytes of files removed for space.", float64(a.cache.evictor.evictedBytes.Load())),
 		family{"artifactapi_build_info", "gauge", "What is running; always 1.", "version", map[string]float64{a.version: 1}},
 		newGauge("process_start_time_seconds", "When the process started, in seconds since 1970.", float64(a.started.UnixMilli())/1000),
 		newGauge("artifactapi_config_last_reload_successful", "1 unless the last reload of the configuration was rejected.", boolNumber(health.Configuration == "")),

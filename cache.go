@@ -104,7 +104,7 @@ type pageQuery struct {
 	limit   int
 	// oldest asks for what eviction may remove (no local file), the least recently used
 	// first, without prefix and pattern: the files that were never used again since they
-	// were stored, or with used those that were.
+	// were stored, and with used the others too.
 	oldest, used bool
 }
 

@@ -13,7 +13,6 @@ import (
 	"maps"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -46,13 +45,6 @@ type evictor struct {
 	running sync.Mutex // one eviction at a time; held across I/O
 
 	evictedFiles, evictedBytes atomic.Int64 // since the start
-}
-
-func (e *evictor) counters() []family {
-	return []family{
-		newCounter("artifactapi_evictions_total", "Files removed for space.", float64(e.evictedFiles.Load())),
-		newCounter("artifactapi_evicted_bytes_total", "Bytes of files removed for space.", float64(e.evictedBytes.Load())),
-	}
 }
 
 func entryCost(size int64) int64 { return size + entryOverhead }
@@ -199,37 +191,36 @@ func (v *eviction) isDone(ctx context.Context) bool {
 	return v.failed || ctx.Err() != nil || (v.freed.bytes >= v.need.bytes && v.freed.inodes >= v.need.inodes)
 }
 
-// run goes once through the files in the order in which they go.
+// run goes through the files that were never used again as long as they take too much,
+// and then through all.
 func (v *eviction) run(ctx context.Context) {
-	unused, used := &agedRows{eviction: v}, &agedRows{eviction: v, used: true}
-	for !v.isDone(ctx) {
-		a, b := unused.first(ctx), used.first(ctx)
-		from, other := unused, used
-		switch {
-		case a == nil && b == nil:
-			return
-		case a == nil, b != nil && v.unused <= v.maxUnused && b.LastAccess.Before(a.LastAccess):
-			from, other = used, unused
-		}
-		row := from.rows[0]
-		if !v.named[row.Remote][keyHash(row.Key)] && !v.isMostRecent(ctx, from, other) {
-			v.remove(ctx, row, from.used)
-		}
-		from.rows = from.rows[1:]
-	}
+	v.removeOldest(ctx, pageQuery{remote: v.remote, oldest: true, limit: evictPage})
+	v.removeOldest(ctx, pageQuery{remote: v.remote, oldest: true, used: true, limit: evictPage})
 }
 
-// isMostRecent: no file that may go was used later than from's first.
-func (v *eviction) isMostRecent(ctx context.Context, from, other *agedRows) bool {
-	if len(from.rows) > 1 || !from.atEnd {
-		return false
+// removeOldest removes the files that q finds, but for the last one and what is named.
+func (v *eviction) removeOldest(ctx context.Context, q pageQuery) {
+	for more := true; more; more = q.after != "" {
+		p, err := v.cache.index.listPage(ctx, q)
+		if err != nil {
+			v.failed = true
+			v.cache.reportStoreError("database", "listing for eviction", "", err)
+		}
+		for i, row := range p.rows {
+			isLast := p.next == "" && i == len(p.rows)-1
+			if isLast || v.isDone(ctx) || (!q.used && v.unused <= v.maxUnused) {
+				return
+			}
+			if !v.named[row.Remote][keyHash(row.Key)] {
+				v.remove(ctx, row)
+			}
+		}
+		q.after = p.next
 	}
-	p, err := v.cache.index.listPage(ctx, pageQuery{remote: v.remote, oldest: true, used: other.used, after: positionByAge(from.rows[0]), limit: 1})
-	return err != nil || len(p.rows) == 0
 }
 
 // remove removes a file, unless it is in use.
-func (v *eviction) remove(ctx context.Context, row indexRow, used bool) {
+func (v *eviction) remove(ctx context.Context, row indexRow) {
 	switch err := v.removeUnlessBusy(ctx, row, v.removing); {
 	case errors.Is(err, errBusy), err != nil && ctx.Err() != nil:
 		return
@@ -242,7 +233,7 @@ func (v *eviction) remove(ctx context.Context, row indexRow, used bool) {
 	v.from[row.Remote] = true
 	v.freed.bytes += entryCost(row.Size)
 	v.freed.inodes += inodesPerFile
-	if !used {
+	if row.Hits == 0 {
 		v.unused -= entryCost(row.Size)
 	}
 	v.evictedFiles.Add(1)
@@ -263,37 +254,6 @@ func (e *evictor) removeUnlessBusy(ctx context.Context, row indexRow, removing f
 		removing(entryCost(row.Size))
 	}
 	return e.cache.removeFile(ctx, row.Remote, row.Key)
-}
-
-// agedRows are the files that may go and were used again, or were not, the least
-// recently used first.
-type agedRows struct {
-	*eviction
-	used  bool
-	rows  []indexRow // read and not looked at yet
-	after string     // position behind them
-	atEnd bool       // no more follow them
-}
-
-// first is the first row that was not looked at, or nil.
-func (q *agedRows) first(ctx context.Context) *indexRow {
-	if len(q.rows) == 0 && !q.atEnd {
-		p, err := q.cache.index.listPage(ctx, pageQuery{remote: q.remote, oldest: true, used: q.used, after: q.after, limit: evictPage})
-		if err != nil {
-			q.failed = true
-			q.cache.reportStoreError("database", "listing for eviction", "", err)
-		}
-		q.rows, q.after, q.atEnd = p.rows, p.next, p.next == ""
-	}
-	if len(q.rows) == 0 {
-		return nil
-	}
-	return &q.rows[0]
-}
-
-// positionByAge is the token of a page by age that begins behind r.
-func positionByAge(r indexRow) string {
-	return strconv.FormatInt(r.LastAccess.UnixNano(), 10) + "\n" + r.Key
 }
 
 // trimVariants removes query variants of the path of t, which was just stored, until

@@ -42,11 +42,7 @@ const (
 	phaseDone                      // outcome says how it ended
 )
 
-func (p fillPhase) String() string {
-	return [...]string{"queued", "asking", "filling", "complete", "storing", "done"}[p]
-}
-
-// bodyFate is what becomes of a fill's body. A purge decides for good.
+// bodyFate is what becomes of a fill's body. A later one of these decides for good.
 type bodyFate int
 
 const (
@@ -64,7 +60,6 @@ const (
 	outcomeUnchanged outcomeKind = "unchanged" // the expired copy is still good
 	outcomeLookAgain outcomeKind = "again"     // the store has the file by now
 	outcomeNoSpool   outcomeKind = "no spool"  // there is none: each client asks upstream itself
-	outcomeAbandoned outcomeKind = "abandoned" // its last client left before it was of use
 	outcomeFailed    outcomeKind = "failed"    // err says why
 )
 
@@ -98,7 +93,6 @@ type fill struct {
 	rec        *record // from phaseFilling on; replaced when the body is complete
 	spool      *spool  // nil: not opened yet
 	validator  string  // for If-Range; "": upstream gave no strong one
-	noRanges   bool    // upstream answered otherwise when it was asked for a range
 	origin     int     // which of the remote's origins answered
 	leader     *leaseHolder
 	leaseToken string // of the lease on the key across replicas; "": it is not held
@@ -109,7 +103,7 @@ type fill struct {
 // store was looked up.
 func (c *cache) joinFill(key string, file fileRequest, cp *storedCopy, endedBefore int64) (f *fill, leads bool) {
 	return c.fills.join(key, file.spelling, func() *fill {
-		run := &fillRun{fill: fill{c: c, key: key, file: file, farSlots: make(chan struct{}, maxFarRanges)}, endedBefore: endedBefore, began: c.now()}
+		run := &fillRun{fill: fill{c: c, key: key, file: file, farSlots: make(chan struct{}, maxFarRanges)}, endedBefore: endedBefore}
 		if cp != nil {
 			run.oldRecord = cp.rec
 		}
@@ -124,7 +118,7 @@ func (f *fill) leave() { f.c.fills.leave(f) }
 // advance moves the fill to a later phase and wakes all that wait. mu is held.
 func (f *fill) advance(to fillPhase) {
 	if to != f.phase+1 && (to != phaseDone || f.phase == phaseDone) {
-		panic(fmt.Sprintf("fill of %s: from phase %v to %v", f.key, f.phase, to))
+		panic(fmt.Sprintf("fill of %s: from phase %d to %d", f.key, f.phase, to))
 	}
 	f.phase = to
 	f.changed.wake()
@@ -137,14 +131,7 @@ func (f *fill) set(change func()) {
 	change()
 }
 
-// setFate decides what becomes of the body, unless a purge has.
-func (f *fill) setFate(fate bodyFate) {
-	f.set(func() {
-		if f.fate < fatePurgedHere || fate > f.fate {
-			f.fate = fate
-		}
-	})
-}
+func (f *fill) setFate(fate bodyFate) { f.set(func() { f.fate = max(f.fate, fate) }) }
 
 // await waits until the fill is as is says, which is called with mu held.
 func (f *fill) await(ctx context.Context, is func() bool) error {
@@ -199,9 +186,8 @@ func (f *fill) progress() (written, size int64) {
 // record, and so reads them without the lock.
 type fillRun struct {
 	fill
-	endedBefore int64     // fillTable.endedOf(key) when the store was looked up
-	began       time.Time // just after that
-	freeSlot    func()    // gives the place among the remote's fills back; may be called again
+	endedBefore int64  // fillTable.endedOf(key) when the store was looked up
+	freeSlot    func() // gives the place among the remote's fills back; may be called again
 	lease       lease
 }
 
@@ -214,9 +200,6 @@ func (f *fillRun) run() {
 	}
 	if cause := context.Cause(f.ctx); cause != nil && outcome.kind != outcomeBody {
 		outcome = failedOutcome(cause)
-	}
-	if errors.Is(outcome.err, errAbandoned) {
-		outcome.kind = outcomeAbandoned
 	}
 	f.applyToOldCopy(outcome)
 	f.end(outcome)
@@ -428,9 +411,6 @@ func (f *fillRun) completeFill() fillOutcome {
 	}
 	if err := f.file.behaves().checkBody(f.ctx, &rec, f.spool.body()); err != nil {
 		return failedOutcome(err)
-	}
-	if f.currentFate() == fateKeep && !f.fitsMaxSize(rec.Size) { // a replica that is gone began it
-		f.setFate(fatePassOn)
 	}
 	f.publishBody(&rec)
 	if !f.store() && f.oldRecord != nil && f.file.rulesOthers() {

@@ -137,7 +137,7 @@ func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
 	c, file := f.c, f.file
 	switch {
-	case outcome.kind == outcomeLookAgain, outcome.kind == outcomeAbandoned, outcome.kind == outcomeUnchanged && cp == nil:
+	case outcome.kind == outcomeLookAgain, errors.Is(outcome.err, errAbandoned), outcome.kind == outcomeUnchanged && cp == nil:
 		return nil, true, nil
 	case outcome.kind == outcomeUnchanged:
 		cp.goodAt = c.now()
@@ -208,10 +208,10 @@ func (r *fillReader) chooseSource() error {
 		}
 		select {
 		case r.f.farSlots <- struct{}{}:
-			if r.isFarAhead() { // still, after the wait
-				r.requestFarRange()
-			}
-			if r.beyond == nil {
+			beyond := r.f.newPartReader(r.ctx, r.offset, r.last)
+			if r.isFarAhead() && beyond.seekUpstream(r.offset) == nil { // still, after the wait
+				r.beyond = beyond
+			} else { // the fill will come by
 				<-r.f.farSlots
 			}
 			r.mayRequestFar = false
@@ -226,21 +226,7 @@ func (r *fillReader) chooseSource() error {
 
 func (r *fillReader) isFarAhead() bool {
 	written, size := r.f.progress()
-	r.f.mu.Lock()
-	defer r.f.mu.Unlock()
-	return !r.f.noRanges && r.offset-written > farRangeDistance && r.offset < size
-}
-
-// requestFarRange opens the range upstream. If that fails, the fill will come by.
-func (r *fillReader) requestFarRange() {
-	beyond := r.f.newPartReader(r.ctx, r.offset, r.last)
-	if err := beyond.seekUpstream(r.offset); err != nil {
-		r.f.mu.Lock()
-		defer r.f.mu.Unlock()
-		r.f.noRanges = r.f.noRanges || errors.Is(err, errBadUpstream)
-		return
-	}
-	r.beyond = beyond
+	return r.offset-written > farRangeDistance && r.offset < size
 }
 
 // leaveBeyond goes back to the spool.

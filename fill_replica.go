@@ -19,7 +19,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -67,16 +66,11 @@ type replicaOutcome struct {
 
 // newReplicaClient makes the client for other replicas. It never uses a proxy. It
 // does not verify certificates: they name the service and not the address that
-// replicas know each other by, and what replicas trust is a seal (replicaKey).
+// replicas know each other by, and what replicas trust is a seal (replicaKey). follow
+// gives up one that is silent.
 func newReplicaClient() *http.Client {
-	return &http.Client{Transport: &http.Transport{
-		DialContext:           (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
-		TLSClientConfig:       &tls.Config{InsecureSkipVerify: true},
-		ResponseHeaderTimeout: replicaTimeout,
-		DisableCompression:    true,
-		MaxIdleConnsPerHost:   16,
-		IdleConnTimeout:       time.Minute,
-	}, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute}
+	return &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 }
 
 // acquireLease makes this process the one that fills f's key, if no other does. Without
@@ -95,9 +89,6 @@ func (f *fillRun) acquireLease() {
 	if l.release == nil {
 		f.set(func() { f.leaseToken = "" })
 	}
-	isUnknown := l.release == nil && l.other == nil          // who fills the key
-	mayBeForgotten := f.c.now().Sub(f.began) > leaseMemory/2 // a lease that ended since then
-	l.wasHeld = l.wasHeld || isUnknown || mayBeForgotten
 	f.lease = l
 }
 
@@ -225,7 +216,6 @@ func (f *fillRun) readOutcome(payload []byte) (fillOutcome, error) {
 // cannot be, or the bytes that came are in doubt, clients that have a part of the body are
 // cut off, and those that have nothing yet begin anew.
 func (f *fillRun) takeOver(cause error) fillOutcome {
-	f.setFate(fateKeep)
 	f.set(func() { f.leader = nil })
 	err := cause
 	if !errors.Is(cause, errDigest) {

@@ -218,12 +218,8 @@ func TestReplicaLooksAgainOnlyBehindALease(t *testing.T) {
 	count := func() { misses.Add(1) }
 	hooked.missed.Store(&count)
 	f.board.ended[f.key("held")] = true
-	for path, want := range map[string]int64{"free": 1, "held": 2, "late": 2} {
+	for path, want := range map[string]int64{"free": 1, "held": 2} {
 		f.origin.file("/"+path, "body")
-		f.board.set(func() {
-			f.board.decided = map[string]func(*member, *leaseHolder){
-				"late": func(*member, *leaseHolder) { f.advance(leaseMemory) }}[path]
-		})
 		misses.Store(0)
 		f.get("/api/r/" + path).wantMiss().wantBody("body")
 		if n := misses.Load(); n != want {
@@ -1035,7 +1031,7 @@ func TestOutcomesSurviveTheWay(t *testing.T) {
 			t.Errorf("%+v came as %+v, %v", o, got, ok)
 		}
 	}
-	for _, own := range []fillOutcome{failedOutcome(errDigest), {kind: outcomeNoSpool}, {outcomeAbandoned, errAbandoned}} {
+	for _, own := range []fillOutcome{failedOutcome(errDigest), {kind: outcomeNoSpool}, failedOutcome(errAbandoned)} {
 		o := newReplicaOutcome(own)
 		if _, ok := o.toOutcome(); o.Kind != "self" || ok {
 			t.Errorf("%+v is told as %+v", own, o)

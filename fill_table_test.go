@@ -36,7 +36,6 @@ func TestFillPhases(t *testing.T) {
 			"purged elsewhere":               {func(f *fill) { f.setFate(fatePurgedElsewhere) }, result{phase: from, fate: fatePurgedElsewhere}},
 			"purged elsewhere, then here":    {func(f *fill) { f.setFate(fatePurgedElsewhere); f.setFate(fatePurgedHere) }, result{phase: from, fate: fatePurgedElsewhere}},
 			"purged, then may be stored":     {func(f *fill) { f.setFate(fatePurgedHere); f.setFate(fateKeep) }, result{phase: from, fate: fatePurgedHere}},
-			"not stored, then may after all": {func(f *fill) { f.setFate(fatePassOn); f.setFate(fateKeep) }, result{phase: from}},
 		}
 		for _, to := range allPhases {
 			want := result{phase: to}

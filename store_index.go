@@ -56,6 +56,11 @@ func findPage(ctx context.Context, q pageQuery, complete bool, byPath, byAge row
 	return indexPage{rows[:q.limit], next, complete}, err
 }
 
+// positionByAge is the token of a page by age that begins behind r.
+func positionByAge(r indexRow) string {
+	return strconv.FormatInt(r.LastAccess.UnixNano(), 10) + "\n" + r.Key
+}
+
 // start returns the position behind which a page by path begins.
 func (q *pageQuery) start() (path, key string) {
 	path, key, hasKey := strings.Cut(q.after, "\n")
@@ -296,7 +301,7 @@ func (x *embeddedIndex) allTotals() map[string]remoteTotal {
 
 // mayGo reports whether a pageQuery with oldest finds the entry.
 func (e *indexEntry) mayGo(used bool) bool {
-	return (e.hits.Load() > 0) == used && e.class.Value() != local
+	return (used || e.hits.Load() == 0) && e.class.Value() != local
 }
 
 // listPage: see index.

@@ -98,7 +98,7 @@ const (
 	sqlByAge  = ` AND ($1::text = '' OR remote = $1) AND (last_access, key) > ($2::timestamptz, $3)
 		ORDER BY last_access, key LIMIT $4`
 	sqlUnusedByAge  = sqlColumns + `WHERE ` + sqlIsUnused + sqlByAge
-	sqlUsedByAge    = sqlColumns + `WHERE ` + sqlIsUsed + sqlByAge
+	sqlAllByAge     = `(` + sqlUnusedByAge + `) UNION ALL (` + sqlColumns + `WHERE ` + sqlIsUsed + sqlByAge + `) ORDER BY last_access, key LIMIT $4`
 	sqlUnusedTotals = `SELECT remote, count(*), coalesce(sum(size), 0)::bigint FROM artifactapi_files WHERE ` + sqlIsUnused + ` GROUP BY remote`
 	sqlTotals       = `SELECT remote, sum(files)::bigint, sum(bytes)::bigint FROM artifactapi_totals GROUP BY remote HAVING sum(files) > 0`
 	sqlPing         = `SELECT current_setting('transaction_read_only')::boolean` // a standby's is on, too
@@ -371,7 +371,7 @@ func (x *sqlIndex) findByAge(ctx context.Context, q pageQuery, n int) ([]indexRo
 	lastAccess, key := q.startByAge()
 	statement := sqlUnusedByAge
 	if q.used {
-		statement = sqlUsedByAge
+		statement = sqlAllByAge
 	}
 	return queryAll(ctx, x, scanRow, statement, q.remote, lastAccess, toSQLText(key), n)
 }

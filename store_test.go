@@ -722,8 +722,9 @@ func testIndexOldest(x *indexTester) {
 	upload.Class, upload.Hits = local, 3
 	x.save(upload) // never goes
 	x.wantPaths(pageQuery{oldest: true, limit: 50}, all[1:]...)
-	x.wantPaths(pageQuery{oldest: true, used: true, limit: 50}, all[0])
-	x.wantPaths(pageQuery{oldest: true, used: true, remote: "s", limit: 50})
+	x.wantPaths(pageQuery{oldest: true, used: true, limit: 50}, append(all[1:], all[0])...)
+	x.wantPaths(pageQuery{oldest: true, used: true, limit: 7}, append(all[1:], all[0])...)
+	x.wantPaths(pageQuery{oldest: true, used: true, remote: "r", limit: 50}, append(even[1:], even[0])...)
 	totals, err := x.totals(x.t.Context(), true)
 	if r, s := totals["r"], totals["s"]; err != nil || r.Files != 14 || s.Files != 15 || r.Bytes == 0 || totals["l"].Files != 0 {
 		x.t.Errorf("unused %v, %v", totals, err)
