@@ -406,7 +406,11 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			}
 			if cp.isFresh() {
 				c.countUse(file.remote.name, key)
-				return cp.hitReply(file.remote.hitDetail()), nil
+				detail := ""
+				if file.remote.sealed {
+					detail = "; detail=sealed"
+				}
+				return cp.hitReply(detail), nil
 			}
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)

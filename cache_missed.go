@@ -15,12 +15,8 @@ import (
 	"time"
 )
 
-const (
-	// maxMissedFiles bounds the list, since clients can ask for any name.
-	maxMissedFiles = 100_000
-	// maxMissedBytes bounds their paths together: the longest would have 100 MB.
-	maxMissedBytes = 16 << 20
-)
+// maxMissedFiles bounds the list, since clients can ask for any name.
+const maxMissedFiles = 100_000
 
 // missedFile is a file that was asked for and not stored. Its JSON is part of the API.
 type missedFile struct {
@@ -41,9 +37,8 @@ type missedKey struct {
 type missedFiles struct {
 	changed atomic.Bool // there is something that was not saved
 
-	mu    sync.Mutex // guards the fields below; no other lock is taken under it
+	mu    sync.Mutex // guards files; no other lock is taken under it
 	files map[missedKey]*missedFile
-	bytes int // of all paths
 }
 
 // recordMiss records a file whose lookup ended with storeErr, if that is a miss and its
@@ -72,24 +67,14 @@ func (m *missedFiles) addMisses(f missedFile) {
 	}
 	f.Path = strings.Clone(f.Path) // it may be a part of a request's whole URL
 	m.files[f.missedKey] = &f
-	m.bytes += len(f.Path)
-	if len(m.files) > maxMissedFiles || m.bytes > maxMissedBytes {
-		m.dropRarest()
+	if len(m.files) <= maxMissedFiles {
+		return
 	}
-}
-
-// dropRarest drops a tenth, since it takes long: the files that were missed least often,
-// and longest ago. mu is held.
-func (m *missedFiles) dropRarest() {
-	files := slices.SortedFunc(maps.Values(m.files), func(a, b *missedFile) int {
+	rarest := slices.SortedFunc(maps.Values(m.files), func(a, b *missedFile) int { // and missed longest ago
 		return cmp.Or(cmp.Compare(a.Count, b.Count), a.Last.Compare(b.Last))
 	})
-	for _, f := range files {
-		if len(m.files) <= maxMissedFiles*9/10 && m.bytes <= maxMissedBytes*9/10 {
-			return
-		}
+	for _, f := range rarest[:maxMissedFiles/10] { // many at once, since it takes long
 		delete(m.files, f.missedKey)
-		m.bytes -= len(f.Path)
 	}
 }
 
@@ -98,12 +83,7 @@ func (m *missedFiles) forget(remote string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.changed.Store(true)
-	for key := range m.files {
-		if remote == "" || key.Remote == remote {
-			delete(m.files, key)
-			m.bytes -= len(key.Path)
-		}
-	}
+	maps.DeleteFunc(m.files, func(key missedKey, _ *missedFile) bool { return remote == "" || key.Remote == remote })
 }
 
 func (m *missedFiles) count() int {
@@ -125,12 +105,4 @@ func (m *missedFiles) list(remote string) (files []missedFile) {
 		return cmp.Or(cmp.Compare(a.Remote, b.Remote), cmp.Compare(a.Path, b.Path))
 	})
 	return files
-}
-
-// hitDetail is what a hit's Cache-Status has behind it.
-func (r *remote) hitDetail() string {
-	if r.sealed {
-		return "; detail=sealed"
-	}
-	return ""
 }

@@ -451,7 +451,7 @@ func TestRangesOnHits(t *testing.T) {
 		for _, spec := range []string{fmt.Sprintf("%d-", size), "999999-"} {
 			tt.get("/api/r"+path, "Range: bytes="+spec).wantStatus(416).wantHeader("Content-Range", fmt.Sprintf("bytes */%d", size))
 		}
-		for _, spec := range []string{"bytes", "lines=1-2", "bytes=-0", "bytes=-00"} {
+		for _, spec := range []string{"bytes", "lines=1-2"} {
 			tt.get("/api/r"+path, "Range: "+spec).wantStatus(200).wantBody(whole).wantHeader("Content-Range", "")
 		}
 		tt.get("/api/r"+path, "Range: bytes=x").wantStatus(416)
@@ -532,25 +532,6 @@ func TestTooManyRangesAreIgnored(t *testing.T) {
 		t.Errorf("%d parts for 1,000 ranges", n)
 	}
 	tt.get("/api/r/a", spec(1001)).wantStatus(200).wantBody(text)
-}
-
-// Ranges may go back and forth a little; a client that wants more of that gets it all.
-func TestRangesOutOfOrder(t *testing.T) {
-	t.Parallel()
-	tt := newTester(t)
-	text := noise(1, 1000)
-	tt.origin.file("/a", text)
-	tt.get("/api/r/a").wantStatus(200)
-	repeat := func(n int, s string) string { return "Range: bytes=" + strings.Repeat(s+",", n) + "999-999" }
-	tt.get("/api/r/a", repeat(17, "7-7")).wantStatus(206) // the first is not behind another
-	tt.get("/api/r/a", repeat(18, "7-7")).wantStatus(200).wantBody(text)
-	tt.get("/api/r/a", repeat(17, "7-9,6-6")).wantStatus(200).wantBody(text)
-	tt.get("/api/r/a", repeat(18, "-1")).wantStatus(200).wantBody(text)
-	var ascending []string
-	for n := range 100 {
-		ascending = append(ascending, fmt.Sprintf("%d-%d", 9*n, 9*n+3))
-	}
-	tt.get("/api/r/a", "Range: bytes="+strings.Join(ascending, ",")).wantStatus(206)
 }
 
 func TestHEADOfWhatIsNotStored(t *testing.T) {

@@ -244,45 +244,37 @@ func TestS3ManyRanges(t *testing.T) {
 	}
 }
 
-// Whatever ranges a client asks for, S3 gets a few requests: of ascending ones the gaps
-// are read over, and of many that go back and forth the file is sent as a whole.
+// Of many ascending ranges the gaps are read over: S3 gets a few requests.
 func TestS3CrowdsOfRangesAreFewRequests(t *testing.T) {
 	t.Parallel()
 	b := newS3Bench(t)
 	const size, many = 12 << 20, 60
 	content := bigContent(size)
 	b.mustPut("f", content)
-	for name, c := range map[string]struct{ first, step, status int }{
-		"ascending":  {0, size / many, http.StatusPartialContent},
-		"descending": {size - 10, -size / many, http.StatusOK},
-	} {
-		var spec []string
-		for at := c.first; at >= 0 && at < size-10; at += c.step {
-			spec = append(spec, fmt.Sprintf("%d-%d", at, at+9))
+	var spec []string
+	for n := range many {
+		spec = append(spec, fmt.Sprintf("%d-%d", n*size/many, n*size/many+9))
+	}
+	o := b.mustOpen("f", 0)
+	w, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/", nil)
+	w.Header().Set("Content-Type", "text/plain")
+	r.Header.Set("Range", "bytes="+strings.Join(spec, ", "))
+	http.ServeContent(w, r, "f", time.Time{}, o.body)
+	o.body.Close()
+	got := w.Body.String()
+	if w.Code != http.StatusPartialContent {
+		t.Errorf("status %d with %d bytes", w.Code, len(got))
+	}
+	for n := range many {
+		part := content[n*size/many:][:10]
+		if k := strings.Index(got, part); k < 0 {
+			t.Fatalf("range %d is missing", n)
+		} else {
+			got = got[k+10:]
 		}
-		before := b.fake.count("GetObject")
-		o := b.mustOpen("f", 0)
-		w, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/", nil)
-		w.Header().Set("Content-Type", "text/plain")
-		r.Header.Set("Range", "bytes="+strings.Join(spec, ", "))
-		limitRanges(r)
-		http.ServeContent(w, r, "f", time.Time{}, o.body)
-		o.body.Close()
-		got := w.Body.String()
-		if w.Code != c.status || (c.status == http.StatusOK && got != content) {
-			t.Errorf("%s: status %d with %d bytes", name, w.Code, len(got))
-		}
-		for n, at := 0, 0; c.status == http.StatusPartialContent && n < many; n, at = n+1, at+c.step {
-			part := content[at : at+10]
-			if k := strings.Index(got, part); k < 0 {
-				t.Fatalf("%s: range %d is missing", name, n)
-			} else {
-				got = got[k+10:]
-			}
-		}
-		if n := b.fake.count("GetObject") - before; n > 4 {
-			t.Errorf("%s: %d requests for %d ranges", name, n, len(spec))
-		}
+	}
+	if n := b.fake.count("GetObject"); n > 4 {
+		t.Errorf("%d requests for %d ranges", n, len(spec))
 	}
 }
 
