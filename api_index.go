@@ -244,7 +244,6 @@ type rpmElement struct {
 	Type     string `xml:"type,attr"`
 	Location struct {
 		Href string `xml:"href,attr"`
-		Base string `xml:"base,attr"`
 	} `xml:"location"`
 	Size struct {
 		Package string `xml:"package,attr"`
@@ -266,20 +265,11 @@ func (p *prefetchFinder) findRPMs() {
 	}
 	if err == nil {
 		way = p.here("") + primary
-		err = p.readIndex(way, func(r io.Reader) error { return readElements(r, "package", p.addRPM) })
+		err = p.readIndex(way, func(r io.Reader) error {
+			return readElements(r, "package", func(e *rpmElement) { p.addMatching(p.here("")+e.Location.Href, e.Size.Package) })
+		})
 	}
 	p.failIndex(p.remote, way, err)
-}
-
-// addRPM adds a package of primary.xml.
-func (p *prefetchFinder) addRPM(e *rpmElement) {
-	href := e.Location.Href
-	switch isElsewhere := e.Location.Base != "" || strings.HasPrefix(href, "/") || strings.Contains(href, "://"); {
-	case !isElsewhere:
-		p.addMatching(p.here("")+href, e.Size.Package)
-	case p.pattern.MatchString(href):
-		p.fail(p.remote.name, href, newProblem(http.StatusBadRequest, "the index says that it is elsewhere: name it by its URL, and its server in a remote"))
-	}
 }
 
 // readElements calls f for each element of that name in an XML document. It holds one

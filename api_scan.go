@@ -30,12 +30,11 @@ var (
 	userPattern   = regexp.MustCompile(`^([^:]*://)[^/]*@`)
 )
 
-// textScanner collects the files that a text names, each once.
+// textScanner collects the files that a text names.
 type textScanner struct {
 	cfg     *config
 	ownHost string // at which clients reach this server
 	files   []wantedFile
-	seen    map[wantedFile]struct{} // files: a log names the same ones again and again
 }
 
 // maxTextLine bounds a line of a text, in bytes: lock files may be one line as a whole.
@@ -43,12 +42,12 @@ const maxTextLine = 16 << 20
 
 // scan reads a text. Its error is the reader's, or a problem.
 func (s *textScanner) scan(r io.Reader) error {
-	s.seen = map[wantedFile]struct{}{}
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, maxTextLine)
 	for lines.Scan() {
-		if err := s.addLine(lines.Text()); err != nil {
-			return err
+		s.addLine(lines.Text())
+		if len(s.files) > maxPrefetchFiles {
+			return newProblem(http.StatusRequestEntityTooLarge, "the text names files more than %d times: send it in parts", maxPrefetchFiles)
 		}
 	}
 	if errors.Is(lines.Err(), bufio.ErrTooLong) {
@@ -59,7 +58,7 @@ func (s *textScanner) scan(r io.Reader) error {
 
 // addLine adds what a line of a text names. A JSON object with a remote and a path (of
 // /missed, of a run's events, of the log) names that file.
-func (s *textScanner) addLine(line string) error {
+func (s *textScanner) addLine(line string) {
 	var listed struct {
 		Remote, Path string
 		Query        bool
@@ -70,17 +69,15 @@ func (s *textScanner) addLine(line string) error {
 		if listed.Query {
 			f.err = errQueryLost
 		}
-		return s.addFile(f)
+		s.files = append(s.files, f)
+		return
 	}
 	line = strings.ReplaceAll(line, `\/`, "/") // as some write a slash in JSON
 	for token := range strings.FieldsFuncSeq(line, endsToken) {
 		if f, ok := s.readToken(token); ok {
-			if err := s.addFile(f); err != nil {
-				return err
-			}
+			s.files = append(s.files, f)
 		}
 	}
-	return nil
 }
 
 // endsToken reports whether c is in no URL and in no image reference: RFC 3986 allows
@@ -122,16 +119,4 @@ func (s *textScanner) readURL(u string) wantedFile {
 		}
 	}
 	return f
-}
-
-func (s *textScanner) addFile(f wantedFile) error {
-	if _, twice := s.seen[f]; twice {
-		return nil
-	}
-	if len(s.files) == maxPrefetchFiles {
-		return newProblem(http.StatusRequestEntityTooLarge, "the text names more than %d files: send it in parts", maxPrefetchFiles)
-	}
-	s.seen[f] = struct{}{}
-	s.files = append(s.files, f)
-	return nil
 }
