@@ -104,14 +104,15 @@ var readBySameSite = []string{"artifacts", "config", "metrics", "missed"}
 
 // serveEndpoint serves a management endpoint. All but /missed answer GET and HEAD only.
 func (a *api) serveEndpoint(w *response, r *http.Request, path string) error {
-	if path == "/missed" {
-		return a.serveMissed(w, r)
-	}
-	serve, found := map[string]handler{"/": a.serveRoot, "/health": a.serveHealth, "/config": a.serveConfig, "/metrics": a.serveMetrics}[path]
+	serve, found := map[string]handler{"/": a.serveRoot, "/health": a.serveHealth, "/config": a.serveConfig, "/metrics": a.serveMetrics, "/missed": a.serveMissed}[path]
 	if !found {
 		return newProblem(http.StatusNotFound, "there is no such path: files are below /api/REMOTE/, images below /v2/REMOTE/")
 	}
-	if err := allowMethods(r, http.MethodGet, http.MethodHead); err != nil {
+	methods := []string{http.MethodGet, http.MethodHead}
+	if path == "/missed" {
+		methods = append(methods, http.MethodDelete)
+	}
+	if err := allowMethods(r, methods...); err != nil {
 		return err
 	}
 	return serve(w, r)
@@ -187,7 +188,7 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 	if err != nil {
 		return err
 	}
-	body := &uploadBody{r.Body, w, a.now, sums}
+	body := &uploadBody{r.Body, w, sums}
 	created, err := (localFiles{a.cache}).put(r.Context(), fileRequest{target: t}, body, r.ContentLength, r.Header)
 	if err != nil {
 		return err
@@ -204,13 +205,12 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 type uploadBody struct {
 	io.Reader
 	w        *response
-	now      func() time.Time
 	declared []declaredDigest
 }
 
 // Read implements io.Reader.
 func (b *uploadBody) Read(p []byte) (int, error) {
-	_ = b.w.controller.SetReadDeadline(b.now().Add(clientTimeout))
+	_ = b.w.controller.SetReadDeadline(b.w.now().Add(clientTimeout))
 	n, err := b.Reader.Read(p)
 	for _, s := range b.declared {
 		s.Write(p[:n])
@@ -534,9 +534,6 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 // serveMissed serves /missed: GET lists missed files, a JSON object on each line, and
 // DELETE forgets them. ?remote= chooses those of one remote.
 func (a *api) serveMissed(w *response, r *http.Request) error {
-	if err := allowMethods(r, http.MethodGet, http.MethodHead, http.MethodDelete); err != nil {
-		return err
-	}
 	name := r.URL.Query().Get("remote")
 	if name != "" && a.config().remotes[name] == nil { // an empty list would say that nothing is missing
 		return newProblem(http.StatusNotFound, "there is no remote %.100q in remotes.yaml", name)

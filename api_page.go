@@ -28,14 +28,7 @@ const (
 	maxPageBytes = 59_000
 )
 
-// overview is the answer of /.
-type overview struct {
-	Name    string           `json:"name"`
-	Version string           `json:"version"`
-	Remotes []remoteOverview `json:"remotes"` // by name
-}
-
-// remoteOverview is one remote in the overview.
+// remoteOverview is one remote in the answer of /.
 type remoteOverview struct {
 	Name        string `json:"name"`
 	Type        string `json:"type"` // remote or local
@@ -50,17 +43,17 @@ type remoteOverview struct {
 // that accepts text/html, as a page; with ?remote= that of one remote.
 func (a *api) serveRoot(w *response, r *http.Request) error {
 	cfg := a.config()
-	v := overview{Name: "artifactapi", Version: a.version, Remotes: a.listRemotes(r.Context(), cfg)}
+	remotes := a.listRemotes(r.Context(), cfg)
 	h := w.Header()
 	h.Set("Vary", "Accept")
 	if !strings.Contains(r.Header.Get("Accept"), "text/html") {
-		return writeJSON(w, v)
+		return writeJSON(w, map[string]any{"name": "artifactapi", "version": a.version, "remotes": remotes})
 	}
 	q := r.URL.Query()
-	p := &page{Version: v.Version, Uptime: formatSpan(a.now().Sub(a.started)), Health: a.health(), Missed: int64(a.cache.missed.count()),
+	p := &page{Version: a.version, Uptime: formatSpan(a.now().Sub(a.started)), Health: a.health(), Missed: int64(a.cache.missed.count()),
 		Search: q.Get("search"), Prefix: q.Get("prefix"), after: q.Get("after")}
 	name := q.Get("remote")
-	for _, o := range v.Remotes {
+	for _, o := range remotes {
 		if name == "" || name == o.Name {
 			p.Remotes = append(p.Remotes, a.newPageRemote(o, cfg.remotes[o.Name]))
 		}
@@ -154,13 +147,10 @@ type page struct {
 // pageRemote is a remote on the page.
 type pageRemote struct {
 	remoteOverview
-	Local     bool
-	Sealed    bool     // its upstream is never asked
-	HitRatio  string   // "-" without requests
-	Saved     int64    // bytes that were answered from the store
-	DownFor   string   // how long the upstream has been unreachable
-	DownCause string   // "": it is reachable
-	Failing   []string // what is said of each origin that others stand in for
+	State    string   // in a few words whether the upstream can be used
+	Why      []string // it cannot be, or one of its origins fails
+	HitRatio string   // "-" without requests
+	Saved    int64    // bytes that were answered from the store
 
 	// A plot of the last hours: the outlines of two areas in SVG's path syntax, of all
 	// requests and of those answered from the store. "": there were none.
@@ -188,34 +178,24 @@ type pageFile struct {
 }
 
 func (a *api) newPageRemote(o remoteOverview, rem *remote) pageRemote {
-	v := pageRemote{remoteOverview: o, Local: rem.local, Sealed: rem.sealed}
-	if began, cause := a.cache.upstream.circuitOf(o.Name).outage(); cause != nil && !rem.sealed {
-		// What a client would be told: the cause itself may have a host from ${VAR}.
-		_, v.DownCause = statusAndDetail(cause)
-		v.DownFor = formatSpan(a.now().Sub(began))
-	}
-	for _, o := range a.cache.upstream.failingOrigins(rem) {
+	v := pageRemote{remoteOverview: o, State: "up"}
+	for _, o := range a.cache.upstream.failingOrigins(rem) { // others stand in
 		_, cause := statusAndDetail(o.cause)
-		v.Failing = append(v.Failing, fmt.Sprintf("%s fails for %s: %s", o.url, formatSpan(a.now().Sub(o.since)), cause))
+		v.State, v.Why = "up in part", append(v.Why, fmt.Sprintf("%s fails for %s: %s", o.url, formatSpan(a.now().Sub(o.since)), cause))
+	}
+	switch began, cause := a.cache.upstream.circuitOf(o.Name).outage(); {
+	case rem.local:
+		v.State = "local"
+	case rem.sealed:
+		v.State = "sealed"
+	case cause != nil:
+		// What a client would be told: the cause itself may have a host from ${VAR}.
+		_, detail := statusAndDetail(cause)
+		v.State, v.Why = "down for "+formatSpan(a.now().Sub(began)), append(v.Why, detail)
 	}
 	v.setUsage(a.metrics.usageOf(o.Name))
 	v.setPlot(a.metrics.trendOf(o.Name))
 	return v
-}
-
-// State says in a few words whether the upstream can be used.
-func (v pageRemote) State() string {
-	switch {
-	case v.Local:
-		return "local"
-	case v.Sealed:
-		return "sealed"
-	case v.DownCause != "":
-		return "down for " + v.DownFor
-	case len(v.Failing) > 0:
-		return "up in part"
-	}
-	return "up"
 }
 
 // setUsage sets what is known of the requests since the start.
@@ -263,16 +243,13 @@ func (a *api) addTotals(p *page) {
 	}
 	var all remoteUsage
 	var files, bytes int64
-	known := true
 	for _, r := range p.Remotes {
-		if known = known && r.Bytes != nil; known {
+		if r.Bytes != nil { // as of all, or of none
 			files, bytes = files+*r.Artifacts, bytes+*r.Bytes
+			p.Total.Artifacts, p.Total.Bytes = &files, &bytes
 		}
 		u := a.metrics.usageOf(r.Name)
 		all = remoteUsage{all.hits + u.hits, all.misses + u.misses, all.saved + u.saved}
-	}
-	if known {
-		p.Total.Artifacts, p.Total.Bytes = &files, &bytes
 	}
 	p.Total.setUsage(all)
 	if disk, err := a.disk(); err == nil {
@@ -286,7 +263,7 @@ func (p *page) addRemotes(most int) {
 	p.Shown, p.Next = nil, ""
 	word := strings.ToLower(p.Search)
 	for _, r := range p.Remotes {
-		if r.Name <= p.after || !strings.Contains(strings.ToLower(strings.Join([]string{r.Name, r.Package, r.Description, r.State()}, "\n")), word) {
+		if r.Name <= p.after || !strings.Contains(strings.ToLower(strings.Join([]string{r.Name, r.Package, r.Description, r.State}, "\n")), word) {
 			continue
 		}
 		if len(p.Shown) == most {
