@@ -341,21 +341,13 @@ type listedArtifact struct {
 	Fresh       bool       `json:"fresh"`      // it is served without asking the upstream
 }
 
-// listing is a page of a remote's files, in byte order of their decoded paths.
-type listing struct {
-	Remote    string           `json:"remote"`
-	Artifacts []listedArtifact `json:"artifacts"`
-	Next      *string          `json:"next"`               // ?after= of the next page; null at the end
-	Complete  *bool            `json:"complete,omitempty"` // false while the index is being loaded, else left out
-}
-
 const (
 	defaultPage = "1000" // files on a page: some 400 KB of JSON
 	maxPage     = 10000  // a larger page would be some 4 MB in memory for each client
 )
 
-// serveList sends a page of the files that are stored of a remote, as the query says
-// with prefix, pattern, limit and after.
+// serveList sends a page of the files that are stored of a remote, in byte order of their
+// decoded paths, as the query says with prefix, pattern, limit and after.
 func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	v := r.URL.Query()
 	q := pageQuery{remote: rem.name, prefix: v.Get("prefix"), after: v.Get("after")}
@@ -371,17 +363,18 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	if err != nil {
 		return err
 	}
-	l := listing{Remote: rem.name, Artifacts: make([]listedArtifact, 0, len(p.rows))}
+	files := make([]listedArtifact, 0, len(p.rows))
 	for _, row := range p.rows {
-		l.Artifacts = append(l.Artifacts, a.newListedArtifact(r, rem, row))
+		files = append(files, a.newListedArtifact(r, rem, row))
 	}
+	list := map[string]any{"remote": rem.name, "artifacts": files, "next": nil}
 	if p.next != "" {
-		l.Next = &p.next
+		list["next"] = p.next // ?after= of the next page
 	}
 	if !p.complete {
-		l.Complete = new(bool)
+		list["complete"] = false
 	}
-	return writeJSON(w, l)
+	return writeJSON(w, list)
 }
 
 // A client's pattern is bounded, because it is matched with all paths of a remote: in

@@ -658,6 +658,12 @@ func TestChangingOneFileOnTwoReplicas(t *testing.T) {
 
 // --- listing and purging ---
 
+// listing is a page of a remote's files.
+type listing struct {
+	Artifacts []listedArtifact
+	Next      *string
+}
+
 // page returns the paths of a page of r's listing.
 func (tt *tester) page(query string) (paths []string, next *string) {
 	tt.Helper()

@@ -140,14 +140,12 @@ func (e *evictor) reclaim(need room, removing func(bytes int64)) (freed room) {
 	return v.freed
 }
 
-// eviction removes files of a remote until need is freed: while the files that were
-// never used again since they were stored take more than maxUnused, the oldest of them,
-// and else the least recently used file. What a stored root names goes when nothing else
-// is left. The most recent file stays. One goroutine uses it.
+// eviction removes files of a remote until need is freed. What a stored root names goes
+// when nothing else is left. The most recent file stays. One goroutine uses it.
 type eviction struct {
 	*evictor
 	remote    string // "": of all
-	reason    string // what asks for it, for the log
+	reason    string // for the log
 	need      room
 	removing  func(bytes int64) // see reclaimer; may be nil
 	maxUnused int64             // bytes
@@ -170,11 +168,10 @@ func (v *eviction) evict(ctx context.Context) {
 	}
 	// What was named by a root that went may go in the next run; what is named by one that
 	// stays goes in the last, when nothing else is left.
-	for spares := true; err == nil && spares && !v.isDone(ctx); {
+	for before := int64(-1); err == nil && v.files > before && !v.isDone(ctx); {
+		before = v.files
 		if v.named, err = v.findNamed(ctx); err == nil {
-			before := v.files
 			v.run(ctx)
-			spares = v.files > before
 		}
 	}
 	if err == nil {
@@ -191,8 +188,8 @@ func (v *eviction) isDone(ctx context.Context) bool {
 	return v.failed || ctx.Err() != nil || (v.freed.bytes >= v.need.bytes && v.freed.inodes >= v.need.inodes)
 }
 
-// run goes through the files that were never used again as long as they take too much,
-// and then through all.
+// run goes through the files that were never used again since they were stored, as long as
+// they take more than maxUnused, and then through all.
 func (v *eviction) run(ctx context.Context) {
 	v.removeOldest(ctx, pageQuery{remote: v.remote, oldest: true, limit: evictPage})
 	v.removeOldest(ctx, pageQuery{remote: v.remote, oldest: true, used: true, limit: evictPage})
