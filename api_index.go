@@ -332,24 +332,24 @@ func (p *prefetchFinder) findPackages(folder string) {
 	if i := strings.Index("/"+folder, "/dists/"); i >= 0 {
 		root = folder[:i]
 	}
-	failed, why := folder+"Packages", error(nil)
+	var failed string
+	var why error
 	for _, suffix := range []string{".gz", ".bz2", "", ".xz"} {
-		err := p.readIndex(p.remote.pathHere(folder+"Packages"+suffix), func(r io.Reader) error {
+		way := p.remote.pathHere(folder + "Packages" + suffix)
+		err := p.readIndex(way, func(r io.Reader) error {
 			return readStanzas(r, func(v []string) {
 				name := strings.TrimPrefix(v[0], "./")
 				p.addMatching(p.remote.pathHere(root+strings.TrimPrefix(name, root)), v[1])
 			}, "Filename", "Size")
 		})
-		switch {
-		case err == nil:
+		if err == nil {
 			return
-		case !errors.Is(err, fs.ErrNotExist):
-			failed, why = folder+"Packages"+suffix, err
-		case why == nil:
-			why = err
+		}
+		if why == nil || !errors.Is(err, fs.ErrNotExist) {
+			failed, why = way, err
 		}
 	}
-	p.failIndex(p.remote, p.remote.pathHere(failed), why)
+	p.failIndex(p.remote, failed, why)
 }
 
 // crawl reads the HTML listing of the folder prefix and of those below it.

@@ -392,7 +392,7 @@ func TestPrefetchByIndex(t *testing.T) {
 		{"deb, flat below a prefix", "package: deb", "a/b", map[string]string{"/a/b/Packages": pool}, []string{"a/b/pool/c/curl_1%3a2+x.deb"}, 21, nil},
 		{"deb, flat, from the root", "package: deb", "a", map[string]string{"/a/Packages": fmt.Sprintf(debPackages, "a/")}, []string{"a/pool/c/curl_1%3a2+x.deb"}, 21, nil},
 		{"deb, only xz", "package: deb", "dists/t", map[string]string{"/dists/t/InRelease": namedRelease("Packages.xz", "\xfd7zXZ\x00"), "/dists/t/Packages.xz": "\xfd7zXZ\x00"}, nil, 0, []string{"dists/t/Packages.xz 501"}},
-		{"deb, none", "package: deb", "dists/t", nil, nil, 0, []string{"dists/t/Packages 404"}},
+		{"deb, none", "package: deb", "dists/t", nil, nil, 0, []string{"dists/t/Packages.gz 404"}},
 		{"a listing", "package: generic", "", map[string]string{"/": fmt.Sprintf(linkPage, "a%20curl+.gz")}, []string{"a curl+.gz"}, 0, nil},
 		{"listings below a prefix", "package: generic", "x", map[string]string{"/x/": fmt.Sprintf(linkPage, "/x/curl/"), "/x/curl/": fmt.Sprintf(linkPage, "http://ORIGIN/x/curl/1")},
 			[]string{"x/curl/1", "x/curl/zlib.tar.gz"}, 0, nil},

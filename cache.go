@@ -405,11 +405,11 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			}
 			if cp.isFresh() {
 				c.countUse(file.remote.name, key)
-				detail := ""
+				reply := cp.hitReply()
 				if file.remote.sealed {
-					detail = "; detail=sealed"
+					reply.cacheStatus += "; detail=sealed"
 				}
-				return cp.hitReply(detail), nil
+				return reply, nil
 			}
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
@@ -570,21 +570,21 @@ func lastGood(fetched time.Time, sum string, m freshnessMark, now time.Time, ttl
 	return at
 }
 
-// hitReply is the reply with a stored copy; extra goes behind the Cache-Status.
-func (s *storedCopy) hitReply(extra string) *fileReply {
+// hitReply is the reply with a stored copy.
+func (s *storedCopy) hitReply() *fileReply {
 	status := "hit"
 	if !s.forever {
 		status += "; ttl=" + strconv.FormatInt(int64(s.ttlLeft/time.Second), 10)
 	}
-	return &fileReply{rec: s.rec, headers: s.headers, size: s.rec.Size, body: s.body, goodAt: s.goodAt, cacheStatus: status + extra, result: "HIT"}
+	return &fileReply{rec: s.rec, headers: s.headers, size: s.rec.Size, body: s.body, goodAt: s.goodAt, cacheStatus: status, result: "HIT"}
 }
 
 // staleReply is the reply with an expired copy; why goes into the Cache-Status.
 func (file *fileRequest) staleReply(c *cache, s *storedCopy, why string) *fileReply {
 	c.countUse(file.remote.name, file.key())
 	s.ttlLeft = min(s.ttlLeft, -time.Second) // ttl=0 would look like a fresh copy
-	reply := s.hitReply("; detail=" + why)
-	reply.result = "STALE"
+	reply := s.hitReply()
+	reply.result, reply.cacheStatus = "STALE", reply.cacheStatus+"; detail="+why
 	return reply
 }
 
