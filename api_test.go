@@ -172,7 +172,7 @@ func TestUploadsThatAreRefused(t *testing.T) {
 		{"no body but a checksum", "/api/l/a", "X-Checksum-Deploy: true\nX-Checksum-Sha1: " + wrong[:40], 501},
 		{"a form", "/api/l/a", "Content-Type: Multipart/Form-Data; boundary=x", 415},
 		{"over what is there", "/api/l/a", "If-None-Match: *", 412},
-		{"over this version", "/api/l/a", `If-None-Match: "x", W/"sha256-` + old + `"`, 412},
+		{"over this version", "/api/l/a", `If-None-Match: "x", "sha256-` + old + `"`, 412},
 		{"over another version", "/api/l/a", `If-Match: "sha256-` + wrong + `"`, 412},
 		{"over a version that is only alike", "/api/l/a", `If-Match: W/"sha256-` + old + `"`, 412},
 		{"over what is not there", "/api/l/none", "If-Match: *", 412},

@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -220,7 +221,7 @@ type cache struct {
 	headRefused      *boundedMap[string, struct{}]    // remotes with what they are to send, and keys of files, that refuse HEAD
 	passOn           *boundedMap[string, struct{}]    // keys whose bodies are not spooled for a while
 	failedLeases     *boundedMap[string, struct{}]    // tokens of leases whose holder could not be followed
-	warnedOf         *boundedMap[string, struct{}]    // remotes of which an index was stored forever
+	warnedOf         sync.Map                         // by name, remotes of which an index was stored forever
 	changing         keyedLock                        // keys that are being put or purged
 	leaving          leavingCounts
 	lostAnnouncement atomic.Bool // one that the other replicas did not get
@@ -257,7 +258,6 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
-	c.warnedOf = newBoundedMap[string, struct{}](maxRemembered, nil)
 	c.leaving = leavingCounts{newBoundedMap[string, int](maxRemembered, clock)}
 	c.generations = &generations{c: c, parsed: newLRU[*rootNames](parsedRootsBudget, 0),
 		asked: newBoundedMap[string, struct{}](maxRemembered, clock), held: newBoundedMap[string, heldRoot](maxRemembered, clock)}

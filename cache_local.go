@@ -8,41 +8,32 @@ import (
 	"io"
 	"io/fs"
 	"net/http"
+	"slices"
 	"strings"
-	"time"
 )
 
-// errFileExists is for an upload of a file that must not exist and does. errChecksum is
-// what the reader of an upload's body returns if it does not have its checksum.
 var (
 	errFileExists = &problem{status: http.StatusPreconditionFailed, detail: "the file exists already"}
 	errCondition  = &problem{status: http.StatusPreconditionFailed, detail: "the file is not, or no longer, the one that the request's condition names"}
-	errChecksum   = &problem{status: http.StatusUnprocessableEntity, detail: "the body does not have the checksum that was sent with it"}
+	// errChecksum is returned by the reader of an upload's body.
+	errChecksum = &problem{status: http.StatusUnprocessableEntity, detail: "the body does not have the checksum that was sent with it"}
 )
 
 // checkConditions evaluates the conditions of a request that writes (RFC 9110 section
 // 13.2.2). rec is the record of the stored file; nil: there is none.
 func checkConditions(when http.Header, rec *record) error {
-	lists := func(name string, weak bool) bool {
-		for tag := range strings.SplitSeq(strings.Join(when.Values(name), ","), ",") {
+	lists := func(name string) bool {
+		tags := strings.Split(strings.Join(when.Values(name), ","), ",")
+		return rec != nil && slices.ContainsFunc(tags, func(tag string) bool {
 			tag = strings.TrimSpace(tag)
-			if weak {
-				tag = strings.TrimPrefix(tag, "W/")
-			}
-			if rec != nil && (tag == "*" || tag == `"sha256-`+rec.SHA256+`"`) {
-				return true
-			}
-		}
-		return false
+			return tag == "*" || tag == `"sha256-`+rec.SHA256+`"`
+		})
 	}
-	if when["If-Match"] != nil {
-		if !lists("If-Match", false) {
-			return errCondition
-		}
-	} else if at, err := http.ParseTime(when.Get("If-Unmodified-Since")); err == nil && rec != nil && rec.Modified.Truncate(time.Second).After(at) {
+	at, err := http.ParseTime(when.Get("If-Unmodified-Since"))
+	switch hasMatch := when["If-Match"] != nil; {
+	case hasMatch && !lists("If-Match"), !hasMatch && err == nil && rec != nil && rec.Modified.After(at):
 		return errCondition
-	}
-	if lists("If-None-Match", true) {
+	case lists("If-None-Match"):
 		return errFileExists
 	}
 	return nil

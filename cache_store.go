@@ -57,30 +57,27 @@ var (
 	packumentPattern = regexp.MustCompile(`^(@[^/]+/)?[^/.]+$`)
 )
 
-// indexPattern returns the pattern of the well-known index that a file is, or nil.
-func indexPattern(path, contentType string) *regexp.Regexp {
-	for _, index := range wellKnownIndexes {
-		if strings.Contains(path, index.word) && index.pattern.MatchString(path) {
-			return index.pattern
-		}
-	}
-	if strings.Contains(contentType, "json") && packumentPattern.MatchString(path) {
-		return packumentPattern
-	}
-	return nil
-}
-
 // warnOfIndex tells once for each remote that an index was stored forever.
 func warnOfIndex(f *fill, rec *record) {
-	rem := f.file.remote
-	if _, warned := f.c.warnedOf.get(rem.name); warned || rec.Class != immutable || f.file.digest != "" || rem.immutableTTL > 0 {
+	rem, path := f.file.remote, f.file.path
+	if rec.Class != immutable || f.file.digest != "" || rem.immutableTTL > 0 {
 		return
 	}
-	// What a built-in pattern matches is immutable as long as a root rules it, as a signature is.
-	if p := indexPattern(f.file.path, rec.ContentType); p != nil && !matchesAny(rem.builtin, f.file.path) {
-		f.c.warnedOf.put(rem.name, struct{}{})
+	var found *regexp.Regexp
+	if strings.Contains(rec.ContentType, "json") && packumentPattern.MatchString(path) {
+		found = packumentPattern
+	}
+	for _, index := range wellKnownIndexes {
+		if strings.Contains(path, index.word) && index.pattern.MatchString(path) {
+			found = index.pattern
+		}
+	}
+	if found == nil || matchesAny(rem.builtin, path) { // what is built in is immutable as long as a root rules it, as a signature is
+		return
+	}
+	if _, warned := f.c.warnedOf.LoadOrStore(rem.name, true); !warned {
 		f.c.log.Warn("an index is stored as immutable, so its new versions are never seen: add the pattern to mutable_patterns and purge the file",
-			"remote", rem.name, "path", f.file.path, "pattern", p.String())
+			"remote", rem.name, "path", path, "pattern", found.String())
 	}
 }
 
