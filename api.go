@@ -341,10 +341,8 @@ type listedArtifact struct {
 	Fresh       bool       `json:"fresh"`      // it is served without asking the upstream
 }
 
-const (
-	defaultPage = "1000" // files on a page: some 400 KB of JSON
-	maxPage     = 10000  // a larger page would be some 4 MB in memory for each client
-)
+// maxPage bounds the files on a page, which are 4 MB in memory for each client then.
+const maxPage = 10_000
 
 // serveList sends a page of the files that are stored of a remote, in byte order of their
 // decoded paths, as the query says with prefix, pattern, limit and after.
@@ -352,7 +350,7 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	v := r.URL.Query()
 	q := pageQuery{remote: rem.name, prefix: v.Get("prefix"), after: v.Get("after")}
 	var err error
-	if q.limit, err = strconv.Atoi(cmp.Or(v.Get("limit"), defaultPage)); err != nil || q.limit < 1 || q.limit > maxPage {
+	if q.limit, err = strconv.Atoi(cmp.Or(v.Get("limit"), "1000")); err != nil || q.limit < 1 || q.limit > maxPage {
 		return newProblem(http.StatusBadRequest, "limit must be a number from 1 to %d", maxPage)
 	}
 	if q.pattern, err = compilePattern(v.Get("pattern")); err != nil {

@@ -6,6 +6,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -73,8 +74,9 @@ func (a *api) servePrefetch(w *response, r *http.Request) error {
 	}
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
-	defer context.AfterFunc(a.runs.stopping, func() { cancel(errStopped) })()
-	p := &prefetchRun{api: a, cfg: a.config(), ctx: ctx, cancel: cancel, started: a.now()}
+	stopped := newProblem(http.StatusServiceUnavailable, "the server stops: what is missing is fetched by another run")
+	defer context.AfterFunc(a.runs.stopping, func() { cancel(stopped) })()
+	p := &prefetchRun{api: a, cfg: a.config(), ownHost: r.Host, ctx: ctx, cancel: cancel, started: a.now()}
 	if err := a.runs.addRun(p); err != nil {
 		return err
 	}
@@ -94,10 +96,8 @@ func newBodyError(err error) error {
 	if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return newProblem(http.StatusRequestEntityTooLarge, "the body has more than %d bytes: send it in parts", tooLarge.Limit)
 	}
-	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok && e.Field == "" {
-		return newProblem(http.StatusBadRequest, "the body must be one JSON object")
-	} else if ok {
-		return newProblem(http.StatusBadRequest, "%s: this field must not be of type %s", e.Field, e.Value)
+	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		return newProblem(http.StatusBadRequest, "%s: this must not be of type %s", cmp.Or(e.Field, "the body"), e.Value)
 	}
 	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
 		return newProblem(http.StatusBadRequest, "unknown field %.60s", name)
@@ -112,11 +112,8 @@ func (p *prefetchRun) readBody(w http.ResponseWriter, r *http.Request, isJSON bo
 			return newProblem(http.StatusBadRequest, "dry_run must be true or false")
 		}
 	}
-	scanner := &textScanner{cfg: p.cfg, ownHost: r.Host}
 	if !isJSON {
-		err = scanner.scan(http.MaxBytesReader(w, r.Body, maxPrefetchText))
-		p.named = scanner.files
-		return err
+		return p.scan(http.MaxBytesReader(w, r.Body, maxPrefetchText))
 	}
 	d := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxPrefetchJSON))
 	d.DisallowUnknownFields()
@@ -131,9 +128,9 @@ func (p *prefetchRun) readBody(w http.ResponseWriter, r *http.Request, isJSON bo
 		return err
 	}
 	for _, u := range req.URLs {
-		f, ok := scanner.readToken(u)
+		f, ok := p.readToken(u)
 		if !ok {
-			f = scanner.readURL(u)
+			f = p.readURL(u)
 		}
 		p.named = append(p.named, f)
 	}
@@ -247,9 +244,6 @@ type prefetchRuns struct {
 	runs []*prefetchRun
 }
 
-// errStopped ends the runs when the server stops.
-var errStopped = newProblem(http.StatusServiceUnavailable, "the server stops: what is missing is fetched by another run")
-
 // addRun adds a run whose request is still to be read. Its error is a problem: there are
 // enough.
 func (s *prefetchRuns) addRun(p *prefetchRun) error {
@@ -280,6 +274,7 @@ func (s *prefetchRuns) list() []*prefetchRun {
 type prefetchRun struct {
 	api     *api
 	cfg     *config // of the whole run
+	ownHost string  // at which clients reach this server
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 	started time.Time

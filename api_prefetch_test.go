@@ -120,7 +120,7 @@ func TestPrefetchIsRefused(t *testing.T) {
 	for _, query := range []string{"dry_run=perhaps", "dry_run", "dry_run=true;x"} { // nothing is fetched by mistake
 		tt.send(http.MethodPost, "/cache-artifact?"+query, strings.NewReader("x"), "Content-Type: text/plain").wantDetail(400, "dry_run")
 	}
-	tt.send(http.MethodPost, "/cache-artifact", strings.NewReader(`["a"]`), "Content-Type: application/json").wantDetail(400, "one JSON object")
+	tt.send(http.MethodPost, "/cache-artifact", strings.NewReader(`["a"]`), "Content-Type: application/json").wantDetail(400, "the body")
 	for _, contentType := range []string{"text/html", "application/x-www-form-urlencoded", ";"} {
 		tt.send(http.MethodPost, "/cache-artifact", strings.NewReader("x"), "Content-Type: "+contentType).wantDetail(415, "application/json")
 	}
@@ -506,7 +506,7 @@ func TestTextsNameThisServer(t *testing.T) {
 	t.Parallel()
 	cfg := mustParse(t, "remotes:\n  r: {base_url: 'http://a.example'}\n  hub: {base_url: 'http://reg.example', package: docker}\n")
 	cfg.useLinks("https://public.example:8443/")
-	s := &textScanner{cfg: cfg, ownHost: "own.example:8000"}
+	s := &prefetchRun{cfg: cfg, ownHost: "own.example:8000"}
 	for text, want := range map[string]string{
 		"https://OWN.example:8000/api/r/x?y":          "/api/r/x?y",
 		"https://public.example:8443/api/r/x":         "/api/r/x",
@@ -528,10 +528,10 @@ func TestTextsNameThisServer(t *testing.T) {
 
 func TestTextThatNamesTooMuchIsRefused(t *testing.T) {
 	t.Parallel()
-	s := &textScanner{cfg: mustParse(t, "remotes:\n  r: {base_url: 'http://a.example'}\n")}
+	s := &prefetchRun{cfg: mustParse(t, "remotes:\n  r: {base_url: 'http://a.example'}\n")}
 	err := s.scan(strings.NewReader(strings.Repeat("http://a.example/x\n", maxPrefetchFiles+1)))
 	if p, ok := errors.AsType[*problem](err); !ok || p.status != http.StatusRequestEntityTooLarge {
-		t.Errorf("%d files, %v", len(s.files), err)
+		t.Errorf("%d files, %v", len(s.named), err)
 	}
 }
 
@@ -541,11 +541,11 @@ func FuzzScanText(f *testing.F) {
 	f.Add("https://@?#/\\/")
 	cfg := mustParse(f, "remotes:\n  r: {base_url: 'http://a.example/b'}\n  d: {base_url: 'http://reg.example', package: docker}\n")
 	f.Fuzz(func(t *testing.T, text string) {
-		s := &textScanner{cfg: cfg, ownHost: "own:8000"}
+		s := &prefetchRun{cfg: cfg, ownHost: "own:8000"}
 		if err := s.scan(strings.NewReader(text)); err != nil {
 			t.Fatal(err)
 		}
-		for _, file := range s.files {
+		for _, file := range s.named {
 			if file.way == "" && (file.err == nil || file.remote != "") {
 				t.Errorf("%+v has no path here", file)
 			}

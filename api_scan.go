@@ -30,23 +30,16 @@ var (
 	userPattern   = regexp.MustCompile(`^([^:]*://)[^/]*@`)
 )
 
-// textScanner collects the files that a text names.
-type textScanner struct {
-	cfg     *config
-	ownHost string // at which clients reach this server
-	files   []wantedFile
-}
-
 // maxTextLine bounds a line of a text, in bytes: lock files may be one line as a whole.
 const maxTextLine = 16 << 20
 
-// scan reads a text. Its error is the reader's, or a problem.
-func (s *textScanner) scan(r io.Reader) error {
+// scan collects the files that a text names. Its error is the reader's, or a problem.
+func (p *prefetchRun) scan(r io.Reader) error {
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, maxTextLine)
 	for lines.Scan() {
-		s.addLine(lines.Text())
-		if len(s.files) > maxPrefetchFiles {
+		p.addLine(lines.Text())
+		if len(p.named) > maxPrefetchFiles {
 			return newProblem(http.StatusRequestEntityTooLarge, "the text names files more than %d times: send it in parts", maxPrefetchFiles)
 		}
 	}
@@ -58,24 +51,24 @@ func (s *textScanner) scan(r io.Reader) error {
 
 // addLine adds what a line of a text names. A JSON object with a remote and a path (of
 // /missed, of a run's events, of the log) names that file.
-func (s *textScanner) addLine(line string) {
+func (p *prefetchRun) addLine(line string) {
 	var listed struct {
 		Remote, Path string
 		Query        bool
 	}
 	if strings.HasPrefix(line, "{") && json.Unmarshal([]byte(line), &listed) == nil && listed.Remote != "" && listed.Path != "" {
-		r := cmp.Or(s.cfg.remotes[listed.Remote], &remote{name: listed.Remote})
+		r := cmp.Or(p.cfg.remotes[listed.Remote], &remote{name: listed.Remote})
 		f := wantedFile{r.name, listed.Path, r.pathHere(listed.Path), nil}
 		if listed.Query {
 			f.err = errQueryLost
 		}
-		s.files = append(s.files, f)
+		p.named = append(p.named, f)
 		return
 	}
 	line = strings.ReplaceAll(line, `\/`, "/") // as some write a slash in JSON
 	for token := range strings.FieldsFuncSeq(line, endsToken) {
-		if f, ok := s.readToken(token); ok {
-			s.files = append(s.files, f)
+		if f, ok := p.readToken(token); ok {
+			p.named = append(p.named, f)
 		}
 	}
 }
@@ -86,10 +79,10 @@ func endsToken(c rune) bool { return c <= ' ' || strings.ContainsRune("\"'`<>{}|
 
 // readToken returns the file that a word of a text names, if it is a URL, or an image
 // reference that begins with the name of a registry.
-func (s *textScanner) readToken(token string) (f wantedFile, ok bool) {
+func (p *prefetchRun) readToken(token string) (f wantedFile, ok bool) {
 	token = strings.TrimRight(token, ".,;:!?)")
 	if at := schemePattern.FindStringIndex(token); at != nil {
-		return s.readURL(token[at[0]:]), true
+		return p.readURL(token[at[0]:]), true
 	}
 	token = token[strings.LastIndexByte(token, '=')+1:]
 	token = strings.TrimPrefix(strings.TrimPrefix(token, "docker://"), "oci://")
@@ -97,23 +90,23 @@ func (s *textScanner) readToken(token string) (f wantedFile, ok bool) {
 	if image == "" {
 		return f, false
 	}
-	f = s.readURL("https://" + host + "/v2/" + manifestPath(image))
+	f = p.readURL("https://" + host + "/v2/" + manifestPath(image))
 	name, _, _ := strings.Cut(strings.TrimPrefix(f.way, "/v2/"), "/")
-	r := s.cfg.remotes[name]
+	r := p.cfg.remotes[name]
 	return f, r != nil && r.packageType == "docker"
 }
 
 // readURL returns the file at a URL.
-func (s *textScanner) readURL(u string) wantedFile {
+func (p *prefetchRun) readURL(u string) wantedFile {
 	u, _, _ = strings.Cut(u, "#")
 	shown, _, _ := strings.Cut(u, "?")
-	if base := s.cfg.urls.find([]byte(u), nil); base != nil {
+	if base := p.cfg.urls.find([]byte(u), nil); base != nil {
 		return wantedFile{base.remote.name, decodePath(strings.TrimLeft(shown[len(base.url):], "/")), base.pathHere(u), nil}
 	}
 	f := wantedFile{path: userPattern.ReplaceAllString(shown, "$1"), err: errNoRemote}
 	_, rest, _ := strings.Cut(u, "://")
-	_, public, _ := strings.Cut(s.cfg.publicURL, "://")
-	for _, own := range []string{s.ownHost, public} {
+	_, public, _ := strings.Cut(p.cfg.publicURL, "://")
+	for _, own := range []string{p.ownHost, public} {
 		if n := len(own); n > 0 && len(rest) > n && strings.EqualFold(rest[:n], own) && rest[n] == '/' {
 			f.way, f.err = rest[n:], nil
 		}

@@ -603,16 +603,13 @@ func (c *cache) reportStoreError(what, doing, key string, err error) {
 	c.log.Log(c.ctx, level, "a store failed, the request goes on without it", "store", what, "doing", doing, "key", key, "error", err)
 }
 
-// cleanUpTimeout is how long cancelled fills may take to end. A store that hangs would
-// otherwise keep the process beyond the time that it is given.
-const cleanUpTimeout = 2 * time.Second
-
 // Close waits for the fills until ctx ends, then cancels them, and writes the uses that
 // were not counted yet.
 func (c *cache) Close(ctx context.Context) {
 	if !c.fills.waitIdle(ctx) {
 		c.cancel()
-		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTimeout)
+		// A store that hangs would keep the process beyond the time that it is given.
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 		defer cancel()
 		if !c.fills.waitIdle(ending) {
 			c.log.Warn("a fill does not end: what it leaves behind is swept at the next start")

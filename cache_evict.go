@@ -351,7 +351,16 @@ func (e *evictor) readNames(ctx context.Context, rem *remote, row indexRow) (spe
 	}
 	defer obj.body.Close()
 	body, err := io.ReadAll(io.LimitReader(obj.body, maxMetadata))
-	return readManifestNames(decodePath(row.Path), body), err
+	var m imageDocument
+	_ = json.Unmarshal(body, &m) // what is no manifest names nothing
+	for _, d := range append(m.Layers, m.Config) {
+		spellings = append(spellings, "blobs/"+d.Digest)
+	}
+	image := row.Path[:strings.LastIndex(row.Path, "/")+1]
+	for _, d := range m.Manifests {
+		spellings = append(spellings, image+d.Digest)
+	}
+	return spellings, err
 }
 
 // imageDocument holds what a manifest, an index, or a list of tags or referrers names.
@@ -367,18 +376,4 @@ type imagePart struct {
 	Size     int64
 	URLs     []string // of a layer that registries do not have themselves
 	Platform *struct{ OS, Architecture, Variant string }
-}
-
-// readManifestNames returns what a manifest names: its blobs, and the manifests of an index.
-func readManifestNames(path string, body []byte) (spellings []string) {
-	var m imageDocument
-	_ = json.Unmarshal(body, &m) // what is no manifest names nothing
-	for _, d := range append(m.Layers, m.Config) {
-		spellings = append(spellings, "blobs/"+d.Digest)
-	}
-	image := path[:strings.LastIndex(path, "/")+1]
-	for _, d := range m.Manifests {
-		spellings = append(spellings, image+d.Digest)
-	}
-	return spellings
 }

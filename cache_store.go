@@ -139,9 +139,6 @@ func storedRecord(ctx context.Context, c *cache, file fileRequest) *record {
 	return obj.rec
 }
 
-// errUnstored is for a file that was fetched ahead and is not there then.
-var errUnstored = newProblem(http.StatusInsufficientStorage, "it arrived and was not stored: the server's log says why, and /health if nothing can be")
-
 // prefetch brings a file into the store, if it is not there and fresh. It returns its
 // record, and whether it came from remote or cache. The body is written to w: that of a
 // stored file only if whole says so. A file that was fetched and is not stored is an
@@ -168,7 +165,7 @@ func prefetch(ctx context.Context, c *cache, file fileRequest, w io.Writer, whol
 		}
 	}
 	if rec = storedRecord(ctx, c, file); rec == nil {
-		return nil, "", errUnstored
+		return nil, "", newProblem(http.StatusInsufficientStorage, "it arrived and was not stored: the server's log says why, and /health if nothing can be")
 	}
 	return rec, "remote", nil
 }
