@@ -138,7 +138,7 @@ func (p *prefetchFinder) openIndex(file fileRequest, err error) (*fileReply, err
 	case err == nil:
 		return p.api.cache.findOrFetch(p.ctx, file, byteRange{to: -1, ahead: true})
 	case errors.Is(err, errDenied):
-		return p.api.cache.passOnReply(p.ctx, file, byteRange{to: -1}, nil)
+		return p.api.cache.passOnReply(p.ctx, file, nil)
 	}
 	return nil, err
 }

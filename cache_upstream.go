@@ -25,9 +25,11 @@ func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply,
 			return reply, err
 		}
 		defer func() { <-places }()
-		head := file.newUpstreamRequest(http.MethodHead, nil)
-		firstByte := file.newUpstreamRequest(http.MethodGet, http.Header{"Range": {"bytes=0-0"}}) // tells the size too
-		reply, resp, _, err := file.askUnstored(ctx, c, head, refusesHEAD, firstByte)
+		reply, resp, err := file.askUnstored(ctx, c, file.newUpstreamRequest(http.MethodHead, nil))
+		if status, failed := errors.AsType[*upstreamStatus](err); failed && refusesHEAD(status.code) {
+			firstByte := http.Header{"Range": {"bytes=0-0"}} // tells the size too
+			reply, resp, err = file.askUnstored(ctx, c, file.newUpstreamRequest(http.MethodGet, firstByte))
+		}
 		if err != nil {
 			return reply, err
 		}
@@ -41,34 +43,27 @@ func (c *cache) headUpstream(ctx context.Context, file fileRequest) (*fileReply,
 	return &reply, err
 }
 
-// askUnstored sends a request for a file that will not be stored, or instead of one that
-// upstream refuses another. The answer has the file, or its part that was asked for and
-// begins at at. The reply has no body yet.
-func (file fileRequest) askUnstored(ctx context.Context, c *cache, req upstreamRequest, isRefused func(status int) bool, instead upstreamRequest) (reply fileReply, resp *upstreamResponse, at int64, err error) {
-	resp, err = file.behaves().requestBody(ctx, c.upstream, req)
-	if err == nil && isRefused(resp.StatusCode) {
-		resp.Body.Close()
-		req = instead
-		resp, err = file.behaves().requestBody(ctx, c.upstream, req)
+// askUnstored sends a request for a file that will not be stored: for all of it, or for its
+// first byte to learn what HEAD does not say. The reply has no body yet.
+func (file fileRequest) askUnstored(ctx context.Context, c *cache, req upstreamRequest) (reply fileReply, resp *upstreamResponse, err error) {
+	if resp, err = file.behaves().requestBody(ctx, c.upstream, req); err != nil {
+		return reply, nil, err
 	}
-	if err != nil {
-		return reply, nil, 0, err
-	}
-	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable && req.header.Get("Range") == "bytes=0-0" {
-		// A file without a first byte is empty. The headers describe the error.
-		resp.StatusCode, resp.ContentLength, resp.Header = http.StatusOK, 0, http.Header{}
-	}
-	at, _, size, isPart := parseContentRange(resp.Header.Get("Content-Range"))
-	isPart = isPart && size >= 0 && resp.StatusCode == http.StatusPartialContent && req.header.Get("Range") != ""
-	if !isPart {
-		at, size = 0, resp.ContentLength
-		if err := c.statusError(file, resp); err != nil {
-			resp.Body.Close()
-			return reply, nil, 0, err
+	if req.header.Get("Range") != "" {
+		_, _, size, isPart := parseContentRange(resp.Header.Get("Content-Range"))
+		switch {
+		case resp.StatusCode == http.StatusPartialContent && isPart && size >= 0:
+			resp.StatusCode, resp.ContentLength = http.StatusOK, size
+		case resp.StatusCode == http.StatusRequestedRangeNotSatisfiable: // without a first byte it is empty
+			resp.StatusCode, resp.ContentLength, resp.Header = http.StatusOK, 0, http.Header{} // which describe the error
 		}
 	}
-	return fileReply{rec: file.newRecord(resp.Header, c.now()), size: size, result: "MISS", cacheStatus: "fwd=miss",
-		mirror: file.remote.mirrorHost(resp.origin)}, resp, at, nil
+	if err := c.statusError(file, resp); err != nil {
+		resp.Body.Close()
+		return reply, nil, err
+	}
+	return fileReply{rec: file.newRecord(resp.Header, c.now()), size: resp.ContentLength, result: "MISS", cacheStatus: "fwd=miss",
+		mirror: file.remote.mirrorHost(resp.origin)}, resp, nil
 }
 
 // takePlace waits for one of the places, as long as ctx allows.

@@ -319,9 +319,10 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse) (body *upstreamReader, o
 	}
 	rec := f.file.newRecord(resp.Header, f.c.now())
 	rec.isPage = f.file.isPage(resp)
-	storable, validator, size := f.mayBeStored(resp, rec.isPage), rangeValidator(resp), resp.ContentLength
+	storable := f.mayBeStored(resp, rec.isPage)
 	f.spool.isTransient = !storable
-	body = &upstreamReader{c: f.c, ctx: f.ctx, file: f.file, validator: validator, size: size, last: -1, origin: resp.origin, resp: resp}
+	body = newUpstreamReader(f.ctx, f.c, f.file, resp)
+	validator, size := body.validator, body.size
 	if body.rewriteLinks() {
 		validator, size = "", -1 // upstream's parts are of another body
 	}

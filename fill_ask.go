@@ -198,6 +198,11 @@ type upstreamReader struct {
 	places    chan struct{}     // among which its Close, which is called once, frees one; may be nil
 }
 
+// newUpstreamReader returns a reader of the body of resp, which has the whole file.
+func newUpstreamReader(ctx context.Context, c *cache, file fileRequest, resp *upstreamResponse) *upstreamReader {
+	return &upstreamReader{c: c, ctx: ctx, file: file, validator: rangeValidator(resp), size: resp.ContentLength, last: -1, origin: resp.origin, resp: resp}
+}
+
 // newPartReader returns a reader of the body from an offset to the byte last (-1: to the end).
 func (f *fill) newPartReader(ctx context.Context, from, last int64) *upstreamReader {
 	_, size := f.progress()

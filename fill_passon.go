@@ -10,17 +10,16 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"strconv"
 )
 
 // passOnReply answers where there is no spool: from upstream, for this client
 // alone. Nothing is stored. A body that is still to come has one of the remote's places.
-func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange, cp *storedCopy) (*fileReply, error) {
+func (c *cache) passOnReply(ctx context.Context, file fileRequest, cp *storedCopy) (*fileReply, error) {
 	places := c.fills.slotsOf(file.remote.name).passOns
 	if err := takePlace(ctx, places); err != nil {
 		return nil, err
 	}
-	reply, err := file.passOn(ctx, c, rng, cp != nil)
+	reply, err := file.passOn(ctx, c, cp != nil)
 	if body, ok := reply.body.(*upstreamReader); ok {
 		body.places = places
 	} else {
@@ -37,13 +36,12 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, rng byteRange
 	return &reply, nil
 }
 
-// passOn asks upstream for a file that is not stored, for one client alone.
-func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, hasCopy bool) (fileReply, error) {
-	part, whole := file.newUpstreamRequest(http.MethodGet, rng.rangeHeader(file)), file.newUpstreamRequest(http.MethodGet, nil)
-	part.hasCopy, whole.hasCopy = hasCopy, hasCopy
-	// A range that upstream cannot satisfy is refused here, with the size that only the whole has.
-	notSatisfiable := func(status int) bool { return status == http.StatusRequestedRangeNotSatisfiable }
-	reply, resp, at, err := file.askUnstored(ctx, c, part, notSatisfiable, whole)
+// passOn asks upstream for a file that is not stored, for one client alone. A range of it
+// is where ServeContent seeks.
+func (file fileRequest) passOn(ctx context.Context, c *cache, hasCopy bool) (fileReply, error) {
+	req := file.newUpstreamRequest(http.MethodGet, nil)
+	req.hasCopy = hasCopy
+	reply, resp, err := file.askUnstored(ctx, c, req)
 	if err != nil {
 		return reply, err
 	}
@@ -51,30 +49,14 @@ func (file fileRequest) passOn(ctx context.Context, c *cache, rng byteRange, has
 	if file.maxBytes > 0 {
 		return reply, reply.readSmallBody(ctx, file, resp)
 	}
-	body := &upstreamReader{c: c, ctx: ctx, file: file, validator: rangeValidator(resp), size: reply.size, last: rng.to, origin: resp.origin, resp: resp,
-		at: at, offset: at, breakAt: at}
+	body := newUpstreamReader(ctx, c, file, resp)
 	if body.rewriteLinks() {
 		reply.size = -1
-	} else if file.digest != "" && rng.isWhole(reply.size) {
+	} else if file.digest != "" {
 		body.through = newVerifiedReader(nextBytes{body}, file.digest)
 	}
 	reply.body = body
 	return reply, nil
-}
-
-// rangeHeader is the Range header for the single range that a client wants, or
-// nil. A body of which the client may have an older part (If-Range) is asked for as a
-// whole.
-func (rng byteRange) rangeHeader(file fileRequest) http.Header {
-	switch {
-	case file.maxBytes > 0 || rng.hasIfRange || file.rewrittenLinks() != nil || (rng.from == 0 && rng.to < 0 && rng.suffix == 0):
-		return nil
-	case rng.suffix > 0:
-		return http.Header{"Range": {"bytes=-" + strconv.FormatInt(rng.suffix, 10)}}
-	case rng.to >= 0:
-		return http.Header{"Range": {fmt.Sprintf("bytes=%d-%d", rng.from, rng.to)}}
-	}
-	return http.Header{"Range": {fmt.Sprintf("bytes=%d-", rng.from)}}
 }
 
 // readSmallBody gives reply a small body, which must be whole before it is sent.

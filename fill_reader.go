@@ -52,7 +52,7 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 	switch {
 	case !ready:
 		f.leave()
-		return f.replyWithoutBody(ctx, rng, cp, outcome)
+		return f.replyWithoutBody(ctx, cp, outcome)
 	case lateComer && fate == fateKeep:
 		return f.hitFromSpool(ctx, rng), false, nil
 	}
@@ -134,7 +134,7 @@ func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 
 // replyWithoutBody answers when the fill has brought no body; again says that
 // the store must be looked up once more.
-func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
+func (f *fill) replyWithoutBody(ctx context.Context, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
 	c, file := f.c, f.file
 	switch {
 	case outcome.kind == outcomeLookAgain, errors.Is(outcome.err, errAbandoned), outcome.kind == outcomeUnchanged && cp == nil:
@@ -147,7 +147,7 @@ func (f *fill) replyWithoutBody(ctx context.Context, rng byteRange, cp *storedCo
 	case outcome.kind == outcomeNoSpool && cp != nil && file.rulesOthers(): // a new root that is not stored does not rule
 		return file.staleReply(c, cp, "agreeing"), false, nil
 	case outcome.kind == outcomeNoSpool:
-		reply, err = c.passOnReply(ctx, file, rng, cp)
+		reply, err = c.passOnReply(ctx, file, cp)
 		return reply, false, err
 	}
 	if why := file.staleReason(outcome.err); why != "" && cp != nil {

@@ -1510,7 +1510,7 @@ func TestWithoutAStoreErrorsAreStillErrors(t *testing.T) {
 	tt.get("/api/r/resumed").wantBody(text)
 	tt.origin.file("/chunked", text).chunked()
 	tt.get("/api/r/chunked").wantBody(text)
-	tt.get("/api/r/chunked", "Range: bytes=1-2").wantStatus(206).wantBody(text[1:3]) // asked for as a range
+	tt.get("/api/r/chunked", "Range: bytes=1-2").wantStatus(200).wantBody(text) // its length is not known
 	tt.origin.file("/undated", text).undated()
 	tt.get("/api/r/undated", "Range: bytes=1-2", `If-Range: "another"`).wantStatus(200).wantBody(text)
 	sum := sha256.Sum256([]byte(text))
