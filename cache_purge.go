@@ -168,7 +168,5 @@ func (c *cache) onChange(announced string) {
 	}
 	c.missing.delete(key)
 	c.objects.invalidate(key)
-	if f := c.fills.take(key); f != nil {
-		f.setFate(fate)
-	}
+	c.fills.purge(key, fate)
 }

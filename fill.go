@@ -42,7 +42,7 @@ const (
 	phaseDone                      // outcome says how it ended
 )
 
-// bodyFate is what becomes of a fill's body. A later one of these decides for good.
+// bodyFate is what becomes of a fill's body. Of several the last in this order counts.
 type bodyFate int
 
 const (
@@ -113,7 +113,7 @@ func (c *cache) joinFill(key string, file fileRequest, cp *storedCopy, endedBefo
 	})
 }
 
-func (f *fill) leave() { f.c.fills.leave(f) }
+func (f *fill) leave() { f.c.fills.leave(f, 1) }
 
 // advance moves the fill to a later phase and wakes all that wait. mu is held.
 func (f *fill) advance(to fillPhase) {
@@ -357,15 +357,7 @@ func (f *fillRun) publishHeaders(rec *record, origin int, validator string, stor
 		f.rec, f.origin, f.validator = rec, origin, validator
 		f.advance(phaseFilling)
 	})
-	f.endIfOfNoUse()
-}
-
-// endIfOfNoUse ends a fill that found out that its body may not be stored when
-// its last client had left already.
-func (f *fillRun) endIfOfNoUse() {
-	if f.isOfNoUse() && !f.c.fills.hasClients(&f.fill) {
-		f.cancel(errAbandoned)
-	}
+	f.c.fills.leave(&f.fill, 0) // the last client may have left already
 }
 
 // receiveBody moves a body into the spool.

@@ -173,7 +173,7 @@ func (f *fillRun) Write(p []byte) (int, error) {
 	}
 	if size < 0 && f.currentFate() == fateKeep && !f.fitsMaxSize(written) {
 		f.setFate(fatePassOn)
-		f.endIfOfNoUse()
+		f.c.fills.leave(&f.fill, 0)
 	}
 	return f.spool.Write(p)
 }

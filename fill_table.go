@@ -124,24 +124,26 @@ func (t *fillTable) isFilling(key string) bool {
 	return t.byKey[key] != nil
 }
 
-// take takes the fill of key out of the table, so that later requests begin another. It
-// returns it, or nil.
-func (t *fillTable) take(key string) *fill {
+// purge takes the fill of key out of the table, so that later requests begin another, and
+// decides that its body is not stored. It returns it, or nil.
+func (t *fillTable) purge(key string, fate bodyFate) *fill {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	f := t.byKey[key]
-	delete(t.byKey, key)
+	if f != nil {
+		delete(t.byKey, key)
+		f.setFate(fate)
+	}
 	return f
 }
 
 // stop keeps what is being filled under key from being stored, and waits for what is
 // being stored right now.
 func (t *fillTable) stop(ctx context.Context, key string) error {
-	f := t.take(key)
+	f := t.purge(key, fatePurgedHere)
 	if f == nil {
 		return nil
 	}
-	f.setFate(fatePurgedHere)
 	return f.await(ctx, func() bool { return f.phase != phaseStoring })
 }
 
@@ -164,12 +166,12 @@ func (t *fillTable) matching(remote string, pattern *regexp.Regexp) (keys []stri
 	return keys
 }
 
-// leave is the end of one client's interest in f. A fill that has not begun to
-// ask ends with its last client, and so does one whose body is not to be stored;
-// the others go on, but not too many of them.
-func (t *fillTable) leave(f *fill) {
+// leave is the end of so many clients' interest in f. A fill that has not begun to ask
+// ends with its last client, and so does one whose body is not to be stored; the others
+// go on, but not too many of them.
+func (t *fillTable) leave(f *fill, clients int) {
 	t.mu.Lock()
-	f.clients--
+	f.clients -= clients
 	var victim *fill
 	switch {
 	case f.clients > 0:
@@ -229,12 +231,6 @@ func (t *fillTable) finish(f *fill, outcome fillOutcome) (unused bool) {
 	f.outcome = outcome
 	f.advance(phaseDone)
 	return f.clients == 0
-}
-
-func (t *fillTable) hasClients(f *fill) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return f.clients > 0
 }
 
 // gauges is how many fills there are, 0 for those of remotes that had none yet, and

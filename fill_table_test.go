@@ -30,12 +30,12 @@ func TestFillPhases(t *testing.T) {
 			event func(*fill)
 			want  result
 		}{
-			"may be stored":                  {func(f *fill) { f.setFate(fateKeep) }, result{phase: from}},
-			"may not be stored":              {func(f *fill) { f.setFate(fatePassOn) }, result{phase: from, fate: fatePassOn}},
-			"purged here":                    {func(f *fill) { f.setFate(fatePurgedHere) }, result{phase: from, fate: fatePurgedHere}},
-			"purged elsewhere":               {func(f *fill) { f.setFate(fatePurgedElsewhere) }, result{phase: from, fate: fatePurgedElsewhere}},
-			"purged elsewhere, then here":    {func(f *fill) { f.setFate(fatePurgedElsewhere); f.setFate(fatePurgedHere) }, result{phase: from, fate: fatePurgedElsewhere}},
-			"purged, then may be stored":     {func(f *fill) { f.setFate(fatePurgedHere); f.setFate(fateKeep) }, result{phase: from, fate: fatePurgedHere}},
+			"may be stored":               {func(f *fill) { f.setFate(fateKeep) }, result{phase: from}},
+			"may not be stored":           {func(f *fill) { f.setFate(fatePassOn) }, result{phase: from, fate: fatePassOn}},
+			"purged here":                 {func(f *fill) { f.setFate(fatePurgedHere) }, result{phase: from, fate: fatePurgedHere}},
+			"purged elsewhere":            {func(f *fill) { f.setFate(fatePurgedElsewhere) }, result{phase: from, fate: fatePurgedElsewhere}},
+			"purged elsewhere, then here": {func(f *fill) { f.setFate(fatePurgedElsewhere); f.setFate(fatePurgedHere) }, result{phase: from, fate: fatePurgedElsewhere}},
+			"purged, then may be stored":  {func(f *fill) { f.setFate(fatePurgedHere); f.setFate(fateKeep) }, result{phase: from, fate: fatePurgedHere}},
 		}
 		for _, to := range allPhases {
 			want := result{phase: to}
@@ -89,11 +89,11 @@ func TestLastClientLeaves(t *testing.T) {
 			if _, again := table.join(f.key, "a", func() *fill { t.Error("there is one"); return nil }); !created || again {
 				t.Error("the second client did not join the fill of the first")
 			}
-			table.leave(f)
+			table.leave(f, 1)
 			if cause != nil {
 				t.Errorf("%v, %v: ended while a client was there", phase, fate)
 			}
-			table.leave(f)
+			table.leave(f, 1)
 			ends := phase == phaseQueued || phase == phaseFilling && fate != fateKeep
 			if got := errors.Is(cause, errAbandoned); got != ends || table.isFilling(f.key) == ends {
 				t.Errorf("%v, %v: ended %v, still in the table %v", phase, fate, got, table.isFilling(f.key))
@@ -113,7 +113,7 @@ func TestFillsAreFoundByTheirSpelling(t *testing.T) {
 		t.Fatal("a request for one file joined the fill of another")
 	}
 	table.finish(a, fillOutcome{})
-	if table.take(key) != b || table.isFilling(key) {
+	if table.purge(key, fatePurgedHere) != b || table.isFilling(key) {
 		t.Error("the end of one took the other out of the table")
 	}
 }
