@@ -190,28 +190,15 @@ func (n *namedDownload) findRoot(ctx context.Context) (*storedRoot, namedFile) {
 
 // findOtherWay returns the request for another way to the same bytes that has brought them
 // or is about to: by name where the file was asked for by hash, or the other way round. nil:
-// there is none. What an older root named is found by the index, since no root says any more
-// what its name was.
+// there is none.
 func (n *namedDownload) findOtherWay(ctx context.Context, key string, rng byteRange) *fileRequest {
 	c := n.g.c
 	root, f := n.findRoot(ctx)
-	sum, others := f.sha256, []fileRequest(nil)
-	folder := metadataFolder(n.file.path)
-	switch digest, _ := n.file.remote.digestInName(n.file.path); {
-	case sum != "":
-		others = n.g.requestsFor(root, f)
-	case strings.HasPrefix(digest, "sha256:") && folder != path.Dir(n.file.path):
-		sum = strings.TrimPrefix(digest, "sha256:")
-		found, _ := c.index.listPage(ctx, pageQuery{remote: n.file.remote.name, prefix: strings.TrimPrefix(folder+"/", "./"), limit: listPageSize})
-		for _, row := range found.rows {
-			if row.SHA256 == sum {
-				t := target{remote: n.file.remote.keepingImmutable(), path: decodePath(row.Path), spelling: row.Path, wire: n.file.wire, class: immutable}
-				others = append(others, fileRequest{target: t, digest: digest, behavior: download{}})
-			}
-		}
+	if f.sha256 == "" {
+		return nil
 	}
 	hasOwnFill := rng.ahead || c.fills.isFilling(key) // or is to have one, which prefetch waits for
-	for _, other := range others {
+	for _, other := range n.g.requestsFor(root, f) {
 		otherKey := other.key()
 		if otherKey == key {
 			continue
@@ -219,7 +206,7 @@ func (n *namedDownload) findOtherWay(ctx context.Context, key string, rng byteRa
 		if !hasOwnFill && c.fills.isFilling(otherKey) {
 			return &other
 		}
-		if cp, err := c.findCopy(ctx, otherKey, other, byteRange{head: true}); err == nil && cp.rec.SHA256 == sum && cp.isFresh() {
+		if cp, err := c.findCopy(ctx, otherKey, other, byteRange{head: true}); err == nil && cp.rec.SHA256 == f.sha256 && cp.isFresh() {
 			return &other
 		}
 	}
@@ -266,6 +253,7 @@ func (g *generations) askAgain(ctx context.Context, root *storedRoot, must bool)
 		file := fileRequest{target: root.target, behavior: &rootDownload{g: g, root: root.target}}
 		file.remote = &expired
 		if reply, err := g.c.findOrFetch(ctx, file, byteRange{head: true}); err == nil {
+			g.noteReply(&file, reply)
 			reply.body.Close()
 		}
 		if _, paused := g.asked.get(folder); !asked && !paused { // else a held folder would be tried too late, or never
@@ -328,19 +316,22 @@ func newAgreeingError(root target) *problem {
 
 // hold keeps next from being published while files are missing: its error is
 // errAgreeing. It is nil once that has lasted for too long.
-func (g *generations) hold(ctx context.Context, old, next *storedRoot, missing []string) error {
-	folder, now := next.folderID(), g.c.now()
+func (g *generations) hold(old []*storedRoot, next *storedRoot, missing []string) error {
+	folder, now, sum := next.folderID(), g.c.now(), ""
+	for _, root := range old {
+		if root.spelling == next.spelling {
+			sum = root.sum
+		}
+	}
 	h, held := g.held.get(folder)
 	if !held {
-		h = heldRoot{key: next.key(), since: now}
-		if rec := storedRecord(ctx, g.c, fileRequest{target: next.target}); rec != nil {
-			h.sum = rec.SHA256
-		}
+		h = heldRoot{key: next.key(), sum: sum, since: now}
 	}
 	log := func(message string) {
 		g.c.log.Warn(message, "remote", next.remote.name, "path", next.path, "missing", missing)
 	}
-	if (!old.validUntil.IsZero() && !now.Before(old.validUntil)) || now.Sub(h.since) >= maxHold {
+	until := old[0].validUntil
+	if (!until.IsZero() && !now.Before(until)) || now.Sub(h.since) >= maxHold {
 		g.c.metrics.countIncompleteGeneration(next.remote.name)
 		log("new metadata is published without some of its files, because clients cannot use the old one any more")
 		return nil
@@ -350,30 +341,25 @@ func (g *generations) hold(ctx context.Context, old, next *storedRoot, missing [
 		log("new metadata is held back until the upstream has all of its files: clients get the old generation")
 	}
 	pause := rootPause
-	if !old.validUntil.IsZero() { // the next try ends the hold in time
-		pause = min(pause, old.validUntil.Sub(now))
+	if !until.IsZero() { // the next try ends the hold in time
+		pause = min(pause, until.Sub(now))
 	}
 	g.asked.putFor(folder, struct{}{}, pause)
 	return newAgreeingError(next.target)
 }
 
-// noteReply ends the hold of a root if upstream has gone back to it, or if another
-// replica has published its successor.
+// noteReply ends the hold of a root whose successor was published, here or by another
+// replica, or to which upstream has gone back.
 func (g *generations) noteReply(file *fileRequest, reply *fileReply) {
 	d, isRoot := file.behavior.(*rootDownload)
 	if !isRoot {
 		return
 	}
-	h, held := g.held.get(d.root.folderID())
-	if held && h.key == file.key() && (reply.result == "REVALIDATED" || (reply.rec.SHA256 != "" && reply.rec.SHA256 != h.sum)) {
-		g.endHold(d.root)
-	}
-}
-
-// endHold is called when the successor of a root is published or not wanted any more.
-func (g *generations) endHold(root target) {
-	if h, held := g.held.get(root.folderID()); held {
-		g.held.delete(root.folderID())
-		g.c.log.Info("metadata is not held back any more", "remote", root.remote.name, "path", root.path, "after", g.c.now().Sub(h.since).Round(time.Second).String())
+	folder := d.root.folderID()
+	h, held := g.held.get(folder)
+	isNews := reply.result == "MISS" || reply.result == "REVALIDATED" || reply.rec.SHA256 != h.sum
+	if held && h.key == file.key() && isNews {
+		g.held.delete(folder)
+		g.c.log.Info("metadata is not held back any more", "remote", d.root.remote.name, "path", d.root.path, "after", g.c.now().Sub(h.since).Round(time.Second).String())
 	}
 }

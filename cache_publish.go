@@ -29,10 +29,9 @@ const (
 // publication is the step of a folder from one generation to the next.
 type publication struct {
 	g        *generations
-	next     *storedRoot     // to be stored by its fill
-	old      []*storedRoot   // the stored roots of its folder, the one that rules first
-	siblings []siblingRoot   // the new roots that are published with next
-	seen     map[string]bool // paths of old files whose successors were looked for
+	next     *storedRoot   // to be stored by its fill
+	old      []*storedRoot // the stored roots of its folder, the one that rules first
+	siblings []siblingRoot // the new roots that are published with next
 
 	mu      sync.Mutex    // guards the fields below
 	missing []string      // what next has to wait for
@@ -63,9 +62,6 @@ func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.Reade
 		switch {
 		case err != nil:
 		case root.sum == rec.SHA256: // upstream has the stored generation, or has gone back to it
-			if h, _ := g.held.get(t.folderID()); h.key == t.key() {
-				g.endHold(t)
-			}
 			return nil
 		default:
 			old = append(old, root)
@@ -74,7 +70,6 @@ func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.Reade
 	next := &storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}
 	switch {
 	case len(old) == 0:
-		g.endHold(t) // the stored root was purged
 		return nil
 	case len(next.files) == 0:
 		return &problem{status: http.StatusBadGateway, cause: errBadUpstream,
@@ -82,20 +77,17 @@ func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.Reade
 	case d.isHeld():
 		return newAgreeingError(t)
 	}
-	p := &publication{g: g, next: next, old: old, seen: map[string]bool{}}
-	return p.publish(ctx)
+	return (&publication{g: g, next: next, old: old}).publish(ctx)
 }
 
 // publish returns nil when next may be stored.
 func (p *publication) publish(ctx context.Context) error {
-	for _, root := range p.old {
-		p.fetchSuccessors(ctx, root, p.nextOf(ctx, root))
-	}
+	p.fetchSuccessors(ctx)
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
 	if len(p.missing) > 0 {
-		if err := p.g.hold(ctx, p.old[0], p.next, p.missing); err != nil {
+		if err := p.g.hold(p.old, p.next, p.missing); err != nil {
 			return err
 		}
 	}
@@ -103,7 +95,6 @@ func (p *publication) publish(ctx context.Context) error {
 	for _, s := range p.siblings {
 		c.storeUnderSecondKey(ctx, s.target, s.rec, bytes.NewReader(s.text))
 	}
-	p.g.endHold(p.next.target)
 	c.fills.running.Go(func() {
 		for _, req := range p.ahead {
 			_ = p.g.fetchFile(c.ctx, req)
@@ -153,20 +144,26 @@ func (g *generations) fetchRoot(ctx context.Context, t target) (root siblingRoot
 	return siblingRoot{&storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}, rec, text}, nil
 }
 
-// fetchSuccessors fetches what takes the place of the stored files of old.
-func (p *publication) fetchSuccessors(ctx context.Context, old, next *storedRoot) {
+// fetchSuccessors fetches what takes the place of the stored files of the old roots.
+func (p *publication) fetchSuccessors(ctx context.Context) {
+	fetches := map[string]func(){} // by path: two roots of a folder name the same files
+	for _, old := range p.old {
+		next := p.nextOf(ctx, old)
+		for _, was := range old.files {
+			if now, found := next.successorOf(was); found && (now.path != was.path || now.sha256 != was.sha256) {
+				fetches[was.path] = func() {
+					p.fetchSuccessor(ctx, p.g.requestsFor(old, was), p.g.requestsFor(next, now), now.holdsGeneration())
+				}
+			}
+		}
+	}
 	var running sync.WaitGroup
 	places := make(chan struct{}, maxSuccessorFetches)
-	for _, was := range old.files {
-		now, found := next.successorOf(was)
-		if !found || p.seen[was.path] || (now.path == was.path && now.sha256 == was.sha256) {
-			continue
-		}
-		p.seen[was.path] = true // the other root of the folder names it too
+	for _, fetch := range fetches {
 		places <- struct{}{}
 		running.Go(func() {
 			defer func() { <-places }()
-			p.fetchSuccessor(ctx, p.g.requestsFor(old, was), p.g.requestsFor(next, now), now.holdsGeneration())
+			fetch()
 		})
 	}
 	running.Wait()
