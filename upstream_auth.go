@@ -80,19 +80,20 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 
 // chooseAuthorization returns the Authorization header for the challenges of a 401, or ""
 // if there is none but the one that was just refused. A token that is not fresh, which
-// means made for this request, may be refused although a new one would be accepted.
-func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, challenges []string) (auth string, fresh bool, err error) {
-	challenge, ok := chooseChallenge(parseChallenges(challenges))
-	registry := x.registryKey()
-	switch {
-	case !ok, challenge.scheme == "basic" && x.auth == registry.basic:
-		return "", true, nil
-	case challenge.scheme == "basic":
+// means made for this request, may be refused although a new one would be accepted. A
+// token is preferred to Basic: it expires, and the password is not sent with every request.
+func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, headers []string) (auth string, fresh bool, err error) {
+	challenges := parseChallenges(headers)
+	bearer, registry := challenges["bearer"], x.registryKey()
+	if bearer["realm"] == "" {
+		if challenges["basic"] == nil || x.auth == registry.basic {
+			return "", true, nil
+		}
 		registry.scope = "" // the same for all images
 		u.authorizations.put(registry, registry.basic)
 		return registry.basic, true, nil
 	}
-	service, err := x.newTokenURL(challenge.params, registry)
+	service, err := x.newTokenURL(bearer, registry)
 	if err != nil { // nobody will be asked any more
 		u.endOutage(x.remote)
 		return "", true, err
@@ -109,19 +110,6 @@ func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, challen
 		return "Bearer " + token, err
 	})
 	return auth, fresh, err
-}
-
-// chooseChallenge returns a challenge that we can answer. A token is preferred: it
-// expires, and the password is not sent with every request.
-func chooseChallenge(challenges []authChallenge) (authChallenge, bool) {
-	for _, scheme := range []string{"bearer", "basic"} {
-		for _, c := range challenges {
-			if c.scheme == scheme && (scheme == "basic" || c.params["realm"] != "") {
-				return c, true
-			}
-		}
-	}
-	return authChallenge{}, false
 }
 
 // registryKey stands for one image of one registry as one user. With a changed password
@@ -284,47 +272,30 @@ func parseTokenAnswer(text []byte) (token string, life time.Duration, err error)
 	return token, life - life/10, nil
 }
 
-// authChallenge is one way to authorize that a WWW-Authenticate header offers.
-type authChallenge struct {
-	scheme string            // lower case
-	params map[string]string // names in lower case
-}
-
-// httpToken matches a token of RFC 9110 section 5.6.2.
-const httpToken = "([\\w!#$%&'*+.^`|~-]+)"
-
 // challengePart matches the next part of a WWW-Authenticate header: a parameter (1: its
 // name, 2: its quoted value, or 3: its bare value, since some registries do not quote
-// URLs), or a scheme (4) with the token68 that it may have ("Negotiate YII=").
-var challengePart = regexp.MustCompile(`^(?s)[ \t,]*(?:` +
-	httpToken + `[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^ \t,"]*)(?:[ \t,]|$))|` +
-	httpToken + `(?:[ \t]+[\w.~+/-]+=*[ \t]*(?:,|$)|[ \t,]|$))`)
+// URLs), or a scheme that we know (4).
+var challengePart = regexp.MustCompile(`(?i)([\w-]+)\s*=\s*(?:"([^"]*)"|([^\s,"]+))|\b(bearer|basic)\b`)
 
-// quotedPair matches an escaped character of a quoted string.
-var quotedPair = regexp.MustCompile(`(?s)\\(.)`)
-
-// parseChallenges parses WWW-Authenticate headers (RFC 9110 section 11.6.1). A header
-// may have several challenges, which are separated by commas as their parameters are.
-// Of a repeated parameter the first value counts. What follows a syntax error in a
-// header is ignored, and so is a header that is too long.
-func parseChallenges(headers []string) []authChallenge {
-	var challenges []authChallenge
-	for _, rest := range headers {
-		var params map[string]string // of the last challenge
-		for len(rest) <= maxChallenge {
-			part := challengePart.FindStringSubmatch(rest)
-			if part == nil || (params == nil && part[4] == "") {
-				break
-			}
-			rest = rest[len(part[0]):]
-			if scheme := part[4]; scheme != "" {
+// parseChallenges parses WWW-Authenticate headers (RFC 9110 section 11.6.1). It returns the
+// parameters of the schemes that we know; schemes and names are in lower case. Of what is
+// repeated the first counts. A header that is too long is ignored.
+func parseChallenges(headers []string) map[string]map[string]string {
+	challenges := map[string]map[string]string{}
+	for _, header := range headers {
+		if len(header) > maxChallenge {
+			continue
+		}
+		params := map[string]string{} // of the last scheme
+		for _, part := range challengePart.FindAllStringSubmatch(header, -1) {
+			name, scheme := strings.ToLower(part[1]), strings.ToLower(part[4])
+			if scheme != "" {
 				params = map[string]string{}
-				challenges = append(challenges, authChallenge{strings.ToLower(scheme), params})
-				continue
-			}
-			name := strings.ToLower(part[1])
-			if _, repeated := params[name]; !repeated {
-				params[name] = quotedPair.ReplaceAllString(part[2], "$1") + part[3]
+				if challenges[scheme] == nil {
+					challenges[scheme] = params
+				}
+			} else if params[name] == "" {
+				params[name] = part[2] + part[3]
 			}
 		}
 	}

@@ -176,12 +176,9 @@ func sameServer(a, b *url.URL) bool {
 // sameHost reports whether a and b have the same host, whatever their ports are. An IPv6
 // address has many spellings (RFC 5952 section 2).
 func sameHost(a, b *url.URL) bool {
-	if !strings.HasPrefix(a.Host, "[") {
-		return strings.EqualFold(a.Hostname(), b.Hostname())
-	}
-	one, err := netip.ParseAddr(a.Hostname())
-	other, err2 := netip.ParseAddr(b.Hostname())
-	return err == nil && err2 == nil && one == other
+	one, _ := netip.ParseAddr(a.Hostname())
+	other, _ := netip.ParseAddr(b.Hostname())
+	return strings.EqualFold(a.Hostname(), b.Hostname()) || (one.IsValid() && one == other)
 }
 
 // effectivePort returns the port of u, or that of its scheme.

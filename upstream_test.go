@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -2066,20 +2065,18 @@ func TestParseChallenges(t *testing.T) {
 	for header, want := range map[string]string{
 		``:      ``,
 		`Basic`: `basic`,
-		`Bearer realm="https://a/t",service="s",scope="repository:a:pull,push"`: `bearer realm="https://a/t" scope="repository:a:pull,push" service="s"`,
-		`bEaReR REALM = "x" , Service=y`:                                        `bearer realm="x" service="y"`,
-		`Basic realm="a", Bearer realm="b"`:                                     `basic realm="a"; bearer realm="b"`,
-		`Negotiate, Basic realm="a"`:                                            `negotiate; basic realm="a"`,
-		`Negotiate YII/+a==, Basic realm="a"`:                                   `negotiate; basic realm="a"`,
-		`, ,Basic realm="a\"b\\c",, Digest`:                                     `basic realm="a\"b\\c"; digest`,
-		`Bearer realm=https://a/t?x=y,service=s`:                                `bearer realm="https://a/t?x=y" service="s"`,
+		`Bearer realm="https://a/t",service="s",scope="repository:a:pull,push"`: `bearer realm="https://a/t", scope="repository:a:pull,push", service="s"`,
+		`bEaReR REALM = "x" , Service=y`:                                        `bearer realm="x", service="y"`,
+		`Basic realm="a", Bearer realm="b"`:                                     `basic realm="a", bearer realm="b"`,
+		`Bearer realm="a b", BASIC realm="Basic"`:                               `basic realm="Basic", bearer realm="a b"`,
+		`Negotiate YII/+a==, Basic realm="a"`:                                   `basic realm="a"`,
+		`Digest realm="d", Basic realm="a"`:                                     `basic realm="a"`,
+		`Bearer realm=https://a/t?x=y,service=s`:                                `bearer realm="https://a/t?x=y", service="s"`,
 		`Bearer realm="a",realm="b"`:                                            `bearer realm="a"`,
 		`Bearer realm="unfinished`:                                              `bearer`,
-		`Bearer service="s",realm="unfinished\`:                                 `bearer service="s"`,
-		`"quoted" Basic`:                                                        ``,
 		`Basic realm=""`:                                                        `basic realm=""`,
 	} {
-		if got := render(parseChallenges([]string{header}), " ", "; "); got != want {
+		if got := render(parseChallenges([]string{header})); got != want {
 			t.Errorf("%s: %s; want %s", header, got, want)
 		}
 	}
@@ -2089,26 +2086,24 @@ func TestParseChallenges(t *testing.T) {
 }
 
 // render returns the text of challenges, with all values in quotes.
-func render(cs []authChallenge, between, after string) string {
+func render(challenges map[string]map[string]string) string {
 	var all []string
-	for _, c := range cs {
+	for _, scheme := range sortedKeys(challenges) {
 		var params []string
-		for _, name := range slices.Sorted(maps.Keys(c.params)) {
-			value := strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(c.params[name])
-			params = append(params, name+`="`+value+`"`)
+		for _, name := range sortedKeys(challenges[scheme]) {
+			params = append(params, name+`="`+challenges[scheme][name]+`"`)
 		}
-		all = append(all, strings.TrimSpace(c.scheme+" "+strings.Join(params, between)))
+		all = append(all, strings.TrimSpace(scheme+" "+strings.Join(params, ", ")))
 	}
-	return strings.Join(all, after)
+	return strings.Join(all, ", ")
 }
 
 func FuzzChallenges(f *testing.F) {
 	f.Add(`Bearer realm="https://a/t",service="s",scope="repository:a:pull,push"`)
 	f.Add(`Negotiate YII/+a==, Basic realm="a\"b", , x y = z`)
 	f.Fuzz(func(t *testing.T, header string) {
-		cs := parseChallenges([]string{header})
-		text := render(cs, ", ", ", ")
-		if again := parseChallenges([]string{text}); render(again, ", ", ", ") != text || len(again) != len(cs) {
+		text := render(parseChallenges([]string{header}))
+		if again := parseChallenges([]string{text}); len(text) <= maxChallenge && render(again) != text {
 			t.Errorf("%q became %q, then %v", header, text, again)
 		}
 	})
