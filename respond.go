@@ -144,16 +144,7 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 		// which this leaves time. It removes the deadline at the end of the body.
 		_ = res.controller.SetReadDeadline(began.Add(clientTimeout / 2))
 	}
-	// net/http would read a body of a method that has none here before it answers, to
-	// keep the connection, and it may never come.
-	unwanted := r.ContentLength != 0 && r.ProtoMajor == 1 && r.Method != http.MethodPut && r.Method != http.MethodPost
-	if unwanted {
-		res.Header().Set("Connection", "close")
-	}
 	err := s.callHandler(res, r, h)
-	if unwanted { // what has not arrived by then is not waited for
-		_ = res.controller.SetReadDeadline(s.now().Add(closeDelay))
-	}
 	abort := err != nil && s.answerError(res, r, err, writeError)
 	s.logAndCount(res, r, err, began)
 	if abort {
@@ -162,7 +153,7 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 		}
 		panic(http.ErrAbortHandler)
 	}
-	if err != nil && !unwanted && r.ContentLength != 0 && r.ProtoMajor == 1 {
+	if err != nil && r.ContentLength != 0 && r.ProtoMajor == 1 {
 		s.readRefusedBody(res, r)
 	}
 }
@@ -320,8 +311,8 @@ const (
 	// long because TCP hides a slow reader: while a client reads a few bytes a second,
 	// none leaves us until its receive window reopens.
 	clientTimeout = 5 * time.Minute
-	// closeDelay is how long a connection stays open after its last answer while an
-	// unwanted body is on its way: the answer could be lost. It is several round trips.
+	// closeDelay is how long the next bytes of a refused upload are awaited. It is several
+	// round trips.
 	closeDelay = time.Second
 	// maxRefusedBody and maxRefusedBodyTime bound the reading of a refused upload: most
 	// files are smaller, and a slow line takes about so long for one.
