@@ -55,7 +55,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
-	runtimemetrics "runtime/metrics"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -65,17 +65,11 @@ import (
 // version is set by the build: -ldflags "-X main.version=1.2.3".
 var version = "dev"
 
-// buildVersion is version, or for a build that was given none the revision that the
-// build knows: dev-0123456789ab.
+// buildVersion is version, or for a build that was given none what Go made of its revision:
+// v0.0.0-20260102030405-0123456789ab.
 func buildVersion() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok || version != "dev" {
-		return version
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return version + "-" + s.Value[:min(len(s.Value), 12)]
-		}
+	if info, ok := debug.ReadBuildInfo(); ok && version == "dev" && strings.HasPrefix(info.Main.Version, "v") {
+		return info.Main.Version
 	}
 	return version
 }
@@ -244,6 +238,11 @@ func (s *server) newHandler() http.Handler {
 		registry: newRegistry(s.cache, s.config.Load, s.responder)}
 }
 
+// heapBallast bytes are allocated and never touched, so they take no memory, but count
+// as live. A server of files has a live heap of a few MiB, which by Go's own rule is
+// collected at twice that, 80 times a second under load: a fifth of what a hit costs.
+const heapBallast = 24 << 20
+
 // serveUntilDone serves until ctx ends or the listener fails. Then it stops in this
 // order: /health says so, no more connections are accepted, running requests end,
 // running fills end, the loops end, the stores write what is left and are closed.
@@ -253,7 +252,7 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 	var loops sync.WaitGroup
 	s.startLoops(background, &loops)
 	if gogc, _ := s.env("GOGC"); gogc == "" { // else the operator has decided
-		keepMinHeap(background)
+		defer runtime.KeepAlive(make([]byte, heapBallast))
 	}
 
 	srv := &http.Server{
@@ -303,29 +302,6 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 	}
 	s.log.Info("artifactapi has stopped")
 	return nil
-}
-
-// minHeap is how large the heap may grow, in bytes, before garbage is collected. A server
-// of files has a live heap of a few MiB, which by Go's own rule is collected at twice
-// that, 80 times a second under load: a fifth of what a hit costs.
-const minHeap = 32 << 20
-
-// keepMinHeap sets the heap's target by what is live, now and after each collection until
-// ctx ends.
-func keepMinHeap(ctx context.Context) {
-	if ctx.Err() != nil {
-		return
-	}
-	live := []runtimemetrics.Sample{{Name: "/gc/heap/live:bytes"}}
-	runtimemetrics.Read(live)
-	debug.SetGCPercent(gcPercentFor(int64(live[0].Value.Uint64())))
-	runtime.AddCleanup(new(*int), keepMinHeap, ctx) // nobody has it: it goes with the next collection
-}
-
-// gcPercentFor is the GOGC for a live heap of so many bytes: from half of minHeap on Go's
-// own 100. Before the first collection nothing is known to be live.
-func gcPercentFor(live int64) int {
-	return int(max(100*minHeap/max(live, minHeap/8)-100, 100))
 }
 
 // drainTimeout bounds how long the end takes: DRAIN_DELAY, and then what running requests

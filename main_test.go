@@ -1108,12 +1108,3 @@ func TestRemotesThatAreNeverLookedAtAgainAreNamed(t *testing.T) {
 		t.Errorf("the log has %q", lines)
 	}
 }
-
-func TestSmallHeapsAreLeftAlone(t *testing.T) {
-	t.Parallel()
-	for live, want := range map[int64]int{0: 700, 1 << 20: 700, minHeap / 8: 700, 8 << 20: 300, minHeap / 2: 100, minHeap: 100, 1 << 40: 100} {
-		if got := gcPercentFor(live); got != want {
-			t.Errorf("GOGC for a live heap of %d bytes is %d, want %d", live, got, want)
-		}
-	}
-}
