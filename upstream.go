@@ -93,8 +93,7 @@ type upstream struct {
 	now        func() time.Time
 	log        *slog.Logger
 	metrics    *metrics
-	circuits   *boundedMap[string, *circuit]   // of remotes and, where there are mirrors, of their origins
-	failing    *boundedMap[*url.URL, struct{}] // origins that failed by network a short while ago
+	circuits   *boundedMap[string, *circuit] // of remotes and, where there are mirrors, of their origins
 
 	authorizations *boundedMap[registryKey, string] // that registries have asked for
 	asking         sharedCalls[registryKey, string] // one request for a token at a time
@@ -148,7 +147,6 @@ func newUpstream(rt func(reach addressKind) http.RoundTripper, now func() time.T
 		log:      log,
 		metrics:  m,
 		circuits: newBoundedMap[string, *circuit](maxRemembered, now),
-		failing:  newBoundedMap[*url.URL, struct{}](maxRemembered, now),
 
 		authorizations: newBoundedMap[registryKey, string](maxTokens, now),
 
@@ -206,7 +204,7 @@ func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResp
 // origins are worth another try.
 func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseResp *upstreamResponse, canRetry bool, baseErr error) {
 	reached, timedOut := false, false
-	for _, i := range u.originOrder(req) {
+	for _, i := range u.originOrder(ctx, req) {
 		resp, err := u.tryOrigin(ctx, req, i)
 		if err != nil && ctx.Err() != nil {
 			baseResp.discardBody()
@@ -216,9 +214,6 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 		if (i == 0 && !needsMirror(resp, err)) || (i > 0 && err == nil && resp.StatusCode < 400) {
 			baseResp.discardBody()
 			return resp, false, err
-		}
-		if failedByNetwork(err) {
-			u.failing.putFor(req.remote.origins[i].url, struct{}{}, outagePause)
 		}
 		failure, isTransport := errors.AsType[*transportError](err)
 		reached = reached || !isTransport || !failure.countsAsDown
@@ -241,17 +236,18 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 }
 
 // noteOrigin makes it known when an origin begins to fail and when it works again, since
-// no client notices where others stand in. One failure among answers may be of one file.
+// no client notices where others stand in. A 5xx among answers may be of one file.
 func (u *upstream) noteOrigin(r *remote, i int, resp *upstreamResponse, err error) {
 	if len(r.origins) == 1 { // then the remote is in an outage, or no other origin stands in
 		return
 	}
 	switch c := u.circuitOfOrigin(r, i); {
 	case needsMirror(resp, err):
+		since := u.now()
 		if err == nil {
-			err = newProblem(http.StatusBadGateway, "it answers %d", resp.StatusCode)
+			err, since = newProblem(http.StatusBadGateway, "it answers %d", resp.StatusCode), since.Add(-outagePause)
 		}
-		if c.fail(err, u.now().Add(-outagePause)) {
+		if c.fail(err, since) {
 			u.log.Warn("an origin of a remote fails: the others are asked instead", "remote", r.name, "origin", r.shownURL(i), "error", err)
 		}
 	case err == nil:
@@ -281,13 +277,12 @@ func (u *upstream) failingOrigins(r *remote) (all []failingOrigin) {
 // originOrder returns the indexes of the origins in the order in which they are asked:
 // those that failed by network a short while ago are last. first may not exist: another
 // replica's configuration may have more mirrors.
-func (u *upstream) originOrder(req upstreamRequest) []int {
+func (u *upstream) originOrder(ctx context.Context, req upstreamRequest) []int {
 	var order, last []int
 	for i, o := range req.remote.origins {
-		_, failing := u.failing.get(o.url)
 		switch {
 		case o.verified && !req.digestKnown:
-		case failing:
+		case len(req.remote.origins) > 1 && failedByNetwork(u.circuitOfOrigin(req.remote, i).admit(ctx)):
 			last = append(last, i)
 		case i == req.first:
 			order = slices.Insert(order, 0, i)
