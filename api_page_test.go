@@ -276,7 +276,7 @@ func TestClientSettings(t *testing.T) {
 	if text := all("hub", "https"); strings.Contains(text, "inside.example") || !strings.Contains(text, "/***:5000/") {
 		t.Errorf("what came from the environment is shown: %v", text)
 	}
-	for name := range builtinPatterns {
+	for name := range packageTypes {
 		tt.configure("remotes:\n  a: {base_url: 'http://x', package: " + name + "}\n")
 		if text := all("a", "https"); strings.Count(text, "<details open>") != 1 {
 			t.Errorf("of %s none is shown, or several:\n%s", name, text)

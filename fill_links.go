@@ -14,10 +14,10 @@ import (
 // of npm and cargo take absolute URLs only.
 func (file fileRequest) rewrittenLinks() *documentLinks {
 	r := file.remote
-	if r.links == nil || file.digest != "" || file.rulesOthers() || !((file.builtin && linkingPackages[r.packageType]) || matchesAny(r.rewrite, file.path)) {
+	if r.links == nil || file.digest != "" || file.rulesOthers() || !((file.builtin && packageTypes[r.packageType].links) || matchesAny(r.rewrite, file.path)) {
 		return nil
 	}
-	if absoluteLinks[r.packageType] {
+	if packageTypes[r.packageType].absoluteLinks {
 		if r.config.publicURL == "" {
 			return nil
 		}

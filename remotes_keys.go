@@ -71,86 +71,61 @@ var remoteKeys = []remoteKey{
 	{name: "write_token", onType: "local", defaultText: "none", field: func(r *remote) any { return &r.writeToken }},
 }
 
-// builtinPatterns are the mutable patterns of each package; its keys are all
-// packages that there are. They begin with plain text although (^|/) would be more
-// exact: with a literal prefix a pattern is ten times as fast, and all are tried on
-// every request. A path that one matches by mistake is only revalidated more often.
-var builtinPatterns = map[string][]*regexp.Regexp{
-	"generic": nil,
-	"alpine":  {regexp.MustCompile(`APKINDEX\.tar\.gz$`), regexp.MustCompile(`packages\.adb$`)},
-	"rpm": {
-		regexp.MustCompile(`repomd\.xml(?:\.key)?$`),
-		regexp.MustCompile(`repodata/.*\.(?:xml|sqlite|ya?ml|asc|txt)(?:\.(?:gz|bz2|xz|zst|zck|lzma))?$`),
-		regexp.MustCompile(`productid(?:\.(?:gz|bz2|xz|zst))?$`),
-		regexp.MustCompile(`\.yml\.gz$`),
-		regexp.MustCompile(`Packages\.gz$`),
-		regexp.MustCompile(`media\.1/media$`),
-		regexp.MustCompile(`\.treeinfo$`),
-		regexp.MustCompile(`RPM-GPG-KEY-[^/]+$`),
-		regexp.MustCompile(`mirrorlist$`),
-		regexp.MustCompile(`content$`),
-	},
-	"deb": {
-		regexp.MustCompile(`Release(?:\.gpg)?$`), // InRelease too
-		regexp.MustCompile(`Packages(?:\.(?:gz|xz|bz2|lzma|zst))?$`),
-		regexp.MustCompile(`Sources(?:\.(?:gz|xz|bz2|lzma|zst))?$`),
-		regexp.MustCompile(`Index(?:\.(?:gz|xz|bz2|lzma|zst))?$`),
-		regexp.MustCompile(`Contents-[^/]+$`),
-		regexp.MustCompile(`Translation-[^/]+$`),
-		regexp.MustCompile(`Components-[^/]+$`),
-		regexp.MustCompile(`Commands-[^/]+$`),
-		regexp.MustCompile(`dep11/[^/]+$`),
-	},
-	"go": {
-		regexp.MustCompile(`/@v/list$`),
-		regexp.MustCompile(`/@latest$`),
-		regexp.MustCompile(`/@v/(?:[^v/][^/]*|v(?:\d+(?:\.\d+)?)?(?:\.?[^\d./][^/]*)?)\.info$`), // of a branch: no vX.Y.Z
-		regexp.MustCompile(`^sumdb/[^/]+/latest$`),
-		regexp.MustCompile(`\.p/[0-9]+$`), // a part of a tile, which grows
-	},
-	"maven": {
-		regexp.MustCompile(`maven-metadata\.xml(?:\.(?:md5|sha1|sha256|sha512|asc))?$`),
-		regexp.MustCompile(`-SNAPSHOT/`),
-	},
-	"helm": {regexp.MustCompile(`(?:^|/)index\.yaml$`)},
-	"pypi": {regexp.MustCompile(`^simple/`)},
-	"npm": {
-		regexp.MustCompile(`^(?:@[^/]+/)?[^/]+$`),
-		regexp.MustCompile(`^(?:@[^/]+/)?[^@/][^/]*/[^./-][^./]*(?:\.[^./t][^./]*)*$`), // a tag or a version, no .tgz: corepack asks for pnpm/latest
-		regexp.MustCompile(`^-/`),
-	},
-	"cargo": {regexp.MustCompile(`^index/`), regexp.MustCompile(`config\.json$`), cargoIndexPattern},
-	"terraform": {
-		regexp.MustCompile(`/versions$`),
-		regexp.MustCompile(`/download(?:/[^/]+/[^/]+)?$`),
-		regexp.MustCompile(`index\.json$`),
-		regexp.MustCompile(`/\d+\.\d+\.\d+(?:-[^/_]*)?\.json$`), // of a mirror: it gains platforms
-		regexp.MustCompile(`^\.well-known/`),
-	},
-	// A reference with a colon is a digest and immutable; a tag has no colon (OCI
-	// distribution spec, "Pulling manifests").
-	"docker": {
-		regexp.MustCompile(`/manifests/[^/:]+$`),
-		regexp.MustCompile(`/tags/list$`),
-		regexp.MustCompile(`/referrers/[^/]+$`),
-	},
+// packageRules say what is special about the files of a package.
+type packageRules struct {
+	mutable []*regexp.Regexp // built-in mutable patterns
+	// isRevalidated: the built-in mutable files are asked for with their validators unless
+	// the configuration says otherwise, and missing files are remembered for a minute.
+	// Clients ask often, and for many that are not there.
+	isRevalidated bool
+	// links: documents link to the files that clients fetch. absoluteLinks: their clients
+	// take absolute URLs only.
+	links, absoluteLinks bool
 }
 
-// cargoIndexPattern is a crate's file in a sparse index, which base_url may be the root
-// of: 1/a, 2/ab, 3/a/abc, ab/cd/abcd (the Cargo book, "Registry Index").
-var cargoIndexPattern = regexp.MustCompile(`^(?:[12]|3/[^/]|[^/]{2}/[^/]{2})/[^/]+$`)
+// packageTypes are all packages that there are. Patterns begin with plain text although (^|/)
+// would be more exact: with a literal prefix a pattern is ten times as fast, and all are
+// tried on every request. A path that one matches by mistake is only revalidated more often.
+var packageTypes = map[string]packageRules{
+	"generic": {},
+	"alpine":  {mutable: compileAll(`APKINDEX\.tar\.gz$`, `packages\.adb$`)},
+	"rpm": {mutable: compileAll(`repomd\.xml(?:\.key)?$`, `repodata/.*\.(?:xml|sqlite|ya?ml|asc|txt)(?:\.(?:gz|bz2|xz|zst|zck|lzma))?$`,
+		`productid(?:\.(?:gz|bz2|xz|zst))?$`, `\.yml\.gz$`, `Packages\.gz$`,
+		`media\.1/media$`, `\.treeinfo$`, `RPM-GPG-KEY-[^/]+$`, `mirrorlist$`, `content$`)},
+	"deb": {isRevalidated: true, mutable: compileAll(
+		`Release(?:\.gpg)?$`, // InRelease too
+		`Packages`+compressed, `Sources`+compressed, `Index`+compressed,
+		`Contents-[^/]+$`, `Translation-[^/]+$`, `Components-[^/]+$`, `Commands-[^/]+$`, `dep11/[^/]+$`)},
+	"go": {isRevalidated: true, mutable: compileAll(`/@v/list$`, `/@latest$`,
+		`/@v/(?:[^v/][^/]*|v(?:\d+(?:\.\d+)?)?(?:\.?[^\d./][^/]*)?)\.info$`, // of a branch: no vX.Y.Z
+		`^sumdb/[^/]+/latest$`, `\.p/[0-9]+$`)}, // a part of a tile, which grows
+	"maven": {isRevalidated: true, mutable: compileAll(`maven-metadata\.xml(?:\.(?:md5|sha1|sha256|sha512|asc))?$`, `-SNAPSHOT/`)},
+	"helm":  {isRevalidated: true, links: true, mutable: compileAll(`(?:^|/)index\.yaml$`)},
+	"pypi":  {isRevalidated: true, links: true, mutable: compileAll(`^simple/`)},
+	"npm": {isRevalidated: true, links: true, absoluteLinks: true, mutable: compileAll(`^(?:@[^/]+/)?[^/]+$`,
+		`^(?:@[^/]+/)?[^@/][^/]*/[^./-][^./]*(?:\.[^./t][^./]*)*$`, // a tag or a version, no .tgz: corepack asks for pnpm/latest
+		`^-/`)},
+	// A sparse index, which base_url may be the root of, has 1/a, 2/ab, 3/a/abc and ab/cd/abcd
+	// (the Cargo book, "Registry Index").
+	"cargo": {isRevalidated: true, links: true, absoluteLinks: true,
+		mutable: compileAll(`^index/`, `config\.json$`, `^(?:[12]|3/[^/]|[^/]{2}/[^/]{2})/[^/]+$`)},
+	"terraform": {isRevalidated: true, links: true, mutable: compileAll(`/versions$`, `/download(?:/[^/]+/[^/]+)?$`, `index\.json$`,
+		`/\d+\.\d+\.\d+(?:-[^/_]*)?\.json$`, // of a mirror: it gains platforms
+		`^\.well-known/`)},
+	// A reference with a colon is a digest and immutable; a tag has no colon (OCI
+	// distribution spec, "Pulling manifests").
+	"docker": {mutable: compileAll(`/manifests/[^/:]+$`, `/tags/list$`, `/referrers/[^/]+$`)},
+}
 
-// linkingPackages are those whose documents link to the files that clients fetch.
-// absoluteLinks are those of them whose clients take absolute URLs only.
-var (
-	linkingPackages = map[string]bool{"helm": true, "pypi": true, "npm": true, "cargo": true, "terraform": true}
-	absoluteLinks   = map[string]bool{"npm": true, "cargo": true}
-)
+// compressed ends the pattern of a file of deb that may be compressed.
+const compressed = `(?:\.(?:gz|xz|bz2|lzma|zst))?$`
 
-// revalidatedPackages are those whose built-in mutable files are asked for with their
-// validators unless the configuration says otherwise, and whose missing files are
-// remembered for a minute: their clients ask often, and for many that are not there.
-var revalidatedPackages = map[string]bool{"deb": true, "go": true, "maven": true, "helm": true, "pypi": true, "npm": true, "cargo": true, "terraform": true}
+func compileAll(patterns ...string) (all []*regexp.Regexp) {
+	for _, p := range patterns {
+		all = append(all, regexp.MustCompile(p))
+	}
+	return all
+}
 
 // digestInName returns the digest that the name of a file of metadata promises, as
 // sha256:HEX or sha512:HEX. Such a file cannot change, and its bytes can be verified.
@@ -206,13 +181,13 @@ func setType(c *configReader, r *remote, n *yaml.Node) {
 
 func setPackage(c *configReader, r *remote, n *yaml.Node) {
 	s, ok := c.readString(n)
-	_, known := builtinPatterns[s]
+	rules, known := packageTypes[s]
 	switch {
 	case s == "docker" && r.local:
 		c.addValueError(n, "\"docker\" cannot be of type \"local\": artifactapi only mirrors registries, images are pushed to the registry itself")
 	case known:
-		r.packageType, r.builtin = s, builtinPatterns[s]
-		if revalidatedPackages[s] && !r.local {
+		r.packageType, r.builtin = s, rules.mutable
+		if rules.isRevalidated && !r.local {
 			r.checkBuiltin, r.negativeTTL = true, time.Minute
 		}
 		return

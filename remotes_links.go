@@ -60,11 +60,11 @@ func (cfg *config) useLinks(publicURL string) {
 	t := newLinkTable(cfg)
 	for _, name := range cfg.names {
 		r := cfg.remotes[name]
-		if r.local || (!linkingPackages[r.packageType] && r.rewrite == nil) {
+		if r.local || (!packageTypes[r.packageType].links && r.rewrite == nil) {
 			continue
 		}
 		r.links = t
-		if absoluteLinks[r.packageType] && cfg.publicURL == "" {
+		if packageTypes[r.packageType].absoluteLinks && cfg.publicURL == "" {
 			cfg.warnings = append(cfg.warnings, fmt.Sprintf("remote %q: PUBLIC_URL is not set, and clients of %s take absolute links only: what its documents link to is fetched past the cache", name, r.packageType))
 		}
 		for _, l := range linkedHosts {
