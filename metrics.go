@@ -24,17 +24,13 @@ import (
 	"time"
 )
 
-// otherLabel is the last value of most lists below.
-const otherLabel = "other"
-
-// The values of the labels. A value that is not listed is counted as otherLabel: a
-// caller's mistake is visible there, and the number of series stays bounded. So does that
-// of remotes, since callers name configured ones, and use "" for everything else.
+// The values of the labels, to which callers keep, so that the number of series is
+// bounded. So is that of remotes: callers name configured ones, and use "" for everything else.
 var (
-	resultLabels = [...]string{"hit", "miss", "stale", "revalidated", "none", otherLabel}
+	resultLabels = [...]string{"hit", "miss", "stale", "revalidated", "none"}
 	statusLabels = [...]string{"1xx", "2xx", "3xx", "4xx", "5xx"}
-	kindLabels   = [...]string{"unreachable", "timeout", "status", "broken", "digest", "refused", otherLabel}
-	storeLabels  = [...]string{"storage", "database", "redis", "spool", otherLabel}
+	kindLabels   = [...]string{"unreachable", "timeout", "status", "broken", "digest", "refused"}
+	storeLabels  = [...]string{"storage", "database", "redis", "spool"}
 
 	backendLabels = storeLabels[:3]
 )
@@ -97,7 +93,7 @@ func newMetrics() *metrics {
 // firstByte is the time from the request to the headers of the answer, took that to its end.
 func (m *metrics) countRequest(remote, result string, status int, bytes int64, firstByte, took time.Duration) {
 	class := min(max(status/100, 1), len(statusLabels)) - 1
-	r := labelIndex(resultLabels[:], cmp.Or(result, "none"))
+	r := slices.Index(resultLabels[:], cmp.Or(result, "none"))
 	c := m.countsOf(remote)
 	c.requests[r][class].Add(1)
 	if isFromStore[r] {
@@ -117,7 +113,7 @@ func (m *metrics) countUpstreamRequest(remote string, d time.Duration) {
 
 // countCheck counts a check of a backend, one of backendLabels, by its length.
 func (m *metrics) countCheck(backend string, d time.Duration) {
-	m.checks[labelIndex(backendLabels, backend)].observe(d)
+	m.checks[slices.Index(backendLabels, backend)].observe(d)
 }
 
 func (m *metrics) countFetchedBytes(remote string, n int64) { m.countsOf(remote).fetched.Add(n) }
@@ -129,12 +125,12 @@ func (m *metrics) countIncompleteGeneration(remote string) { m.countsOf(remote).
 
 // countUpstreamError counts a failed request by its kind, one of kindLabels.
 func (m *metrics) countUpstreamError(remote, kind string) {
-	m.countsOf(remote).failures[labelIndex(kindLabels[:], kind)].Add(1)
+	m.countsOf(remote).failures[slices.Index(kindLabels[:], kind)].Add(1)
 }
 
 // countStoreError counts a failure of a store, one of storeLabels.
 func (m *metrics) countStoreError(store string) {
-	m.stores[labelIndex(storeLabels[:], store)].Add(1)
+	m.stores[slices.Index(storeLabels[:], store)].Add(1)
 }
 
 // countsOf returns the counters of a remote, and makes them for a new name.
@@ -157,14 +153,6 @@ func (h *histogram) observe(d time.Duration) {
 	i := slices.IndexFunc(durationBounds[:], func(bound float64) bool { return seconds <= bound })
 	h.buckets[i].Add(1)
 	h.sum.Add(d.Round(time.Microsecond).Microseconds())
-}
-
-// labelIndex returns the index of a label value in its list, or the last one.
-func labelIndex(values []string, value string) int {
-	if i := slices.Index(values, value); i >= 0 {
-		return i
-	}
-	return len(values) - 1
 }
 
 const (
@@ -286,7 +274,7 @@ func (m *metrics) families(remotes map[string]*remoteCounts) []family {
 			}
 		}
 		for i, kind := range kindLabels {
-			if n := c.failures[i].Load(); n > 0 || (name != "" && kind != otherLabel) {
+			if n := c.failures[i].Load(); n > 0 || name != "" {
 				failures[name+"\x00"+kind] = float64(n)
 			}
 		}

@@ -83,20 +83,18 @@ func TestMetricsCount(t *testing.T) {
 	m.countRequest("alpine", "hit", 206, 5, 600*time.Microsecond, 2*time.Millisecond)
 	m.countRequest("alpine", "miss", 502, 7, time.Second, 90*time.Second)
 	m.countRequest("", "", 404, 1, 0, time.Hour)
-	m.countRequest("alpine", "surprise", 999, 0, 0, 0)
+	m.countRequest("alpine", "stale", 999, 0, 0, 0)
 	m.countFetchedBytes("alpine", 100)
 	m.countUpstreamRequest("alpine", time.Second)
 	m.countUpstreamError("alpine", "timeout")
-	m.countUpstreamError("alpine", "surprise")
 	m.countStoreError("redis")
-	m.countStoreError("surprise")
 	m.countCheck("redis", 2*time.Millisecond)
 	got := scrape(t, m, newGauge("artifactapi_a", "A gauge.", 1.5), family{"artifactapi_b_total", "counter", "A counter.", "remote", map[string]float64{"x": 1 << 40}})
 	wantSeries(t, got, map[string]float64{
 		`artifactapi_requests_total{remote="alpine",result="hit",status_class="2xx"}`:   2,
 		`artifactapi_requests_total{remote="alpine",result="miss",status_class="5xx"}`:  1,
 		`artifactapi_requests_total{remote="",result="none",status_class="4xx"}`:        1,
-		`artifactapi_requests_total{remote="alpine",result="other",status_class="5xx"}`: 1,
+		`artifactapi_requests_total{remote="alpine",result="stale",status_class="5xx"}`: 1,
 		`artifactapi_requests_total{remote="idle",result="hit",status_class="2xx"}`:     0,
 		`artifactapi_upstream_errors_total{remote="idle",kind="unreachable"}`:           0,
 		`artifactapi_served_bytes_total{result="hit"}`:                                  15,
@@ -112,10 +110,8 @@ func TestMetricsCount(t *testing.T) {
 		`artifactapi_fetched_bytes_total{remote="alpine"}`:                      100,
 		`artifactapi_upstream_errors_total{remote="alpine",kind="timeout"}`:     1,
 		`artifactapi_upstream_errors_total{remote="alpine",kind="refused"}`:     0,
-		`artifactapi_upstream_errors_total{remote="alpine",kind="other"}`:       1,
 		`artifactapi_store_errors_total{store="redis"}`:                         1,
 		`artifactapi_store_errors_total{store="spool"}`:                         0,
-		`artifactapi_store_errors_total{store="other"}`:                         1,
 		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.0005"}`: 1,
 		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.001"}`:  1,
 		`artifactapi_request_duration_seconds_bucket{result="hit",le="0.005"}`:  2,
