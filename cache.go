@@ -405,11 +405,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			}
 			if cp.isFresh() {
 				c.countUse(file.remote.name, key)
-				reply := cp.hitReply()
-				if file.remote.sealed {
-					reply.cacheStatus += "; detail=sealed"
-				}
-				return reply, nil
+				return cp.hitReply(file.remote.sealed), nil
 			}
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
@@ -571,10 +567,13 @@ func lastGood(fetched time.Time, sum string, m freshnessMark, now time.Time, ttl
 }
 
 // hitReply is the reply with a stored copy.
-func (s *storedCopy) hitReply() *fileReply {
+func (s *storedCopy) hitReply(sealed bool) *fileReply {
 	status := "hit"
 	if !s.forever {
 		status += "; ttl=" + strconv.FormatInt(int64(s.ttlLeft/time.Second), 10)
+	}
+	if sealed {
+		status += "; detail=sealed"
 	}
 	return &fileReply{rec: s.rec, headers: s.headers, size: s.rec.Size, body: s.body, goodAt: s.goodAt, cacheStatus: status, result: "HIT"}
 }
@@ -583,7 +582,7 @@ func (s *storedCopy) hitReply() *fileReply {
 func (file *fileRequest) staleReply(c *cache, s *storedCopy, why string) *fileReply {
 	c.countUse(file.remote.name, file.key())
 	s.ttlLeft = min(s.ttlLeft, -time.Second) // ttl=0 would look like a fresh copy
-	reply := s.hitReply()
+	reply := s.hitReply(false)
 	reply.result, reply.cacheStatus = "STALE", reply.cacheStatus+"; detail="+why
 	return reply
 }

@@ -263,9 +263,9 @@ func (a *s3Attempt) sendFromSocket(w io.Writer, limit int64) (int64, error) {
 	if a.conn == nil || !a.isUnbuffered {
 		return 0, nil
 	}
-	_ = a.conn.SetReadDeadline(time.Now().Add(s3BodyTimeout)) // the timer would also count how long w takes
+	a.timer.Reset(s3BodyTimeout) // w's time counts too: a slow client gets the rest by Read
 	n, err := io.Copy(w, &io.LimitedReader{R: a.conn.TCPConn, N: min(limit, s3SocketStep)})
-	_ = a.conn.SetReadDeadline(time.Time{})
+	a.timer.Stop()
 	a.conn.moved = n
 	if a.scratch == nil {
 		a.scratch = make([]byte, s3BufferSize) // less would go through the transport's buffer
