@@ -39,11 +39,7 @@ func (u *upstream) sendAuthorized(ctx context.Context, req upstreamRequest, i in
 	if req.remote.packageType != "docker" {
 		return u.followRedirects(ctx, x)
 	}
-	registry := x.registryKey()
-	token, _ := u.authorizations.get(registry)
-	registry.scope = "" // Basic is the same for all images
-	basic, _ := u.authorizations.get(registry)
-	x.auth = cmp.Or(token, basic)
+	x.auth, _ = u.authorizations.get(x.registryKey())
 	for last, n := false, 0; ; n++ { // a remembered token may be refused, and so may another request's new one
 		resp, err := u.followRedirects(ctx, x)
 		if err != nil || resp.StatusCode != http.StatusUnauthorized {
@@ -89,7 +85,6 @@ func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, headers
 		if challenges["basic"] == nil || x.auth == registry.basic {
 			return "", true, nil
 		}
-		registry.scope = "" // the same for all images
 		u.authorizations.put(registry, registry.basic)
 		return registry.basic, true, nil
 	}
@@ -118,7 +113,7 @@ func (u *upstream) chooseAuthorization(ctx context.Context, x *exchange, headers
 type registryKey struct {
 	remote string
 	server string // scheme and host
-	scope  string // of the image; "" if the registry takes Basic, for all of them
+	scope  string // of the image
 	basic  string // the Basic authorization that the registry may get; "" if none
 }
 
