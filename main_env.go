@@ -65,8 +65,8 @@ func parseSettings(env lookupEnv) (*settings, error) {
 		configPath: p.readString("CONFIG_PATH", "remotes.yaml"),
 		listen:     p.readString("LISTEN_ADDR", ":8000"),
 		dataDir:    p.readString("DATA_DIR", "data"),
-		minFree:    p.readSize("MIN_FREE", -1),
-		maxSize:    p.readSize("CACHE_MAX_SIZE", 0),
+		minFree:    p.readSize("MIN_FREE", ""),
+		maxSize:    p.readSize("CACHE_MAX_SIZE", "0"),
 		apiToken:   secret(p.readString("API_TOKEN", "")),
 		tlsCert:    p.readString("TLS_CERT_FILE", ""),
 		tlsKey:     p.readString("TLS_KEY_FILE", ""),
@@ -154,14 +154,11 @@ func (p *envReader) readString(name, defaultValue string) string {
 	return v
 }
 
-// readSize reads a size like 10GiB, in bytes.
-func (p *envReader) readSize(name string, defaultValue int64) int64 {
-	v := p.readString(name, "")
+// readSize reads a size like 10GiB, in bytes; -1 is none.
+func (p *envReader) readSize(name, defaultValue string) int64 {
+	v := p.readString(name, defaultValue)
 	if v == "" {
-		if defaultValue > 0 {
-			p.read[name] = strconv.FormatInt(defaultValue, 10)
-		}
-		return defaultValue
+		return -1
 	}
 	n, err := parseSize(v)
 	p.require(err == nil, name, "%w", err)
@@ -217,7 +214,7 @@ func (p *envReader) readS3(c *s3Config) {
 // readOtherBackends reads the variables of hot copies, PostgreSQL, Redis and the
 // other replicas.
 func (p *envReader) readOtherBackends(set *settings) {
-	set.hotSize = p.readSize("HOT_CACHE_SIZE", 10<<30)
+	set.hotSize = p.readSize("HOT_CACHE_SIZE", "10GiB")
 	set.db = sqlSettings{host: p.readString("DBHOST", ""), port: p.readString("DBPORT", "5432"), user: p.readString("DBUSER", ""), name: p.readString("DBNAME", ""),
 		password: secret(p.readString("DBPASS", "")), sslmode: p.readOneOf("DBSSLMODE", "disable", "disable", "require", "verify-ca", "verify-full")}
 	port, err := strconv.Atoi(set.db.port)

@@ -300,7 +300,7 @@ func TestSettingsAreShownWithoutTheirSecrets(t *testing.T) {
 		"MIN_FREE": "3MB", "LOG_LEVEL": "WARN", "DATA_DIR": "/d@t/a"}))
 	must(t, err)
 	for name, want := range map[string]string{"API_TOKEN": "***", "DBPASS": "***", "DBUSER": "u@server", "DBPORT": "5432", "REDIS_URL": "rediss://***@h:6379/2", "MINIO_SECRET_KEY": "***", "MINIO_ACCESS_KEY": "id",
-		"MINIO_SECURE": "true", "MINIO_REGION": "us-east-1", "HTTPS_PROXY": "***@p:3128", "http_proxy": "http://***@p", "MIN_FREE": "3MB", "HOT_CACHE_SIZE": "10737418240", "DATA_DIR": "/d@t/a", "CACHE_MAX_SIZE": ""} {
+		"MINIO_SECURE": "true", "MINIO_REGION": "us-east-1", "HTTPS_PROXY": "***@p:3128", "http_proxy": "http://***@p", "MIN_FREE": "3MB", "HOT_CACHE_SIZE": "10GiB", "DATA_DIR": "/d@t/a", "CACHE_MAX_SIZE": "0"} {
 		if got, ok := set.shown[name]; !ok || got != want {
 			t.Errorf("%s: %q, want %q", name, got, want)
 		}
@@ -683,7 +683,7 @@ func TestHalfWrittenConfigurationIsNotLoaded(t *testing.T) {
 	write("remotes:\n  b: {base_url: http://other.test}\n  c: {type: local}\n")
 	wantAtNextLook("a", "b")
 	wantAtNextLook("b", "c")
-	tt.wantLog(`"added":["c"],"removed":["a"],"changed":["b"]`)
+	tt.wantLog(`"added":["c"],"changed":["b"],"removed":["a"]`)
 	before := s.config.Load()
 	s.checkFiles(true)
 	if s.config.Load() == before {
