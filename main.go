@@ -520,15 +520,9 @@ func (s *server) reloadConfig() {
 	} else {
 		old := s.config.Load()
 		s.useConfig(cfg)
-		added, removed, changed := cfg.compare(old)
-		attrs := []any{"remotes", len(cfg.names)}
-		for _, difference := range []struct {
-			what  string
-			names []string
-		}{{"added", added}, {"removed", removed}, {"changed", changed}} {
-			if len(difference.names) > 0 {
-				attrs = append(attrs, difference.what, difference.names)
-			}
+		attrs, differences := []any{"remotes", len(cfg.names)}, cfg.compare(old)
+		for _, what := range sortedKeys(differences) {
+			attrs = append(attrs, what, differences[what])
 		}
 		s.log.Info("configuration loaded", attrs...)
 	}

@@ -30,10 +30,6 @@ const (
 	maxName = 100
 	// maxSeconds is about 100 years: more could overflow when it is added to a date.
 	maxSeconds = 100 * 366 * 24 * 3600
-	// defaultMutableTTL and defaultTimeout are the defaults of cache.mutable_ttl
-	// and timeout; the table of keys in README.md names them too.
-	defaultMutableTTL = 3600 * time.Second
-	defaultTimeout    = 30 * time.Second
 )
 
 // class says how long a stored file may be served without asking its upstream; see
@@ -173,25 +169,29 @@ func (c *config) isIrreplaceable(name string) bool {
 	return r == nil || r.local
 }
 
-// compare names the remotes that old does not have, that only old has, and that differ.
-func (c *config) compare(old *config) (added, removed, changed []string) {
-	for _, name := range c.names {
-		if old.remotes[name] == nil {
-			added = append(added, name)
+// compare names the remotes that differ from those of old: "added", "changed", "removed".
+func (c *config) compare(old *config) map[string][]string {
+	differences := map[string][]string{}
+	for _, name := range slices.Compact(slices.Sorted(slices.Values(slices.Concat(c.names, old.names)))) {
+		is, was := c.remotes[name], old.remotes[name]
+		what := "changed"
+		switch {
+		case was == nil:
+			what = "added"
+		case is == nil:
+			what = "removed"
+		case is.equals(*was):
 			continue
 		}
-		is, was := *c.remotes[name], *old.remotes[name]
-		is.config, is.links, was.config, was.links = nil, nil, nil, nil // of the whole file
-		if !reflect.DeepEqual(is, was) {
-			changed = append(changed, name)
-		}
+		differences[what] = append(differences[what], name)
 	}
-	for _, name := range old.names {
-		if c.remotes[name] == nil {
-			removed = append(removed, name)
-		}
-	}
-	return added, removed, changed
+	return differences
+}
+
+// equals leaves out what belongs to the whole file.
+func (r remote) equals(other remote) bool {
+	r.config, r.links, other.config, other.links = nil, nil, nil, nil
+	return reflect.DeepEqual(r, other)
 }
 
 // urlPath returns the path of r for clients: /api/NAME/, or /v2/NAME/ for docker.

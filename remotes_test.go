@@ -447,12 +447,11 @@ func TestComparedConfigs(t *testing.T) {
   secret: {base_url: https://a.example, username: u, password: b}
   mirror: {base_url: https://a.example, mirrors: [{url: https://b.example, auth: true}]}
 `+same)
-	added, removed, changed := c.compare(old)
-	if got := fmt.Sprint(added, removed, changed); got != "[new] [gone] [local mirror pattern secret]" {
+	if got := fmt.Sprint(c.compare(old)); got != "map[added:[new] changed:[local mirror pattern secret] removed:[gone]]" {
 		t.Error(got)
 	}
-	if added, removed, changed := c.compare(c); added != nil || removed != nil || changed != nil {
-		t.Error(added, removed, changed)
+	if differences := c.compare(c); len(differences) > 0 {
+		t.Error(differences)
 	}
 }
 

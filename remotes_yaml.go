@@ -223,7 +223,7 @@ func (c *configReader) readRemotes(n *yaml.Node, cfg *config) {
 // readRemote reads the remote named k, which can be used only if no mistake was reported.
 func (c *configReader) readRemote(k, v *yaml.Node) *remote {
 	c.remote, c.typeUnknown = k.Value, false
-	r := &remote{name: k.Value, packageType: "generic", query: keepQuery, mutableTTL: defaultMutableTTL, timeout: defaultTimeout, masked: map[string]string{}}
+	r := &remote{name: k.Value, packageType: "generic", query: keepQuery, mutableTTL: time.Hour, timeout: 30 * time.Second, masked: map[string]string{}}
 	c.rejectReferences(k)
 	c.rejectReferences(v)
 	if v.Kind != yaml.MappingNode && !c.typeUnknown {
