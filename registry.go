@@ -155,7 +155,7 @@ func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 		file.accept, file.maxBytes = acceptManifests, maxList
 	}
 	if len(file.wire) > maxSpelling {
-		return file, newTooLongError()
+		return file, errTooLong
 	}
 	return file, file.classify()
 }

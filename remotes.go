@@ -220,7 +220,7 @@ func (r *remote) shownHost(i int) string {
 // resolveTarget returns the file that a request below /api/ names, or below
 // /api/v1/remote/, which is another name for it. below is the rest of the path as the
 // client sent it, and query is the raw query. An empty path, which lists the remote, gives
-// a target with the remote alone. The errors are problems.
+// a target with the remote alone.
 func (c *config) resolveTarget(below, query string) (target, error) {
 	name, escaped := cutElement(below)
 	if second, rest := cutElement(escaped); name == "v1" && second == "remote" {
@@ -248,7 +248,7 @@ func (c *config) resolveTarget(below, query string) (target, error) {
 // escape one path: empty segments and "." are dropped, and only what must be escaped
 // is escaped. "..", control characters, backslashes and invalid UTF-8 are refused.
 // The query is kept as it is. If the path is empty, the results are empty, whatever
-// the query is. The errors are problems that wrap errBadRequest or errTooLong.
+// the query is. The errors wrap errBadRequest or errTooLong.
 func spellPath(escaped, query string) (path, spelling string, err error) {
 	escaped = strings.TrimLeft(escaped, "/")
 	path, spelling = escaped, escaped
@@ -265,7 +265,7 @@ func spellPath(escaped, query string) (path, spelling string, err error) {
 		spelling += "?" + query
 	}
 	if len(spelling) > maxSpelling {
-		return "", "", newTooLongError()
+		return "", "", errTooLong
 	}
 	return path, spelling, nil
 }
@@ -355,12 +355,6 @@ func matchesAny(patterns []*regexp.Regexp, path string) bool {
 // newUnsafePathError makes the answer to a path that is not passed to an upstream.
 func newUnsafePathError(reason string) error {
 	return &problem{status: http.StatusBadRequest, detail: reason, cause: errBadRequest}
-}
-
-// newTooLongError makes the answer to a path that is too long to be stored.
-func newTooLongError() error {
-	return &problem{status: http.StatusRequestURITooLong, cause: errTooLong,
-		detail: fmt.Sprintf("the path with its query is over %d bytes long when it is escaped", maxSpelling)}
 }
 
 // key returns the storage key of the file.

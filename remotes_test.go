@@ -793,7 +793,7 @@ func TestResolve(t *testing.T) {
 			t.Parallel()
 			got, err := resolveAndClassify(c, tt.remote, tt.escaped, tt.query)
 			if tt.status != 0 {
-				if p, ok := errors.AsType[*problem](err); !ok || p.status != tt.status || !strings.Contains(p.detail, tt.detail) {
+				if status, detail := statusAndDetail(err); status != tt.status || !strings.Contains(detail, tt.detail) {
 					t.Errorf("got %v, want %d %s", err, tt.status, tt.detail)
 				}
 				return

@@ -73,7 +73,7 @@ var errorStatuses = []struct {
 	{errClientGone, statusClientGone, "the client left"},
 	{errBadRequest, http.StatusBadRequest, "bad request"},
 	{errDenied, http.StatusForbidden, "this path may not be fetched: no pattern of the remote allows it"},
-	{errTooLong, http.StatusRequestURITooLong, "the path is longer than 1024 bytes"},
+	{errTooLong, http.StatusRequestURITooLong, "the path with its query is over 1024 bytes long when it is escaped"},
 	{fs.ErrNotExist, http.StatusNotFound, "not found"},
 	{errBusy, http.StatusServiceUnavailable, "too many requests, try again later"},
 	{errNoSpace, http.StatusInsufficientStorage, "no space left to store this"},
