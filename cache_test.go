@@ -1243,6 +1243,20 @@ func TestNegativeTTL(t *testing.T) {
 	tt.wantRequests("/failing", 2) // other errors are not remembered
 }
 
+// What one upstream did not have another one may have.
+func TestAnotherUpstreamIsAskedForWhatWasMissing(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "negative_ttl: 60")
+	other := tt.another()
+	other.file("/a", "body")
+	tt.get("/api/r/a").wantStatus(404)
+	tt.moveUpstream(tt.origin.url, "negative_ttl: 60")
+	tt.get("/api/r/a").wantStatus(404)
+	tt.wantRequests("/a", 1) // the remote is what it was
+	tt.moveUpstream(other.url, "negative_ttl: 60")
+	tt.get("/api/r/a").wantMiss().wantBody("body")
+}
+
 // Some servers answer HEAD with 404 for what GET brings.
 func TestWhatHEADDoesNotFindGETMay(t *testing.T) {
 	t.Parallel()

@@ -179,6 +179,15 @@ func (file fileRequest) recallMissing(ctx context.Context, c *cache, rng byteRan
 	return nil
 }
 
+// forgetMissing forgets what the upstream of a remote did not have: it may be another now.
+func (c *cache) forgetMissing(remote string) {
+	for _, key := range c.missing.keys() {
+		if strings.HasPrefix(key, remote+"/") {
+			c.missing.delete(key)
+		}
+	}
+}
+
 // upstreamStatus is the cause of a problem that stands for a status of upstream's.
 type upstreamStatus struct{ code int }
 

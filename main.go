@@ -40,6 +40,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -55,6 +56,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -518,9 +520,7 @@ func (s *server) reloadConfig() {
 	if err != nil {
 		s.log.Error("the new configuration is rejected, the old one stays in force", "error", err)
 	} else {
-		old := s.config.Load()
-		s.useConfig(cfg)
-		attrs, differences := []any{"remotes", len(cfg.names)}, cfg.compare(old)
+		attrs, differences := []any{"remotes", len(cfg.names)}, s.useConfig(cfg)
 		for _, what := range sortedKeys(differences) {
 			attrs = append(attrs, what, differences[what])
 		}
@@ -533,16 +533,20 @@ func (s *server) reloadConfig() {
 	s.rejected.Store(err != nil || certErr != nil)
 }
 
-// useConfig puts cfg into force.
-func (s *server) useConfig(cfg *config) {
+// useConfig puts cfg into force, and names the remotes that are others now, see compare.
+func (s *server) useConfig(cfg *config) (differences map[string][]string) {
 	for _, w := range cfg.warnings {
 		s.log.Warn(w)
 	}
 	for _, r := range cfg.remotes {
 		r.sealed = r.sealed || (s.set.sealed && !r.local)
 	}
-	s.config.Store(cfg)
+	differences = cfg.compare(cmp.Or(s.config.Swap(cfg), &config{}))
 	s.loaded.Store(time.Now().Unix())
+	for _, name := range slices.Concat(differences["removed"], differences["changed"]) {
+		s.cache.forgetMissing(name)
+	}
+	return differences
 }
 
 // loadCertificate puts the certificate of TLS_CERT_FILE and TLS_KEY_FILE into force.
