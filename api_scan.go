@@ -53,12 +53,15 @@ func (p *prefetchRun) scan(r io.Reader) error {
 // /missed, of a run's events, of the log) names that file.
 func (p *prefetchRun) addLine(line string) {
 	var listed struct {
-		Remote, Path string
-		Query        bool
+		Remote, Path, Escaped string
+		Query                 bool
 	}
 	if strings.HasPrefix(line, "{") && json.Unmarshal([]byte(line), &listed) == nil && listed.Remote != "" && listed.Path != "" {
 		r := cmp.Or(p.cfg.remotes[listed.Remote], &remote{name: listed.Remote})
 		f := wantedFile{r.name, listed.Path, r.pathHere(listed.Path), nil}
+		if listed.Escaped != "" {
+			f.way = r.urlPath() + listed.Escaped
+		}
 		if listed.Query {
 			f.err = errQueryLost
 		}

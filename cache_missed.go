@@ -29,8 +29,10 @@ type missedFile struct {
 // missedKey tells missed files apart. The query is not kept: it may be a secret.
 type missedKey struct {
 	Remote string `json:"remote"`
-	Path   string `json:"path"`            // decoded
-	Query  bool   `json:"query,omitempty"` // it was asked for with one
+	Path   string `json:"path"` // decoded
+	// Escaped is the path as it is asked for, where a slash within a name hides that (%2F).
+	Escaped string `json:"escaped,omitempty"`
+	Query   bool   `json:"query,omitempty"` // it was asked for with one
 }
 
 // missedFiles are files that were missed. Its methods may be called concurrently.
@@ -49,7 +51,11 @@ func (m *missedFiles) recordMiss(file fileRequest, storeErr error, now time.Time
 		return storeErr
 	}
 	now = now.UTC()
-	m.addMisses(missedFile{missedKey{r.name, file.path, strings.Contains(file.spelling, "?")}, now, now, 1})
+	key := missedKey{Remote: r.name, Path: file.path, Query: strings.Contains(file.spelling, "?")}
+	if escaped := trimSuffixes(file.spelling); strings.Contains(escaped, "%2F") {
+		key.Escaped = escaped
+	}
+	m.addMisses(missedFile{key, now, now, 1})
 	if r.sealed {
 		return r.newSealedError()
 	}
@@ -65,7 +71,7 @@ func (m *missedFiles) addMisses(f missedFile) {
 		old.Last, old.Count = f.Last, old.Count+f.Count
 		return
 	}
-	f.Path = strings.Clone(f.Path) // it may be a part of a request's whole URL
+	f.Path, f.Escaped = strings.Clone(f.Path), strings.Clone(f.Escaped) // they may be parts of a request's whole URL
 	m.files[f.missedKey] = &f
 	if len(m.files) <= maxMissedFiles {
 		return

@@ -308,6 +308,20 @@ func TestMissedFilesAreListedAndForgotten(t *testing.T) {
 	tt.wantMissed("b z 1")
 }
 
+// Clients of npm ask for @scope%2Fname, which is another file than @scope/name.
+func TestMissedFileIsFetchedAsItWasAskedFor(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "sealed: true")
+	tt.origin.file("/%40scope%2Fname", "body")
+	tt.get("/api/r/@scope%2fname").wantStatus(404)
+	tt.restart()
+	list := tt.get("/missed").text
+	tt.moveUpstream(tt.origin.url)
+	tt.prefetch("\n"+list).wants("done", "r/@scope/name")
+	tt.moveUpstream(tt.origin.url, "sealed: true")
+	tt.get("/api/r/@scope%2Fname").wantSealed().wantBody("body")
+}
+
 func TestMissedFilesOutliveARestart(t *testing.T) {
 	t.Parallel()
 	tt := setup{keys: []string{"sealed: true"}, env: map[string]string{"API_TOKEN": "t"}}.start(t)
@@ -334,7 +348,7 @@ func TestMissedFilesAreBounded(t *testing.T) {
 	now := time.Now()
 	add := func(m *missedFiles, path string) {
 		now = now.Add(time.Second)
-		m.addMisses(missedFile{missedKey{"r", path, false}, now, now, 1})
+		m.addMisses(missedFile{missedKey{Remote: "r", Path: path}, now, now, 1})
 	}
 	m := missedFiles{files: map[missedKey]*missedFile{}}
 	add(&m, "often")
@@ -346,7 +360,7 @@ func TestMissedFilesAreBounded(t *testing.T) {
 		t.Errorf("%d missed files are kept, want %d at most and few less", n, maxMissedFiles)
 	}
 	for path, want := range map[string]bool{"often": true, "once-0": false, fmt.Sprint("once-", maxMissedFiles): true} {
-		if is := m.files[missedKey{"r", path, false}] != nil; is != want {
+		if is := m.files[missedKey{Remote: "r", Path: path}] != nil; is != want {
 			t.Errorf("%s is kept: %v, want %v", path, is, want)
 		}
 	}
