@@ -310,9 +310,9 @@ func (p *prefetchFinder) findDebs() {
 			}
 			return err
 		})
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if status, _ := errors.AsType[*upstreamStatus](err); err != nil && !errors.Is(err, fs.ErrNotExist) && (status == nil || status.code != http.StatusForbidden) {
 			p.failIndex(p.remote, p.remote.pathHere(name), err)
-			return
+			return // 403 is what S3 says of a missing file to whom it does not let list
 		}
 		for _, folder := range sortedKeys(folders) {
 			p.findPackages(folder)

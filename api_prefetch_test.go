@@ -452,6 +452,20 @@ func TestListingsWithoutEndAreBounded(t *testing.T) {
 	a.wants("failed", "r/top/"+strings.Repeat("d/", maxIndexDepth+1)+" 413")
 }
 
+// S3 says 403 of what is not there to whom it does not let list.
+func TestPrefetchByAnIndexBesideMissingOnes(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "package: deb")
+	for _, path := range []string{"/t/InRelease", "/t/Release", "/dists/t/InRelease"} {
+		tt.origin.file(path, "").answering(403)
+	}
+	list := strings.ReplaceAll(fmt.Sprintf(debPackages, ""), "%%", "%")
+	for path, text := range map[string]string{"/dists/t/Release": namedRelease("main/binary-amd64/Packages", list), "/dists/t/main/binary-amd64/Packages": list, "/pool/z/zlib_1.deb": "zlib"} {
+		tt.origin.file(path, text)
+	}
+	tt.prefetch(`{"remote": "r", "prefix": "t", "pattern": "zlib"}`).wants("done", "r/pool/z/zlib_1.deb").wants("failed")
+}
+
 // The memory of a run does not grow with its index.
 func TestLargeIndexTakesLittleMemory(t *testing.T) {
 	tt := newTester(t, "package: rpm")
