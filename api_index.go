@@ -86,9 +86,12 @@ func (p *prefetchFinder) addFound(f wantedFile, size int64) {
 	p.mu.Lock()
 	p.sum.Found++
 	p.mu.Unlock()
-	if imageOfManifest(file) != "" {
+	switch stored := file.asStored(p.ctx, p.api.cache); {
+	case imageOfManifest(file) != "":
 		p.manifests = append(p.manifests, job{f.way, size})
-	} else {
+	case stored.rulesOthers(): // before the files behind it are asked for
+		p.fetch(job{f.way, size}, &p.read, false)
+	default:
 		p.jobs <- job{f.way, size}
 	}
 }

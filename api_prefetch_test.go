@@ -182,6 +182,28 @@ func TestPrefetchOfMetadata(t *testing.T) {
 	a.prefetch(body).wants("failed").wantSum(2, 0, 2, 0)
 }
 
+// What a root names is fetched behind it, in the way in which clients are answered then.
+func TestPrefetchFetchesRootsFirst(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t, "package: rpm")
+		files := rpmFiles("one")
+		root := repomdOf(&testArchive{files: files})
+		files["repodata/repomd.xml"], files["repodata/repomd.xml.asc"] = root, "signature"
+		for name, text := range files {
+			tt.origin.file("/"+name, "").acts(func(w http.ResponseWriter, _ *http.Request) {
+				time.Sleep(time.Duration(2+strings.Compare("repodata/o", name)) * time.Second) // what comes before the root takes longer
+				_, _ = io.WriteString(w, text)
+			})
+		}
+		body, _ := json.Marshal(prefetchRequest{Remote: "r", Paths: sortedKeys(files)})
+		tt.prefetch(string(body)).wants("failed")
+		tt.moveUpstream(tt.origin.url, "package: rpm", "sealed: true")
+		for name, text := range files {
+			tt.get("/api/r/" + name).wantStatus(200).wantBody(text)
+		}
+	})
+}
+
 // A file that cannot be stored was not fetched ahead, whatever else became of it.
 func TestPrefetchThatStoresNothingFails(t *testing.T) {
 	t.Parallel()

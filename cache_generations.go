@@ -158,6 +158,12 @@ func (g *generations) requestsFor(root *storedRoot, f namedFile) []fileRequest {
 	return requests
 }
 
+// beforeRoot is the request for the file as it may have been stored before the root was.
+func (file fileRequest) beforeRoot() fileRequest {
+	file.spelling, file.behavior = trimSuffixes(file.spelling), download{}
+	return file
+}
+
 // requestBody asks by hash first and by name second: upstream keeps what it has by hash
 // for some generations. What has another size than the root says need not be read.
 func (n *namedDownload) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
@@ -189,8 +195,8 @@ func (n *namedDownload) findRoot(ctx context.Context) (*storedRoot, namedFile) {
 }
 
 // findOtherWay returns the request for another way to the same bytes that has brought them
-// or is about to: by name where the file was asked for by hash, or the other way round. nil:
-// there is none.
+// or is about to: by name where the file was asked for by hash, the other way round, or as
+// upstream had it before a root was stored. nil: there is none.
 func (n *namedDownload) findOtherWay(ctx context.Context, key string, rng byteRange) *fileRequest {
 	c := n.g.c
 	root, f := n.findRoot(ctx)
@@ -198,12 +204,15 @@ func (n *namedDownload) findOtherWay(ctx context.Context, key string, rng byteRa
 		return nil
 	}
 	hasOwnFill := rng.ahead || c.fills.isFilling(key) // or is to have one, which prefetch waits for
-	for _, other := range n.g.requestsFor(root, f) {
+	others := n.g.requestsFor(root, f)
+	for _, other := range append(others, others[0].beforeRoot()) {
 		otherKey := other.key()
-		if otherKey == key {
+		_, isNamed := other.behavior.(*namedDownload) // else its fill may bring other bytes
+		isFilling := c.fills.isFilling(otherKey)
+		if otherKey == key || (isFilling && !isNamed) {
 			continue
 		}
-		if !hasOwnFill && c.fills.isFilling(otherKey) {
+		if isFilling && !hasOwnFill {
 			return &other
 		}
 		if cp, err := c.findCopy(ctx, otherKey, other, byteRange{head: true}); err == nil && cp.rec.SHA256 == f.sha256 && cp.isFresh() {

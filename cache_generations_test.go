@@ -462,6 +462,30 @@ func TestMetadataAnswersByItsOtherName(t *testing.T) {
 	}
 }
 
+// A file may be stored before the root that names it: by a client that asks in another
+// order, or while the remote was of another package.
+func TestMetadataStoredBeforeItsRootAnswers(t *testing.T) {
+	t.Parallel()
+	for _, next := range []string{"packages one", "packages two"} {
+		a := debArchive(t, "")
+		a.publish(map[string]string{packagesGz: "packages one"})
+		a.get(a.in(packagesGz)).wantMiss()
+		a.publish(map[string]string{packagesGz: next})
+		a.getRoot().wantMiss()
+		old := a.release(a)
+		a.moveUpstream(a.origin.url, "package: deb", "sealed: true")
+		if next == "packages two" {
+			a.get(a.in(packagesGz)).wantStatus(404)
+			continue
+		}
+		a.get(a.in(packagesGz)).wantSealed().wantBody(next)
+		a.moveUpstream(a.origin.url, "package: deb", "cache: {mutable_ttl: 60}")
+		a.publish(map[string]string{packagesGz: "packages two"}, packagesGz)
+		a.advance(61 * time.Second)
+		a.getRoot().wantFrom("cache", agreeing).wantBody(old)
+	}
+}
+
 // TestMetadataIsFetchedOnceByAllItsNames: what is being fetched or stored by one name
 // answers by the other, too.
 func TestMetadataIsFetchedOnceByAllItsNames(t *testing.T) {

@@ -173,7 +173,10 @@ func (p *publication) fetchSuccessors(ctx context.Context) {
 func (p *publication) fetchSuccessor(ctx context.Context, old, now []fileRequest, holds bool) {
 	for i, was := range old {
 		rec, req := storedRecord(ctx, p.g.c, was), now[min(i, len(now)-1)]
-		if rec == nil {
+		if rec == nil && was.digest != "" {
+			rec = storedRecord(ctx, p.g.c, was.beforeRoot())
+		}
+		if rec == nil || (was.digest != "" && was.digest != "sha256:"+rec.SHA256) {
 			continue
 		}
 		if signature, ok := req.behavior.(*signatureDownload); ok {

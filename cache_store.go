@@ -144,6 +144,7 @@ func storedRecord(ctx context.Context, c *cache, file fileRequest) *record {
 // stored file only if whole says so. A file that was fetched and is not stored is an
 // error: whoever fetches ahead wants to have it later.
 func prefetch(ctx context.Context, c *cache, file fileRequest, w io.Writer, whole bool) (rec *record, source string, err error) {
+	before := file.asStored(ctx, c).key()
 	reply, err := c.findOrFetch(ctx, file, byteRange{to: -1, ahead: true})
 	if err != nil {
 		return nil, "", err
@@ -164,7 +165,10 @@ func prefetch(ctx context.Context, c *cache, file fileRequest, w io.Writer, whol
 			return nil, "", err
 		}
 	}
-	if rec = storedRecord(ctx, c, file); rec == nil {
+	switch rec = storedRecord(ctx, c, file); {
+	case rec == nil && stored.key() != before: // a root that names it was stored meanwhile
+		return prefetch(ctx, c, file, w, whole)
+	case rec == nil:
 		return nil, "", newProblem(http.StatusInsufficientStorage, "it arrived and was not stored: the server's log says why, and /health if nothing can be")
 	}
 	return rec, "remote", nil
