@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -27,8 +28,8 @@ import (
 	"unicode"
 )
 
-// The entries of a bundle, in this order; unpacked it is an OCI image layout. A file
-// that is replaced or removed while its bundle is written makes the first four follow
+// The entries of a bundle, in this order; unpacked it is an OCI image layout. A file that
+// is stored, replaced or removed while its bundle is written makes the first four follow
 // again at the end, and as in any tar the last ones count.
 const (
 	bundleHeadFile    = "artifactapi-bundle.json"
@@ -180,48 +181,74 @@ type bundleWriter struct {
 	tar        *tar.Writer
 }
 
-// write writes the bundle. After an error what it has written is none.
+// write writes the bundle. After an error what it has written is none. What a root names
+// is stored before it is: all else is listed again when roots and tags were written.
 func (b *bundleWriter) write(ctx context.Context, to io.Writer) error {
 	out := bufio.NewWriterSize(to, copyBufferSize)
 	b.tar = tar.NewWriter(out)
-	listed, err := newRecordList(b.createFile)
-	if err != nil {
-		return err
-	}
-	defer listed.file.Close()
-	kept, err := newRecordList(b.createFile)
-	if err != nil {
-		return err
-	}
-	defer kept.file.Close()
-	err = b.objects.walk(ctx, func(_ string, rec *record) error {
-		if b.remotes != nil && !slices.Contains(b.remotes, rec.Remote) {
-			return nil
+	var lists [3]*recordList
+	for i := range lists {
+		l, err := newRecordList(b.createFile)
+		if err != nil {
+			return err
 		}
-		return listed.Encode(rec)
-	})
-	if err == nil {
-		err = b.writeDocuments(ctx, listed)
+		defer l.file.Close()
+		lists[i] = l
 	}
-	if err != nil {
-		return err
+	listed, rest, kept := lists[0], lists[1], lists[2]
+	seed, changed, written := maphash.MakeSeed(), uint64(0), map[string]bool{} // changed: 0 if listed is what is kept
+	add := func(to *recordList, rec *record) error {
+		changed ^= maphash.String(seed, rec.Remote+"/"+rec.Path+" "+rec.SHA256)
+		return to.Encode(rec)
 	}
-	changed, written := false, map[string]bool{}
-	err = listed.each(ctx, 1, func(rec *record) error {
+	keep := func(rec *record) error {
 		now, err := b.writeBody(ctx, rec, written)
-		changed = changed || now != rec
 		if now == nil || err != nil {
 			return err
 		}
-		return kept.Encode(now)
-	})
-	if err == nil && changed {
+		return add(kept, now)
+	}
+	err := b.walk(ctx, func(rec *record) error { return add(listed, rec) })
+	if err == nil {
+		err = b.writeDocuments(ctx, listed)
+	}
+	for _, pass := range []func() error{
+		func() error { return listed.each(ctx, 1, ifRoot(true, keep)) },
+		func() error { return b.walk(ctx, ifRoot(false, func(rec *record) error { return rest.Encode(rec) })) },
+		func() error { return rest.each(ctx, 1, keep) },
+	} {
+		if err == nil {
+			err = pass()
+		}
+	}
+	if err == nil && changed != 0 {
 		err = b.writeDocuments(ctx, kept)
 	}
 	if err != nil {
 		return err
 	}
 	return errors.Join(b.tar.Close(), out.Flush())
+}
+
+// walk calls f with each record that is wanted.
+func (b *bundleWriter) walk(ctx context.Context, f func(*record) error) error {
+	return b.objects.walk(ctx, func(_ string, rec *record) error {
+		if b.remotes != nil && !slices.Contains(b.remotes, rec.Remote) {
+			return nil
+		}
+		return f(rec)
+	})
+}
+
+// ifRoot is f for records of roots and tags alone, or of all else: a signature, with a hash
+// in its path, is what a root names.
+func ifRoot(roots bool, f func(*record) error) func(*record) error {
+	return func(rec *record) error {
+		if isRoot := importRank(rec) == importRanks-1 && !strings.Contains(rec.Path, "#"); isRoot != roots {
+			return nil
+		}
+		return f(rec)
+	}
 }
 
 // writeDocuments writes the entries before the bodies for these records.
@@ -425,7 +452,7 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 	if b.todo, err = newRecordList(b.space.createFile); err != nil {
 		return err
 	}
-	lacking, files := int64(0), int64(0)
+	lacking, staged, files := int64(0), int64(0), int64(0)
 	b.uses, b.kept = map[string]int{}, 0
 	err = eachRecord(ctx, records, importWorkers, func(rec *record) error {
 		if !isSoundRecord(rec) {
@@ -444,6 +471,9 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 		}
 		b.uses[rec.SHA256]++
 		lacking += rec.Size
+		if _, err := os.Stat(b.dir + "/" + rec.SHA256); err == nil && b.uses[rec.SHA256] == 1 {
+			staged += rec.Size // the disk accounts for it already
+		}
 		files++
 		return b.todo.Encode(rec)
 	})
@@ -453,7 +483,7 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 	b.total.Store(2 * lacking) // read and stored
 	b.space.add(account{growing: files - b.files})
 	b.files = files
-	return b.reserve(lacking)
+	return b.reserve(lacking - staged)
 }
 
 // isSoundRecord reports whether a record, which was made elsewhere, can be stored.

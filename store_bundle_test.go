@@ -448,12 +448,18 @@ func (c *changingObjects) put(ctx context.Context, key string, rec *record, spoo
 func TestExportBesideWriters(t *testing.T) {
 	t.Parallel()
 	from, to := newBundleSite(t), newBundleSite(t)
-	from.put(map[string]string{"r/stays": "as it is", "r/root": "old", "r/gone": "evicted"})
+	from.put(map[string]string{"r/stays": "as it is", "r/index": "old", "r/gone": "evicted", "r/dists/x/Release": "one"})
 	var bundle bytes.Buffer
+	walks := 0
 	from.objects(func(o objects) {
 		b := &bundleWriter{bundleProgress: &bundleProgress{ctx: t.Context()}, createFile: o.(*diskStore).newSpool, config: new(config), time: testDay,
 			objects: &changingObjects{objects: o, walked: func() {
-				from.put(map[string]string{"r/root": "new"})
+				if walks++; walks == 1 { // what a root names is there before it is
+					from.put(map[string]string{"r/dists/x/Packages#two": "packages", "r/dists/x/Release.gpg#two": "signature"})
+					from.put(map[string]string{"r/dists/x/Release": "two"})
+					return
+				}
+				from.put(map[string]string{"r/index": "new"})
 				if err := o.delete(t.Context(), testKey("gone")); err != nil {
 					t.Fatal(err)
 				}
@@ -464,7 +470,7 @@ func TestExportBesideWriters(t *testing.T) {
 	})
 	to.wantDone(bundle.Bytes(), "import")
 	to.wantSame(from)
-	if n := len(to.stored()); n != 2 {
+	if n := len(to.stored()); n != 5 {
 		t.Errorf("%d files", n)
 	}
 }
@@ -552,6 +558,15 @@ func TestImportThatCannotStore(t *testing.T) {
 	}
 	if names, _ := filepath.Glob(d.dir + "/r/*"); len(names) > 0 {
 		t.Errorf("there is %q", names)
+	}
+	// Records that follow again at the end take no more space.
+	entries := untar(t, bundle)
+	b = newBundleReader(t, d, d)
+	b.space.diskSpace = func() (diskUsage, error) {
+		return diskUsage{free: room{bodies*3/2 + entryCost(0)*int64(len(carried)) - b.done.Load(), 500}, size: room{1 << 30, 500}}, nil
+	}
+	if err := b.readAndStore(t.Context(), bytes.NewReader(makeTar(append(entries, entries[:4]...)))); err != nil {
+		t.Error(err)
 	}
 }
 
