@@ -351,6 +351,21 @@ func TestRootIsAskedWhenAFileByHashIsGone(t *testing.T) {
 }
 
 // Bytes of the right length show their age only at their end.
+// What upstream lacked of one generation it may have of the next.
+func TestMissingFileIsAskedForUnderAnotherRoot(t *testing.T) {
+	t.Parallel()
+	for _, fields := range []string{"", "Acquire-By-Hash: yes\n"} {
+		a := debArchive(t, fields, "negative_ttl: 86400")
+		a.publish(debFiles("one"), packagesGz)
+		a.getRoot().wantMiss()
+		a.get(a.in(packagesGz)).wantStatus(404)
+		a.get(a.in(packagesGz)).wantFrom("cache", "hit; detail=negative")
+		a.publish(debFiles("two"))
+		a.advance(61 * time.Second)
+		a.wantGeneration(a.release(a), a.files)
+	}
+}
+
 func TestRootIsAskedAfterAMismatch(t *testing.T) {
 	t.Parallel()
 	a := rpmArchive(t)

@@ -156,7 +156,12 @@ func (m missingFile) newProblem(remote string) *problem {
 
 // wireKey is the key of what is asked upstream: the file's, or another one for each way
 // to a file with a shared key.
-func (file fileRequest) wireKey() string { return storageKey(file.remote.name, file.wire) }
+func (file fileRequest) wireKey() string {
+	if file.sharedKey {
+		return storageKey(file.remote.name, file.wire)
+	}
+	return file.key()
+}
 
 // recallMissing returns the 404 or 410 that upstream gave for a file that is not stored,
 // or nil: within negative_ttl and, always as 404, while the remote is down. storeErr says
