@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"net/mail"
 	"path"
 	"slices"
@@ -158,13 +157,14 @@ func (n *rootNames) successorOf(old namedFile) (f namedFile, found bool) {
 	return namedFile{}, false
 }
 
-// agreesWith reports whether both roots, of one folder, are of one generation.
+// agreesWith reports whether two roots of one folder are of one generation.
 func (n *rootNames) agreesWith(other *rootNames) bool {
-	isSignature := func(_ string, f namedFile) bool { return f.kind == signatureKind }
-	a, b := maps.Clone(n.files), maps.Clone(other.files)
-	maps.DeleteFunc(a, isSignature)
-	maps.DeleteFunc(b, isSignature)
-	return maps.Equal(a, b)
+	for path, f := range n.files {
+		if f.kind != signatureKind && f != other.files[path] {
+			return false
+		}
+	}
+	return true
 }
 
 // holdsGeneration reports whether clients cannot do without the file.

@@ -115,7 +115,7 @@ func (p *publication) nextOf(ctx context.Context, old *storedRoot) *storedRoot {
 		p.needs(old.path, p.g.c.purgeFile(ctx, old.remote.name, old.key()))
 	case err != nil:
 		p.needs(old.path, err)
-	case !sibling.agreesWith(p.next.rootNames):
+	case !p.next.agreesWith(sibling.rootNames):
 		p.needs(old.path, errAgreeing)
 	default:
 		p.siblings = append(p.siblings, sibling)

@@ -150,24 +150,11 @@ func (f *fill) await(ctx context.Context, is func() bool) error {
 	}
 }
 
-// isOfNoUse reports whether the fill is not worth going on without clients: it
-// has not begun to ask, or its body will not be stored.
-func (f *fill) isOfNoUse() bool {
+// state is how far the fill is, and what becomes of its body.
+func (f *fill) state() (fillPhase, bodyFate) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.phase == phaseQueued || (f.phase == phaseFilling && f.fate != fateKeep)
-}
-
-func (f *fill) hasReached(phase fillPhase) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.phase >= phase
-}
-
-func (f *fill) currentFate() bodyFate {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.fate
+	return f.phase, f.fate
 }
 
 // progress is how much of the body has arrived, of how much (-1: not known).
@@ -339,8 +326,7 @@ func (f *fillRun) openSpool() bool {
 	if f.spool != nil {
 		return true
 	}
-	isBroken := f.c.space.isBroken
-	if _, found := f.c.passOn.get(f.key); found || (isBroken != nil && isBroken()) {
+	if _, found := f.c.passOn.get(f.key); found || f.c.space.isBroken() {
 		return false
 	}
 	spool := f.c.space.newSpool(f.file.digest)
@@ -393,7 +379,7 @@ func (f *fillRun) runOutOfSpace(err error) fillOutcome {
 func (f *fillRun) completeFill() fillOutcome {
 	f.freeSlot() // what follows may fetch other files of the remote
 	rec := *f.rec
-	if err := f.spool.hash.verifyDigest(f.file.digest); err != nil {
+	if err := f.spool.hash.verify(); err != nil {
 		f.c.metrics.countUpstreamError(f.file.remote.name, "digest")
 		return failedOutcome(err)
 	}
@@ -437,7 +423,7 @@ func (f *fillRun) store() (ok bool) {
 		f.c.evictor.trimVariants(f.c.ctx, f.file.target)
 		warnOfIndex(&f.fill, f.rec)
 	}
-	if f.currentFate() == fatePurgedElsewhere { // when nothing was stored yet
+	if _, fate := f.state(); fate == fatePurgedElsewhere { // when nothing was stored yet
 		f.removeStored("purging")
 	}
 	return ok
@@ -454,7 +440,7 @@ func (f *fillRun) removeStored(doing string) {
 // replace, unless that was purged meanwhile.
 func (f *fillRun) applyToOldCopy(outcome fillOutcome) {
 	c, old := f.c, f.oldRecord
-	if old == nil || f.currentFate() >= fatePurgedHere {
+	if _, fate := f.state(); old == nil || fate >= fatePurgedHere {
 		return
 	}
 	status, _ := errors.AsType[*upstreamStatus](outcome.err)

@@ -27,11 +27,8 @@ const (
 // isRevalidated reports whether an expired copy of the file is revalidated rather
 // than fetched again: check_mutable_updates and check_builtin_updates say so.
 func (file fileRequest) isRevalidated() bool {
-	switch {
-	case file.alwaysRefetched:
-		return false
-	case file.builtin:
-		return file.remote.checkBuiltin
+	if file.builtin {
+		return file.remote.checkBuiltin && !file.alwaysRefetched
 	}
 	return file.remote.checkMutable
 }
@@ -130,14 +127,10 @@ func (f *fillRun) mayBeStored(resp *upstreamResponse, isPage bool) bool {
 // fitsMaxSize reports whether cache.max_size and CACHE_MAX_SIZE allow a body of that size.
 func (f *fillRun) fitsMaxSize(size int64) bool {
 	rem := f.file.remote
-	for _, limit := range [...]struct {
-		name  string
-		bytes int64
-	}{{"cache.max_size", rem.maxSize}, {"CACHE_MAX_SIZE", f.c.evictor.limit}} {
-		if limit.bytes > 0 && size > limit.bytes {
-			f.c.log.Warn("a file is passed on and not stored: it is larger than "+limit.name, "remote", rem.name, "path", f.file.path, "size", size)
-			return false
-		}
+	isOver := func(limit int64) bool { return limit > 0 && size > limit }
+	if isOver(rem.maxSize) || isOver(f.c.evictor.limit) {
+		f.c.log.Warn("a file is passed on and not stored: it is larger than cache.max_size or CACHE_MAX_SIZE", "remote", rem.name, "path", f.file.path, "size", size)
+		return false
 	}
 	return true
 }
@@ -171,7 +164,7 @@ func (f *fillRun) Write(p []byte) (int, error) {
 	if f.file.maxBytes > 0 && written > f.file.maxBytes {
 		return 0, f.file.newTooLargeError()
 	}
-	if size < 0 && f.currentFate() == fateKeep && !f.fitsMaxSize(written) {
+	if _, fate := f.state(); size < 0 && fate == fateKeep && !f.fitsMaxSize(written) {
 		f.setFate(fatePassOn)
 		f.c.fills.leave(&f.fill, 0)
 	}
@@ -333,25 +326,21 @@ func (b *upstreamReader) requestPart(off int64, origin int) (resp *upstreamRespo
 		return nil, 0, err
 	}
 	first, last, size, ok := parseContentRange(resp.Header.Get("Content-Range"))
+	version := resp.Header.Get("Last-Modified")
+	if isStrongETag(b.validator) {
+		version = resp.Header.Get("ETag")
+	}
 	isRest := b.size >= 0 && size == b.size || b.size < 0 && last == size-1 // else it would not be known where the whole ends
 	switch {
 	case resp.StatusCode != http.StatusPartialContent || !ok || first != off || !isRest:
 		err = fmt.Errorf("%w: status %d, Content-Range %q for a part from %d", errBadUpstream, resp.StatusCode, resp.Header.Get("Content-Range"), off)
-	case b.file.digest == "" && !b.isSameVersion(resp.Header):
+	case b.file.digest == "" && version != b.validator:
 		err = fmt.Errorf("%w: the part is of another version of the file", errBadUpstream)
 	default:
 		return resp, size, nil
 	}
 	resp.Body.Close()
 	return nil, 0, err
-}
-
-// isSameVersion reports whether an answer names the version that the body is of.
-func (b *upstreamReader) isSameVersion(h http.Header) bool {
-	if isStrongETag(b.validator) {
-		return h.Get("ETag") == b.validator
-	}
-	return h.Get("Last-Modified") == b.validator
 }
 
 func (b *upstreamReader) closeResponse() {

@@ -53,7 +53,9 @@ func (file fileRequest) passOn(ctx context.Context, c *cache, hasCopy bool) (fil
 	if body.rewriteLinks() {
 		reply.size = -1
 	} else if file.digest != "" {
-		body.through = newVerifiedReader(nextBytes{body}, file.digest)
+		hash := newBodyHash(file.digest)
+		ahead := bufio.NewReaderSize(io.TeeReader(nextBytes{body}, hash), heldBackBytes+copyBufferSize)
+		body.through = &verifiedReader{ahead, hash}
 	}
 	reply.body = body
 	return reply, nil
@@ -71,7 +73,7 @@ func (reply *fileReply) readSmallBody(ctx context.Context, file fileRequest, res
 	}
 	s := newBodyHash(file.digest)
 	s.Write(b)
-	if err := s.verifyDigest(file.digest); err != nil {
+	if err := s.verify(); err != nil {
 		return err
 	}
 	reply.rec.Size, reply.rec.SHA256, reply.size = int64(len(b)), s.sumHex(), int64(len(b))
@@ -86,27 +88,20 @@ func (reply *fileReply) readSmallBody(ctx context.Context, file fileRequest, res
 // verifiedReader gives a body out heldBackBytes behind what has arrived of it, and the
 // rest when all of it has its digest.
 type verifiedReader struct {
-	ahead  *bufio.Reader // of the body, by way of hash
-	hash   *bodyHash
-	digest string
-	whole  bool // all has arrived and is verified
-}
-
-func newVerifiedReader(body io.Reader, digest string) *verifiedReader {
-	hash := newBodyHash(digest)
-	return &verifiedReader{bufio.NewReaderSize(io.TeeReader(body, hash), heldBackBytes+copyBufferSize), hash, digest, false}
+	ahead *bufio.Reader // of the body, by way of hash
+	hash  *bodyHash
 }
 
 func (v *verifiedReader) Read(p []byte) (int, error) {
-	if _, err := v.ahead.Peek(heldBackBytes + 1); err != nil {
-		if err == io.EOF && !v.whole {
-			err = v.hash.verifyDigest(v.digest)
-			v.whole = err == nil
-		}
-		if !v.whole {
-			return 0, err
-		}
-		return v.ahead.Read(p)
+	_, err := v.ahead.Peek(heldBackBytes + 1)
+	if err == nil {
+		return v.ahead.Read(p[:min(len(p), v.ahead.Buffered()-heldBackBytes)])
 	}
-	return v.ahead.Read(p[:min(len(p), v.ahead.Buffered()-heldBackBytes)])
+	if err == io.EOF {
+		err = v.hash.verify()
+	}
+	if err != nil {
+		return 0, err
+	}
+	return v.ahead.Read(p)
 }

@@ -185,7 +185,7 @@ func (f *fillRun) applyFrame(kind byte, payload []byte) error {
 		if err := json.Unmarshal(payload, &rec); err != nil || rec.Size != written || rec.SHA256 != f.spool.hash.sumHex() {
 			return fmt.Errorf("%w: it is not what it says", errDigest)
 		}
-		if err := f.spool.hash.verifyDigest(f.file.digest); err != nil {
+		if err := f.spool.hash.verify(); err != nil {
 			return err
 		}
 		f.publishBody(&rec)

@@ -173,9 +173,10 @@ func (t *fillTable) leave(f *fill, clients int) {
 	t.mu.Lock()
 	f.clients -= clients
 	var victim *fill
+	phase, fate := f.state()
 	switch {
 	case f.clients > 0:
-	case f.isOfNoUse():
+	case phase == phaseQueued, phase == phaseFilling && fate != fateKeep:
 		victim = f
 	case t.byKey[f.key] == f:
 		victim = t.pickAbandoned(f.file.remote.name)
@@ -183,7 +184,7 @@ func (t *fillTable) leave(f *fill, clients int) {
 	if victim != nil {
 		t.drop(victim)
 	}
-	unused := f.clients == 0 && f.hasReached(phaseDone)
+	unused := f.clients == 0 && phase == phaseDone
 	t.mu.Unlock()
 	if victim != nil {
 		victim.cancel(errAbandoned)

@@ -152,9 +152,6 @@ func (b *backgroundCheck) last() error {
 	return b.err
 }
 
-// wait waits for the check that runs.
-func (b *backgroundCheck) wait() { b.running.Wait() }
-
 // staleErrors are the errors of a connection that the other side has ended, as a server
 // does that is restarted.
 var staleErrors = []error{io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, syscall.ECONNRESET, syscall.EPIPE}

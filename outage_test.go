@@ -170,7 +170,7 @@ func TestBackgroundCheckRunsOnceAtATime(t *testing.T) {
 			t.Errorf("%d checks run; want 1", n)
 		}
 		close(hang)
-		b.wait()
+		b.running.Wait()
 		if err := b.result(t.Context(), func() error { return nil }); err != nil {
 			t.Errorf("the next check says %v", err)
 		}

@@ -245,7 +245,7 @@ func (f *manifestFile) checkBody(ctx context.Context, rec *record, body io.Reade
 func isDigestOf(digest string, r io.Reader) bool {
 	sum := newBodyHash(digest)
 	_, err := io.Copy(sum, r)
-	return err == nil && sum.verifyDigest(digest) == nil
+	return err == nil && sum.verify() == nil
 }
 
 // listFile is the behavior of a list: a JSON object whose member of that name is an

@@ -384,7 +384,7 @@ func (m *mirror) start() {
 	m.disk = newDiskStore(m.dir, now, log)
 	up := newUpstream(func(reach addressKind) http.RoundTripper { return newTransport(reach) }, now, log, met)
 	m.cache = newCache(cacheStores{objects: m.disk, index: newEmbeddedIndex(m.dir, log), marks: newLocalFreshness(m.dir, now, log),
-		space: &spoolSpace{createFile: m.disk.newSpool, diskSpace: m.disk.freeSpace, now: now}}, up, now, log, met)
+		space: &spoolSpace{createFile: m.disk.newSpool, diskSpace: m.disk.freeSpace, now: now, isBroken: func() bool { return false }}}, up, now, log, met)
 	m.reg = newRegistry(m.cache, func() *config { return cfg }, &responder{now: now, log: log, count: met.countRequest})
 	m.srv = httptest.NewServer(&api{cache: m.cache, config: m.reg.config, responder: m.reg.responder, metrics: met, now: now, token: "t",
 		origin: http.NewCrossOriginProtection(), registry: m.reg, runs: &prefetchRuns{stopping: context.Background()}})
@@ -926,7 +926,7 @@ func TestRegistryRefusalsOfManyImages(t *testing.T) {
 
 // storing reports whether a fill has sent everything and is not stored yet.
 func (m *mirror) storing() bool {
-	return slices.ContainsFunc(m.cache.fills.all(), func(f *fill) bool { return f.hasReached(phaseComplete) })
+	return slices.ContainsFunc(m.cache.fills.all(), func(f *fill) bool { phase, _ := f.state(); return phase >= phaseComplete })
 }
 
 // waiters returns how many clients wait for a fill.

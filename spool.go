@@ -74,7 +74,7 @@ type reclaimer interface {
 // called concurrently.
 type spoolSpace struct {
 	createFile func() (*os.File, error) // a new temporary file; errNoSpace or errStoreDown
-	isBroken   func() bool              // createFile is known to fail; nil: never
+	isBroken   func() bool              // createFile is known to fail
 	diskSpace  func() (diskUsage, error)
 	minFree    int64     // bytes that stay free; -1: defaultMinFree of the disk
 	reclaimer  reclaimer // nil: there is nothing to reclaim
@@ -117,14 +117,12 @@ func defaultMinFree(diskSize int64) int64 { return min(1<<30, diskSize/20) }
 // needs them. Each byte is given back when it is on the disk, which accounts for it from
 // then on, or is not needed any more.
 func (s *spoolSpace) reserve(n int64, mayReclaim bool) (short room, err error) {
-	short, err = s.tryReserve(n, room{})
-	if !errors.Is(err, errNoSpace) || !mayReclaim {
-		return short, err
-	}
-	if s.reclaimer != nil {
-		short, err = s.tryReserve(n, s.reclaimer.reclaimable()) // asked without the lock: it may take long
-	}
-	if errors.Is(err, errNoSpace) {
+	err = s.findRoom(n, mayReclaim, func(missing room) {
+		short = missing
+		s.reserved += n
+		s.owed += short.bytes
+	})
+	if errors.Is(err, errNoSpace) && mayReclaim {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.refused, s.refusedAt = n, s.now()
@@ -132,36 +130,37 @@ func (s *spoolSpace) reserve(n int64, mayReclaim bool) (short room, err error) {
 	return short, err
 }
 
-// tryReserve reserves n bytes if what they are short of is reclaimable.
-func (s *spoolSpace) tryReserve(n int64, reclaimable room) (short room, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if short, err = s.shortOf(n, reclaimable); err == nil {
-		s.reserved += n
-		s.owed += short.bytes
+// findRoom calls found, with mu held, with what would have to be reclaimed for n bytes
+// more. errNoSpace: that is not reclaimable.
+func (s *spoolSpace) findRoom(n int64, mayReclaim bool, found func(short room)) error {
+	err := s.findAmong(room{}, n, found)
+	if errors.Is(err, errNoSpace) && mayReclaim && s.reclaimer != nil {
+		err = s.findAmong(s.reclaimer.reclaimable(), n, found) // asked without the lock: it may take long
 	}
-	return short, err
+	return err
 }
 
-// shortOf returns what would have to be reclaimed for n bytes more; errNoSpace: that is
-// not reclaimable. mu is held.
-func (s *spoolSpace) shortOf(n int64, reclaimable room) (short room, err error) {
+// findAmong is findRoom where so much is reclaimable.
+func (s *spoolSpace) findAmong(reclaimable room, n int64, found func(short room)) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	disk, err := s.diskSpace()
 	if err != nil {
-		return room{}, err
+		return err
 	}
 	keep := s.minFree
 	if keep < 0 {
 		keep = defaultMinFree(disk.size.bytes)
 	}
-	short.bytes = max(0, keep+s.reserved-s.owed+s.growing*entryOverhead+n-disk.free.bytes)
+	short := room{bytes: max(0, keep+s.reserved-s.owed+s.growing*entryOverhead+n-disk.free.bytes)}
 	if disk.size.inodes > 0 {
 		short.inodes = max(0, disk.size.inodes/minFreeInodes+s.growing*inodesPerFile-disk.free.inodes)
 	}
 	if (short.bytes > 0 && s.owed+short.bytes > reclaimable.bytes) || short.inodes > reclaimable.inodes {
-		return room{}, fmt.Errorf("%w: %d bytes and %d inodes are free, of which %d bytes are reserved and MIN_FREE keeps %d; %d more are needed", errNoSpace, disk.free.bytes, disk.free.inodes, s.reserved, keep, n)
+		return fmt.Errorf("%w: %d bytes and %d inodes are free, of which %d bytes are reserved and MIN_FREE keeps %d; %d more are needed", errNoSpace, disk.free.bytes, disk.free.inodes, s.reserved, keep, n)
 	}
-	return short, nil
+	found(short)
+	return nil
 }
 
 // reclaim has owed bytes and inodes freed. errNoSpace: there is not enough any more.
@@ -183,21 +182,13 @@ func (s *spoolSpace) reclaim(need room) error {
 
 // check returns errNoSpace if nothing can be stored, or not what could not be lately.
 func (s *spoolSpace) check() error {
-	isThere := func(reclaimable room) error {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		need := int64(1)
-		if s.now().Sub(s.refusedAt) < refusalCounts {
-			need = s.refused
-		}
-		_, err := s.shortOf(need, reclaimable)
-		return err
+	s.mu.Lock()
+	need := int64(1)
+	if s.now().Sub(s.refusedAt) < refusalCounts {
+		need = s.refused
 	}
-	err := isThere(room{})
-	if errors.Is(err, errNoSpace) && s.reclaimer != nil {
-		err = isThere(s.reclaimer.reclaimable())
-	}
-	return err
+	s.mu.Unlock()
+	return s.findRoom(need, true, func(room) {})
 }
 
 // newSpool makes an empty spool for a body with that digest ("" is any). Its
@@ -460,24 +451,21 @@ func (r *spoolReader) available() (n int64, changed <-chan struct{}, err error) 
 	s := r.spool
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if n := s.readableBytes(r.holdsBack) - r.offset; n > 0 {
-		return n, nil, nil
+	readable := s.written
+	if r.holdsBack && s.ended != io.EOF {
+		if s.size >= 0 {
+			readable = min(readable, s.size-heldBackBytes)
+		} else {
+			readable -= heldBackBytes
+		}
+	}
+	if readable > r.offset {
+		return readable - r.offset, nil, nil
 	}
 	if s.ended != nil {
 		return 0, nil, s.ended
 	}
 	return 0, s.changed.next(), nil
-}
-
-// readableBytes is how far readers may read. mu is held.
-func (s *spool) readableBytes(holdsBack bool) int64 {
-	switch {
-	case s.ended == io.EOF || !holdsBack:
-		return s.written
-	case s.size >= 0:
-		return max(0, min(s.written, s.size-heldBackBytes))
-	}
-	return max(0, s.written-heldBackBytes)
 }
 
 // waitForBytes waits until n bytes can be read at the reader's offset.
@@ -567,32 +555,29 @@ func (r *spoolReader) Close() error {
 type bodyHash struct {
 	io.Writer
 	sha256, sha512 hash.Hash
+	digest         string // that it is to have: sha256:HEX or sha512:HEX; "" is any
 }
 
 func newBodyHash(digest string) *bodyHash {
-	h := sha256.New()
-	if !strings.HasPrefix(digest, "sha512:") {
-		return &bodyHash{h, h, nil}
+	h := &bodyHash{sha256: sha256.New(), sha512: sha512.New(), digest: digest}
+	h.Writer = h.sha256
+	if strings.HasPrefix(digest, "sha512:") {
+		h.Writer = io.MultiWriter(h.sha256, h.sha512)
 	}
-	long := sha512.New()
-	return &bodyHash{io.MultiWriter(h, long), h, long}
+	return h
 }
 
 // sumHex is the SHA-256 of what was written.
 func (h *bodyHash) sumHex() string { return hex.EncodeToString(h.sha256.Sum(nil)) }
 
-// verifyDigest compares what was written with a digest of the form sha256:HEX
-// or sha512:HEX ("" is any). A mismatch is errDigest.
-func (h *bodyHash) verifyDigest(digest string) error {
-	if digest == "" {
-		return nil
-	}
+// verify compares what was written with the digest. A mismatch is errDigest.
+func (h *bodyHash) verify() error {
 	got := "sha256:" + h.sumHex()
-	if h.sha512 != nil {
+	if strings.HasPrefix(h.digest, "sha512:") {
 		got = "sha512:" + hex.EncodeToString(h.sha512.Sum(nil))
 	}
-	if got != digest {
-		return fmt.Errorf("%w: %s instead of %s", errDigest, got, digest)
+	if h.digest != "" && got != h.digest {
+		return fmt.Errorf("%w: %s instead of %s", errDigest, got, h.digest)
 	}
 	return nil
 }

@@ -84,7 +84,7 @@ func TestReadersOfAFailedSpool(t *testing.T) {
 	all, held := s.newReader(t.Context(), false), s.newReader(t.Context(), true)
 	_, err := io.WriteString(s, text)
 	must(t, err)
-	if err := s.hash.verifyDigest(sha256Of([]byte("another"))); !errors.Is(err, errDigest) {
+	if err := s.hash.verify(); !errors.Is(err, errDigest) {
 		t.Errorf("a wrong body verifies: %v", err)
 	}
 	s.end(failed)
@@ -281,7 +281,8 @@ func TestWhatIsReclaimedIsPromisedOnce(t *testing.T) {
 	asked := 0
 	d.between = func() {
 		asked++
-		if short, err := space.tryReserve(1, room{}); err == nil {
+		var short room
+		if err := space.findAmong(room{}, 1, func(missing room) { short = missing }); err == nil {
 			t.Errorf("after %d removals there is room for another body: %+v", asked, short)
 		}
 	}

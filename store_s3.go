@@ -140,7 +140,7 @@ func newS3Store(client *s3Client, hearsChanges func() bool) *s3Store {
 }
 
 // Close waits for the check that runs.
-func (s *s3Store) Close() { s.check.wait() }
+func (s *s3Store) Close() { s.check.running.Wait() }
 
 func (n *invalidations) counterOf(key string) *atomic.Uint64 {
 	return &n.byKey[maphash.String(n.seed, key)%uint64(len(n.byKey))]

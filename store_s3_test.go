@@ -702,7 +702,7 @@ func TestS3PingLogsAnotherReason(t *testing.T) {
 	storage := &backend{name: "storage", okWord: "ok", ping: b.store.ping}
 	b.fake.fail(always("", fakeFault{}))
 	s.checkBackend(storage)
-	b.store.check.wait() // which may take longer than the check of the backend
+	b.store.check.running.Wait() // which may take longer than the check of the backend
 	b.fake.fail(nil)
 	b.store.client.cfg.accessKey = "nobody"
 	s.checkBackend(storage)

@@ -137,7 +137,7 @@ func (d *diskStore) lockData() (locked bool, err error) {
 
 // Close unlocks DATA_DIR. It waits for a ping that still runs.
 func (d *diskStore) Close() error {
-	d.probe.wait()
+	d.probe.running.Wait()
 	if d.owner == nil {
 		return nil
 	}
