@@ -141,7 +141,7 @@ func (p *prefetchFinder) openIndex(file fileRequest, err error) (*fileReply, err
 	case err == nil:
 		return p.api.cache.findOrFetch(p.ctx, file, byteRange{to: -1, ahead: true})
 	case errors.Is(err, errDenied):
-		return p.api.cache.passOnReply(p.ctx, file, nil)
+		return p.api.cache.passOnReply(p.ctx, file, false)
 	}
 	return nil, err
 }

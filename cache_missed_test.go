@@ -217,7 +217,7 @@ func TestNoUpstreamIsAskedForASealedRemote(t *testing.T) {
 			b := &upstreamReader{c: c, ctx: ctx, file: file("x"), validator: `"x"`, size: 9, last: 6}
 			return b.seekUpstream(5)
 		}},
-		{"passing on", func() error { _, err := c.passOnReply(ctx, file("x"), nil); return err }},
+		{"passing on", func() error { _, err := c.passOnReply(ctx, file("x"), false); return err }},
 		{"referrers", func() error {
 			call := &registryCall{remote: cfg.remotes["d"], image: "i", route: routeReferrers, digest: sha256Of(nil)}
 			_, err := (&listFile{registryFile{call: call}, "manifests"}).requestBody(ctx, tt.up, upstreamRequest{remote: call.remote, method: "GET", wire: "x"})

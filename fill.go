@@ -94,8 +94,8 @@ type fill struct {
 	spool      *spool  // nil: not opened yet
 	validator  string  // for If-Range; "": upstream gave no strong one
 	origin     int     // which of the remote's origins answered
-	leader     *leaseHolder
-	leaseToken string // of the lease on the key across replicas; "": it is not held
+	isFollower bool    // it follows another replica's
+	leaseToken string  // of the lease on the key across replicas; "": it is not held
 }
 
 // joinFill returns the fill of a file, a new one if there is none; its leader

@@ -236,7 +236,7 @@ func (b *upstreamReader) readAt(p []byte, off int64) (int, error) {
 		n, err := b.resp.Body.Read(p)
 		b.at += int64(n)
 		switch {
-		case b.size >= 0 && off+int64(n) > b.size:
+		case b.size >= 0 && off+int64(n) > b.size: // known from the Content-Range of a part
 			return 0, errTooMuch
 		case n > 0 || err == nil:
 			return n, nil

@@ -12,44 +12,35 @@ import (
 	"net/http"
 )
 
-// passOnReply answers where there is no spool: from upstream, for this client
-// alone. Nothing is stored. A body that is still to come has one of the remote's places.
-func (c *cache) passOnReply(ctx context.Context, file fileRequest, cp *storedCopy) (*fileReply, error) {
+// passOnReply answers where there is no spool: from upstream, for this client alone. Nothing
+// is stored. A body that is still to come has one of the remote's places. A range of it is
+// where ServeContent seeks.
+func (c *cache) passOnReply(ctx context.Context, file fileRequest, hasCopy bool) (*fileReply, error) {
 	places := c.fills.slotsOf(file.remote.name).passOns
 	if err := takePlace(ctx, places); err != nil {
 		return nil, err
 	}
-	reply, err := file.passOn(ctx, c, cp != nil)
-	if body, ok := reply.body.(*upstreamReader); ok {
-		body.places = places
-	} else {
-		<-places
-	}
-	switch why := file.staleReason(err); {
-	case err != nil && cp != nil && why != "":
-		return file.staleReply(c, cp, why), nil
-	case err != nil:
-		return nil, err
-	case cp != nil:
-		reply.cacheStatus = "fwd=stale; fwd-status=200"
-	}
-	return &reply, nil
-}
-
-// passOn asks upstream for a file that is not stored, for one client alone. A range of it
-// is where ServeContent seeks.
-func (file fileRequest) passOn(ctx context.Context, c *cache, hasCopy bool) (fileReply, error) {
+	var body *upstreamReader
+	defer func() {
+		if body == nil { // else its Close frees the place
+			<-places
+		}
+	}()
 	req := file.newUpstreamRequest(http.MethodGet, nil)
 	req.hasCopy = hasCopy
 	reply, resp, err := file.askUnstored(ctx, c, req)
 	if err != nil {
-		return reply, err
+		return nil, err
+	}
+	if hasCopy {
+		reply.cacheStatus = "fwd=stale; fwd-status=200"
 	}
 	reply.rec.isPage = file.isPage(resp)
 	if file.maxBytes > 0 {
-		return reply, reply.readSmallBody(ctx, file, resp)
+		return &reply, reply.readSmallBody(ctx, file, resp)
 	}
-	body := newUpstreamReader(ctx, c, file, resp)
+	body = newUpstreamReader(ctx, c, file, resp)
+	body.places = places
 	if body.rewriteLinks() {
 		reply.size = -1
 	} else if file.digest != "" {
@@ -58,7 +49,7 @@ func (file fileRequest) passOn(ctx context.Context, c *cache, hasCopy bool) (fil
 		body.through = &verifiedReader{ahead, hash}
 	}
 	reply.body = body
-	return reply, nil
+	return &reply, nil
 }
 
 // readSmallBody gives reply a small body, which must be whole before it is sent.

@@ -103,13 +103,11 @@ func (f *fill) replyFromSpool(ctx context.Context, leads bool, rng byteRange) *f
 	if f.oldRecord != nil {
 		reply.cacheStatus = "fwd=stale; fwd-status=200"
 	}
-	if leads && f.leader == nil {
+	if leads && !f.isFollower {
 		reply.willBeStored = f.fate == fateKeep
 	} else {
 		reply.cacheStatus += "; collapsed"
 	}
-	isPart := rng.from > 0 || rng.suffix > 0
-	mayRequestFar := isPart && f.phase < phaseComplete && (f.validator != "" || f.file.digest != "")
 	f.mu.Unlock()
 	if rng.head {
 		f.leave()
@@ -117,7 +115,7 @@ func (f *fill) replyFromSpool(ctx context.Context, leads bool, rng byteRange) *f
 		return reply
 	}
 	r := f.spool.newReader(ctx, f.file.digest != "" && rng.isWhole(size))
-	reply.body = &fillReader{spoolReader: r, f: f, last: rng.to, mayRequestFar: mayRequestFar}
+	reply.body = &fillReader{spoolReader: r, f: f, last: rng.to, mayRequestFar: rng.from > 0 || rng.suffix > 0}
 	return reply
 }
 
@@ -147,8 +145,9 @@ func (f *fill) replyWithoutBody(ctx context.Context, cp *storedCopy, outcome fil
 	case outcome.kind == outcomeNoSpool && cp != nil && file.rulesOthers(): // a new root that is not stored does not rule
 		return file.staleReply(c, cp, "agreeing"), false, nil
 	case outcome.kind == outcomeNoSpool:
-		reply, err = c.passOnReply(ctx, file, cp)
-		return reply, false, err
+		if reply, outcome.err = c.passOnReply(ctx, file, cp != nil); outcome.err == nil {
+			return reply, false, nil
+		}
 	}
 	if why := file.staleReason(outcome.err); why != "" && cp != nil {
 		return file.staleReply(c, cp, why), false, nil

@@ -101,7 +101,6 @@ func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, en
 	if !f.openSpool() {
 		return fillOutcome{kind: outcomeNoSpool}, true
 	}
-	f.set(func() { f.leader = leader })
 	outcome, err := f.follow(leader)
 	switch {
 	case err == nil:
@@ -116,7 +115,6 @@ func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, en
 	if f.rec != nil {
 		return f.takeOver(err), true
 	}
-	f.set(func() { f.leader = nil })
 	return fillOutcome{}, false
 }
 
@@ -168,6 +166,7 @@ func (f *fillRun) applyFrame(kind byte, payload []byte) error {
 		if err := f.spool.setSize(h.Total); err != nil {
 			return err
 		}
+		f.set(func() { f.isFollower = true })
 		f.publishHeaders(h.Record, h.Origin, h.Validator, h.Storable)
 	case frameData:
 		if f.rec == nil {
@@ -216,7 +215,6 @@ func (f *fillRun) readOutcome(payload []byte) (fillOutcome, error) {
 // cannot be, or the bytes that came are in doubt, clients that have a part of the body are
 // cut off, and those that have nothing yet begin anew.
 func (f *fillRun) takeOver(cause error) fillOutcome {
-	f.set(func() { f.leader = nil })
 	err := cause
 	if !errors.Is(cause, errDigest) {
 		written, _ := f.spool.progress()

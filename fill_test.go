@@ -7,7 +7,6 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -15,7 +14,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -247,41 +245,6 @@ func TestEachRequestAsksUpstreamWithoutATTL(t *testing.T) {
 	}
 	close(gated.gate)
 	tt.settle()
-}
-
-// renamingObjects take the spool's name away, as put may, and give it to
-// another file, as the next spool may.
-type renamingObjects struct {
-	heldObjects
-	other string
-}
-
-func (o *renamingObjects) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
-	name := spool.(*os.File).Name()
-	err := errors.Join(os.Rename(name, name+"~"), os.WriteFile(name, []byte(o.other), 0o600))
-	<-o.gate
-	return errors.Join(err, os.Rename(name+"~", name), o.objects.put(ctx, key, rec, spool, when))
-}
-
-// The names of spools are random and come back.
-func TestLateReaderOfASpoolThatWasRenamed(t *testing.T) {
-	t.Parallel()
-	text := noise(1, 100_000)
-	renaming := &renamingObjects{heldObjects{gate: make(chan struct{})}, noise(2, 100_000)}
-	tt := setup{objects: func(o objects) objects { renaming.objects = o; return renaming }}.start(t)
-	tt.origin.file("/a", text)
-	for range 2 {
-		s := tt.open("/api/r/a")
-		defer s.leave()
-		s.rest().wantStatus(200).wantBody(text)
-		tt.eventually("the name to be another's", func() bool {
-			names, _ := filepath.Glob(tt.disk.dir + "/.spool/*~")
-			return len(names) == 1
-		})
-	}
-	close(renaming.gate)
-	tt.eventually("it to be stored", func() bool { return tt.flying() == 0 })
-	tt.get("/api/r/a").wantHit().wantBody(text)
 }
 
 // hookedObjects are a store whose misses wait for the test.

@@ -398,27 +398,6 @@ func (s *spool) newReader(ctx context.Context, holdsBack bool) *spoolReader {
 	return &spoolReader{spool: s, ctx: ctx, holdsBack: holdsBack, size: s.size}
 }
 
-// openOwnFile opens a file for the reader alone, if it has none. It has an offset of its
-// own, which sendfile needs. Where a store has taken the name already, another spool may
-// have it by now: then the shared descriptor is read.
-func (r *spoolReader) openOwnFile() {
-	file := r.spool.file
-	if r.ownFile != nil || file == nil {
-		return
-	}
-	own, err := openFile(file.Name(), os.O_RDONLY, 0)
-	if err != nil {
-		return
-	}
-	mine, _ := own.Stat()
-	shared, _ := file.Stat()
-	if os.SameFile(mine, shared) {
-		r.ownFile = own
-	} else {
-		_ = own.Close()
-	}
-}
-
 // openFile is os.OpenFile for what is never polled, regular files and directories,
 // without the five system calls by which that finds out: they take longer than opening.
 func openFile(name string, flag int, perm uint32) (*os.File, error) {
@@ -505,8 +484,10 @@ func (r *spoolReader) nextFile(limit int64) (*os.File, int64, error) {
 		return nil, 0, err
 	}
 	n = min(n, limit)
-	if n >= minSendfile {
-		r.openOwnFile()
+	if shared := r.spool.file; shared != nil && r.ownFile == nil && n >= minSendfile {
+		// With an offset of its own, which sendfile needs. Once a store has taken the name the
+		// shared descriptor is read.
+		r.ownFile, _ = openFile(shared.Name(), os.O_RDONLY, 0)
 	}
 	if r.ownFile == nil {
 		return nil, n, nil
