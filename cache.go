@@ -258,7 +258,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
-	c.leaving = leavingCounts{newBoundedMap[string, int](maxRemembered, clock)}
+	c.leaving = leavingCounts{newBoundedMap[leavingLinks, int64](maxRemembered, clock)}
 	c.generations = &generations{c: c, parsed: newLRU[*rootNames](parsedRootsBudget, 0),
 		asked: newBoundedMap[string, struct{}](maxRemembered, clock), held: newBoundedMap[string, heldRoot](maxRemembered, clock)}
 	return c

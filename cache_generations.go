@@ -40,8 +40,8 @@ type generations struct {
 
 // heldRoot is a root whose successor is held.
 type heldRoot struct {
-	key, sum string // of the stored one; sum is "" if there is none
-	since    time.Time
+	key   string
+	since time.Time
 }
 
 // rootDownload is the behavior of a root: it is published only when what it names is
@@ -324,22 +324,17 @@ func newAgreeingError(root target) *problem {
 }
 
 // hold keeps next from being published while files are missing: its error is
-// errAgreeing. It is nil once that has lasted for too long.
-func (g *generations) hold(old []*storedRoot, next *storedRoot, missing []string) error {
-	folder, now, sum := next.folderID(), g.c.now(), ""
-	for _, root := range old {
-		if root.spelling == next.spelling {
-			sum = root.sum
-		}
-	}
+// errAgreeing. It is nil once that has lasted for too long, or from until on (zero: never),
+// the old root's Valid-Until.
+func (g *generations) hold(until time.Time, next *storedRoot, missing []string) error {
+	folder, now := next.folderID(), g.c.now()
 	h, held := g.held.get(folder)
 	if !held {
-		h = heldRoot{key: next.key(), sum: sum, since: now}
+		h = heldRoot{key: next.key(), since: now}
 	}
 	log := func(message string) {
 		g.c.log.Warn(message, "remote", next.remote.name, "path", next.path, "missing", missing)
 	}
-	until := old[0].validUntil
 	if (!until.IsZero() && !now.Before(until)) || now.Sub(h.since) >= maxHold {
 		g.c.metrics.countIncompleteGeneration(next.remote.name)
 		log("new metadata is published without some of its files, because clients cannot use the old one any more")
@@ -366,7 +361,7 @@ func (g *generations) noteReply(file *fileRequest, reply *fileReply) {
 	}
 	folder := d.root.folderID()
 	h, held := g.held.get(folder)
-	isNews := reply.result == "MISS" || reply.result == "REVALIDATED" || reply.rec.SHA256 != h.sum
+	isNews := reply.result == "MISS" || reply.result == "REVALIDATED" || reply.rec.Fetched.After(h.since)
 	if held && h.key == file.key() && isNews {
 		g.held.delete(folder)
 		g.c.log.Info("metadata is not held back any more", "remote", d.root.remote.name, "path", d.root.path, "after", g.c.now().Sub(h.since).Round(time.Second).String())

@@ -59,13 +59,13 @@ func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.Reade
 	var old []*storedRoot
 	for _, at := range t.remote.rootsIn(rootFolder(t.spelling)) {
 		root, err := g.openRoot(ctx, at)
-		switch {
-		case err != nil:
-		case root.sum == rec.SHA256: // upstream has the stored generation, or has gone back to it
-			return nil
-		default:
-			old = append(old, root)
+		if err != nil {
+			continue
 		}
+		if root.sum == rec.SHA256 { // upstream has the stored generation, or has gone back to it
+			return nil
+		}
+		old = append(old, root)
 	}
 	next := &storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}
 	switch {
@@ -87,7 +87,7 @@ func (p *publication) publish(ctx context.Context) error {
 		return err
 	}
 	if len(p.missing) > 0 {
-		if err := p.g.hold(p.old, p.next, p.missing); err != nil {
+		if err := p.g.hold(p.old[0].validUntil, p.next, p.missing); err != nil {
 			return err
 		}
 	}

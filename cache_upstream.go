@@ -113,8 +113,6 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 		if at := resp.Request.URL; !sameServer(at, file.remote.origins[resp.origin].url) {
 			p.detail = fmt.Sprintf("the upstream of remote %q redirects to %s, which wants credentials of its own", name, clipText(at.Host))
 		}
-	case code == http.StatusForbidden:
-		p.detail += " Forbidden"
 	case code == http.StatusTooManyRequests:
 		p.status = http.StatusServiceUnavailable
 		p.retryAfter = max(time.Second, parseRetryAfter(resp.Header, c.now()))

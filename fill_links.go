@@ -48,29 +48,31 @@ func (b *upstreamReader) rewriteLinks() bool {
 	return true
 }
 
-// leavingCounts counts links in documents that lead past the cache, by remote and host.
-type leavingCounts struct{ *boundedMap[string, int] }
+// leavingCounts counts links in documents that lead past the cache.
+type leavingCounts struct {
+	*boundedMap[leavingLinks, int64]
+}
 
-// leavingLinks are links in a remote's documents that lead past the cache.
+// leavingLinks are links in a remote's documents that lead to one host past the cache.
 type leavingLinks struct {
-	Host  string
-	Count int64 // in the documents that were fetched so far
+	remote, Host string
+	Count        int64 // in the documents that were fetched so far; 0 in a key
 }
 
 func (l leavingCounts) add(remote string, byHost map[string]int) {
 	for host, n := range byHost {
-		key := remote + " " + host
+		key := leavingLinks{remote: remote, Host: host}
 		before, _ := l.get(key)
-		l.boundedMap.put(key, before+n)
+		l.put(key, before+int64(n))
 	}
 }
 
 // list returns where the links of a remote's documents lead, most first.
 func (l leavingCounts) list(remote string) (list []leavingLinks) {
 	for _, key := range l.keys() {
-		if host, found := strings.CutPrefix(key, remote+" "); found {
-			n, _ := l.get(key)
-			list = append(list, leavingLinks{host, int64(n)})
+		if key.remote == remote {
+			key.Count, _ = l.get(key)
+			list = append(list, key)
 		}
 	}
 	slices.SortFunc(list, func(a, b leavingLinks) int {

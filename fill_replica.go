@@ -86,9 +86,6 @@ func (f *fillRun) acquireLease() {
 	if err != nil {
 		f.c.reportStoreError("redis", "leasing", f.key, err)
 	}
-	if l.release == nil {
-		f.set(func() { f.leaseToken = "" })
-	}
 	f.lease = l
 }
 
