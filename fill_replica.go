@@ -44,11 +44,11 @@ const (
 
 // replicaHead is what clients of a follower need before the body.
 type replicaHead struct {
-	Record    *record `json:"Record"`
-	Total     int64   `json:"Total"` // size of the body; -1: not known
-	Validator string  `json:"Validator"`
-	Origin    int     `json:"Origin"`
-	Storable  bool    `json:"Storable"`
+	Record    *record
+	Total     int64 // size of the body; -1: not known
+	Validator string
+	Origin    int
+	Storable  bool
 }
 
 // replicaOutcome is how a fill ended without a body. The words on the wire are
@@ -280,7 +280,7 @@ func (o replicaOutcome) toOutcome() (outcome fillOutcome, ok bool) {
 func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	w.quiet = true
 	stream, token := c.replicaKey.acceptStream(key, r.Header.Get(leaseHeader))
-	f := c.fills.joinLeased(key, token) // no lease has the token ""
+	f := c.fills.joinLeased(key, token)
 	if f == nil {
 		return newProblem(http.StatusNotFound, "no such fill")
 	}

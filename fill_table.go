@@ -106,12 +106,12 @@ func (t *fillTable) joinLeased(key, token string) *fill {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	f := t.byKey[key]
-	if f == nil {
+	if f == nil || token == "" {
 		return nil
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if token == "" || f.leaseToken != token {
+	if f.leaseToken != token {
 		return nil
 	}
 	f.clients++
@@ -251,11 +251,9 @@ func (t *fillTable) gauges(remotes []string) []family {
 	for _, f := range t.byKey {
 		written, _ := f.progress()
 		spooled += written
-		f.mu.Lock()
-		if f.phase == phaseStoring {
+		if phase, _ := f.state(); phase == phaseStoring {
 			storing++
 		}
-		f.mu.Unlock()
 	}
 	return []family{
 		{"artifactapi_fills_in_flight", "gauge", "Downloads running now.", "remote", inFlight},
