@@ -545,7 +545,9 @@ func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, o
 		ttl = rem.negativeTTL
 	}
 	m, err := c.marks.getMark(ctx, key)
-	c.reportStoreError("redis", "reading freshness of", key, err)
+	if !errors.Is(err, fs.ErrNotExist) {
+		c.reportStoreError("redis", "reading freshness of", key, err)
+	}
 	now := c.now()
 	s.goodAt = lastGood(obj.rec.Fetched, obj.rec.SHA256, m, now, ttl)
 	s.ttlLeft = ttl - now.Sub(s.goodAt)
@@ -587,11 +589,11 @@ func (file *fileRequest) staleReply(c *cache, s *storedCopy, why string) *fileRe
 	return reply
 }
 
-// reportStoreError logs and counts a failure of a store that the request survives; nil, a
-// miss and the end of whoever asked are none. In an outage each request has one, and the
-// log has a line of its own.
+// reportStoreError logs and counts a failure of a store that the request survives; nil and
+// the end of whoever asked are none. In an outage each request has one, and the log has a
+// line of its own.
 func (c *cache) reportStoreError(what, doing, key string, err error) {
-	if err == nil || errors.Is(err, fs.ErrNotExist) || errors.Is(err, context.Canceled) {
+	if err == nil || errors.Is(err, context.Canceled) {
 		return
 	}
 	c.metrics.countStoreError(what)

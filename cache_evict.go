@@ -274,7 +274,7 @@ func (e *evictor) trimVariants(ctx context.Context, t target) {
 		if row.Key == t.key() {
 			continue // the most recent one stays
 		}
-		if err := e.removeUnlessBusy(ctx, row, nil); !errors.Is(err, errBusy) {
+		if err := e.removeUnlessBusy(ctx, row, nil); !errors.Is(err, errBusy) && !errors.Is(err, fs.ErrNotExist) {
 			e.cache.reportStoreError("storage", "evicting", row.Key, err)
 		}
 	}
