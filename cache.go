@@ -379,6 +379,7 @@ type storedCopy struct {
 	goodAt  time.Time     // when it was last found good upstream
 	ttlLeft time.Duration // 0 or less: it has expired
 	forever bool          // it never expires
+	sealed  bool          // it answers whatever its age
 }
 
 func (s *storedCopy) isFresh() bool { return s.forever || s.ttlLeft > 0 }
@@ -405,7 +406,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			}
 			if cp.isFresh() {
 				c.countUse(file.remote.name, key)
-				return cp.hitReply(file.remote.sealed), nil
+				return cp.hitReply(), nil
 			}
 		case ctx.Err() != nil:
 			return nil, context.Cause(ctx)
@@ -533,7 +534,8 @@ func (c *cache) findCopy(ctx context.Context, key string, file fileRequest, rng 
 // outdated: the freshness mark is about a later version, so that a store's copy of what is
 // elsewhere is old.
 func (c *cache) freshnessOf(ctx context.Context, key string, file fileRequest, obj *object) (s *storedCopy, outdated bool) {
-	s, rem := &storedCopy{object: obj, goodAt: obj.rec.Fetched}, file.remote
+	rem := file.remote
+	s = &storedCopy{object: obj, goodAt: obj.rec.Fetched, sealed: rem.sealed}
 	if obj.rec.Links != file.rewrittenLinks().tableID() && !rem.sealed && !rem.local {
 		return s, false // expired: its links lead by another table, and upstream can be asked for others
 	}
@@ -569,12 +571,12 @@ func lastGood(fetched time.Time, sum string, m freshnessMark, now time.Time, ttl
 }
 
 // hitReply is the reply with a stored copy.
-func (s *storedCopy) hitReply(sealed bool) *fileReply {
+func (s *storedCopy) hitReply() *fileReply {
 	status := "hit"
 	if !s.forever {
 		status += "; ttl=" + strconv.FormatInt(int64(s.ttlLeft/time.Second), 10)
 	}
-	if sealed {
+	if s.sealed {
 		status += "; detail=sealed"
 	}
 	return &fileReply{rec: s.rec, headers: s.headers, size: s.rec.Size, body: s.body, goodAt: s.goodAt, cacheStatus: status, result: "HIT"}
@@ -584,7 +586,7 @@ func (s *storedCopy) hitReply(sealed bool) *fileReply {
 func (file *fileRequest) staleReply(c *cache, s *storedCopy, why string) *fileReply {
 	c.countUse(file.remote.name, file.key())
 	s.ttlLeft = min(s.ttlLeft, -time.Second) // ttl=0 would look like a fresh copy
-	reply := s.hitReply(false)
+	reply := s.hitReply()
 	reply.result, reply.cacheStatus = "STALE", reply.cacheStatus+"; detail="+why
 	return reply
 }

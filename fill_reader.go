@@ -127,7 +127,7 @@ func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 	ttl, forever := file.remote.ttlOf(file.class)
 	c.countUse(file.remote.name, f.key)
 	hit := &storedCopy{object: &object{rec: reply.rec, body: reply.body}, goodAt: c.now(), ttlLeft: ttl, forever: forever}
-	return hit.hitReply(false)
+	return hit.hitReply()
 }
 
 // replyWithoutBody answers when the fill has brought no body; again says that
