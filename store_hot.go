@@ -16,9 +16,6 @@ import (
 const (
 	// maxHotCopies bounds the copies, at some 300 bytes of memory each.
 	maxHotCopies = 100_000
-	// maxHotShare is the part of the tier that one file may take, as a divisor: one
-	// image of a disk must not evict everything else.
-	maxHotShare = 2
 	// maxParallelCopies bounds the copies that are made at once. Further files get
 	// their copy from a later reader.
 	maxParallelCopies = 4
@@ -75,9 +72,8 @@ func (t *tieredStore) findCopies(ctx context.Context) error {
 	})
 }
 
-func (t *tieredStore) mayCopy(size int64) bool {
-	return entryCost(size) <= t.copies.budget/maxHotShare
-}
+// mayCopy: one image of a disk must not evict everything else.
+func (t *tieredStore) mayCopy(size int64) bool { return entryCost(size) <= t.copies.budget/2 }
 
 // open implements objects.
 func (t *tieredStore) open(ctx context.Context, key string, off int64) (*object, error) {

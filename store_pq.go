@@ -121,10 +121,8 @@ func (x *sqlIndex) withConn(ctx context.Context, timeout time.Duration, f func(c
 	}
 	began := x.now()
 	mayRetry, err := x.runOnConn(inner, f)
-	for range 2 { // after a stale connection and a deadlock it is something else
-		if mayRetry {
-			mayRetry, err = x.runOnConn(inner, f)
-		}
+	for n := 1; mayRetry && n < 3; n++ { // after a stale connection and a deadlock it is something else
+		mayRetry, err = x.runOnConn(inner, f)
 	}
 	badData := isBadData(err)
 	if err != nil {

@@ -94,7 +94,11 @@ type s3Store struct {
 	log          *slog.Logger
 	openTimeout  time.Duration // s3OpenTimeout but in tests
 
-	invalidations
+	// Replacements and removals that were announced or are our own are counted.
+	seed    maphash.Seed
+	resets  atomic.Uint64      // times that announcements may have been missed, from 1
+	changes [256]atomic.Uint64 // by hash of the key
+
 	records *lru[cachedRecord] // of immutable files
 
 	outage *circuit
@@ -111,20 +115,12 @@ type cachedRecord struct {
 	text string // the metadata field that rec was read from
 }
 
-// invalidations counts the replacements and removals that were announced or are our
-// own. The counters only grow.
-type invalidations struct {
-	seed  maphash.Seed
-	all   atomic.Uint64      // times that announcements may have been missed, from 1
-	byKey [256]atomic.Uint64 // by hash of the key
-}
-
-// validity is the state of a key's invalidations at one moment. It is taken before
+// validity is what was known of a key's changes at one moment. It is taken before
 // S3 is asked, and what S3 answers is kept only while the state is the same: the
 // answer may be older than the change that was announced.
 type validity struct {
-	all, ofKey uint64 // the counts at that moment; the zero validity never holds
-	at         time.Time
+	resets, changes uint64 // the counts at that moment; the zero validity never holds
+	at              time.Time
 }
 
 // newS3Store keeps objects in client's bucket. It sends no request yet. hearsChanges
@@ -132,28 +128,25 @@ type validity struct {
 // closes the store after its last use.
 func newS3Store(client *s3Client, hearsChanges func() bool) *s3Store {
 	s := &s3Store{client: client, hearsChanges: hearsChanges, now: client.cfg.now, log: client.cfg.log, openTimeout: s3OpenTimeout,
-		records: newLRU[cachedRecord](maxRecordsInMemory, 0),
-		outage:  newCircuit(client.cfg.now, s3RetryAfter, s3RetryAfter)}
-	s.seed = maphash.MakeSeed()
-	s.invalidations.all.Store(1)
+		seed: maphash.MakeSeed(), records: newLRU[cachedRecord](maxRecordsInMemory, 0),
+		outage: newCircuit(client.cfg.now, s3RetryAfter, s3RetryAfter)}
+	s.resets.Store(1)
 	return s
 }
 
 // Close waits for the check that runs.
 func (s *s3Store) Close() { s.check.running.Wait() }
 
-func (n *invalidations) counterOf(key string) *atomic.Uint64 {
-	return &n.byKey[maphash.String(n.seed, key)%uint64(len(n.byKey))]
+func (s *s3Store) changesOf(key string) *atomic.Uint64 {
+	return &s.changes[maphash.String(s.seed, key)%uint64(len(s.changes))]
 }
 
 // isCurrent reports whether key was not invalidated since v.
-func (n *invalidations) isCurrent(key string, v validity) bool {
-	return n.counterOf(key).Load() == v.ofKey
-}
+func (s *s3Store) isCurrent(key string, v validity) bool { return s.changesOf(key).Load() == v.changes }
 
 // validityNow is taken before S3 is asked for key.
 func (s *s3Store) validityNow(key string) validity {
-	return validity{s.invalidations.all.Load(), s.counterOf(key).Load(), s.now()}
+	return validity{s.resets.Load(), s.changesOf(key).Load(), s.now()}
 }
 
 // trustsCopy reports whether a copy of that class, valid at v and not invalidated
@@ -161,16 +154,16 @@ func (s *s3Store) validityNow(key string) validity {
 // recheckAfter without them if the file never changes, else not at all.
 func (s *s3Store) trustsCopy(c class, v validity) bool {
 	hears := s.hearsChanges != nil && s.hearsChanges()
-	return v.all == s.invalidations.all.Load() && (hears || (c == immutable && s.now().Sub(v.at) < recheckAfter))
+	return v.resets == s.resets.Load() && (hears || (c == immutable && s.now().Sub(v.at) < recheckAfter))
 }
 
 // invalidate implements objects.
 func (s *s3Store) invalidate(key string) {
 	if key == "" {
-		s.invalidations.all.Add(1)
+		s.resets.Add(1)
 		return
 	}
-	s.counterOf(key).Add(1)
+	s.changesOf(key).Add(1)
 	s.records.remove(key)
 }
 
@@ -384,10 +377,9 @@ func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool io.
 			return validity{}, err
 		}
 	}
-	err = s.client.putObject(ctx, key, in)
-	err = s.noteWrite(err)
+	err = s.noteWrite(s.client.putObject(ctx, key, in))
 	s.invalidate(key) // also after a failure: the upload may have arrived
-	v.ofKey++         // current if that was the only change since
+	v.changes++       // current if that was the only change since
 	err = s.classifyError(ctx, v.at, err)
 	if errors.Is(err, errS3PreconditionFailed) || (when.old != nil && errors.Is(err, fs.ErrNotExist)) {
 		err = refusal
