@@ -39,7 +39,7 @@ type record struct {
 	Filters      string    `json:"o,omitempty"` // OCI-Filters-Applied
 	Links        string    `json:"k,omitempty"` // the table that the links were rewritten by
 	Negative     bool      `json:"v,omitempty"` // it says that there is nothing: negative_ttl rules how long
-	isPage       bool      // in the place of an archive, and so never stored
+	IsPage       bool      `json:"h,omitempty"` // in the place of an archive, and so never stored: for other replicas
 }
 
 // object is a stored record and, unless only the record was asked for, its body. Its

@@ -233,6 +233,7 @@ func TestNoUpstreamIsAskedForASealedRemote(t *testing.T) {
 		}},
 		{"taking over from a replica", func() error {
 			run := &fillRun{fill: fill0(c, file("x"))}
+			run.rec = &record{}
 			run.ctx, run.cancel = context.WithCancelCause(ctx)
 			defer run.cancel(nil)
 			if !run.openSpool() {

@@ -170,7 +170,7 @@ func (reply *fileReply) setHeaders(w *response, r *http.Request, file fileReques
 // setHeaders sets what describes a download.
 func (download) setHeaders(w *response, name string, rec *record) {
 	contentType := rec.ContentType
-	if !rec.isPage {
+	if !rec.IsPage {
 		contentType = contentTypeOf(name, contentType)
 	}
 	w.setHeader("Content-Type", contentType)

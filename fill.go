@@ -305,8 +305,8 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse) (body *upstreamReader, o
 		return nil, fillOutcome{kind: outcomeNoSpool}
 	}
 	rec := f.file.newRecord(resp.Header, f.c.now())
-	rec.isPage = f.file.isPage(resp)
-	storable := f.mayBeStored(resp, rec.isPage)
+	rec.IsPage = f.file.isPage(resp)
+	storable := f.mayBeStored(resp, rec.IsPage)
 	f.spool.isTransient = !storable
 	body = newUpstreamReader(f.ctx, f.c, f.file, resp)
 	validator, size := body.validator, body.size

@@ -35,7 +35,7 @@ func (c *cache) passOnReply(ctx context.Context, file fileRequest, hasCopy bool)
 	if hasCopy {
 		reply.cacheStatus = "fwd=stale; fwd-status=200"
 	}
-	reply.rec.isPage = file.isPage(resp)
+	reply.rec.IsPage = file.isPage(resp)
 	if file.maxBytes > 0 {
 		return &reply, reply.readSmallBody(ctx, file, resp)
 	}

@@ -298,6 +298,31 @@ func TestReplicaThatDies(t *testing.T) {
 	f.all[1].get("/api/r/a").wantHit().wantBody(text)
 }
 
+// A page in the place of an archive is one for those who follow its fill, and for who takes it over.
+func TestPageOfAnotherReplica(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2)
+	text := "<html>" + noise(1, 2<<20)
+	for _, dies := range []bool{false, true} {
+		release := f.origin.file("/a.zip", text).etag(`"1"`).says("Content-Type", "text/html").stallAt(1 << 20)
+		defer release()
+		leader := f.all[0].open("/api/r/a.zip")
+		defer leader.leave()
+		s := f.all[1].open("/api/r/a.zip")
+		defer s.leave()
+		s.read(1 << 20)
+		f.origin.file("/a.zip", text).etag(`"1"`).says("Content-Type", "text/html")
+		if dies {
+			_ = f.all[0].front.Close()
+		}
+		release()
+		s.rest().wantFrom("remote", "fwd=miss; collapsed").wantBody(text).wantHeader("Content-Type", "text/html")
+		leader.leave()
+		f.settled()
+		f.all[1].get("/api/r/a.zip").wantUnstored()
+	}
+}
+
 // peerScript is a process that a lease names, as a test wants it.
 type peerScript struct {
 	testing.TB
