@@ -195,22 +195,16 @@ func (f *fillRun) run() {
 	}
 }
 
-// waitForSlot waits for a place among the remote's fills: as long as a client
-// waits for this one, and not for long where a copy can answer.
+// waitForSlot waits for a place among the remote's fills, as long as a client waits for
+// this one.
 func (f *fillRun) waitForSlot() error {
-	ctx := f.ctx
-	if f.oldRecord != nil {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, copyTimeout, errFillQueueFull)
-		defer cancel()
-	}
 	slots := f.c.fills.slotsOf(f.file.remote.name)
 	select {
 	case slots.queue <- struct{}{}:
 	default:
 		return errFillQueueFull
 	}
-	if err := takePlace(ctx, slots.places); err != nil {
+	if err := takePlace(f.ctx, slots.places); err != nil {
 		<-slots.queue
 		return err
 	}

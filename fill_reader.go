@@ -37,13 +37,12 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 	}
 	if waits {
 		enough, cancel := context.WithTimeout(ctx, maxWholeBodyWait)
-		err := f.await(enough, isDecided)
-		cancel()
-		if err != nil && ctx.Err() == nil && f.file.rulesOthers() {
-			f.leave()
-			return f.file.staleReply(f.c, cp, "agreeing"), false, nil
+		defer cancel()
+		waits = f.await(enough, isDecided) == nil // else a growing body will do
+		if f.await(enough, isDecided) != nil && ctx.Err() == nil {
+			defer f.leave()
+			return f.file.staleReply(f.c, cp, f.whyNotYet()), false, nil
 		}
-		waits = false
 	}
 	if err := f.await(ctx, isDecided); err != nil {
 		f.leave()
@@ -57,6 +56,17 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 		return f.hitFromSpool(ctx, rng), false, nil
 	}
 	return f.replyFromSpool(ctx, leads, rng), false, nil
+}
+
+// whyNotYet says what keeps the fill from answering, where an expired copy can do it.
+func (f *fill) whyNotYet() string {
+	switch {
+	case !f.hasReached(phaseAsking):
+		return "crowded"
+	case f.file.rulesOthers():
+		return "agreeing"
+	}
+	return "unreachable"
 }
 
 // hasAll reports whether the body is all there: a client has no download to join any more.

@@ -538,6 +538,33 @@ func TestExpiredCopyBehindFillsThatHang(t *testing.T) {
 	})
 }
 
+// Each of several servers, or HEAD and then GET, may take its time. Who has a copy does
+// not wait for all of them, and not for a manifest that does not arrive.
+func TestExpiredCopyBehindSlowAnswers(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := setup{bubble: true, yaml: "remotes:\n  r: {base_url: ORIGIN, mirrors: [ORIGIN/a, ORIGIN/b], mutable_patterns: ['^m']}\n" +
+			"  d: {base_url: ORIGIN, package: docker}\n"}.start(t)
+		text := `{"schemaVersion": 2}`
+		tt.origin.file("/m", "old")
+		tt.origin.file("/v2/i/manifests/t", text).says("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+		for _, path := range []string{"/api/r/m", "/v2/d/i/manifests/t"} {
+			tt.get(path).wantMiss()
+		}
+		tt.advance(2 * time.Hour)
+		tt.origin.troubled(tt.origin.stalls)
+		began := time.Now()
+		tt.get("/api/r/m").wantFrom("cache", "hit; ttl=-N; detail=unreachable").wantBody("old")
+		tt.origin.troubled(nil)
+		release := tt.origin.file("/v2/i/manifests/t", text).stallAt(5)
+		tt.get("/v2/d/i/manifests/t").wantFrom("cache", "hit; ttl=-N; detail=unreachable").wantBody(text)
+		if d := time.Since(began); d != 2*maxWholeBodyWait {
+			t.Errorf("the copies came after %v", d)
+		}
+		release()
+		tt.origin.awaitRequests("/b/m", 1) // the fill goes on
+	})
+}
+
 // --- bodies that break off ---
 
 func TestCutBodyIsResumed(t *testing.T) {
