@@ -282,6 +282,7 @@ type fileRequest struct {
 	sharedKey bool
 	// knownSize answers HEAD while the file is not stored; 0: ask upstream.
 	knownSize int64
+	hasCopy   bool // see upstreamRequest
 }
 
 // fileBehavior is what one kind of file does in its own way. download has the

@@ -89,7 +89,7 @@ func (file fileRequest) newUpstreamRequest(method string, header http.Header) up
 	if file.via != "" {
 		h.Set("Via", file.via)
 	}
-	return upstreamRequest{remote: file.remote, method: method, wire: file.wire, header: h, scope: file.scope, digestKnown: file.digest != ""}
+	return upstreamRequest{remote: file.remote, method: method, wire: file.wire, header: h, scope: file.scope, hasCopy: file.hasCopy, digestKnown: file.digest != ""}
 }
 
 // statusError is the error that a client gets for a status of upstream's other than

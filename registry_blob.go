@@ -38,7 +38,7 @@ func (f *blobFile) requestBody(ctx context.Context, up *upstream, req upstreamRe
 // the blob too. Where the registry does not say so (it cannot be asked, has deleted the
 // image, or may not be asked: sealed), a stored manifest may; and while it cannot be asked,
 // a remote that nothing restricts is open.
-func (f *blobFile) permit(ctx context.Context, _ *record) error {
+func (f *blobFile) permit(ctx context.Context, rec *record) error {
 	c, g := f.call, f.g
 	if f.granted || g.isGranted(ctx, c.blobKey(c.digest)) {
 		return nil
@@ -48,7 +48,8 @@ func (f *blobFile) permit(ctx context.Context, _ *record) error {
 		err = &problem{status: http.StatusBadGateway, cause: errUnreachable,
 			detail: fmt.Sprintf("remote %q cannot be reached, and nothing stored says that image %q has this blob", c.remote.name, c.image)}
 	} else {
-		file, _ := g.newFileRequest(c)           // as this very request was made
+		file, _ := g.newFileRequest(c) // as this very request was made
+		file.hasCopy = rec != nil
 		_, err = g.cache.headUpstream(ctx, file) // which comes to requestBody
 	}
 	isOpen := c.remote.immutable == nil && c.remote.username == "" && len(c.remote.headers) == 0

@@ -148,6 +148,22 @@ func TestRegistryUngrantedBlobInAnOutage(t *testing.T) {
 	}
 }
 
+// A registry that hangs keeps nobody waiting for a stored blob longer than for any copy.
+func TestRegistryUngrantedBlobBehindAHang(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := setup{bubble: true, yaml: "remotes:\n  d: {base_url: ORIGIN, package: docker}\n"}.start(t)
+		path := "/blobs/" + sha256Of([]byte("layer"))
+		tt.origin.file("/v2/one"+path, "layer")
+		tt.get("/v2/d/one" + path).wantMiss()
+		tt.origin.troubled(tt.origin.stalls)
+		began := time.Now()
+		tt.get("/v2/d/two" + path).wantHit().wantBody("layer")
+		if d := time.Since(began); d != copyTimeout {
+			t.Errorf("the blob came after %v", d)
+		}
+	})
+}
+
 // A request joins the fill of another image only if its own has the blob.
 func TestRegistryFillOfAnotherImage(t *testing.T) {
 	t.Parallel()
