@@ -19,11 +19,12 @@ import (
 
 // limitRanges removes a Range header that is not to be heeded: of a HEAD, since Range is
 // defined for GET alone (RFC 9110 section 14.2), one of another unit than bytes, which
-// must be ignored (ibid.), and one of more than 1,000 ranges: ServeContent takes seconds
-// for 200,000, and zchunk, the client that asks for most, wants 256.
+// must be ignored (ibid.), one of the last 0 bytes, for which ServeContent sends 206, and
+// one of more than 1,000 ranges: ServeContent takes seconds for 200,000, and zchunk, the
+// client that asks for most, wants 256.
 func limitRanges(r *http.Request) {
 	spec := r.Header.Get("Range")
-	if r.Method == http.MethodHead || !strings.HasPrefix(spec, "bytes=") || strings.Count(spec, ",") >= 1000 {
+	if r.Method == http.MethodHead || !strings.HasPrefix(spec, "bytes=") || spec == "bytes=-0" || strings.Count(spec, ",") >= 1000 {
 		r.Header.Del("Range")
 	}
 }

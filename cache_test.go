@@ -451,7 +451,7 @@ func TestRangesOnHits(t *testing.T) {
 		for _, spec := range []string{fmt.Sprintf("%d-", size), "999999-"} {
 			tt.get("/api/r"+path, "Range: bytes="+spec).wantStatus(416).wantHeader("Content-Range", fmt.Sprintf("bytes */%d", size))
 		}
-		for _, spec := range []string{"bytes", "lines=1-2"} {
+		for _, spec := range []string{"bytes", "lines=1-2", "bytes=-0"} {
 			tt.get("/api/r"+path, "Range: "+spec).wantStatus(200).wantBody(whole).wantHeader("Content-Range", "")
 		}
 		tt.get("/api/r"+path, "Range: bytes=x").wantStatus(416)

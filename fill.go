@@ -60,6 +60,7 @@ const (
 	outcomeUnchanged outcomeKind = "unchanged" // the expired copy is still good
 	outcomeLookAgain outcomeKind = "again"     // the store has the file by now
 	outcomeNoSpool   outcomeKind = "no spool"  // there is none: each client asks upstream itself
+	outcomeAbandoned outcomeKind = "abandoned" // its last client left before it was of use
 	outcomeFailed    outcomeKind = "failed"    // err says why
 )
 
@@ -187,6 +188,9 @@ func (f *fillRun) run() {
 	}
 	if cause := context.Cause(f.ctx); cause != nil && outcome.kind != outcomeBody {
 		outcome = failedOutcome(cause)
+	}
+	if errors.Is(outcome.err, errAbandoned) {
+		outcome.kind = outcomeAbandoned
 	}
 	f.applyToOldCopy(outcome)
 	f.end(outcome)

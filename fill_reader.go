@@ -60,8 +60,8 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 
 // whyNotYet says what keeps the fill from answering, where an expired copy can do it.
 func (f *fill) whyNotYet() string {
-	switch {
-	case !f.hasReached(phaseAsking):
+	switch phase, _ := f.state(); {
+	case phase == phaseQueued:
 		return "crowded"
 	case f.file.rulesOthers():
 		return "agreeing"
@@ -145,7 +145,7 @@ func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
 func (f *fill) replyWithoutBody(ctx context.Context, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
 	c, file := f.c, f.file
 	switch {
-	case outcome.kind == outcomeLookAgain, errors.Is(outcome.err, errAbandoned), outcome.kind == outcomeUnchanged && cp == nil:
+	case outcome.kind == outcomeLookAgain, outcome.kind == outcomeAbandoned, outcome.kind == outcomeUnchanged && cp == nil:
 		return nil, true, nil
 	case outcome.kind == outcomeUnchanged:
 		cp.goodAt = c.now()
