@@ -86,8 +86,7 @@ func eachName(dir string, f func(name string) error) error {
 
 // newSpool makes an empty temporary file in the directory of spools. The caller
 // closes it and removes its name, unless put has renamed it. The file is locked while
-// it is open, so that no process sweeps it. One that was swept before that has no name:
-// put copies it.
+// it is open, so that no process sweeps it.
 func (d *diskStore) newSpool() (*os.File, error) {
 	name := d.dir + "/" + spoolDir + "/" + rand.Text()
 	f, err := openFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
@@ -144,9 +143,11 @@ func (d *diskStore) Close() error {
 	return d.owner.Close()
 }
 
-// sweep removes the spools that crashes left: no process has them locked. What crashes
-// left beside bodies is small: the next put of the key or verify removes it.
-func (d *diskStore) sweep() error {
+// sweep removes the spools that crashes left, which no process has locked: with all every
+// one, which only the owner of DATA_DIR may ask for, before it makes any itself; else those
+// older than a day, since one is not locked yet when it is made. What crashes left beside
+// bodies is small: the next put of the key or verify removes it.
+func (d *diskStore) sweep(all bool) error {
 	dir := d.dir + "/" + spoolDir
 	return eachName(dir, func(name string) error {
 		f, err := os.Open(dir + "/" + name)
@@ -154,12 +155,10 @@ func (d *diskStore) sweep() error {
 			return nil // it was removed meanwhile
 		}
 		defer f.Close()
-		unused, err := tryFlock(f)
-		if err != nil { // without working locks only its age shows that no process uses it
-			fi, statErr := f.Stat()
-			unused = statErr == nil && d.now().Sub(fi.ModTime()) > 24*time.Hour
-		}
-		if unused {
+		fi, statErr := f.Stat()
+		isOld := statErr == nil && d.now().Sub(fi.ModTime()) > 24*time.Hour
+		// Without working locks (an error) only the age shows that no process uses it.
+		if unused, err := tryFlock(f); (all && unused) || (isOld && (unused || err != nil)) {
 			os.RemoveAll(f.Name()) // an import's is a directory
 		}
 		return nil
