@@ -339,10 +339,8 @@ func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
 	tasks := []task{
 		{doing: "counting uses", every: 2 * time.Second, step: succeeds(s.cache.flushCounts)},
 		{doing: "evicting", every: 5 * time.Second, step: succeeds(s.cache.evictor.evictFiles)},
-		{doing: "sweeping temporary files", every: time.Hour, step: func(context.Context) error {
-			s.openData(false)
-			return s.sweepDisks(false)
-		}},
+		// A sweep reads all directories: the first request does not wait for it.
+		{doing: "sweeping temporary files", every: time.Hour, step: s.sweepDisks},
 		{doing: "sampling for the page", every: trendStep, step: succeeds(func(context.Context) { s.cache.metrics.sampleTrend() })},
 		{doing: "saving snapshots", every: 5 * time.Minute, step: s.stores.saveSnapshots},
 	}
@@ -384,9 +382,9 @@ func (s *server) runTask(ctx context.Context, t task) {
 	}
 }
 
-// openData locks DATA_DIR unless this process has the lock already. At the start the owner
-// of the lock removes the temporary files that an earlier process left. Another process
-// that uses DATA_DIR is unusual but harmless.
+// openData locks DATA_DIR unless this process has the lock already. The owner of
+// the lock may remove the temporary files that an earlier process left. Another
+// process that uses DATA_DIR is unusual but harmless.
 func (s *server) openData(isStart bool) {
 	if s.stores.disk.owner != nil {
 		return
@@ -398,18 +396,21 @@ func (s *server) openData(isStart bool) {
 		s.log.Debug("DATA_DIR cannot be locked", "dir", s.set.dataDir, "error", err)
 	case !locked:
 		s.log.Warn("another process uses DATA_DIR: its temporary files are left alone", "dir", s.set.dataDir)
-	case isStart:
-		if err := s.sweepDisks(true); err != nil {
-			s.log.Warn("temporary files of an earlier process could not be removed", "error", err)
+	default:
+		for _, d := range s.stores.disks {
+			if err := d.sweepSpools(true); err != nil {
+				s.log.Warn("temporary files of an earlier process could not be removed", "dir", d.dir, "error", err)
+			}
 		}
 	}
 }
 
-// sweepDisks removes the temporary files that crashes left in DATA_DIR, see diskStore.sweep.
-func (s *server) sweepDisks(all bool) error {
+// sweepDisks removes the files that crashes left in DATA_DIR.
+func (s *server) sweepDisks(ctx context.Context) error {
+	s.openData(false)
 	var errs []error
 	for _, d := range s.stores.disks {
-		errs = append(errs, d.sweep(all))
+		errs = append(errs, d.sweep(ctx))
 	}
 	return errors.Join(errs...)
 }

@@ -548,6 +548,24 @@ func TestServerStartsServesAndStops(t *testing.T) {
 	awaitThat(t, "the list", func() bool { return c.tester().get("/artifacts/r").has(`"path": "a"`) })
 }
 
+// The work that reads every file of a large cache runs in the background: the first
+// client must not wait for it.
+func TestStartDoesNotWaitForTheSweep(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	orphans := tt.disk.dir + "/r/0123456789abcdef"
+	long := time.Now().Add(-2 * orphanAge)
+	must(t, os.MkdirAll(orphans, 0o755), os.WriteFile(orphans+"/"+recordNext, nil, 0o600), os.Chtimes(orphans, long, long))
+	tt.restart() // it returns when requests are served
+	if _, err := os.Stat(orphans); err != nil {
+		t.Errorf("the sweep came before the first request: %v", err)
+	}
+	dir := filepath.Dir(tt.disk.dir)
+	tt.end()
+	childSetup{yaml: tt.yaml(), dir: dir}.start(t)
+	awaitThat(t, "the sweep", func() bool { _, err := os.Stat(orphans); return err != nil })
+}
+
 func TestWrongConfigurationStopsTheStart(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

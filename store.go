@@ -157,12 +157,18 @@ type fileBody struct{ *os.File }
 func (b *fileBody) nextFile(limit int64) (*os.File, int64, error) { return b.File, limit, nil }
 func (b *fileBody) advanceBy(int64)                               {}
 
+// noCopies is the part of objects that has nothing to do where nothing is copied.
+type noCopies struct{}
+
+func (noCopies) invalidate(string) {}
+
 // diskStore implements objects below one directory. DIR/{key} is the body and
 // .record beside it describes it. All methods of objects may be called concurrently
 // and by several processes. The directory is made when it is first written to, so a
 // DATA_DIR that becomes writable later is used without a restart.
 type diskStore struct {
 	*fileWriter
+	noCopies
 	dir           string
 	now           func() time.Time
 	log           *slog.Logger
@@ -185,6 +191,7 @@ type diskStore struct {
 
 	owner *os.File        // .lock while this process has it; lockData and Close use it, never concurrently
 	probe backgroundCheck // of ping
+	swept time.Time       // when sweep last read all directories; sweep alone uses it
 }
 
 // newDiskStore makes a store below dir without touching the disk.
@@ -199,9 +206,6 @@ func (d *diskStore) pathOf(key string) string { return d.dir + "/" + key }
 
 // folderOf returns the directory that holds key's body and records.
 func (d *diskStore) folderOf(key string) string { return filepath.Dir(d.pathOf(key)) }
-
-// invalidate implements objects: there are no copies of what is elsewhere.
-func (d *diskStore) invalidate(string) {}
 
 // open implements objects. A small body in memory costs a stat now and then, a larger
 // body an open and a stat. Record files are read only when memory has no entry for key.
@@ -374,12 +378,12 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 // put implements objects. Its steps, what a crash after each of them leaves, and what
 // cleans that up:
 //
-//	directory made   an empty directory; the next put uses it or verify removes it
+//	directory made   an empty directory; the next put uses it or sweep removes it
 //	spool synced     a file in .spool too; sweep removes it
 //	record written   the old copy whole, and a .record.next that describes no
-//	                 body; the next put overwrites it or verify removes it
+//	                 body; the next put overwrites it or sweep removes it
 //	body moved       the new body, described by .record.next and not by .record;
-//	                 open reads both, the next put or verify renames .record.next
+//	                 open reads both, the next put or sweep renames .record.next
 //	                 (openRepaired)
 //	record moved     nothing after a crash of the process; after a power failure
 //	                 the names may be those after any earlier step
@@ -536,7 +540,7 @@ func (d *diskStore) syncParents(key string) error {
 }
 
 // delete implements objects. It removes the body first: a crash in between leaves records
-// without a body, which are a miss and are removed by verify. A body without a record would
+// without a body, which are a miss and are removed by sweep. A body without a record would
 // look like a damaged upload.
 func (d *diskStore) delete(ctx context.Context, key string) error {
 	if !validKey(key) {
@@ -554,7 +558,7 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	if err := d.removeFiles(key, false); err != nil {
 		return storeError("deleting "+key, err)
 	}
-	os.Remove(d.folderOf(key)) // if it is empty; verify removes it if that is not durable
+	os.Remove(d.folderOf(key)) // if it is empty; sweep removes it if that is not durable
 	return nil
 }
 
@@ -580,7 +584,7 @@ func (d *diskStore) removeFiles(key string, setAside bool) error {
 // dropDamaged removes the damaged files of key and logs it. It returns errDropped,
 // which is a miss, or an error of I/O. What cannot be fetched again is set aside where a
 // person can look at it: its bytes may still be right, but nothing proves it. A crash in
-// between leaves records, which verify removes. The caller holds the directory's lock.
+// between leaves records, which sweep removes. The caller holds the directory's lock.
 func (d *diskStore) dropDamaged(key, reason string) error {
 	defer d.memory.remove(key)
 	remote, _, _ := strings.Cut(key, "/")

@@ -628,7 +628,7 @@ func TestStagedBodiesAreNotSwept(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if err := d.sweep(true); err != nil {
+		if err := d.sweepSpools(true); err != nil {
 			t.Fatal(err)
 		}
 		_, err := os.Stat(dir.Name() + "/" + sha64)

@@ -1,5 +1,5 @@
 // store_sweep.go: the upkeep of the disk store. walk lists what is stored, sweep
-// removes spools that crashes left, verify hashes what is stored, lockData owns DATA_DIR,
+// removes what crashes left, verify hashes what is stored, lockData owns DATA_DIR,
 // freeSpace and ping look at the disk below it.
 
 package main
@@ -13,10 +13,15 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 )
+
+// orphanAge is the age from which a file that belongs to nothing is removed. It is
+// long because a restore from a backup may write bodies long before their records.
+const orphanAge = 24 * time.Hour
 
 // walk implements objects. It leaves out a body that no record describes or has the size
 // of. It does not hash: a restored body of the right size is listed, and open decides
@@ -143,11 +148,32 @@ func (d *diskStore) Close() error {
 	return d.owner.Close()
 }
 
-// sweep removes the spools that crashes left, which no process has locked: with all every
-// one, which only the owner of DATA_DIR may ask for, before it makes any itself; else those
-// older than a day, since one is not locked yet when it is made. What crashes left beside
-// bodies is small: the next put of the key or verify removes it.
-func (d *diskStore) sweep(all bool) error {
+// sweep removes what crashes left, once it is older than orphanAge: spools that no
+// process has open, and files in the directories of bodies that belong to none. It
+// reads those directories once a day only, because it must read all of them. One
+// goroutine calls it, at the start and then hourly.
+func (d *diskStore) sweep(ctx context.Context) error {
+	err := d.sweepSpools(false)
+	if d.now().Sub(d.swept) < orphanAge {
+		return err
+	}
+	d.swept = d.now()
+	report := func(key string, err error) {
+		d.log.Warn("sweeping found a file that cannot be used", "key", key, "error", err)
+	}
+	return errors.Join(err, d.eachFolder(ctx, func(folder string) error {
+		files, err := os.ReadDir(d.pathOf(folder))
+		isTidy := len(files) == 2 && slices.ContainsFunc(files, func(f fs.DirEntry) bool { return f.Name() == recordFile })
+		if err == nil && !isTidy && d.isOld(d.pathOf(folder)) {
+			d.tidyFolder(ctx, folder, report)
+		}
+		return nil
+	}))
+}
+
+// sweepSpools removes spools that no process has open: with all every one, else those
+// older than orphanAge. all is for the owner of DATA_DIR while it starts.
+func (d *diskStore) sweepSpools(all bool) error {
 	dir := d.dir + "/" + spoolDir
 	return eachName(dir, func(name string) error {
 		f, err := os.Open(dir + "/" + name)
@@ -155,14 +181,21 @@ func (d *diskStore) sweep(all bool) error {
 			return nil // it was removed meanwhile
 		}
 		defer f.Close()
-		fi, statErr := f.Stat()
-		isOld := statErr == nil && d.now().Sub(fi.ModTime()) > 24*time.Hour
-		// Without working locks (an error) only the age shows that no process uses it.
-		if unused, err := tryFlock(f); (all && unused) || (isOld && (unused || err != nil)) {
+		// Without working locks (an error) only the age shows that no process
+		// uses the spool.
+		unused, err := tryFlock(f)
+		if (all && unused) || (d.isOld(f.Name()) && (unused || err != nil)) {
 			os.RemoveAll(f.Name()) // an import's is a directory
 		}
 		return nil
 	})
+}
+
+// isOld reports whether a file, or the list of names in a directory, was last changed
+// more than orphanAge ago.
+func (d *diskStore) isOld(name string) bool {
+	fi, err := os.Stat(name)
+	return err == nil && d.now().Sub(fi.ModTime()) > orphanAge
 }
 
 // verify implements verifiableObjects: it tidies each directory and hashes the body that
