@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
@@ -463,6 +464,9 @@ func (f *fakeS3) createBucket(w http.ResponseWriter, r *http.Request, _ string, 
 	}
 	if f.exists {
 		return &fakeError{409, "BucketAlreadyOwnedByYou", "Your previous request to create the named bucket succeeded."}
+	}
+	if want := f.region != "us-east-1"; want != bytes.Contains(body, []byte("<LocationConstraint>"+f.region+"</LocationConstraint>")) {
+		return &fakeError{400, "IllegalLocationConstraintException", "The location constraint is wrong"}
 	}
 	f.exists = true
 	return nil

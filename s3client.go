@@ -470,7 +470,12 @@ func (c *s3Client) listPages(ctx context.Context, doing string, query url.Values
 
 // createBucket creates the bucket, unless another replica has just done so.
 func (c *s3Client) createBucket(ctx context.Context) error {
-	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "creating bucket", method: "PUT"})
+	var body []byte
+	if region := c.endpoint.Load().region; region != "us-east-1" { // S3 refuses us-east-1 as a LocationConstraint
+		body = fmt.Appendf(nil, "<CreateBucketConfiguration><LocationConstraint>%s</LocationConstraint></CreateBucketConfiguration>", region)
+	}
+	_, err := c.sendWithRetries(ctx, &s3Operation{doing: "creating bucket", method: "PUT", body: bytes.NewReader(body), size: int64(len(body)),
+		sum: sha256Hex(body)})
 	if refused, ok := errors.AsType[*s3Error](err); ok && refused.code == "BucketAlreadyOwnedByYou" {
 		return nil
 	}
