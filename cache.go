@@ -210,6 +210,7 @@ type cache struct {
 	metrics  *metrics
 	// isInTrouble reports whether it is known, and logged, that a store cannot be used.
 	isInTrouble   func(store string) bool
+	storageIsDown func() bool // as far as is known; nothing is said to be stored then
 	replicaClient *http.Client
 
 	ctx    context.Context // of all fills
@@ -246,7 +247,7 @@ type cacheStores struct {
 func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logger, m *metrics) *cache {
 	c := &cache{cacheStores: st, upstream: up, now: now, log: log, metrics: m, replicaClient: newReplicaClient(), fills: newFillTable(),
 		missed: missedFiles{files: map[missedKey]*missedFile{}}, readers: openFiles{byKey: map[string]int{}},
-		isInTrouble: func(string) bool { return false }}
+		isInTrouble: func(string) bool { return false }, storageIsDown: func() bool { return false }}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.lostAnnouncement.Store(st.replicas != nil) // of a process that died between a change and its announcement
 	clock := func() time.Time { return c.now() } // tests replace c.now
@@ -440,7 +441,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 			}
 			err = errStoreDown
 		}
-		if reply != nil && errors.Is(storeErr, errStoreDown) {
+		if reply != nil && (errors.Is(storeErr, errStoreDown) || c.storageIsDown()) {
 			reply.willBeStored = false // it may be, if the store is back by then
 		}
 		if inOutage && failedByNetwork(err) { // the probe; who finds an outage says so

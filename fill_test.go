@@ -1486,6 +1486,11 @@ func TestNothingIsSaidToBeStoredInAnOutage(t *testing.T) {
 	objects.failPut(nil)
 	tt.get("/api/r/a").wantMiss()
 	tt.get("/api/r/a").wantHit()
+
+	objects.failPut(down) // it can be read, as a disk of another user can
+	tt.cache.storageIsDown = func() bool { return true }
+	tt.origin.file("/b", "text")
+	tt.get("/api/r/b").wantUnstored().wantBody("text")
 }
 
 func TestWithoutAStoreErrorsAreStillErrors(t *testing.T) {

@@ -231,7 +231,7 @@ func (s *server) newHandler() http.Handler {
 	} else {
 		st.hot.isInTrouble = func() bool { return st.isInTrouble("storage") }
 	}
-	s.cache.isInTrouble = st.isInTrouble
+	s.cache.isInTrouble, s.cache.storageIsDown = st.isInTrouble, st.storageIsDown
 	s.responder = &responder{now: time.Now, log: s.log, count: metrics.countRequest, isDown: func(remote string) bool { return s.cache.upstream.isInOutage(remote) }}
 	var stopping context.Context
 	stopping, s.stopRuns = context.WithCancel(context.Background())

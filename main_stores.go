@@ -81,6 +81,13 @@ func (st *stores) isInTrouble(store string) bool {
 	return slices.ContainsFunc(st.backends, func(b *backend) bool { return b.name == store && (b.state() != b.okWord || b.isSeenDown()) })
 }
 
+// storageIsDown reports whether nothing can be stored. What is full takes what fits.
+func (st *stores) storageIsDown() bool {
+	return slices.ContainsFunc(st.backends, func(b *backend) bool {
+		return b.name == "storage" && (b.isSeenDown() || (b.found.Load() != nil && b.state() == "down"))
+	})
+}
+
 // task is a step that runs in the background, again and again.
 type task struct {
 	doing string        // for the log: "saving snapshots"

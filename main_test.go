@@ -987,6 +987,33 @@ func TestUnwritableDataDirIsDegradedAndServes(t *testing.T) {
 	}
 }
 
+// What was not checked yet, and what is full, may store a file.
+func TestStorageThatIsKnownToBeDown(t *testing.T) {
+	t.Parallel()
+	var found, seen error
+	b := &backend{name: "storage", okWord: "ok", ping: func(context.Context) error { return found }, seenDown: func() error { return seen }}
+	st := &stores{backends: []*backend{b}}
+	s := &server{log: newLogger(new(settings), io.Discard), stores: st, cache: &cache{metrics: newMetrics()}}
+	want := func(what string, down bool) {
+		t.Helper()
+		if st.storageIsDown() != down {
+			t.Errorf("%s: down is %t", what, !down)
+		}
+	}
+	want("not checked yet", false)
+	seen = errStoreDown
+	want("a request found it down", true)
+	seen = nil
+	for _, c := range []struct {
+		found error
+		down  bool
+	}{{errStoreDown, true}, {errNoSpace, false}, {nil, false}} {
+		found = c.found
+		s.checkBackend(b)
+		want(fmt.Sprint(c.found), c.down)
+	}
+}
+
 // Files on disk would be forgotten, and fill it, when S3 is configured.
 func TestEarlierDiskStoreIsReported(t *testing.T) {
 	t.Parallel()

@@ -728,8 +728,9 @@ func TestS3ReadOnlyBucketIsRead(t *testing.T) {
 		t.Errorf("ping after a refused put: %v", err)
 	}
 	tt := setup{objects: func(objects) objects { return b.store }}.start(t)
+	tt.cache.storageIsDown = func() bool { return b.store.whyDown() != nil }
 	tt.origin.file("/h", "x")
-	tt.get("/api/r/h").wantStatus(200).wantBody("x")
+	tt.get("/api/r/h").wantUnstored().wantBody("x")
 	b.fake.readOnly = false
 	b.mustPut("g", "x")
 	if err := b.store.ping(t.Context()); err != nil {
