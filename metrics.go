@@ -24,8 +24,8 @@ import (
 	"time"
 )
 
-// The values of the labels, to which callers keep, so that the number of series is
-// bounded. So is that of remotes: callers name configured ones, and use "" for everything else.
+// The values of the labels. Callers use no others, so that the number of series is bounded;
+// as the label remote they use the names of configured ones, and "" for everything else.
 var (
 	resultLabels = [...]string{"hit", "miss", "stale", "revalidated", "none"}
 	statusLabels = [...]string{"1xx", "2xx", "3xx", "4xx", "5xx"}

@@ -535,14 +535,15 @@ func (r *spoolReader) Close() error {
 // body, and with SHA-512 where the body's digest is one.
 type bodyHash struct {
 	io.Writer
-	sha256, sha512 hash.Hash
-	digest         string // that it is to have: sha256:HEX or sha512:HEX; "" is any
+	sha256, sha512 hash.Hash // sha512 is nil if the digest is none
+	digest         string    // that it is to have: sha256:HEX or sha512:HEX; "" is any
 }
 
 func newBodyHash(digest string) *bodyHash {
-	h := &bodyHash{sha256: sha256.New(), sha512: sha512.New(), digest: digest}
+	h := &bodyHash{sha256: sha256.New(), digest: digest}
 	h.Writer = h.sha256
 	if strings.HasPrefix(digest, "sha512:") {
+		h.sha512 = sha512.New()
 		h.Writer = io.MultiWriter(h.sha256, h.sha512)
 	}
 	return h
@@ -553,11 +554,14 @@ func (h *bodyHash) sumHex() string { return hex.EncodeToString(h.sha256.Sum(nil)
 
 // verify compares what was written with the digest. A mismatch is errDigest.
 func (h *bodyHash) verify() error {
+	if h.digest == "" {
+		return nil
+	}
 	got := "sha256:" + h.sumHex()
-	if strings.HasPrefix(h.digest, "sha512:") {
+	if h.sha512 != nil {
 		got = "sha512:" + hex.EncodeToString(h.sha512.Sum(nil))
 	}
-	if h.digest != "" && got != h.digest {
+	if got != h.digest {
 		return fmt.Errorf("%w: %s instead of %s", errDigest, got, h.digest)
 	}
 	return nil
