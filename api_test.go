@@ -117,6 +117,21 @@ func TestUploadThatIsStoredSlowly(t *testing.T) {
 	})
 }
 
+// A file's TTL runs while it is being stored: nobody asks upstream about it meanwhile.
+func TestTTLRunsWhileAFileIsStored(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		slow := func(o objects) objects { return &slowObjects{o, time.Minute} }
+		tt := setup{keys: []string{`mutable_patterns: ["x"]`, "cache: {mutable_ttl: 90}"}, bubble: true, objects: slow}.start(t)
+		tt.origin.file("/x", "one")
+		tt.get("/api/r/x").wantMiss().wantBody("one") // it returns when the file is stored
+		time.Sleep(10 * time.Second)
+		tt.get("/api/r/x").wantFrom("cache", "hit; ttl=20")
+		tt.origin.file("/x", "two")
+		time.Sleep(21 * time.Second)
+		tt.get("/api/r/x").wantBody("two")
+	})
+}
+
 // hangingObjects is a store whose puts do not end with their context.
 type hangingObjects struct{ slowObjects }
 

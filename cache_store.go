@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"regexp"
 	"strings"
+	"time"
 )
 
 // storeBody stores a complete body: the object, then its index row; the caller then
@@ -101,7 +102,7 @@ func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, 
 	second := *rec
 	second.Path, second.Class = t.spelling, t.class
 	if c.storeBody(ctx, key, &second, spool.body(), putCondition{}) == nil { // it has logged its failure
-		c.refreshMark(ctx, t, &second)
+		c.refreshMark(ctx, t, &second, c.now())
 	}
 }
 
@@ -110,13 +111,13 @@ func newIndexRow(key string, rec *record) indexRow {
 		Class: rec.Class, Size: rec.Size, Fetched: rec.Fetched, LastAccess: rec.Fetched}
 }
 
-// refreshMark remembers that the copy of t was just found good.
-func (c *cache) refreshMark(ctx context.Context, t target, rec *record) {
+// refreshMark remembers that the copy of t was found good at that time.
+func (c *cache) refreshMark(ctx context.Context, t target, rec *record, at time.Time) {
 	if _, forever := t.remote.ttlOf(t.class); forever {
 		return
 	}
 	key := t.key()
-	err := c.marks.setMark(ctx, key, freshnessMark{GoodAt: c.now().UTC(), SHA256: rec.SHA256})
+	err := c.marks.setMark(ctx, key, freshnessMark{GoodAt: at.UTC(), SHA256: rec.SHA256})
 	c.reportStoreError("redis", "refreshing", key, err)
 }
 

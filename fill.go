@@ -416,8 +416,9 @@ func (f *fillRun) store() (ok bool) {
 	if f.phase != phaseStoring {
 		return true
 	}
+	arrived := f.c.now()                                                                      // its TTL runs from here: S3 may need a while for a large file
 	if ok = f.c.storeBody(f.c.ctx, f.key, f.rec, f.spool.body(), putCondition{}) == nil; ok { // else it has logged its failure
-		f.c.refreshMark(f.c.ctx, f.file.target, f.rec)
+		f.c.refreshMark(f.c.ctx, f.file.target, f.rec, arrived)
 		f.c.evictor.trimVariants(f.c.ctx, f.file.target)
 		warnOfIndex(&f.fill, f.rec)
 	}
@@ -444,7 +445,7 @@ func (f *fillRun) applyToOldCopy(outcome fillOutcome) {
 	status, _ := errors.AsType[*upstreamStatus](outcome.err)
 	switch {
 	case outcome.kind == outcomeUnchanged, isUnreachable(outcome.err):
-		c.refreshMark(c.ctx, f.file.target, old)
+		c.refreshMark(c.ctx, f.file.target, old, c.now())
 	case status != nil && status.isGone():
 		c.log.Info("evicted a file that upstream does not have any more", "remote", f.file.remote.name, "path", f.file.path, "status", status.code)
 		f.removeStored("evicting")

@@ -328,8 +328,15 @@ func (s *server) drain(ctx context.Context, srv *http.Server) {
 	}
 }
 
-// startLoops starts the background tasks. They end with ctx; loops counts them.
+// startLoops checks all backends, which takes checkTimeout at most, so that the first
+// requests and /health find up what is up. Then it starts the background tasks. They end
+// with ctx; loops counts them.
 func (s *server) startLoops(ctx context.Context, loops *sync.WaitGroup) {
+	var firstChecks sync.WaitGroup
+	for _, b := range s.stores.backends {
+		firstChecks.Go(func() { s.checkBackend(b) })
+	}
+	firstChecks.Wait()
 	succeeds := func(step func(context.Context)) func(context.Context) error {
 		return func(ctx context.Context) error {
 			step(ctx)

@@ -1097,6 +1097,26 @@ func TestHealthWaitsForNothingThatHangs(t *testing.T) {
 	hanging.Wait()
 }
 
+// The first request finds a bucket that is made at the start, and /health what is up.
+func TestBackendsAreCheckedBeforeTheFirstRequest(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		s := newBubbleTester(t).server
+		answers := func(context.Context) error { time.Sleep(checkTimeout / 2); return nil }
+		hangs := func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		s.stores.backends = []*backend{{name: "storage", okWord: "ok", ping: answers}, {name: "database", okWord: "ok", ping: hangs}}
+		ctx, stop := context.WithCancel(t.Context())
+		var loops sync.WaitGroup
+		began := time.Now()
+		s.startLoops(ctx, &loops)
+		h := s.reportHealth()
+		if took := time.Since(began); took != checkTimeout || h.Backends["storage"] != "ok" || h.Backends["database"] != "down" {
+			t.Errorf("after %v health is %v", took, h.Backends)
+		}
+		stop()
+		loops.Wait()
+	})
+}
+
 // The end of whatever reads the log (a pipe to another program) ends nothing.
 func TestServerOutlivesTheReaderOfItsLog(t *testing.T) {
 	t.Parallel()
