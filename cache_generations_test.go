@@ -953,6 +953,43 @@ func TestReplicasFlipTogether(t *testing.T) {
 	}
 }
 
+// A root that its replica could not store rules nowhere.
+func TestRootThatAnotherReplicaCannotStore(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2, "package: deb", "cache: {mutable_ttl: 60}")
+	a := &testArchive{tester: f.tester, root: "/dists/t/InRelease", folder: "/dists/t/", release: releaseOf("")}
+	a.publish(debFiles("one"))
+	old := a.release(a)
+	a.wantGeneration(old, a.files)
+	a.publish(debFiles("two"))
+	full := &fullForRoots{a.cache.objects, make(chan struct{})}
+	replies := make(chan *got, 2)
+	for i, tt := range f.all {
+		tt.cache.useObjects(full)
+		tt.advance(61 * time.Second)
+		go func() { replies <- tt.get(a.in(a.root)) }()
+		a.eventually("the clients", func() bool { return a.waiting("dists/t/InRelease") == i+1 })
+	}
+	close(full.gate)
+	for range f.all {
+		(<-replies).wantFrom("cache", agreeing).wantBody(old)
+	}
+}
+
+// fullForRoots stores no root: when it is let, it finds out that it is full.
+type fullForRoots struct {
+	objects
+	gate chan struct{}
+}
+
+func (o *fullForRoots) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
+	if strings.HasSuffix(rec.Path, "InRelease") {
+		<-o.gate
+		return errNoSpace
+	}
+	return o.objects.put(ctx, key, rec, spool, when)
+}
+
 func TestNestedRelease(t *testing.T) {
 	t.Parallel()
 	a := debArchive(t, "")

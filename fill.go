@@ -390,10 +390,7 @@ func (f *fillRun) completeFill() fillOutcome {
 		return failedOutcome(err)
 	}
 	f.publishBody(&rec)
-	if !f.store() && f.oldRecord != nil && f.file.rulesOthers() {
-		return failedOutcome(errAgreeing) // the old root is there, and still rules
-	}
-	return fillOutcome{kind: outcomeBody}
+	return f.store()
 }
 
 // publishBody lets all that wait have the whole body. The remote has a place for
@@ -410,22 +407,24 @@ func (f *fillRun) publishBody(rec *record) {
 	}
 }
 
-// store stores a body that is published, unless its fate is another. It is false if the
-// store failed.
-func (f *fillRun) store() (ok bool) {
+// store stores a body that is published, unless its fate is another.
+func (f *fillRun) store() (outcome fillOutcome) {
+	outcome.kind = outcomeBody
 	if f.phase != phaseStoring {
-		return true
+		return outcome
 	}
-	arrived := f.c.now()                                                                      // its TTL runs from here: S3 may need a while for a large file
-	if ok = f.c.storeBody(f.c.ctx, f.key, f.rec, f.spool.body(), putCondition{}) == nil; ok { // else it has logged its failure
+	arrived := f.c.now()                                                             // its TTL runs from here: S3 may need a while for a large file
+	if f.c.storeBody(f.c.ctx, f.key, f.rec, f.spool.body(), putCondition{}) == nil { // else it has logged its failure
 		f.c.refreshMark(f.c.ctx, f.file.target, f.rec, arrived)
 		f.c.evictor.trimVariants(f.c.ctx, f.file.target)
 		warnOfIndex(&f.fill, f.rec)
+	} else if f.oldRecord != nil && f.file.rulesOthers() {
+		outcome = failedOutcome(errAgreeing) // the old root is there, and still rules
 	}
 	if _, fate := f.state(); fate == fatePurgedElsewhere { // when nothing was stored yet
 		f.removeStored("purging")
 	}
-	return ok
+	return outcome
 }
 
 // removeStored removes what is stored under the fill's key.

@@ -51,7 +51,7 @@ type replicaHead struct {
 	Storable  bool
 }
 
-// replicaOutcome is how a fill ended without a body. The words on the wire are
+// replicaOutcome is how a fill ended without a stored body. The words on the wire are
 // older than some names here: replicas of two versions may run side by side.
 type replicaOutcome struct {
 	// Kind is unchanged or again (see outcomeKind), unreachable, timeout, "" for
@@ -130,18 +130,18 @@ func (f *fillRun) follow(leader *leaseHolder) (fillOutcome, error) {
 	defer body.Close()
 	r := bufio.NewReaderSize(body, largeBufferSize)
 	for {
-		kind, payload, err := stream.readFrame(r)
-		if err != nil && f.phase < phaseComplete {
-			return fillOutcome{}, err
-		}
-		if err != nil { // the leader has stored the whole body, as far as it could, or died over that
-			if !errors.Is(err, io.EOF) && f.ctx.Err() == nil {
-				f.store()
-			}
-			return fillOutcome{kind: outcomeBody}, nil
-		}
 		silence.Reset(replicaTimeout)
-		if kind == frameOutcome {
+		kind, payload, err := stream.readFrame(r)
+		silence.Stop() // what follows may take long without being the leader's silence
+		isWhole := f.phase >= phaseComplete
+		switch {
+		case isWhole && (errors.Is(err, io.EOF) || f.ctx.Err() != nil): // the leader has stored it
+			return fillOutcome{kind: outcomeBody}, nil
+		case isWhole && (err != nil || kind == frameOutcome): // it died over that, or failed
+			return f.store(), nil
+		case err != nil:
+			return fillOutcome{}, err
+		case kind == frameOutcome:
 			return f.readOutcome(payload)
 		}
 		if err := f.applyFrame(kind, payload); errors.Is(err, errNoSpace) {
@@ -290,16 +290,14 @@ func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	w.WriteHeader(http.StatusOK)
 	s := &frameStream{f: f, ctx: r.Context(), w: w, replicaStream: stream, heartbeat: time.NewTicker(replicaHeartbeat)}
 	defer s.heartbeat.Stop()
-	whole, err := s.sendBody()
+	err := s.sendBody()
 	if err == nil {
 		_, err = s.awaitPhase(phaseDone)
 	}
-	if err != nil || whole {
+	if err != nil || f.outcome.kind == outcomeBody {
 		return err
 	}
-	f.mu.Lock()
 	outcome := newReplicaOutcome(f.outcome)
-	f.mu.Unlock()
 	if f.oldRecord != nil {
 		outcome.Copy = f.oldRecord.SHA256
 	}
@@ -351,12 +349,11 @@ func (s *frameStream) await(changed <-chan struct{}) error {
 	}
 }
 
-// sendBody sends the head and the body, if there is one; whole reports whether that came to
-// its end.
-func (s *frameStream) sendBody() (whole bool, err error) {
+// sendBody sends the head and the body, as far as there is one.
+func (s *frameStream) sendBody() error {
 	rec, err := s.awaitPhase(phaseFilling)
 	if err != nil || rec == nil {
-		return false, err
+		return err
 	}
 	body := s.f.spool.newReader(s.ctx, false)
 	defer body.Close()
@@ -364,7 +361,7 @@ func (s *frameStream) sendBody() (whole bool, err error) {
 	head := replicaHead{rec, body.size, s.f.validator, s.f.origin, s.f.fate == fateKeep}
 	s.f.mu.Unlock()
 	if err := s.writeJSONFrame(s.w, frameHead, head); err != nil {
-		return false, err
+		return err
 	}
 	buf := largeBuffers.Get().(*[largeBufferSize]byte)
 	defer largeBuffers.Put(buf)
@@ -372,25 +369,22 @@ func (s *frameStream) sendBody() (whole bool, err error) {
 		n, changed, end := body.available()
 		switch {
 		case n > 0:
-			k, err := body.Read(buf[:])
-			if err != nil {
-				return false, fmt.Errorf("reading the spool: %w", err)
-			}
-			if err := s.writeFrame(s.w, frameData, buf[:k]); err != nil {
-				return false, err
+			var k int
+			if k, err = body.Read(buf[:]); err == nil {
+				err = s.writeFrame(s.w, frameData, buf[:k])
 			}
 		case end == io.EOF:
 			if rec, err = s.awaitPhase(phaseComplete); err != nil {
-				return true, err
+				return err
 			}
-			return true, s.writeJSONFrame(s.w, frameEnd, rec)
+			return s.writeJSONFrame(s.w, frameEnd, rec)
 		case end != nil:
-			return false, nil
+			return nil
 		default:
 			err = s.await(changed)
 		}
 	}
-	return false, err
+	return err
 }
 
 // The frames of a followed fill: one byte of kind, four of length, the seal, the payload.
@@ -399,7 +393,7 @@ const (
 	frameHead      byte = 'h' // replicaHead: upstream's headers are there
 	frameData      byte = 'd' // a piece of the body
 	frameEnd       byte = 'e' // record: the body is whole and verified; heartbeats follow until it is stored
-	frameOutcome   byte = 'o' // replicaOutcome: there will be no body
+	frameOutcome   byte = 'o' // replicaOutcome: there will be no body, or it was not stored
 
 	frameHeadSize = 5 // of kind and length
 	// maxReplicaFrame bounds what is read for one frame.

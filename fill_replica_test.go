@@ -908,6 +908,41 @@ func TestFollowersKeepTheFileUntilItIsStored(t *testing.T) {
 	f.wantRequests("/a", 1)
 }
 
+// A replica is not silent while a follower makes room for what it said.
+func TestFollowerThatIsSlowItself(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		f := &fleet{tester: tt, board: newBoard(), all: []*tester{tt}}
+		f.join(tt)
+		text := noise(1, peerSize)
+		disk := tt.cache.space.diskSpace
+		tt.cache.space.diskSpace = func() (diskUsage, error) {
+			d, err := disk()
+			d.free = room{bytes: peerSize, inodes: d.free.inodes} // and MIN_FREE is more
+			return d, err
+		}
+		tt.cache.space.reclaimer = slowReclaimer{}
+		f.board.leaseTo(f.key("a"), "http://peer")
+		tt.cache.replicaClient.Transport = playedBy(t, func(p *peerScript) {
+			p.head(peerRecord(text), peerSize, `"1"`)
+			p.data(text)
+			p.end(peerRecord(text))
+		})
+		f.origin.file("/a", text).etag(`"1"`)
+		tt.get("/api/r/a").wantStatus(200).wantBody(text)
+		tt.wantRequests("/a", 0)
+	})
+}
+
+// slowReclaimer frees all that is asked for, and takes its time.
+type slowReclaimer struct{}
+
+func (slowReclaimer) reclaimable() room { return room{1 << 30, 1 << 20} }
+func (slowReclaimer) reclaim(need room, _ func(int64)) room {
+	time.Sleep(2 * replicaTimeout)
+	return need
+}
+
 // What a replica died over storing, those who followed it store.
 func TestReplicaThatDiesWhileItStores(t *testing.T) {
 	t.Parallel()
