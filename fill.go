@@ -435,10 +435,10 @@ func (f *fillRun) removeStored(doing string) {
 }
 
 // applyToOldCopy does what the end of a fill means for the copy that it was to
-// replace, unless that was purged meanwhile.
+// replace, unless that was purged meanwhile or the end means nothing for it.
 func (f *fillRun) applyToOldCopy(outcome fillOutcome) {
 	c, old := f.c, f.oldRecord
-	if _, fate := f.state(); old == nil || fate >= fatePurgedHere {
+	if _, fate := f.state(); old == nil || fate >= fatePurgedHere || outcome.kind == outcomeLookAgain {
 		return
 	}
 	status, _ := errors.AsType[*upstreamStatus](outcome.err)

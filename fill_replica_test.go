@@ -908,6 +908,23 @@ func TestFollowersKeepTheFileUntilItIsStored(t *testing.T) {
 	f.wantRequests("/a", 1)
 }
 
+// A replica that dies over a new version says nothing about the old one: upstream is asked.
+func TestReplicaThatDiesOverANewVersion(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1, `mutable_patterns: ["."]`)
+	f.origin.file("/a", "old")
+	f.get("/api/r/a").wantMiss()
+	f.advance(2 * time.Hour)
+	text := noise(1, peerSize)
+	f.origin.file("/a", text)
+	f.script(func(p *peerScript) {
+		p.head(peerRecord(text), peerSize, "")
+		p.data(text[:peerSize/2])
+		p.cut()
+	})
+	f.get("/api/r/a").wantStatus(200).wantBody(text)
+}
+
 // A replica is not silent while a follower makes room for what it said.
 func TestFollowerThatIsSlowItself(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
