@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"maps"
 	"math"
 	"regexp"
 	"sync"
@@ -125,7 +126,7 @@ func (t *fillTable) isFilling(key string) bool {
 }
 
 // purge takes the fill of key out of the table, so that later requests begin another, and
-// decides that its body is not stored. It returns it, or nil.
+// decides that its body is not stored: without a client it ends. It returns it, or nil.
 func (t *fillTable) purge(key string, fate bodyFate) *fill {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -133,6 +134,9 @@ func (t *fillTable) purge(key string, fate bodyFate) *fill {
 	if f != nil {
 		delete(t.byKey, key)
 		f.setFate(fate)
+		if phase, _ := f.state(); f.clients == 0 && phase < phaseComplete {
+			f.cancel(errAbandoned)
+		}
 	}
 	return f
 }
@@ -157,8 +161,9 @@ func (t *fillTable) drop(f *fill) {
 // matching returns the keys of a remote's fills in whose path pattern is found.
 func (t *fillTable) matching(remote string, pattern *regexp.Regexp) (keys []string) {
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	for key, f := range t.byKey {
+	fills := maps.Clone(t.byKey)
+	t.mu.Unlock()
+	for key, f := range fills { // without the lock: a pattern may take seconds for all
 		if f.file.remote.name == remote && pattern.MatchString(decodePath(f.file.spelling)) {
 			keys = append(keys, key)
 		}

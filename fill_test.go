@@ -1572,6 +1572,21 @@ func TestPurgeDuringAFill(t *testing.T) {
 
 // What a question from before a purge brings to light says nothing about what
 // was stored after it.
+// What nobody waits for and may not be stored is not fetched to its end.
+func TestPurgeOfAFillWithoutClients(t *testing.T) {
+	t.Parallel()
+	tt := setup{env: map[string]string{"API_TOKEN": "t"}}.start(t)
+	release := tt.origin.file("/a", noise(1, 500_000)).stallAt(1000)
+	defer release()
+	s := tt.open("/api/r/a")
+	s.read(1000)
+	s.leave()
+	tt.eventually("the client to be gone", func() bool { return tt.waiting("a") == 0 })
+	tt.delete("/artifacts/r/a", "Authorization: Bearer t")
+	tt.awaitEnds(1)
+	tt.wantNoSpools()
+}
+
 func TestPurgeDuringARevalidation(t *testing.T) {
 	t.Parallel()
 	tt := setup{env: map[string]string{"API_TOKEN": "t"}, keys: []string{`mutable_patterns: ["."]`}}.start(t)
