@@ -304,18 +304,15 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse) (body *upstreamReader, o
 	}
 	rec := f.file.newRecord(resp.Header, f.c.now())
 	rec.IsPage = f.file.isPage(resp)
-	storable := f.mayBeStored(resp, rec.IsPage)
-	f.spool.isTransient = !storable
 	body = newUpstreamReader(f.ctx, f.c, f.file, resp)
-	validator, size := body.validator, body.size
+	head := replicaHead{rec, body.size, body.validator, resp.origin, f.mayBeStored(resp, rec.IsPage)}
 	if body.rewriteLinks() {
-		validator, size = "", -1 // upstream's parts are of another body
+		head.Total, head.Validator = -1, "" // upstream's parts are of another body
 	}
-	if err := f.spool.setSize(size); err != nil {
+	if err := f.publishHeaders(head); err != nil {
 		f.c.reportStoreError("spool", "beginning", f.key, err)
 		return nil, fillOutcome{kind: outcomeNoSpool}
 	}
-	f.publishHeaders(rec, resp.origin, validator, storable)
 	return body, fillOutcome{}
 }
 
@@ -332,16 +329,21 @@ func (f *fillRun) openSpool() bool {
 	return true
 }
 
-// publishHeaders makes the headers of the coming body known to all that wait.
-func (f *fillRun) publishHeaders(rec *record, origin int, validator string, storable bool) {
-	if !storable {
+// publishHeaders makes room for the coming body and its headers known to all that wait.
+func (f *fillRun) publishHeaders(head replicaHead) error {
+	f.spool.isTransient = !head.Storable
+	if err := f.spool.setSize(head.Total); err != nil {
+		return err
+	}
+	if !head.Storable {
 		f.setFate(fatePassOn)
 	}
 	f.set(func() {
-		f.rec, f.origin, f.validator = rec, origin, validator
+		f.rec, f.origin, f.validator = head.Record, head.Origin, head.Validator
 		f.advance(phaseFilling)
 	})
 	f.c.fills.leave(&f.fill, 0) // the last client may have left already
+	return nil
 }
 
 // receiveBody moves a body into the spool.

@@ -42,7 +42,7 @@ const (
 	failedLeaseTime = time.Minute
 )
 
-// replicaHead is what clients of a follower need before the body.
+// replicaHead is what clients need before the body, those of a follower too.
 type replicaHead struct {
 	Record    *record
 	Total     int64 // size of the body; -1: not known
@@ -160,11 +160,8 @@ func (f *fillRun) applyFrame(kind byte, payload []byte) error {
 		if err := json.Unmarshal(payload, &h); err != nil || h.Record == nil || f.rec != nil {
 			return errors.New("its head cannot be read, or is the second")
 		}
-		if err := f.spool.setSize(h.Total); err != nil {
-			return err
-		}
 		f.set(func() { f.isFollower = true })
-		f.publishHeaders(h.Record, h.Origin, h.Validator, h.Storable)
+		return f.publishHeaders(h)
 	case frameData:
 		if f.rec == nil {
 			return errors.New("data before its head")

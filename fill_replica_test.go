@@ -932,13 +932,8 @@ func TestFollowerThatIsSlowItself(t *testing.T) {
 		f := &fleet{tester: tt, board: newBoard(), all: []*tester{tt}}
 		f.join(tt)
 		text := noise(1, peerSize)
-		disk := tt.cache.space.diskSpace
-		tt.cache.space.diskSpace = func() (diskUsage, error) {
-			d, err := disk()
-			d.free = room{bytes: peerSize, inodes: d.free.inodes} // and MIN_FREE is more
-			return d, err
-		}
-		tt.cache.space.reclaimer = slowReclaimer{}
+		tt.cache.space.diskSpace = func() (diskUsage, error) { return diskUsage{free: room{bytes: peerSize}}, nil } // MIN_FREE is more
+		tt.cache.space.reclaimer = &slowReclaimer{}
 		f.board.leaseTo(f.key("a"), "http://peer")
 		tt.cache.replicaClient.Transport = playedBy(t, func(p *peerScript) {
 			p.head(peerRecord(text), peerSize, `"1"`)
@@ -951,11 +946,34 @@ func TestFollowerThatIsSlowItself(t *testing.T) {
 	})
 }
 
-// slowReclaimer frees all that is asked for, and takes its time.
-type slowReclaimer struct{}
+// What the leader may not store is not worth what is stored.
+func TestFollowerMakesNoRoomForWhatIsNotStored(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := newBubbleTester(t)
+		f := &fleet{tester: tt, board: newBoard(), all: []*tester{tt}}
+		f.join(tt)
+		text := noise(1, peerSize)
+		reclaimer := &slowReclaimer{}
+		tt.cache.space.reclaimer = reclaimer
+		tt.cache.space.diskSpace = func() (diskUsage, error) { return diskUsage{free: room{bytes: peerSize}}, nil }
+		f.board.leaseTo(f.key("a"), "http://peer")
+		tt.cache.replicaClient.Transport = playedBy(t, func(p *peerScript) {
+			_ = p.writeJSONFrame(p, frameHead, replicaHead{peerRecord(text), peerSize, `"1"`, 0, false})
+		})
+		f.origin.file("/a", text)
+		tt.get("/api/r/a").wantStatus(200).wantBody(text)
+		if reclaimer.asked > 0 {
+			t.Error("something was removed for it")
+		}
+	})
+}
 
-func (slowReclaimer) reclaimable() room { return room{1 << 30, 1 << 20} }
-func (slowReclaimer) reclaim(need room, _ func(int64)) room {
+// slowReclaimer frees all that is asked for, and takes its time.
+type slowReclaimer struct{ asked int }
+
+func (*slowReclaimer) reclaimable() room { return room{1 << 30, 1 << 20} }
+func (s *slowReclaimer) reclaim(need room, _ func(int64)) room {
+	s.asked++
 	time.Sleep(2 * replicaTimeout)
 	return need
 }
