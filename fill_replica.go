@@ -209,15 +209,17 @@ func (f *fillRun) readOutcome(payload []byte) (fillOutcome, error) {
 // cannot be, or the bytes that came are in doubt, clients that have a part of the body are
 // cut off, and those that have nothing yet begin anew.
 func (f *fillRun) takeOver(cause error) fillOutcome {
-	err := cause
-	if !errors.Is(cause, errDigest) {
-		written, _ := f.spool.progress()
-		body := f.newPartReader(f.ctx, written, -1)
-		if err = body.resume(written, cause); err == nil {
-			return f.receiveBody(body)
+	if errors.Is(cause, errDigest) {
+		return fillOutcome{outcomeLookAgain, cause}
+	}
+	written, size := f.spool.progress()
+	body := f.newPartReader(f.ctx, written, -1)
+	if written != size { // else only the word is missing that it is whole
+		if err := body.resume(written, cause); err != nil {
+			return fillOutcome{outcomeLookAgain, err}
 		}
 	}
-	return fillOutcome{outcomeLookAgain, err}
+	return f.receiveBody(body)
 }
 
 // openStream opens the stream of the leader's fill. The caller closes it.

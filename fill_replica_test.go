@@ -978,6 +978,23 @@ func (s *slowReclaimer) reclaim(need room, _ func(int64)) room {
 	return need
 }
 
+// A body that is all there needs nothing from upstream when its replica dies, and cannot
+// have it by Range.
+func TestReplicaThatDiesBeforeItsLastWord(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1)
+	text := noise(1, peerSize)
+	f.script(func(p *peerScript) {
+		p.head(peerRecord(text), peerSize, `"1"`)
+		p.data(text)
+		p.cut()
+	})
+	f.get("/api/r/a").wantStatus(200).wantBody(text)
+	f.settled()
+	f.wantStored("a", true)
+	f.wantRequests("/a", 0)
+}
+
 // What a replica died over storing, those who followed it store.
 func TestReplicaThatDiesWhileItStores(t *testing.T) {
 	t.Parallel()
