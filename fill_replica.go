@@ -23,6 +23,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -287,11 +288,19 @@ func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	w.Header().Set(leaseHeader, stream.answer)
 	w.Header().Set("Content-Type", "application/octet-stream")
 	w.WriteHeader(http.StatusOK)
-	s := &frameStream{f: f, ctx: r.Context(), w: w, replicaStream: stream, heartbeat: time.NewTicker(replicaHeartbeat)}
-	defer s.heartbeat.Stop()
-	err := s.sendBody()
+	s := &frameStream{replicaStream: stream, w: w}
+	ctx, cancel := context.WithCancel(r.Context())
+	var beating sync.WaitGroup
+	beating.Go(func() {
+		defer cancel() // the follower has left
+		for s.send(frameHeartbeat, nil) == nil && sleepFor(ctx, replicaHeartbeat) == nil {
+		}
+	})
+	defer beating.Wait()
+	defer cancel()
+	err := s.sendBody(ctx, f)
 	if err == nil {
-		_, err = s.awaitPhase(phaseDone)
+		err = f.await(ctx, func() bool { return f.phase == phaseDone })
 	}
 	if err != nil || f.outcome.kind == outcomeBody {
 		return err
@@ -300,90 +309,74 @@ func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	if f.oldRecord != nil {
 		outcome.Copy = f.oldRecord.SHA256
 	}
-	return s.writeJSONFrame(w, frameOutcome, outcome)
+	return s.sendJSON(frameOutcome, outcome)
 }
 
 // frameStream is the stream of a fill to one follower.
 type frameStream struct {
 	*replicaStream
-	f         *fill
-	ctx       context.Context
-	w         *response
-	heartbeat *time.Ticker
+	mu sync.Mutex // held while a frame is sent: heartbeats have a goroutine of their own
+	w  *response
 }
 
-// awaitPhase waits until the fill is in that phase or behind it, and returns the record
-// that it has then, if any.
-func (s *frameStream) awaitPhase(phase fillPhase) (*record, error) {
-	for {
-		s.f.mu.Lock()
-		reached, rec, changed := s.f.phase >= phase, s.f.rec, s.f.changed.next()
-		s.f.mu.Unlock()
-		if reached {
-			return rec, nil
-		}
-		if err := s.await(changed); err != nil {
-			return nil, err
-		}
+// send sends a frame at once.
+func (s *frameStream) send(kind byte, payload []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.writeFrame(s.w, kind, payload); err != nil {
+		return err
 	}
+	if err := s.w.controller.Flush(); err != nil {
+		return fmt.Errorf("%w: %w", errClientGone, err)
+	}
+	return nil
 }
 
-// await waits for changed, with heartbeats. What was written before must not sit
-// in a buffer meanwhile.
-func (s *frameStream) await(changed <-chan struct{}) error {
-	for {
-		if err := s.w.controller.Flush(); err != nil {
-			return fmt.Errorf("%w: %w", errClientGone, err)
-		}
-		select {
-		case <-changed:
-			return nil
-		case <-s.heartbeat.C:
-			if err := s.writeFrame(s.w, frameHeartbeat, nil); err != nil {
-				return err
-			}
-		case <-s.ctx.Done():
-			return context.Cause(s.ctx)
-		}
+func (s *frameStream) sendJSON(kind byte, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
 	}
+	return s.send(kind, b)
 }
 
 // sendBody sends the head and the body, as far as there is one.
-func (s *frameStream) sendBody() error {
-	rec, err := s.awaitPhase(phaseFilling)
-	if err != nil || rec == nil {
+func (s *frameStream) sendBody(ctx context.Context, f *fill) error {
+	var head replicaHead
+	err := f.await(ctx, func() bool {
+		head = replicaHead{f.rec, -1, f.validator, f.origin, f.fate == fateKeep}
+		return f.phase >= phaseFilling
+	})
+	if err != nil || head.Record == nil {
 		return err
 	}
-	body := s.f.spool.newReader(s.ctx, false)
+	body := f.spool.newReader(ctx, false)
 	defer body.Close()
-	s.f.mu.Lock()
-	head := replicaHead{rec, body.size, s.f.validator, s.f.origin, s.f.fate == fateKeep}
-	s.f.mu.Unlock()
-	if err := s.writeJSONFrame(s.w, frameHead, head); err != nil {
+	head.Total = body.size
+	if err := s.sendJSON(frameHead, head); err != nil {
 		return err
 	}
 	buf := largeBuffers.Get().(*[largeBufferSize]byte)
 	defer largeBuffers.Put(buf)
-	for err == nil {
-		n, changed, end := body.available()
-		switch {
-		case n > 0:
-			var k int
-			if k, err = body.Read(buf[:]); err == nil {
-				err = s.writeFrame(s.w, frameData, buf[:k])
-			}
-		case end == io.EOF:
-			if rec, err = s.awaitPhase(phaseComplete); err != nil {
-				return err
-			}
-			return s.writeJSONFrame(s.w, frameEnd, rec)
-		case end != nil:
-			return nil
-		default:
-			err = s.await(changed)
+	for {
+		n, err := body.Read(buf[:])
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return context.Cause(ctx) // nil: the outcome says why there is no more
+		}
+		if err := s.send(frameData, buf[:n]); err != nil {
+			return err
 		}
 	}
-	return err
+	if err := f.await(ctx, func() bool {
+		head.Record = f.rec
+		return f.phase >= phaseComplete
+	}); err != nil {
+		return err
+	}
+	return s.sendJSON(frameEnd, head.Record)
 }
 
 // The frames of a followed fill: one byte of kind, four of length, the seal, the payload.
@@ -470,14 +463,6 @@ func (s *replicaStream) writeFrame(w io.Writer, kind byte, payload []byte) error
 	}
 	_, err := w.Write(payload)
 	return err
-}
-
-func (s *replicaStream) writeJSONFrame(w io.Writer, kind byte, v any) error {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	return s.writeFrame(w, kind, b)
 }
 
 // readFrame reads the next frame, whose payload is valid until the one after it is read.

@@ -342,13 +342,17 @@ func newPeer(t testing.TB, w http.ResponseWriter, r *http.Request) *peerScript {
 }
 
 // Who is told nonsense may hang up before the end of it.
+func (p *peerScript) json(kind byte, v any) error {
+	b, _ := json.Marshal(v)
+	return p.writeFrame(p, kind, b)
+}
 func (p *peerScript) head(rec *record, total int64, validator string) {
-	_ = p.writeJSONFrame(p, frameHead, replicaHead{rec, total, validator, 0, true})
+	_ = p.json(frameHead, replicaHead{rec, total, validator, 0, true})
 }
 func (p *peerScript) frame(kind byte, text string) { _ = p.writeFrame(p, kind, []byte(text)) }
 func (p *peerScript) data(text string)             { p.frame(frameData, text) }
-func (p *peerScript) end(rec *record)              { _ = p.writeJSONFrame(p, frameEnd, rec) }
-func (p *peerScript) over(v replicaOutcome)        { _ = p.writeJSONFrame(p, frameOutcome, v) }
+func (p *peerScript) end(rec *record)              { _ = p.json(frameEnd, rec) }
+func (p *peerScript) over(v replicaOutcome)        { _ = p.json(frameOutcome, v) }
 func (p *peerScript) raw(text string)              { _, _ = io.WriteString(p, text) }
 
 // cut breaks the connection.
@@ -958,7 +962,7 @@ func TestFollowerMakesNoRoomForWhatIsNotStored(t *testing.T) {
 		tt.cache.space.diskSpace = func() (diskUsage, error) { return diskUsage{free: room{bytes: peerSize}}, nil }
 		f.board.leaseTo(f.key("a"), "http://peer")
 		tt.cache.replicaClient.Transport = playedBy(t, func(p *peerScript) {
-			_ = p.writeJSONFrame(p, frameHead, replicaHead{peerRecord(text), peerSize, `"1"`, 0, false})
+			_ = p.json(frameHead, replicaHead{peerRecord(text), peerSize, `"1"`, 0, false})
 		})
 		f.origin.file("/a", text)
 		tt.get("/api/r/a").wantStatus(200).wantBody(text)
@@ -1002,7 +1006,7 @@ func TestReplicaThatDiesWhileItStores(t *testing.T) {
 	for _, storable := range []bool{true, false} {
 		f := newFleet(t, 1)
 		f.script(func(p *peerScript) {
-			_ = p.writeJSONFrame(p, frameHead, replicaHead{peerRecord(text), peerSize, `"1"`, 0, storable})
+			_ = p.json(frameHead, replicaHead{peerRecord(text), peerSize, `"1"`, 0, storable})
 			p.data(text)
 			p.end(peerRecord(text))
 			p.frame(frameHeartbeat, "")
