@@ -106,7 +106,7 @@ func (f *fillRun) fetchFromReplica(leader *leaseHolder) (outcome fillOutcome, en
 	case f.rec == nil && f.isStoredByNow(): // it ended before we asked
 		return fillOutcome{kind: outcomeLookAgain}, true
 	}
-	err = fmt.Errorf("the filling replica is gone: %w", err)
+	err = fmt.Errorf("following another replica: %w", err)
 	f.c.failedLeases.putFor(leader.token, struct{}{}, failedLeaseTime)
 	written, _ := f.spool.progress()
 	f.c.log.Info("fetching what another replica began", "key", f.key, "replica", leader.addr, "at", written, "error", err)

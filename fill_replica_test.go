@@ -496,8 +496,6 @@ func TestReplicaThatIsNotThere(t *testing.T) {
 	f.get("/api/r/b").wantMiss().wantBody("text")
 }
 
-// Where upstream has no ranges it is asked for all of it again, which goes on
-// behind what clients have if it is the same.
 // A body cannot be continued without ranges. Clients that have a part of it are cut
 // off; those that have nothing yet begin anew.
 func TestTakingOverWithoutRanges(t *testing.T) {

@@ -190,10 +190,8 @@ func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResp
 			return resp, err
 		}
 		resp.discardBody()
-		select {
-		case <-time.After(firstRetryDelay << (2 * try)):
-		case <-ctx.Done():
-			return nil, ctx.Err()
+		if err := sleepFor(ctx, firstRetryDelay<<(2*try)); err != nil {
+			return nil, err
 		}
 	}
 }
