@@ -224,8 +224,8 @@ type cache struct {
 	failedLeases     *boundedMap[string, struct{}]    // tokens of leases whose holder could not be followed
 	warnedOf         sync.Map                         // by name, remotes of which an index was stored forever
 	changing         keyedLock                        // keys that are being put or purged
-	leaving          leavingCounts
-	lostAnnouncement atomic.Bool // one that the other replicas did not get
+	leaving          *boundedMap[leavingLinks, int64] // how many links lead past the cache
+	lostAnnouncement atomic.Bool                      // one that the other replicas did not get
 	uses             useCounts
 	missed           missedFiles
 	readers          openFiles
@@ -259,7 +259,7 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 	c.headRefused = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.passOn = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
-	c.leaving = leavingCounts{newBoundedMap[leavingLinks, int64](maxRemembered, clock)}
+	c.leaving = newBoundedMap[leavingLinks, int64](maxRemembered, clock)
 	c.generations = &generations{c: c, parsed: newLRU[*rootNames](parsedRootsBudget, 0),
 		asked: newBoundedMap[string, struct{}](maxRemembered, clock), held: newBoundedMap[string, heldRoot](maxRemembered, clock)}
 	return c

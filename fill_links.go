@@ -43,14 +43,15 @@ func (b *upstreamReader) rewriteLinks() bool {
 		return false
 	}
 	rewriter := newLinkRewriter(nextBytes{b}, links)
-	rewriter.atEnd = func(leaving map[string]int) { c.leaving.add(file.remote.name, leaving) }
+	rewriter.atEnd = func(leaving map[string]int) {
+		for host, n := range leaving {
+			key := leavingLinks{remote: file.remote.name, Host: host}
+			before, _ := c.leaving.get(key)
+			c.leaving.put(key, before+int64(n))
+		}
+	}
 	b.through = rewriter
 	return true
-}
-
-// leavingCounts counts links in documents that lead past the cache.
-type leavingCounts struct {
-	*boundedMap[leavingLinks, int64]
 }
 
 // leavingLinks are links in a remote's documents that lead to one host past the cache.
@@ -59,19 +60,11 @@ type leavingLinks struct {
 	Count        int64 // in the documents that were fetched so far; 0 in a key
 }
 
-func (l leavingCounts) add(remote string, byHost map[string]int) {
-	for host, n := range byHost {
-		key := leavingLinks{remote: remote, Host: host}
-		before, _ := l.get(key)
-		l.put(key, before+int64(n))
-	}
-}
-
-// list returns where the links of a remote's documents lead, most first.
-func (l leavingCounts) list(remote string) (list []leavingLinks) {
-	for _, key := range l.keys() {
+// leavingOf returns where the links of a remote's documents lead past the cache, most first.
+func (c *cache) leavingOf(remote string) (list []leavingLinks) {
+	for _, key := range c.leaving.keys() {
 		if key.remote == remote {
-			key.Count, _ = l.get(key)
+			key.Count, _ = c.leaving.get(key)
 			list = append(list, key)
 		}
 	}
