@@ -1240,3 +1240,14 @@ func BenchmarkHitBesideRoots(b *testing.B) {
 		})
 	}
 }
+
+// A file that upstream has by name alone is resumed by name.
+func TestMetadataByNameIsResumed(t *testing.T) {
+	t.Parallel()
+	a := debArchive(t, "Acquire-By-Hash: yes\n")
+	text := noise(1, 300_000)
+	a.publish(map[string]string{packagesGz: text})
+	a.origin.file(a.folder+packagesGz, text).cut(150_000)
+	a.getRoot().wantMiss()
+	a.get(a.in(packagesGz)).wantStatus(200).wantBody(text)
+}

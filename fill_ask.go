@@ -322,7 +322,7 @@ func (b *upstreamReader) requestPart(off int64, origin int) (resp *upstreamRespo
 	if b.validator != "" {
 		req.header.Set("If-Range", b.validator)
 	}
-	if resp, err = b.c.upstream.send(b.ctx, req); err != nil {
+	if resp, err = b.file.behaves().requestBody(b.ctx, b.c.upstream, req); err != nil {
 		return nil, 0, err
 	}
 	first, last, size, ok := parseContentRange(resp.Header.Get("Content-Range"))
