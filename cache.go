@@ -350,7 +350,7 @@ func (c *cache) serveFile(w *response, r *http.Request, file fileRequest) error 
 	}
 	defer reply.body.Close()
 	if reply.size > briefAnswer {
-		key := file.key()
+		key := storageKey(reply.rec.Remote, reply.rec.Path) // what a root names is stored under another key than file's
 		c.readers.countReaders(key, 1)
 		defer c.readers.countReaders(key, -1)
 	}

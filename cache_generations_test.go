@@ -1251,3 +1251,24 @@ func TestMetadataByNameIsResumed(t *testing.T) {
 	a.getRoot().wantMiss()
 	a.get(a.in(packagesGz)).wantStatus(200).wantBody(text)
 }
+
+// A file that a root names has a key of its own.
+func TestEvictionSparesMetadataThatIsRead(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		a := &testArchive{tester: newBubbleTester(t, "package: deb", "cache: {mutable_ttl: 60}"), root: "/dists/t/InRelease", folder: "/dists/t/", release: releaseOf("")}
+		text := noise(1, 1_000_000)
+		a.publish(map[string]string{packagesGz: text})
+		a.wantGeneration(a.release(a), a.files)
+		a.getFile("last")
+		reader := a.open(a.in(packagesGz))
+		reader.read(1)
+		a.advance(time.Second)
+		a.get("/api/r/last").wantHit()
+		a.cache.evictor.limit = 1000
+		a.cache.evictor.evictFiles(t.Context())
+		a.wantListed("r", "dists/t/"+packagesGz, "last")
+		if rest := reader.rest(); rest.text != text {
+			t.Errorf("the reader got %d bytes, %v", len(rest.text), rest.err)
+		}
+	})
+}
