@@ -1272,3 +1272,20 @@ func TestEvictionSparesMetadataThatIsRead(t *testing.T) {
 		}
 	})
 }
+
+func TestRootThatMayNotBeStoredIsNotPublished(t *testing.T) {
+	t.Parallel()
+	a := debArchive(t, "")
+	a.publish(debFiles("one"))
+	a.publishRoot("/dists/t/Release")
+	old := a.release(a)
+	a.wantGeneration(old, a.files)
+	a.get(a.in("Release")).wantMiss()
+	a.publish(debFiles("two"))
+	a.publishRoot("/dists/t/Release")
+	a.origin.file(a.root, a.release(a)).closeDelimited()
+	a.advance(61 * time.Second)
+	a.getRoot().wantFrom("cache", agreeing)
+	a.wantGeneration(old, debFiles("one"))
+	a.get(a.in("Release")).wantBody(old)
+}

@@ -41,8 +41,9 @@ type publication struct {
 // siblingRoot is the other root of a folder: InRelease and Release name the same files.
 type siblingRoot struct {
 	*storedRoot
-	rec  *record
-	text []byte
+	rec      *record
+	text     []byte
+	mayBeCut bool // and so it must not be stored
 }
 
 // checkBody publishes the root: the fill stores it when nil is returned.
@@ -115,7 +116,7 @@ func (p *publication) nextOf(ctx context.Context, old *storedRoot) *storedRoot {
 		p.needs(old.path, p.g.c.purgeFile(ctx, old.remote.name, old.key()))
 	case err != nil:
 		p.needs(old.path, err)
-	case !p.next.agreesWith(sibling.rootNames):
+	case sibling.mayBeCut, !p.next.agreesWith(sibling.rootNames):
 		p.needs(old.path, errAgreeing)
 	default:
 		p.siblings = append(p.siblings, sibling)
@@ -141,7 +142,7 @@ func (g *generations) fetchRoot(ctx context.Context, t target) (root siblingRoot
 	}
 	rec := file.newRecord(resp.Header, g.c.now())
 	rec.Size, rec.SHA256 = int64(len(text)), fmt.Sprintf("%x", sha256.Sum256(text))
-	return siblingRoot{&storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}, rec, text}, nil
+	return siblingRoot{&storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}, rec, text, !resp.hasKnownEnd()}, nil
 }
 
 // fetchSuccessors fetches what takes the place of the stored files of the old roots.

@@ -304,8 +304,12 @@ func (f *fillRun) acceptHeaders(resp *upstreamResponse) (body *upstreamReader, o
 	}
 	rec := f.file.newRecord(resp.Header, f.c.now())
 	rec.IsPage = f.file.isPage(resp)
+	storable := f.mayBeStored(resp, rec.IsPage)
+	if !storable && f.oldRecord != nil && f.file.rulesOthers() {
+		return nil, failedOutcome(errAgreeing) // the old root is there, and still rules
+	}
 	body = newUpstreamReader(f.ctx, f.c, f.file, resp)
-	head := replicaHead{rec, body.size, body.validator, resp.origin, f.mayBeStored(resp, rec.IsPage)}
+	head := replicaHead{rec, body.size, body.validator, resp.origin, storable}
 	if body.rewriteLinks() {
 		head.Total, head.Validator = -1, "" // upstream's parts are of another body
 	}

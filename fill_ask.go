@@ -107,13 +107,18 @@ func (rec *record) mayBe(h http.Header) bool {
 
 func isStrongETag(etag string) bool { return strings.HasPrefix(etag, `"`) }
 
-// mayBeStored reports whether the body of resp may be stored. A body that only
-// the end of the connection delimits (RFC 9112 section 6.3) cannot be told from a
-// cut one, one over cache.max_size would push out everything else, and a page to log in
-// would be there forever in the place of an archive.
+// hasKnownEnd is false for a body that only the end of the connection delimits (RFC 9112
+// section 6.3): it cannot be told from a cut one.
+func (resp *upstreamResponse) hasKnownEnd() bool {
+	return resp.ContentLength >= 0 || resp.ProtoMajor != 1 || len(resp.TransferEncoding) > 0
+}
+
+// mayBeStored reports whether the body of resp may be stored. One that may be cut may not,
+// one over cache.max_size would push out everything else, and a page to log in would be
+// there forever in the place of an archive.
 func (f *fillRun) mayBeStored(resp *upstreamResponse, isPage bool) bool {
 	c, name := f.c, f.file.remote.name
-	if resp.ContentLength < 0 && resp.ProtoMajor == 1 && len(resp.TransferEncoding) == 0 {
+	if !resp.hasKnownEnd() {
 		c.log.Warn("a file is passed on and not stored: upstream gave neither a length nor chunks, so that a cut body could not be told from a whole one", "remote", name, "path", f.file.path)
 		return false
 	}
