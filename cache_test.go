@@ -1286,6 +1286,17 @@ func TestNegativeTTLIsBounded(t *testing.T) {
 	}
 }
 
+func TestNegativeTTLMayBeLongerThanADay(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "negative_ttl: 172800")
+	tt.get("/api/r/a").wantStatus(404)
+	tt.advance(47 * time.Hour)
+	tt.get("/api/r/a").wantStatus(404).wantFrom("cache", "hit; detail=negative")
+	tt.advance(2 * time.Hour)
+	tt.down()
+	tt.get("/api/r/a").wantStatus(502)
+}
+
 func TestMissingFilesAreAskedForAgainWithoutNegativeTTL(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)

@@ -105,7 +105,7 @@ func (c *cache) statusError(file fileRequest, resp *upstreamResponse) error {
 	switch {
 	case code == http.StatusNotFound, code == http.StatusGone:
 		missing := missingFile{code, c.now(), resp.Request.Method == http.MethodHead}
-		c.missing.putFor(file.wireKey(), missing, maxMissingAge)
+		c.missing.putFor(file.wireKey(), missing, max(maxMissingAge, file.remote.negativeTTL))
 		return missing.newProblem(name)
 	case code == http.StatusUnauthorized:
 		p.status = http.StatusBadGateway
