@@ -66,8 +66,9 @@ func (g *registry) isNamedByStored(ctx context.Context, c *registryCall) bool {
 	image := c.remote.name + "/" + c.image
 	_, _ = g.searches.call(ctx, image, func() (searched struct{}, err error) {
 		if _, found := g.searched.get(image); !found {
-			g.readStoredManifests(ctx, c)
-			g.searched.putFor(image, searched, outagePause)
+			if g.readStoredManifests(ctx, c); ctx.Err() == nil { // else some were not read
+				g.searched.putFor(image, searched, outagePause)
+			}
 		}
 		return searched, nil
 	})

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 	"strings"
@@ -90,6 +91,44 @@ func TestRegistryManifestsGrantTheirBlobs(t *testing.T) {
 	must(t, m.cache.index.(*embeddedIndex).reconcile(t.Context(), m.disk))
 	m.get(path("two")).wantBody(im.blobs[im.order[1]]) // whatever the registry says: the store has manifest and blob
 	m.wantUngranted(path("four"))
+}
+
+// leavingIndex is an index during whose first listing the client leaves.
+type leavingIndex struct {
+	index
+	leaves func()
+}
+
+func (x *leavingIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error) {
+	if x.leaves != nil {
+		x.leaves()
+		x.leaves = nil
+		<-ctx.Done()
+		return indexPage{}, ctx.Err()
+	}
+	return x.index.listPage(ctx, q)
+}
+
+// A client that leaves while the stored manifests are looked through leaves nobody else
+// without their grants.
+func TestRegistryGrantSearchIsGivenUp(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("one", "v1", 5000)
+	m := newMirror(t, h.url(), `username: "u"`)
+	m.pull("/v2/reg/one", "v1", im)
+	m.restart() // without its grants
+	h.down()
+	must(t, m.cache.index.(*embeddedIndex).reconcile(t.Context(), m.disk))
+	ctx, leave := context.WithCancel(t.Context())
+	m.cache.index = &leavingIndex{m.cache.index, leave}
+	path := "/v2/reg/one/blobs/" + im.order[1]
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, m.srv.URL+path, nil)
+	must(t, err)
+	if _, err := m.client.Do(req); err == nil {
+		t.Fatal("the client did not leave")
+	}
+	m.get(path).wantBody(im.blobs[im.order[1]])
 }
 
 // Where HEAD is refused, a GET for one byte under the image's scope decides.
