@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -150,7 +151,11 @@ func (f *manifestFile) permit(ctx context.Context, rec *record) error {
 		return nil // the copy in hand answers all the same
 	}
 	defer obj.body.Close()
-	m, _ := readManifest(io.LimitReader(obj.body, maxManifest)) // what is none names nothing
+	body, err := io.ReadAll(io.LimitReader(obj.body, maxManifest))
+	if err != nil {
+		return nil // nor does it count as read
+	}
+	m, _ := readManifest(bytes.NewReader(body)) // what is none names nothing
 	g.grantNamed(ctx, c, m, obj.rec.SHA256)
 	return nil
 }

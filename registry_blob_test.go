@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 	"sync"
@@ -129,6 +130,41 @@ func TestRegistryGrantSearchIsGivenUp(t *testing.T) {
 		t.Fatal("the client did not leave")
 	}
 	m.get(path).wantBody(im.blobs[im.order[1]])
+}
+
+// brokenOnce is a store of which the first body cannot be read.
+type brokenOnce struct {
+	objects
+	isWhole bool
+}
+
+func (o *brokenOnce) open(ctx context.Context, key string, off int64) (*object, error) {
+	obj, err := o.objects.open(ctx, key, off)
+	if err == nil && off >= 0 && !o.isWhole {
+		o.isWhole = true
+		obj.body = &brokenBody{obj.body}
+	}
+	return obj, err
+}
+
+type brokenBody struct{ io.ReadSeekCloser }
+
+func (*brokenBody) Read([]byte) (int, error) { return 0, errStoreDown }
+
+// A stored manifest that cannot be read now grants its blobs when it can.
+func TestRegistryManifestThatCannotBeReadNow(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("one", "v1", 5000)
+	m := newMirror(t, h.url(), `username: "u"`)
+	m.pull("/v2/reg/one", "v1", im)
+	m.restart() // without its grants
+	h.down()
+	m.cache.useObjects(&brokenOnce{objects: m.cache.objects})
+	for range 2 {
+		m.head("/v2/reg/one/manifests/v1").want(http.StatusOK)
+	}
+	m.get("/v2/reg/one/blobs/" + im.order[1]).wantBody(im.blobs[im.order[1]])
 }
 
 // Where HEAD is refused, a GET for one byte under the image's scope decides.
