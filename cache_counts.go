@@ -111,12 +111,12 @@ func (u *useCounts) take() []fileUse {
 
 // flush writes the gathered uses to the index and heals it: a file without a row,
 // because another process stored it or a crash lost the row, gets it from its stored
-// record. While the index is down, the uses stay for the next flush.
+// record. While the index is down, and when ctx ends, the uses stay for the next flush.
 func (u *useCounts) flush(ctx context.Context, to index, from objects) (failed error) {
 	var unknown []fileUse
 	for batch := range slices.Chunk(u.take(), usesBatch) {
 		found, err := to.countUses(ctx, batch)
-		if errors.Is(err, errStoreDown) {
+		if errors.Is(err, errStoreDown) || (err != nil && ctx.Err() != nil) {
 			u.addUses(batch...)
 		}
 		failed, unknown = cmp.Or(failed, err), append(unknown, found...)

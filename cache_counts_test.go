@@ -153,6 +153,31 @@ func TestHealingKeepsTheUsesOfAStoreThatIsDown(t *testing.T) {
 	(&indexTester{t, x}).wantRow(want)
 }
 
+// endingIndex is an index in a database, asked at the end of the process.
+type endingIndex struct {
+	index
+	end func()
+}
+
+func (x *endingIndex) countUses(ctx context.Context, _ []fileUse) ([]fileUse, error) {
+	x.end()
+	return nil, ctx.Err()
+}
+
+// The flush that the shutdown interrupts leaves its uses to the last one.
+func TestInterruptedFlushLosesNoUses(t *testing.T) {
+	t.Parallel()
+	var heard useCounts
+	for i := range usesBatch + 1 {
+		heard.addUses(fileUse{"r", fmt.Sprint(i), 1, testDay})
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	_ = heard.flush(ctx, &endingIndex{end: cancel}, nil)
+	if n := len(heard.take()); n != usesBatch+1 {
+		t.Errorf("the uses of %d files are left, want those of %d", n, usesBatch+1)
+	}
+}
+
 func TestUsesAreBounded(t *testing.T) {
 	t.Parallel()
 	var heard useCounts
