@@ -108,10 +108,10 @@ func (c *cache) purgeRows(ctx context.Context, q pageQuery, match func(indexRow)
 // removeFile removes key everywhere and announces that. fs.ErrNotExist: nothing was stored.
 func (c *cache) removeFile(ctx context.Context, remote, key string) error {
 	err := c.objects.delete(ctx, key)
+	c.announce(ctx, removedPrefix+key) // also after a failure: it may be gone
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	c.announce(ctx, removedPrefix+key)
 	c.reportStoreError("database", "deleting", key, c.index.delete(ctx, remote, key))
 	c.reportStoreError("redis", "deleting", key, c.marks.delete(ctx, key))
 	return err

@@ -19,8 +19,12 @@ import (
 // freshness counts from its fetch.
 func (c *cache) storeBody(ctx context.Context, key string, rec *record, body io.ReaderAt, when putCondition) error {
 	if err := c.objects.put(ctx, key, rec, body, when); err != nil {
-		if !errors.Is(err, errFileExists) && !errors.Is(err, errCondition) {
-			c.reportStoreError("storage", "storing", key, err)
+		if errors.Is(err, errFileExists) || errors.Is(err, errCondition) {
+			return err
+		}
+		c.reportStoreError("storage", "storing", key, err)
+		if rec.Class == local { // it may have arrived, and a copy of the old one would never expire
+			c.announce(ctx, key)
 		}
 		return err
 	}

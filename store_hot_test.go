@@ -562,6 +562,51 @@ func TestChangesAreAnnounced(t *testing.T) {
 	}
 }
 
+// A local file may have been replaced or removed although S3 gave no answer. The other
+// replicas hear of that: what they have never expires.
+func TestChangeWithoutAnAnswerIsAnnounced(t *testing.T) {
+	t.Parallel()
+	for op, change := range map[string]func(t *testing.T, c *cache) error{
+		"PutObject": func(t *testing.T, c *cache) error {
+			rec := testRecord("f", "new")
+			rec.Class = local
+			return c.storeBody(t.Context(), testKey("f"), rec, tempSpool(t, t.TempDir(), "new"), putCondition{})
+		},
+		"DeleteObject": func(t *testing.T, c *cache) error { return c.removeFile(t.Context(), "r", testKey("f")) },
+	} {
+		t.Run(op, func(t *testing.T) {
+			t.Parallel()
+			a := newHotBench(t)
+			a.putClass("f", "old", local)
+			b := newHotBenchAt(t, a.fake, hotTestLimit)
+			b.read("f", "old")
+			b.fake.count("")
+			wantBody(t, b.mustOpen("f", 0).body, "old")
+			b.wantRequests() // it has a copy
+			a.fake.fail(func(o, _ string) (bool, *fakeFault) {
+				if o != op {
+					return true, nil
+				}
+				return true, &fakeFault{}
+			})
+			r := &toldReplicas{}
+			if err := change(t, newCache(cacheStores{objects: a.tier, replicas: r}, nil, time.Now, a.store.log, newMetrics())); err == nil {
+				t.Fatal("the change was acknowledged")
+			}
+			other := newCache(cacheStores{objects: b.tier}, nil, time.Now, b.store.log, newMetrics())
+			for _, announced := range r.told {
+				other.onChange(announced)
+			}
+			if op == "DeleteObject" {
+				b.tier.wg.Wait()
+				b.wantMiss("f")
+				return
+			}
+			wantBody(t, b.mustOpen("f", 0).body, "new")
+		})
+	}
+}
+
 func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 	t.Parallel()
 	a := newHotBench(t)
