@@ -293,7 +293,8 @@ type fileBehavior interface {
 	// sent: a stored copy, whose record it gets, or what another request or replica
 	// fetches (nil). Its error is the client's.
 	permit(ctx context.Context, rec *record) error
-	// requestBody asks upstream for the body. The caller closes it.
+	// requestBody asks upstream for the body, for a part of it or for its headers, as req
+	// says. The caller closes what is returned.
 	requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error)
 	// keepHeaders keeps more of an answer's headers in the record.
 	keepHeaders(rec *record, h http.Header)
