@@ -300,7 +300,10 @@ func (e *evictor) findNamed(ctx context.Context) (named map[string]map[uint64]bo
 			}
 			for _, row := range p.rows {
 				hashes, err := e.readRoot(ctx, rem, row)
-				if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				if !errors.Is(err, fs.ErrNotExist) {
+					e.cache.reportStoreError("storage", "reading", row.Key, err)
+				}
+				if err != nil && e.cache.storageIsDown() { // else one bad sector would end all eviction
 					return nil, err
 				}
 				for _, hash := range hashes {

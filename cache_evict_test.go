@@ -343,6 +343,35 @@ func TestEvictionKeepsImagesWhole(t *testing.T) {
 	}
 }
 
+// unreadable is a store in which the disk has lost the body of one file.
+type unreadable struct {
+	objects
+	key string
+}
+
+func (o unreadable) open(ctx context.Context, key string, off int64) (*object, error) {
+	if key == o.key && off >= 0 {
+		return nil, errStoreDown
+	}
+	return o.objects.open(ctx, key, off)
+}
+
+func TestEvictionGoesOnWithoutARoot(t *testing.T) {
+	t.Parallel()
+	b := newEvictBench(t, "docker", 100_000)
+	b.use("team/app/manifests/bad", "{}", 1000)
+	for i := range 20 {
+		b.use(fmt.Sprintf("blobs/sha256:%064x", i), "", 20_000)
+	}
+	b.cache.useObjects(unreadable{b, storageKey("r", "team/app/manifests/bad")})
+	b.evictFiles(t.Context())
+	totals, err := b.cache.index.totals(t.Context(), false)
+	must(t, err)
+	if cost := totals["r"].cost(); cost > 100_000 {
+		t.Errorf("%d bytes are left", cost)
+	}
+}
+
 // testImage is a manifest and the digests of its blobs.
 type testImage struct {
 	path, body string
