@@ -358,15 +358,13 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 		return nil, nil, err
 	}
 	e = &memoryEntry{key: key, id: id, rec: rec, isHashed: isHashed}
-	if isHashed {
-		if err = d.fsync(f); err != nil { // the record that is written now says that the body is durable
-			return nil, e, err
-		}
-	}
 	// The old record files stay until the new .record is in place, so that a crash leaves
 	// a copy that can be repaired.
 	folder := d.folderOf(key) + "/"
 	if old, err := readRecord(folder + recordFile); err != nil || old.key != key || old.bodyIdentity() != id || !old.isDurable(d.boot) {
+		if err := d.fsync(f); err != nil { // the new record says that the body is durable
+			return nil, e, err
+		}
 		if err := d.replaceFile(folder+recordFile, writeRecord(rec, id, "")); err != nil {
 			return nil, e, err
 		}

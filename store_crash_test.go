@@ -1264,6 +1264,25 @@ func testSyncedLater(t *testing.T, inMemory, hit bool, lose func(s *diskTester))
 	}
 }
 
+// A crash between the last two renames leaves a file that was not synced, and its record
+// under the other name. A repair writes a record that says that the file is durable, so it
+// has to be.
+func TestRepairedRecordsAreOfSyncedFiles(t *testing.T) {
+	t.Parallel()
+	s := newDiskTester(t)
+	s.d.delaysSync, s.d.boot = true, "one"
+	s.mustPut("f", "content")
+	must(t, os.Rename(s.file("f", recordFile), s.file("f", recordNext)))
+	var synced []string
+	s.d.fsync = func(f *os.File) error { synced = append(synced, f.Name()); return nil }
+	s.wantVerified(1)
+	e, err := readRecord(s.file("f", recordFile))
+	must(t, err)
+	if e.Boot == "" && !slices.Contains(synced, s.body("f")) {
+		t.Errorf("the record says that the file is durable, and only these were synced: %q", synced)
+	}
+}
+
 // What must be durable at once still is: uploads, what cannot be fetched again, large
 // files, a new version of a stored file, and all where the boot is not known.
 func TestOtherFilesAreSyncedAtOnce(t *testing.T) {
