@@ -81,7 +81,7 @@ func (st *stores) isInTrouble(store string) bool {
 	return slices.ContainsFunc(st.backends, func(b *backend) bool { return b.name == store && (b.state() != b.okWord || b.isSeenDown()) })
 }
 
-// storageIsDown reports whether nothing can be stored. What is full takes what fits.
+// storageIsDown reports whether nothing can be stored. A disk that is full takes what fits.
 func (st *stores) storageIsDown() bool {
 	return slices.ContainsFunc(st.backends, func(b *backend) bool {
 		return b.name == "storage" && (b.isSeenDown() || (b.found.Load() != nil && b.state() == "down"))

@@ -80,6 +80,7 @@ var (
 	errS3PreconditionFailed = errors.New("a condition was not met") // If-Match of a get, any condition of a put
 	errS3Timeout            = errors.New("no byte moved in time")   // no header, or a body that stopped
 	errS3Clock              = errors.New("the clocks differ")       // by more than the server accepts
+	errS3Full               = errors.New("no space left in S3")     // on the server's disks, or of a quota
 	errS3BadAnswer          = errors.New("unexpected answer")       // not what the S3 API says
 )
 

@@ -111,7 +111,7 @@ func isTransientS3(err error) bool {
 	case "NotImplemented":
 		return false
 	}
-	return refused.status >= 500 || refused.status == http.StatusTemporaryRedirect
+	return (refused.status >= 500 && !errors.Is(err, errS3Full)) || refused.status == http.StatusTemporaryRedirect
 }
 
 // retryDelay returns the pause after attempt n, counted from 1. It doubles from
@@ -318,6 +318,9 @@ var s3CodeErrors = map[string]error{
 	"PreconditionFailed":         errS3PreconditionFailed,
 	"ConditionalRequestConflict": errS3PreconditionFailed,
 	"RequestTimeTooSkewed":       errS3Clock, // the credentials may be right
+
+	"QuotaExceeded":                  errS3Full, // Ceph's
+	"XMinioAdminBucketQuotaExceeded": errS3Full,
 }
 
 // Is decides by the code and not by the status. A 404 without a code comes from
@@ -327,7 +330,8 @@ func (e *s3Error) Is(target error) bool {
 	if known := s3CodeErrors[e.code]; known != nil {
 		return target == known
 	}
-	return target == fs.ErrPermission && (e.status == http.StatusForbidden || e.code == "AccessDenied")
+	return (target == fs.ErrPermission && (e.status == http.StatusForbidden || e.code == "AccessDenied")) ||
+		(target == errS3Full && e.status == http.StatusInsufficientStorage)
 }
 
 // readAnswer decodes an answer into the value that into points to, if that is

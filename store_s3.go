@@ -247,7 +247,7 @@ func (s *s3Store) classifyError(ctx context.Context, began time.Time, err error)
 		return err
 	case ctx.Err() != nil:
 		return fmt.Errorf("%w: %w", context.Cause(ctx), err)
-	case refused != nil && refused.status == http.StatusInsufficientStorage:
+	case errors.Is(err, errS3Full):
 		return fmt.Errorf("%w: %v", errNoSpace, err)
 	}
 	down := fmt.Errorf("%w: %v", errStoreDown, err)

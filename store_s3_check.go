@@ -14,16 +14,18 @@ import (
 
 // s3Write is a write that was accepted or refused.
 type s3Write struct {
-	refusal error // errS3ReadOnly; nil: it was accepted
+	refusal error // errS3ReadOnly or errS3Full; nil: it was accepted
 	at      time.Time
 }
 
 // noteWrite takes the result of a write as what is known of write access, and returns
-// it, a refusal as errS3ReadOnly. Other errors say nothing about write access.
+// it: a refusal is errS3ReadOnly or errS3Full. Other errors say nothing about write access.
 func (s *s3Store) noteWrite(err error) error {
-	if errors.Is(err, fs.ErrPermission) {
+	switch {
+	case err == nil, errors.Is(err, errS3Full):
+	case errors.Is(err, fs.ErrPermission):
 		err = fmt.Errorf("%w: %w", errS3ReadOnly, err)
-	} else if err != nil {
+	default:
 		return err
 	}
 	s.lastWrite.Store(&s3Write{err, s.now()})
@@ -38,11 +40,13 @@ func (s *s3Store) whyDown() error {
 	return s.outage.outageCause()
 }
 
-// ping reports whether S3 can be used: errStoreDown with advice if not. It ends with ctx
-// even if S3 hangs.
+// ping reports whether S3 can be used: errNoSpace, or errStoreDown with advice, if not. It
+// ends with ctx even if S3 hangs.
 func (s *s3Store) ping(ctx context.Context) error {
 	err := s.check.result(ctx, s.checkNow)
-	if err != nil {
+	if errors.Is(err, errS3Full) {
+		return fmt.Errorf("%w: %w", errNoSpace, err)
+	} else if err != nil {
 		return fmt.Errorf("%w: %w: %w", errStoreDown, adviceOn(err), err)
 	}
 	return nil
@@ -56,13 +60,11 @@ func (s *s3Store) checkNow() error {
 	began := s.now()
 	err := s.checkRead(ctx)
 	_ = s.classifyError(context.Background(), began, err)
-	if err == nil {
-		err = s.checkWrite(ctx)
-	}
-	if err != nil && !errors.Is(err, errS3ReadOnly) {
+	if err != nil {
 		s.lastWrite.Store(nil)
+		return err
 	}
-	return err
+	return s.checkWrite(ctx)
 }
 
 // checkRead asks for an object that does not exist: of the requests that show

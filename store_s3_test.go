@@ -801,6 +801,52 @@ func TestS3FullIsNoSpace(t *testing.T) {
 	}
 }
 
+// An S3 without space is told of as that, whether a file or the check of the start finds it.
+func TestS3FullIsTold(t *testing.T) {
+	t.Parallel()
+	for name, fill := range map[string]func(b *s3Bench){
+		"at the start": func(*s3Bench) {},
+		"later": func(b *s3Bench) {
+			b.fake.fail(nil)
+			if err := b.store.ping(b.t.Context()); err != nil {
+				b.t.Error(err)
+			}
+			b.fake.fail(s3Full)
+			b.put("f", "x")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newS3Bench(t)
+			s := &server{log: b.store.log, cache: &cache{metrics: newMetrics()}}
+			storage := &backend{name: "storage", okWord: "ok", ping: b.store.ping}
+			wantState := func(want string) {
+				t.Helper()
+				s.checkBackend(storage)
+				b.store.check.running.Wait() // which may take longer than the check of the backend
+				if s.checkBackend(storage); storage.state() != want {
+					t.Errorf("the state is %s, want %s: %s", storage.state(), want, b.log.b.String())
+				}
+			}
+			b.fake.fail(s3Full)
+			fill(b)
+			wantState("full")
+			b.fake.fail(nil)
+			b.advance(s3WriteCheckInterval)
+			wantState("ok")
+			b.mustPut("f", "x")
+		})
+	}
+}
+
+// s3Full is a server whose disks are full.
+func s3Full(op, _ string) (bool, *fakeFault) {
+	if op == "PutObject" || op == "CreateMultipartUpload" {
+		return false, &fakeFault{status: 507, code: "XMinioStorageFull"}
+	}
+	return true, nil
+}
+
 func TestS3WalkEndsWithAFailure(t *testing.T) {
 	t.Parallel()
 	b := newS3Bench(t)
