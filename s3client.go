@@ -289,7 +289,7 @@ func (c *s3Client) confirmPut(ctx context.Context, key string, p s3PutInput, op 
 
 // putMultipart is putObject by a multipart upload. An upload that was not
 // completed is aborted, whatever happened. An upload that cannot be aborted, or
-// whose id never reached us, is left for abortOldUploads.
+// whose id never reached us, is left for abortUploads.
 func (c *s3Client) putMultipart(ctx context.Context, key string, p s3PutInput) error {
 	id, err := c.createMultipartUpload(ctx, key, p)
 	if err != nil {
@@ -395,15 +395,12 @@ func (c *s3Client) listObjects(ctx context.Context, prefix string, f func(s3List
 	return c.listPages(ctx, "listing", url.Values{"list-type": {"2"}, "prefix": {prefix}}, f)
 }
 
-// abortOldUploads aborts the uploads below prefix that were begun longer than age
-// ago and neither completed nor aborted, and returns how many it aborted. Our
-// clock decides; it differs from the server's by minutes at most, or the server
-// refuses. MinIO lists an upload only under its exact key, but removes old ones
-// itself after a day.
-func (c *s3Client) abortOldUploads(ctx context.Context, prefix string, age time.Duration) (n int, err error) {
-	before := c.cfg.now().Add(-age)
+// abortUploads aborts the uploads below prefix that were neither completed nor aborted
+// and that isLeft says are nobody's, and returns how many it aborted. MinIO lists an
+// upload only under its exact key, but removes old ones itself after a day.
+func (c *s3Client) abortUploads(ctx context.Context, prefix string, isLeft func(s3ListedEntry) bool) (n int, err error) {
 	err = c.listPages(ctx, "listing uploads", url.Values{"uploads": {""}, "prefix": {prefix}}, func(u s3ListedEntry) error {
-		if !u.Initiated.Before(before) {
+		if !isLeft(u) {
 			return nil
 		}
 		err := c.abortMultipartUpload(ctx, u.Key, u.UploadId)

@@ -365,6 +365,11 @@ func testS3Parts(t *testing.T, c *s3Client, partSize int) {
 	}
 }
 
+func olderThan(age time.Duration) func(s3ListedEntry) bool {
+	before := time.Now().Add(-age)
+	return func(u s3ListedEntry) bool { return u.Initiated.Before(before) }
+}
+
 func testS3Sweep(t *testing.T, c *s3Client) {
 	const key = "sweep/a +b"
 	for range 3 {
@@ -372,13 +377,13 @@ func testS3Sweep(t *testing.T, c *s3Client) {
 			t.Fatal(err)
 		}
 	}
-	if n, err := c.abortOldUploads(t.Context(), key, time.Hour); n != 0 || err != nil {
+	if n, err := c.abortUploads(t.Context(), key, olderThan(time.Hour)); n != 0 || err != nil {
 		t.Errorf("young uploads: %d swept, %v", n, err)
 	}
-	if n, err := c.abortOldUploads(t.Context(), key, -time.Hour); n != 3 || err != nil {
+	if n, err := c.abortUploads(t.Context(), key, olderThan(-time.Hour)); n != 3 || err != nil {
 		t.Errorf("old uploads: %d swept, %v", n, err)
 	}
-	if n, err := c.abortOldUploads(t.Context(), key, -time.Hour); n != 0 || err != nil {
+	if n, err := c.abortUploads(t.Context(), key, olderThan(-time.Hour)); n != 0 || err != nil {
 		t.Errorf("again: %d swept, %v", n, err)
 	}
 }
@@ -437,7 +442,7 @@ func testS3Corrected(t *testing.T, c *s3Client) {
 			}
 		}
 	}
-	if _, err := c.abortOldUploads(t.Context(), "fix", -time.Hour); err != nil {
+	if _, err := c.abortUploads(t.Context(), "fix", olderThan(-time.Hour)); err != nil {
 		t.Error(err)
 	}
 }
@@ -695,7 +700,7 @@ func TestS3AbortThatFailsIsSwept(t *testing.T) {
 		t.Errorf("put: %v", err)
 	}
 	f.fail(nil)
-	if n, err := c.abortOldUploads(t.Context(), "", -time.Minute); n != 1 || err != nil || f.pending() > 0 {
+	if n, err := c.abortUploads(t.Context(), "", olderThan(-time.Minute)); n != 1 || err != nil || f.pending() > 0 {
 		t.Errorf("%d swept, %v", n, err)
 	}
 }

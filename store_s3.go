@@ -523,9 +523,11 @@ func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	return fmt.Errorf("%w: %w", errDropped, damage)
 }
 
-// sweep aborts the uploads that were never finished.
+// sweep aborts our uploads that were never finished: other programs may use the bucket
+// too. Our clock decides; it differs from the server's by minutes at most, or that refuses.
 func (s *s3Store) sweep(ctx context.Context) error {
-	n, err := s.client.abortOldUploads(ctx, "", s3UploadAge)
+	before := s.now().Add(-s3UploadAge)
+	n, err := s.client.abortUploads(ctx, "", func(u s3ListedEntry) bool { return validKey(u.Key) && u.Initiated.Before(before) })
 	if n > 0 {
 		s.log.Info("unfinished uploads were aborted", "uploads", n)
 	}

@@ -897,13 +897,18 @@ func TestS3SweepAbortsOldUploads(t *testing.T) {
 	if err := b.store.sweep(t.Context()); err != nil || b.fake.pending() != 1 {
 		t.Errorf("a young upload: %v, %d left", err, b.fake.pending())
 	}
+	other, err := b.store.client.createMultipartUpload(t.Context(), "backup/of/another/program.tar", s3PutInput{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	b.fake.mu.Lock()
 	for _, u := range b.fake.uploads {
 		u.initiated = u.initiated.Add(-25 * time.Hour)
 	}
+	b.fake.lost[other] = true
 	b.fake.mu.Unlock()
-	if err := b.store.sweep(t.Context()); err != nil || b.fake.pending() != 0 {
-		t.Errorf("an old upload: %v, %d left", err, b.fake.pending())
+	if err := b.store.sweep(t.Context()); err != nil || b.fake.pending() != 1 || b.fake.uploads[other] == nil {
+		t.Errorf("an old upload, and one of another program: %v, %d left", err, b.fake.pending())
 	}
 }
 
