@@ -168,12 +168,11 @@ func (t *tieredStore) installCopy(ctx context.Context, key string, rec *record, 
 		if err = t.disk.put(ctx, key, rec, spool, putCondition{}); err == nil {
 			added, evicted = t.copies.putIf(key, entryCost(rec.Size), v, isValid)
 		}
-		if !added {
-			t.copies.remove(key)
-			evicted = []lruEntry[validity]{{key: key}}
-		}
 	}
 	t.copyLocks.unlock(key)
+	if !added {
+		t.removeCopy(key) // an older one, too: put has taken it out of the account
+	}
 	t.removeCopies(evicted) // without the lock: two that wait for each other's key would wait forever
 	return err
 }

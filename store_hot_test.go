@@ -411,6 +411,29 @@ func TestAnnouncementsDuringACopy(t *testing.T) {
 	b.wantNoCopy("f")
 }
 
+// A change of another key that is counted with f's, during an upload of f, keeps the new
+// version from becoming the copy. Then the old copy goes too: nothing counts it any more.
+func TestNoCopyStaysThatNothingCounts(t *testing.T) {
+	t.Parallel()
+	b := newHotBench(t)
+	b.mustPut("f", "old")
+	b.wantHot("f", "old")
+	n := 0
+	for n = 0; b.store.changesOf(testKey(fmt.Sprint(n))) != b.store.changesOf(testKey("f")); n++ {
+	}
+	b.fake.fail(func(op, _ string) (bool, *fakeFault) {
+		if op == "PutObject" {
+			b.tier.invalidate(testKey(fmt.Sprint(n)))
+		}
+		return true, nil
+	})
+	b.mustPut("f", "new")
+	b.wantNoCopy("f")
+	b.fake.fail(nil)
+	b.read("f", "new")
+	b.wantHot("f", "new")
+}
+
 func TestMissedAnnouncementsAreFound(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]func(a *hotBench){
