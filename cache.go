@@ -54,7 +54,7 @@ type object struct {
 type objects interface {
 	// put stores the spool's bytes (complete and verified, rec.Size long) under key and
 	// replaces what was there. On return all is durable (but for what
-	// diskStore.maySkipSync says), or an error says that the old state still holds. spool
+	// diskStore.maySkipSync says). After an error the old or the new state holds. spool
 	// is a *os.File, whose name may be moved away, or a *bytes.Reader; its caller keeps it
 	// and reads it at offsets only.
 	put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error

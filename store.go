@@ -157,18 +157,12 @@ type fileBody struct{ *os.File }
 func (b *fileBody) nextFile(limit int64) (*os.File, int64, error) { return b.File, limit, nil }
 func (b *fileBody) advanceBy(int64)                               {}
 
-// noCopies is the part of objects that has nothing to do where nothing is copied.
-type noCopies struct{}
-
-func (noCopies) invalidate(string) {}
-
 // diskStore implements objects below one directory. DIR/{key} is the body and
 // .record beside it describes it. All methods of objects may be called concurrently
 // and by several processes. The directory is made when it is first written to, so a
 // DATA_DIR that becomes writable later is used without a restart.
 type diskStore struct {
 	*fileWriter
-	noCopies
 	dir           string
 	now           func() time.Time
 	log           *slog.Logger
@@ -450,7 +444,23 @@ func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spo
 	if err := d.takeSpool(key, rec, spool, d.fileWriter); err != nil {
 		return err
 	}
-	return d.syncParents(key)
+	// Then the names of key's directory and of those above it. Those of a remote's directory
+	// and of DATA_DIR do not change: they are synced once a process.
+	remote, _, _ := strings.Cut(key, "/")
+	err = d.syncDir(d.dir + "/" + remote)
+	if _, synced := d.syncedRemotes.Load(remote); synced || err != nil {
+		return err
+	}
+	if err := d.syncDir(d.dir); err != nil {
+		return err
+	}
+	// A process that may not read the directory above DATA_DIR has not made
+	// DATA_DIR, so its name is durable already.
+	if err := d.syncDir(filepath.Dir(d.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	d.syncedRemotes.Store(remote, true)
+	return nil
 }
 
 // takeSpool makes a spool key's body. One that still has its name is renamed; one without
@@ -516,27 +526,6 @@ func (d *diskStore) installBody(key string, rec *record, name string, w *fileWri
 	return err
 }
 
-// syncParents makes the name of key's directory durable, and those of the
-// directories above it. The names of a remote's directory and of DATA_DIR are synced
-// once a process, since they do not change.
-func (d *diskStore) syncParents(key string) error {
-	name, _, _ := strings.Cut(key, "/")
-	err := d.syncDir(d.dir + "/" + name)
-	if _, synced := d.syncedRemotes.Load(name); synced || err != nil {
-		return err
-	}
-	if err := d.syncDir(d.dir); err != nil {
-		return err
-	}
-	// A process that may not read the directory above DATA_DIR has not made
-	// DATA_DIR, so its name is durable already.
-	if err := d.syncDir(filepath.Dir(d.dir)); err != nil && !errors.Is(err, fs.ErrPermission) {
-		return err
-	}
-	d.syncedRemotes.Store(name, true)
-	return nil
-}
-
 // delete implements objects. It removes the body first: a crash in between leaves records
 // without a body, which are a miss and are removed by sweep. A body without a record would
 // look like a damaged upload.
@@ -559,6 +548,9 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	os.Remove(d.folderOf(key)) // if it is empty; sweep removes it if that is not durable
 	return nil
 }
+
+// invalidate implements objects. Nothing here is a copy of what is elsewhere.
+func (d *diskStore) invalidate(string) {}
 
 // removeFiles durably removes key's body and records, or sets them aside: then
 // asideMark begins their names. The caller holds the directory's lock.

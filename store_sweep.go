@@ -92,13 +92,10 @@ func eachName(dir string, f func(name string) error) error {
 // newSpool makes an empty temporary file in the directory of spools. The caller
 // closes it and removes its name, unless put has renamed it. The file is locked while
 // it is open, so that no process sweeps it.
-func (d *diskStore) newSpool() (*os.File, error) {
-	name := d.dir + "/" + spoolDir + "/" + rand.Text()
-	f, err := openFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, fs.ErrNotExist) {
-		if err = os.MkdirAll(filepath.Dir(name), 0o755); err == nil {
-			f, err = openFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-		}
+func (d *diskStore) newSpool() (f *os.File, err error) {
+	dir := d.dir + "/" + spoolDir
+	if err = os.MkdirAll(dir, 0o755); err == nil {
+		f, err = openFile(dir+"/"+rand.Text(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	}
 	if err != nil {
 		return nil, storeError("making a temporary file", err)
