@@ -79,6 +79,7 @@ var (
 	errS3NoUpload           = errors.New("no such upload")          // not fs.ErrNotExist: it says nothing about the object
 	errS3PreconditionFailed = errors.New("a condition was not met") // If-Match of a get, any condition of a put
 	errS3Timeout            = errors.New("no byte moved in time")   // no header, or a body that stopped
+	errS3Busy               = errors.New("no connection is free")   // all that there may be are in use: S3 was not asked
 	errS3Clock              = errors.New("the clocks differ")       // by more than the server accepts
 	errS3Full               = errors.New("no space left in S3")     // on the server's disks, or of a quota
 	errS3BadAnswer          = errors.New("unexpected answer")       // not what the S3 API says
@@ -167,7 +168,7 @@ func newS3Transport() *http.Transport {
 		TLSHandshakeTimeout:   s3ReadTimeout,
 		ExpectContinueTimeout: time.Second, // some servers never send 100 Continue
 		MaxIdleConnsPerHost:   64,          // the default of 2 redials all the time under load
-		MaxConnsPerHost:       1000,        // file descriptors are limited
+		MaxConnsPerHost:       1000,        // 130 MB of buffers; see errS3Busy
 		IdleConnTimeout:       60 * time.Second,
 		DisableCompression:    true,         // a body must have the bytes and the length of its object
 		ReadBufferSize:        s3BufferSize, // bodies are large: fewer system calls than with the default of 4 KiB

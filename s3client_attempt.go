@@ -18,6 +18,7 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode"
 )
@@ -177,11 +178,14 @@ func (c *s3Client) sendOnce(ctx context.Context, op *s3Operation) (*http.Respons
 	timeout := cmp.Or(op.timeout, s3WriteTimeout)
 	a := &s3Attempt{ctx: ctx, cancel: cancel, timer: time.AfterFunc(timeout, func() { cancel(errS3Timeout) })}
 	endpoint := *c.endpoint.Load()
-	if op.keepBody {
-		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(info httptrace.GotConnInfo) {
+	var hasConn atomic.Bool // or one is being made: it does not wait for a place among MaxConnsPerHost
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		DNSStart:     func(httptrace.DNSStartInfo) { hasConn.Store(true) },
+		ConnectStart: func(string, string) { hasConn.Store(true) },
+		GotConn: func(info httptrace.GotConnInfo) {
+			hasConn.Store(true)
 			a.conn, _ = info.Conn.(*s3Conn)
 		}})
-	}
 	req := c.buildRequest(ctx, op, endpoint, c.cfg.now())
 	if op.size > 0 { // net/http would send an empty reader chunked
 		body := io.NewSectionReader(op.body, 0, op.size)
@@ -190,8 +194,11 @@ func (c *s3Client) sendOnce(ctx context.Context, op *s3Operation) (*http.Respons
 	resp, err := c.cfg.transport.RoundTrip(req)
 	a.timer.Stop()
 	if err != nil {
+		if err = a.causeOf(err); ctx.Err() != nil && !hasConn.Load() {
+			err = fmt.Errorf("%w: %w", errS3Busy, err)
+		}
 		cancel(nil)
-		return nil, a.causeOf(err)
+		return nil, err
 	}
 	a.ReadCloser, resp.Body = resp.Body, a
 	err = readAnswer(resp, op.decodeInto)

@@ -251,9 +251,11 @@ func (s *s3Store) classifyError(ctx context.Context, began time.Time, err error)
 		return fmt.Errorf("%w: %v", errNoSpace, err)
 	}
 	down := fmt.Errorf("%w: %v", errStoreDown, err)
-	if refused == nil {
+	switch {
+	case errors.Is(err, errS3Busy): // it was not asked
+	case refused == nil:
 		s.outage.fail(down, began)
-	} else if refused.status < http.StatusInternalServerError {
+	case refused.status < http.StatusInternalServerError:
 		s.outage.succeed()
 	}
 	return down

@@ -109,6 +109,8 @@ func adviceOn(err error) advice {
 	switch {
 	case errors.Is(err, errS3ReadOnly):
 		return "S3 refuses writes to the bucket: new files are passed on and not stored; allow s3:PutObject and s3:DeleteObject"
+	case errors.Is(err, errS3Busy):
+		return "all connections to S3 are in use: more files are passed on and not stored"
 	case errors.Is(err, errS3NoBucket):
 		return "the bucket does not exist and cannot be created: check MINIO_BUCKET"
 	case errors.Is(err, errS3Clock):

@@ -549,6 +549,30 @@ func TestS3HangIsOneShortWait(t *testing.T) {
 	b.wantHit("f", "content")
 }
 
+// A crowd of slow clients may have all connections that there may be. Who gets none is
+// answered by the upstream, and that says nothing about S3.
+func TestS3CrowdIsNoOutage(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t, func(c *s3Config) { c.transport.(*http.Transport).MaxConnsPerHost = 2 })
+	content := bigContent(100_000)
+	b.putClass("f", content, mutable)
+	slow := []*object{b.mustOpen("f", 0), b.mustOpen("f", 0)}
+	b.store.openTimeout = 50 * time.Millisecond
+	b.wantDown("f")
+	b.store.openTimeout = s3OpenTimeout
+	if err := b.store.ping(t.Context()); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "connections to S3 are in use") {
+		t.Errorf("ping: %v", err)
+	}
+	if cause := b.store.outage.outageCause(); cause != nil {
+		t.Errorf("it is called an outage: %v", cause)
+	}
+	for _, o := range slow {
+		wantBody(t, o.body, content)
+		o.body.Close()
+	}
+	wantBody(t, b.mustOpen("f", 0).body, content)
+}
+
 func TestS3LateAnswersAreNoOutage(t *testing.T) {
 	t.Parallel()
 	b := newS3Bench(t)
