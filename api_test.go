@@ -132,6 +132,50 @@ func TestTTLRunsWhileAFileIsStored(t *testing.T) {
 	})
 }
 
+// pausingBody is an upload that comes in pieces, with a pause in front of each.
+type pausingBody struct {
+	pieces []string
+	pause  time.Duration
+}
+
+func (b *pausingBody) Read(p []byte) (int, error) {
+	if len(b.pieces) == 0 {
+		return 0, io.EOF
+	}
+	time.Sleep(b.pause)
+	n := copy(p, b.pieces[0])
+	b.pieces = b.pieces[1:]
+	return n, nil
+}
+
+// The deadline for writing answers does not end an upload that lasts longer, or its answer.
+func TestUploadThatLasts(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		tt := setup{yaml: localYAML, env: map[string]string{"API_TOKEN": "t"}, bubble: true}.start(t)
+		var h1, h2 http.Protocols
+		h1.SetHTTP1(true)
+		h2.SetUnencryptedHTTP2(true)
+		for name, protocols := range map[string]*http.Protocols{"HTTP/1.1": &h1, "HTTP/2.0": &h2} {
+			l := newPipeListener()
+			srv := &http.Server{Handler: tt, Protocols: protocols}
+			go srv.Serve(l)
+			client := &http.Transport{DialContext: l.DialContext, Protocols: protocols}
+			for _, status := range []int{201, 200} { // new, and replaced
+				body := &pausingBody{[]string{"a", "b", "c"}, clientTimeout - time.Minute}
+				req, err := http.NewRequest("PUT", "http://front/api/l/"+name, body)
+				must(t, err)
+				req.Header.Set("Authorization", "Bearer t")
+				if res, err := client.RoundTrip(req); err != nil || res.StatusCode != status || res.Proto != name {
+					t.Errorf("%s, to be %d: %v, %v", name, status, res, err)
+				}
+				tt.get("/api/l/" + name).wantStatus(200).wantBody("abc")
+			}
+			client.CloseIdleConnections()
+			srv.Close()
+		}
+	})
+}
+
 // hangingObjects is a store whose puts do not end with their context.
 type hangingObjects struct{ slowObjects }
 

@@ -138,13 +138,16 @@ func (s *responder) serveRequest(w http.ResponseWriter, r *http.Request, h handl
 	res.conn, _ = r.Context().Value(clientConnKey{}).(*clientConn)
 	res.requestID = chooseRequestID(r.Header.Get("X-Request-Id"))
 	res.setCommonHeaders()
-	res.extendWriteDeadline() // the deadline of an earlier answer may be over, and net/http may write before we do
+	if r.ProtoMajor == 1 { // HTTP/2 ends a request at its deadline although nothing is to be written yet
+		res.extendWriteDeadline() // that of an earlier answer may be over, and net/http may write before we do
+	}
 	if r.ContentLength != 0 {
 		// net/http reads a body that no handler reads before it sends the answer, for
 		// which this leaves time. It removes the deadline at the end of the body.
 		_ = res.controller.SetReadDeadline(began.Add(clientTimeout / 2))
 	}
 	err := s.callHandler(res, r, h)
+	res.extendWriteDeadline() // for what net/http writes after us: all, if the handler wrote nothing
 	abort := err != nil && s.answerError(res, r, err, writeError)
 	s.logAndCount(res, r, err, began)
 	if abort {
