@@ -177,9 +177,13 @@ func (c *rowChange) execute(ctx context.Context, on execer, keepNewer bool) erro
 		return err
 	}
 	_, err := on.ExecContext(ctx, sqlSave, r.Key, r.Remote, toSQLText(decodePath(r.Path)), toSQLText(r.Path), r.SHA256,
-		toSQLText(r.ContentType), string(r.Class), r.Size, r.Hits, r.Fetched.UTC(), r.LastAccess.UTC(), keepNewer)
+		toSQLText(r.ContentType), string(r.Class), r.Size, r.Hits, roundForSQL(r.Fetched), r.LastAccess.UTC(), keepNewer)
 	return err
 }
+
+// roundForSQL rounds to what a row can hold. PostgreSQL would round the half of a
+// microsecond in its own way, and hashRow would take the row for another object's.
+func roundForSQL(t time.Time) time.Time { return t.Round(time.Microsecond).UTC() }
 
 // changeRow makes a change in the database. While the database is down the change
 // waits, and behind it all others, so that their order is kept. The object of the
@@ -509,9 +513,9 @@ func (x *sqlIndex) recount(ctx context.Context) error {
 	})
 }
 
-// hashRow hashes what a row says about its object. PostgreSQL keeps microseconds.
+// hashRow hashes what a row says about its object.
 func hashRow(seed maphash.Seed, r indexRow) uint64 {
-	r.Hits, r.LastAccess, r.Fetched = 0, time.Time{}, r.Fetched.Round(time.Microsecond).UTC()
+	r.Hits, r.LastAccess, r.Fetched = 0, time.Time{}, roundForSQL(r.Fetched)
 	return maphash.Comparable(seed, r)
 }
 

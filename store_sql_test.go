@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/url"
 	"os"
@@ -212,7 +213,7 @@ func (f *fakePG) save(a []driver.Value) {
 	r := indexRow{
 		Key: a[0].(string), Remote: a[1].(string), Path: a[3].(string), SHA256: a[4].(string), ContentType: a[5].(string),
 		Class: class(a[6].(string)), Size: a[7].(int64), Hits: a[8].(int64),
-		Fetched: a[9].(time.Time).Round(time.Microsecond), LastAccess: a[10].(time.Time).Round(time.Microsecond),
+		Fetched: roundAsPG(a[9].(time.Time)), LastAccess: roundAsPG(a[10].(time.Time)),
 	}
 	if old, ok := f.rows[r.Key]; ok {
 		if a[11].(bool) && old.Fetched.After(r.Fetched) {
@@ -224,6 +225,11 @@ func (f *fakePG) save(a []driver.Value) {
 		}
 	}
 	f.rows[r.Key] = r
+}
+
+// roundAsPG rounds to microseconds, and the half of one to an even number.
+func roundAsPG(t time.Time) time.Time {
+	return time.UnixMicro(int64(math.RoundToEven(float64(t.UnixNano()) / 1000))).UTC()
 }
 
 func (f *fakePG) touch(a []driver.Value) (known [][]driver.Value, err error) {
@@ -866,7 +872,9 @@ func testReindex(t *testing.T, x *sqlIndex) {
 	for i := range changeBatch + 20 {
 		stored.add(fmt.Sprintf("missing%04d", i), "x")
 	}
-	must(x.saveRow(t.Context(), newIndexRow(testKey("same"), stored.add("same", "x"))))
+	same := stored.add("same", "x")
+	same.Fetched = time.Date(2024, 2, 29, 12, 0, 0, 123456500, time.UTC) // PostgreSQL rounds it down
+	must(x.saveRow(t.Context(), newIndexRow(testKey("same"), same)))
 	must(second(x.countUses(t.Context(), []fileUse{{"r", testKey("same"), 5, testDay}})))
 	must(x.saveRow(t.Context(), testRow("r", "stale")))
 	stored.add("stale", "other content").Fetched = testDay.Add(time.Hour)
