@@ -98,8 +98,9 @@ type redisStore struct {
 	outage     *circuit
 	subscribed atomic.Bool // announcements arrive, as far as the subscription knows
 	pool       atomic.Pointer[redis.Pool]
-	localIP    atomic.Value // a string: our end of the connection that was made last, where others most likely reach us
-	leases     sync.Map     // that we hold: value by key of Redis, both strings
+	inUse      chan struct{} // holds one for each connection in use; a pool's own limit panics when the pool is closed
+	localIP    atomic.Value  // a string: our end of the connection that was made last, where others most likely reach us
+	leases     sync.Map      // that we hold: value by key of Redis, both strings
 }
 
 // newRedisStore does not connect yet. u is what parseSettings has checked. prefix separates
@@ -112,6 +113,7 @@ func newRedisStore(u *url.URL, prefix string, key replicaKey, advertise func(loc
 	r := &redisStore{
 		address: net.JoinHostPort(u.Hostname(), cmp.Or(u.Port(), "6379")), prefix: "artifactapi:" + prefix + ":", self: rand.Text(),
 		password: secret(password), key: key, advertise: advertise, now: now, log: log, timeout: redisTimeout, outage: newCircuit(now, redisPause, redisPause),
+		inUse: make(chan struct{}, redisConns),
 	}
 	// Channels belong to all databases of a server, keys to one.
 	r.channel = r.prefix + strconv.Itoa(db) + ":changed"
@@ -131,7 +133,7 @@ func newRedisStore(u *url.URL, prefix string, key replicaKey, advertise func(loc
 }
 
 func (r *redisStore) newPool() *redis.Pool {
-	return &redis.Pool{DialContext: r.dialRedis, MaxActive: redisConns, MaxIdle: redisConns, IdleTimeout: redisIdle, Wait: true}
+	return &redis.Pool{DialContext: r.dialRedis, MaxIdle: redisConns, IdleTimeout: redisIdle}
 }
 
 // dialRedis makes a connection and logs in.
@@ -384,24 +386,10 @@ func (r *redisStore) withConn(ctx context.Context, f func(context.Context, redis
 	if err := r.outage.admit(inner); err != nil {
 		return err
 	}
-	pool, got := r.pool.Load(), false // got a connection
-	try := func() error {
-		c, err := pool.GetContext(inner)
-		if got = err == nil; !got {
-			return err
-		}
-		defer c.Close()
-		if isProbe {
-			if err := r.writeProbe(inner, c); err != nil {
-				return err
-			}
-		}
-		return f(inner, c)
-	}
-	err := try()
+	pool, got, err := r.useConn(inner, isProbe, f)
 	if got && isStaleConn(err) { // Redis was restarted, or closes idle connections (its "timeout")
-		pool = r.replacePool(pool)
-		err = try()
+		r.replacePool(pool)
+		pool, got, err = r.useConn(inner, isProbe, f)
 	}
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		// Of what began before an outage nothing is learned: a replica answers reads.
@@ -430,6 +418,28 @@ func (r *redisStore) withConn(ctx context.Context, f func(context.Context, redis
 	return down
 }
 
+// useConn calls f with a connection of pool, if it got one, for a probe after writeProbe.
+func (r *redisStore) useConn(ctx context.Context, isProbe bool, f func(context.Context, redis.Conn) error) (pool *redis.Pool, got bool, err error) {
+	select {
+	case r.inUse <- struct{}{}:
+		defer func() { <-r.inUse }()
+	case <-ctx.Done():
+		return nil, false, ctx.Err()
+	}
+	pool = r.pool.Load() // now: while we waited it may have been replaced
+	c, err := pool.GetContext(ctx)
+	if err != nil {
+		return pool, false, err
+	}
+	defer c.Close()
+	if isProbe {
+		if err := r.writeProbe(ctx, c); err != nil {
+			return pool, true, err
+		}
+	}
+	return pool, true, f(ctx, c)
+}
+
 // isCallerTimeout reports whether err comes from the caller's ctx and not from
 // redisTimeout, which ends inner: the background check has 0.4 s, and a request ends
 // when its client leaves. redigo's deadline may pass a moment before that of the
@@ -442,10 +452,9 @@ func isCallerTimeout(ctx, inner context.Context, err error) bool {
 }
 
 // replacePool closes the connections of a pool in which one was found dead: they die
-// together. It returns the pool to use from now on.
-func (r *redisStore) replacePool(used *redis.Pool) *redis.Pool {
+// together. nil is none.
+func (r *redisStore) replacePool(used *redis.Pool) {
 	if r.pool.CompareAndSwap(used, r.newPool()) {
 		used.Close() // the connections in use are closed when they are given back
 	}
-	return r.pool.Load()
 }

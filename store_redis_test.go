@@ -661,6 +661,67 @@ func TestRedisThatNeverAnswers(t *testing.T) {
 	})
 }
 
+// Who waits for a connection while dead ones are closed gets a new one.
+func TestRedisConnectionsDieUnderManyCallers(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t, "redis://"+newFakeRedis(t).name, "", "1")
+	var using, callers sync.WaitGroup
+	die := make(chan struct{})
+	using.Add(redisConns)
+	for range redisConns {
+		first := true
+		use := func(context.Context, redis.Conn) error {
+			if !first {
+				return nil
+			}
+			first = false
+			using.Done()
+			<-die
+			return io.EOF
+		}
+		callers.Go(func() {
+			if err := r.withConn(t.Context(), use); err != nil {
+				t.Errorf("once more: %v", err)
+			}
+		})
+	}
+	using.Wait()
+	for range redisConns {
+		callers.Go(func() {
+			if err := r.ping(t.Context()); err != nil {
+				t.Errorf("who waited: %v", err)
+			}
+		})
+	}
+	close(die)
+	callers.Wait()
+}
+
+// More callers than there are connections wait when Redis hangs, and all their time ends
+// with that of the first, whose failure closes the connections.
+func TestRedisHangsUnderManyCallers(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	r := startRedis(t, "redis://"+f.name, "", "1")
+	must(t, r.ping(t.Context()))
+	r.timeout = 100 * time.Millisecond
+	f.with(func() { f.silent = true })
+	var callers sync.WaitGroup
+	for range 10 * redisConns {
+		callers.Go(func() {
+			defer func() {
+				if p := recover(); p != nil {
+					t.Errorf("panic: %v", p)
+				}
+			}()
+			if _, err := r.getMark(t.Context(), "k"); !errors.Is(err, errStoreDown) {
+				t.Errorf("get: %v", err)
+			}
+		})
+	}
+	callers.Wait()
+}
+
 func TestRedisWatchOfSilence(t *testing.T) {
 	t.Parallel()
 	f := newFakeRedis(t)
