@@ -1112,6 +1112,22 @@ func TestAnOutageOfS3IsToldOnce(t *testing.T) {
 	}
 }
 
+// A disk that hangs takes all the time that the check of storage has.
+func TestDiskThatHangsIsNotTakenForS3(t *testing.T) {
+	t.Parallel()
+	c := newFakeS3(t).config()
+	tt := setup{env: map[string]string{"MINIO_ENDPOINT": c.host, "MINIO_ACCESS_KEY": c.accessKey, "MINIO_SECRET_KEY": c.secretKey, "MINIO_BUCKET": c.bucket}}.start(t)
+	storage := tt.server.stores.backends[len(tt.server.stores.backends)-1]
+	tt.disk.probe.done = make(chan struct{}) // of a check that does not end
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	err := storage.ping(ctx)
+	tt.disk.probe.done = nil
+	if text := fmt.Sprint(err); !strings.Contains(text, "DATA_DIR") || strings.Contains(text, "S3 cannot be reached") {
+		t.Error(text)
+	}
+}
+
 func TestHEADOfTheEndpoints(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"path/filepath"
@@ -165,7 +166,7 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	st.disks = append(st.disks, copies)
 	st.backends = append(st.backends, &backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok", seenDown: s3.whyDown,
 		ping: func(ctx context.Context) error {
-			return errors.Join(st.pingDisk(ctx), s3.ping(ctx)) // spools are in DATA_DIR
+			return errors.Join(s3.ping(ctx), st.pingDisk(ctx)) // spools are in DATA_DIR, which may take what is left of the time
 		},
 		tasks: []task{
 			{doing: "finding hot copies", step: hot.findCopies},
@@ -209,7 +210,7 @@ func (st *stores) reportEarlierStore(ctx context.Context) error {
 // pingDisk returns nil if files can be stored in DATA_DIR, and errNoSpace if it is full.
 func (st *stores) pingDisk(ctx context.Context) error {
 	if err := st.disk.ping(ctx); err != nil {
-		return err
+		return fmt.Errorf("DATA_DIR: %w", err)
 	}
 	return st.space.check() // a disk that answers a ping answers this too
 }
