@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -46,15 +47,26 @@ type prefetchRequest struct {
 	Remote         string   `json:"remote"`
 	Pattern        string   `json:"pattern"`
 	IncludePattern string   `json:"include_pattern"` // another name of pattern
-	Paths          []string `json:"paths"`           // decoded, as listings have them
-	Images         []string `json:"images"`          // IMAGE[:TAG][@DIGEST]
-	URLs           []string `json:"urls"`
+	Paths          nameList `json:"paths"`           // decoded, as listings have them
+	Images         nameList `json:"images"`          // IMAGE[:TAG][@DIGEST]
+	URLs           nameList `json:"urls"`
 	Prefix         string   `json:"prefix"`    // of pattern: the folder to search, or the image
 	Platforms      []string `json:"platforms"` // OS/ARCHITECTURE[/VARIANT]; none: all
 	DryRun         bool     `json:"dry_run"`
 	// Arguments are the command's, which does not know what the remote is: images of a
 	// docker remote, else patterns.
-	Arguments []string `json:"arguments"`
+	Arguments nameList `json:"arguments"`
+}
+
+// nameList is a list of at most maxPrefetchFiles strings: short ones take several times
+// as much memory as their JSON.
+type nameList []string
+
+func (l *nameList) UnmarshalJSON(text []byte) error {
+	if bytes.Count(text, []byte(`"`)) > 2*maxPrefetchFiles {
+		return errTooManyNames
+	}
+	return json.Unmarshal(text, (*[]string)(l))
 }
 
 // servePrefetch serves POST /cache-artifact. The whole request is read before the
@@ -344,7 +356,6 @@ func (p *prefetchRun) answer(w *response, withEvents bool) error {
 	write := func(any) error { return nil }
 	if withEvents {
 		w.Header().Set("Content-Type", "application/x-ndjson")
-		w.Header().Set("X-Content-Type-Options", "nosniff")
 		lines := json.NewEncoder(w)
 		write = func(e any) error {
 			if err := lines.Encode(e); err != nil || len(p.events) > 0 {

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"slices"
 	"strings"
@@ -551,23 +552,31 @@ func TestTextsNameThisServer(t *testing.T) {
 		"docker://public.example:8443/hub/a/b@sha:ff": "/v2/hub/a/b/manifests/sha:ff",
 		"--image=reg.example/app,":                    "/v2/hub/app/manifests/latest",
 	} {
-		if f, ok := s.readToken(text); !ok || f.way != want {
-			t.Errorf("%s: %+v, want %q", text, f, want)
+		if s.named = nil; s.scan(strings.NewReader(text)) != nil || len(s.named) != 1 || s.named[0].way != want {
+			t.Errorf("%s: %+v, want %q", text, s.named, want)
 		}
 	}
 	for _, text := range []string{"own.example:8000/r/app:1", "elsewhere.example/app:1", "reg.example", "reg.example/", "word"} {
-		if f, ok := s.readToken(text); ok {
-			t.Errorf("%s: %+v", text, f)
+		if s.named = nil; s.scan(strings.NewReader(text)) != nil || len(s.named) > 0 {
+			t.Errorf("%s: %+v", text, s.named)
 		}
 	}
 }
 
-func TestTextThatNamesTooMuchIsRefused(t *testing.T) {
+// A body of 16 MiB may name five million files, which would be some hundred bytes each.
+func TestRequestThatNamesTooMuchIsRefused(t *testing.T) {
 	t.Parallel()
-	s := &prefetchRun{cfg: mustParse(t, "remotes:\n  r: {base_url: 'http://a.example'}\n")}
-	err := s.scan(strings.NewReader(strings.Repeat("http://a.example/x\n", maxPrefetchFiles+1)))
-	if p, ok := errors.AsType[*problem](err); !ok || p.status != http.StatusRequestEntityTooLarge {
-		t.Errorf("%d files, %v", len(s.named), err)
+	cfg := mustParse(t, "remotes:\n  r: {base_url: 'http://a.example'}\n")
+	names := func(name string) string { return strings.Repeat(name, 2*maxPrefetchFiles) }
+	for what, body := range map[string]string{
+		"lines": names("http://a.example/x\n"), "one line": names("http://a.example/x "),
+		"paths": `{"remote":"r","paths":[` + names(`"",`) + `""]}`, "urls": `{"urls":[` + names(`"",`) + `""]}`,
+	} {
+		s := &prefetchRun{cfg: cfg}
+		err := s.readBody(nil, httptest.NewRequest(http.MethodPost, "/cache-artifact", strings.NewReader(body)), strings.HasPrefix(body, "{"))
+		if p, ok := errors.AsType[*problem](err); !ok || p.status != http.StatusRequestEntityTooLarge || len(s.named) > maxPrefetchFiles+1 {
+			t.Errorf("%s: %d files, %v", what, len(s.named), err)
+		}
 	}
 }
 

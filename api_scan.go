@@ -24,10 +24,11 @@ type wantedFile struct {
 }
 
 var (
-	errNoRemote   = newProblem(http.StatusNotFound, "no remote has a base_url that this URL begins with")
-	errQueryLost  = newProblem(http.StatusBadRequest, "it was asked for with a query, which is not in this list: give its URL")
-	schemePattern = regexp.MustCompile(`(?i)https?://`) // within a token such as url=https://...
-	userPattern   = regexp.MustCompile(`^([^:]*://)[^/]*@`)
+	errNoRemote     = newProblem(http.StatusNotFound, "no remote has a base_url that this URL begins with")
+	errQueryLost    = newProblem(http.StatusBadRequest, "it was asked for with a query, which is not in this list: give its URL")
+	errTooManyNames = newProblem(http.StatusRequestEntityTooLarge, "the body names files more than %d times: send it in parts", maxPrefetchFiles)
+	schemePattern   = regexp.MustCompile(`(?i)https?://`) // within a token such as url=https://...
+	userPattern     = regexp.MustCompile(`^([^:]*://)[^/]*@`)
 )
 
 // maxTextLine bounds a line of a text, in bytes: lock files may be one line as a whole.
@@ -40,7 +41,7 @@ func (p *prefetchRun) scan(r io.Reader) error {
 	for lines.Scan() {
 		p.addLine(lines.Text())
 		if len(p.named) > maxPrefetchFiles {
-			return newProblem(http.StatusRequestEntityTooLarge, "the text names files more than %d times: send it in parts", maxPrefetchFiles)
+			return errTooManyNames
 		}
 	}
 	if errors.Is(lines.Err(), bufio.ErrTooLong) {
@@ -70,6 +71,9 @@ func (p *prefetchRun) addLine(line string) {
 	}
 	line = strings.ReplaceAll(line, `\/`, "/") // as some write a slash in JSON
 	for token := range strings.FieldsFuncSeq(line, endsToken) {
+		if len(p.named) > maxPrefetchFiles {
+			return // one more than scan allows: a line may name millions
+		}
 		if f, ok := p.readToken(token); ok {
 			p.named = append(p.named, f)
 		}
