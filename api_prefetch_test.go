@@ -536,6 +536,8 @@ func TestPrefetchOfAnyText(t *testing.T) {
 		t.Errorf("the query was lost: %q", tt.origin.all())
 	}
 	tt.prefetch(fmt.Sprintf(`{"urls": [%q, "nonsense", %q]}`, u+"a1", u+"deep/d")).wants("done", "r/a1", "deep/d").wants("failed", "/nonsense 404").wantSum(2, 0, 2, 1)
+	tt.origin.file(spelled("pub/whole.(1)"), "x") // a URL that stands alone does not end where a sentence would
+	tt.prefetch(fmt.Sprintf(`{"urls": [%q]}`, u+"whole.(1)")).wants("done", "r/whole.(1)")
 }
 
 // A server has the address at which it was asked, and PUBLIC_URL.

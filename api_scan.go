@@ -74,7 +74,7 @@ func (p *prefetchRun) addLine(line string) {
 		if len(p.named) > maxPrefetchFiles {
 			return // one more than scan allows: a line may name millions
 		}
-		if f, ok := p.readToken(token); ok {
+		if f, ok := p.readToken(strings.TrimRight(token, ".,;:!?)")); ok {
 			p.named = append(p.named, f)
 		}
 	}
@@ -87,7 +87,6 @@ func endsToken(c rune) bool { return c <= ' ' || strings.ContainsRune("\"'`<>{}|
 // readToken returns the file that a word of a text names, if it is a URL, or an image
 // reference that begins with the name of a registry.
 func (p *prefetchRun) readToken(token string) (f wantedFile, ok bool) {
-	token = strings.TrimRight(token, ".,;:!?)")
 	if at := schemePattern.FindStringIndex(token); at != nil {
 		return p.readURL(token[at[0]:]), true
 	}
