@@ -177,16 +177,15 @@ func (p *prefetchRun) readRequest(req *prefetchRequest) (err error) {
 		return err
 	}
 	p.dryRun, p.platforms = p.dryRun || req.DryRun, req.Platforms
-	if p.prefix = strings.Trim(req.Prefix, "/"); p.prefix != "" {
-		p.prefix += "/"
-	}
-	_, _, prefixErr := spellPath((&remote{}).pathHere(p.prefix), "")
+	var prefixErr error
+	p.prefix, _, prefixErr = spellPath((&url.URL{Path: req.Prefix + "/"}).EscapedPath(), "")
 	refuseIf := func(wrong bool, format string, args ...any) { // the first thing that is wrong is the answer
 		if wrong && err == nil {
 			err = newProblem(http.StatusBadRequest, format, args...)
 		}
 	}
 	hasURLs := len(req.URLs) > 0
+	refuseIf(prefixErr != nil, "prefix: %v", prefixErr)
 	refuseIf(given != 1, "give exactly one of pattern (or include_pattern), paths, images and urls")
 	refuseIf(hasURLs && req.Remote+req.Prefix != "", "urls: remote and prefix have no meaning beside it, the URLs say where the files are")
 	refuseIf(req.Remote == "" && !hasURLs, "remote: name the remote")
@@ -199,7 +198,6 @@ func (p *prefetchRun) readRequest(req *prefetchRequest) (err error) {
 	refuseIf(isDocker && p.pattern != nil && p.prefix == "",
 		"pattern: remote %q is a container registry: give images, or as prefix the image whose tags to search", req.Remote)
 	refuseIf(p.prefix != "" && p.pattern == nil, "prefix has a meaning with pattern only")
-	refuseIf(prefixErr != nil, "prefix: %v", prefixErr)
 	for _, s := range p.platforms {
 		refuseIf(!platformPattern.MatchString(s), "platforms: %.60q is not OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT, such as linux/amd64", s)
 	}

@@ -419,6 +419,8 @@ func TestPrefetchByIndex(t *testing.T) {
 		{"a listing", "package: generic", "", map[string]string{"/": fmt.Sprintf(linkPage, "a%20curl+.gz")}, []string{"a curl+.gz"}, 0, nil},
 		{"listings below a prefix", "package: generic", "x", map[string]string{"/x/": fmt.Sprintf(linkPage, "/x/curl/"), "/x/curl/": fmt.Sprintf(linkPage, "http://ORIGIN/x/curl/1")},
 			[]string{"x/curl/1", "x/curl/zlib.tar.gz"}, 0, nil},
+		{"listings below a prefix in another spelling", "package: generic", "./x//", map[string]string{"/x/": fmt.Sprintf(linkPage, "/x/curl/"), "/x/curl/": fmt.Sprintf(linkPage, "http://ORIGIN/x/curl/1")},
+			[]string{"x/curl/1", "x/curl/zlib.tar.gz"}, 0, nil},
 		{"listings that lead away", "package: generic", "x", map[string]string{"/x/": fmt.Sprintf(linkPage, "curl1") + fmt.Sprintf(linkPage, "/curl2") + fmt.Sprintf(linkPage, "../y/curl3") + fmt.Sprintf(linkPage, "%2e%2e/curl4") +
 			fmt.Sprintf(linkPage, "..%2fcurl5") + fmt.Sprintf(linkPage, "http://127.0.0.1:1/x/curl6") + fmt.Sprintf(linkPage, "//127.0.0.1:1/x/curl7") + fmt.Sprintf(linkPage, "javascript:curl8") + fmt.Sprintf(linkPage, "#curl9") + fmt.Sprintf(linkPage, "./")},
 			[]string{"x/curl1"}, 0, nil},
