@@ -171,7 +171,7 @@ func prefetch(ctx context.Context, c *cache, file fileRequest, w io.Writer, whol
 		}
 	}
 	switch rec = storedRecord(ctx, c, file); {
-	case rec == nil && stored.key() != before: // a root that names it was stored meanwhile
+	case rec == nil && file.asStored(ctx, c).key() != before: // a root that names it was stored meanwhile
 		return prefetch(ctx, c, file, w, whole)
 	case rec == nil:
 		return nil, "", newProblem(http.StatusInsufficientStorage, "it arrived and was not stored: the server's log says why, and /health if nothing can be")
