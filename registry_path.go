@@ -73,7 +73,7 @@ func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 		return errNoRoute
 	case isDocker && image != "":
 	default:
-		if rem = cfg.remoteByRegistry(ns); rem == nil {
+		if rem = cfg.registries[strings.ToLower(ns)]; rem == nil {
 			return newUnknownNameError(cfg, first, ns)
 		}
 		image = name

@@ -159,9 +159,6 @@ func (c *config) addRegistry(r *remote) {
 	}
 }
 
-// remoteByRegistry returns the docker remote whose registry a client named in ns, or nil.
-func (c *config) remoteByRegistry(ns string) *remote { return c.registries[strings.ToLower(ns)] }
-
 // isIrreplaceable reports whether the files of a remote may exist nowhere else: it is a
 // local repository, or not in remotes.yaml any more and may have been one.
 func (c *config) isIrreplaceable(name string) bool {

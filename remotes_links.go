@@ -180,7 +180,8 @@ func (r *linkRewriter) rewrite() {
 }
 
 // findLink returns the name of the remote that a URL at the begin of s leads to, and how
-// many bytes of s are replaced by the way there; 0 if the URL stays.
+// many bytes of s are replaced by the way there; 0 if the URL stays, which
+// is counted.
 func (r *linkRewriter) findLink(s []byte) (name string, length int) {
 	if !(bytes.HasPrefix(s, []byte("http:")) || bytes.HasPrefix(s, []byte("https:"))) || !r.beginsValue() {
 		return "", 0
@@ -192,7 +193,11 @@ func (r *linkRewriter) findLink(s []byte) (name string, length int) {
 	}
 	b := r.links.table.urls.find(u, r.links.from)
 	if b == nil {
-		r.countLeaving(u)
+		var buf [maxHostBytes]byte
+		_, host, _ := strings.Cut(string(appendHost(buf[:0], u)), "://")
+		if host != "" && (len(r.leaving) < maxLeavingHosts || r.leaving[host] > 0) {
+			r.leaving[host]++
+		}
 		return "", 0
 	}
 	for range len(b.url) {
@@ -209,15 +214,6 @@ func (r *linkRewriter) findLink(s []byte) (name string, length int) {
 		length = len(s) - len(rest)
 	}
 	return b.remote.name, length
-}
-
-// countLeaving counts a link that stays.
-func (r *linkRewriter) countLeaving(u []byte) {
-	var buf [maxHostBytes]byte
-	_, host, _ := strings.Cut(string(appendHost(buf[:0], u)), "://")
-	if host != "" && (len(r.leaving) < maxLeavingHosts || r.leaving[host] > 0) {
-		r.leaving[host]++
-	}
 }
 
 // beginsValue reports whether a string, an attribute of HTML or a YAML value begins at

@@ -302,7 +302,7 @@ func TestConfigWithEveryKey(t *testing.T) {
 		{"immutable_ttl", f.immutableTTL, 11 * time.Second},
 		{"mutable_ttl", f.mutableTTL, time.Duration(0)},
 		{"max_size", f.maxSize, int64(3 << 29)},
-		{"registry", c.remoteByRegistry("docker.io"), c.remotes["images"]},
+		{"registry", c.registries["docker.io"], c.remotes["images"]},
 		{"token_realm", c.remotes["images"].tokenRealm.String(), "https://auth.example.org/token?a=b"},
 		{"default mutable_ttl", c.remotes["images"].mutableTTL, time.Hour},
 		{"default timeout", c.remotes["images"].timeout, 30 * time.Second},
@@ -360,7 +360,7 @@ func TestRegistryNames(t *testing.T) {
 		"registry-1.docker.io": "", "files.example.org": "", "": "",
 	} {
 		got := ""
-		if r := c.remoteByRegistry(ns); r != nil {
+		if r := c.registries[strings.ToLower(ns)]; r != nil {
 			got = r.name
 		}
 		if got != want {
@@ -523,7 +523,7 @@ func TestShippedConfig(t *testing.T) {
 			t.Errorf("%s %s: got %q, %v, want %q", tt.remote, tt.path, got, err, tt.want)
 		}
 	}
-	if c.remoteByRegistry("docker.io") != c.remotes["dockerhub"] {
+	if c.registries["docker.io"] != c.remotes["dockerhub"] {
 		t.Error("docker.io is not dockerhub")
 	}
 }

@@ -294,7 +294,13 @@ func (c *configReader) collectKeys(n *yaml.Node, prefix string, into map[string]
 		case v.Kind == yaml.AliasNode: // rejectReferences has reported it
 			continue
 		case strings.Contains(k.Value, "."), !slices.ContainsFunc(c.keys, func(k remoteKey) bool { return k.name == name }):
-			c.addUnknownKey(k, prefix)
+			var known []string // those of blocks too
+			for _, key := range c.keys {
+				if name, ok := strings.CutPrefix(key.name, prefix); ok {
+					known = append(known, strings.Replace(name, ".", ": ", 1))
+				}
+			}
+			c.addError(k.Line, "unknown key %.60q: remove it, or use one of %s", name, strings.Join(known, ", "))
 			continue
 		case twice:
 			c.addError(k.Line, "%s is there twice (first in line %d): keep one", name, first.key.Line)
@@ -311,18 +317,6 @@ func (c *configReader) collectKeys(n *yaml.Node, prefix string, into map[string]
 		}
 		c.collectKeys(v, "cache.", into)
 	}
-}
-
-// addUnknownKey reports an unknown key k below prefix, and names the keys that may stand
-// there, those of blocks too.
-func (c *configReader) addUnknownKey(k *yaml.Node, prefix string) {
-	var known []string
-	for _, key := range c.keys {
-		if name, ok := strings.CutPrefix(key.name, prefix); ok {
-			known = append(known, strings.Replace(name, ".", ": ", 1))
-		}
-	}
-	c.addError(k.Line, "unknown key %.60q: remove it, or use one of %s", prefix+k.Value, strings.Join(known, ", "))
 }
 
 // readScalar returns the text of a scalar as the file has it, so a number or a date
