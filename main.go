@@ -113,16 +113,17 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 	command, known := map[string]struct {
 		maxArgs int
 		run     func() error
+		asOwner bool
 	}{
-		"serve":       {0, func() error { return runServer(ctx, set, env, stderr) }},
-		"check":       {1, func() error { return checkConfig(set, rest, env, stdout) }},
-		"healthcheck": {0, func() error { return askHealth(set) }},
-		"verify":      {0, func() error { return verifyStored(ctx, set, env, time.Now, stdout) }},
-		"reindex":     {0, func() error { return reindexStored(ctx, set, time.Now, stdout) }},
-		"export":      {math.MaxInt, func() error { return bundle.exportStored(ctx, rest) }},
-		"have":        {0, func() error { return bundle.listSums(ctx) }},
-		"import":      {0, func() error { return bundle.importStored(ctx) }},
-		"prefetch":    {math.MaxInt, func() error { return runPrefetch(ctx, set, rest, os.Stdin, stdout) }},
+		"serve":       {0, func() error { return runServer(ctx, set, env, stderr) }, false},
+		"check":       {1, func() error { return checkConfig(set, rest, env, stdout) }, false},
+		"healthcheck": {0, func() error { return askHealth(set) }, false},
+		"verify":      {0, func() error { return verifyStored(ctx, set, env, time.Now, stdout) }, true},
+		"reindex":     {0, func() error { return reindexStored(ctx, set, time.Now, stdout) }, true},
+		"export":      {math.MaxInt, func() error { return bundle.exportStored(ctx, rest) }, true},
+		"have":        {0, func() error { return bundle.listSums(ctx) }, true},
+		"import":      {0, func() error { return bundle.importStored(ctx) }, true},
+		"prefetch":    {math.MaxInt, func() error { return runPrefetch(ctx, set, rest, os.Stdin, stdout) }, false},
 		"version":     {}, "--version": {}, "help": {}, "-h": {}, "--help": {},
 	}[name]
 	if !known {
@@ -138,7 +139,12 @@ func run(ctx context.Context, args []string, env lookupEnv, stdout, stderr io.Wr
 		fmt.Fprint(stdout, usage)
 		return 0
 	case err == nil:
-		err = command.run()
+		if command.asOwner {
+			err = becomeOwner(set.dataDir)
+		}
+		if err == nil {
+			err = command.run()
+		}
 	}
 	if errors.Is(err, errUsage) {
 		fmt.Fprintf(stderr, "artifactapi: %v\n%s", err, usage)

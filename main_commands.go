@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"syscall"
 	"time"
 )
 
@@ -78,6 +79,24 @@ func localURL(set *settings) string {
 // HTTP_PROXY and the like are for upstreams.
 func newLocalClient() *http.Client {
 	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+}
+
+// becomeOwner makes root the user who owns DATA_DIR, for good: the server runs as that user,
+// and could not read what root writes there.
+func becomeOwner(dataDir string) error {
+	fi, err := os.Stat(dataDir)
+	if err != nil || os.Geteuid() != 0 {
+		return nil // whoever needs the directory says what is wrong with it
+	}
+	owner := fi.Sys().(*syscall.Stat_t)
+	if owner.Uid == 0 {
+		return nil
+	}
+	uid, gid := int(owner.Uid), int(owner.Gid)
+	if err := errors.Join(syscall.Setgroups(nil), syscall.Setgid(gid), syscall.Setuid(uid)); err != nil {
+		return fmt.Errorf("DATA_DIR %s belongs to user %d, whose server could not read what root writes there: run this as that user: %w", dataDir, uid, err)
+	}
+	return nil
 }
 
 // verifyStored hashes everything stored and drops what does not match its record.

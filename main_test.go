@@ -12,6 +12,8 @@ import (
 	goparser "go/parser"
 	gotoken "go/token"
 	"io"
+	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -1172,4 +1174,39 @@ func TestRemotesThatAreNeverLookedAtAgainAreNamed(t *testing.T) {
 	if lines := tt.logs.lines("mutable_patterns"); len(lines) != 1 || !strings.Contains(lines[0], "pinned") {
 		t.Errorf("the log has %q", lines)
 	}
+}
+
+// A command that root runs leaves nothing in DATA_DIR that its owner, who runs the server,
+// could not read.
+func TestCommandsOfRootAreTheOwners(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("only root can become somebody else")
+	}
+	const owner = 65532
+	dir := t.TempDir()
+	must(t, os.Chmod(filepath.Dir(dir), 0o755))
+	must(t, os.WriteFile(dir+"/remotes.yaml", []byte("remotes: {own: {type: local}}"), 0o644))
+	must(t, os.Mkdir(dir+"/data", 0o700))
+	must(t, os.Chown(dir+"/data", owner, owner))
+	d := newDiskStore(dir+"/data", time.Now, slog.New(slog.DiscardHandler))
+	must(t, d.put(t.Context(), testKey("f"), testRecord("f", "content"), strings.NewReader("content"), putCondition{}))
+	must(t, filepath.WalkDir(d.dir, func(name string, _ fs.DirEntry, err error) error {
+		return errors.Join(err, os.Chown(name, owner, owner))
+	}))
+	must(t, os.Chtimes(d.pathOf(testKey("f")), testDay, testDay)) // as a restored backup has it: verify writes its record anew
+	for _, command := range []string{"verify", "reindex", "have"} {
+		cmd := exec.Command(os.Args[0], command)
+		cmd.Env = []string{childMark + "=1", "CONFIG_PATH=" + dir + "/remotes.yaml", "DATA_DIR=" + d.dir, "GORACE=" + os.Getenv("GORACE")}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", command, err, out)
+		}
+	}
+	must(t, filepath.WalkDir(d.dir, func(name string, _ fs.DirEntry, err error) error {
+		fi, statErr := os.Stat(name)
+		if err = errors.Join(err, statErr); err == nil && fi.Sys().(*syscall.Stat_t).Uid != owner {
+			t.Errorf("%s is root's", name)
+		}
+		return err
+	}))
 }
