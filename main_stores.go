@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync/atomic"
@@ -111,7 +112,11 @@ func openStores(set *settings, now func() time.Time, log *slog.Logger) *stores {
 		return st
 	}
 	st.objects = disk
-	st.backends = append(st.backends, &backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: st.pingDisk, close: disk.Close})
+	st.backends = append(st.backends, &backend{name: "storage", kind: "local disk " + set.dataDir, okWord: "embedded", ping: st.pingDisk, close: disk.Close,
+		tasks: []task{{doing: "removing hot copies of an earlier store in S3", step: func(context.Context) error {
+			_ = os.RemoveAll(filepath.Join(set.dataDir, hotDir)) // what stays is tried again at the next start
+			return nil
+		}}}})
 	return st
 }
 
@@ -159,7 +164,7 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 		hearsChanges, st.replicas = redis.hearsChanges, redis
 	}
 	s3 := newS3Store(newS3Client(set.s3), hearsChanges)
-	copies := newDiskStore(filepath.Join(set.dataDir, ".hot"), now, log)
+	copies := newDiskStore(filepath.Join(set.dataDir, hotDir), now, log)
 	hot := newTiered(s3, copies, set.hotSize, st.space)
 	st.space.reclaimer = hot
 	st.objects, st.hot = hot, hot

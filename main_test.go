@@ -1045,6 +1045,26 @@ func TestEarlierDiskStoreIsReported(t *testing.T) {
 	}
 }
 
+// Without S3 nothing looks at hot copies any more.
+func TestHotCopiesGoWithS3(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	must(t, os.MkdirAll(dir+"/.hot/r", 0o755))
+	must(t, os.WriteFile(dir+"/.hot/r/f", nil, 0o600))
+	set, err := parseSettings(envOf(map[string]string{"DATA_DIR": dir}))
+	must(t, err)
+	st := openStores(set, time.Now, slog.New(slog.DiscardHandler))
+	for _, b := range st.backends {
+		for _, task := range b.tasks {
+			must(t, task.step(t.Context()))
+		}
+	}
+	must(t, st.Close())
+	if _, err := os.Stat(dir + "/.hot"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("they stay: %v", err)
+	}
+}
+
 func TestMinFreeIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	o := newTestOrigin(t, setup{})

@@ -27,6 +27,7 @@ const (
 	bodyNext   = ".body.next"   // a body that is being copied from a spool that cannot be renamed
 	asideMark  = ".damaged-"    // begins the names of damaged files that cannot be fetched again
 	spoolDir   = ".spool"       // directory of the spools, in DATA_DIR
+	hotDir     = ".hot"         // directory of hot copies, in DATA_DIR
 	lockFile   = ".lock"        // locked by the server that owns DATA_DIR
 	tempSuffix = ".tmp"         // ends the name of a small file while it is written
 )
