@@ -151,7 +151,7 @@ func (x *sqlIndex) runOnConn(ctx context.Context, f func(context.Context, *sql.C
 		return false, err
 	}
 	if !x.ready.Load() {
-		if err = makeSchema(ctx, conn); err != nil {
+		if err = x.makeSchema(ctx, conn); err != nil {
 			err = fmt.Errorf("preparing the schema: %w", err)
 		}
 		x.ready.Store(err == nil)
@@ -186,8 +186,9 @@ func isBadData(err error) bool {
 // makeSchema makes the schema, unless it is there. Replicas that start together wait for
 // each other. A schema that is newer than the program is refused: its rows may mean what
 // the program does not know.
-func makeSchema(ctx context.Context, conn *sql.Conn) error {
-	return inTransaction(ctx, conn, func(tx *sql.Tx) error {
+func (x *sqlIndex) makeSchema(ctx context.Context, conn *sql.Conn) error {
+	isMade := false
+	err := inTransaction(ctx, conn, func(tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, sqlLock, sqlLockKey); err != nil {
 			return err
 		}
@@ -204,10 +205,15 @@ func makeSchema(ctx context.Context, conn *sql.Conn) error {
 			return fmt.Errorf("its version is %d, and this artifactapi knows 1: run the newer artifactapi that made it", version)
 		case version == 0:
 			_, err = tx.ExecContext(ctx, sqlSchema)
+			isMade = err == nil
 			return err
 		}
 		return nil
 	})
+	if isMade && err == nil {
+		x.log.Info("the tables were missing and have been made: what is stored already is listed from its next use on, or after artifactapi reindex")
+	}
+	return err
 }
 
 // inTransaction runs f in a transaction, and undoes it if f fails.

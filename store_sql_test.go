@@ -1422,6 +1422,9 @@ func TestEmptiedSchemaIsMadeAnew(t *testing.T) {
 	if err := s.ping(t.Context()); err != nil || s.waiting() > 0 || s.db.version != 1 || s.db.emptied {
 		t.Errorf("version %d, %d rows wait, %v", s.db.version, s.waiting(), err)
 	}
+	if lines := s.out.String(); strings.Count(lines, "artifactapi reindex") != 1 {
+		t.Errorf("nobody is told that files may not be listed: %s", lines)
+	}
 }
 
 func TestPostgresOddValues(t *testing.T) {
