@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"syscall"
 	"time"
 )
@@ -81,10 +82,13 @@ func newLocalClient() *http.Client {
 	return &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
 }
 
-// becomeOwner makes root the user who owns DATA_DIR, for good: the server runs as that user,
-// and could not read what root writes there.
+// becomeOwner makes root the user who runs the server, for good: that one could not read
+// what root writes to DATA_DIR. The lock in it is the server's, unless none has run yet.
 func becomeOwner(dataDir string) error {
-	fi, err := os.Stat(dataDir)
+	fi, err := os.Stat(filepath.Join(dataDir, lockFile))
+	if err != nil {
+		fi, err = os.Stat(dataDir)
+	}
 	if err != nil || os.Geteuid() != 0 {
 		return nil // whoever needs the directory says what is wrong with it
 	}
@@ -94,7 +98,7 @@ func becomeOwner(dataDir string) error {
 	}
 	uid, gid := int(owner.Uid), int(owner.Gid)
 	if err := errors.Join(syscall.Setgroups(nil), syscall.Setgid(gid), syscall.Setuid(uid)); err != nil {
-		return fmt.Errorf("DATA_DIR %s belongs to user %d, whose server could not read what root writes there: run this as that user: %w", dataDir, uid, err)
+		return fmt.Errorf("DATA_DIR %s is used by the server of user %d, who could not read what root writes there: run this as that user: %w", dataDir, uid, err)
 	}
 	return nil
 }
