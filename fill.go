@@ -58,7 +58,7 @@ type outcomeKind string
 const (
 	outcomeBody      outcomeKind = "body"      // there is a whole, verified body
 	outcomeUnchanged outcomeKind = "unchanged" // the expired copy is still good
-	outcomeLookAgain outcomeKind = "again"     // the store has the file by now
+	outcomeLookAgain outcomeKind = "again"     // the store has the file by now, or its clients begin anew
 	outcomeNoSpool   outcomeKind = "no spool"  // there is none: each client asks upstream itself
 	outcomeAbandoned outcomeKind = "abandoned" // its last client left before it was of use
 	outcomeFailed    outcomeKind = "failed"    // err says why
@@ -95,7 +95,7 @@ type fill struct {
 	spool      *spool  // nil: not opened yet
 	validator  string  // for If-Range; "": upstream gave no strong one
 	origin     int     // which of the remote's origins answered
-	isFollower bool    // it follows another replica's
+	isFollower bool    // its body began as another replica's
 	leaseToken string  // of the lease on the key across replicas; "": it is not held
 }
 

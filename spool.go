@@ -212,7 +212,8 @@ type spool struct {
 	hash     *bodyHash
 	reserved int64 // of the account, for bytes that the disk does not have yet
 	owed     int64 // of that, what has to be reclaimed
-	// isTransient: the body will not be stored, and nothing is reclaimed for it.
+	// isTransient: it is known before setSize that the body will not be stored, and nothing
+	// is reclaimed for it.
 	isTransient bool
 
 	mu      sync.Mutex // guards the fields below; of the other locks only the account's is taken under it
