@@ -53,12 +53,8 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 // purgePath removes the file of t under all its names, with all its query variants and
 // generations, and what is listed under the same decoded path, as npm's @scope%2Fname is.
 func (c *cache) purgePath(ctx context.Context, t target) (purged int, err error) {
-	targets := []target{t}
-	for _, other := range c.generations.namesOf(ctx, t) {
-		targets = append(targets, other.target)
-	}
-	for _, t := range targets { // they may have no row
-		if err := c.purgeFile(ctx, t.remote.name, t.key()); err == nil {
+	for _, file := range append(c.generations.namesOf(ctx, t), fileRequest{target: t}) { // they may have no row
+		if err := c.purgeFile(ctx, t.remote.name, file.key()); err == nil {
 			purged++
 		} else if !errors.Is(err, fs.ErrNotExist) {
 			return purged, err
