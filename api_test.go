@@ -375,7 +375,7 @@ func TestDamagedUploadIsSetAside(t *testing.T) {
 				wantVerify := func(want int) {
 					t.Helper()
 					var reports []string
-					_, _, err := tt.disk.verify(t.Context(), func(key string, err error) { reports = append(reports, key+": "+err.Error()) })
+					_, err := tt.disk.verify(t.Context(), func(key string, err error) { reports = append(reports, key+": "+err.Error()) })
 					if err != nil || len(reports) != want {
 						t.Errorf("verify reports %q, want %d: %v", reports, want, err)
 					}

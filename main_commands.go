@@ -113,9 +113,12 @@ func verifyStored(ctx context.Context, set *settings, env lookupEnv, now func() 
 	// nothing damaged is removed.
 	cfg, configErr := loadConfig(set.configPath, env)
 	st.disk.isIrreplaceable = func(remote string) bool { return configErr != nil || cfg.isIrreplaceable(remote) }
-	reported := 0
-	checked, dropped, err := st.objects.verify(ctx, func(key string, err error) {
+	reported, dropped := 0, 0
+	checked, err := st.objects.verify(ctx, func(key string, err error) {
 		reported++
+		if errors.Is(err, errDropped) {
+			dropped++
+		}
 		fmt.Fprintf(stdout, "%s: %v\n", key, err)
 	})
 	fmt.Fprintf(stdout, "%d checked, %d dropped\n", checked, dropped)

@@ -38,9 +38,9 @@ type stores struct {
 type verifiableObjects interface {
 	objects
 	// verify hashes each object and drops those that do not match their record. It
-	// may run beside writers. report is called for each object that was dropped or
-	// could not be read, and for strays; dropped counts the first.
-	verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error)
+	// may run beside writers. report is called for each object that was dropped
+	// (errDropped) or could not be read, and for strays, one at a time.
+	verify(ctx context.Context, report func(key string, err error)) (checked int, err error)
 }
 
 // backend is one of the three backends that /health shows: what main needs to know of

@@ -241,10 +241,10 @@ func (t *tieredStore) removeCopy(key string) {
 }
 
 // verify implements verifiableObjects for the copies and the objects.
-func (t *tieredStore) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	checked, dropped, err = t.disk.verify(ctx, func(key string, err error) { report("hot copy of "+key, err) })
-	c, d, s3err := t.s3Store.verify(ctx, report)
-	return checked + c, dropped + d, errors.Join(err, s3err)
+func (t *tieredStore) verify(ctx context.Context, report func(key string, err error)) (checked int, err error) {
+	copies, err := t.disk.verify(ctx, func(key string, err error) { report("hot copy of "+key, err) })
+	checked, s3err := t.s3Store.verify(ctx, report)
+	return copies + checked, errors.Join(err, s3err)
 }
 
 // tryStartCopy starts the copy of what b reads, unless one of that key is being made or

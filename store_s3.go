@@ -472,19 +472,16 @@ func (s *s3Store) eachKey(ctx context.Context, parallel int, look func(ctx conte
 }
 
 // verify implements verifiableObjects. It may run beside servers.
-func (s *s3Store) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
+func (s *s3Store) verify(ctx context.Context, report func(key string, err error)) (checked int, err error) {
 	look := func(ctx context.Context, key string) (*object, error) { return nil, s.verifyObject(ctx, key) }
 	err = s.eachKey(ctx, s3ParallelParts, look, func(key string, _ *object, err error) error {
 		checked++
-		if errors.Is(err, errDropped) {
-			dropped++
-		}
 		if err != nil {
 			report(key, err)
 		}
 		return nil
 	})
-	return checked, dropped, err
+	return checked, err
 }
 
 // verifyObject drops an object of ours whose record or body is damaged. One that is

@@ -895,8 +895,13 @@ func TestS3Verify(t *testing.T) {
 	mustPut(t, b.store.client, testKey("foreign"), putOf([]byte("x")))
 	b.fake.object(testKey("rotten")).data[3] ^= 1
 	b.fake.object(testKey("damaged")).meta.Set("X-Amz-Meta-Artifact", "{")
-	reported := map[string]error{}
-	checked, dropped, err := b.store.verify(t.Context(), func(key string, err error) { reported[key] = err })
+	reported, dropped := map[string]error{}, 0
+	checked, err := b.store.verify(t.Context(), func(key string, err error) {
+		reported[key] = err
+		if errors.Is(err, errDropped) {
+			dropped++
+		}
+	})
 	if checked != 5 || dropped != 2 || err != nil || len(reported) != 3 {
 		t.Errorf("%d checked, %d dropped, %v, %v", checked, dropped, err, reported)
 	}

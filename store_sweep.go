@@ -197,24 +197,18 @@ func (d *diskStore) isOld(name string) bool {
 
 // verify implements verifiableObjects: it tidies each directory and hashes the body that
 // its record describes.
-func (d *diskStore) verify(ctx context.Context, report func(key string, err error)) (checked, dropped int, err error) {
-	count := func(key string, err error) {
-		if errors.Is(err, errDropped) {
-			dropped++
-		}
-		report(key, err)
-	}
+func (d *diskStore) verify(ctx context.Context, report func(key string, err error)) (checked int, err error) {
 	err = d.eachFolder(ctx, func(folder string) error {
-		e, found := d.tidyFolder(ctx, folder, count)
+		e, found := d.tidyFolder(ctx, folder, report)
 		checked += found
 		if e != nil && !e.isHashed {
 			if err := d.verifyBody(ctx, e); err != nil && ctx.Err() == nil {
-				count(e.key, err)
+				report(e.key, err)
 			}
 		}
 		return ctx.Err()
 	})
-	return checked, dropped, err
+	return checked, err
 }
 
 // ping returns nil if a file can be made in DATA_DIR. It ends with ctx even if the
