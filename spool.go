@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"math"
 	"os"
 	"strings"
 	"sync"
@@ -152,6 +153,7 @@ func (s *spoolSpace) findAmong(reclaimable room, n int64, found func(short room)
 	if keep < 0 {
 		keep = defaultMinFree(disk.size.bytes)
 	}
+	n = min(n, math.MaxInt64/2) // an upstream may say any length, and the sum must not overflow
 	short := room{bytes: max(0, keep+s.reserved-s.owed+s.growing*entryOverhead+n-disk.free.bytes)}
 	if disk.size.inodes > 0 {
 		short.inodes = max(0, disk.size.inodes/minFreeInodes+s.growing*inodesPerFile-disk.free.inodes)

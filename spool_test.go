@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"strings"
 	"sync"
@@ -335,6 +336,22 @@ func TestWhatIsReclaimable(t *testing.T) {
 				t.Errorf("%d went; want %d", gone, c.gone)
 			}
 		})
+	}
+}
+
+// An upstream may say any length. One that no disk has does not pass where MIN_FREE is
+// short already, or everything would pass after it.
+func TestSpaceOfALengthThatNoDiskHas(t *testing.T) {
+	t.Parallel()
+	space := testSpace(t, 100)
+	space.minFree = 200
+	for _, mayReclaim := range []bool{false, true} {
+		if _, err := space.reserve(math.MaxInt64, mayReclaim); !errors.Is(err, errNoSpace) {
+			t.Errorf("reclaiming %v: %v", mayReclaim, err)
+		}
+		if _, err := space.reserve(1, mayReclaim); !errors.Is(err, errNoSpace) {
+			t.Errorf("a byte more, reclaiming %v: %v", mayReclaim, err)
+		}
 	}
 }
 
