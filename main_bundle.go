@@ -63,6 +63,7 @@ func (c *bundleCommand) exportStored(ctx context.Context, args []string) error {
 	}
 	st, cfg := c.open()
 	defer st.Close()
+	st.disk.listsAll = true // a bundle without what it cannot read would pass for a backup
 	b.objects, b.createFile, b.config = st.objects, st.disk.newSpool, cfg
 	defer c.showProgress(b.bundleProgress)()
 	return b.write(ctx, c.stdout)

@@ -184,6 +184,8 @@ type diskStore struct {
 	delaysSync bool
 	boot       string // the kernel's name of the machine's current run; "": not known
 
+	listsAll bool // see walk; it is set before the first use
+
 	owner *os.File        // .lock while this process has it; lockData and Close use it, never concurrently
 	probe backgroundCheck // of ping
 	swept time.Time       // when sweep last read all directories; sweep alone uses it

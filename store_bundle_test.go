@@ -496,6 +496,21 @@ func TestExportRefusesADamagedBody(t *testing.T) {
 	}
 }
 
+// A bundle without the files whose records cannot be read would pass for a backup.
+func TestExportFailsWhereARecordCannotBeRead(t *testing.T) {
+	t.Parallel()
+	s := newBundleSite(t)
+	s.put(carried)
+	name := s.env["DATA_DIR"] + "/" + filepath.Dir(testKey("twin")) + "/" + recordFile
+	if err := errors.Join(os.Remove(name), os.Mkdir(name, 0o755)); err != nil { // it cannot be read by root either
+		t.Fatal(err)
+	}
+	if code, _, said := s.do(nil, "export"); code != 1 || !strings.Contains(said, testKey("twin")) {
+		t.Errorf("exit %d: %s", code, said)
+	}
+	s.wantDone(nil, "have")
+}
+
 // newBundleReader makes a reader that imports into a disk store through o.
 func newBundleReader(t *testing.T, o objects, d *diskStore) *bundleReader {
 	dir, err := d.newStagingDir()

@@ -25,26 +25,33 @@ const orphanAge = 24 * time.Hour
 
 // walk implements objects. It leaves out a body that no record describes or has the size
 // of. It does not hash: a restored body of the right size is listed, and open decides
-// later whether a record describes it.
+// later whether a record describes it. A record that cannot be read is left out too, and
+// logged, or with listsAll ends it.
 func (d *diskStore) walk(ctx context.Context, f func(key string, rec *record) error) error {
 	return d.eachFolder(ctx, func(folder string) error {
 		return eachName(d.pathOf(folder), func(name string) error {
+			if name[0] == '.' {
+				return nil
+			}
 			key := folder + "/" + name
+			var rec *record
+			var similar []*record
 			fi, err := os.Stat(d.pathOf(key))
-			if err != nil || name[0] == '.' {
-				return nil
+			if err == nil {
+				rec, similar, err = d.readRecords(key, identityOf(fi))
 			}
-			rec, similar, err := d.readRecords(key, identityOf(fi))
-			if rec == nil && len(similar) > 0 {
-				rec = similar[0]
-			}
-			if ignoreMiss(err) != nil {
+			switch err = ignoreMiss(err); {
+			case err != nil && d.listsAll:
+				return openError(key, err)
+			case err != nil:
 				d.log.Warn("stored file is not listed", "key", key, "error", err)
-			}
-			if rec == nil {
 				return nil
+			case rec != nil:
+				return f(key, rec)
+			case len(similar) > 0:
+				return f(key, similar[0])
 			}
-			return f(key, rec)
+			return nil
 		})
 	})
 }
