@@ -15,6 +15,7 @@ import (
 	"html"
 	"io"
 	"io/fs"
+	"iter"
 	"net/http"
 	"net/url"
 	"path"
@@ -363,7 +364,7 @@ func (p *prefetchFinder) crawl() {
 		way := listings[n]
 		p.failIndex(p.remote, way, p.readIndex(way, func(r io.Reader) error {
 			text, err := readMetadata(r)
-			for _, link := range p.linksBelow(way, text) {
+			for link := range p.linksBelow(way, text) {
 				switch {
 				case !strings.HasSuffix(link, "/"):
 					p.addMatching(link, "")
@@ -386,26 +387,29 @@ func (p *prefetchFinder) crawl() {
 // hrefPattern finds the targets of an HTML page's links.
 var hrefPattern = regexp.MustCompile(`(?i)<a\s[^<>]*?href\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'<>]+))`)
 
-// linksBelow returns the paths here of what a listing links to and what is below it.
+// linksBelow yields the paths here of what a listing links to and what is below it.
 // Links with a query sort the listing. A link whose path is refused everywhere is none.
-func (p *prefetchFinder) linksBelow(page string, text []byte) (ways []string) {
-	base, err := url.Parse(p.remote.origins[0].url.String() + "/" + strings.TrimPrefix(page, p.remote.urlPath()))
-	if err != nil {
-		return nil
+func (p *prefetchFinder) linksBelow(page string, text []byte) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		base, err := url.Parse(p.remote.origins[0].url.String() + "/" + strings.TrimPrefix(page, p.remote.urlPath()))
+		if err != nil {
+			return
+		}
+		for m := hrefPattern.FindSubmatchIndex(text); m != nil; m = hrefPattern.FindSubmatchIndex(text) { // all at once would take 20 times the text's memory
+			target := string(text[max(m[2], m[4], m[6]):max(m[3], m[5], m[7])]) // of three groups one has matched
+			text = text[m[1]:]
+			link, err := base.Parse(strings.TrimSpace(html.UnescapeString(target)))
+			if err != nil || link.RawQuery != "" {
+				continue
+			}
+			link.Fragment, link.RawFragment = "", ""
+			below, ok := strings.CutPrefix(link.String(), base.String())
+			if !ok || below == "" {
+				continue
+			}
+			if _, err := p.findFile(page + below); (err == nil || errors.Is(err, errDenied)) && !yield(page+below) {
+				return
+			}
+		}
 	}
-	for _, m := range hrefPattern.FindAllSubmatch(text, -1) {
-		link, err := base.Parse(strings.TrimSpace(html.UnescapeString(string(bytes.Join(m[1:], nil)))))
-		if err != nil || link.RawQuery != "" {
-			continue
-		}
-		link.Fragment, link.RawFragment = "", ""
-		below, ok := strings.CutPrefix(link.String(), base.String())
-		if !ok || below == "" {
-			continue
-		}
-		if _, err := p.findFile(page + below); err == nil || errors.Is(err, errDenied) {
-			ways = append(ways, page+below)
-		}
-	}
-	return ways
 }

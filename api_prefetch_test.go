@@ -491,18 +491,26 @@ func TestPrefetchByAnIndexBesideMissingOnes(t *testing.T) {
 	tt.prefetch(`{"remote": "r", "prefix": "t", "pattern": "zlib"}`).wants("done", "r/pool/z/zlib_1.deb").wants("failed")
 }
 
-// The memory of a run does not grow with its index.
+// The memory of a run does not grow with its index, nor with the links of a listing.
 func TestLargeIndexTakesLittleMemory(t *testing.T) {
+	grows := func(tt *tester) int64 {
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		tt.prefetch(`{"remote": "r", "pattern": "curl"}`).wantSum(0, 0, 0, 0)
+		runtime.ReadMemStats(&after)
+		return int64(after.HeapSys) - int64(before.HeapSys)
+	}
 	tt := newTester(t, "package: rpm")
 	tt.origin.file("/repodata/repomd.xml", repomd("p.xml.gz"))
 	tt.origin.file("/p.xml.gz", gz(primary(slices.Repeat([]string{rpmPackage(`href="zlib.rpm"`, 1) + strings.Repeat(`<x y="z"/>`, 300)}, 2000)...)))
-	var before, after runtime.MemStats
-	runtime.GC()
-	runtime.ReadMemStats(&before)
-	tt.prefetch(`{"remote": "r", "pattern": "curl"}`).wantSum(0, 0, 0, 0)
-	runtime.ReadMemStats(&after)
-	if grown := int64(after.HeapSys) - int64(before.HeapSys); grown > 32<<20 {
+	if grown := grows(tt); grown > 32<<20 {
 		t.Errorf("the heap has grown by %d bytes for 6 MB of XML", grown)
+	}
+	tt = newTester(t)
+	tt.origin.file("/", strings.Repeat("<a href=a>", 1_000_000))
+	if grown := grows(tt); grown > 100<<20 {
+		t.Errorf("the heap has grown by %d bytes for a million links", grown)
 	}
 }
 
