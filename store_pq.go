@@ -56,12 +56,13 @@ func (c *sqlConnector) Connect(ctx context.Context) (driver.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &cuttingDialer{}
+	d := &cuttingDialer{connecting: ctx}
 	connector.Dialer(d)
 	conn, err := connector.Connect(ctx) // connect_timeout bounds it
 	if err != nil {
 		return nil, err
 	}
+	d.stop() // if ctx has ended already, the next statement fails
 	d.connected.Store(true)
 	// PgBouncer refuses these settings as part of the start of a connection.
 	if _, err = conn.(driver.ExecerContext).ExecContext(ctx, sqlSession, nil); err != nil {
@@ -74,11 +75,14 @@ func (c *sqlConnector) Connect(ctx context.Context) (driver.Conn, error) {
 // cuttingDialer dials for one connection of lib/pq. When the context of a statement
 // ends, lib/pq dials again, to ask the server to cancel the statement, and goes on
 // waiting for the answer as long as the server likes. Here the second dial ends the
-// wait instead. The server ends the statement itself, by statement_timeout.
+// wait instead. The server ends the statement itself, by statement_timeout. While it logs
+// in, lib/pq heeds no context: here the end of connecting ends that, too.
 type cuttingDialer struct {
-	pq.Dialer             // nil: lib/pq calls DialContext alone
-	conn      net.Conn    // not changed once it is connected
-	connected atomic.Bool // a further dial is for a cancellation
+	pq.Dialer  // nil: lib/pq calls DialContext alone
+	connecting context.Context
+	conn       net.Conn    // not changed once it is connected
+	stop       func() bool // ends the watch over connecting
+	connected  atomic.Bool // a further dial is for a cancellation
 }
 
 // DialContext: see pq.DialerContext.
@@ -87,7 +91,10 @@ func (d *cuttingDialer) DialContext(ctx context.Context, network, address string
 		d.conn.Close()
 		return nil, net.ErrClosed
 	}
-	d.conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
+	if d.conn, err = (&net.Dialer{}).DialContext(ctx, network, address); err == nil {
+		conn := d.conn
+		d.stop = context.AfterFunc(d.connecting, func() { conn.Close() })
+	}
 	return d.conn, err
 }
 

@@ -540,6 +540,33 @@ func TestSQLProbeThatIsCutOff(t *testing.T) {
 	s.wantRows("a")
 }
 
+// lib/pq itself heeds no context while it logs in: a check of health would last as long.
+func TestSQLLoginEndsWithItsCaller(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer l.Close()
+	host, port, _ := net.SplitHostPort(l.Addr().String())
+	dsn := strings.Replace(sqlSettings{host: host, port: port, user: "u", name: "n", sslmode: "disable"}.dsn(), "connect_timeout=2", "connect_timeout=30", 1)
+	x := newSQLIndex(&sqlConnector{dsn}, "", time.Now, slog.New(slog.DiscardHandler))
+	defer x.Close()
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			defer c.Close()
+			c.Read(make([]byte, 1)) // it logs in, and gets no answer
+			leave()
+			io.Copy(io.Discard, c)
+		}
+	}()
+	mustEnd(t, func() {
+		if err := x.ping(ctx); !errors.Is(err, errStoreDown) || x.outage.outageCause() != nil {
+			t.Errorf("%v; an outage: %v", err, x.outage.outageCause())
+		}
+	})
+}
+
 func TestSQLChangesQueueBehindThoseThatWait(t *testing.T) {
 	t.Parallel()
 	s := newSQLTester(t)
