@@ -99,6 +99,9 @@ func (c *bundleCommand) listSums(ctx context.Context) error {
 		}
 		return nil
 	})
+	if errors.Is(err, errS3NoBucket) {
+		err = nil // import makes it: a site that has nothing yet asks for all
+	}
 	return errors.Join(err, out.Flush())
 }
 

@@ -40,8 +40,9 @@ func newBundleSite(t testing.TB) *bundleSite {
 }
 
 // withS3 makes a site whose files are in S3.
-func (s *bundleSite) withS3() *bundleSite {
-	f := newFakeS3(s)
+func (s *bundleSite) withS3() *bundleSite { return s.over(newFakeS3(s)) }
+
+func (s *bundleSite) over(f *fakeS3) *bundleSite {
 	maps.Copy(s.env, map[string]string{"MINIO_ENDPOINT": f.srv.Listener.Addr().String(), "MINIO_BUCKET": f.bucket, "MINIO_ACCESS_KEY": f.access, "MINIO_SECRET_KEY": f.secret})
 	return s
 }
@@ -509,6 +510,21 @@ func TestExportFailsWhereARecordCannotBeRead(t *testing.T) {
 		t.Errorf("exit %d: %s", code, said)
 	}
 	s.wantDone(nil, "have")
+}
+
+// A new site says what it has before its first import, which makes the bucket. Without one
+// there is nothing to back up, and a backup of nothing must not pass for one.
+func TestHaveWithoutABucket(t *testing.T) {
+	t.Parallel()
+	f := newFakeS3(t)
+	f.drop("")
+	s := newBundleSite(t).over(f)
+	if sums := s.wantDone(nil, "have"); len(sums) > 0 {
+		t.Errorf("it has %s", sums)
+	}
+	if code, _, said := s.do(nil, "export"); code != 1 || !strings.Contains(said, "bucket") {
+		t.Errorf("export: exit %d: %s", code, said)
+	}
 }
 
 // newBundleReader makes a reader that imports into a disk store through o.

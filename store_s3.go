@@ -250,7 +250,10 @@ func (s *s3Store) classifyError(ctx context.Context, began time.Time, err error)
 	case errors.Is(err, errS3Full):
 		return fmt.Errorf("%w: %v", errNoSpace, err)
 	}
-	down := fmt.Errorf("%w: %v", errStoreDown, err)
+	down := fmt.Errorf("%w: %v", errStoreDown, err) // nobody takes a timeout of S3 for one of the client
+	if errors.Is(err, errS3NoBucket) {
+		down = fmt.Errorf("%w: %w", errStoreDown, err)
+	}
 	switch {
 	case errors.Is(err, errS3Busy): // it was not asked
 	case refused == nil:
