@@ -261,8 +261,10 @@ func (d *diskStore) openMatching(ctx context.Context, key string, known *memoryE
 			return nil, nil, err
 		}
 		defer unlock()
-		if f, e, err = d.openRepaired(ctx, key); err != nil {
+		if f, e, err = d.openRepaired(ctx, key); e == nil {
 			return nil, nil, err
+		} else if err != nil { // such as a full disk: /health tells of it
+			d.log.Debug("a record could not be written anew", "key", key, "error", err)
 		}
 	}
 	e.headers = newRecordHeaders(e.rec, e.id.size)
@@ -325,15 +327,15 @@ func (d *diskStore) readRecords(key string, id fileIdentity) (matching *record, 
 
 // openRepaired opens key's body with the record that describes it. It leaves that
 // record in .record, and no .record.next. It drops a body without such a record. If
-// it returns an entry and an error, there is a copy, but its record could not be
-// written. The caller holds the directory's lock and closes the file.
+// it returns an entry and an error, the copy is good, but its record could not be
+// written. The caller holds the directory's lock and closes the file of an entry.
 func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e *memoryEntry, err error) {
 	f, id, err := openBody(d.pathOf(key))
 	if err != nil {
 		return nil, nil, err
 	}
 	defer func(opened *os.File) {
-		if err != nil {
+		if e == nil {
 			opened.Close()
 		}
 	}(f)
@@ -360,10 +362,10 @@ func (d *diskStore) openRepaired(ctx context.Context, key string) (f *os.File, e
 	folder := d.folderOf(key) + "/"
 	if old, err := readRecord(folder + recordFile); err != nil || old.key != key || old.bodyIdentity() != id || !old.isDurable(d.boot) {
 		if err := d.fsync(f); err != nil { // the new record says that the body is durable
-			return nil, e, err
+			return f, e, err
 		}
 		if err := d.replaceFile(folder+recordFile, writeRecord(rec, id, "")); err != nil {
-			return nil, e, err
+			return f, e, err
 		}
 		d.log.Info("stored record was repaired", "key", key)
 	}
@@ -420,10 +422,11 @@ func (d *diskStore) commitBody(ctx context.Context, key string, rec *record, spo
 	// .record.next alone, which installBody overwrites: it must be in .record.
 	old, oldEntry, err := d.openRepaired(ctx, key)
 	switch {
-	case err == nil:
-		old.Close()
 	case oldEntry != nil:
-		return err
+		old.Close()
+		if err != nil {
+			return err
+		}
 	case !errors.Is(err, fs.ErrNotExist):
 		d.log.Warn("stored file cannot be read and is replaced", "key", key, "error", err)
 	}

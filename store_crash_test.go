@@ -1346,3 +1346,34 @@ func TestRecordThatIsBeingWritten(t *testing.T) {
 		}
 	})
 }
+
+// A copy that proves to be what a record says is served, also where that record cannot be
+// written anew: from a restored backup, or after a power failure, on a disk that is full or
+// read-only.
+func TestDiskServesWhatItCannotRepair(t *testing.T) {
+	t.Parallel()
+	for name, fault := range map[string]error{"full": syscall.ENOSPC, "read-only": syscall.EROFS} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newDiskTester(t)
+			s.mustPut("f", "content")
+			must(t, os.Chtimes(s.body("f"), testDay, testDay))
+			s.reopen()
+			s.d.fsync = func(*os.File) error { return fault }
+			s.wantHit("f", "content")
+			s.wantHit("f", "content")
+			s.reopen()
+			s.d.fsync = func(*os.File) error { return fault }
+			s.wantVerified(1)
+			if err := s.put("f", "other"); err == nil || errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("put: %v", err)
+			}
+			s.wantFiles("f", filepath.Base(s.body("f")), recordFile)
+			rot(t, s.body("f"))
+			must(t, os.Chtimes(s.body("f"), testDay, testDay.Add(time.Second)))
+			if _, err := s.objects.open(t.Context(), testKey("f"), 0); err == nil {
+				t.Error("a damaged body is served")
+			}
+		})
+	}
+}

@@ -265,10 +265,10 @@ func (d *diskStore) tidyFolder(ctx context.Context, folder string, report func(k
 			f, e, err := d.openRepaired(ctx, key)
 			isDropped := errors.Is(err, errDropped)
 			isEmpty = isEmpty && isDropped
-			if err == nil || isDropped {
+			if e != nil || isDropped {
 				checked++
 			}
-			if err != nil {
+			if e == nil {
 				report(key, err)
 				continue
 			}
