@@ -121,13 +121,14 @@ const (
 	everythingSign = "*" // announcements were lost: anything may have changed
 )
 
-// announce tells the other replicas to drop what they keep of a key. They may hear
-// each other while this one is not heard: then announceLost makes up for it.
+// announce tells the other replicas to drop what they keep of a key, also when the ctx of
+// the change has ended meanwhile. They may hear each other while this one is not heard:
+// then announceLost makes up for it.
 func (c *cache) announce(ctx context.Context, announcement string) {
 	if c.replicas == nil {
 		return
 	}
-	if err := c.replicas.announceChange(ctx, announcement); err != nil {
+	if err := c.replicas.announceChange(context.WithoutCancel(ctx), announcement); err != nil {
 		c.reportStoreError("redis", "announcing", announcement, err)
 		c.lostAnnouncement.Store(true)
 	}

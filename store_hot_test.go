@@ -542,8 +542,8 @@ type toldReplicas struct {
 
 func (r *toldReplicas) hearsChanges() bool { return !r.down }
 
-func (r *toldReplicas) announceChange(_ context.Context, key string) error {
-	if r.down {
+func (r *toldReplicas) announceChange(ctx context.Context, key string) error {
+	if r.down || ctx.Err() != nil {
 		return errStoreDown
 	}
 	r.told = append(r.told, key)
@@ -582,6 +582,40 @@ func TestChangesAreAnnounced(t *testing.T) {
 	c.flushCounts(t.Context())
 	if want := []string{everythingSign}; !slices.Equal(r.told, want) {
 		t.Errorf("told late %q, want %q", r.told, want)
+	}
+}
+
+// leftClient is a store that confirms a change to a client that has left meanwhile.
+type leftClient struct {
+	objects
+	leave func()
+}
+
+func (o leftClient) put(context.Context, string, *record, io.ReaderAt, putCondition) error {
+	o.leave()
+	return nil
+}
+
+func (o leftClient) delete(context.Context, string) error {
+	o.leave()
+	return nil
+}
+
+func TestChangesOfAClientThatLeftAreAnnounced(t *testing.T) {
+	t.Parallel()
+	for want, change := range map[string]func(ctx context.Context, c *cache) error{
+		testKey("f"): func(ctx context.Context, c *cache) error {
+			return c.storeBody(ctx, testKey("f"), testRecord("f", "x"), strings.NewReader("x"), putCondition{})
+		},
+		removedPrefix + testKey("f"): func(ctx context.Context, c *cache) error { return c.removeFile(ctx, "r", testKey("f")) },
+	} {
+		disk, r := newTestDisk(t), &toldReplicas{}
+		ctx, leave := context.WithCancel(t.Context())
+		c := newCache(cacheStores{objects: leftClient{disk, leave}, index: newTestIndex(t, t.TempDir(), disk),
+			marks: newLocalFreshness(t.TempDir(), time.Now, disk.log), replicas: r}, nil, time.Now, disk.log, newMetrics())
+		if err := change(ctx, c); err != nil || !slices.Equal(r.told, []string{want}) {
+			t.Errorf("%v, told %q, want %q", err, r.told, want)
+		}
 	}
 }
 
