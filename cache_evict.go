@@ -30,6 +30,9 @@ const (
 	maxVariants = 64
 	// namedBudget bounds the bytes of the hashes that are remembered: those of 100,000 images.
 	namedBudget = 32 << 20
+	// maxEvictFailures ends an eviction: so many files that cannot be removed are no bad
+	// sectors, it is the store.
+	maxEvictFailures = 100
 )
 
 // evictor removes files of remotes. Files of local repositories neither go nor count,
@@ -155,7 +158,8 @@ type eviction struct {
 	from   map[string]bool            // the remotes that had these files
 	unused int64                      // what files take that were never used again
 	named  map[string]map[uint64]bool // what stored roots name: by remote, the hashes of keys
-	failed bool                       // a store failed
+	failed bool                       // the index failed, or the store
+	kept   int                        // files that could not be removed
 }
 
 func (v *eviction) evict(ctx context.Context) {
@@ -222,7 +226,8 @@ func (v *eviction) remove(ctx context.Context, row indexRow) {
 	case errors.Is(err, errBusy), err != nil && ctx.Err() != nil:
 		return
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
-		v.failed = true
+		v.kept++
+		v.failed = v.kept == maxEvictFailures || v.cache.storageIsDown()
 		v.cache.reportStoreError("storage", "evicting", row.Key, err)
 		return
 	}

@@ -373,6 +373,54 @@ func TestEvictionGoesOnWithoutARoot(t *testing.T) {
 }
 
 // testImage is a manifest and the digests of its blobs.
+// unremovable is a store that cannot remove some files.
+type unremovable struct {
+	*evictBench
+	keys  map[string]bool
+	tries int
+}
+
+func (o *unremovable) delete(ctx context.Context, key string) error {
+	if o.keys[key] {
+		o.tries++
+		return errStoreDown
+	}
+	return o.evictBench.delete(ctx, key)
+}
+
+func TestEvictionGoesOnWithoutAFile(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		bad, tries int
+		left       int64
+		isDown     bool
+	}{
+		"a bad sector":    {1, 1, 100_000, false},
+		"a store is down": {1, 1, 400 * 20_000, true},
+		"nothing can go":  {200, maxEvictFailures, 400 * 20_000, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newEvictBench(t, "generic", 100_000)
+			o := &unremovable{evictBench: b, keys: map[string]bool{}}
+			for i := range 200 {
+				b.use(fmt.Sprint("f", i), "", 20_000)
+				if i < tt.bad {
+					o.keys[storageKey("r", fmt.Sprint("f", i))] = true
+				}
+			}
+			b.cache.useObjects(o)
+			b.cache.storageIsDown = func() bool { return tt.isDown }
+			b.evictFiles(t.Context())
+			totals, err := b.cache.index.totals(t.Context(), false)
+			must(t, err)
+			if cost := totals["r"].cost(); cost > tt.left || o.tries != tt.tries {
+				t.Errorf("%d bytes are left after %d tries", cost, o.tries)
+			}
+		})
+	}
+}
+
 type testImage struct {
 	path, body string
 	blobs      []string
