@@ -25,11 +25,19 @@ const orphanAge = 24 * time.Hour
 
 // walk implements objects. It leaves out a body that no record describes or has the size
 // of. It does not hash: a restored body of the right size is listed, and open decides
-// later whether a record describes it. A record that cannot be read is left out too, and
-// logged, or with listsAll ends it.
+// later whether a record describes it. A folder or a record that cannot be read is left
+// out too, and logged, or with listsAll ends it.
 func (d *diskStore) walk(ctx context.Context, f func(key string, rec *record) error) error {
+	leaveOut := func(key string, err error) error {
+		if err = ignoreMiss(err); err == nil || d.listsAll {
+			return openError(key, err)
+		}
+		d.log.Warn("stored file is not listed", "key", key, "error", err)
+		return nil
+	}
 	return d.eachFolder(ctx, func(folder string) error {
-		return eachName(d.pathOf(folder), func(name string) error {
+		var ended error
+		err := eachName(d.pathOf(folder), func(name string) error {
 			if name[0] == '.' {
 				return nil
 			}
@@ -40,19 +48,18 @@ func (d *diskStore) walk(ctx context.Context, f func(key string, rec *record) er
 			if err == nil {
 				rec, similar, err = d.readRecords(key, identityOf(fi))
 			}
-			switch err = ignoreMiss(err); {
-			case err != nil && d.listsAll:
-				return openError(key, err)
-			case err != nil:
-				d.log.Warn("stored file is not listed", "key", key, "error", err)
-				return nil
-			case rec != nil:
-				return f(key, rec)
-			case len(similar) > 0:
-				return f(key, similar[0])
+			if rec == nil && len(similar) > 0 {
+				rec = similar[0]
 			}
-			return nil
+			if ended = leaveOut(key, err); ended == nil && rec != nil {
+				ended = f(key, rec)
+			}
+			return ended
 		})
+		if ended == nil {
+			ended = leaveOut(folder, err)
+		}
+		return ended
 	})
 }
 

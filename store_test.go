@@ -400,6 +400,26 @@ func newTestDisk(t testing.TB) *diskStore {
 	return d
 }
 
+// A folder on a bad sector takes nothing from the listing of the others.
+func TestWalkLeavesOutAFolder(t *testing.T) {
+	t.Parallel()
+	s := &storeTester{t: t, objects: newTestDisk(t), dir: t.TempDir()}
+	for i := range 20 {
+		s.mustPut(fmt.Sprint("f", i), "x")
+	}
+	disk := s.objects.(*diskStore)
+	bad := disk.dir + "/r/" + strings.Repeat("0", 16)
+	must(t, os.Symlink(bad, bad)) // root cannot read it either
+	for _, listsAll := range []bool{false, true} {
+		disk.listsAll = listsAll
+		n := 0
+		err := disk.walk(t.Context(), func(string, *record) error { n++; return nil })
+		if listsAll != errors.Is(err, errStoreDown) || (!listsAll && n != 20) {
+			t.Errorf("to list all: %v; %d are listed, %v", listsAll, n, err)
+		}
+	}
+}
+
 func TestDiskObjects(t *testing.T) {
 	t.Parallel()
 	testObjects(t, func(t *testing.T) objects { return newTestDisk(t) })
