@@ -516,7 +516,7 @@ func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 		return damage
 	}
 	if now, err := s.askS3(ctx, key, -1, ""); err != nil || now.etag != o.etag {
-		return nil
+		return ignoreMiss(err) // or it was replaced
 	}
 	if err := s.delete(ctx, key); err != nil {
 		return err

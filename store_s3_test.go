@@ -917,6 +917,20 @@ func TestS3Verify(t *testing.T) {
 	}
 }
 
+// S3 fails between the look at a body and its removal: it is not good.
+func TestS3VerifyInAnOutage(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("rotten", "rotten")
+	b.fake.object(testKey("rotten")).data[3] ^= 1
+	b.fake.fail(always("HeadObject", fakeFault{status: 403}))
+	var reported error
+	checked, err := b.store.verify(t.Context(), func(_ string, err error) { reported = err })
+	if checked != 1 || err != nil || !errors.Is(reported, errStoreDown) {
+		t.Errorf("%d checked, %v, reported %v", checked, err, reported)
+	}
+}
+
 func TestS3SweepAbortsOldUploads(t *testing.T) {
 	t.Parallel()
 	b := newS3Bench(t)

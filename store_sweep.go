@@ -317,7 +317,7 @@ func (d *diskStore) verifyBody(ctx context.Context, e *memoryEntry) error {
 	}
 	unlock, err := d.lockFolder(ctx, d.folderOf(e.key), false)
 	if err != nil {
-		return nil // it was removed meanwhile
+		return ignoreMiss(openError(e.key, err)) // it may have been removed meanwhile
 	}
 	defer unlock()
 	if fi, err := os.Stat(d.pathOf(e.key)); err != nil || identityOf(fi) != e.id {
