@@ -369,6 +369,7 @@ func (b *bundleReader) readAndStore(ctx context.Context, from io.Reader) error {
 	if err := b.readAll(ctx, tar.NewReader(from)); err != nil {
 		return fmt.Errorf("importing: %w (nothing was changed)", err)
 	}
+	defer b.announceAll(context.WithoutCancel(ctx))
 	for rank := range importRanks {
 		err := b.todo.each(ctx, importWorkers, func(rec *record) error {
 			if importRank(rec) != rank {
@@ -381,6 +382,15 @@ func (b *bundleReader) readAndStore(ctx context.Context, from io.Reader) error {
 		}
 	}
 	return nil
+}
+
+// announceAll announces that anything may have changed: some changes were not heard, or an
+// earlier import died before it announced one. Where Redis is down for longer than its
+// pause, replicas that connect to it again check all that they keep.
+func (b *bundleReader) announceAll(ctx context.Context) {
+	if b.replicas != nil && b.replicas.announceChange(ctx, everythingSign) != nil && sleepFor(ctx, redisPause) == nil {
+		_ = b.replicas.announceChange(ctx, everythingSign)
+	}
 }
 
 // readAll reads a bundle to its end and makes all ready to be stored, or returns an
@@ -582,7 +592,7 @@ func (b *bundleReader) store(ctx context.Context, rec *record) error {
 		return err
 	}
 	if b.replicas != nil {
-		_ = b.replicas.announceChange(ctx, key) // it logs an outage
+		_ = b.replicas.announceChange(ctx, key) // it logs an outage, and announceAll follows
 	}
 	_ = b.index.saveRow(ctx, newIndexRow(key, rec)) // it logs an outage; the next use of the file adds the row
 	b.done.Add(rec.Size)

@@ -20,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -560,6 +561,42 @@ func TestImportWritesRootsAndTagsLast(t *testing.T) {
 	if b.space.reserved != 0 {
 		t.Errorf("%d bytes stay reserved", b.space.reserved)
 	}
+}
+
+// deafReplicas do not take the first announcements.
+type deafReplicas struct {
+	toldReplicas
+	refusals int
+}
+
+func (r *deafReplicas) announceChange(ctx context.Context, key string) error {
+	if r.refusals--; r.refusals >= 0 {
+		return errStoreDown
+	}
+	return r.toldReplicas.announceChange(ctx, key)
+}
+
+// A replica would serve its old copy of a local file for ever, after an import whose
+// announcement was lost or that died before it.
+func TestImportAnnouncesWhatWasNotHeard(t *testing.T) {
+	t.Parallel()
+	from := newBundleSite(t)
+	from.put(map[string]string{"own/f": "new"})
+	bundle := from.wantDone(nil, "export")
+	synctest.Test(t, func(t *testing.T) {
+		d := newTestDisk(t)
+		for range 2 { // the second time nothing is stored
+			r := &deafReplicas{refusals: 1}
+			b := newBundleReader(t, d, d)
+			b.replicas = r
+			if err := b.readAndStore(t.Context(), bytes.NewReader(bundle)); err != nil {
+				t.Fatal(err)
+			}
+			if !slices.Contains(r.told, everythingSign) {
+				t.Errorf("%d stored, %d kept, told %q", b.stored.Load(), b.kept, r.told)
+			}
+		}
+	})
 }
 
 func TestImportThatCannotStore(t *testing.T) {
