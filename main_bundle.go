@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"os"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -44,7 +43,7 @@ func (c *bundleCommand) open() (*stores, *config) {
 // exportStored writes a bundle to stdout. args name remotes (none: all), and behind
 // --have a file of the sums whose bodies stay out.
 func (c *bundleCommand) exportStored(ctx context.Context, args []string) error {
-	b := &bundleWriter{bundleProgress: &bundleProgress{ctx: ctx}, leaveOut: map[string]bool{}, time: c.now()}
+	b := &bundleWriter{leaveOut: map[string]bool{}, time: c.now()}
 	for ; len(args) > 0; args = args[1:] {
 		switch {
 		case args[0] == "--have" && len(args) > 1:
@@ -65,7 +64,6 @@ func (c *bundleCommand) exportStored(ctx context.Context, args []string) error {
 	defer st.Close()
 	st.disk.listsAll = true // a bundle without what it cannot read would pass for a backup
 	b.objects, b.createFile, b.config = st.objects, st.disk.newSpool, cfg
-	defer c.showProgress(b.bundleProgress)()
 	return b.write(ctx, c.stdout)
 }
 
@@ -123,12 +121,11 @@ func (c *bundleCommand) importStored(ctx context.Context) error {
 	}
 	defer dir.Close()
 	defer os.RemoveAll(dir.Name())
-	b := &bundleReader{bundleProgress: &bundleProgress{ctx: ctx}, dir: dir.Name(),
+	b := &bundleReader{dir: dir.Name(),
 		cacheStores: cacheStores{objects: st.objects, index: st.index, space: st.space, replicas: st.replicas},
 		missing: func(rec *record) {
 			fmt.Fprintf(c.stdout, "missing: sha256 %s of %s/%s\n", rec.SHA256, rec.Remote, decodePath(rec.Path))
 		}}
-	defer c.showProgress(b.bundleProgress)()
 	err = b.readAndStore(ctx, c.stdin)
 	if stored := b.stored.Load(); st.embedded != nil && stored > 0 {
 		err = errors.Join(err, st.embedded.announceImport())
@@ -148,31 +145,4 @@ func isTerminal(stream any) bool {
 	fi, err := f.Stat()
 	null, nullErr := os.Stat(os.DevNull)
 	return err == nil && nullErr == nil && fi.Mode()&os.ModeCharDevice != 0 && !os.SameFile(fi, null)
-}
-
-// showProgress shows the progress on a terminal, once a second until the caller calls
-// stop.
-func (c *bundleCommand) showProgress(p *bundleProgress) (stop func()) {
-	if !isTerminal(c.stderr) {
-		return func() {}
-	}
-	var running sync.WaitGroup
-	ctx, end := context.WithCancel(context.Background())
-	began := c.now()
-	running.Go(func() {
-		for more := true; more; { // once more when it has ended
-			select {
-			case <-time.After(time.Second):
-			case <-ctx.Done():
-				more = false
-			}
-			mb, seconds := float64(p.done.Load())/1e6, max(c.now().Sub(began).Seconds(), 0.001)
-			fmt.Fprintf(c.stderr, "\r%.0f of %.0f MB, %.0f MB/s\x1b[K", mb, float64(p.total.Load())/1e6, mb/seconds)
-		}
-		fmt.Fprintln(c.stderr)
-	})
-	return func() {
-		end()
-		running.Wait()
-	}
 }

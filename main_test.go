@@ -264,19 +264,6 @@ func TestLogFormatFollowsTheOutput(t *testing.T) {
 	}
 }
 
-func TestProgressEndsWithTheWhole(t *testing.T) {
-	t.Parallel()
-	terminal := openTerminal(t)
-	p := &bundleProgress{}
-	p.done.Store(7e6)
-	p.total.Store(7e6)
-	(&bundleCommand{now: time.Now, stderr: terminal}).showProgress(p)()
-	shown := make([]byte, 200)
-	if n, err := terminal.Read(shown); err != nil || !strings.Contains(string(shown[:n]), "7 of 7 MB") {
-		t.Errorf("%q, %v", shown[:n], err)
-	}
-}
-
 func TestTokenThatNobodyCouldSend(t *testing.T) {
 	t.Parallel()
 	for _, token := range []string{"hunter2\n", " hunter2", "hun\r\nter2", "hunter2 "} {

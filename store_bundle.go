@@ -81,24 +81,13 @@ func ignoreMiss(err error) error {
 	return err
 }
 
-// bundleProgress counts the bytes that are copied. As a writer beside another it ends
-// the copy with ctx.
-type bundleProgress struct {
-	ctx         context.Context
-	done, total atomic.Int64
-}
-
-func (p *bundleProgress) Write(b []byte) (int, error) {
-	p.done.Add(int64(len(b)))
-	return len(b), p.ctx.Err()
-}
-
-// copyBody copies a body. errDamagedBody: it does not have that size and SHA-256.
-func (p *bundleProgress) copyBody(to io.Writer, from io.Reader, size int64, digits string) error {
+// copyBody copies a body. It ends with ctx. errDamagedBody: it does not have that size and
+// SHA-256.
+func copyBody(ctx context.Context, to io.Writer, from io.Reader, size int64, digits string) error {
 	buf := copyBuffers.Get().(*[copyBufferSize]byte)
 	defer copyBuffers.Put(buf)
 	h := sha256.New()
-	n, err := io.CopyBuffer(io.MultiWriter(to, h, p), from, buf[:])
+	n, err := io.CopyBuffer(io.MultiWriter(to, h, contextWriter{ctx}), from, buf[:])
 	if sum := hex.EncodeToString(h.Sum(nil)); err == nil && (n != size || sum != digits) {
 		err = fmt.Errorf("%w: it has %d bytes with sha256 %s, not %d with %s", errDamagedBody, n, sum, size, digits)
 	}
@@ -171,7 +160,6 @@ func eachRecord(ctx context.Context, from io.Reader, workers int, f func(*record
 
 // bundleWriter writes what is stored as a bundle. It runs beside servers.
 type bundleWriter struct {
-	*bundleProgress
 	objects    objects
 	createFile func() (*os.File, error) // a temporary file
 	config     *config                  // knows registries; empty: nothing is known
@@ -283,7 +271,6 @@ func (b *bundleWriter) writeDocuments(ctx context.Context, list *recordList) err
 	if err != nil {
 		return err
 	}
-	b.total.Store(head.Counts.Bytes)
 	headText, _ := json.Marshal(head) // strings and numbers always encode
 	indexText, _ := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": images})
 	records, err := list.open()
@@ -328,7 +315,7 @@ func (b *bundleWriter) writeBody(ctx context.Context, rec *record, written map[s
 	written[rec.SHA256] = true
 	err = b.writeHeader(bundleBodies+rec.SHA256, rec.Size)
 	if err == nil {
-		err = b.copyBody(b.tar, obj.body, rec.Size, rec.SHA256)
+		err = copyBody(ctx, b.tar, obj.body, rec.Size, rec.SHA256)
 	}
 	if errors.Is(err, errDamagedBody) {
 		err = fmt.Errorf("%w: run artifactapi verify, then export again", err)
@@ -342,7 +329,6 @@ func (b *bundleWriter) writeBody(ctx context.Context, rec *record, written map[s
 // bundleReader reads a bundle and stores what the store lacks. It runs beside servers.
 // Bodies are staged first, and none is stored before all are there.
 type bundleReader struct {
-	*bundleProgress
 	cacheStores                   // of which it uses objects, index, space and replicas
 	missing     func(rec *record) // called for each record whose body is nowhere
 
@@ -448,7 +434,7 @@ func (b *bundleReader) readEntry(ctx context.Context, h *tar.Header, body io.Rea
 		if lacking, listed := b.uses[digits]; listed && lacking == 0 {
 			return nil
 		}
-		return b.stage(digits, h.Size, body)
+		return b.stage(ctx, digits, h.Size, body)
 	}
 	return nil
 }
@@ -490,7 +476,6 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 	if err != nil {
 		return err
 	}
-	b.total.Store(2 * lacking) // read and stored
 	b.space.add(account{growing: files - b.files})
 	b.files = files
 	return b.reserve(lacking - staged)
@@ -516,7 +501,7 @@ func (b *bundleReader) reserve(n int64) error {
 }
 
 // stage makes a body ready to be stored, unless it is.
-func (b *bundleReader) stage(digits string, size int64, from io.Reader) error {
+func (b *bundleReader) stage(ctx context.Context, digits string, size int64, from io.Reader) error {
 	if err := b.reserve(size); err != nil {
 		return err
 	}
@@ -526,7 +511,7 @@ func (b *bundleReader) stage(digits string, size int64, from io.Reader) error {
 	} else if err != nil {
 		return storeError("staging", err)
 	}
-	err = errors.Join(b.copyBody(f, from, size, digits), f.Close())
+	err = errors.Join(copyBody(ctx, f, from, size, digits), f.Close())
 	b.ahead -= size // the disk accounts for it now
 	b.space.add(account{reserved: -size})
 	return err
@@ -551,7 +536,7 @@ func (b *bundleReader) findBodies(ctx context.Context) error {
 		}
 		defer obj.body.Close()
 		delete(wanted, obj.rec.SHA256)
-		return b.stage(obj.rec.SHA256, obj.rec.Size, obj.body)
+		return b.stage(ctx, obj.rec.SHA256, obj.rec.Size, obj.body)
 	}
 	if len(wanted) > 0 {
 		if err := b.objects.walk(ctx, takeBody); err != nil {
@@ -595,7 +580,6 @@ func (b *bundleReader) store(ctx context.Context, rec *record) error {
 		_ = b.replicas.announceChange(ctx, key) // it logs an outage, and announceAll follows
 	}
 	_ = b.index.saveRow(ctx, newIndexRow(key, rec)) // it logs an outage; the next use of the file adds the row
-	b.done.Add(rec.Size)
 	b.stored.Add(1)
 	return nil
 }

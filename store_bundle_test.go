@@ -454,7 +454,7 @@ func TestExportBesideWriters(t *testing.T) {
 	var bundle bytes.Buffer
 	walks := 0
 	from.objects(func(o objects) {
-		b := &bundleWriter{bundleProgress: &bundleProgress{ctx: t.Context()}, createFile: o.(*diskStore).newSpool, config: new(config), time: testDay,
+		b := &bundleWriter{createFile: o.(*diskStore).newSpool, config: new(config), time: testDay,
 			objects: &changingObjects{objects: o, walked: func() {
 				if walks++; walks == 1 { // what a root names is there before it is
 					from.put(map[string]string{"r/dists/x/Packages#two": "packages", "r/dists/x/Release.gpg#two": "signature"})
@@ -536,7 +536,7 @@ func newBundleReader(t *testing.T, o objects, d *diskStore) *bundleReader {
 	}
 	t.Cleanup(func() { dir.Close() })
 	space := &spoolSpace{createFile: d.newSpool, diskSpace: d.freeSpace, now: time.Now}
-	return &bundleReader{bundleProgress: &bundleProgress{ctx: t.Context()}, dir: dir.Name(),
+	return &bundleReader{dir: dir.Name(),
 		cacheStores: cacheStores{objects: o, index: newEmbeddedIndex(d.dir, d.log), space: space}, missing: func(*record) {}}
 }
 
@@ -617,8 +617,8 @@ func TestImportThatCannotStore(t *testing.T) {
 	for _, free := range []room{{bytes: bodies, inodes: 100}, {bytes: 1 << 30, inodes: 11}} {
 		b = newBundleReader(t, d, d)
 		b.space.diskSpace = func() (diskUsage, error) { return diskUsage{free: free, size: room{1 << 30, 500}}, nil }
-		if err := b.readAndStore(t.Context(), bytes.NewReader(bundle)); !errors.Is(err, errNoSpace) || b.done.Load() > 0 {
-			t.Errorf("with %+v, after %d bytes: %v", free, b.done.Load(), err)
+		if err := b.readAndStore(t.Context(), bytes.NewReader(bundle)); !errors.Is(err, errNoSpace) || bytesBelow(t, b.dir) > 0 {
+			t.Errorf("with %+v, after %d bytes: %v", free, bytesBelow(t, b.dir), err)
 		}
 		if (b.space.account != account{}) {
 			t.Errorf("behind an import the account is %+v", b.space.account)
@@ -630,12 +630,26 @@ func TestImportThatCannotStore(t *testing.T) {
 	// Records that follow again at the end take no more space.
 	entries := untar(t, bundle)
 	b = newBundleReader(t, d, d)
+	before := bytesBelow(t, d.dir)
 	b.space.diskSpace = func() (diskUsage, error) {
-		return diskUsage{free: room{bodies*3/2 + entryCost(0)*int64(len(carried)) - b.done.Load(), 500}, size: room{1 << 30, 500}}, nil
+		return diskUsage{free: room{bodies*3/2 + before + entryCost(0)*int64(len(carried)) - bytesBelow(t, d.dir), 500}, size: room{1 << 30, 500}}, nil
 	}
 	if err := b.readAndStore(t.Context(), bytes.NewReader(makeTar(append(entries, entries[:4]...)))); err != nil {
 		t.Error(err)
 	}
+}
+
+// bytesBelow is the size of all files below dir together.
+func bytesBelow(t *testing.T, dir string) (n int64) {
+	must(t, filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() {
+			fi, err := d.Info()
+			must(t, err)
+			n += fi.Size()
+		}
+		return err
+	}))
+	return n
 }
 
 // unlistable is a store that is down.
