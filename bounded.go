@@ -167,12 +167,12 @@ func (l *lru[V]) putOldest(key string, cost int64, value V) (evicted []lruEntry[
 	return l.trim(0)
 }
 
-// update changes the value of key, if there is one.
-func (l *lru[V]) update(key string, change func(*V)) {
+// update replaces the value of key, if there is one. It is no use of it.
+func (l *lru[V]) update(key string, value V) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if el := l.byKey[key]; el != nil {
-		change(&el.Value.(*lruEntry[V]).value)
+		el.Value.(*lruEntry[V]).value = value
 	}
 }
 

@@ -110,7 +110,7 @@ func (t *tieredStore) openCopy(ctx context.Context, key string, off int64, v val
 	switch {
 	case err == nil && now.rec.SHA256 == obj.rec.SHA256 && now.rec.Fetched.Equal(obj.rec.Fetched):
 		if t.isCurrent(key, v) {
-			t.setValidity(key, v)
+			t.copies.update(key, v)
 		}
 		return obj, nil
 	case errors.Is(err, errStoreDown) && obj.rec.Class == immutable:
@@ -124,18 +124,12 @@ func (t *tieredStore) openCopy(ctx context.Context, key string, off int64, v val
 	return nil, err
 }
 
-// setValidity says when key's copy was valid. With the zero validity S3 is asked
-// before it is used again.
-func (t *tieredStore) setValidity(key string, v validity) {
-	t.copies.update(key, func(old *validity) { *old = v })
-}
-
 // put implements objects. The spool becomes the copy once S3 has the object. That this
 // fails is no error: there is no copy then.
 func (t *tieredStore) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
 	v, err := t.upload(ctx, key, rec, spool, when)
 	if err != nil {
-		t.setValidity(key, validity{}) // the new version may have arrived
+		t.copies.update(key, validity{}) // the new version may have arrived: ask S3 first
 		return err
 	}
 	t.copies.remove(key)
@@ -183,7 +177,7 @@ func (t *tieredStore) delete(ctx context.Context, key string) error {
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		t.invalidate(key)
 	} else {
-		t.setValidity(key, validity{}) // it may be deleted
+		t.copies.update(key, validity{}) // it may be deleted: ask S3 first
 	}
 	return err
 }
