@@ -49,16 +49,11 @@ func findPage(ctx context.Context, q pageQuery, complete bool, byPath, byAge row
 	last, following := rows[q.limit-1], rows[q.limit]
 	next := decodePath(last.Path)
 	if q.oldest {
-		next = positionByAge(last)
+		next = strconv.FormatInt(last.LastAccess.UnixNano(), 10) + "\n" + last.Key
 	} else if next == decodePath(following.Path) {
 		next += "\n" + last.Key
 	}
 	return indexPage{rows[:q.limit], next, complete}, err
-}
-
-// positionByAge is the token of a page by age that begins behind r.
-func positionByAge(r indexRow) string {
-	return strconv.FormatInt(r.LastAccess.UnixNano(), 10) + "\n" + r.Key
 }
 
 // start returns the position behind which a page by path begins.
