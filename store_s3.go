@@ -5,8 +5,6 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -78,14 +76,10 @@ const (
 	maxRecordsInMemory = 8192
 )
 
-var (
-	_ objects = (*s3Store)(nil)
+var errS3ReadOnly = errors.New("the bucket refuses writes")
 
-	errS3ReadOnly = errors.New("the bucket refuses writes")
-)
-
-// s3Store implements objects in a bucket. All methods may be called concurrently,
-// and by several replicas. An open body that is small enough to be on its way
+// s3Store keeps objects in a bucket, for the tieredStore before it. All methods may be called
+// concurrently, and by several replicas. An open body that is small enough to be on its way
 // survives the removal of its object; a larger one then ends in an error.
 type s3Store struct {
 	client       *s3Client
@@ -352,16 +346,10 @@ func decodeS3Record(key string, o *s3Object) (*record, error) {
 	return &r.record, nil
 }
 
-// put implements objects. S3 replaces an object in one step, when it acknowledges
-// it. A crash before that leaves the old one, and at most an unfinished upload that
-// sweep aborts.
-func (s *s3Store) put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error {
-	_, err := s.upload(ctx, key, rec, spool, when)
-	return err
-}
-
-// upload is put. The validity that it returns holds as long as no other replica announces
-// a change after the upload began.
+// upload is put of objects. S3 replaces an object in one step, when it acknowledges it. A
+// crash before that leaves the old one, and at most an unfinished upload that sweep aborts.
+// The validity that it returns holds as long as no other replica announces a change after
+// the upload began.
 func (s *s3Store) upload(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) (validity, error) {
 	text, err := encodeS3Record(rec)
 	if err != nil {
@@ -504,15 +492,9 @@ func (s *s3Store) verifyObject(ctx context.Context, key string) error {
 	defer r.closeBody()
 	rec, damage := decodeS3Record(key, o)
 	if damage == nil {
-		h := sha256.New()
-		if _, err := io.Copy(h, r); err != nil {
-			return err
-		}
-		if sum := hex.EncodeToString(h.Sum(nil)); sum != rec.SHA256 {
-			damage = fmt.Errorf("%w: the body has sha256 %s, its record %s", errDamaged, sum, rec.SHA256)
-		}
+		damage = copyBody(ctx, io.Discard, r, rec.Size, rec.SHA256)
 	}
-	if !errors.Is(damage, errDamaged) {
+	if !errors.Is(damage, errDamaged) && !errors.Is(damage, errDamagedBody) {
 		return damage
 	}
 	if now, err := s.askS3(ctx, key, -1, ""); err != nil || now.etag != o.etag {
