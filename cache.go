@@ -54,8 +54,9 @@ type object struct {
 type objects interface {
 	// put stores the spool's bytes (complete and verified, rec.Size long) under key and
 	// replaces what was there. On return all is durable (but for what
-	// diskStore.maySkipSync says). After an error the old or the new state holds. The name
-	// of an *os.File may be moved away; the caller keeps spool and reads it at offsets only.
+	// diskStore.maySkipSync says). After an error the old or the new state holds. spool
+	// is a *os.File, whose name may be moved away, or a *bytes.Reader; its caller keeps it
+	// and reads it at offsets only.
 	put(ctx context.Context, key string, rec *record, spool io.ReaderAt, when putCondition) error
 	// open returns key's object; reading will begin at off. off < 0 asks for
 	// the record alone (body is nil). A miss, damage included, is

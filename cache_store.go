@@ -86,17 +86,26 @@ func warnOfIndex(f *fill, rec *record) {
 	}
 }
 
-// storeUnderSecondKey stores a complete body under a second target too. A failure is only
-// logged.
+// storeUnderSecondKey stores a complete body under a second target too, from a spool of
+// its own, since the store may take the first one's name. A failure is only logged.
 func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, body io.ReaderAt) {
 	key := t.key()
 	if old, err := c.objects.open(ctx, key, -1); err == nil && old.rec.Path == t.spelling && old.rec.SHA256 == rec.SHA256 {
 		return
 	}
+	spool := c.space.newSpool("")
+	defer spool.discard()
+	err := spool.setSize(rec.Size)
+	if err == nil {
+		_, err = io.Copy(spool, io.NewSectionReader(body, 0, rec.Size))
+	}
+	if err != nil {
+		c.reportStoreError("spool", "growing", key, err)
+		return
+	}
 	second := *rec
 	second.Path, second.Class = t.spelling, t.class
-	// A section has no name that the store could take: the first one needs that.
-	if c.storeBody(ctx, key, &second, io.NewSectionReader(body, 0, rec.Size), putCondition{}) == nil { // it has logged its failure
+	if c.storeBody(ctx, key, &second, spool.body(), putCondition{}) == nil { // it has logged its failure
 		c.refreshMark(ctx, t, &second, c.now())
 	}
 }
