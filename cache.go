@@ -292,7 +292,7 @@ type fileBehavior interface {
 	// permit is called before anything but upstream's answer to this very request is
 	// sent: a stored copy, whose record it gets, or what another request or replica
 	// fetches (nil). Its error is the client's.
-	permit(ctx context.Context, rec *record) error
+	permit(ctx context.Context, file fileRequest, rec *record) error
 	// requestBody asks upstream for the body, for a part of it or for its headers, as req
 	// says. The caller closes what is returned.
 	requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error)
@@ -314,7 +314,7 @@ type download struct{}
 func (download) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
 	return up.send(ctx, req)
 }
-func (download) permit(context.Context, *record) error                 { return nil }
+func (download) permit(context.Context, fileRequest, *record) error    { return nil }
 func (download) keepHeaders(*record, http.Header)                      {}
 func (download) checkBody(context.Context, *record, io.ReaderAt) error { return nil }
 func (download) servesStale(int) bool                                  { return false }
@@ -403,7 +403,7 @@ func (c *cache) findOrFetch(ctx context.Context, file fileRequest, rng byteRange
 		cp, storeErr := c.findCopy(ctx, key, file, rng)
 		switch named, isNamed := file.behavior.(*namedDownload); {
 		case storeErr == nil:
-			if err := file.behaves().permit(ctx, cp.rec); err != nil {
+			if err := file.behaves().permit(ctx, file, cp.rec); err != nil {
 				cp.body.Close()
 				return nil, c.missed.recordMiss(file, err, c.now())
 			}
@@ -494,7 +494,7 @@ func (c *cache) fillOrStale(ctx context.Context, key string, file fileRequest, r
 		return nil, ctx.Err() == nil, context.Cause(ctx)
 	}
 	if cp == nil && f.file.wire != file.wire { // upstream is asked in another way than ours
-		if err := file.behaves().permit(ctx, nil); err != nil {
+		if err := file.behaves().permit(ctx, file, nil); err != nil {
 			f.leave()
 			return nil, false, err
 		}

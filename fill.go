@@ -230,7 +230,7 @@ func (f *fillRun) fetch() fillOutcome {
 		return fillOutcome{kind: outcomeLookAgain}
 	}
 	if leader := f.lease.other; leader != nil {
-		if err := f.file.behaves().permit(f.ctx, f.oldRecord); err != nil {
+		if err := f.file.behaves().permit(f.ctx, f.file, f.oldRecord); err != nil {
 			return failedOutcome(err)
 		}
 		if outcome, ended := f.fetchFromReplica(leader); ended {

@@ -786,7 +786,7 @@ func TestFollowingNeedsPermission(t *testing.T) {
 // refusingFile is the behavior of a file that is not permitted.
 type refusingFile struct{ download }
 
-func (refusingFile) permit(context.Context, *record) error { return errDenied }
+func (refusingFile) permit(context.Context, fileRequest, *record) error { return errDenied }
 
 // A purge on one replica keeps the fill on another from being stored.
 func TestPurgeDuringAFillElsewhere(t *testing.T) {

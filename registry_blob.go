@@ -39,7 +39,7 @@ func (f *blobFile) requestBody(ctx context.Context, up *upstream, req upstreamRe
 // the blob too. Where the registry does not say so (it cannot be asked, has deleted the
 // image, or may not be asked: sealed), a stored manifest may; and while it cannot be asked,
 // a remote that nothing restricts is open.
-func (f *blobFile) permit(ctx context.Context, rec *record) error {
+func (f *blobFile) permit(ctx context.Context, file fileRequest, rec *record) error {
 	c, g := f.call, f.g
 	if f.granted || g.isGranted(ctx, c.blobKey(c.digest)) {
 		return nil
@@ -49,7 +49,6 @@ func (f *blobFile) permit(ctx context.Context, rec *record) error {
 		err = &problem{status: http.StatusBadGateway, cause: errUnreachable,
 			detail: fmt.Sprintf("remote %q cannot be reached, and nothing stored says that image %q has this blob", c.remote.name, c.image)}
 	} else {
-		file, _ := g.newFileRequest(c) // as this very request was made
 		file.hasCopy = rec != nil
 		_, err = g.cache.headUpstream(ctx, file) // which comes to requestBody
 	}
@@ -87,7 +86,8 @@ func (g *registry) readStoredManifests(ctx context.Context, c *registryCall) {
 		}
 		for _, row := range p.rows {
 			call := registryCall{remote: c.remote, image: c.image, route: routeManifest, reference: strings.TrimPrefix(row.Path, q.prefix)}
-			_ = (&manifestFile{registryFile{call: &call, g: g}}).permit(ctx, &record{SHA256: row.SHA256}) // refuses nothing
+			file, _ := g.newFileRequest(&call)
+			_ = file.behavior.permit(ctx, file, &record{SHA256: row.SHA256}) // refuses nothing
 		}
 		if p.next == "" || err != nil || ctx.Err() != nil {
 			return
@@ -137,7 +137,7 @@ func (g *registry) grantNamed(ctx context.Context, c *registryCall, m *manifest,
 
 // permit grants what a stored manifest names when it is first read by this process: a
 // crash may have lost its grants.
-func (f *manifestFile) permit(ctx context.Context, rec *record) error {
+func (f *manifestFile) permit(ctx context.Context, file fileRequest, rec *record) error {
 	c, g := f.call, f.g
 	if rec == nil {
 		return nil
@@ -145,8 +145,7 @@ func (f *manifestFile) permit(ctx context.Context, rec *record) error {
 	if _, found := g.blobs.get(c.blobKey(rec.SHA256)); found {
 		return nil
 	}
-	t := c.newTarget(c.reference)
-	obj, err := g.cache.objects.open(ctx, t.key(), 0)
+	obj, err := g.cache.objects.open(ctx, file.key(), 0)
 	if err != nil {
 		return nil // the copy in hand answers all the same
 	}

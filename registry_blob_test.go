@@ -283,3 +283,18 @@ func TestRegistryGrantsOfAManifestAreBounded(t *testing.T) {
 		t.Errorf("%d marks, want %d and that of the tag", n, maxNamedBlobs)
 	}
 }
+
+// A question about another image's blob is the client's: it must end a loop as well.
+func TestRegistryGrantIsAskedForOnBehalfOfTheClient(t *testing.T) {
+	t.Parallel()
+	tt := setup{yaml: "remotes:\n  d: {base_url: ORIGIN, package: docker}\n"}.start(t)
+	path := "/blobs/" + sha256Of([]byte("layer"))
+	tt.origin.file("/v2/one"+path, "layer")
+	tt.origin.file("/v2/two"+path, "layer")
+	tt.get("/v2/d/one" + path).wantMiss()
+	const via = "1.1 artifactapi-0000000000000001"
+	tt.get("/v2/d/two"+path, "Via: "+via).wantHit()
+	if got, want := tt.origin.last("/v2/two"+path).header.Get("Via"), via+", "+tt.up.via; got != want {
+		t.Errorf("Via %q, want %q", got, want)
+	}
+}
