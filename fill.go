@@ -451,7 +451,7 @@ func (f *fillRun) applyToOldCopy(outcome fillOutcome) {
 	switch {
 	case outcome.kind == outcomeUnchanged, isUnreachable(outcome.err):
 		c.refreshMark(c.ctx, f.file.target, old, c.now())
-	case status != nil && status.isGone():
+	case status != nil && status.isGone() && !f.file.sharedKey: // else another image may have it
 		c.log.Info("evicted a file that upstream does not have any more", "remote", f.file.remote.name, "path", f.file.path, "status", status.code)
 		f.removeStored("evicting")
 	}

@@ -298,3 +298,21 @@ func TestRegistryGrantIsAskedForOnBehalfOfTheClient(t *testing.T) {
 		t.Errorf("Via %q, want %q", got, want)
 	}
 }
+
+// That one image has lost a blob says nothing about the others that have it.
+func TestRegistryBlobThatOneImageHasLost(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	body := layerOf("shared", 5000)
+	d := h.blob("one", body)
+	h.blob("two", body)
+	m := newMirror(t, h.url(), "cache: {immutable_ttl: 60}")
+	for _, image := range []string{"one", "two"} {
+		m.get("/v2/reg/" + image + "/blobs/" + d).wantBody(body)
+	}
+	m.advance(2 * time.Minute)
+	delete(h.repo("one").blobs, d)
+	m.get("/v2/reg/one/blobs/"+d).wantError(http.StatusNotFound, "BLOB_UNKNOWN")
+	h.down()
+	m.get("/v2/reg/two/blobs/" + d).wantBody(body)
+}
