@@ -91,6 +91,7 @@ func warnOfIndex(f *fill, rec *record) {
 func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, body io.ReaderAt) {
 	key := t.key()
 	if old, err := c.objects.open(ctx, key, -1); err == nil && old.rec.Path == t.spelling && old.rec.SHA256 == rec.SHA256 {
+		c.refreshMark(ctx, t, rec, c.now())
 		return
 	}
 	spool := c.space.newSpool("")
@@ -106,7 +107,7 @@ func (c *cache) storeUnderSecondKey(ctx context.Context, t target, rec *record, 
 	second := *rec
 	second.Path, second.Class = t.spelling, t.class
 	if c.storeBody(ctx, key, &second, spool.body(), putCondition{}) == nil { // it has logged its failure
-		c.refreshMark(ctx, t, &second, c.now())
+		c.refreshMark(ctx, t, rec, c.now())
 	}
 }
 

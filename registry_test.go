@@ -643,6 +643,20 @@ func TestRegistryTagIsStoredUnderItsDigestToo(t *testing.T) {
 	m.get("/v2/reg/app/manifests/v1").wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
 }
 
+// A tag's answer says of the manifest by digest too that upstream has it still.
+func TestRegistryTagRefreshesItsDigest(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	im := h.image("app", "v1", 10)
+	m := newMirror(t, h.url(), "cache: {immutable_ttl: 60, mutable_ttl: 60}")
+	m.get("/v2/reg/app/manifests/v1").want(http.StatusOK)
+	m.advance(2 * time.Minute)
+	m.head("/v2/reg/app/manifests/v1").want(http.StatusOK).wantFrom("remote")
+	h.forget()
+	m.get("/v2/reg/app/manifests/"+im.digest).wantManifest(typeManifest, im.digest, im.body).wantFrom("cache")
+	h.wantAsked(0, "", "")
+}
+
 // Clients pull an image of an image index with these requests. They were recorded; those
 // of RKE2 and k3s were read from the source.
 func TestRegistryRequestsOfClients(t *testing.T) {
