@@ -365,6 +365,9 @@ func (e *evictor) readNames(ctx context.Context, rem *remote, row indexRow) (spe
 		spellings = append(spellings, "blobs/"+d.Digest)
 	}
 	image := row.Path[:strings.LastIndex(row.Path, "/")+1]
+	if !strings.Contains(row.Path, ":") { // a tag: who asks for it asks for its digest next
+		m.Manifests = append(m.Manifests, imagePart{Digest: "sha256:" + row.SHA256})
+	}
 	for _, d := range m.Manifests {
 		spellings = append(spellings, image+d.Digest)
 	}

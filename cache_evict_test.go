@@ -343,6 +343,28 @@ func TestEvictionKeepsImagesWhole(t *testing.T) {
 	}
 }
 
+// A tag that is asked for day after day, by nodes that have its image, keeps the manifest
+// by digest that the next new node asks for, as it keeps the blobs.
+func TestEvictionKeepsTheDigestOfATag(t *testing.T) {
+	t.Parallel()
+	b := newEvictBench(t, "docker", 100_000)
+	const body = `{"schemaVersion":2}`
+	tag, digest := "team/app/manifests/v1", "team/app/manifests/sha256:"+testRow("r", "team/app/manifests/v1").SHA256
+	for range 2 {
+		b.use(tag, body, fileSize)
+		b.use(digest, body, fileSize)
+	}
+	for n := range 9 {
+		b.use(fmt.Sprintf("team/app/tags/list?n=%d", n), "", fileSize)
+		b.use(fmt.Sprintf("team/app/tags/list?n=%d", n), "", fileSize)
+		b.use(tag, body, fileSize)
+	}
+	b.evictFiles(t.Context())
+	if _, found := b.bodies[storageKey("r", digest)]; !found {
+		t.Error("the tag is kept, the manifest by its digest is not")
+	}
+}
+
 // unreadable is a store in which the disk has lost the body of one file.
 type unreadable struct {
 	objects
