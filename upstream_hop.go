@@ -338,7 +338,6 @@ func (x *exchange) newRequest(ctx context.Context, at *url.URL, u *upstream) *ht
 	}
 	if x.remote.sendsCredentialsTo(at) {
 		maps.Copy(h, x.remote.headers)
-		req.Host = cmp.Or(h.Get("Host"), at.Host)
 		if basic := x.remote.basicAuthorization(); basic != "" && x.remote.packageType != "docker" {
 			h["Authorization"] = []string{basic}
 		}
