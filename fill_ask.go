@@ -81,28 +81,16 @@ func (f *fillRun) revalidateByHEAD() (validators http.Header, unchanged bool, er
 // still good: a 304 that does not name another version, or a 200 that names the very
 // same bytes.
 func (f *fillRun) isUnchanged(resp *upstreamResponse) bool {
-	if resp.StatusCode == http.StatusNotModified {
-		return len(validatorsOf(f.oldRecord)) > 0 && f.oldRecord.mayBe(resp.Header)
-	}
-	if resp.StatusCode != http.StatusOK {
+	old, tag, date := f.oldRecord, resp.Header.Get("ETag"), resp.Header.Get("Last-Modified")
+	switch digest := resp.Header.Get("Docker-Content-Digest"); {
+	case resp.StatusCode == http.StatusOK:
+		return (digest != "" && digest == old.Digest) || (isStrongETag(tag) && tag == old.ETag)
+	case resp.StatusCode != http.StatusNotModified, old.ETag == "" && old.LastModified == "":
 		return false
+	case tag != "" && old.ETag != "": // compared weakly (RFC 9110 section 8.8.3.2)
+		return strings.TrimPrefix(tag, "W/") == strings.TrimPrefix(old.ETag, "W/")
 	}
-	digest := resp.Header.Get("Docker-Content-Digest")
-	if digest != "" && digest == f.oldRecord.Digest {
-		return true
-	}
-	return isStrongETag(f.oldRecord.ETag) && resp.Header.Get("ETag") == f.oldRecord.ETag
-}
-
-// mayBe reports whether headers do not name another version than the record's: by ETag,
-// compared weakly (RFC 9110 section 8.8.3.2), or where one of the two has none by
-// Last-Modified.
-func (rec *record) mayBe(h http.Header) bool {
-	if tag := h.Get("ETag"); tag != "" && rec.ETag != "" {
-		return strings.TrimPrefix(tag, "W/") == strings.TrimPrefix(rec.ETag, "W/")
-	}
-	date := h.Get("Last-Modified")
-	return date == "" || rec.LastModified == "" || date == rec.LastModified
+	return date == "" || old.LastModified == "" || date == old.LastModified
 }
 
 func isStrongETag(etag string) bool { return strings.HasPrefix(etag, `"`) }
