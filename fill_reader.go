@@ -48,14 +48,18 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 		f.leave()
 		return nil, false, err
 	}
-	switch {
-	case !ready:
+	if !ready {
 		f.leave()
 		return f.replyWithoutBody(ctx, cp, outcome)
-	case lateComer && fate == fateKeep:
-		return f.hitFromSpool(ctx, rng), false, nil
 	}
-	return f.replyFromSpool(ctx, leads, rng), false, nil
+	reply = f.replyFromSpool(ctx, leads, rng)
+	if lateComer && fate == fateKeep { // there was no download to join any more
+		ttl, forever := f.file.remote.ttlOf(f.file.class)
+		f.c.countUse(f.file.remote.name, f.key)
+		hit := &storedCopy{object: &object{rec: reply.rec, body: reply.body}, goodAt: f.c.now(), ttlLeft: ttl, forever: forever}
+		reply = hit.hitReply()
+	}
+	return reply, false, nil
 }
 
 // whyNotYet says what keeps the fill from answering, where an expired copy can do it.
@@ -127,17 +131,6 @@ func (f *fill) replyFromSpool(ctx context.Context, leads bool, rng byteRange) *f
 	r := f.spool.newReader(ctx, f.file.digest != "" && rng.isWhole(size))
 	reply.body = &fillReader{spoolReader: r, f: f, last: rng.to, mayRequestFar: rng.from > 0 || rng.suffix > 0}
 	return reply
-}
-
-// hitFromSpool is the reply to a client that came when the body was complete and
-// on its way to the store: there was no download to join any more.
-func (f *fill) hitFromSpool(ctx context.Context, rng byteRange) *fileReply {
-	c, file := f.c, f.file
-	reply := f.replyFromSpool(ctx, false, rng)
-	ttl, forever := file.remote.ttlOf(file.class)
-	c.countUse(file.remote.name, f.key)
-	hit := &storedCopy{object: &object{rec: reply.rec, body: reply.body}, goodAt: c.now(), ttlLeft: ttl, forever: forever}
-	return hit.hitReply()
 }
 
 // replyWithoutBody answers when the fill has brought no body; again says that
