@@ -215,7 +215,10 @@ func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
 		Remote: file.remote.name, Path: file.spelling, Class: file.class, Fetched: now, Modified: now.Truncate(time.Second),
 		ContentType: boundedHeader(h.Get("Content-Type")), Encoding: boundedHeader(h.Get("Content-Encoding")),
 		ETag: boundedHeader(h.Get("ETag")), LastModified: boundedHeader(h.Get("Last-Modified")),
-		Digest: boundedHeader(h.Get("Docker-Content-Digest")), Links: file.rewrittenLinks().tableID(),
+		Links: file.rewrittenLinks().tableID(),
+	}
+	if digest := h.Get("Docker-Content-Digest"); isDigest(digest) {
+		rec.Digest = digest
 	}
 	if t, err := http.ParseTime(rec.LastModified); err == nil {
 		rec.Modified = t.UTC()

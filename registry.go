@@ -9,7 +9,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
 	"net/http"
@@ -144,8 +143,8 @@ func (g *registry) newFileRequest(c *registryCall) (fileRequest, error) {
 		file.behavior, file.digest = &manifestFile{common}, c.digest
 		file.accept, file.maxBytes = acceptManifests, maxManifest
 	case routeBlob:
-		size, granted := g.blobs.get(c.blobKey(c.digest))
-		file.behavior, file.digest, file.knownSize = &blobFile{common, granted}, c.digest, size
+		file.behavior, file.digest = &blobFile{common}, c.digest
+		file.knownSize, _ = g.blobs.get(c.blobKey(c.digest))
 		file.spelling, file.sharedKey = "blobs/"+c.reference, true // all images of a remote share one stored copy
 	case routeTags:
 		file.behavior = &listFile{common, "tags"}
@@ -210,12 +209,6 @@ func (f *registryFile) servesStale(status int) bool {
 // manifestFile is the behavior of a manifest.
 type manifestFile struct{ registryFile }
 
-func (f *manifestFile) keepHeaders(rec *record, h http.Header) {
-	if rec.Digest = h.Get("Docker-Content-Digest"); !isDigest(rec.Digest) {
-		rec.Digest = ""
-	}
-}
-
 // checkBody completes the record of a manifest. One that was asked for by tag must look
 // like a manifest, since no digest proves it. It is stored under its digest as well,
 // before the tag is answered, because clients ask for the digest next.
@@ -223,8 +216,7 @@ func (f *manifestFile) checkBody(ctx context.Context, rec *record, body io.Reade
 	c, g := f.call, f.g
 	m, err := readManifest(io.NewSectionReader(body, 0, rec.Size))
 	if c.digest == "" && err != nil {
-		return &registryError{"MANIFEST_INVALID", nil, &problem{status: http.StatusBadGateway, cause: errBadUpstream,
-			detail: fmt.Sprintf("the upstream of remote %q did not answer with a manifest (its content type is %.100q)", rec.Remote, rec.ContentType)}}
+		return newRegistryError("MANIFEST_INVALID", http.StatusBadGateway, "the upstream of remote %q did not answer with a manifest (its content type is %.100q)", rec.Remote, rec.ContentType)
 	}
 	rec.ContentType = m.mediaType(rec.ContentType)
 	g.grantNamed(ctx, c, m, rec.SHA256)

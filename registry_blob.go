@@ -21,10 +21,7 @@ import (
 const maxBlobs = 20_000
 
 // blobFile is the behavior of a blob.
-type blobFile struct {
-	registryFile
-	granted bool // known without asking
-}
+type blobFile struct{ registryFile }
 
 // requestBody asks for the blob through its image. An upstream that has it there grants it.
 func (f *blobFile) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
@@ -41,7 +38,7 @@ func (f *blobFile) requestBody(ctx context.Context, up *upstream, req upstreamRe
 // a remote that nothing restricts is open.
 func (f *blobFile) permit(ctx context.Context, file fileRequest, rec *record) error {
 	c, g := f.call, f.g
-	if f.granted || g.isGranted(ctx, c.blobKey(c.digest)) {
+	if g.isGranted(ctx, c.blobKey(c.digest)) {
 		return nil
 	}
 	var err error
@@ -72,8 +69,7 @@ func (g *registry) isNamedByStored(ctx context.Context, c *registryCall) bool {
 		}
 		return searched, nil
 	})
-	_, granted := g.blobs.get(c.blobKey(c.digest))
-	return granted || g.isGranted(ctx, c.blobKey(c.digest))
+	return g.isGranted(ctx, c.blobKey(c.digest))
 }
 
 // readStoredManifests grants c's image what its stored manifests name.
@@ -102,8 +98,11 @@ func (c *registryCall) blobKey(digest string) string {
 	return c.remote.name + "/" + c.image + "@" + digest
 }
 
-// isGranted reports whether a mark says that an image has a blob.
+// isGranted reports whether this process knows, or a mark says, that an image has a blob.
 func (g *registry) isGranted(ctx context.Context, key string) bool {
+	if _, known := g.blobs.get(key); known {
+		return true
+	}
 	_, err := g.cache.marks.getMark(ctx, key)
 	if err == nil {
 		g.blobs.getOrPut(key, func() int64 { return 0 })
