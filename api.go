@@ -132,23 +132,16 @@ func allowMethods(r *http.Request, methods ...string) error {
 // lists the remote's files. PUT and DELETE write to a local repository.
 func (a *api) serveFile(w *response, r *http.Request, rest string) error {
 	t, err := a.config().resolveTarget(rest, r.URL.RawQuery)
-	if t.remote != nil {
-		w.remote, w.path = t.remote.name, t.path
-	}
-	if err != nil {
+	if t.remote == nil {
 		return err
 	}
+	w.remote, w.path = t.remote.name, t.path
 	methods := []string{http.MethodGet, http.MethodHead}
 	if t.remote.local { // only local repositories are written by clients
 		methods = append(methods, http.MethodPut, http.MethodDelete)
 	}
-	if err := allowMethods(r, methods...); err != nil {
+	if err := cmp.Or(allowMethods(r, methods...), err); err != nil {
 		return err
-	}
-	if t.path != "" {
-		if err := t.classify(); err != nil {
-			return err
-		}
 	}
 	if r.Method == http.MethodGet || r.Method == http.MethodHead {
 		if t.path == "" {

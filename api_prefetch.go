@@ -430,12 +430,8 @@ func (p *prefetchRun) findFile(way string) (fileRequest, error) {
 		return p.api.registry.findFile(p.cfg, u)
 	}
 	t, err := p.cfg.resolveTarget(rest, query)
-	switch {
-	case err != nil:
-	case t.path == "":
+	if err == nil && t.path == "" {
 		err = newProblem(http.StatusBadRequest, "this names no file of remote %q", t.remote.name)
-	default:
-		err = t.classify()
 	}
 	return fileRequest{target: t}, err
 }

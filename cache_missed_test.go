@@ -192,7 +192,7 @@ func TestNoUpstreamIsAskedForASealedRemote(t *testing.T) {
 	}
 	c, ctx, cfg := tt.cache, context.Background(), tt.server.config.Load()
 	file := func(path string) fileRequest {
-		t, err := resolveAndClassify(cfg, "r", path, "")
+		t, err := cfg.resolveTarget("r/"+path, "")
 		if err != nil {
 			tt.Fatal(err)
 		}

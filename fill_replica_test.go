@@ -137,7 +137,7 @@ func (f *fleet) join(tt *tester) {
 // key is /api/r/path's.
 func (tt *tester) key(path string) string {
 	tt.Helper()
-	t, err := resolveAndClassify(tt.server.config.Load(), "r", path, "")
+	t, err := tt.server.config.Load().resolveTarget("r/"+path, "")
 	if err != nil {
 		tt.Fatal(err)
 	}

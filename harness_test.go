@@ -328,7 +328,7 @@ func (tt *tester) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	tt.api.responder.serveRequest(w, r, func(w *response, r *http.Request) error {
-		t, err := resolveAndClassify(tt.api.config(), "r", path, r.URL.RawQuery)
+		t, err := tt.api.config().resolveTarget("r/"+path, r.URL.RawQuery)
 		if err != nil {
 			return err
 		}

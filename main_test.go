@@ -508,7 +508,7 @@ func TestREADMEsClientsFindTheirIndexes(t *testing.T) {
 		"npm": "lodash", "crates": "config.json", "terraform": "hashicorp/aws/versions"}
 	for _, m := range regexp.MustCompile(`//cache\.example:8000/api/([a-z0-9-]+)/?([^\s`+"`"+`"<]*)`).FindAllStringSubmatch(string(data), -1) {
 		path := strings.TrimLeft(strings.TrimSuffix(m[2], "/")+"/"+behind[m[1]], "/")
-		if at, err := resolveAndClassify(cfg, m[1], path, ""); err != nil || !strings.HasSuffix(at.path, behind[m[1]]) || at.class != mutable {
+		if at, err := cfg.resolveTarget(m[1]+"/"+path, ""); err != nil || !strings.HasSuffix(at.path, behind[m[1]]) || at.class != mutable {
 			t.Errorf("%s leads to %s, which is %q, %v", m[0], path, at.class, err)
 		}
 		shown[m[1]] = true

@@ -217,7 +217,8 @@ func (r *remote) shownHost(i int) string {
 // resolveTarget returns the file that a request below /api/ names, or below
 // /api/v1/remote/, which is another name for it. below is the rest of the path as the
 // client sent it, and query is the raw query. An empty path, which lists the remote, gives
-// a target with the remote alone.
+// a target with the remote alone. With an error, which may be classify's, the target has
+// what is known.
 func (c *config) resolveTarget(below, query string) (target, error) {
 	name, escaped := cutElement(below)
 	if second, rest := cutElement(escaped); name == "v1" && second == "remote" {
@@ -237,7 +238,8 @@ func (c *config) resolveTarget(below, query string) (target, error) {
 	if err != nil || path == "" {
 		return target{remote: r}, err
 	}
-	return target{remote: r, path: path, spelling: spelling, wire: spelling}, nil
+	t := target{remote: r, path: path, spelling: spelling, wire: spelling}
+	return t, t.classify()
 }
 
 // spellPath turns an escaped request path (without its remote) and a raw query into

@@ -752,15 +752,6 @@ func TestKeysTellSpellingsApart(t *testing.T) {
 	}
 }
 
-// resolveAndClassify finds a file as the API does.
-func resolveAndClassify(c *config, remote, escaped, query string) (target, error) {
-	t, err := c.resolveTarget(remote+"/"+escaped, query)
-	if err == nil && t.path != "" {
-		err = t.classify()
-	}
-	return t, err
-}
-
 func TestResolve(t *testing.T) {
 	t.Parallel()
 	c := mustParse(t, "remotes:\n"+
@@ -791,7 +782,7 @@ func TestResolve(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			got, err := resolveAndClassify(c, tt.remote, tt.escaped, tt.query)
+			got, err := c.resolveTarget(tt.remote+"/"+tt.escaped, tt.query)
 			if tt.status != 0 {
 				if status, detail := statusAndDetail(err); status != tt.status || !strings.Contains(detail, tt.detail) {
 					t.Errorf("got %v, want %d %s", err, tt.status, tt.detail)
@@ -898,7 +889,7 @@ func BenchmarkResolve(b *testing.B) {
 		b.Run(bb.name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				t, err := resolveAndClassify(c, bb.remote, bb.escaped, bb.query)
+				t, err := c.resolveTarget(bb.remote+"/"+bb.escaped, bb.query)
 				if err != nil {
 					b.Fatal(err)
 				}
