@@ -192,8 +192,12 @@ func (f *registryFile) setHeaders(w *response, _ string, rec *record) {
 		mediaType = typeIndex
 	}
 	w.setHeader("Content-Type", mediaType)
-	if rec.Link != "" {
-		w.setHeader("Link", c.nextLink(rec.Link))
+	if query := rec.Link; query != "" {
+		if c.ns != "" {
+			query += "&ns=" + url.QueryEscape(c.ns)
+		}
+		// The whole path that the client used: some (skopeo) do not resolve relative references.
+		w.setHeader("Link", "</"+c.path+"?"+query+`>; rel="next"`)
 	}
 	if rec.Filters != "" {
 		w.setHeader("Oci-Filters-Applied", rec.Filters)
@@ -311,15 +315,6 @@ func nextPageQuery(links []string) string {
 	query := u.Query()
 	query.Del("ns")
 	return query.Encode()
-}
-
-// nextLink returns the Link header that names a list's next page. It has the whole path
-// that the client used, because some (skopeo) do not resolve relative references.
-func (c *registryCall) nextLink(query string) string {
-	if c.ns != "" {
-		query += "&ns=" + url.QueryEscape(c.ns)
-	}
-	return "</" + c.path + "?" + query + `>; rel="next"`
 }
 
 // registryError is an error with its code of the specification.

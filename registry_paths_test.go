@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"strconv"
 	"strings"
@@ -180,11 +181,12 @@ func FuzzLink(f *testing.F) {
 		if strings.ContainsAny(q, "<>\" \r\n\x00;,#") {
 			t.Fatalf("%q: query %q would break out of a Link", s, q)
 		}
-		c := registryCall{path: "/v2/r/a/tags/list", ns: "h:5"}
 		if q == "" {
 			return
 		}
-		if again := nextPageQuery([]string{c.nextLink(q)}); again != q {
+		w := &response{ResponseWriter: httptest.NewRecorder()}
+		(&registryFile{call: &registryCall{path: "/v2/r/a/tags/list", ns: "h:5"}}).setHeaders(w, "", &record{Link: q})
+		if again := nextPageQuery(w.Header()["Link"]); again != q {
 			t.Fatalf("%q: %q becomes %q", s, q, again)
 		}
 	})
