@@ -20,7 +20,7 @@ import (
 const maxWholeBodyWait = 10 * time.Second
 
 var (
-	// errAbandoned ends the context of a fill that nobody waits for any more.
+	// errAbandoned ends the context of a fill that nobody waits for, or can join, any more.
 	errAbandoned = errors.New("nobody waits for the fill any more")
 	// errFillQueueFull: there is no place for another fill, or none became free in time.
 	errFillQueueFull = &problem{status: http.StatusServiceUnavailable, cause: errBusy, retryAfter: 10 * time.Second,
@@ -60,7 +60,6 @@ const (
 	outcomeUnchanged outcomeKind = "unchanged" // the expired copy is still good
 	outcomeLookAgain outcomeKind = "again"     // the store has the file by now, or its clients begin anew
 	outcomeNoSpool   outcomeKind = "no spool"  // there is none: each client asks upstream itself
-	outcomeAbandoned outcomeKind = "abandoned" // its last client left before it was of use
 	outcomeFailed    outcomeKind = "failed"    // err says why
 )
 
@@ -188,9 +187,6 @@ func (f *fillRun) run() {
 	}
 	if cause := context.Cause(f.ctx); cause != nil && outcome.kind != outcomeBody {
 		outcome = failedOutcome(cause)
-	}
-	if errors.Is(outcome.err, errAbandoned) {
-		outcome.kind = outcomeAbandoned
 	}
 	f.applyToOldCopy(outcome)
 	f.end(outcome)

@@ -138,7 +138,7 @@ func (f *fill) replyFromSpool(ctx context.Context, leads bool, rng byteRange) *f
 func (f *fill) replyWithoutBody(ctx context.Context, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
 	c, file := f.c, f.file
 	switch {
-	case outcome.kind == outcomeLookAgain, outcome.kind == outcomeAbandoned, outcome.kind == outcomeUnchanged && cp == nil:
+	case outcome.kind == outcomeLookAgain, outcome.kind == outcomeUnchanged && cp == nil:
 		return nil, true, nil
 	case outcome.kind == outcomeUnchanged:
 		cp.goodAt = c.now()
