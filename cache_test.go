@@ -1685,7 +1685,7 @@ func TestHEADsAreBoundedAndShared(t *testing.T) {
 		for n := range 80 {
 			ask(t.Context(), fmt.Sprintf("/api/r/%d", n))
 		}
-		if n := len(tt.origin.all()); n != maxHeadsPerRemote || maxHeadsPerRemote != 64 {
+		if n := len(tt.origin.all()); n != maxPerRemote || maxPerRemote != 64 {
 			t.Errorf("%d requests upstream, want 64", n)
 		}
 		leave() // another one of those that wait asks

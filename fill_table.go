@@ -13,15 +13,11 @@ import (
 )
 
 const (
-	// maxFillsPerRemote bounds what one slow upstream can pile up.
-	maxFillsPerRemote = 64
+	// maxPerRemote bounds what one slow upstream can pile up: fills, and beside them as many
+	// HEADs of files that are not stored, and bodies that are passed on without a spool.
+	maxPerRemote = 64
 	// maxQueuedPerRemote bounds the fills that wait for a place.
 	maxQueuedPerRemote = 256
-	// maxHeadsPerRemote bounds the HEADs of files that are not stored: a crowd of them on
-	// paths that hang must not be a crowd of connections.
-	maxHeadsPerRemote = 64
-	// maxPassOnsPerRemote bounds the bodies that are passed on without a spool.
-	maxPassOnsPerRemote = 64
 	// maxAbandonedPerRemote is how many fills without a client may go on: clients that come
 	// and go must not leave an endless queue behind.
 	maxAbandonedPerRemote = 8
@@ -59,8 +55,8 @@ func (t *fillTable) slotsOf(remote string) *fillSlots {
 	defer t.mu.Unlock()
 	s := t.slots[remote]
 	if s == nil {
-		s = &fillSlots{places: make(chan struct{}, maxFillsPerRemote), queue: make(chan struct{}, maxFillsPerRemote+maxQueuedPerRemote),
-			heads: make(chan struct{}, maxHeadsPerRemote), passOns: make(chan struct{}, maxPassOnsPerRemote)}
+		s = &fillSlots{places: make(chan struct{}, maxPerRemote), queue: make(chan struct{}, maxPerRemote+maxQueuedPerRemote),
+			heads: make(chan struct{}, maxPerRemote), passOns: make(chan struct{}, maxPerRemote)}
 		t.slots[remote] = s
 	}
 	return s

@@ -454,26 +454,26 @@ func TestFillsPerRemoteAreBounded(t *testing.T) {
 		_, _ = io.WriteString(w, r.URL.Path)
 	})
 	var all sync.WaitGroup
-	for i := range maxFillsPerRemote + 6 {
+	for i := range maxPerRemote + 6 {
 		path := fmt.Sprintf("/f%d", i)
 		all.Go(func() { tt.get("/api/r" + path).wantStatus(200).wantBody(path) })
 	}
-	tt.eventually("64 fills", func() bool { return inside.Load() == maxFillsPerRemote })
-	tt.eventually("the rest to wait", func() bool { return tt.flying() == maxFillsPerRemote+6 })
+	tt.eventually("64 fills", func() bool { return inside.Load() == maxPerRemote })
+	tt.eventually("the rest to wait", func() bool { return tt.flying() == maxPerRemote+6 })
 	impatient := make(chan struct{})
 	ctx, leave := context.WithCancel(context.Background())
 	go func() {
 		defer close(impatient)
 		tt.start(ctx, "GET", "/api/r/impatient", nil).leave()
 	}()
-	tt.eventually("one more", func() bool { return tt.flying() == maxFillsPerRemote+7 })
+	tt.eventually("one more", func() bool { return tt.flying() == maxPerRemote+7 })
 	leave()
 	<-impatient
-	tt.eventually("it to be gone", func() bool { return tt.flying() == maxFillsPerRemote+6 })
+	tt.eventually("it to be gone", func() bool { return tt.flying() == maxPerRemote+6 })
 	close(open)
 	all.Wait()
-	if n := most.Load(); n != maxFillsPerRemote {
-		t.Errorf("%d fills at once, want %d", n, maxFillsPerRemote)
+	if n := most.Load(); n != maxPerRemote {
+		t.Errorf("%d fills at once, want %d", n, maxPerRemote)
 	}
 	tt.wantRequests("/impatient", 0)
 }
@@ -490,7 +490,7 @@ func TestQueueOfFillsIsBounded(t *testing.T) {
 		}
 		_, _ = io.WriteString(w, r.URL.Path)
 	})
-	const most = maxFillsPerRemote + maxQueuedPerRemote
+	const most = maxPerRemote + maxQueuedPerRemote
 	var all sync.WaitGroup
 	for i := range most {
 		path := fmt.Sprintf("/f%d", i)
@@ -521,7 +521,7 @@ func TestExpiredCopyBehindFillsThatHang(t *testing.T) {
 		tt.advance(2 * time.Hour)
 		tt.origin.troubled(tt.origin.stalls)
 		var all sync.WaitGroup
-		for i := range maxFillsPerRemote {
+		for i := range maxPerRemote {
 			all.Go(func() { tt.get(fmt.Sprintf("/api/r/f%d", i)).wantStatus(504) })
 		}
 		synctest.Wait()

@@ -1097,10 +1097,10 @@ func TestHealthWaitsForNothingThatHangs(t *testing.T) {
 	tt := c.tester()
 	ctx, leave := context.WithCancel(context.Background())
 	var hanging sync.WaitGroup
-	for i := range maxFillsPerRemote + 5 {
+	for i := range maxPerRemote + 5 {
 		hanging.Go(func() { tt.start(ctx, "GET", fmt.Sprintf("/api/r/f%d", i), nil).leave() })
 	}
-	awaitThat(t, "every place to be taken", func() bool { return len(o.all()) == maxFillsPerRemote })
+	awaitThat(t, "every place to be taken", func() bool { return len(o.all()) == maxPerRemote })
 	mustEnd(t, func() { tt.get("/health").wantStatus(200) })
 	leave()
 	hanging.Wait()
