@@ -71,16 +71,17 @@ func (m *manifest) readBlob(d *json.Decoder) error {
 }
 
 // mediaType returns a manifest's type: the upstream's if that is specific, else the
-// type that the manifest declares, else the one that its members suggest.
+// type that the manifest declares, else the one that its members suggest. What is declared
+// is text of the body, which may hold what no header can: parameters are left out.
 func (m *manifest) mediaType(upstream string) string {
-	_, _, err := mime.ParseMediaType(m.declared)
-	switch {
-	case strings.HasPrefix(upstream, "application/vnd."):
+	if strings.HasPrefix(upstream, "application/vnd.") {
 		return upstream
-	case err == nil && boundedHeader(m.declared) != "":
-		return m.declared
 	}
-	return cmp.Or(m.suggested, upstream, typeJSON)
+	declared, _, err := mime.ParseMediaType(m.declared)
+	if err != nil {
+		declared = ""
+	}
+	return cmp.Or(boundedHeader(declared), m.suggested, upstream, typeJSON)
 }
 
 // countList returns how many elements the member of that name has, an array, or null. An

@@ -1253,6 +1253,26 @@ func TestRegistryTypesOfManifests(t *testing.T) {
 	}
 }
 
+// ParseMediaType takes white space at the end, a line break too. S3 must not look as if it
+// were away because of a header that net/http does not send.
+func TestRegistryTypeThatIsNoHeader(t *testing.T) {
+	t.Parallel()
+	h, b := newHub(t), newS3Bench(t)
+	m := newMirror(t, h.url())
+	m.cache.useObjects(b.store)
+	for i, declared := range []string{`application/json\n`, `application/json;\n a=b`, `application/json; a=\"\u0001\"`} {
+		body := fmt.Appendf(nil, `{"schemaVersion":2,"mediaType":"%s","n":%d}`, declared, i)
+		path := "/v2/reg/app/manifests/v" + strconv.Itoa(i)
+		h.on(strings.Replace(path, "reg/", "", 1), regAnswers(http.StatusOK, "text/plain", string(body)))
+		for _, source := range []string{"remote", "cache"} {
+			m.get(path).wantManifest(typeJSON, sha256Of(body), body).wantFrom(source)
+		}
+	}
+	if cause := b.store.outage.outageCause(); cause != nil {
+		t.Error(cause)
+	}
+}
+
 func TestRegistryTokens(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
