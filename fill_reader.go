@@ -138,7 +138,8 @@ func (f *fill) replyFromSpool(ctx context.Context, leads bool, rng byteRange) *f
 func (f *fill) replyWithoutBody(ctx context.Context, cp *storedCopy, outcome fillOutcome) (reply *fileReply, again bool, err error) {
 	c, file := f.c, f.file
 	switch {
-	case outcome.kind == outcomeLookAgain, outcome.kind == outcomeUnchanged && cp == nil:
+	case outcome.kind == outcomeLookAgain,
+		outcome.kind == outcomeUnchanged && (cp == nil || f.oldRecord == nil || cp.rec.SHA256 != f.oldRecord.SHA256): // it may have been replaced since it was opened
 		return nil, true, nil
 	case outcome.kind == outcomeUnchanged:
 		cp.goodAt = c.now()

@@ -2044,3 +2044,14 @@ func TestChunkedBodyOverMaxSizeIsNotStored(t *testing.T) {
 	tt.wantStored("a", false)
 	tt.wantLog("larger than cache.max_size")
 }
+
+// A copy that was opened before another fill replaced it is not what upstream calls unchanged.
+func TestUnchangedIsSaidOfTheCopyThatWasAskedAbout(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	f := &fill{c: tt.cache, oldRecord: &record{SHA256: "of the new one"}, file: fileRequest{target: target{remote: tt.server.config.Load().remotes["r"], path: "a", spelling: "a"}}}
+	opened := &storedCopy{object: &object{rec: &record{SHA256: "of the old one"}, body: unreadBody(0)}}
+	if reply, again, err := f.replyWithoutBody(t.Context(), opened, fillOutcome{kind: outcomeUnchanged}); !again || reply != nil || err != nil {
+		t.Errorf("reply %+v, again %v, error %v; want another look into the store", reply, again, err)
+	}
+}
