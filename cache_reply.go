@@ -237,7 +237,8 @@ const pageBytes = 512
 
 // isPage reports whether resp is a web page under the name of an archive or a package,
 // to log in or with an excuse. Some servers call everything text/html that they do not
-// know, so the beginning of the body must be one too. A digest tells more than both.
+// know, so the beginning of the body must be one too, where it can be read: those do not
+// code it. A digest tells more than both.
 func (file *fileRequest) isPage(resp *upstreamResponse) bool {
 	mediaType, _, _ := strings.Cut(resp.Header.Get("Content-Type"), ";")
 	if file.digest != "" || !strings.EqualFold(strings.TrimSpace(mediaType), "text/html") ||
@@ -250,7 +251,7 @@ func (file *fileRequest) isPage(resp *upstreamResponse) bool {
 		io.Reader
 		io.Closer
 	}{body, resp.Body}
-	return strings.HasPrefix(http.DetectContentType(begin), "text/html")
+	return resp.Header.Get("Content-Encoding") != "" || strings.HasPrefix(http.DetectContentType(begin), "text/html")
 }
 
 // contentTypeOf is the content type of a file by its name. Upstream's counts for JSON

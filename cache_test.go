@@ -322,6 +322,9 @@ func TestWebPageInThePlaceOfAnArchive(t *testing.T) {
 		}
 	}
 	tt.wantStored("a.jar", false)
+	tt.origin.file("/coded.jar", "\x1f\x8bcoded").says("Content-Type", "text/html").says("Content-Encoding", "gzip") // although nobody asked for that
+	tt.get("/api/r/coded.jar").wantStatus(200).wantHeader("Content-Type", "text/html")
+	tt.wantStored("coded.jar", false)
 	tt.down() // the good index is still there
 	tt.get("/api/r/APKINDEX.tar.gz").wantStale().wantBody("index").wantHeader("Content-Type", "application/gzip")
 	tt.upAgain()
