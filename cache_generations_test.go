@@ -426,6 +426,18 @@ func TestRootThatNamesNothingIsNotPublished(t *testing.T) {
 	})
 }
 
+// Upstream may give up SHA-256: then its new root rules no file, and is none to be refused.
+func TestRootWithOtherHashesIsPublished(t *testing.T) {
+	archives(t, func(t *testing.T, a *testArchive, one, two map[string]string) {
+		a.files = two
+		root := strings.NewReplacer(`type="sha256"`, `type="sha512"`, "SHA256:", "SHA512:").Replace(a.release(a))
+		a.files, a.release = one, func(*testArchive) string { return root }
+		a.publish(two)
+		a.advance(61 * time.Second)
+		a.wantGeneration(root, two)
+	})
+}
+
 // The bytes that a root names answer however they were stored, when upstream has lost the
 // files but not the root: by name and by hash.
 func TestMetadataAnswersByItsOtherName(t *testing.T) {

@@ -38,6 +38,7 @@ type rootNames struct {
 	files      map[string]namedFile // by path, with the root's signature if that is a file of its own
 	byHash     bool                 // Acquire-By-Hash: yes
 	validUntil time.Time            // zero: it does not say
+	isRoot     bool                 // it names files, if only by other hashes
 }
 
 // namedFile is a file as a root names it.
@@ -87,6 +88,7 @@ func (n *rootNames) readRepomd(folder string, text []byte) {
 	if xml.NewDecoder(bytes.NewReader(text)).Decode(&doc) != nil {
 		return
 	}
+	n.isRoot = len(doc.Data) > 0
 	for _, d := range doc.Data {
 		if d.Checksum.Type == "sha256" && d.Location.Base == "" {
 			n.add(folder, d.Location.Href, namedFile{sha256: strings.TrimSpace(d.Checksum.Hex), size: d.Size, kind: d.Type})
@@ -117,6 +119,7 @@ func (n *rootNames) readRelease(folder, text string) {
 		if len(words) != 3 || slices.Contains([]string{"InRelease", "Release", "Release.gpg"}, words[2]) {
 			continue
 		}
+		n.isRoot = n.isRoot || slices.Contains([]string{"md5sum", "sha1", "sha256", "sha512"}, field)
 		f := files[words[2]]
 		switch {
 		case field == "sha256":

@@ -72,7 +72,7 @@ func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.Reade
 	switch {
 	case len(old) == 0:
 		return nil
-	case len(next.files) == 0:
+	case !next.isRoot:
 		return &problem{status: http.StatusBadGateway, cause: errBadUpstream,
 			detail: fmt.Sprintf("the upstream of remote %q answers something that names no files instead of %s", t.remote.name, path.Base(t.path))}
 	case d.isHeld():
