@@ -261,7 +261,8 @@ func newCache(st cacheStores, up *upstream, now func() time.Time, log *slog.Logg
 	c.failedLeases = newBoundedMap[string, struct{}](maxRemembered, clock)
 	c.leaving = newBoundedMap[leavingLinks, int64](maxRemembered, clock)
 	c.generations = &generations{c: c, parsed: newLRU[*rootNames](parsedRootsBudget, 0),
-		asked: newBoundedMap[string, struct{}](maxRemembered, clock), held: newBoundedMap[string, heldRoot](maxRemembered, clock)}
+		asked: newBoundedMap[string, struct{}](maxRemembered, clock), held: newBoundedMap[string, heldRoot](maxRemembered, clock),
+		before: newBoundedMap[string, string](maxRemembered, clock)}
 	return c
 }
 

@@ -35,7 +35,10 @@ type generations struct {
 	parsed *lru[*rootNames]              // by key and SHA-256
 	asked  *boundedMap[string, struct{}] // folders whose roots are left alone for a while
 	held   *boundedMap[string, heldRoot] // by folder
-	locks  keyedLock                     // folders whose root is being published, and keys of roots that are asked out of turn
+	// before has the SHA-256 of signatures of the root before, which are not those of the
+	// next one, by the keys of these. They count behind a hold that has ended too.
+	before *boundedMap[string, string]
+	locks  keyedLock // folders whose root is being published, and keys of roots that are asked out of turn
 }
 
 // heldRoot is a root whose successor is held.
@@ -55,9 +58,8 @@ type rootDownload struct {
 // signatureDownload is the behavior of a root's signature in a file of its own.
 type signatureDownload struct {
 	download
-	g      *generations
-	root   *storedRoot
-	before string // SHA-256 of the signature of another root, which this one is not; may be ""
+	g    *generations
+	root *storedRoot
 }
 
 // namedDownload is the behavior of a file that a root names, or whose name is its own

@@ -682,6 +682,24 @@ func TestSignatureBelongsToItsRoot(t *testing.T) {
 	a.get(a.in(a.root + ".asc")).wantHit().wantBody("signature of two")
 }
 
+// Behind a hold that ended without it the old signature is still not that of the new root.
+func TestOldSignatureIsNotStoredBehindAHold(t *testing.T) {
+	t.Parallel()
+	a := debArchive(t, "Valid-Until: "+longAgo.Format(time.RFC1123)+"\n") // which holds nothing
+	a.root = "/dists/t/Release"
+	signature := a.in(a.root + ".gpg")
+	a.publish(debFiles("one"))
+	a.origin.file(a.root+".gpg", "signature of one")
+	a.wantGeneration(a.release(a), a.files)
+	a.get(signature).wantStatus(200).wantBody("signature of one")
+	a.publish(debFiles("two"))
+	a.advance(61 * time.Second)
+	a.getRoot().wantBody(a.release(a))
+	a.get(signature).wantDetail(503, "is not complete yet")
+	a.origin.file(a.root+".gpg", "signature of two")
+	a.get(signature).wantStatus(200).wantBody("signature of two")
+}
+
 func TestSignatureOfTheNextRootBringsThatRoot(t *testing.T) {
 	t.Parallel()
 	a := debArchive(t, "")

@@ -180,8 +180,8 @@ func (p *publication) fetchSuccessor(ctx context.Context, old, now []fileRequest
 		if rec == nil || (was.digest != "" && was.digest != "sha256:"+rec.SHA256) {
 			continue
 		}
-		if signature, ok := req.behavior.(*signatureDownload); ok {
-			signature.before = rec.SHA256
+		if req.rulesOthers() {
+			p.g.before.put(req.key(), rec.SHA256)
 		}
 		if holds {
 			p.needs(req.path, p.g.fetchFile(ctx, req))
@@ -207,8 +207,8 @@ func (p *publication) needs(name string, err error) {
 // checkBody refuses a signature of another root: upstream may have published one
 // between the two requests.
 func (d *signatureDownload) checkBody(ctx context.Context, rec *record, _ io.ReaderAt) error {
-	if rec.SHA256 == d.before {
-		return fmt.Errorf("%w: the signature is still the old one", errAgreeing)
+	if before, _ := d.g.before.get(storageKey(rec.Remote, rec.Path)); rec.SHA256 == before {
+		return newAgreeingError(d.root.target)
 	}
 	now, err := d.g.fetchRoot(ctx, d.root.target)
 	if err == nil && now.sum != d.root.sum {
