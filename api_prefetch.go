@@ -445,7 +445,7 @@ func (p *prefetchRun) fetch(j job, w io.Writer, isManifest bool) *record {
 	}
 	name := file.remote.name
 	found := foundEvent{fileEvent{"found", name, file.path}, nil, false}
-	if rec := storedRecord(p.ctx, p.api.cache, file); rec != nil {
+	if rec, err := storedRecord(p.ctx, p.api.cache, file); err == nil {
 		found.Size, found.Stored = &rec.Size, true
 	} else if j.size > 0 {
 		found.Size = &j.size

@@ -279,13 +279,13 @@ func (g *generations) askAgain(ctx context.Context, root *storedRoot, must bool)
 func (g *generations) fetchFile(ctx context.Context, file fileRequest) error {
 	key := file.key()
 	ended := g.c.fills.endedOf(key).Load()
-	if storedRecord(ctx, g.c, file) != nil {
+	if _, err := storedRecord(ctx, g.c, file); err == nil {
 		return nil
 	}
 	f, _ := g.c.joinFill(key, file, nil, ended)
 	outcome, err := f.awaitEnd(ctx)
-	if err == nil && outcome.err == nil && storedRecord(ctx, g.c, file) == nil {
-		err = errStoreDown // the fill's log line says more
+	if err == nil && outcome.err == nil {
+		_, err = storedRecord(ctx, g.c, file) // if it was not stored the fill's log line says why
 	}
 	return errors.Join(err, outcome.err)
 }

@@ -1108,6 +1108,63 @@ func TestRootThatTheStoreRefusesIsNotPublished(t *testing.T) {
 	a.wantGeneration(old, rpmFiles("one"))
 }
 
+// unreadableObjects cannot open a key, though the store is not known to be down.
+type unreadableObjects struct {
+	objects
+	key string
+}
+
+func (o *unreadableObjects) open(ctx context.Context, key string, off int64) (*object, error) {
+	if key == o.key {
+		return nil, errStoreDown
+	}
+	return o.objects.open(ctx, key, off)
+}
+
+// What cannot be read may be there, and a new root waits for it as for what is.
+func TestRootWaitsForAStoreThatCannotBeRead(t *testing.T) {
+	t.Parallel()
+	unreadable := func(a *testArchive, path string) {
+		a.cache.useObjects(&unreadableObjects{a.cache.objects, a.key(path)})
+	}
+	t.Run("the other root", func(t *testing.T) {
+		t.Parallel()
+		a := debArchive(t, "")
+		a.publish(debFiles("one"))
+		a.publishRoot(a.folder + "Release")
+		a.get(a.in(a.folder + "Release")).wantMiss()
+		old := a.release(a)
+		a.getRoot().wantMiss()
+		a.publish(debFiles("two")) // Release is still the old one
+		a.advance(61 * time.Second)
+		unreadable(a, "dists/t/Release")
+		a.getRoot().wantFrom("cache", agreeing).wantBody(old)
+	})
+	t.Run("a file", func(t *testing.T) {
+		t.Parallel()
+		a := rpmArchive(t)
+		one, two := rpmHashed("one"), rpmHashed("two")
+		primaryOf := func(files map[string]string) string {
+			names := slices.Sorted(maps.Keys(files))
+			return names[slices.IndexFunc(names, func(name string) bool { return strings.HasSuffix(name, "-primary.xml.gz") })]
+		}
+		a.publish(one)
+		a.wantGeneration(a.release(a), one)
+		old := a.release(a)
+		a.publish(two, primaryOf(two))
+		a.advance(61 * time.Second)
+		unreadable(a, "os/"+primaryOf(one))
+		a.getRoot().wantFrom("cache", agreeing).wantBody(old)
+	})
+	t.Run("the root itself", func(t *testing.T) {
+		t.Parallel()
+		a := rpmArchive(t)
+		a.publish(rpmFiles("one"))
+		unreadable(a, "os/repodata/repomd.xml")
+		a.getRoot().wantUnstored().wantStatus(200).wantBody(a.release(a))
+	})
+}
+
 func TestEvictionKnowsTheFilesOfAGeneration(t *testing.T) {
 	archives(t, func(t *testing.T, a *testArchive, one, two map[string]string) {
 		named, err := a.cache.evictor.findNamed(t.Context())

@@ -59,14 +59,15 @@ func (d *rootDownload) checkBody(ctx context.Context, rec *record, body io.Reade
 	defer g.locks.unlock(t.folderID())
 	var old []*storedRoot
 	for _, at := range t.remote.rootsIn(rootFolder(t.spelling)) {
-		root, err := g.openRoot(ctx, at)
-		if err != nil {
-			continue
-		}
-		if root.sum == rec.SHA256 { // upstream has the stored generation, or has gone back to it
+		switch root, err := g.openRoot(ctx, at); {
+		case errors.Is(err, errStoreDown): // it cannot be told what the root would take the place of
+			return errors.Join(newAgreeingError(t), err)
+		case err != nil:
+		case root.sum == rec.SHA256: // upstream has the stored generation, or has gone back to it
 			return nil
+		default:
+			old = append(old, root)
 		}
-		old = append(old, root)
 	}
 	next := &storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}
 	switch {
@@ -173,11 +174,15 @@ func (p *publication) fetchSuccessors(ctx context.Context) {
 // fetchSuccessor fetches a file in the ways in which the one before it was fetched.
 func (p *publication) fetchSuccessor(ctx context.Context, old, now []fileRequest, holds bool) {
 	for i, was := range old {
-		rec, req := storedRecord(ctx, p.g.c, was), now[min(i, len(now)-1)]
-		if rec == nil && was.digest != "" {
-			rec = storedRecord(ctx, p.g.c, was.beforeRoot())
+		req := now[min(i, len(now)-1)]
+		rec, err := storedRecord(ctx, p.g.c, was)
+		if errors.Is(err, fs.ErrNotExist) && was.digest != "" {
+			rec, err = storedRecord(ctx, p.g.c, was.beforeRoot())
 		}
-		if rec == nil || (was.digest != "" && was.digest != "sha256:"+rec.SHA256) {
+		if holds && errors.Is(err, errStoreDown) { // it may be there
+			p.needs(req.path, err)
+		}
+		if err != nil || (was.digest != "" && was.digest != "sha256:"+rec.SHA256) {
 			continue
 		}
 		if req.rulesOthers() {

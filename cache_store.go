@@ -135,14 +135,15 @@ func (file fileRequest) asStored(ctx context.Context, c *cache) fileRequest {
 	return file
 }
 
-// storedRecord returns the record of a file's copy, however old it is, or nil.
-func storedRecord(ctx context.Context, c *cache, file fileRequest) *record {
+// storedRecord returns the record of a file's copy, however old it is. Its errors are those
+// of objects.open.
+func storedRecord(ctx context.Context, c *cache, file fileRequest) (*record, error) {
 	file = file.asStored(ctx, c)
-	obj, err := c.objects.open(ctx, file.key(), -1)
-	if err != nil || obj.rec.Path != file.spelling || obj.rec.Remote != file.remote.name {
-		return nil
+	cp, err := c.findCopy(ctx, file.key(), file, byteRange{head: true})
+	if err != nil {
+		return nil, err
 	}
-	return obj.rec
+	return cp.rec, nil
 }
 
 // prefetch brings a file into the store, if it is not there and fresh. It returns its
@@ -171,10 +172,10 @@ func prefetch(ctx context.Context, c *cache, file fileRequest, w io.Writer, whol
 			return nil, "", err
 		}
 	}
-	switch rec = storedRecord(ctx, c, file); {
-	case rec == nil && file.asStored(ctx, c).key() != before: // a root that names it was stored meanwhile
+	switch rec, err = storedRecord(ctx, c, file); {
+	case err != nil && file.asStored(ctx, c).key() != before: // a root that names it was stored meanwhile
 		return prefetch(ctx, c, file, w, whole)
-	case rec == nil:
+	case err != nil:
 		return nil, "", newProblem(http.StatusInsufficientStorage, "it arrived and was not stored: the server's log says why, and /health if nothing can be")
 	}
 	return rec, "remote", nil

@@ -388,7 +388,10 @@ func (f *fillRun) completeFill() fillOutcome {
 	if f.oldRecord != nil && f.oldRecord.SHA256 == rec.SHA256 {
 		rec.Modified = f.oldRecord.Modified // the same bytes keep their date
 	}
-	if err := f.file.behaves().checkBody(f.ctx, &rec, f.spool.body()); err != nil {
+	switch err := f.file.behaves().checkBody(f.ctx, &rec, f.spool.body()); {
+	case errors.Is(err, errStoreDown) && f.oldRecord == nil: // clients get it, and the store does not
+		f.setFate(fatePassOn)
+	case err != nil:
 		return failedOutcome(err)
 	}
 	f.publishBody(&rec)
