@@ -129,19 +129,16 @@ func (p *publication) nextOf(ctx context.Context, old *storedRoot) *storedRoot {
 // fetchRoot asks upstream what a root is now, without storing it.
 func (g *generations) fetchRoot(ctx context.Context, t target) (root siblingRoot, err error) {
 	file := fileRequest{target: t}
-	resp, err := g.c.upstream.send(ctx, file.newUpstreamRequest(http.MethodGet, nil))
+	reply, resp, err := file.askUnstored(ctx, g.c, file.newUpstreamRequest(http.MethodGet, nil))
 	if err != nil {
 		return root, err
 	}
 	defer resp.Body.Close()
-	if err := g.c.statusError(file, resp); err != nil {
-		return root, err
-	}
 	text, err := readMetadata(resp.Body)
 	if err != nil {
 		return root, err
 	}
-	rec := file.newRecord(resp.Header, g.c.now())
+	rec := reply.rec
 	rec.Size, rec.SHA256 = int64(len(text)), fmt.Sprintf("%x", sha256.Sum256(text))
 	return siblingRoot{&storedRoot{t, parseRoot(t.spelling, text, rec.SHA256)}, rec, text, !resp.hasKnownEnd()}, nil
 }
