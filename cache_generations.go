@@ -166,6 +166,10 @@ func (file fileRequest) beforeRoot() fileRequest {
 	return file
 }
 
+// refusals are the statuses of a file that is not there any more. 403 is what S3 says of one
+// to whom it does not let list.
+var refusals = []int{http.StatusForbidden, http.StatusNotFound, http.StatusGone}
+
 // requestBody asks by hash first and by name second: upstream keeps what it has by hash
 // for some generations. What has another size than the root says need not be read.
 func (n *namedDownload) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
@@ -179,7 +183,7 @@ func (n *namedDownload) requestBody(ctx context.Context, up *upstream, req upstr
 		return resp, err
 	}
 	resp, err := send()
-	refused := err == nil && slices.Contains([]int{http.StatusForbidden, http.StatusNotFound, http.StatusGone}, resp.StatusCode)
+	refused := err == nil && slices.Contains(refusals, resp.StatusCode)
 	if (refused || errors.Is(err, errDigest)) && f.spelling != "" && f.spelling != req.wire {
 		resp.discardBody()
 		req.wire = f.spelling
@@ -242,7 +246,7 @@ func (g *generations) askAfter(ctx context.Context, file *fileRequest, err error
 		return errors.Is(err, errAgreeing) && g.askAgain(ctx, b.root, true)
 	case *namedDownload:
 		status, _ := errors.AsType[*upstreamStatus](err)
-		if errors.Is(err, errDigest) || (status != nil && status.isGone()) {
+		if errors.Is(err, errDigest) || (status != nil && slices.Contains(refusals, status.code)) {
 			root, _ := b.findRoot(ctx)
 			return root != nil && g.askAgain(ctx, root, false)
 		}
