@@ -251,7 +251,7 @@ func TestTrendIsByStep(t *testing.T) {
 func TestClientSettings(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
-	tt.configure("remotes:\n  hub: {base_url: 'https://registry-1.docker.io', package: docker}\n  a: {base_url: 'http://x', package: alpine}\n")
+	tt.configure("remotes:\n  hub: {base_url: 'https://registry-1.docker.io', package: docker}\n  quay: {base_url: 'https://quay.io', package: docker}\n  a: {base_url: 'http://x', package: alpine}\n")
 	all := func(name, scheme string) string {
 		g := tt.get("/?remote="+name, browser, "X-Forwarded-Proto: "+scheme).wantStatus(200)
 		_, text, _ := strings.Cut(g.text, "Client settings")
@@ -266,6 +266,12 @@ func TestClientSettings(t *testing.T) {
 	}
 	if strings.Contains(secure, "insecure") || strings.Contains(plain, "curl") || !strings.Contains(secure, "{\n  \"registry-mirrors\": [\"https://cache:8000/hub\"]\n}") {
 		t.Errorf("over TLS:\n%s", secure)
+	}
+	for _, scheme := range []string{"http", "https"} { // Docker would ask it for docker.io's images
+		if text := all("quay", scheme); strings.Contains(text, "registry-mirrors") || !strings.Contains(text, "docker pull cache:8000/quay/") ||
+			strings.Contains(text, "{\n  \"insecure-registries\": [\"cache:8000\"]\n}") != (scheme == "http") {
+			t.Errorf("of another registry over %s:\n%s", scheme, text)
+		}
 	}
 	if text := all("a", "http"); !strings.Contains(text, "http://cache:8000/api/a/v3") || !strings.Contains(text, "curl -fLO http://cache:8000/api/a/PATH") {
 		t.Errorf("alpine:\n%s", text)
