@@ -223,6 +223,15 @@ func TestAMirrorThatStandsInIsSeen(t *testing.T) {
 	wantFailing(0, ">up<")
 	wantLines("an origin of a remote fails", 2)
 	wantLines("an origin of a remote works again", 2)
+	ask(tt.origin.resets)
+	wantFailing(1)
+	for _, keys := range [][]string{{}, {"mirrors: [" + mirror.url + "]", "sealed: true"}} { // nobody asks the origin beside another any more
+		tt.moveUpstream(tt.origin.url, keys...)
+		wantFailing(0)
+		if text := tt.get("/", browser).text; strings.Contains(text, "fails for") {
+			t.Errorf("with %q the page says of an origin that it fails", keys)
+		}
+	}
 	if lines := tt.logs.lines("an origin of a remote fails"); !strings.Contains(lines[0], tt.origin.url) || !strings.Contains(lines[1], "503") {
 		t.Errorf("the lines name no origin or no cause: %q", lines)
 	}

@@ -263,9 +263,10 @@ type failingOrigin struct {
 }
 
 // failingOrigins are those of a remote with mirrors, in the order of the configuration.
+// What an earlier configuration has left of others says nothing: they may not be asked.
 func (u *upstream) failingOrigins(r *remote) (all []failingOrigin) {
 	for i := range r.origins {
-		if began, cause := u.circuitOfOrigin(r, i).outage(); cause != nil {
+		if began, cause := u.circuitOfOrigin(r, i).outage(); cause != nil && len(r.origins) > 1 && !r.sealed {
 			all = append(all, failingOrigin{r.shownURL(i), began, cause})
 		}
 	}
