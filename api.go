@@ -388,10 +388,30 @@ func compilePattern(s string) (*regexp.Regexp, error) {
 	if e, ok := errors.AsType[*syntax.Error](err); ok { // without the pattern: it is from a query, which must not be in the log
 		return nil, newProblem(http.StatusBadRequest, "pattern is not a valid regular expression (RE2 syntax): %s", e.Code)
 	}
-	if prog, _ := syntax.Compile(tree.Simplify()); len(prog.Inst) > maxPatternSize { // what is parsed can be compiled
+	isTooLarge := countNodes(tree) > 2*maxPatternSize // then its program would be too large, and take 100 MB to make
+	if !isTooLarge {
+		prog, _ := syntax.Compile(tree.Simplify()) // what is parsed can be compiled
+		isTooLarge = len(prog.Inst) > maxPatternSize
+	}
+	if isTooLarge {
 		return nil, newProblem(http.StatusBadRequest, "pattern is too large: shorten its repetitions ({n,m})")
 	}
 	return regexp.Compile(s)
+}
+
+// countNodes counts the characters, classes and operators of a pattern whose repetitions are
+// written out. All but a concatenation are an instruction at least.
+func countNodes(re *syntax.Regexp) (n int) {
+	for _, sub := range re.Sub {
+		n += countNodes(sub)
+	}
+	switch re.Op {
+	case syntax.OpRepeat:
+		return n * max(re.Min, re.Max, 1)
+	case syntax.OpLiteral:
+		return len(re.Rune)
+	}
+	return n + 1
 }
 
 // newListedArtifact returns an index row as a listing shows it.

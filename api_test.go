@@ -17,9 +17,11 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -743,6 +745,25 @@ func (tt *tester) page(query string) (paths []string, next *string) {
 		paths = append(paths, a.Path)
 	}
 	return paths, l.Next
+}
+
+// A pattern that is too large is refused before its program is made: that would take 100 MB
+// for 500 bytes of a query.
+func TestLargePatternsTakeLittleMemory(t *testing.T) {
+	tt := newTester(t)
+	for pattern, status := range map[string]int{
+		"a{998}": 200, "a{999}": 400, `(\pL|x?){100}`: 200, "(?:ab?c*){199}": 200, "(?i:k){998}": 200, "(?:(?:a{2}){2}){249}": 200, "(?:[ab]c){499}": 200,
+		"(" + strings.Repeat("a", 300) + "){1000}": 400, "(?:" + strings.Repeat("(", 120) + "a" + strings.Repeat(")", 120) + "){0,1000}": 400,
+		strings.Repeat(`\pL{999}`, 60): 400, "(?:" + strings.Repeat("a?", 250) + "){1000,}": 400,
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		tt.get("/artifacts/r?pattern=" + url.QueryEscape(pattern)).wantStatus(status)
+		runtime.ReadMemStats(&after)
+		if grown := after.TotalAlloc - before.TotalAlloc; grown > 5<<20 {
+			t.Errorf("%.40q took %d bytes", pattern, grown)
+		}
+	}
 }
 
 func TestListingInPages(t *testing.T) {
