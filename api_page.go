@@ -70,7 +70,7 @@ func (a *api) serveRoot(w *response, r *http.Request) error {
 		if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
 			p.Origin.Scheme = "https"
 		}
-		p.Leaving = a.cache.leavingOf(rem.name)
+		p.Leaving = a.cache.leavingOf(rem)
 		p.Leaving = p.Leaving[:min(len(p.Leaving), 5)]
 		addRows = func(most int) { a.addFiles(p, r, rem, most) }
 	} else {

@@ -246,6 +246,27 @@ func TestTrendIsByStep(t *testing.T) {
 	}
 }
 
+// Once there is a remote for them, links lead past the cache no more.
+func TestPageNamesTheRemoteToAdd(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, "package: helm")
+	tt.origin.file("/index.yaml", "urls:\n- https://charts.example/a\n- https://charts.example/b\n- https://other.example/c\n")
+	advice := func() string {
+		t.Helper()
+		tt.get("/api/r/index.yaml").wantStatus(200)
+		_, text, _ := strings.Cut(tt.get("/?remote=r", browser).wantStatus(200).text, "Links that lead past")
+		text, _, _ = strings.Cut(text, "</section>")
+		return html.UnescapeString(text)
+	}
+	if text := advice(); !strings.Contains(text, "2 links to <code>charts.example</code>") || !strings.Contains(text, "1 links to <code>other.example</code>") {
+		t.Errorf("before: %s", text)
+	}
+	tt.configure("remotes:\n  r: {base_url: '" + tt.origin.url + "', package: helm}\n  charts: {base_url: 'https://charts.example'}\n")
+	if text := advice(); strings.Contains(text, "charts.example") || !strings.Contains(text, "1 links to <code>other.example</code>") {
+		t.Errorf("with a remote for them: %s", text)
+	}
+}
+
 // Settings name our address as the client knows it, and what is for plain HTTP only
 // there.
 func TestClientSettings(t *testing.T) {

@@ -45,7 +45,7 @@ func (b *upstreamReader) rewriteLinks() bool {
 	rewriter := newLinkRewriter(nextBytes{b}, links)
 	rewriter.atEnd = func(leaving map[string]int) {
 		for host, n := range leaving {
-			key := leavingLinks{remote: file.remote.name, Host: host}
+			key := leavingLinks{remote: file.remote.name, table: links.tableID(), Host: host}
 			before, _ := c.leaving.get(key)
 			c.leaving.put(key, before+int64(n))
 		}
@@ -56,14 +56,15 @@ func (b *upstreamReader) rewriteLinks() bool {
 
 // leavingLinks are links in a remote's documents that lead to one host past the cache.
 type leavingLinks struct {
-	remote, Host string
-	Count        int64 // in the documents that were fetched so far; 0 in a key
+	remote, table, Host string // table: linkTable.id
+	Count               int64  // in the documents that were fetched so far; 0 in a key
 }
 
 // leavingOf returns where the links of a remote's documents lead past the cache, most first.
-func (c *cache) leavingOf(remote string) (list []leavingLinks) {
+// What another table has left of them counts no more: its documents are fetched again.
+func (c *cache) leavingOf(r *remote) (list []leavingLinks) {
 	for _, key := range c.leaving.keys() {
-		if key.remote == remote {
+		if key.remote == r.name && r.links != nil && key.table == r.links.id {
 			key.Count, _ = c.leaving.get(key)
 			list = append(list, key)
 		}
