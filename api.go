@@ -531,7 +531,7 @@ func (a *api) serveMetrics(w *response, r *http.Request) error {
 		family{"artifactapi_failing_origins", "gauge", "Of base_url and mirrors, those that fail while others stand in.", "remote", failing},
 		family{"artifactapi_stored_bytes", "gauge", "Bytes stored.", "remote", bytes},
 		family{"artifactapi_stored_files", "gauge", "Files stored.", "remote", files})
-	w.Header().Set("Content-Type", metricsType)
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	return a.metrics.writeExposition(w, cfg.names, known)
 }
 

@@ -342,7 +342,7 @@ func (g *generations) hold(until time.Time, next *storedRoot, missing []string) 
 		g.c.log.Warn(message, "remote", next.remote.name, "path", next.path, "missing", missing)
 	}
 	if (!until.IsZero() && !now.Before(until)) || now.Sub(h.since) >= maxHold {
-		g.c.metrics.countIncompleteGeneration(next.remote.name)
+		g.c.metrics.countsOf(next.remote.name).incomplete.Add(1)
 		log("new metadata is published without some of its files, because clients cannot use the old one any more")
 		return nil
 	}

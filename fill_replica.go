@@ -167,7 +167,7 @@ func (f *fillRun) applyFrame(kind byte, payload []byte) error {
 		if f.rec == nil {
 			return errors.New("data before its head")
 		}
-		f.c.metrics.countPeerBytes(len(payload))
+		f.c.metrics.peers.Add(int64(len(payload)))
 		if _, err := f.Write(payload); errors.Is(err, errTooMuch) {
 			return fmt.Errorf("%w: it is longer than it said", errDigest)
 		} else if err != nil {

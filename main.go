@@ -184,7 +184,13 @@ type server struct {
 // runServer runs the server until ctx ends or listening fails.
 func runServer(ctx context.Context, set *settings, env lookupEnv, stderr io.Writer) error {
 	log.SetOutput(io.Discard) // net/http's client logs there what an upstream sends without a request
-	log, flush := newGatheringLogger(set, stderr)
+	log, flush := newLogger(set, stderr), func() {}
+	if !isTerminal(stderr) { // lines are written many at once
+		lines := &lineWriter{to: stderr}
+		h := newLogger(set, lines).Handler()
+		_, isJSON := h.(*slog.JSONHandler)
+		log, flush = slog.New(lineHandler{h, lines, isJSON}), lines.flush
+	}
 	defer flush()
 	s := &server{set: set, env: env, log: log, hup: make(chan os.Signal, 1)}
 	signal.Notify(s.hup, syscall.SIGHUP) // first of all: an unhandled SIGHUP ends the program
@@ -296,9 +302,7 @@ func (s *server) serveUntilDone(ctx context.Context, listener net.Listener, hand
 	}
 	drainCtx, cancel := context.WithTimeout(context.Background(), s.set.drainTime())
 	defer cancel()
-	if err == nil {
-		s.drain(drainCtx, srv)
-	}
+	s.drain(drainCtx, srv)
 	s.cache.Close(drainCtx)
 	stop()
 	loops.Wait()
@@ -584,18 +588,6 @@ func (s *server) loadCertificate() error {
 		s.log.Info("certificate loaded", "subject", cert.Leaf.Subject.String(), "until", cert.Leaf.NotAfter)
 	}
 	return nil
-}
-
-// newGatheringLogger returns the logger of newLogger, whose lines are written many at
-// once. Its caller calls flush in the end.
-func newGatheringLogger(set *settings, w io.Writer) (log *slog.Logger, flush func()) {
-	if isTerminal(w) {
-		return newLogger(set, w), func() {}
-	}
-	lines := &lineWriter{to: w}
-	h := newLogger(set, lines).Handler()
-	_, isJSON := h.(*slog.JSONHandler)
-	return slog.New(lineHandler{h, lines, isJSON}), lines.flush
 }
 
 // newLogger returns a logger that writes to w with LOG_LEVEL and LOG_FORMAT.

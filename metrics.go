@@ -118,11 +118,6 @@ func (m *metrics) countCheck(backend string, d time.Duration) {
 
 func (m *metrics) countFetchedBytes(remote string, n int64) { m.countsOf(remote).fetched.Add(n) }
 
-// countPeerBytes counts body bytes that came from another replica.
-func (m *metrics) countPeerBytes(n int) { m.peers.Add(int64(n)) }
-
-func (m *metrics) countIncompleteGeneration(remote string) { m.countsOf(remote).incomplete.Add(1) }
-
 // countUpstreamError counts a failed request by its kind, one of kindLabels.
 func (m *metrics) countUpstreamError(remote, kind string) {
 	m.countsOf(remote).failures[slices.Index(kindLabels[:], kind)].Add(1)
@@ -213,9 +208,6 @@ func (m *metrics) trendOf(remote string) []remoteUsage {
 	}
 	return steps[len(steps)-trendLength:]
 }
-
-// metricsType is the Content-Type of what writeExposition writes.
-const metricsType = "text/plain; version=0.0.4; charset=utf-8"
 
 // family is a metric family without histograms.
 type family struct {

@@ -39,9 +39,6 @@ type clientConn struct {
 	held  []byte // kept for the next answers
 }
 
-// hold begins to hold what is written: the header of an answer.
-func (c *clientConn) hold() { c.holds = true }
-
 // release sends what is still held.
 func (c *clientConn) release() (err error) {
 	if c.holds = false; len(c.held) > 0 {
@@ -92,7 +89,7 @@ func (w *response) sendMemory(body []byte) (int64, error) {
 		return int64(n), err
 	}
 	w.extendWriteDeadline()
-	w.conn.hold()
+	w.conn.holds = true // the header of the answer
 	n, err := to.ReadFrom(bytes.NewBuffer(body))
 	if released := w.conn.release(); err == nil {
 		err = released

@@ -111,16 +111,15 @@ type lineWriter struct {
 	writing sync.Mutex
 	space   []byte // of lines that are written already, for the next ones
 
-	mu    sync.Mutex // guards held and timer
-	held  []byte
-	timer *time.Timer // calls flush; nil before the first line
+	mu   sync.Mutex // guards held
+	held []byte
 }
 
 // Write holds a line back, and writes what is held when that is much.
 func (l *lineWriter) Write(line []byte) (int, error) {
 	l.mu.Lock()
 	if len(l.held) == 0 {
-		l.timer = time.AfterFunc(maxLineDelay, l.flush)
+		time.AfterFunc(maxLineDelay, l.flush) // nothing is left to do, or less, where they were written before
 	}
 	l.held = append(l.held, line...)
 	isFull := len(l.held) >= maxHeldLines
@@ -138,9 +137,6 @@ func (l *lineWriter) flush() {
 	l.mu.Lock()
 	lines := l.held
 	l.held = l.space[:0]
-	if l.timer != nil {
-		l.timer.Stop()
-	}
 	l.mu.Unlock()
 	if len(lines) > 0 {
 		_, _ = l.to.Write(lines)
