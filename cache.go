@@ -172,8 +172,8 @@ type replicas interface {
 	// acquireLease makes this process the only one that fills key, until release; a
 	// heartbeat keeps it. Others will show token, perhaps before acquireLease returns.
 	acquireLease(ctx context.Context, key, token string) (lease, error)
-	// announceChange tells the others that key was replaced, or with removedPrefix
-	// before it that it was removed.
+	// announceChange tells the others that key was replaced, or with a prefix before it
+	// something else, see removedPrefix.
 	announceChange(ctx context.Context, key string) error
 	// watchChanges calls changed for each announcement of another process, and reset
 	// whenever some may have been missed (a new connection), until ctx ends.

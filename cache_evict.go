@@ -255,7 +255,7 @@ func (e *evictor) removeUnlessBusy(ctx context.Context, row indexRow, removing f
 	if removing != nil {
 		removing(entryCost(row.Size))
 	}
-	return e.cache.removeFile(ctx, row.Remote, row.Key)
+	return e.cache.removeFile(ctx, row.Remote, row.Key, copiesPrefix)
 }
 
 // trimVariants removes query variants of the path of t, which was just stored, until

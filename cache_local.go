@@ -86,7 +86,7 @@ func (c localFiles) delete(ctx context.Context, file fileRequest, when http.Head
 	if _, err := c.findForWriting(ctx, key, when); err != nil {
 		return err
 	}
-	return c.removeFile(ctx, file.remote.name, key)
+	return c.removeFile(ctx, file.remote.name, key, removedPrefix)
 }
 
 // findForWriting returns the record of the file that a request is about to replace or to

@@ -47,7 +47,7 @@ func (c *cache) purgeFile(ctx context.Context, remote, key string) error {
 	if err := c.fills.stop(ctx, key); err != nil {
 		return err
 	}
-	return c.removeFile(ctx, remote, key)
+	return c.removeFile(ctx, remote, key, removedPrefix)
 }
 
 // purgePath removes the file of t under all its names, with all its query variants and
@@ -101,10 +101,11 @@ func (c *cache) purgeRows(ctx context.Context, q pageQuery, match func(indexRow)
 	return purged, nil
 }
 
-// removeFile removes key everywhere and announces that. fs.ErrNotExist: nothing was stored.
-func (c *cache) removeFile(ctx context.Context, remote, key string) error {
+// removeFile removes key everywhere and announces that, with removedPrefix or copiesPrefix.
+// fs.ErrNotExist: nothing was stored.
+func (c *cache) removeFile(ctx context.Context, remote, key, prefix string) error {
 	err := c.objects.delete(ctx, key)
-	c.announce(ctx, removedPrefix+key) // also after a failure: it may be gone
+	c.announce(ctx, prefix+key) // also after a failure: it may be gone
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -116,9 +117,11 @@ func (c *cache) removeFile(ctx context.Context, remote, key string) error {
 // An announcement is a key that was replaced, or begins with one of these. No key
 // does.
 const (
-	removedPrefix  = "-" // a key that was removed
-	fillsPrefix    = "?" // a remote's name, a blank and a pattern: fills that were purged
-	everythingSign = "*" // announcements were lost: anything may have changed
+	removedPrefix = "-" // a key that was removed
+	fillsPrefix   = "?" // a remote's name, a blank and a pattern: fills that were purged
+	// A key that was evicted: copies of it are out of date, and not what is being filled.
+	// Without a key announcements were lost: any copy may be out of date.
+	copiesPrefix = "*"
 )
 
 // announce tells the other replicas to drop what they keep of a key, also when the ctx of
@@ -137,7 +140,7 @@ func (c *cache) announce(ctx context.Context, announcement string) {
 // announceLost announces that anything may have changed, if an announcement was
 // lost and Redis is back.
 func (c *cache) announceLost(ctx context.Context) {
-	if c.replicas != nil && c.replicas.hearsChanges() && c.lostAnnouncement.Swap(false) && c.replicas.announceChange(ctx, everythingSign) != nil {
+	if c.replicas != nil && c.replicas.hearsChanges() && c.lostAnnouncement.Swap(false) && c.replicas.announceChange(ctx, copiesPrefix) != nil {
 		c.lostAnnouncement.Store(true)
 	}
 }
@@ -145,8 +148,8 @@ func (c *cache) announceLost(ctx context.Context) {
 // onChange applies what another replica announced. A fill of that key that goes on
 // here began before the change, and is not stored.
 func (c *cache) onChange(announced string) {
-	if announced == everythingSign {
-		c.objects.invalidate("")
+	if key, ok := strings.CutPrefix(announced, copiesPrefix); ok {
+		c.objects.invalidate(key)
 		return
 	}
 	if what, ok := strings.CutPrefix(announced, fillsPrefix); ok {

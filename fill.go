@@ -434,7 +434,7 @@ func (f *fillRun) store() (outcome fillOutcome) {
 
 // removeStored removes what is stored under the fill's key.
 func (f *fillRun) removeStored(doing string) {
-	if err := f.c.removeFile(f.c.ctx, f.file.remote.name, f.key); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := f.c.removeFile(f.c.ctx, f.file.remote.name, f.key, removedPrefix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		f.c.reportStoreError("storage", doing, f.key, err)
 	}
 }

@@ -848,6 +848,33 @@ func TestPurgeFindsFillsWithoutRows(t *testing.T) {
 	}
 }
 
+// An eviction on one replica takes the old copy, and not what another one has been fetching
+// for an hour to replace it.
+func TestEvictionDuringAFillElsewhere(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2, `mutable_patterns: ["^a$"]`)
+	f.origin.file("/a", noise(1, 100_000))
+	f.get("/api/r/a").wantMiss()
+	for _, tt := range f.all {
+		tt.advance(2 * time.Hour)
+	}
+	f.origin.file("/b", "recent")
+	f.get("/api/r/b").wantMiss()
+	next := noise(2, 500_000)
+	release := f.origin.file("/a", next).stallAt(1000)
+	defer release()
+	answered := make(chan *got)
+	go func() { answered <- f.all[1].get("/api/r/a") }()
+	f.eventually("the other to fill", func() bool { return f.all[1].filled("a") == 1000 })
+	f.cache.evictor.limit = 20_000
+	f.cache.evictor.evictFiles(t.Context())
+	f.wantStored("a", false)
+	release()
+	(<-answered).wantStatus(200).wantBody(next)
+	f.all[1].awaitEnds(1)
+	f.wantStored("a", true)
+}
+
 // gatedObjects are heldObjects that say when they are asked, once.
 type gatedObjects struct {
 	heldObjects

@@ -374,8 +374,8 @@ func (b *bundleReader) readAndStore(ctx context.Context, from io.Reader) error {
 // earlier import died before it announced one. Where Redis is down for longer than its
 // pause, replicas that connect to it again check all that they keep.
 func (b *bundleReader) announceAll(ctx context.Context) {
-	if b.replicas != nil && b.replicas.announceChange(ctx, everythingSign) != nil && sleepFor(ctx, redisPause) == nil {
-		_ = b.replicas.announceChange(ctx, everythingSign)
+	if b.replicas != nil && b.replicas.announceChange(ctx, copiesPrefix) != nil && sleepFor(ctx, redisPause) == nil {
+		_ = b.replicas.announceChange(ctx, copiesPrefix)
 	}
 }
 

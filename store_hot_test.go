@@ -556,7 +556,7 @@ func TestChangesAreAnnounced(t *testing.T) {
 	r := &toldReplicas{}
 	c := newCache(cacheStores{objects: disk, index: newTestIndex(t, t.TempDir(), disk), marks: fresh, replicas: r}, nil, time.Now, slog.New(slog.DiscardHandler), newMetrics())
 	c.flushCounts(t.Context())
-	if want := []string{everythingSign}; !slices.Equal(r.told, want) {
+	if want := []string{copiesPrefix}; !slices.Equal(r.told, want) {
 		t.Errorf("at the start told %q, want %q", r.told, want)
 	}
 	r.told = nil
@@ -570,7 +570,7 @@ func TestChangesAreAnnounced(t *testing.T) {
 	change("a")
 	r.down = true
 	change("b")
-	if err := c.removeFile(t.Context(), "r", testKey("a")); err != nil {
+	if err := c.removeFile(t.Context(), "r", testKey("a"), removedPrefix); err != nil {
 		t.Fatal(err)
 	}
 	c.flushCounts(t.Context())
@@ -580,7 +580,7 @@ func TestChangesAreAnnounced(t *testing.T) {
 	r.down, r.told = false, nil
 	c.flushCounts(t.Context())
 	c.flushCounts(t.Context())
-	if want := []string{everythingSign}; !slices.Equal(r.told, want) {
+	if want := []string{copiesPrefix}; !slices.Equal(r.told, want) {
 		t.Errorf("told late %q, want %q", r.told, want)
 	}
 }
@@ -607,7 +607,7 @@ func TestChangesOfAClientThatLeftAreAnnounced(t *testing.T) {
 		testKey("f"): func(ctx context.Context, c *cache) error {
 			return c.storeBody(ctx, testKey("f"), testRecord("f", "x"), strings.NewReader("x"), putCondition{})
 		},
-		removedPrefix + testKey("f"): func(ctx context.Context, c *cache) error { return c.removeFile(ctx, "r", testKey("f")) },
+		removedPrefix + testKey("f"): func(ctx context.Context, c *cache) error { return c.removeFile(ctx, "r", testKey("f"), removedPrefix) },
 	} {
 		disk, r := newTestDisk(t), &toldReplicas{}
 		ctx, leave := context.WithCancel(t.Context())
@@ -629,7 +629,7 @@ func TestChangeWithoutAnAnswerIsAnnounced(t *testing.T) {
 			rec.Class = local
 			return c.storeBody(t.Context(), testKey("f"), rec, tempSpool(t, t.TempDir(), "new"), putCondition{})
 		},
-		"DeleteObject": func(t *testing.T, c *cache) error { return c.removeFile(t.Context(), "r", testKey("f")) },
+		"DeleteObject": func(t *testing.T, c *cache) error { return c.removeFile(t.Context(), "r", testKey("f"), removedPrefix) },
 	} {
 		t.Run(op, func(t *testing.T) {
 			t.Parallel()
