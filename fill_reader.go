@@ -41,7 +41,13 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 		waits = f.await(enough, isDecided) == nil // else a growing body will do
 		if f.await(enough, isDecided) != nil && ctx.Err() == nil {
 			defer f.leave()
-			return f.file.staleReply(f.c, cp, f.whyNotYet()), false, nil
+			why := "unreachable"
+			if phase, _ := f.state(); phase == phaseQueued {
+				why = "crowded"
+			} else if f.file.rulesOthers() {
+				why = "agreeing"
+			}
+			return f.file.staleReply(f.c, cp, why), false, nil
 		}
 	}
 	if err := f.await(ctx, isDecided); err != nil {
@@ -60,17 +66,6 @@ func (f *fill) awaitReply(ctx context.Context, leads bool, rng byteRange, cp *st
 		reply = hit.hitReply()
 	}
 	return reply, false, nil
-}
-
-// whyNotYet says what keeps the fill from answering, where an expired copy can do it.
-func (f *fill) whyNotYet() string {
-	switch phase, _ := f.state(); {
-	case phase == phaseQueued:
-		return "crowded"
-	case f.file.rulesOthers():
-		return "agreeing"
-	}
-	return "unreachable"
 }
 
 // hasAll reports whether the body is all there: a client has no download to join any more.
