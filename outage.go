@@ -71,13 +71,6 @@ func (c *circuit) outage() (began time.Time, cause error) {
 	return c.openedAt, c.cause
 }
 
-// hasSucceededSince reports whether anything succeeded after t.
-func (c *circuit) hasSucceededSince(t time.Time) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.succeededAt.After(t)
-}
-
 // succeed closes the circuit. If that ends an outage, lasted is its length.
 func (c *circuit) succeed() (lasted time.Duration, recovered bool) {
 	c.mu.Lock()

@@ -202,6 +202,7 @@ func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResp
 // origins are worth another try.
 func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseResp *upstreamResponse, canRetry bool, baseErr error) {
 	reached, timedOut := false, false
+	var since time.Time // the earliest of the failures
 	for _, i := range u.originOrder(ctx, req) {
 		resp, err := u.tryOrigin(ctx, req, i)
 		if err != nil && ctx.Err() != nil {
@@ -214,7 +215,10 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 			return resp, false, err
 		}
 		failure, isTransport := errors.AsType[*transportError](err)
-		reached = reached || !isTransport || !failure.countsAsDown
+		reached = reached || !isTransport || failure.since.IsZero()
+		if !reached && (since.IsZero() || failure.since.Before(since)) {
+			since = failure.since
+		}
 		timedOut = timedOut || errors.Is(err, errTimeout)
 		if i > 0 {
 			resp.discardBody()
@@ -222,7 +226,7 @@ func (u *upstream) tryOrigins(ctx context.Context, req upstreamRequest) (baseRes
 		}
 		baseResp, baseErr = resp, err
 	}
-	if !reached && u.circuitOf(req.remote.name).fail(baseErr, u.now()) {
+	if !reached && u.circuitOf(req.remote.name).fail(baseErr, since) {
 		u.log.Warn("a remote cannot be reached: stored copies answer", "remote", req.remote.name, "error", baseErr)
 	}
 	mayPass := errors.Is(baseErr, errUnreachable)

@@ -284,15 +284,16 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	}
 	if err != nil {
 		explained := x.explainFailure(ctx, at, err)
-		if failure, ok := errors.AsType[*transportError](explained); ok {
+		if failure, ok := errors.AsType[*transportError](explained); ok && first {
 			// Silence or a reset means little if the remote answered another request
 			// meanwhile; nor just before, if the path is one that may never answer. A
 			// failure of dial, DNS or TLS always counts.
-			neverConnected := connected.Load() == nil && failure.kind == errUnreachable && !isStaleConn(err)
-			if !x.hasCopy && sameServer(at, x.origin) { // a registry answers just before its token service is asked
-				began = began.Add(-outagePause)
+			failure.since = began
+			if connected.Load() == nil && failure.kind == errUnreachable && !isStaleConn(err) {
+				failure.since = u.now()
+			} else if !x.hasCopy && sameServer(at, x.origin) { // a registry answers just before its token service is asked
+				failure.since = began.Add(-outagePause)
 			}
-			failure.countsAsDown = first && (neverConnected || !u.circuitOf(name).hasSucceededSince(began))
 		}
 		cancel(nil)
 		return nil, explained
@@ -356,9 +357,9 @@ func (x *exchange) newRequest(ctx context.Context, at *url.URL, u *upstream) *ht
 
 // transportError says how a request failed. Its text is net/http's, which holds no URL.
 type transportError struct {
-	kind         error
-	reason       string
-	countsAsDown bool // shows that the origin cannot be reached
+	kind   error
+	reason string
+	since  time.Time // it is an outage unless the remote has answered after that; zero: it never is
 }
 
 func (e *transportError) Error() string { return e.reason }
