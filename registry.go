@@ -337,22 +337,6 @@ var errNoRoute = newRegistryError("UNSUPPORTED", http.StatusNotFound, "the regis
 // errNoCatalog: a mirror's catalogue would tell what clients have asked for.
 var errNoCatalog = newRegistryError("UNSUPPORTED", http.StatusNotFound, "a mirror has no catalogue (_catalog): ask for an image by its name, /v2/REMOTE/IMAGE/tags/list")
 
-// newUnknownNameError returns the error for a path whose first element is not a docker
-// remote, when ns names none either.
-func newUnknownNameError(cfg *config, name, ns string) error {
-	switch r := cfg.remotes[name]; {
-	case r != nil && r.packageType == "docker":
-		return newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "the path names no image: use /v2/%s/IMAGE/...", name)
-	case r != nil:
-		e := newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "remote %q is not a container registry: its files are below %s", name, r.urlPath())
-		e.detail = map[string]string{"location": r.urlPath()}
-		return e
-	case ns != "":
-		return newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "no docker remote is named %.100q, and none has the registry %.100q", name, ns)
-	}
-	return newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "there is no docker remote %.100q", name)
-}
-
 // withErrorCode returns an error of the cache with its code, and with the status that
 // the specification wants for that code; nil for nil.
 func (c *registryCall) withErrorCode(err error) error {

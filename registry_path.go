@@ -63,25 +63,26 @@ func (c *registryCall) parseBelowV2(cfg *config, rest, ns string) error {
 	if v2, rest, isFolder := strings.Cut(image, "/"); v2 == "v2" && (isFolder || !hasOperation) {
 		image = trimEmptySegments(rest) // clients append /v2/IMAGE to a mirror's URL, whatever its path is
 	}
-	rem := cfg.remotes[first]
+	rem, ofNS := cfg.remotes[first], cfg.registries[strings.ToLower(ns)]
 	switch isDocker := rem != nil && rem.packageType == "docker"; {
-	case isDocker && !hasOperation:
-		c.remote = rem
-		if image == "" {
-			return nil
-		}
-		return errNoRoute
-	case isDocker && image != "":
+	case isDocker && (image != "" || !hasOperation):
+		c.remote, c.image = rem, image
+	case ofNS != nil:
+		c.remote, c.image = ofNS, name
+	case isDocker:
+		return newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "the path names no image: use /v2/%s/IMAGE/...", first)
+	case rem != nil:
+		e := newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "remote %q is not a container registry: its files are below %s", first, rem.urlPath())
+		e.detail = map[string]string{"location": rem.urlPath()}
+		return e
+	case ns != "":
+		return newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "no docker remote is named %.100q, and none has the registry %.100q", first, ns)
 	default:
-		if rem = cfg.registries[strings.ToLower(ns)]; rem == nil {
-			return newUnknownNameError(cfg, first, ns)
-		}
-		image = name
+		return newRegistryError("NAME_UNKNOWN", http.StatusNotFound, "there is no docker remote %.100q", first)
 	}
-	if !hasOperation {
+	if !hasOperation && c.image != "" {
 		return errNoRoute
 	}
-	c.remote, c.image = rem, image
 	return nil
 }
 
