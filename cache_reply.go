@@ -251,7 +251,7 @@ func (file *fileRequest) isPage(resp *upstreamResponse) bool {
 		io.Reader
 		io.Closer
 	}{body, resp.Body}
-	return resp.Header.Get("Content-Encoding") != "" || strings.HasPrefix(http.DetectContentType(begin), "text/html")
+	return resp.isCoded() || strings.HasPrefix(http.DetectContentType(begin), "text/html")
 }
 
 // contentTypeOf is the content type of a file by its name. Upstream's counts for JSON

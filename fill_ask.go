@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -99,6 +100,11 @@ func isStrongETag(etag string) bool { return strings.HasPrefix(etag, `"`) }
 // section 6.3): it cannot be told from a cut one.
 func (resp *upstreamResponse) hasKnownEnd() bool {
 	return resp.ContentLength >= 0 || resp.ProtoMajor != 1 || len(resp.TransferEncoding) > 0
+}
+
+// isCoded reports whether the body is coded, although nobody asked for that.
+func (resp *upstreamResponse) isCoded() bool {
+	return !slices.Contains([]string{"", "identity"}, resp.Header.Get("Content-Encoding"))
 }
 
 // mayBeStored reports whether the body of resp may be stored. One that may be cut may not,

@@ -36,10 +36,9 @@ func (b *upstreamReader) rewriteLinks() bool {
 	if links == nil {
 		return false
 	}
-	coding := b.resp.Header.Get("Content-Encoding")
-	if b.size > maxRewrittenBytes || (coding != "" && coding != "identity") {
+	if b.size > maxRewrittenBytes || b.resp.isCoded() {
 		c.log.Warn("the links of a document stay as they are, so that clients follow them past the cache: it is coded or too large",
-			"remote", file.remote.name, "path", file.path, "size", b.size, "coding", coding)
+			"remote", file.remote.name, "path", file.path, "size", b.size, "coding", b.resp.Header.Get("Content-Encoding"))
 		return false
 	}
 	rewriter := newLinkRewriter(nextBytes{b}, links)
