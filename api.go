@@ -334,7 +334,7 @@ type listedArtifact struct {
 	Fresh       bool       `json:"fresh"`      // it is served without asking the upstream
 }
 
-// maxPage bounds the files on a page, which are 4 MB in memory for each client then.
+// maxPage bounds the files on a page, which has some 6 MB then.
 const maxPage = 10_000
 
 // serveList sends a page of the files that are stored of a remote, in byte order of their
@@ -350,22 +350,39 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 		return err
 	}
 	a.cache.awaitStored(r.Context(), rem.name)
-	p, err := a.cache.index.listPage(r.Context(), q)
-	if err != nil {
-		return err
+	end, sep := "", ""
+	for left := q.limit; left > 0; { // written as it is read: a client that reads slowly holds a part
+		q.limit = min(left, listPageSize)
+		p, err := a.cache.index.listPage(r.Context(), q)
+		if err != nil {
+			return err
+		}
+		if w.status == 0 {
+			w.Header().Set("Content-Type", typeJSON)
+			fmt.Fprintf(w, "{\n  \"remote\": %q,\n  \"artifacts\": [", rem.name)
+		}
+		for _, row := range p.rows {
+			text, err := json.MarshalIndent(a.newListedArtifact(r, rem, row), "    ", "  ")
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(w, "%s\n    %s", sep, text)
+			sep = ","
+		}
+		if !p.complete {
+			end = "  \"complete\": false,\n"
+		}
+		left, q.after = left-len(p.rows), p.next
+		if p.next == "" {
+			break
+		}
 	}
-	files := make([]listedArtifact, 0, len(p.rows))
-	for _, row := range p.rows {
-		files = append(files, a.newListedArtifact(r, rem, row))
+	next := []byte("null")
+	if q.after != "" {
+		next, _ = json.Marshal(q.after) // ?after= of the next page
 	}
-	list := map[string]any{"remote": rem.name, "artifacts": files, "next": nil}
-	if p.next != "" {
-		list["next"] = p.next // ?after= of the next page
-	}
-	if !p.complete {
-		list["complete"] = false
-	}
-	return writeJSON(w, list)
+	fmt.Fprintf(w, "\n  ],\n%s  \"next\": %s\n}\n", end, next)
+	return nil
 }
 
 // A client's pattern is bounded, because it is matched with all paths of a remote: in

@@ -812,6 +812,31 @@ func TestListingInPages(t *testing.T) {
 	if got, next := tt.page(""); len(got) != 1000 || next == nil {
 		t.Errorf("a page without a limit has %d entries, next %v", len(got), next)
 	}
+	for i := range 1500 {
+		must(t, tt.cache.index.saveRow(t.Context(), testRow("r", fmt.Sprintf("x%04d", i))))
+	}
+	parts := &partsIndex{index: tt.cache.index}
+	tt.cache.index = parts
+	if got, next := tt.page("limit=2400"); len(got) != 2400 || next == nil || *next != got[2399] || !slices.IsSorted(got) {
+		t.Errorf("a long page has %d entries, next %v", len(got), next)
+	}
+	if got, next := tt.page("limit=10000"); len(got) != 2507 || next != nil {
+		t.Errorf("the longest page has %d entries, next %v", len(got), next)
+	}
+	if parts.most > listPageSize {
+		t.Errorf("a client that reads slowly holds %d rows", parts.most)
+	}
+}
+
+// partsIndex knows the most rows that were wanted at once.
+type partsIndex struct {
+	index
+	most int
+}
+
+func (x *partsIndex) listPage(ctx context.Context, q pageQuery) (indexPage, error) {
+	x.most = max(x.most, q.limit)
+	return x.index.listPage(ctx, q)
 }
 
 func TestListingWhileTheIndexIsBeingLoaded(t *testing.T) {
