@@ -358,7 +358,7 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 			return err
 		}
 		if w.status == 0 {
-			w.Header().Set("Content-Type", typeJSON)
+			w.Header().Set("Content-Type", "application/json")
 			fmt.Fprintf(w, "{\n  \"remote\": %q,\n  \"artifacts\": [", rem.name)
 		}
 		for _, row := range p.rows {
