@@ -110,7 +110,7 @@ func (c s3Config) String() string { return c.host + "/" + c.bucket }
 // s3Client is a client of one bucket. All methods may be called concurrently.
 type s3Client struct {
 	cfg      s3Config                   // not changed after newS3Client
-	endpoint atomic.Pointer[s3Endpoint] // replaced by removeCause
+	endpoint atomic.Pointer[s3Endpoint] // replaced by learnRegion
 }
 
 // s3Endpoint is where requests are sent and the region that they are signed for.

@@ -34,7 +34,7 @@ type s3Operation struct {
 	body       io.ReaderAt       // size bytes; nil means no body
 	size       int64
 	sum        string        // the SHA-256 of body, in hex
-	write      bool          // gets more attempts, and a missing bucket is created
+	write      bool          // gets more attempts
 	timeout    time.Duration // for the response header; 0 means s3WriteTimeout
 	decodeInto any           // where the XML answer is decoded to, if not nil
 	keepBody   bool          // the caller reads and closes the body of the answer
@@ -59,7 +59,7 @@ func (c *s3Client) sendWithRetries(ctx context.Context, op *s3Operation) (*http.
 			n += tries / 2 // a server that hangs twice is down, and the caller waited long enough
 		}
 		if n < tries && ctx.Err() == nil {
-			if c.removeCause(ctx, op, err) {
+			if c.learnRegion(err) {
 				continue
 			}
 			if isTransientS3(err) {
@@ -73,16 +73,12 @@ func (c *s3Client) sendWithRetries(ctx context.Context, op *s3Operation) (*http.
 	}
 }
 
-// removeCause reports whether the cause of a refusal of op is gone, so that the
-// next attempt may succeed at once: a write's missing bucket was created, or the
-// right region is known.
-func (c *s3Client) removeCause(ctx context.Context, op *s3Operation, err error) bool {
+// learnRegion reports whether err is a refusal that names the right region, so that the
+// next attempt may succeed at once.
+func (c *s3Client) learnRegion(err error) bool {
 	refused, ok := errors.AsType[*s3Error](err)
 	if !ok {
 		return false
-	}
-	if op.write && errors.Is(err, errS3NoBucket) {
-		return c.createBucket(ctx) == nil
 	}
 	used, region := refused.endpoint, refused.region
 	if region == "" || region == used.region { // used, not c.endpoint: others learn at the same time

@@ -776,7 +776,7 @@ func TestS3HostOfARegion(t *testing.T) {
 	} {
 		c := timedClient(nil)
 		refusal := &s3Error{endpoint: s3Endpoint{tt[0], tt[1]}, region: tt[2]}
-		if !c.removeCause(t.Context(), &s3Operation{}, refusal) || *c.endpoint.Load() != (s3Endpoint{tt[3], tt[2]}) {
+		if !c.learnRegion(refusal) || *c.endpoint.Load() != (s3Endpoint{tt[3], tt[2]}) {
 			t.Errorf("%s for %s: %v, want %s", tt[0], tt[2], *c.endpoint.Load(), tt[3])
 		}
 	}
@@ -806,8 +806,12 @@ func TestS3Bucket(t *testing.T) {
 	if _, err := c.getObject(t.Context(), "k", 0, ""); !errors.Is(err, errS3NoBucket) || errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("get without a bucket: %v", err)
 	}
-	mustPut(t, c, "k", putOf(pattern(10)))
-	f.drop("")
+	for _, size := range []int{10, 200 << 10} {
+		if err := c.putObject(t.Context(), "k", putOf(pattern(size))); !errors.Is(err, errS3NoBucket) {
+			t.Errorf("put without a bucket: %v", err)
+		}
+	}
+	must(t, c.createBucket(t.Context()))
 	mustPut(t, c, "k", putOf(pattern(200<<10)))
 	wantObject(t, c, "k", pattern(200<<10))
 	f.drop("")

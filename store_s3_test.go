@@ -809,6 +809,7 @@ func TestS3MissingBucketIsMade(t *testing.T) {
 	b := newS3Bench(t)
 	b.fake.drop("")
 	b.wantNoBody("f")
+	must(t, b.store.ping(t.Context()))
 	b.mustPut("f", "x")
 	b.wantHit("f", "x")
 }
