@@ -39,8 +39,8 @@ type missedKey struct {
 type missedFiles struct {
 	changed atomic.Bool // there is something that was not saved
 
-	mu    sync.Mutex // guards files; no other lock is taken under it
-	files map[missedKey]*missedFile
+	mu    sync.Mutex                // guards files; no other lock is taken under it
+	files map[missedKey]*missedFile // whose values are replaced, never changed
 }
 
 // recordMiss records a file whose lookup ended with storeErr, if that is a miss and its
@@ -68,7 +68,7 @@ func (m *missedFiles) addMisses(f missedFile) {
 	defer m.mu.Unlock()
 	m.changed.Store(true)
 	if old := m.files[f.missedKey]; old != nil {
-		old.Last, old.Count = f.Last, old.Count+f.Count
+		m.files[old.missedKey] = &missedFile{old.missedKey, old.First, f.Last, old.Count + f.Count}
 		return
 	}
 	f.Path, f.Escaped = strings.Clone(f.Path), strings.Clone(f.Escaped) // they may be parts of a request's whole URL
@@ -99,15 +99,15 @@ func (m *missedFiles) count() int {
 }
 
 // list returns the files of a remote ("": of all) by remote and path.
-func (m *missedFiles) list(remote string) (files []missedFile) {
+func (m *missedFiles) list(remote string) (files []*missedFile) {
 	m.mu.Lock()
 	for key, f := range m.files {
 		if remote == "" || key.Remote == remote {
-			files = append(files, *f)
+			files = append(files, f)
 		}
 	}
 	m.mu.Unlock()
-	slices.SortFunc(files, func(a, b missedFile) int {
+	slices.SortFunc(files, func(a, b *missedFile) int {
 		return cmp.Or(cmp.Compare(a.Remote, b.Remote), cmp.Compare(a.Path, b.Path))
 	})
 	return files

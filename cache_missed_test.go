@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -345,7 +346,6 @@ func TestMissedFilesOutliveARestart(t *testing.T) {
 }
 
 func TestMissedFilesAreBounded(t *testing.T) {
-	t.Parallel()
 	now := time.Now()
 	add := func(m *missedFiles, path string) {
 		now = now.Add(time.Second)
@@ -359,6 +359,19 @@ func TestMissedFilesAreBounded(t *testing.T) {
 	}
 	if n := m.count(); n > maxMissedFiles || n < maxMissedFiles*9/10 {
 		t.Errorf("%d missed files are kept, want %d at most and few less", n, maxMissedFiles)
+	}
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	list := m.list("")
+	m.addMisses(*list[0])
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 3<<20 {
+		t.Errorf("a client that reads the list slowly holds %d bytes", grown)
+	}
+	if now := m.list("")[0]; now.Count != 2*list[0].Count {
+		t.Errorf("%+v was missed again: %+v", list[0], now)
 	}
 	for path, want := range map[string]bool{"often": true, "once-0": false, fmt.Sprint("once-", maxMissedFiles): true} {
 		if is := m.files[missedKey{Remote: "r", Path: path}] != nil; is != want {
