@@ -45,7 +45,14 @@ type localFreshness struct {
 func newLocalFreshness(dir string, now func() time.Time, log *slog.Logger) *localFreshness {
 	l := &localFreshness{marks: newBoundedMap[string, freshnessMark](maxMarks, now)}
 	l.snapshotFile = &snapshotFile{fileWriter: newDisk(), name: dir + "/.freshness", magic: "artifactapi freshness 2",
-		changed: new(atomic.Bool), each: l.eachMark}
+		changed: new(atomic.Bool)}
+	l.each = func(add func(v any)) {
+		for _, key := range l.marks.keys() {
+			if m, found := l.marks.get(key); found {
+				add(savedMark{key, m})
+			}
+		}
+	}
 	err := loadSnapshot(l.snapshotFile, func(m savedMark) { l.marks.put(m.Key, m.freshnessMark) })
 	if err != nil {
 		log.Warn("the freshness snapshot is damaged: some files are revalidated early", "error", err)
@@ -75,15 +82,6 @@ func (l *localFreshness) delete(ctx context.Context, key string) error {
 	l.marks.delete(key)
 	l.changed.Store(true)
 	return nil
-}
-
-// eachMark calls add with every mark.
-func (l *localFreshness) eachMark(add func(v any)) {
-	for _, key := range l.marks.keys() {
-		if m, found := l.marks.get(key); found {
-			add(savedMark{key, m})
-		}
-	}
 }
 
 // newMissedSnapshot adds the missed files of the snapshot in dir, if there is one, to
