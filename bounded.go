@@ -279,6 +279,12 @@ func (k *keyedLock) lock(ctx context.Context, key string) error {
 	}
 }
 
+// tryLock is lock where nobody has key; else it is false.
+func (k *keyedLock) tryLock(key string) bool {
+	_, held := k.held.LoadOrStore(key, make(chan struct{}))
+	return !held
+}
+
 func (k *keyedLock) unlock(key string) {
 	own, _ := k.held.LoadAndDelete(key)
 	close(own.(chan struct{}))

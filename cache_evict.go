@@ -243,10 +243,10 @@ func (v *eviction) remove(ctx context.Context, row indexRow) {
 }
 
 // removeUnlessBusy removes a file, and calls removing before, which may be nil. errBusy:
-// it is read or filled, and so it is not old.
+// it is read or filled, and so it is not old, or it is being purged, which may take long.
 func (e *evictor) removeUnlessBusy(ctx context.Context, row indexRow, removing func(bytes int64)) error {
-	if err := e.cache.changing.lock(ctx, row.Key); err != nil {
-		return err
+	if !e.cache.changing.tryLock(row.Key) {
+		return errBusy
 	}
 	defer e.cache.changing.unlock(row.Key)
 	if e.cache.fills.isFilling(row.Key) || e.cache.readers.isRead(row.Key) {

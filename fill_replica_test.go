@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -906,6 +907,29 @@ func TestPurgeWhileAnotherStores(t *testing.T) {
 	close(g.gate)
 	f.all[0].awaitEnds(1)
 	f.wantStored("a", false)
+}
+
+// A purge waits for what is being stored, which may be 50 GB on the way to S3. Eviction has
+// other files meanwhile.
+func TestEvictionDoesNotWaitForAPurge(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 1)
+	g := f.gateFirst()
+	f.origin.file("/a", "text")
+	s := f.open("/api/r/a")
+	defer s.leave()
+	s.rest().wantMiss()
+	<-g.putting
+	purged := make(chan *got)
+	go func() { purged <- f.delete("/artifacts/r/a", "Authorization: Bearer t") }()
+	f.eventually("the purge to wait", func() bool { return !f.cache.fills.isFilling(f.key("a")) })
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	if err := f.cache.evictor.removeUnlessBusy(ctx, indexRow{Remote: "r", Key: f.key("a")}, nil); !errors.Is(err, errBusy) || ctx.Err() != nil {
+		t.Errorf("evicting: %v", err)
+	}
+	close(g.gate)
+	(<-purged).wantStatus(204)
 }
 
 // While one replica stores, the others have the file in their own spools.

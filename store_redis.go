@@ -174,13 +174,12 @@ func (r *redisStore) delete(ctx context.Context, key string) error {
 	return r.runCommand(ctx, "DEL", r.markKey(key))
 }
 
-func (r *redisStore) markKey(key string) string  { return r.prefix + "fresh:" + key }
-func (r *redisStore) leaseKey(key string) string { return r.prefix + "lease:" + key }
+func (r *redisStore) markKey(key string) string { return r.prefix + "fresh:" + key }
 
 // acquireLease implements replicas. A key that this process has leased already is
 // not leased again: its fill was purged and goes on for its clients.
 func (r *redisStore) acquireLease(ctx context.Context, key, token string) (l lease, err error) {
-	at := r.leaseKey(key)
+	at := r.prefix + "lease:" + key
 	err = r.withConn(ctx, func(ctx context.Context, c redis.Conn) error {
 		value := r.signLease(key, r.self+" "+token+" "+r.advertise(r.localIP.Load().(string))) // there is a connection
 		holder, wasHeld, err := takeLease(ctx, c, at, value)

@@ -437,10 +437,10 @@ func TestRedisLeaseThatNoReplicaMade(t *testing.T) {
 	t.Parallel()
 	f := newFakeRedis(t)
 	a, b := startRedis(t, "redis://"+f.name, "b", "8001"), startRedis(t, "redis://"+f.name, "b", "8002")
-	at := a.leaseKey("k")
+	at := a.prefix + "lease:k"
 	put := func(value string) { f.with(func() { f.values[at] = fakeValue{value, f.at.Add(time.Hour)} }) }
 	a.mayLease("another", false)
-	others, _ := f.get(a.leaseKey("another"))
+	others, _ := f.get(a.prefix + "lease:another")
 	stranger := startRedis(t, "redis://"+f.name, "b", "8003")
 	stranger.key = replicaKey("another secret")
 	for _, bad := range []string{"", "x", "self token http://127.0.0.1:9", "self token http://127.0.0.1:9 ", "self token http://127.0.0.1:9 " + strings.Repeat("00", 32),
@@ -895,7 +895,7 @@ func TestRealRedisLease(t *testing.T) {
 	if _, other := b.mayLease("k", true); other.addr != "http://127.0.0.1:8001" {
 		t.Errorf("%+v", other)
 	}
-	at := a.leaseKey("k")
+	at := a.prefix + "lease:k"
 	life := func() (ms int) {
 		t.Helper()
 		err := a.withConn(t.Context(), func(ctx context.Context, c redis.Conn) (err error) {
