@@ -143,8 +143,9 @@ func (g *generations) requestsFor(root *storedRoot, f namedFile) []fileRequest {
 	if _, own := t.remote.digestInName(f.path); !own {
 		byName.spelling = namedSpelling(f.spelling, f.sha256)
 	}
-	if f.kind == signatureKind {
+	if f.kind == signatureKind { // no hash tells whether it is the root's: it has a TTL
 		byName.digest, byName.behavior = "", &signatureDownload{g: g, root: root}
+		byName.class, byName.builtin = mutable, true
 		return []fileRequest{byName}
 	}
 	requests := []fileRequest{byName}

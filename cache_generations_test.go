@@ -678,11 +678,30 @@ func TestSignatureBelongsToItsRoot(t *testing.T) {
 	a.publish(rpmFiles("two")) // the signature is not there yet
 	a.advance(61 * time.Second)
 	a.getRoot().wantFrom("cache", agreeing).wantBody(old)
-	a.get(a.in(a.root + ".asc")).wantHit().wantBody("signature of one")
+	a.get(a.in(a.root+".asc")).wantFrom("cache", agreeing).wantBody("signature of one")
 	sign("signature of two")
 	a.advance(61 * time.Second)
 	a.getRoot().wantBody(a.release(a))
 	a.get(a.in(a.root + ".asc")).wantHit().wantBody("signature of two")
+}
+
+// Upstream signs a root some moments after it, and may sign it once more.
+func TestSignatureHasATTL(t *testing.T) {
+	t.Parallel()
+	a := rpmArchive(t)
+	sign := func(of string) { a.origin.file(a.root+".asc", of) }
+	signature := a.in(a.root + ".asc")
+	a.publish(rpmFiles("two"))
+	sign("signature of one")
+	a.getRoot().wantMiss()
+	a.get(signature).wantStatus(200).wantBody("signature of one") // nothing is known that tells
+	sign("signature of two")
+	a.advance(61 * time.Second)
+	a.get(signature).wantRefetched().wantBody("signature of two")
+	a.get(signature).wantHit()
+	a.origin.remove(a.root + ".asc") // the next root is on its way
+	a.advance(61 * time.Second)
+	a.get(signature).wantFrom("cache", agreeing).wantBody("signature of two")
 }
 
 // Behind a hold that ended without it the old signature is still not that of the new root.

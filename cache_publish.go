@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"net/http"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -204,6 +205,17 @@ func (p *publication) needs(name string, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.missing = append(p.missing, name)
+}
+
+// requestBody takes a signature that is gone for that of a root that upstream is replacing,
+// as long as there is a copy.
+func (d *signatureDownload) requestBody(ctx context.Context, up *upstream, req upstreamRequest) (*upstreamResponse, error) {
+	resp, err := up.send(ctx, req)
+	if err == nil && req.hasCopy && slices.Contains(refusals, resp.StatusCode) {
+		resp.discardBody()
+		return nil, newAgreeingError(d.root.target)
+	}
+	return resp, err
 }
 
 // checkBody refuses a signature of another root: upstream may have published one

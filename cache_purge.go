@@ -19,7 +19,7 @@ const listPageSize = 1000
 func (c *cache) expiryOf(ctx context.Context, rem *remote, r indexRow) (until time.Time, forever bool) {
 	ttl, forever := rem.ttlOf(r.Class)
 	_, own := rem.digestInName(decodePath(r.Path))
-	if forever || own || strings.Contains(r.Path, "#") {
+	if forever || own || (r.Class == immutable && strings.Contains(r.Path, "#")) {
 		return time.Time{}, true
 	}
 	m, _ := c.marks.getMark(ctx, r.Key) // none if it cannot be had

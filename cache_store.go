@@ -77,7 +77,7 @@ func warnOfIndex(f *fill, rec *record) {
 			found = index.pattern
 		}
 	}
-	if found == nil || matchesAny(rem.builtin, path) { // what is built in is immutable as long as a root rules it, as a signature is
+	if found == nil {
 		return
 	}
 	if _, warned := f.c.warnedOf.LoadOrStore(rem.name, true); !warned {
