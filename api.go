@@ -350,7 +350,7 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 		return err
 	}
 	a.cache.awaitStored(r.Context(), rem.name)
-	end, sep := "", ""
+	end, sep, incomplete := "],\n", "", ""
 	for left := q.limit; left > 0; { // written as it is read: a client that reads slowly holds a part
 		q.limit = min(left, listPageSize)
 		p, err := a.cache.index.listPage(r.Context(), q)
@@ -367,10 +367,10 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 				return err
 			}
 			fmt.Fprintf(w, "%s\n    %s", sep, text)
-			sep = ","
+			end, sep = "\n  ],\n", ","
 		}
 		if !p.complete {
-			end = "  \"complete\": false,\n"
+			incomplete = "  \"complete\": false,\n"
 		}
 		left, q.after = left-len(p.rows), p.next
 		if p.next == "" {
@@ -381,7 +381,7 @@ func (a *api) serveList(w *response, r *http.Request, rem *remote) error {
 	if q.after != "" {
 		next, _ = json.Marshal(q.after) // ?after= of the next page
 	}
-	fmt.Fprintf(w, "\n  ],\n%s  \"next\": %s\n}\n", end, next)
+	fmt.Fprintf(w, "%s%s  \"next\": %s\n}\n", end, incomplete, next)
 	return nil
 }
 

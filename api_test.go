@@ -774,6 +774,9 @@ func TestListingInPages(t *testing.T) {
 		tt.origin.troubled(answers(200))
 		tt.get("/api/r/" + (&urlPath{p}).escaped()).wantStatus(200)
 	}
+	if text := tt.get("/artifacts/r?prefix=none").text; !strings.Contains(text, `"artifacts": []`) { // what scripts look for
+		t.Errorf("an empty list is %s", text)
+	}
 	if got, next := tt.page(""); !slices.Equal(got, all) || next != nil {
 		t.Errorf("all of it: %q, next %v", got, next)
 	}
