@@ -418,7 +418,8 @@ func (f *fillRun) store() (outcome fillOutcome) {
 	if f.phase != phaseStoring {
 		return outcome
 	}
-	arrived := f.c.now()                                                             // its TTL runs from here: S3 may need a while for a large file
+	// The TTL runs from here: S3 may need a while for a large file.
+	arrived := f.c.now()
 	if f.c.storeBody(f.c.ctx, f.key, f.rec, f.spool.body(), putCondition{}) == nil { // else it has logged its failure
 		f.c.refreshMark(f.c.ctx, f.file.target, f.rec, arrived)
 		f.c.evictor.trimVariants(f.c.ctx, f.file.target)
