@@ -111,6 +111,7 @@ func (c s3Config) String() string { return c.host + "/" + c.bucket }
 type s3Client struct {
 	cfg      s3Config                   // not changed after newS3Client
 	endpoint atomic.Pointer[s3Endpoint] // replaced by learnRegion
+	key      atomic.Pointer[signingKey] // of the last request
 }
 
 // s3Endpoint is where requests are sent and the region that they are signed for.

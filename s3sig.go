@@ -29,13 +29,29 @@ func (c *s3Client) signRequest(req *http.Request, region, bodySHA256 string, at 
 	req.Header.Set("X-Amz-Content-Sha256", bodySHA256)
 	canonical, signedHeaders := canonicalRequest(req, bodySHA256)
 	scope := date[:8] + "/" + region + "/s3/aws4_request"
-	key := []byte("AWS4" + c.cfg.secretKey)
-	for part := range strings.SplitSeq(scope, "/") { // hashed into the key one after the other
-		key = hmacSHA256(key, part)
-	}
-	signature := hmacSHA256(key, "AWS4-HMAC-SHA256\n"+date+"\n"+scope+"\n"+sha256Hex([]byte(canonical)))
+	signature := hmacSHA256(c.signingKey(scope), "AWS4-HMAC-SHA256\n"+date+"\n"+scope+"\n"+sha256Hex([]byte(canonical)))
 	req.Header.Set("Authorization", "AWS4-HMAC-SHA256 Credential="+c.cfg.accessKey+"/"+scope+
 		",SignedHeaders="+signedHeaders+",Signature="+hex.EncodeToString(signature))
+}
+
+// signingKey is the key for the requests of one day to one region.
+type signingKey struct {
+	scope string
+	key   []byte
+}
+
+// signingKey returns the key of a scope DATE/REGION/s3/aws4_request: the four parts hashed
+// into the secret key one after the other.
+func (c *s3Client) signingKey(scope string) []byte {
+	if last := c.key.Load(); last != nil && last.scope == scope {
+		return last.key
+	}
+	key := []byte("AWS4" + c.cfg.secretKey)
+	for part := range strings.SplitSeq(scope, "/") {
+		key = hmacSHA256(key, part)
+	}
+	c.key.Store(&signingKey{scope, key})
+	return key
 }
 
 // canonicalRequest returns the text that is hashed and signed (method, path,
