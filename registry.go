@@ -228,15 +228,20 @@ func (f *manifestFile) checkBody(ctx context.Context, rec *record, body io.Reade
 		rec.Digest = c.digest
 		return nil
 	}
-	sum := newBodyHash(rec.Digest)
-	_, _ = io.Copy(sum, io.NewSectionReader(body, 0, rec.Size)) // what cannot be read has another digest
-	if !strings.HasPrefix(rec.Digest, "sha512:") || sum.verify() != nil {
+	if !strings.HasPrefix(rec.Digest, "sha512:") || !isDigestOf(rec.Digest, io.NewSectionReader(body, 0, rec.Size)) {
 		rec.Digest = "sha256:" + rec.SHA256 // whatever the upstream says
 	}
 	t := c.newTarget(rec.Digest)
 	t.class = immutable
 	g.cache.storeUnderSecondKey(ctx, t, rec, body)
 	return nil
+}
+
+// isDigestOf reports whether digest is that of all that r has.
+func isDigestOf(digest string, r io.Reader) bool {
+	sum := newBodyHash(digest)
+	_, err := io.Copy(sum, r)
+	return err == nil && sum.verify() == nil
 }
 
 // listFile is the behavior of a list: a JSON object whose member of that name is an
