@@ -425,14 +425,16 @@ func (f *filePlan) serveRaw(w *faultyWriter, length string) {
 		panic(err)
 	}
 	defer conn.Close()
-	_, _ = buf.WriteString("HTTP/1.1 200 OK\r\n" + length)
+	_, _ = buf.WriteString("HTTP/1.1 200 OK\r\nConnection: close\r\n" + length)
 	_ = header.Write(buf)
 	_, _ = buf.WriteString("\r\n")
 	text := f.text
 	if w.cutAt >= 0 {
 		text = text[:w.cutAt]
 	}
-	_, _ = buf.WriteString(text)
+	if w.r.Method != http.MethodHead {
+		_, _ = buf.WriteString(text)
+	}
 	_ = buf.Flush()
 }
 
