@@ -156,10 +156,10 @@ func archives(t *testing.T, f func(t *testing.T, a *testArchive, one, two map[st
 
 func TestMetadataStaysWithItsRoot(t *testing.T) {
 	archives(t, func(t *testing.T, a *testArchive, one, two map[string]string) {
-		a.advance(59 * time.Second)
+		a.advance(40 * time.Second)
 		root := a.release(a)
 		a.publish(two)
-		a.advance(2 * time.Second) // the files are past their TTL, if the root is not
+		a.advance(21 * time.Second) // the files are past their TTL, if the root is not
 		a.configure(remoteYAML(a.origin.url, "package: "+a.server.config.Load().remotes["r"].packageType, "cache: {mutable_ttl: 3600, immutable_ttl: 1}"))
 		a.wantGeneration(root, one)
 		a.wantRequests(a.root, 1)

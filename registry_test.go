@@ -1159,9 +1159,9 @@ func TestRegistryEmptyReferrersAreANegativeAnswer(t *testing.T) {
 		signed := []byte(`{"schemaVersion":2,"manifests":[` + sig + `]}`)
 		h.on("/v2/app/referrers/"+im.digest, regAnswers(http.StatusOK, typeIndex, string(signed)))
 		if c.fresh > 0 {
-			m.advance(c.fresh - time.Second)
+			m.advance(c.fresh / 2)
 			m.get(path).want(http.StatusOK).wantFrom("cache")
-			m.advance(2 * time.Second)
+			m.advance(c.fresh / 2)
 		}
 		m.get(path).wantBody(signed).wantFrom("remote")
 		m.advance(30 * time.Minute) // a list with something in it has the TTL of all lists
