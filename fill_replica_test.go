@@ -321,6 +321,7 @@ func TestPageOfAnotherReplica(t *testing.T) {
 		leader.leave()
 		f.settled()
 		f.all[1].get("/api/r/a.zip").wantUnstored()
+		f.settled()
 	}
 }
 
