@@ -25,6 +25,19 @@ func (tt *tester) getFile(path string) {
 	tt.advance(time.Second)
 	tt.origin.file("/"+path, noise(1, fileSize))
 	tt.get("/api/r/" + path).wantMiss()
+	tt.awaitSpools()
+}
+
+// awaitSpools waits until the spools of what was fetched take no space. They give it
+// back when the fill has ended already.
+func (tt *tester) awaitSpools() {
+	tt.Helper()
+	tt.eventually("spools to give back their space", func() bool {
+		s := tt.cache.space
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.growing == 0
+	})
 }
 
 func (tt *tester) wantListed(remote string, want ...string) {
@@ -511,7 +524,6 @@ func TestAFullDiskMakesRoom(t *testing.T) {
 	tt := smallDisk(t, 5)
 	for i := range 8 {
 		tt.getFile(fmt.Sprint(i))
-		tt.settle()
 	}
 	tt.wantListed("r", "3", "4", "5", "6", "7")
 	tt.get("/api/r/3").wantHit()
@@ -536,7 +548,7 @@ func TestAFullDiskMakesRoom(t *testing.T) {
 		tt.advance(time.Second)
 		tt.origin.file(fmt.Sprint("/empty", i), "")
 		tt.get(fmt.Sprint("/api/r/empty", i)).wantMiss()
-		tt.settle()
+		tt.awaitSpools()
 	}
 	tt.wantListed("r", "3", "7", "empty0", "empty1", "empty2")
 }
@@ -550,7 +562,7 @@ func TestNothingGoesInVain(t *testing.T) {
 		tt.advance(time.Second)
 		tt.origin.file("/big", noise(1, 198*20_000))
 		tt.get("/api/r/big").wantMiss()
-		tt.settle()
+		tt.awaitSpools()
 		tt.advance(time.Second)
 		if read {
 			tt.cache.readers.countReaders(tt.key("big"), 1) // such a file would fit the buffers of its connection

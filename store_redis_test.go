@@ -740,7 +740,7 @@ func TestRedisWithoutAnnouncements(t *testing.T) {
 	t.Parallel()
 	f := newFakeRedis(t)
 	f.deaf = true
-	r := startRedis(t, "redis://"+f.name, "", "1")
+	r := startRedisAt(t, "redis://"+f.name, "", "1", func() time.Time { return testDay })
 	h := r.listenIn()
 	waitUntil(t, "told", func() bool { return strings.Contains(r.out.String(), "do not arrive") })
 	f.with(func() { f.deaf = false })
