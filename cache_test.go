@@ -907,8 +907,6 @@ func TestRefusedHEADBecomesAConditionalGET(t *testing.T) {
 	}
 }
 
-// A 304 that names another version is not believed: a front of upstream's may have
-// answered for an old copy of its own.
 // Builds that can be repeated date their files 1970, which net/http takes for no date.
 func TestDateOfTheEpochIsADate(t *testing.T) {
 	t.Parallel()
@@ -924,6 +922,22 @@ func TestDateOfTheEpochIsADate(t *testing.T) {
 	tt.head("/api/r/a").wantStatus(200).wantHeader("Last-Modified", epoch)
 }
 
+// A record is JSON, which has no bytes that are not UTF-8: they would come back as others.
+func TestHeadersThatAreNotUTF8AreNotKept(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, `mutable_patterns: ["."]`, "check_mutable_updates: true")
+	tt.origin.file("/a", "text").etag("\"caf\xe9\"").says("Content-Type", "text/x; n=\xe9")
+	tt.get("/api/r/a").wantMiss().wantHeader("Content-Type", "application/octet-stream")
+	tt.get("/api/r/a").wantHit().wantHeader("Content-Type", "application/octet-stream")
+	tt.advance(2 * time.Hour)
+	tt.get("/api/r/a").wantRevalidated()
+	if tag := tt.origin.last("HEAD /a").header.Get("If-None-Match"); tag != "" {
+		t.Errorf("asked with If-None-Match %q", tag)
+	}
+}
+
+// A 304 that names another version is not believed: a front of upstream's may have
+// answered for an old copy of its own.
 func TestNotModifiedThatNamesAnotherVersion(t *testing.T) {
 	t.Parallel()
 	date, later := longAgo.Format(http.TimeFormat), longAgo.Add(time.Hour).Format(http.TimeFormat)

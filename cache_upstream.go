@@ -232,9 +232,9 @@ func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
 	return rec
 }
 
-// boundedHeader is v, or "" if it is too long to be kept.
+// boundedHeader is v, or "" if it cannot be kept: too long, or bytes that JSON does not have.
 func boundedHeader(v string) string {
-	if len(v) > maxHeaderValue {
+	if len(v) > maxHeaderValue || v != strings.ToValidUTF8(v, "") {
 		return ""
 	}
 	return v
