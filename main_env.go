@@ -85,7 +85,7 @@ func parseSettings(env lookupEnv) (*settings, error) {
 	drainDelay = p.readString("DRAIN_DELAY", drainDelay)
 	set.drainDelay, err = time.ParseDuration(drainDelay)
 	p.require(err == nil && set.drainDelay >= 0, "DRAIN_DELAY", "%q is not a duration like 10s or 1m30s", drainDelay)
-	for _, name := range []string{"API_TOKEN", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "DBUSER", "DBPASS"} {
+	for _, name := range []string{"API_TOKEN", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "DBUSER", "DBPASS", "DBNAME"} {
 		p.require(isCleanSecret(p.readString(name, "")), name, uncleanSecret)
 	}
 	for _, name := range []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"} {

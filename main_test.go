@@ -267,7 +267,7 @@ func TestLogFormatFollowsTheOutput(t *testing.T) {
 func TestTokenThatNobodyCouldSend(t *testing.T) {
 	t.Parallel()
 	for _, token := range []string{"hunter2\n", " hunter2", "hun\r\nter2", "hunter2 "} {
-		for _, name := range []string{"API_TOKEN", "DBUSER", "DBPASS", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"} {
+		for _, name := range []string{"API_TOKEN", "DBUSER", "DBPASS", "DBNAME", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"} {
 			_, err := parseSettings(envOf(map[string]string{name: token}))
 			if err == nil || !strings.Contains(err.Error(), name+": holds") || strings.Contains(err.Error(), "hun") {
 				t.Errorf("%q: %v, want an error that names %s and does not show it", token, err, name)
