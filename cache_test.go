@@ -922,6 +922,22 @@ func TestDateOfTheEpochIsADate(t *testing.T) {
 	tt.head("/api/r/a").wantStatus(200).wantHeader("Last-Modified", epoch)
 }
 
+// Programs that do not know the date of a file send the first day of their calendar.
+func TestDateOfTheYearOneIsNone(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t, `mutable_patterns: ["."]`, "check_mutable_updates: true")
+	tt.origin.file("/a", "text").undated().says("Last-Modified", "Mon, 01 Jan 0001 00:00:00 GMT")
+	first := tt.get("/api/r/a").wantMiss().header.Get("Last-Modified")
+	if first == "" {
+		t.Error("no Last-Modified: want the date of the first fetch")
+	}
+	tt.advance(2 * time.Hour)
+	tt.get("/api/r/a").wantRefetched().wantHeader("Last-Modified", first)
+	if since := tt.origin.last("HEAD /a").header.Get("If-Modified-Since"); since != "" {
+		t.Errorf("asked with If-Modified-Since %q", since)
+	}
+}
+
 // A record is JSON, which has no bytes that are not UTF-8: they would come back as others.
 func TestHeadersThatAreNotUTF8AreNotKept(t *testing.T) {
 	t.Parallel()

@@ -220,7 +220,7 @@ func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
 	if digest := h.Get("Docker-Content-Digest"); isDigest(digest) {
 		rec.Digest = digest
 	}
-	if t, err := http.ParseTime(rec.LastModified); err == nil {
+	if t, err := http.ParseTime(rec.LastModified); err == nil && !t.IsZero() { // which is sent for a date that is not known
 		rec.Modified = t.UTC()
 	} else {
 		rec.LastModified = ""
