@@ -577,6 +577,17 @@ func TestHEADOfAnEmptyFileThatRefusesHEAD(t *testing.T) {
 	tt.get("/api/r/a.zip").wantStatus(200).wantBody("")
 }
 
+// The whole may be as long as it likes where its first byte comes (RFC 9110 section 14.4).
+func TestHEADOfAFileOfUnknownLengthThatRefusesHEAD(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	tt.origin.file("/a.zip", "").acts(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Range", "bytes 0-0/*")
+		w.WriteHeader(map[string]int{"HEAD": http.StatusForbidden, "GET": http.StatusPartialContent}[r.Method])
+	})
+	tt.head("/api/r/a.zip").wantStatus(200).wantUnstored().wantHeader("Content-Length", "").wantHeader("Content-Type", "application/zip")
+}
+
 // net/http answers another unit with 416, and the last byte of nothing with
 // "Content-Range: bytes 0--1/0".
 func TestRangesThatNetHTTPMistakesAreIgnored(t *testing.T) {

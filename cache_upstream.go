@@ -52,7 +52,7 @@ func (file fileRequest) askUnstored(ctx context.Context, c *cache, req upstreamR
 	if req.header.Get("Range") != "" {
 		_, _, size, isPart := parseContentRange(resp.Header.Get("Content-Range"))
 		switch {
-		case resp.StatusCode == http.StatusPartialContent && isPart && size >= 0:
+		case resp.StatusCode == http.StatusPartialContent && isPart: // size may be -1, as the length
 			resp.StatusCode, resp.ContentLength = http.StatusOK, size
 		case resp.StatusCode == http.StatusRequestedRangeNotSatisfiable: // without a first byte it is empty
 			resp.StatusCode, resp.ContentLength, resp.Header = http.StatusOK, 0, http.Header{} // which describe the error
