@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"io"
 	"math"
@@ -99,7 +100,7 @@ func (reply *fileReply) send(w *response, r *http.Request, file fileRequest, now
 	}
 	size := int64(math.MaxInt64)
 	if reply.size >= 0 {
-		size = reply.size
+		size, w.size = reply.size, reply.size
 		isPlain := r.Method == http.MethodGet && !slices.ContainsFunc(conditionHeaders, func(name string) bool { return r.Header[name] != nil })
 		if isPlain || reply.rec.Encoding != "" {
 			// ServeContent leaves it out for coded bodies, because it cannot know
@@ -261,13 +262,10 @@ func contentTypeOf(name, upstream string) string {
 	ext := strings.ToLower(path.Ext(name))
 	t := contentTypes[ext]
 	metadata := ext == ".json" || ext == ".xml"
-	switch {
-	case upstream != "" && (t == "" || (metadata && !strings.HasPrefix(upstream, "application/octet-stream"))):
+	if upstream != "" && (t == "" || (metadata && !strings.HasPrefix(strings.ToLower(upstream), "application/octet-stream"))) {
 		return upstream
-	case t != "":
-		return t
 	}
-	return "application/octet-stream"
+	return cmp.Or(t, "application/octet-stream")
 }
 
 // unreadBody is the body of a reply to HEAD. ServeContent only seeks to its end.

@@ -299,6 +299,7 @@ func TestContentTypes(t *testing.T) {
 		{"a.xml", "text/xml", "text/xml"},
 		{"a.json", "application/octet-stream", "application/json"},
 		{"a.xml", "application/octet-stream; charset=binary", "application/xml"},
+		{"a.json", "Application/Octet-Stream", "application/json"},
 		{"download", "application/x-thing", "application/x-thing"},
 		{"a.weird", "", "application/octet-stream"},
 		{"LICENSE", "", "application/octet-stream"},
@@ -451,13 +452,12 @@ func TestRangesOnHits(t *testing.T) {
 			tt.get("/api/r"+path, "Range: bytes="+spec).wantStatus(206).wantHit().wantBody(want).
 				wantHeader("Content-Length", strconv.Itoa(len(want)))
 		}
-		for _, spec := range []string{fmt.Sprintf("%d-", size), "999999-"} {
+		for _, spec := range []string{fmt.Sprintf("%d-", size), "999999-", "99999999999999999999-", "5-1", "x"} {
 			tt.get("/api/r"+path, "Range: bytes="+spec).wantStatus(416).wantHeader("Content-Range", fmt.Sprintf("bytes */%d", size))
 		}
 		for _, spec := range []string{"bytes", "lines=1-2", "bytes=-0"} {
 			tt.get("/api/r"+path, "Range: "+spec).wantStatus(200).wantBody(whole).wantHeader("Content-Range", "")
 		}
-		tt.get("/api/r"+path, "Range: bytes=x").wantStatus(416)
 		parts := tt.get("/api/r"+path, "Range: bytes=1-3,-2,20-29").wantStatus(206).wantHit().multipart()
 		if want := []string{whole[1:4], whole[size-2:], whole[20:30]}; fmt.Sprint(parts) != fmt.Sprint(want) {
 			t.Errorf("parts %q, want %q", parts, want)

@@ -1114,6 +1114,9 @@ func FuzzRangeWhileFilling(f *testing.F) {
 		}
 		want.Header().Set("Content-Type", "application/octet-stream")
 		http.ServeContent(want, r, "", longAgo, strings.NewReader(text))
+		if want.Code == 416 { // which it does not say of a malformed range
+			want.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", size))
+		}
 		if got.Code != want.Code {
 			t.Fatalf("%q on %d bytes: status %d, want %d", spec, size, got.Code, want.Code)
 		}

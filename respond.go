@@ -344,6 +344,7 @@ type response struct {
 	status    int       // 0 until the header was written
 	headerAt  time.Time // when that was
 	bytes     int64     // of the body, written so far
+	size      int64     // of the whole of which the body may be a range
 	bodyErr   error     // reading the body failed, so the answer must not end cleanly
 	clientErr error     // writing to the client failed; wraps errClientGone
 
@@ -375,10 +376,11 @@ func (w *response) WriteHeader(status int) {
 		w.noteStatus(status)
 	}
 	w.extendWriteDeadline()
-	if status == http.StatusPreconditionFailed {
-		// http.ServeContent removes the length of the file for a 304 but not for a
-		// 412, which has no body either.
-		w.Header().Del("Content-Length")
+	switch h := w.Header(); status { // what http.ServeContent leaves as it is
+	case http.StatusPreconditionFailed: // it has no body either, like a 304
+		h.Del("Content-Length")
+	case http.StatusRequestedRangeNotSatisfiable: // of a malformed range too
+		h.Set("Content-Range", "bytes */"+strconv.FormatInt(w.size, 10))
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
