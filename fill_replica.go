@@ -229,7 +229,7 @@ func (f *fillRun) openStream(ctx context.Context, leader *leaseHolder, stream *r
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set(leaseHeader, stream.request)
+	req.Header = http.Header{leaseHeader: {stream.request}, "Via": {f.file.via}}
 	res, err := f.c.replicaClient.Do(req)
 	if err != nil {
 		return nil, err
@@ -261,16 +261,14 @@ func newReplicaOutcome(o fillOutcome) replicaOutcome {
 // toOutcome is the inverse of newReplicaOutcome; ok is false for a replica's own
 // trouble.
 func (o replicaOutcome) toOutcome() (outcome fillOutcome, ok bool) {
-	const found = "as the filling replica found"
 	switch o.Kind {
 	case "":
 		return failedOutcome(&problem{status: o.Status, detail: o.Detail, retryAfter: o.Retry, cause: &upstreamStatus{o.Code}}), true
 	case string(outcomeUnchanged), string(outcomeLookAgain):
 		return fillOutcome{kind: outcomeKind(o.Kind)}, true
-	case "unreachable":
-		return failedOutcome(fmt.Errorf("%w, %s", errUnreachable, found)), true
-	case "timeout":
-		return failedOutcome(fmt.Errorf("%w, %s", errTimeout, found)), true
+	case "unreachable", "timeout":
+		cause := map[string]error{"unreachable": errUnreachable, "timeout": errTimeout}[o.Kind]
+		return failedOutcome(fmt.Errorf("%w, as the filling replica found", cause)), true
 	}
 	return fillOutcome{}, false
 }
@@ -279,6 +277,9 @@ func (o replicaOutcome) toOutcome() (outcome fillOutcome, ok bool) {
 // has read the lease. The caller has routed replicaPath here.
 func (c *cache) serveReplica(w *response, r *http.Request, key string) error {
 	w.quiet = true
+	if _, err := c.upstream.passedVia(r.Header); err != nil {
+		return err // our fill asks for what is wanted of it: both would wait
+	}
 	stream, token := c.replicaKey.acceptStream(key, r.Header.Get(leaseHeader))
 	f := c.fills.joinLeased(key, token)
 	if f == nil {

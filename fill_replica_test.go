@@ -268,6 +268,19 @@ func TestLeaseThatIsReadTooEarlyOrTooLate(t *testing.T) {
 	f.wantRequests("/late", 1)
 }
 
+// A base_url that leads to the replicas themselves, by the balancer before them: the one that
+// is asked must not wait for the one that asks.
+func TestLoopOverReplicasIs508(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 2)
+	for _, tt := range f.all {
+		tt.configure("remotes: {r: {base_url: " + f.all[1].url + "/api/r}}")
+	}
+	f.get("/api/r/a").wantDetail(508, "come back")
+	f.head("/api/r/a").wantStatus(508)
+	f.all[1].get("/api/r/a").wantDetail(508, "come back")
+}
+
 // A replica that dies is followed no more: the rest comes by Range.
 func TestReplicaThatDies(t *testing.T) {
 	t.Parallel()

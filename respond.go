@@ -341,12 +341,11 @@ type response struct {
 	sendfile      bool      // plain HTTP/1, where net/http lets the kernel send files
 	deadlineSetAt time.Time // when the write deadline was last set
 
-	status    int       // 0 until the header was written
-	headerAt  time.Time // when that was
-	bytes     int64     // of the body, written so far
-	size      int64     // of the whole of which the body may be a range
-	bodyErr   error     // reading the body failed, so the answer must not end cleanly
-	clientErr error     // writing to the client failed; wraps errClientGone
+	status      int       // 0 until the header was written
+	headerAt    time.Time // when that was
+	bytes, size int64     // of the body, written so far; of the whole file
+	bodyErr     error     // reading the body failed, so the answer must not end cleanly
+	clientErr   error     // writing to the client failed; wraps errClientGone
 
 	// What the log line and the counters say; handlers set it.
 	remote, path, result string
