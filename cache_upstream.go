@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // headUpstream answers HEAD for a file that is not stored, and stores nothing. Requests
@@ -234,7 +235,7 @@ func (file *fileRequest) newRecord(h http.Header, now time.Time) *record {
 
 // boundedHeader is v, or "" if it cannot be kept: too long, or bytes that JSON does not have.
 func boundedHeader(v string) string {
-	if len(v) > maxHeaderValue || v != strings.ToValidUTF8(v, "") {
+	if len(v) > maxHeaderValue || !utf8.ValidString(v) {
 		return ""
 	}
 	return v

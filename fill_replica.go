@@ -261,14 +261,16 @@ func newReplicaOutcome(o fillOutcome) replicaOutcome {
 // toOutcome is the inverse of newReplicaOutcome; ok is false for a replica's own
 // trouble.
 func (o replicaOutcome) toOutcome() (outcome fillOutcome, ok bool) {
+	const found = "as the filling replica found"
 	switch o.Kind {
 	case "":
 		return failedOutcome(&problem{status: o.Status, detail: o.Detail, retryAfter: o.Retry, cause: &upstreamStatus{o.Code}}), true
 	case string(outcomeUnchanged), string(outcomeLookAgain):
 		return fillOutcome{kind: outcomeKind(o.Kind)}, true
-	case "unreachable", "timeout":
-		cause := map[string]error{"unreachable": errUnreachable, "timeout": errTimeout}[o.Kind]
-		return failedOutcome(fmt.Errorf("%w, as the filling replica found", cause)), true
+	case "unreachable":
+		return failedOutcome(fmt.Errorf("%w, %s", errUnreachable, found)), true
+	case "timeout":
+		return failedOutcome(fmt.Errorf("%w, %s", errTimeout, found)), true
 	}
 	return fillOutcome{}, false
 }

@@ -341,11 +341,12 @@ type response struct {
 	sendfile      bool      // plain HTTP/1, where net/http lets the kernel send files
 	deadlineSetAt time.Time // when the write deadline was last set
 
-	status      int       // 0 until the header was written
-	headerAt    time.Time // when that was
-	bytes, size int64     // of the body, written so far; of the whole file
-	bodyErr     error     // reading the body failed, so the answer must not end cleanly
-	clientErr   error     // writing to the client failed; wraps errClientGone
+	status    int       // 0 until the header was written
+	headerAt  time.Time // when that was
+	bytes     int64     // of the body, written so far
+	size      int64     // of the whole file; 0: not known, or it has none
+	bodyErr   error     // reading the body failed, so the answer must not end cleanly
+	clientErr error     // writing to the client failed; wraps errClientGone
 
 	// What the log line and the counters say; handlers set it.
 	remote, path, result string
@@ -375,10 +376,10 @@ func (w *response) WriteHeader(status int) {
 		w.noteStatus(status)
 	}
 	w.extendWriteDeadline()
-	switch h := w.Header(); status { // what http.ServeContent leaves as it is
-	case http.StatusPreconditionFailed: // it has no body either, like a 304
+	switch h := w.Header(); { // what http.ServeContent leaves as it is
+	case status == http.StatusPreconditionFailed: // it has no body either, like a 304
 		h.Del("Content-Length")
-	case http.StatusRequestedRangeNotSatisfiable: // of a malformed range too
+	case status == http.StatusRequestedRangeNotSatisfiable && w.size > 0: // of a malformed range too
 		h.Set("Content-Range", "bytes */"+strconv.FormatInt(w.size, 10))
 	}
 	w.ResponseWriter.WriteHeader(status)
