@@ -183,13 +183,10 @@ func (a *api) servePut(w *response, r *http.Request, t target) error {
 	}
 	body := &uploadBody{r.Body, w, sums}
 	created, err := (localFiles{a.cache}).put(r.Context(), fileRequest{target: t}, body, r.ContentLength, r.Header)
-	if err != nil {
-		return err
-	}
-	if created { // else net/http sends 200
+	if created && err == nil { // else net/http sends 200
 		w.WriteHeader(http.StatusCreated)
 	}
-	return nil
+	return err
 }
 
 // uploadBody reads the body of an upload. Each read gives the client a new deadline,

@@ -286,6 +286,9 @@ func TestConditionsOfWriting(t *testing.T) {
 	tt.put("/api/l/a", "lost", bearer, "If-Match: "+tag).wantDetail(412, "condition")
 	tt.delete("/api/l/a", bearer, "If-Match: "+tag).wantDetail(412, "condition")
 	tt.get("/api/l/a").wantBody("two")
+	weak := "W/" + tt.get("/api/l/a").header.Get("ETag") // as a front that compresses makes it
+	tt.put("/api/l/a", "lost", bearer, "If-None-Match: "+weak).wantDetail(412, "exists")
+	tt.put("/api/l/a", "lost", bearer, "If-Match: "+weak).wantDetail(412, "condition")
 	// The date is ignored beside a tag, and so is one that is none, or of no file.
 	date := func(d time.Duration) string {
 		return "If-Unmodified-Since: " + tt.clock.now().Add(d).UTC().Format(http.TimeFormat)
@@ -512,6 +515,23 @@ func TestTokenIsJudgedBeforeTheBodyIsRead(t *testing.T) {
 	s.wantStatus(401)
 }
 
+// A client that asks with Expect: 100-continue, as curl does, need not send gigabytes to
+// learn that the file is there.
+func TestConditionsAreJudgedBeforeTheBodyIsRead(t *testing.T) {
+	t.Parallel()
+	tt := newLocalTester(t)
+	tt.put("/api/l/a", "one", bearer).wantStatus(201)
+	tag := tt.get("/api/l/a").header.Get("ETag")
+	for _, condition := range []string{"If-None-Match: *", "If-None-Match: " + tag, "If-Match: \"another\"", "If-Unmodified-Since: Thu, 01 Jan 1970 00:00:00 GMT"} {
+		endless, feed := io.Pipe()
+		defer feed.Close()
+		s := tt.start(context.Background(), "PUT", "/api/l/a", endless, bearer, condition) // the body never comes
+		defer s.leave()
+		s.wantStatus(412)
+	}
+	tt.get("/api/l/a").wantBody("one")
+}
+
 // Some clients read the answer only after they have sent the whole body.
 func TestRefusedUploadIsAnsweredToAClientThatSendsAll(t *testing.T) {
 	t.Parallel()
@@ -657,7 +677,8 @@ func TestCreatingTwiceAtOnce(t *testing.T) {
 			done.Go(func() { second = tt.put("/api/l/a", "second", bearer, "If-None-Match: *") })
 			synctest.Wait() // the second waits, or has stored its body
 		}
-		hooked.missed.Store(&between)
+		before := func() { hooked.missed.Store(&between) } // the look before its body
+		hooked.missed.Store(&before)
 		tt.put("/api/l/a", "first", bearer, "If-None-Match: *").wantStatus(201)
 		done.Wait()
 		second.wantStatus(412)
@@ -677,7 +698,8 @@ func TestCreatingTwiceOnTwoReplicas(t *testing.T) {
 		hooked.missed.Store(nil)
 		other.put("/api/l/a", "first", bearer, "If-None-Match: *").wantStatus(201)
 	}
-	hooked.missed.Store(&between)
+	before := func() { hooked.missed.Store(&between) } // the look before its body
+	hooked.missed.Store(&before)
 	one.put("/api/l/a", "second", bearer, "If-None-Match: *").wantDetail(412, "exists")
 	one.get("/api/l/a").wantBody("first")
 }

@@ -22,18 +22,18 @@ var (
 // checkConditions evaluates the conditions of a request that writes (RFC 9110 section
 // 13.2.2). rec is the record of the stored file; nil: there is none.
 func checkConditions(when http.Header, rec *record) error {
-	lists := func(name string) bool {
+	lists := func(name, ignored string) bool {
 		tags := strings.Split(strings.Join(when.Values(name), ","), ",")
 		return rec != nil && slices.ContainsFunc(tags, func(tag string) bool {
-			tag = strings.TrimSpace(tag)
+			tag = strings.TrimPrefix(strings.TrimSpace(tag), ignored)
 			return tag == "*" || tag == `"sha256-`+rec.SHA256+`"`
 		})
 	}
 	at, err := http.ParseTime(when.Get("If-Unmodified-Since"))
 	switch hasMatch := when["If-Match"] != nil; {
-	case hasMatch && !lists("If-Match"), !hasMatch && err == nil && rec != nil && rec.Modified.After(at):
+	case hasMatch && !lists("If-Match", ""), !hasMatch && err == nil && rec != nil && rec.Modified.After(at):
 		return errCondition
-	case lists("If-None-Match"):
+	case lists("If-None-Match", "W/"): // what a compressing front made weak is the same file
 		return errFileExists
 	}
 	return nil
@@ -46,6 +46,13 @@ type localFiles struct{ *cache }
 // created reports that there was no such file. When it returns nil the file is durable;
 // otherwise the old one is still there. errNoSpace: it does not fit.
 func (c localFiles) put(ctx context.Context, file fileRequest, body io.Reader, size int64, when http.Header) (created bool, err error) {
+	key := file.key()
+	conditional := when["If-Match"] != nil || when["If-None-Match"] != nil || when["If-Unmodified-Since"] != nil
+	if conditional { // before the body, which may be gigabytes for nothing, and again behind it
+		if _, err := c.findForWriting(ctx, key, when); err != nil {
+			return false, err
+		}
+	}
 	spool := c.space.newSpool("")
 	defer spool.discard()
 	if err := spool.setSize(size); err != nil {
@@ -60,7 +67,6 @@ func (c localFiles) put(ctx context.Context, file fileRequest, body io.Reader, s
 	rec := file.newRecord(http.Header{}, c.now())
 	rec.Size, _ = spool.progress()
 	rec.SHA256 = spool.hash.sumHex()
-	key := file.key()
 	if err := c.changing.lock(ctx, key); err != nil {
 		return false, err
 	}
@@ -70,7 +76,7 @@ func (c localFiles) put(ctx context.Context, file fileRequest, body io.Reader, s
 		return false, err
 	}
 	still := putCondition{isNew: old == nil && when.Get("If-None-Match") == "*"}
-	if when["If-Match"] != nil || when["If-Unmodified-Since"] != nil {
+	if conditional {
 		still.old = old
 	}
 	return old == nil, c.storeBody(ctx, key, rec, spool.body(), still)
