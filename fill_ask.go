@@ -306,8 +306,8 @@ func (b *upstreamReader) seekUpstream(off int64) error {
 
 // requestPart asks upstream for the body from off on, and accepts exactly that part of the
 // very same body, of whose whole it returns the size. Not every server knows If-Range, so
-// the answer must name the version too (RFC 9110 section 13.1.5), unless the digest of the
-// whole body will tell.
+// the answer must name the version too (RFC 9110 section 13.1.5). Where the digest of the
+// whole body will tell, neither names one: mirrors name the same bytes in their own ways.
 func (b *upstreamReader) requestPart(off int64, origin int) (resp *upstreamResponse, size int64, err error) {
 	if b.validator == "" && b.file.digest == "" {
 		return nil, 0, errors.New("the upstream gave no strong validator")
@@ -318,7 +318,7 @@ func (b *upstreamReader) requestPart(off int64, origin int) (resp *upstreamRespo
 	}
 	req := b.file.newUpstreamRequest(http.MethodGet, http.Header{"Range": {spec}})
 	req.first = origin
-	if b.validator != "" {
+	if b.file.digest == "" {
 		req.header.Set("If-Range", b.validator)
 	}
 	if resp, err = b.file.behaves().requestBody(b.ctx, b.c.upstream, req); err != nil {

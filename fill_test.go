@@ -1251,6 +1251,27 @@ func TestCutBodyWithADigestIsResumedWithoutValidator(t *testing.T) {
 	tt.get("/api/r/a").wantMiss().wantBody(text)
 }
 
+// Mirrors name the same bytes in their own ways: the digest tells whether they are.
+func TestCutBodyWithADigestGoesOnAtAMirrorWithAnotherETag(t *testing.T) {
+	t.Parallel()
+	tt := newTester(t)
+	m := tt.another()
+	tt.moveUpstream(tt.origin.url, "mirrors: [{url: "+m.url+", verified: true}]")
+	text := noise(1, 1<<20)
+	tt.digested(func(q *fileRequest) { q.digest = sha256Of([]byte(text)) })
+	m.file("/a", text).etag(`"of the mirror"`)
+	release := tt.origin.file("/a", text).etag(`"1"`).stallAt(600_000)
+	defer release()
+	in := tt.open("/api/r/a")
+	defer in.leave()
+	in.read(600_000)
+	tt.down()
+	in.rest().wantMiss().wantBody(text)
+	if got := strings.Join(m.all(), ", "); got != "GET /a bytes=600000-" {
+		t.Errorf("the mirror was asked %q", got)
+	}
+}
+
 // A range is not held back until the whole body has verified: lazy pulls read the end
 // of a layer first (eStargz, zstd:chunked). An answer that reaches from the first byte
 // to the last is held back, whatever its form.
