@@ -229,23 +229,13 @@ func (r *linkRewriter) beginsValue() bool {
 		return attributePattern.Match(before[max(0, bytes.LastIndexAny(before, " \t\r\n\f")):])
 	}
 	newLine := bytes.LastIndexByte(before, '\n')
-	return newLine >= 0 && bytes.HasSuffix(before, []byte(" ")) && leadsToYAMLValue(before[newLine+1:])
+	return newLine >= 0 && yamlValuePattern.Match(before[newLine+1:])
 }
 
 var attributePattern = regexp.MustCompile(`^\s[A-Za-z-]+=$`)
 
-// leadsToYAMLValue reports whether the begin of a line is dashes, a key, or both.
-func leadsToYAMLValue(line []byte) bool {
-	line = bytes.TrimLeft(line, " ")
-	for bytes.HasPrefix(line, []byte("- ")) {
-		if line = bytes.TrimLeft(line[1:], " "); len(line) == 0 {
-			return true
-		}
-	}
-	key, blanks, _ := bytes.Cut(line, []byte(":"))
-	if n := len(key); n > 2 && (key[0] == '"' || key[0] == '\'') && key[n-1] == key[0] {
-		key = key[1 : n-1]
-	}
-	isOther := func(r rune) bool { return r > 0x7f || !unescapedBytes[r] }
-	return len(key) > 0 && !bytes.ContainsFunc(key, isOther) && len(blanks) > 0 && len(bytes.TrimLeft(blanks, " ")) == 0
-}
+// yamlValuePattern matches the begin of a line that is dashes, a key, or both, which may
+// begin a list in brackets. Each byte leaves one way to go on, which makes it quick.
+var yamlValuePattern = regexp.MustCompile(`^ *(?:- +(?:- +)*(?:` + yamlKey + `)?|` + yamlKey + `)(?:\[ *(?:[^][, ][^][,]*, *)*)?$`)
+
+const yamlKey = `(?:[\w.~/][\w.~/-]*|"[\w.~/-]+"|'[\w.~/-]+'): +`
