@@ -361,8 +361,8 @@ func (f *fillRun) receiveBody(body *upstreamReader) fillOutcome {
 	return failedOutcome(err)
 }
 
-// passOnTime is how long a file is passed on after its spool ran out of space:
-// another spool would break off at the same place.
+// passOnTime is how long a file is passed on after its spool ran out of space, and after a
+// client was cut off by that: another spool would break off at the same place.
 const passOnTime = time.Minute
 
 // runOutOfSpace ends a fill in the middle of its body. Clients that have a part

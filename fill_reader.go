@@ -250,6 +250,11 @@ func (r *fillReader) readyToRead() bool { return r.beyond == nil && r.spoolReade
 func (r *fillReader) Close() error {
 	r.leaveBeyond()
 	err := r.spoolReader.Close()
+	r.f.set(func() {
+		if r.f.outcome.kind == outcomeNoSpool { // a slow client learns only now that it is cut off, and comes again
+			r.f.c.passOn.putFor(r.f.key, struct{}{}, passOnTime)
+		}
+	})
 	r.f.leave()
 	return err
 }
