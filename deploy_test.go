@@ -149,6 +149,30 @@ func TestKubernetesManifestsFitTheServer(t *testing.T) {
 	}
 }
 
+// The way to make passwords that the secret advises makes such that the environment
+// takes, whatever the dice say: one of them becomes part of a URL.
+func TestAdvisedPasswordsFitTheServer(t *testing.T) {
+	t.Parallel()
+	needCommands(t, "/bin/sh", "head", "base64", "tr")
+	secrets, err := os.ReadFile("deploy/kubernetes/secret.yaml")
+	must(t, err)
+	advice := regexp.MustCompile(`# Replace each value: head -c 24 /dev/urandom \| (.+)\n`).FindSubmatch(secrets)
+	if advice == nil {
+		t.Fatal("the secret does not say how to make a password")
+	}
+	for _, random := range []byte{0, 0xfb, 0xff} { // base64 makes A, + and / of them
+		sh := exec.Command("/bin/sh", "-c", string(advice[1]))
+		sh.Stdin = bytes.NewReader(bytes.Repeat([]byte{random}, 24))
+		password, err := sh.Output()
+		must(t, err)
+		env := podEnvironment(t)
+		env["REDIS_URL"] = strings.Replace(env["REDIS_URL"], env["REDIS_PASSWORD"], strings.TrimSpace(string(password)), 1)
+		if _, err := parseSettings(envOf(env)); err != nil {
+			t.Errorf("the password %s: %v", password, err)
+		}
+	}
+}
+
 func TestComposeFitsTheServer(t *testing.T) {
 	t.Parallel()
 	services := at(deployDocuments(t, "compose.yaml")[0], "services")

@@ -224,7 +224,7 @@ func (p *envReader) readOtherBackends(set *settings) {
 		"is not the name or address of a host: put everything else into DBPORT, DBUSER, DBPASS and DBNAME")
 	if v := p.readString("REDIS_URL", ""); v != "" {
 		set.redis = parseHostURL(v, "redis", "rediss")
-		p.require(set.redis != nil, "REDIS_URL", "is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS)")
+		p.require(set.redis != nil, "REDIS_URL", "is not a URL like redis://:PASSWORD@HOST:6379/0 (rediss:// for TLS; / in the password is %%2F)")
 	}
 	if set.redis != nil {
 		db, err := strconv.Atoi(cmp.Or(strings.Trim(set.redis.Path, "/"), "0"))
