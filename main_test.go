@@ -1032,6 +1032,28 @@ func TestEarlierDiskStoreIsReported(t *testing.T) {
 	}
 }
 
+// An operator who reads that DATA_DIR failed too looks at the wrong disk.
+func TestHangingS3IsNotBlamedOnDataDir(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0") // it accepts, and nobody answers
+	must(t, err)
+	set, err := parseSettings(envOf(map[string]string{"DATA_DIR": t.TempDir(), "MINIO_ENDPOINT": l.Addr().String(), "MINIO_ACCESS_KEY": "a", "MINIO_SECRET_KEY": "b", "MINIO_BUCKET": "ccc"}))
+	must(t, err)
+	st := openStores(set, time.Now, slog.New(slog.DiscardHandler))
+	ctx, leave := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer leave()
+	for _, b := range st.backends {
+		if b.name != "storage" {
+			continue
+		}
+		if err := b.ping(ctx); !errors.Is(err, errStoreDown) || strings.Contains(err.Error(), "DATA_DIR") {
+			t.Errorf("S3 that hangs: %v", err)
+		}
+	}
+	l.Close() // which ends the check that is still waiting
+	must(t, st.Close())
+}
+
 // Without S3 nothing looks at hot copies any more.
 func TestHotCopiesGoWithS3(t *testing.T) {
 	t.Parallel()

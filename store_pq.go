@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"database/sql/driver"
@@ -133,7 +134,7 @@ func (x *sqlIndex) withConn(ctx context.Context, timeout time.Duration, f func(c
 	}
 	badData := isBadData(err)
 	if err != nil {
-		err = errors.New("database: " + redact(err, x.password))
+		err = errors.New("database: " + redact(cmp.Or(inner.Err(), err), x.password)) // the end of inner closes the connection, which says less
 	}
 	switch {
 	case err != nil && ctx.Err() != nil: // the caller did not wait: the database may be up

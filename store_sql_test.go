@@ -567,6 +567,24 @@ func TestSQLLoginEndsWithItsCaller(t *testing.T) {
 	})
 }
 
+// The end of a wait closes the connection: the cause of the outage is the wait.
+func TestSQLOutageOfAHangingServerNamesItsCause(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer l.Close() // it accepts, and nobody answers
+	host, port, _ := net.SplitHostPort(l.Addr().String())
+	logs := &testLogs{}
+	x := newSQLIndex(&sqlConnector{sqlSettings{host: host, port: port, user: "u", name: "n", sslmode: "disable"}.dsn()}, "", time.Now, slog.New(slog.NewJSONHandler(logs, nil)))
+	defer x.Close()
+	if err := x.withConn(t.Context(), 50*time.Millisecond, execPing); !errors.Is(err, errStoreDown) {
+		t.Errorf("a server that hangs: %v", err)
+	}
+	if lines := logs.lines("database is down"); len(lines) != 1 || !strings.Contains(lines[0], context.DeadlineExceeded.Error()) {
+		t.Errorf("the log says %q", lines)
+	}
+}
+
 func TestSQLChangesQueueBehindThoseThatWait(t *testing.T) {
 	t.Parallel()
 	s := newSQLTester(t)
