@@ -131,7 +131,7 @@ func (c *bundleCommand) importStored(ctx context.Context) error {
 		err = errors.Join(err, st.embedded.announceImport())
 	}
 	if err == nil {
-		fmt.Fprintf(c.stdout, "%d files imported, %d were there\n", b.stored.Load(), b.kept)
+		fmt.Fprintf(c.stdout, "%d files imported, %d were there\n", b.stored.Load(), len(b.there))
 	}
 	return err
 }

@@ -338,10 +338,10 @@ type bundleReader struct {
 	ahead int64       // bytes reserved for bodies that are not staged yet
 	files int64       // that the account of space knows, of todo
 
-	stored atomic.Int64   // records
-	mu     sync.Mutex     // guards the fields below while workers run
-	uses   map[string]int // by sum, how many records of todo have the body; 0: listed, and nobody lacks it
-	kept   int            // records that need not be stored
+	stored atomic.Int64               // records
+	mu     sync.Mutex                 // guards the fields below while workers run
+	uses   map[string]int             // by sum, how many records of todo have the body; 0: listed, and nobody lacks it
+	there  map[[sha256.Size]byte]bool // hashes of records that need not be stored
 }
 
 // readAndStore reads a bundle and stores it. It is called once.
@@ -440,7 +440,8 @@ func (b *bundleReader) readEntry(ctx context.Context, h *tar.Header, body io.Rea
 }
 
 // compare compares records with what is stored, and reserves the space for what the
-// store lacks. Of two copies the one that was fetched later stays.
+// store lacks. Of two copies the one that was fetched later stays. What was there by the
+// list before is not lacking if somebody has removed it since: its body was passed over.
 func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err error) {
 	if b.todo != nil {
 		b.todo.file.Close()
@@ -448,8 +449,9 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 	if b.todo, err = newRecordList(b.space.createFile); err != nil {
 		return err
 	}
-	lacking, staged, files := int64(0), int64(0), int64(0)
-	b.uses, b.kept = map[string]int{}, 0
+	lacking, files := int64(0), int64(0)
+	before := b.there
+	b.uses, b.there = map[string]int{}, map[[sha256.Size]byte]bool{}
 	err = eachRecord(ctx, records, importWorkers, func(rec *record) error {
 		if !isSoundRecord(rec) {
 			return fmt.Errorf("%w of %.100q", errDamaged, rec.Remote+"/"+rec.Path)
@@ -460,15 +462,15 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 		}
 		b.mu.Lock()
 		defer b.mu.Unlock()
-		if err == nil && (old.rec.SHA256 == rec.SHA256 || !rec.Fetched.After(old.rec.Fetched)) {
+		id := sha256.Sum256([]byte(rec.Remote + "/" + rec.Path + " " + rec.SHA256))
+		if before[id] || err == nil && (old.rec.SHA256 == rec.SHA256 || !rec.Fetched.After(old.rec.Fetched)) {
 			b.uses[rec.SHA256] += 0
-			b.kept++
+			b.there[id] = true
 			return nil
 		}
 		b.uses[rec.SHA256]++
-		lacking += rec.Size
-		if _, err := os.Stat(b.dir + "/" + rec.SHA256); err == nil && b.uses[rec.SHA256] == 1 {
-			staged += rec.Size // the disk accounts for it already
+		if _, err := os.Stat(b.dir + "/" + rec.SHA256); err != nil || b.uses[rec.SHA256] > 1 { // else the disk accounts for it already
+			lacking += rec.Size
 		}
 		files++
 		return b.todo.Encode(rec)
@@ -478,7 +480,7 @@ func (b *bundleReader) compare(ctx context.Context, records io.Reader) (err erro
 	}
 	b.space.add(account{growing: files - b.files})
 	b.files = files
-	return b.reserve(lacking - staged)
+	return b.reserve(lacking)
 }
 
 // isSoundRecord reports whether a record, which was made elsewhere, can be stored.

@@ -6,6 +6,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -563,6 +564,31 @@ func TestImportWritesRootsAndTagsLast(t *testing.T) {
 	}
 }
 
+// What somebody removes beside an import is not missing: it was there. The second list of
+// a bundle that was written beside a busy server is compared after that.
+func TestImportBesideAPurge(t *testing.T) {
+	t.Parallel()
+	from := newBundleSite(t)
+	from.put(map[string]string{"r/stays": "one", "r/purged": "two", "r/new": "three"})
+	entries := untar(t, from.wantDone(nil, "export"))
+	lists := slices.DeleteFunc(slices.Clone(entries), func(e entry) bool { return strings.HasPrefix(e.name, bundleBodies) })
+	d := newTestDisk(t)
+	b := newBundleReader(t, d, d)
+	for name, content := range map[string]string{"stays": "one", "purged": "two"} {
+		must(t, d.put(t.Context(), testKey(name), bundleRecord("r/"+name, content), tempSpool(t, t.TempDir(), content), putCondition{}))
+	}
+	purge := readerFunc(func([]byte) (int, error) { return 0, cmp.Or(d.delete(t.Context(), testKey("purged")), io.EOF) })
+	first := makeTar(entries)
+	in := io.MultiReader(bytes.NewReader(first[:len(first)-1024]), purge, bytes.NewReader(makeTar(lists)))
+	must(t, b.readAndStore(t.Context(), in))
+	if n := len(b.there); b.stored.Load() != 1 || n != 2 {
+		t.Errorf("%d files were stored and %d were there", b.stored.Load(), n)
+	}
+	if _, err := d.open(t.Context(), testKey("purged"), -1); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the purged file: %v", err)
+	}
+}
+
 // deafReplicas do not take the first announcements.
 type deafReplicas struct {
 	toldReplicas
@@ -593,7 +619,7 @@ func TestImportAnnouncesWhatWasNotHeard(t *testing.T) {
 				t.Fatal(err)
 			}
 			if !slices.Contains(r.told, copiesPrefix) {
-				t.Errorf("%d stored, %d kept, told %q", b.stored.Load(), b.kept, r.told)
+				t.Errorf("%d stored, %d kept, told %q", b.stored.Load(), len(b.there), r.told)
 			}
 		}
 	})
