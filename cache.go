@@ -136,6 +136,9 @@ type index interface {
 	// delete removes the row of key. A row that is not there is no error. Like
 	// saveRow it may return early.
 	delete(ctx context.Context, remote, key string) error
+	// forget is delete where another replica has removed the object with its row: it sees
+	// to what this process alone knows, and waits for nobody.
+	forget(remote, key string)
 	// listPage returns the rows that q asks for. The page is not complete while the
 	// index is loaded, while rows wait to be written, and after rows were dropped.
 	listPage(ctx context.Context, q pageQuery) (indexPage, error)

@@ -165,6 +165,8 @@ func (c *cache) onChange(announced string) {
 	fate := fatePurgedHere
 	if removed {
 		fate = fatePurgedElsewhere
+		remote, _, _ := strings.Cut(key, "/")
+		c.index.forget(remote, key)
 	}
 	c.missing.delete(key)
 	c.objects.invalidate(key)

@@ -650,7 +650,7 @@ func TestChangeWithoutAnAnswerIsAnnounced(t *testing.T) {
 			if err := change(t, newCache(cacheStores{objects: a.tier, replicas: r}, nil, time.Now, a.store.log, newMetrics())); err == nil {
 				t.Fatal("the change was acknowledged")
 			}
-			other := newCache(cacheStores{objects: b.tier}, nil, time.Now, b.store.log, newMetrics())
+			other := newCache(cacheStores{objects: b.tier, index: newEmbeddedIndex(t.TempDir(), b.store.log)}, nil, time.Now, b.store.log, newMetrics())
 			for _, announced := range r.told {
 				other.onChange(announced)
 			}
@@ -661,6 +661,25 @@ func TestChangeWithoutAnAnswerIsAnnounced(t *testing.T) {
 			}
 			wantBody(t, b.mustOpen("f", 0).body, "new")
 		})
+	}
+}
+
+// Without PostgreSQL each replica has an index of its own: one that still lists what another
+// has removed shows, and counts, what is not there.
+func TestRemovedElsewhereIsNotListedHere(t *testing.T) {
+	t.Parallel()
+	b := newHotBench(t)
+	index := newEmbeddedIndex(t.TempDir(), b.store.log)
+	c := newCache(cacheStores{objects: b.tier, index: index}, nil, time.Now, b.store.log, newMetrics())
+	for _, spelling := range []string{"removed", "replaced", "stays"} {
+		must(t, index.saveRow(t.Context(), testRow("r", spelling)))
+	}
+	c.onChange(removedPrefix + testKey("removed"))
+	c.onChange(testKey("replaced"))
+	c.onChange(removedPrefix + "junk")
+	p, err := index.listPage(t.Context(), pageQuery{remote: "r", limit: 10})
+	if err != nil || len(p.rows) != 2 || p.rows[0].Path != "replaced" || p.rows[1].Path != "stays" {
+		t.Errorf("listed are %v, %v", p.rows, err)
 	}
 }
 

@@ -242,6 +242,9 @@ func (x *embeddedIndex) delete(ctx context.Context, remote, key string) error {
 	return nil
 }
 
+// forget: see index.
+func (x *embeddedIndex) forget(remote, key string) { _ = x.delete(context.Background(), remote, key) }
+
 // countUses: see index.
 func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) (unknown []fileUse, err error) {
 	x.mu.Lock()

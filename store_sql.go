@@ -157,6 +157,13 @@ func (x *sqlIndex) delete(ctx context.Context, remote, key string) error {
 	return x.changeRow(ctx, rowChange{row: indexRow{Key: key, Fetched: x.now()}, deletes: true})
 }
 
+// forget: see index. A row that waits would come back behind the deletion.
+func (x *sqlIndex) forget(_, key string) {
+	if waiting, _ := x.pending.state(); waiting > 0 {
+		x.pending.add(rowChange{row: indexRow{Key: key, Fetched: x.now()}, deletes: true})
+	}
+}
+
 // execer is a connection or a transaction.
 type execer interface {
 	ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)

@@ -610,6 +610,27 @@ func TestSQLChangesQueueBehindThoseThatWait(t *testing.T) {
 
 // After a failover the old connections lead to a standby, as may new ones for a while:
 // the database is down until a new connection leads to the new primary.
+// The replica that removed a file deletes its row, in a database that is back before the
+// row which waited here is written.
+func TestSQLRowThatWaitsForARemovedFile(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.save("up")
+	s.forget("r", testKey("up"))
+	s.db.down()
+	for _, spelling := range []string{"a", "b", "again"} {
+		s.save(spelling)
+	}
+	s.forget("r", testKey("a"))
+	s.forget("r", testKey("again"))
+	s.at.Add(1)
+	r := testRow("r", "again")
+	r.Fetched = testDay.Add(time.Second)
+	s.must(s.saveRow(t.Context(), r))
+	s.back()
+	s.wantRows("again", "b", "up")
+}
+
 func TestSQLStandbyIsDown(t *testing.T) {
 	t.Parallel()
 	for name, code := range map[string]pqerror.Code{"read only": "25006", "starting up": "57P03", "not supported": "0A000", "seen by the ping": ""} {
