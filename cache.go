@@ -137,8 +137,9 @@ type index interface {
 	// saveRow it may return early.
 	delete(ctx context.Context, remote, key string) error
 	// forget is delete where another replica has removed the object with its row: it sees
-	// to what this process alone knows, and waits for nobody.
-	forget(remote, key string)
+	// to what this process alone knows, and waits for nobody. A key that has no row, ""
+	// too, is no error.
+	forget(key string)
 	// listPage returns the rows that q asks for. The page is not complete while the
 	// index is loaded, while rows wait to be written, and after rows were dropped.
 	listPage(ctx context.Context, q pageQuery) (indexPage, error)

@@ -150,6 +150,7 @@ func (c *cache) announceLost(ctx context.Context) {
 func (c *cache) onChange(announced string) {
 	if key, ok := strings.CutPrefix(announced, copiesPrefix); ok {
 		c.objects.invalidate(key)
+		c.index.forget(key)
 		return
 	}
 	if what, ok := strings.CutPrefix(announced, fillsPrefix); ok {
@@ -165,8 +166,7 @@ func (c *cache) onChange(announced string) {
 	fate := fatePurgedHere
 	if removed {
 		fate = fatePurgedElsewhere
-		remote, _, _ := strings.Cut(key, "/")
-		c.index.forget(remote, key)
+		c.index.forget(key)
 	}
 	c.missing.delete(key)
 	c.objects.invalidate(key)

@@ -671,9 +671,11 @@ func TestRemovedElsewhereIsNotListedHere(t *testing.T) {
 	b := newHotBench(t)
 	index := newEmbeddedIndex(t.TempDir(), b.store.log)
 	c := newCache(cacheStores{objects: b.tier, index: index}, nil, time.Now, b.store.log, newMetrics())
-	for _, spelling := range []string{"removed", "replaced", "stays"} {
+	for _, spelling := range []string{"evicted", "removed", "replaced", "stays"} {
 		must(t, index.saveRow(t.Context(), testRow("r", spelling)))
 	}
+	c.onChange(copiesPrefix)
+	c.onChange(copiesPrefix + testKey("evicted"))
 	c.onChange(removedPrefix + testKey("removed"))
 	c.onChange(testKey("replaced"))
 	c.onChange(removedPrefix + "junk")

@@ -243,7 +243,10 @@ func (x *embeddedIndex) delete(ctx context.Context, remote, key string) error {
 }
 
 // forget: see index.
-func (x *embeddedIndex) forget(remote, key string) { _ = x.delete(context.Background(), remote, key) }
+func (x *embeddedIndex) forget(key string) {
+	remote, _, _ := strings.Cut(key, "/")
+	_ = x.delete(context.Background(), remote, key)
+}
 
 // countUses: see index.
 func (x *embeddedIndex) countUses(ctx context.Context, batch []fileUse) (unknown []fileUse, err error) {

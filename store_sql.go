@@ -158,7 +158,7 @@ func (x *sqlIndex) delete(ctx context.Context, remote, key string) error {
 }
 
 // forget: see index. A row that waits would come back behind the deletion.
-func (x *sqlIndex) forget(_, key string) {
+func (x *sqlIndex) forget(key string) {
 	if waiting, _ := x.pending.state(); waiting > 0 {
 		x.pending.add(rowChange{row: indexRow{Key: key, Fetched: x.now()}, deletes: true})
 	}

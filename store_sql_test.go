@@ -616,13 +616,13 @@ func TestSQLRowThatWaitsForARemovedFile(t *testing.T) {
 	t.Parallel()
 	s := newSQLTester(t)
 	s.save("up")
-	s.forget("r", testKey("up"))
+	s.forget(testKey("up"))
 	s.db.down()
 	for _, spelling := range []string{"a", "b", "again"} {
 		s.save(spelling)
 	}
-	s.forget("r", testKey("a"))
-	s.forget("r", testKey("again"))
+	s.forget(testKey("a"))
+	s.forget(testKey("again"))
 	s.at.Add(1)
 	r := testRow("r", "again")
 	r.Fetched = testDay.Add(time.Second)
