@@ -535,7 +535,7 @@ func TestS3HangIsOneShortWait(t *testing.T) {
 	t.Parallel()
 	b := newS3Bench(t)
 	b.mustPut("f", "content")
-	b.store.openTimeout = 300 * time.Millisecond // less than that a dial takes on a busy machine
+	b.store.openTimeout = time.Second // less than that a dial takes on a busy machine
 	b.fake.fail(always("", fakeFault{hang: true}))
 	b.fake.count("")
 	b.store.invalidate(testKey("f"))
