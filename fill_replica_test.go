@@ -334,7 +334,7 @@ func TestPageOfAnotherReplica(t *testing.T) {
 		leader.leave()
 		f.settled()
 		f.all[1].get("/api/r/a.zip").wantUnstored()
-		f.settled()
+		f.eventually("its lease to end", func() bool { return f.holder("a.zip") == nil })
 	}
 }
 
