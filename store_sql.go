@@ -47,10 +47,11 @@ const (
 	// changeBatch is how many changes a transaction writes: enough to be fast, few
 	// enough to end within sqlReadTimeout on a slow database.
 	changeBatch = 100
-	// These are the first halves of advisory locks: of migrations and of evicting. The
-	// second half is made of the schema's name.
-	sqlLockKey  = 0x61727466
-	sqlEvictKey = sqlLockKey + 2
+	// These are the first halves of advisory locks: of migrations, of evicting, and of
+	// writing many changes. The second half is made of the schema's name.
+	sqlLockKey    = 0x61727466
+	sqlEvictKey   = sqlLockKey + 2
+	sqlChangesKey = sqlLockKey + 3
 )
 
 var _ index = (*sqlIndex)(nil)
@@ -289,10 +290,16 @@ func (x *sqlIndex) writePending(ctx context.Context) error {
 
 // writeChanges makes changes in one transaction, unless the database has a row of
 // an object that was fetched later. All of them are safe to repeat, as after a
-// commit whose answer was lost.
+// commit whose answer was lost. Replicas do that one at a time, since they would deadlock
+// over the totals, and in the order of sqlTouch.
 func (x *sqlIndex) writeChanges(ctx context.Context, changes []rowChange) error {
+	changes = slices.Clone(changes)
+	slices.SortStableFunc(changes, func(a, b rowChange) int { return strings.Compare(a.row.Key, b.row.Key) })
 	return x.withConn(ctx, sqlReadTimeout, func(ctx context.Context, conn *sql.Conn) error {
 		return inTransaction(ctx, conn, func(tx *sql.Tx) error {
+			if _, err := tx.ExecContext(ctx, sqlLock, sqlChangesKey); err != nil {
+				return err
+			}
 			for _, c := range changes {
 				if err := c.execute(ctx, tx, true); err != nil {
 					return err

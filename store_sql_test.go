@@ -608,8 +608,6 @@ func TestSQLChangesQueueBehindThoseThatWait(t *testing.T) {
 	}
 }
 
-// After a failover the old connections lead to a standby, as may new ones for a while:
-// the database is down until a new connection leads to the new primary.
 // The replica that removed a file deletes its row, in a database that is back before the
 // row which waited here is written.
 func TestSQLRowThatWaitsForARemovedFile(t *testing.T) {
@@ -631,6 +629,38 @@ func TestSQLRowThatWaitsForARemovedFile(t *testing.T) {
 	s.wantRows("again", "b", "up")
 }
 
+// Transactions that change many rows would deadlock with those of other replicas: over the
+// totals of a remote, and over rows with what counts uses.
+func TestSQLReplicasWriteWhatWaitedInTurn(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	s.save("a")
+	s.db.down()
+	for _, spelling := range []string{"c", "a", "d", "b", "a"} {
+		s.save(spelling)
+	}
+	s.must(s.delete(t.Context(), "r", testKey("c")))
+	var asked, keys []string
+	s.db.set(func(query string, args []driver.Value) error {
+		asked = append(asked, query)
+		if query == sqlSave || query == sqlDelete {
+			keys = append(keys, args[0].(string))
+		}
+		return nil
+	})
+	s.at.Add(1)
+	s.must(s.writePending(t.Context()))
+	if n := slices.Index(asked, sqlLock); n < 0 || slices.IndexFunc(asked, func(q string) bool { return q == sqlSave || q == sqlDelete }) < n {
+		t.Errorf("rows are written without a lock: %q", asked)
+	}
+	if !slices.IsSorted(keys) || len(keys) != 6 {
+		t.Errorf("keys in the order %q", keys)
+	}
+	s.wantRows("a", "b", "d")
+}
+
+// After a failover the old connections lead to a standby, as may new ones for a while:
+// the database is down until a new connection leads to the new primary.
 func TestSQLStandbyIsDown(t *testing.T) {
 	t.Parallel()
 	for name, code := range map[string]pqerror.Code{"read only": "25006", "starting up": "57P03", "not supported": "0A000", "seen by the ping": ""} {
