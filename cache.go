@@ -62,6 +62,9 @@ type objects interface {
 	// the record alone (body is nil). A miss, damage included, is
 	// fs.ErrNotExist; a store that cannot be asked is errStoreDown.
 	open(ctx context.Context, key string, off int64) (*object, error)
+	// stat is open for the record alone, of what is stored by now: no copy answers it, which
+	// is trusted for a while after another process has removed the object.
+	stat(ctx context.Context, key string) (*object, error)
 	// delete removes key; fs.ErrNotExist when nothing was there. Bodies that
 	// are open stay readable.
 	delete(ctx context.Context, key string) error

@@ -136,7 +136,7 @@ func (u *useCounts) heal(ctx context.Context, unknown []fileUse, to index, from 
 			u.addUses(unknown[i:]...)
 			return
 		}
-		obj, err := from.open(ctx, use.key, -1)
+		obj, err := from.stat(ctx, use.key)
 		if err == nil {
 			row := newIndexRow(use.key, obj.rec)
 			row.Hits, row.LastAccess = use.hits, use.last

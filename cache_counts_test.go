@@ -84,12 +84,12 @@ type countingObjects struct {
 	err   error
 }
 
-func (c *countingObjects) open(ctx context.Context, key string, off int64) (*object, error) {
+func (c *countingObjects) stat(ctx context.Context, key string) (*object, error) {
 	c.reads.Add(1)
 	if c.err != nil {
 		return nil, c.err
 	}
-	return c.fakeObjects.open(ctx, key, off)
+	return c.fakeObjects.stat(ctx, key)
 }
 
 // After the loss of a database every file lacks its row.

@@ -558,6 +558,11 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 // invalidate implements objects. Nothing here is a copy of what is elsewhere.
 func (d *diskStore) invalidate(string) {}
 
+// stat: see objects.
+func (d *diskStore) stat(ctx context.Context, key string) (*object, error) {
+	return d.open(ctx, key, -1)
+}
+
 // removeFiles durably removes key's body and records, or sets them aside: then
 // asideMark begins their names. The caller holds the directory's lock.
 func (d *diskStore) removeFiles(key string, setAside bool) error {

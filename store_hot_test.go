@@ -685,6 +685,26 @@ func TestRemovedElsewhereIsNotListedHere(t *testing.T) {
 	}
 }
 
+// A file that another replica removed, and was not heard to, has no row, as if it lacked one.
+func TestUseOfAFileThatIsGoneAddsNoRow(t *testing.T) {
+	t.Parallel()
+	b := newHotBench(t)
+	index := newEmbeddedIndex(t.TempDir(), b.store.log)
+	for _, spelling := range []string{"gone", "stays"} {
+		b.mustPut(spelling, spelling)
+		b.read(spelling, spelling)
+	}
+	b.fake.drop(testKey("gone"))
+	b.wantHot("gone", "gone")
+	var uses useCounts
+	uses.addUses(fileUse{"r", testKey("gone"), 1, testDay}, fileUse{"r", testKey("stays"), 1, testDay})
+	must(t, uses.flush(t.Context(), index, b.tier))
+	p, err := index.listPage(t.Context(), pageQuery{remote: "r", limit: 10})
+	if err != nil || len(p.rows) != 1 || p.rows[0].Path != "stays" {
+		t.Errorf("listed are %v, %v", p.rows, err)
+	}
+}
+
 func TestOutdatedCopyIsAskedForAgain(t *testing.T) {
 	t.Parallel()
 	a := newHotBench(t)

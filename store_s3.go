@@ -189,6 +189,11 @@ func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, err
 	return &object{rec: rec, body: r}, nil
 }
 
+// stat: see objects.
+func (s *s3Store) stat(ctx context.Context, key string) (*object, error) {
+	return s.openRecord(ctx, key)
+}
+
 // openRecord asks S3 for key's record. The object has no body.
 func (s *s3Store) openRecord(ctx context.Context, key string) (*object, error) {
 	v := s.validityNow(key)

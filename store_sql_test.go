@@ -917,7 +917,11 @@ type fakeObjects struct {
 	walked func() // before the end of a walk
 }
 
-func (f *fakeObjects) open(_ context.Context, key string, _ int64) (*object, error) {
+func (f *fakeObjects) open(ctx context.Context, key string, _ int64) (*object, error) {
+	return f.stat(ctx, key)
+}
+
+func (f *fakeObjects) stat(_ context.Context, key string) (*object, error) {
 	rec := f.recs[key]
 	if rec == nil {
 		return nil, fs.ErrNotExist

@@ -175,7 +175,7 @@ func (d *diskStore) sweep(ctx context.Context) error {
 	return errors.Join(err, d.eachFolder(ctx, func(folder string) error {
 		files, err := os.ReadDir(d.pathOf(folder))
 		isTidy := len(files) == 2 && slices.ContainsFunc(files, func(f fs.DirEntry) bool { return f.Name() == recordFile })
-		if err == nil && !isTidy && d.isOld(d.pathOf(folder)) {
+		if err == nil && !isTidy && isOld(d.pathOf(folder), d.now()) {
 			d.tidyFolder(ctx, folder, report)
 		}
 		return nil
@@ -195,7 +195,7 @@ func (d *diskStore) sweepSpools(all bool) error {
 		// Without working locks (an error) only the age shows that no process
 		// uses the spool.
 		unused, err := tryFlock(f)
-		if (all && unused) || (d.isOld(f.Name()) && (unused || err != nil)) {
+		if (all && unused) || (isOld(f.Name(), d.now()) && (unused || err != nil)) {
 			os.RemoveAll(f.Name()) // an import's is a directory
 		}
 		return nil
@@ -204,9 +204,9 @@ func (d *diskStore) sweepSpools(all bool) error {
 
 // isOld reports whether a file, or the list of names in a directory, was last changed
 // more than orphanAge ago.
-func (d *diskStore) isOld(name string) bool {
+func isOld(name string, now time.Time) bool {
 	fi, err := os.Stat(name)
-	return err == nil && d.now().Sub(fi.ModTime()) > orphanAge
+	return err == nil && now.Sub(fi.ModTime()) > orphanAge
 }
 
 // verify implements verifiableObjects: it tidies each directory and hashes the body that
