@@ -168,6 +168,9 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	hot := newTiered(s3, copies, set.hotSize, st.space)
 	st.space.reclaimer = hot
 	st.objects, st.hot = hot, hot
+	if st.sql != nil {
+		st.sql.shared = hot
+	}
 	st.disks = append(st.disks, copies)
 	st.backends = append(st.backends, &backend{name: "storage", kind: "S3 " + set.s3.String(), okWord: "ok", seenDown: s3.whyDown,
 		ping: func(ctx context.Context) error {

@@ -189,9 +189,13 @@ func (s *s3Store) open(ctx context.Context, key string, off int64) (*object, err
 	return &object{rec: rec, body: r}, nil
 }
 
-// stat: see objects.
+// stat: see objects. That S3 refuses one object is no outage.
 func (s *s3Store) stat(ctx context.Context, key string) (*object, error) {
-	return s.openRecord(ctx, key)
+	obj, err := s.openRecord(ctx, key)
+	if errors.Is(err, errStoreDown) && s.outage.outageCause() == nil {
+		err = errors.New(err.Error())
+	}
+	return obj, err
 }
 
 // openRecord asks S3 for key's record. The object has no body.

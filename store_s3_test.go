@@ -878,6 +878,22 @@ func s3Full(op, _ string) (bool, *fakeFault) {
 	return true, nil
 }
 
+// What waits for an outage to end does not wait for an object that S3 refuses.
+func TestS3RefusesOneObject(t *testing.T) {
+	t.Parallel()
+	b := newS3Bench(t)
+	b.mustPut("a", "a")
+	b.fake.fail(always("HeadObject", fakeFault{status: 403}))
+	if _, err := b.stat(t.Context(), testKey("a")); err == nil || errors.Is(err, errStoreDown) || errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("refused: %v", err)
+	}
+	b.fake.fail(nil)
+	b.fake.drop(testKey("a"))
+	if _, err := b.stat(t.Context(), testKey("a")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("removed elsewhere: %v", err)
+	}
+}
+
 func TestS3WalkEndsWithAFailure(t *testing.T) {
 	t.Parallel()
 	b := newS3Bench(t)

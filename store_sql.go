@@ -127,6 +127,7 @@ type sqlIndex struct {
 	now      func() time.Time
 	log      *slog.Logger
 	password secret      // kept out of errors
+	shared   objects     // what other processes change, too; nil: none does
 	ready    atomic.Bool // the schema is up to date
 }
 
@@ -158,12 +159,8 @@ func (x *sqlIndex) delete(ctx context.Context, remote, key string) error {
 	return x.changeRow(ctx, rowChange{row: indexRow{Key: key, Fetched: x.now()}, deletes: true})
 }
 
-// forget: see index. A row that waits would come back behind the deletion.
-func (x *sqlIndex) forget(key string) {
-	if waiting, _ := x.pending.state(); waiting > 0 {
-		x.pending.add(rowChange{row: indexRow{Key: key, Fetched: x.now()}, deletes: true})
-	}
-}
+// forget: see index. A row that waits follows the store once it is written.
+func (x *sqlIndex) forget(string) {}
 
 // execer is a connection or a transaction.
 type execer interface {
@@ -273,6 +270,13 @@ func (x *sqlIndex) writePending(ctx context.Context) error {
 			batch = batch[:1] // find out which one is refused
 			err = x.writeChanges(ctx, batch)
 		}
+		for i := 0; err == nil && x.shared != nil && i < len(batch); i++ {
+			if c := batch[i]; !c.deletes {
+				if _, failed := x.follow(ctx, c.row, x.shared); errors.Is(failed, errStoreDown) {
+					err = failed
+				}
+			}
+		}
 		if errors.Is(err, errStoreDown) {
 			return err
 		}
@@ -286,6 +290,25 @@ func (x *sqlIndex) writePending(ctx context.Context) error {
 		x.log.Info("index rows that waited for the database are written", "rows", written)
 	}
 	return nil
+}
+
+// follow makes row r, unless a later one has replaced it, what the store says of its object
+// by now: another replica may have removed or replaced that, with the row of then.
+func (x *sqlIndex) follow(ctx context.Context, r indexRow, store objects) (dropped bool, err error) {
+	changes := []rowChange{{row: r, deletes: true}}
+	obj, err := store.stat(ctx, r.Key)
+	switch {
+	case err == nil:
+		is := newIndexRow(r.Key, obj.rec)
+		is.Hits, is.LastAccess = r.Hits, r.LastAccess
+		if roundForSQL(is.Fetched).Equal(roundForSQL(r.Fetched)) && is.SHA256 == r.SHA256 {
+			return false, nil
+		}
+		changes = append(changes, rowChange{row: is})
+	case !errors.Is(err, fs.ErrNotExist):
+		return false, err
+	}
+	return err != nil, x.writeChanges(ctx, changes)
 }
 
 // writeChanges makes changes in one transaction, unless the database has a row of
@@ -507,14 +530,13 @@ func reindex(ctx context.Context, from objects, to *sqlIndex, report func(change
 		if !rows[hashRow(seed, r)] {
 			return nil
 		}
-		// The walk took long, and an object may have been replaced under it.
-		if _, err := from.open(ctx, r.Key, -1); !errors.Is(err, fs.ErrNotExist) {
-			return err
+		dropped, err := to.follow(ctx, r, from) // an older object than the row's did not replace it
+		if err != nil {
+			return fmt.Errorf("correcting the row of %s: %w", r.Key, err)
 		}
-		if err := to.writeChanges(ctx, []rowChange{{row: r, deletes: true}}); err != nil {
-			return fmt.Errorf("dropping the row of %s: %w", r.Key, err)
+		if dropped {
+			report("dropped", r.Key)
 		}
-		report("dropped", r.Key)
 		return nil
 	})
 }

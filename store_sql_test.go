@@ -609,24 +609,53 @@ func TestSQLChangesQueueBehindThoseThatWait(t *testing.T) {
 }
 
 // The replica that removed a file deletes its row, in a database that is back before the
-// row which waited here is written.
+// row which waited here is written. What it announced may not have been heard.
 func TestSQLRowThatWaitsForARemovedFile(t *testing.T) {
 	t.Parallel()
 	s := newSQLTester(t)
-	s.save("up")
-	s.forget(testKey("up"))
+	var stored fakeObjects
+	s.shared = &stored
 	s.db.down()
-	for _, spelling := range []string{"a", "b", "again"} {
+	for _, spelling := range []string{"gone", "stays", "older"} {
 		s.save(spelling)
 	}
-	s.forget(testKey("a"))
-	s.forget(testKey("again"))
-	s.at.Add(1)
-	r := testRow("r", "again")
-	r.Fetched = testDay.Add(time.Second)
-	s.must(s.saveRow(t.Context(), r))
+	s.must(s.delete(t.Context(), "r", testKey("deleted")))
+	r := testRow("r", "stays")
+	stored.add("stays", "").SHA256 = r.SHA256
+	stored.recs[testKey("stays")].Fetched = r.Fetched
+	older := stored.add("older", "other content")
+	older.Fetched = testDay.Add(-time.Hour)
+	stored.down = true
+	s.db.set(nil)
+	s.at.Add(10)
+	if err := s.writePending(t.Context()); !errors.Is(err, errStoreDown) || s.waiting() == 0 {
+		t.Errorf("while the store is down: %v, %d changes wait", err, s.waiting())
+	}
+	stored.down = false
 	s.back()
-	s.wantRows("again", "b", "up")
+	s.wantRows("older", "stays")
+	if row, _ := s.db.row(testKey("older")); row.SHA256 != older.SHA256 {
+		t.Errorf("the row does not follow what another replica stored: %+v", row)
+	}
+}
+
+// Two replicas that do not hear of each other store a file: the row may be of the other one.
+// A bucket may be restored from a backup, too.
+func TestReindexOfAnOlderObject(t *testing.T) {
+	t.Parallel()
+	s := newSQLTester(t)
+	var stored fakeObjects
+	is := stored.add("older", "content")
+	is.Fetched = testDay.Add(-time.Hour)
+	s.save("older")
+	s.must(second(s.countUses(t.Context(), []fileUse{{"r", testKey("older"), 5, testDay}})))
+	for _, want := range []int{1, 0} {
+		n := 0
+		s.must(reindex(t.Context(), &stored, s.sqlIndex, func(string, string) { n++ }))
+		if row, _ := s.db.row(testKey("older")); n != want || row.SHA256 != is.SHA256 || row.Hits != 5 {
+			t.Errorf("%d rows corrected, want %d: %+v", n, want, row)
+		}
+	}
 }
 
 // Transactions that change many rows would deadlock with those of other replicas: over the
@@ -915,14 +944,14 @@ type fakeObjects struct {
 	objects
 	recs   map[string]*record
 	walked func() // before the end of a walk
-}
-
-func (f *fakeObjects) open(ctx context.Context, key string, _ int64) (*object, error) {
-	return f.stat(ctx, key)
+	down   bool
 }
 
 func (f *fakeObjects) stat(_ context.Context, key string) (*object, error) {
 	rec := f.recs[key]
+	if f.down {
+		return nil, errStoreDown
+	}
 	if rec == nil {
 		return nil, fs.ErrNotExist
 	}
