@@ -45,7 +45,7 @@ const (
 	outagePause = 10 * time.Second
 	// outageDialTime bounds a dial while the remote is down: there is little hope.
 	outageDialTime = 3 * time.Second
-	// maxDialTime ends a dial that http.Transport lets go on after the end of its request.
+	// maxDialTime ends a TLS handshake that http.Transport lets go on after its request's end.
 	maxDialTime = 5 * time.Minute
 	// maxToken bounds a token in bytes: those with many claims have about 10 KiB. The
 	// answer of a token service may have it twice.
@@ -113,7 +113,7 @@ type upstreamRequest struct {
 	scope       string        // the scope of the registry token; "" if none is needed
 	hasCopy     bool          // a stored copy can be served instead: no retries, at most copyTimeout for an attempt
 	digestKnown bool          // the digest of the body is known: a redirect may lead from https to http, and mirrors that are only good for such bodies are asked too
-	dialTime    time.Duration // what connecting may take; 0: as long as the header
+	dialTime    time.Duration // what connecting may take; send sets it
 	first       int           // the index in remote.origins that is asked first; the others follow in order
 }
 
@@ -181,7 +181,10 @@ func (u *upstream) passedVia(h http.Header) (string, error) {
 // error wraps errUnreachable, errTimeout, errBadUpstream or errCredentials, or is ctx's.
 func (u *upstream) send(ctx context.Context, req upstreamRequest) (*upstreamResponse, error) {
 	retries := maxRetries
-	if !req.hasCopy && u.isDown(ctx, req.remote) {
+	switch req.dialTime = req.remote.timeout; {
+	case req.hasCopy:
+		req.dialTime = min(req.dialTime, copyTimeout)
+	case u.isDown(ctx, req.remote):
 		retries, req.dialTime = 0, outageDialTime
 	}
 	for try := 0; ; try++ {

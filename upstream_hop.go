@@ -28,10 +28,10 @@ import (
 // the kind reach. roundTrip applies the timeouts of the remote, and the cache limits how
 // many requests it sends at once.
 func newTransport(reach addressKind) *http.Transport {
-	d := &net.Dialer{Timeout: maxDialTime, KeepAlive: 30 * time.Second, ControlContext: reach.refuseOthers}
+	d := &net.Dialer{KeepAlive: 30 * time.Second, ControlContext: reach.refuseOthers}
 	return &http.Transport{
 		Proxy:               http.ProxyFromEnvironment,
-		DialContext:         d.DialContext,
+		DialContext:         dialWithin(d.DialContext),
 		TLSClientConfig:     &tls.Config{MinVersion: tls.VersionTLS12},
 		TLSHandshakeTimeout: maxDialTime,
 		DisableCompression:  true, // bodies are stored as the upstream sends them
@@ -43,6 +43,24 @@ func newTransport(reach addressKind) *http.Transport {
 		ReadBufferSize:         16 << 10,  // a small file comes with its header in one read, not in two of 4 KiB
 		MaxIdleConnsPerHost:    32,        // the default of 2 redials all the time during a burst of misses
 		MaxResponseHeaderBytes: 256 << 10, // headers are kept in memory and partly in records
+	}
+}
+
+// dialFunc dials as net.Dialer does.
+type dialFunc func(ctx context.Context, network, address string) (net.Conn, error)
+
+// dialTimeKey is the key of what a dial may take in the context of a request, whose end
+// http.Transport hides from the dial.
+type dialTimeKey struct{}
+
+// dialWithin bounds dial. net.Dialer divides the time among the addresses of a name, and
+// would try none after one that is silent. roundTrip gives up a second before it, and
+// says why.
+func dialWithin(dial dialFunc) dialFunc {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, ctx.Value(dialTimeKey{}).(time.Duration)+time.Second)
+		defer cancel()
+		return dial(ctx, network, address)
 	}
 }
 
@@ -256,14 +274,14 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	ctx, cancel := context.WithCancelCause(ctx)
 	name, began := x.remote.name, u.now()
 	var connected atomic.Pointer[netip.AddrPort] // where the connection goes; a goroutine of the transport may store it
-	dialing := time.AfterFunc(cmp.Or(x.dialTime, x.remote.timeout), func() { cancel(errTimeout) })
+	dialing := time.AfterFunc(x.dialTime, func() { cancel(errTimeout) })
 	defer dialing.Stop()
 	trace := &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
 		dialing.Stop()
 		addr, _ := netip.ParseAddrPort(i.Conn.RemoteAddr().String())
 		connected.Store(&addr)
 	}}
-	req := x.newRequest(httptrace.WithClientTrace(ctx, trace), at, u)
+	req := x.newRequest(httptrace.WithClientTrace(context.WithValue(ctx, dialTimeKey{}, x.dialTime), trace), at, u)
 	// A proxy looks up and dials the address itself, and we cannot check it.
 	proxy, err := u.proxyFor(req)
 	proxied := err == nil && proxy != nil

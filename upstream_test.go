@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -436,6 +437,69 @@ func TestRetries(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestSilentAddressLeavesTimeForTheNext: the name of base_url has several addresses, and
+// the first is silent. The dialer is net.Dialer in what it does with a deadline.
+func TestSilentAddressLeavesTimeForTheNext(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		timeout, elapsed time.Duration
+		hasCopy, down    bool
+	}{
+		"a fill":                   {timeout: 30 * time.Second, elapsed: 15500 * time.Millisecond},
+		"with a copy":              {timeout: 30 * time.Second, elapsed: 5500 * time.Millisecond, hasCopy: true},
+		"with a copy, impatiently": {timeout: 4 * time.Second, elapsed: 2500 * time.Millisecond, hasCopy: true},
+		"while the remote is down": {timeout: 30 * time.Second, elapsed: 2 * time.Second, down: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				silent := 1 // of two addresses
+				rt := &http.Transport{DisableKeepAlives: true, DialContext: dialWithin(func(ctx context.Context, _, _ string) (net.Conn, error) {
+					for left := 2; left > 0; left-- {
+						ctx, cancel := ctx, context.CancelFunc(func() {})
+						if deadline, ok := ctx.Deadline(); ok {
+							ctx, cancel = context.WithTimeout(ctx, time.Until(deadline)/time.Duration(left))
+						}
+						if left <= 2-silent {
+							cancel()
+							return answering("HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx"), nil
+						}
+						<-ctx.Done()
+						cancel()
+					}
+					return nil, ctx.Err()
+				})}
+				a := newUpstreamTesterOver(t, rt.RoundTrip, "http://b")
+				a.r.timeout = c.timeout
+				if c.down {
+					a.u.circuitOf("r").fail(errDial, time.Now())
+				}
+				began := time.Now()
+				a.send(upstreamRequest{hasCopy: c.hasCopy}).want(200, "x")
+				if d := time.Since(began); d != c.elapsed {
+					t.Errorf("took %v; want %v", d, c.elapsed)
+				}
+
+				// Where all are silent it is a timeout, and the dial ends too.
+				silent = 2
+				a.send(upstreamRequest{hasCopy: c.hasCopy}).wantErr(errTimeout)
+				time.Sleep(2 * time.Second)
+			})
+		})
+	}
+}
+
+// answering is a connection to a server that sends text for the first request.
+func answering(text string) net.Conn {
+	here, there := net.Pipe()
+	go func() {
+		defer there.Close()
+		if _, err := http.ReadRequest(bufio.NewReader(there)); err == nil {
+			io.WriteString(there, text)
+		}
+	}()
+	return here
 }
 
 func TestPauseEndsWithTheQuestion(t *testing.T) {
