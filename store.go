@@ -216,7 +216,7 @@ func (d *diskStore) open(ctx context.Context, key string, off int64) (*object, e
 	}
 	f, e, err := d.openMatching(ctx, key, e)
 	if err != nil {
-		return nil, openError(key, err)
+		return nil, lookupError(d, key, err)
 	}
 	switch {
 	case off < 0:
@@ -297,6 +297,17 @@ func openError(key string, err error) error {
 		return fmt.Errorf("opening %s: %w", key, err)
 	}
 	return storeError("opening "+key, err)
+}
+
+// lookupError is openError, but nothing counts as missing while DATA_DIR cannot be used
+// and lacks what each has: it is gone, or its disk is not mounted.
+func lookupError(d *diskStore, key string, err error) error {
+	if down := d.probe.last(); errors.Is(err, fs.ErrNotExist) && errors.Is(down, errStoreDown) {
+		if _, gone := os.Stat(d.dir + "/" + spoolDir); gone != nil {
+			return down
+		}
+	}
+	return openError(key, err)
 }
 
 // readRecords reads the record files beside key's body. matching is the record that
@@ -541,11 +552,11 @@ func (d *diskStore) delete(ctx context.Context, key string) error {
 	}
 	unlock, err := d.lockFolder(ctx, d.folderOf(key), false)
 	if err != nil {
-		return openError(key, err)
+		return lookupError(d, key, err)
 	}
 	defer unlock()
 	if _, err := os.Lstat(d.pathOf(key)); err != nil {
-		return openError(key, err)
+		return lookupError(d, key, err)
 	}
 	defer d.memory.remove(key)
 	if err := d.removeFiles(key, false); err != nil {

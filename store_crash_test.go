@@ -326,6 +326,25 @@ func TestDiskUnusable(t *testing.T) {
 	must(t, os.Remove(s.d.pathOf("r")))
 	s.mustPut("f", "x")
 	s.wantHit("f", "x")
+
+	// What a disk that is not mounted lacks is not missing; of one that cannot be written to it is.
+	must(t, os.Rename(s.d.dir, s.d.dir+".away"))
+	must(t, os.Symlink(blocker+"/none", s.d.dir))
+	if err := s.d.ping(ctx); !errors.Is(err, errStoreDown) {
+		t.Fatalf("ping: %v", err)
+	}
+	_, err := s.open(ctx, testKey("g"), 0)
+	for doing, err := range map[string]error{"open": err, "delete": s.delete(ctx, testKey("g"))} {
+		if !errors.Is(err, errStoreDown) || errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s without the disk: %v, want errStoreDown", doing, err)
+		}
+	}
+	must(t, os.Remove(s.d.dir))
+	must(t, os.Rename(s.d.dir+".away", s.d.dir))
+	s.wantMiss("g")
+	must(t, s.d.ping(ctx))
+	s.wantMiss("g")
+	s.wantHit("f", "x")
 }
 
 func TestDiskCopiesWhatItCannotRename(t *testing.T) {
