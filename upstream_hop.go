@@ -43,6 +43,12 @@ func newTransport(reach addressKind) *http.Transport {
 		ReadBufferSize:         16 << 10,  // a small file comes with its header in one read, not in two of 4 KiB
 		MaxIdleConnsPerHost:    32,        // the default of 2 redials all the time during a burst of misses
 		MaxResponseHeaderBytes: 256 << 10, // headers are kept in memory and partly in records
+		OnProxyConnectResponse: func(_ context.Context, _ *url.URL, _ *http.Request, resp *http.Response) error {
+			if resp.StatusCode != http.StatusOK { // net/http's own error does not tell who has answered
+				return newProxyError(resp)
+			}
+			return nil
+		},
 	}
 }
 
@@ -296,9 +302,9 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 		resp.Body.Close()
 		err = errTimeout
 	}
-	if err == nil && proxied && at.Scheme == "http" && isGatewayError(resp.StatusCode) {
+	if err == nil && proxied && at.Scheme == "http" && (isGatewayError(resp.StatusCode) || resp.StatusCode == http.StatusProxyAuthRequired) {
 		resp.Body.Close() // it may be the proxy's own, which cannot be told from the origin's
-		err = fmt.Errorf("the proxy, or the server behind it, answered %s", resp.Status)
+		err = newProxyError(resp)
 	}
 	if err != nil {
 		explained := x.explainFailure(ctx, at, err)
@@ -325,6 +331,14 @@ func (u *upstream) roundTrip(ctx context.Context, x *exchange, at *url.URL, firs
 	resp.Request = req
 	resp.Body = &upstreamBody{ReadCloser: resp.Body, u: u, ctx: ctx, cancel: cancel, idle: timer, remote: name, host: at.Host}
 	return &upstreamResponse{resp, x.index}, nil
+}
+
+// newProxyError makes the error for an answer by which a proxy says that it has no other.
+func newProxyError(resp *http.Response) error {
+	if resp.StatusCode == http.StatusProxyAuthRequired {
+		return fmt.Errorf("the proxy answered %s: check the user and the password in HTTP_PROXY and HTTPS_PROXY", resp.Status)
+	}
+	return fmt.Errorf("the proxy, or the server behind it, answered %s", resp.Status)
 }
 
 // isChallenge reports whether a registry wants a token. That does not end an outage: the

@@ -1059,12 +1059,21 @@ func TestWhereAProxyDialsAddressesAreItsMatter(t *testing.T) {
 
 	// A gateway error may be the proxy's own: the origin cannot be reached.
 	handler := s.Config.Handler
-	for _, status := range []int{502, 503, 504} {
+	for status, text := range map[int]string{502: "the proxy", 503: "the proxy", 504: "the proxy", 407: "HTTP_PROXY"} {
 		s.Config.Handler = says(status, "from the proxy")
-		a.send(upstreamRequest{wire: "f", hasCopy: true}).wantErr(errUnreachable, "the proxy", fmt.Sprint(status))
+		a.send(upstreamRequest{wire: "f", hasCopy: true}).wantErr(errUnreachable, text, fmt.Sprint(status))
 	}
 	s.Config.Handler = says(500, "from the proxy")
 	a.get("f").want(500, "from the proxy")
+	s.Config.Handler = handler
+
+	// What it answers to CONNECT is its own.
+	a.r.origins[0].url = mustURL(t, "https://base.test")
+	for status, text := range map[int]string{407: "HTTP_PROXY", 403: "the proxy", 503: "the proxy"} {
+		s.Config.Handler = says(status, "")
+		a.send(upstreamRequest{wire: "f", hasCopy: true}).wantErr(errUnreachable, text, fmt.Sprint(status))
+	}
+	a.r.origins[0].url = mustURL(t, "http://base.test")
 	s.Config.Handler = handler
 
 	// A proxy with a private address does not make the origin private.
