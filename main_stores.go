@@ -161,7 +161,7 @@ func (st *stores) openS3(set *settings, redis *redisStore, now func() time.Time,
 	set.s3.now, set.s3.log = now, log
 	var hearsChanges func() bool
 	if redis != nil {
-		hearsChanges, st.replicas = redis.hearsChanges, redis
+		hearsChanges, st.replicas, redis.announces = redis.hearsChanges, redis, true
 	}
 	s3 := newS3Store(newS3Client(set.s3), hearsChanges)
 	copies := newDiskStore(filepath.Join(set.dataDir, hotDir), now, log)

@@ -87,6 +87,7 @@ type redisStore struct {
 	options    []redis.DialOption
 	prefix     string // of all keys and of the channel
 	channel    string
+	announces  bool   // there may be replicas; it is set before the first use
 	self       string // names this process in leases and announcements
 	password   secret // is kept out of errors
 	key        replicaKey
@@ -350,9 +351,13 @@ func (r *redisStore) subscribe(ctx context.Context, changed func(key string), re
 // is back, so it should be called twice a second.
 func (r *redisStore) ping(ctx context.Context) error { return r.withConn(ctx, r.writeProbe) }
 
-// writeProbe writes a key that expires soon: a replica answers everything else.
+// writeProbe writes a key that expires soon: a replica answers everything else. With
+// replicas it speaks where nobody listens, too: a user of Redis may lack the right to channels.
 func (r *redisStore) writeProbe(ctx context.Context, c redis.Conn) error {
 	_, err := redis.DoContext(c, ctx, "SET", r.prefix+"probe", r.self, "PX", redisPause.Milliseconds())
+	if err == nil && r.announces {
+		_, err = redis.DoContext(c, ctx, "PUBLISH", r.prefix+"probe", r.self)
+	}
 	return err
 }
 

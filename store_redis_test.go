@@ -42,6 +42,7 @@ type fakeRedis struct {
 	silent  bool
 	refuse  string // the answer to all SETs
 	deaf    bool   // refuses SUBSCRIBE
+	mute    bool   // refuses PUBLISH
 	calls   int
 	wg      sync.WaitGroup
 }
@@ -197,6 +198,9 @@ func (f *fakeRedis) run(c net.Conn, args []string) string {
 		f.subs[c] = args[1]
 		return "*3\r\n" + bulk("subscribe") + bulk(args[1]) + ":1\r\n"
 	case "PUBLISH":
+		if f.mute {
+			return "-NOPERM this user has no permissions to access one of the channels used as arguments\r\n"
+		}
 		return f.publish(args[1], args[2])
 	}
 	return "-ERR unknown command " + args[0] + "\r\n"
@@ -747,6 +751,34 @@ func TestRedisWithoutAnnouncements(t *testing.T) {
 	h.want(t, "reset")
 	r.wantLine("announcements of other replicas do not arrive", f.name, "NOPERM")
 	r.wantLine("announcements of other replicas arrive again", f.name, "after=0s")
+}
+
+// TestRedisWithoutChannels: other replicas would use what they have for ever where this one
+// cannot tell them of a change, so that is an outage until it can.
+func TestRedisWithoutChannels(t *testing.T) {
+	t.Parallel()
+	f := newFakeRedis(t)
+	f.mute = true
+	now := atomic.Pointer[time.Time]{}
+	now.Store(&testDay)
+	r := startRedisAt(t, "redis://"+f.name, "", "1", func() time.Time { return *now.Load() })
+	if err := r.ping(t.Context()); err != nil {
+		t.Errorf("ping of a single machine, which tells nobody: %v", err)
+	}
+	r.announces = true
+	for range 3 {
+		if err := r.ping(t.Context()); !errors.Is(err, errStoreDown) || !strings.Contains(err.Error(), "channels") {
+			t.Errorf("ping: %v; want errStoreDown", err)
+		}
+		later := now.Load().Add(redisPause)
+		now.Store(&later)
+	}
+	f.with(func() { f.mute = false })
+	if err := r.ping(t.Context()); err != nil {
+		t.Errorf("ping: %v", err)
+	}
+	r.wantLine("Redis is down", "NOPERM")
+	r.wantLine("Redis is up again")
 }
 
 // TestRedisThatRefuses: a server that answers but takes no writes is down, though it
