@@ -818,7 +818,7 @@ func TestMirrorWithAnotherVersionIsPassedOver(t *testing.T) {
 }
 
 // To an HTTP/1.0 client the connection's end is a body's end where no length
-// was told: it has to see a broken one.
+// was told: it has to see a broken one, or a 502 where nothing was sent yet.
 func TestCutBodyIsNoCleanEndForHTTP10(t *testing.T) {
 	t.Parallel()
 	tt := newTester(t)
@@ -832,6 +832,9 @@ func TestCutBodyIsNoCleanEndForHTTP10(t *testing.T) {
 		}
 		_, _ = io.WriteString(conn, "GET /api/r/"+path+" HTTP/1.0\r\n\r\n")
 		b, err := io.ReadAll(conn)
+		if !whole && bytes.HasPrefix(b, []byte("HTTP/1.0 502 ")) {
+			err = io.ErrUnexpectedEOF
+		}
 		if conn.Close(); whole != (err == nil) || whole && !bytes.HasSuffix(b, []byte(text)) {
 			t.Errorf("%s: %d bytes, then %v", path, len(b), err)
 		}
